@@ -1,0 +1,28 @@
+"""What every other file may need: the batch type, the frozen-config setting and the two errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ConfigDict
+
+Batch = dict[str, Any]
+"""One batch as a dataset gives it: names to tensors with the sample axis first."""
+
+FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+"""The `model_config` of every config class: no change after construction, no unknown key."""
+
+
+class UserError(Exception):
+    """Something the user can mend.
+
+    The message is one line that names the key or file and the mend; the command prints it
+    without a traceback and exits with status 2.
+    """
+
+
+class UnreadableSample(Exception):
+    """A dataset raises this for one sample it can't read; the loader skips it and counts it.
+
+    The message names the file (or row) and the cause.
+    """

@@ -1,0 +1,134 @@
+"""The adapter contract: what a kind of data must say about itself before the method can learn from it.
+
+Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 or 3), D model width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+from torch.utils.data import Dataset, default_collate
+
+from nepa_core.basics import FROZEN, Batch
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A batch of token sequences.
+
+    Attributes:
+        values: [B, N, P] floating point, the content of each token. Nothing positional belongs here:
+            the targets of the objective are made from `values` alone.
+        coords: [N, A] when all samples share them, else [B, N, A]; float32, in any unit. One unit is the
+            wavelength of the fastest rotary angle. Leave shared coordinates on the CPU: their rotary
+            table is then found in a cache instead of being made anew each step.
+        mask: [B, N] bool, True for a real token, or None when every token is real.
+        order: [N] or [B, N] int64, the canonical index of the token at each place, or None while
+            the tokens stand in canonical order. Set by `reordered`.
+    """
+
+    values: Tensor
+    coords: Tensor
+    mask: Tensor | None = None
+    order: Tensor | None = None
+
+    def reordered(self, order: Tensor | None) -> Tokens:
+        """Apply one permutation to values, coordinates and mask together.
+
+        Args:
+            order: [N] or [B, N] int64; place t of the result holds token `order[t]`. None changes nothing.
+        """
+        if order is None:
+            return self
+        if self.order is not None:
+            raise ValueError("these tokens have been reordered already; an order is applied once")
+        return Tokens(
+            values=_take(self.values, order),
+            coords=_take(self.coords, order),
+            mask=None if self.mask is None else _take(self.mask, order),
+            order=order,
+        )
+
+    def canonical(self, features: Tensor) -> Tensor:
+        """Bring per-token features [B, N, ...] back from this order to the canonical one."""
+        if self.order is None:
+            return features
+        return _take(features, torch.argsort(self.order, dim=-1))
+
+    def to(self, device: torch.device) -> Tokens:
+        """Move to a device; shared coordinates stay where they are (see `coords`)."""
+        shared = self.coords.ndim == 2
+        return replace(
+            self,
+            values=self.values.to(device, non_blocking=True),
+            coords=self.coords if shared else self.coords.to(device, non_blocking=True),
+            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
+            order=None if self.order is None else self.order.to(device, non_blocking=True),
+        )
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Index the token axis of x ([N, A] if both are shared, else [B, N, ...]) with order [N] or [B, N]."""
+    order = order.to(x.device)
+    token_axis_first = x.ndim == 2 and x.dtype != torch.bool  # shared coords [N, A]; a mask is [B, N]
+    if order.ndim == 1:
+        return x.index_select(0 if token_axis_first else 1, order)
+    if token_axis_first:
+        return x[order]
+    rows = torch.arange(len(order), device=x.device)[:, None]
+    return x[rows, order]
+
+
+class Modality(BaseModel, ABC):
+    """An adapter: frozen settings plus `dataset` and `tokenize`; the other methods have defaults.
+
+    Subclass it in your own module, write a function there that returns a whole recipe around it, and name
+    that function on the command line as `my_lab.seismic:base`. `tests/contract.py:check_modality` tells you
+    what is wrong with an adapter.
+    """
+
+    model_config = FROZEN
+
+    @abstractmethod
+    def dataset(self, split: str) -> Dataset[Batch]:
+        """The samples of a split as a map-style dataset (with `__len__`) of dictionaries of tensors.
+
+        `split` is "train" or "test" (held out). Supervised tasks look for the key "label". A dataset may
+        raise `UnreadableSample` for a sample, and may offer `__getitems__(list of int)` that returns a
+        whole batch as one dictionary, which is faster for data in memory.
+
+        Random augmentation belongs here and must draw from torch's global generator, which the loader
+        seeds for every batch: this is what makes a resumed run exact.
+        """
+
+    @abstractmethod
+    def tokenize(self, batch: Batch) -> Tokens:
+        """Split a collated batch, already on the device, into tokens in canonical order. Deterministic."""
+
+    def plain(self) -> Modality:
+        """This adapter without augmentation: what probes and baselines read. Default: itself."""
+        return self
+
+    def token_dim(self) -> int:
+        """P, the size of a raw token. Default: measured on the first training sample."""
+        return int(self.tokenize(default_collate([self.dataset("train")[0]])).values.shape[-1])
+
+    def embedder(self, dim: int) -> nn.Module:
+        """The map from raw tokens [B, N, P] to embeddings [B, N, dim]. Default: one Linear.
+
+        For images in non-overlapping patches this equals the strided patch convolution.
+        """
+        return nn.Linear(self.token_dim(), dim)
+
+    def order(self, tokens: Tokens) -> Tensor | None:
+        """The order in which to predict, [N] or [B, N] int64, or None for the canonical one."""
+        return None
+
+    def read(self, batch: Batch) -> Tokens:
+        """Tokenize a batch and put the tokens into this adapter's order."""
+        tokens = self.tokenize(batch)
+        return tokens.reordered(self.order(tokens))
