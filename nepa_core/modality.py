@@ -48,7 +48,7 @@ class Tokens:
             raise ValueError("these tokens have been reordered already; an order is applied once")
         return Tokens(
             values=_take(self.values, order),
-            coords=_take(self.coords, order),
+            coords=_take_coords(self.coords, order),
             mask=None if self.mask is None else _take(self.mask, order),
             order=order,
         )
@@ -72,15 +72,16 @@ class Tokens:
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Index the token axis of x ([N, A] if both are shared, else [B, N, ...]) with order [N] or [B, N]."""
+    """Index the token axis of x [B, N, ...] with order [N] or [B, N]."""
     order = order.to(x.device)
-    token_axis_first = x.ndim == 2 and x.dtype != torch.bool  # shared coords [N, A]; a mask is [B, N]
     if order.ndim == 1:
-        return x.index_select(0 if token_axis_first else 1, order)
-    if token_axis_first:
-        return x[order]
-    rows = torch.arange(len(order), device=x.device)[:, None]
-    return x[rows, order]
+        return x.index_select(1, order)
+    return x[torch.arange(len(order), device=x.device)[:, None], order]
+
+
+def _take_coords(coords: Tensor, order: Tensor) -> Tensor:
+    """The same for coordinates, whose token axis comes first when all samples share them."""
+    return coords[order.to(coords.device)] if coords.ndim == 2 else _take(coords, order)
 
 
 class Modality(BaseModel, ABC):
