@@ -1,0 +1,30 @@
+"""Next-embedding prediction: the method.
+
+Read in this order: `modality` (what data must say about itself), `rope`, `predictor`, `model`, `objective`,
+`ema`, `diagnostics`. `nepa_core.runtime` holds how it is run; nothing here imports it.
+
+Shape legend for the whole package: B samples, N tokens, T places in the sequence (N, or N + 1 with BOS),
+D model width, H heads, K head width, P raw token size, A coordinate axes, S samples gathered for a verdict.
+"""
+
+from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.ema import Ema
+from nepa_core.modality import Modality, Tokens
+from nepa_core.model import NEPA, Prediction
+from nepa_core.objective import ObjectiveConfig, next_embedding_loss
+from nepa_core.predictor import Predictor, PredictorConfig
+
+__all__ = [
+    "NEPA",
+    "Batch",
+    "Ema",
+    "Modality",
+    "ObjectiveConfig",
+    "Prediction",
+    "Predictor",
+    "PredictorConfig",
+    "Tokens",
+    "UnreadableSample",
+    "UserError",
+    "next_embedding_loss",
+]

@@ -1,0 +1,42 @@
+"""Exponential moving average of the parameters, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class Ema:
+    """A float32 copy of a model's parameters that follows them: average += (1 - decay) * (value - average).
+
+    Attributes:
+        averages: parameter name -> float32 tensor on the parameter's device. This is all its state.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._parameters = dict(model.named_parameters())
+        self.averages: dict[str, Tensor] = {
+            name: value.detach().float().clone() for name, value in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step, as one fused update over all parameters. Call it after the optimiser."""
+        values = [value.float() for value in self._parameters.values()]
+        torch._foreach_lerp_(list(self.averages.values()), values, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the model computes with the averages; afterwards with its own values again."""
+        own = {name: value.data for name, value in self._parameters.items()}
+        try:
+            for name, value in self._parameters.items():
+                value.data = self.averages[name].to(value.dtype)
+            yield
+        finally:
+            for name, value in self._parameters.items():
+                value.data = own[name]

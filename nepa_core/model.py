@@ -1,0 +1,107 @@
+"""The whole model: embed the tokens, put BOS in front, predict."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nepa_core.modality import Tokens
+from nepa_core.predictor import Predictor, PredictorConfig, Trace, init_weights
+
+
+class Prediction(NamedTuple):
+    """What one forward pass gives.
+
+    Attributes:
+        embeddings: [B, T, D], the raw embeddings (BOS first, where there is one): the targets. No norm and no
+            positional term has touched them.
+        predictions: [B, T, D], the predictor's output; place t predicts the embedding at place t + 1.
+        mask: [B, T] bool, True for a real token, or None.
+    """
+
+    embeddings: Tensor
+    predictions: Tensor
+    mask: Tensor | None
+
+
+class NEPA(nn.Module):
+    """Embedder, BOS and predictor.
+
+    Args:
+        config: the network's shape and switches.
+        embed: raw tokens [B, N, P] -> [B, N, D]; `Modality.embedder(config.dim)` gives it.
+    """
+
+    def __init__(self, config: PredictorConfig, embed: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = embed
+        self.embed.apply(init_weights)
+        self.bos = _learned_vector(1, config.dim) if config.bos else None
+        self.mask_token = _learned_vector(1, config.dim) if config.mask_token else None
+        self.positions = (
+            _learned_vector(config.learned_positions, config.dim) if config.learned_positions else None
+        )
+        self.predictor = Predictor(config)
+
+    def forward(
+        self,
+        tokens: Tokens,
+        *,
+        causal: bool,
+        hidden: Tensor | None = None,
+        coord_scale: float = 1.0,
+        trace: Trace | None = None,
+    ) -> Prediction:
+        """Embed and predict.
+
+        Args:
+            tokens: N tokens in the order of prediction.
+            causal: attend backwards only.
+            hidden: [B, N] bool, True where the input (never the target) is replaced by the mask token.
+            coord_scale: factor on all coordinates, see `draw_coord_scale`.
+            trace: filled with the hidden states and, with the "eager" back-end, the attention maps.
+        """
+        embeddings = self.embed(tokens.values)
+        x = embeddings
+        if hidden is not None:
+            if self.mask_token is None:
+                raise ValueError("hiding inputs needs the mask token: model.mask_token=true")
+            x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
+        if self.positions is not None:
+            x = x + self._learned_positions(tokens).to(x.dtype)
+        mask = tokens.mask
+        if self.bos is not None:
+            bos = self.bos.to(x.dtype).expand(len(x), 1, -1)
+            x = torch.cat((bos, x), dim=1)
+            embeddings = torch.cat((bos, embeddings), dim=1) if x is not embeddings else x
+            mask = None if mask is None else torch.nn.functional.pad(mask, (1, 0), value=True)
+        predictions = self.predictor(
+            x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace
+        )
+        return Prediction(embeddings, predictions, mask)
+
+    def _learned_positions(self, tokens: Tokens) -> Tensor:
+        """The learned vector of each token's canonical place, [N, D] or [B, N, D]."""
+        assert self.positions is not None
+        count = tokens.values.shape[1]
+        if count > len(self.positions):
+            raise ValueError(f"{count} tokens, but model.learned_positions={len(self.positions)}")
+        return self.positions[:count] if tokens.order is None else self.positions[tokens.order]
+
+
+def draw_coord_scale(rescale: float) -> float:
+    """One factor for all coordinates of a step, log-uniform in [1/rescale, rescale]; 1.0 when off.
+
+    Drawn from torch's global CPU generator.
+    """
+    if rescale == 1:
+        return 1.0
+    return math.exp((2 * torch.rand(()).item() - 1) * math.log(rescale))
+
+
+def _learned_vector(count: int, dim: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(count, dim), std=0.02))

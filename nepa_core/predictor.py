@@ -1,0 +1,316 @@
+"""The predictor: a pre-norm Transformer whose causality is an argument.
+
+Architecture of the released NEPA checkpoints, with the paper's switches (its Section 3 and its ablation
+table): LayerScale, QK-Norm with or without weight, GELU or SwiGLU, RoPE, drop path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.rope import RotaryTable, rotary_table, rotate
+
+Backend = Literal["sdpa", "xformers", "eager"]
+
+
+class PredictorConfig(BaseModel):
+    """Shape and switches of the network.
+
+    Attributes:
+        dim, depth, heads, mlp_dim: width D, number of blocks, attention heads, hidden width of the MLP.
+        activation, gated: "gelu" and False is the released form; "silu" and True is SwiGLU (the paper's).
+        layer_scale: start of the LayerScale vectors, or None for none. 1e-5 in the paper; below some ten
+            thousand steps start at 1.0, or the branches starve.
+        qk_norm: LayerNorm of queries and keys over the head width: "off", "plain" (no weight) or "affine"
+            (a weight, never a bias).
+        rope_theta: longest rotary wavelength, or None for no RoPE.
+        rope_rescale: in pre-training all coordinates are multiplied by one factor a step, log-uniform in
+            [1/rope_rescale, rope_rescale]; 1 is off, 2 is the released setting.
+        learned_positions: number of canonical places with a learned vector added to the input (never to a
+            target); 0 is off. The paper's text has it, the released checkpoints don't.
+        bos: a learned vector in front of the tokens, from which the first token is predicted.
+        mask_token: a learned vector for inputs hidden by `objective.input_mask`.
+        drop_path: stochastic depth, rising linearly from 0 to this rate at the last block.
+        norm_eps: epsilon of every LayerNorm.
+        attention: back-end of `attend`.
+    """
+
+    model_config = FROZEN
+
+    dim: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    mlp_dim: int = Field(gt=0)
+    activation: Literal["gelu", "silu"]
+    gated: bool
+    layer_scale: float | None
+    qk_norm: Literal["off", "plain", "affine"]
+    rope_theta: float | None = Field(gt=0)
+    rope_rescale: float = Field(ge=1)
+    bos: bool
+    norm_eps: float = Field(gt=0)
+    learned_positions: int = Field(default=0, ge=0)
+    mask_token: bool = False
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    attention: Backend = "sdpa"
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.dim % (2 * self.heads):
+            raise ValueError(f"model.dim={self.dim} must be a multiple of 2 * model.heads={2 * self.heads}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+@dataclass
+class Trace:
+    """What a forward pass leaves for a reader, filled in by `Predictor.forward(trace=...)`.
+
+    Attributes:
+        hidden: [B, T, D] each: the input, the output of every block, and the output of the final norm.
+        attention: [B, H, T, T] float weights of every block; filled only with the "eager" back-end.
+    """
+
+    hidden: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+
+
+def attention_mask(mask: Tensor, *, causal: bool) -> Tensor:
+    """Who may look at whom when some tokens are not real.
+
+    Args:
+        mask: [B, T] bool, True for a real token.
+
+    Returns:
+        [B, 1, T, T] bool. Nobody looks at a token that is not real, except itself: a softmax over nothing
+        would be NaN.
+    """
+    places = mask.shape[1]
+    allowed = mask[:, None, None, :].expand(-1, 1, places, places)
+    if causal:
+        allowed = allowed & mask.new_ones(places, places).tril()
+    return allowed | torch.eye(places, dtype=torch.bool, device=mask.device)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: Tensor | None, backend: Backend
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled dot-product attention.
+
+    Args:
+        q, k, v: [B, H, T, K].
+        causal: attend backwards only. Ignored where `allowed` is given, which then holds it already.
+        allowed: [B, 1, T, T] bool of `attention_mask`, or None when all tokens are real.
+
+    Returns:
+        The mixed values [B, H, T, K], and the weights [B, H, T, T] with the "eager" back-end.
+
+    Raises:
+        UserError: the xformers back-end was asked for where it is not installed or not on CUDA.
+    """
+    if backend == "sdpa":
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=allowed, is_causal=causal and allowed is None
+        )
+        return mixed, None
+    if backend == "xformers":
+        return _attend_xformers(q, k, v, causal=causal, allowed=allowed), None
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if allowed is None and causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    weights = scores.softmax(dim=-1)
+    return weights @ v, weights
+
+
+def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: Tensor | None) -> Tensor:
+    if q.device.type != "cuda":
+        raise UserError("model.attention=xformers runs on CUDA only; use model.attention=sdpa here")
+    try:
+        import xformers.ops as xops
+    except ImportError as error:
+        raise UserError(
+            "model.attention=xformers needs the package: pip install 'nepa[xformers]'"
+        ) from error
+    bias: Tensor | xops.LowerTriangularMask | None = xops.LowerTriangularMask() if causal else None
+    if allowed is not None:
+        batch, heads, places, _ = q.shape
+        padded = -(-places // 8) * 8  # xformers wants the bias' rows aligned to 8 elements
+        bias = q.new_full((batch, 1, places, padded), float("-inf"))[..., :places]
+        bias = bias.masked_fill(allowed, 0.0).expand(-1, heads, -1, -1)
+    q, k, v = (rearrange(x, "b h t k -> b t h k") for x in (q, k, v))
+    mixed: Tensor = xops.memory_efficient_attention(q, k, v, attn_bias=bias)
+    return rearrange(mixed, "b t h k -> b h t k")
+
+
+class Attention(nn.Module):
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.backend: Backend = config.attention
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+        if config.qk_norm == "off":
+            self.q_norm: nn.Module = nn.Identity()
+            self.k_norm: nn.Module = nn.Identity()
+        else:
+            weight = config.qk_norm == "affine"
+            self.q_norm, self.k_norm = (
+                nn.LayerNorm(config.head_dim, config.norm_eps, elementwise_affine=weight, bias=False)
+                for _ in range(2)
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: RotaryTable | None,
+        scale: Tensor | None,
+        *,
+        causal: bool,
+        allowed: Tensor | None,
+        trace: Trace | None,
+    ) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b t (qkv h k) -> qkv b h t k", qkv=3, h=self.heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        mixed, weights = attend(q, k, v, causal=causal, allowed=allowed, backend=self.backend)
+        if trace is not None and weights is not None:
+            trace.attention.append(weights)
+        return scaled_linear(rearrange(mixed, "b h t k -> b t (h k)"), self.out, scale)
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.activation = F.gelu if config.activation == "gelu" else F.silu
+        self.up = nn.Linear(config.dim, config.mlp_dim)
+        self.gate = nn.Linear(config.dim, config.mlp_dim) if config.gated else None
+        self.down = nn.Linear(config.mlp_dim, config.dim)
+
+    def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        up = self.up(x)
+        hidden = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
+        return scaled_linear(hidden, self.down, scale)
+
+
+def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None) -> Tensor:
+    """linear(x) times a LayerScale vector [D]."""
+    return linear(x) if scale is None else linear(x) * scale
+
+
+class Block(nn.Module):
+    """x += drop_path(ls1 * attention(norm1(x))); x += drop_path(ls2 * mlp(norm2(x)))."""
+
+    def __init__(self, config: PredictorConfig, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, config.norm_eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, config.norm_eps)
+        self.mlp = Mlp(config)
+        self.drop_path = drop_path
+        if config.layer_scale is None:
+            self.scale1 = self.scale2 = None
+        else:
+            self.scale1 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+            self.scale2 = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: RotaryTable | None,
+        *,
+        causal: bool,
+        allowed: Tensor | None,
+        trace: Trace | None,
+    ) -> Tensor:
+        branch = self.attention(self.norm1(x), rope, self.scale1, causal=causal, allowed=allowed, trace=trace)
+        x = x + self._dropped(branch)
+        return x + self._dropped(self.mlp(self.norm2(x), self.scale2))
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        """Stochastic depth: in training, drop the branch of whole samples and scale up the others."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        return branch * (keep / (1 - self.drop_path)).to(branch.dtype)
+
+
+class Predictor(nn.Module):
+    """Blocks and the final LayerNorm. Sequence in, sequence out; knows nothing of BOS, targets or data."""
+
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        self.config = config
+        rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.apply(init_weights)
+
+    def forward(
+        self,
+        x: Tensor,
+        coords: Tensor,
+        *,
+        causal: bool,
+        mask: Tensor | None = None,
+        coord_scale: float = 1.0,
+        trace: Trace | None = None,
+    ) -> Tensor:
+        """Predict the next embedding at every place.
+
+        Args:
+            x: [B, T, D] input embeddings. With BOS in front T is one more than the coordinates have rows.
+            coords: [N, A] or [B, N, A] float32 positions of the tokens (without BOS).
+            causal: attend backwards only.
+            mask: [B, T] bool, True for a real token, or None.
+            coord_scale: factor on all coordinates (the rotary augmentation of pre-training).
+            trace: filled with hidden states, and with attention maps by the "eager" back-end.
+
+        Returns:
+            [B, T, D], the output of the final LayerNorm.
+        """
+        rope = self._rope(x, coords, coord_scale)
+        allowed = None if mask is None else attention_mask(mask, causal=causal)
+        for block in self.blocks:
+            if trace is not None:
+                trace.hidden.append(x)
+            x = block(x, rope, causal=causal, allowed=allowed, trace=trace)
+        out: Tensor = self.norm(x)
+        if trace is not None:
+            trace.hidden += [x, out]
+        return out
+
+    def _rope(self, x: Tensor, coords: Tensor, coord_scale: float) -> RotaryTable | None:
+        if self.config.rope_theta is None:
+            return None
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return rotary_table(
+            coords,
+            self.config.head_dim,
+            self.config.rope_theta,
+            device=x.device,
+            dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
+            scale=coord_scale,
+            bos=x.shape[1] == coords.shape[-2] + 1,
+        )
+
+
+def init_weights(module: nn.Module) -> None:
+    """Linear maps: truncated normal, std 0.02, biases 0 (the released initialisation)."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

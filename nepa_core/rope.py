@@ -1,0 +1,111 @@
+"""Rotary position embedding from continuous coordinates of 1 to 3 axes.
+
+The form of the released NEPA checkpoints (that of DINOv3): the coordinate of each axis turns its own share of
+the head, angle = 2 * pi * coordinate / wavelength with wavelengths spaced geometrically from 1 to theta.
+Everything is float32; only the finished table is cast to the dtype of the attention.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RotaryTable(NamedTuple):
+    """cos and sin of every angle, each [T, K/2] or [B, T, K/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_angles(coords: Tensor, head_dim: int, theta: float, *, bos: bool = False) -> Tensor:
+    """Angles of every place, in radians.
+
+    Args:
+        coords: [N, A] or [B, N, A] float32, A = 1, 2 or 3.
+        head_dim: K, even. Each axis gets K/2 // A of the K/2 pairs; pairs left over are not rotated.
+        theta: the longest wavelength, in units of the coordinates (100 in the released checkpoints).
+        bos: put a row of zeros in front: the BOS token has no position and is not rotated.
+
+    Returns:
+        [N (+1), K/2] or [B, N (+1), K/2] float32, the first axis' angles first.
+    """
+    axes = coords.shape[-1]
+    pairs = head_dim // 2
+    per_axis = pairs // axes
+    frequencies = theta ** -(torch.arange(per_axis, dtype=torch.float32, device=coords.device) / per_axis)
+    angles = (2 * math.pi * coords.float()[..., None] * frequencies).flatten(-2)
+    angles = torch.nn.functional.pad(angles, (0, pairs - axes * per_axis))
+    return torch.nn.functional.pad(angles, (0, 0, 1, 0)) if bos else angles
+
+
+def rotary_table(
+    coords: Tensor,
+    head_dim: int,
+    theta: float,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    bos: bool = False,
+) -> RotaryTable:
+    """The table for one forward pass; all layers share it.
+
+    Shared coordinates on the CPU are recognised by their bytes, so their table (or, with a `scale` that
+    changes each step, their angles) is made once and kept on the device. `scale` multiplies all coordinates:
+    the training-time augmentation of the released configurations.
+    """
+    if coords.ndim == 2 and coords.device.type == "cpu":
+        key = (coords.contiguous().numpy().tobytes(), coords.shape[-1], coords.dtype, head_dim, theta, bos)
+        if scale == 1.0:
+            return _cached_table(*key, device, dtype)
+        angles = _cached_angles(*key, device)
+    else:
+        angles = rotary_angles(coords.to(device), head_dim, theta, bos=bos)
+    return _table(angles * scale, dtype)
+
+
+def rotate(x: Tensor, table: RotaryTable) -> Tensor:
+    """Turn queries or keys [B, H, T, K] by a table of [T, K/2] or [B, T, K/2], in the half-split form.
+
+    Pair i is (x[i], x[i + K/2]).
+    """
+    cos, sin = (t if t.ndim == 2 else t[:, None] for t in table)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def _table(angles: Tensor, dtype: torch.dtype) -> RotaryTable:
+    return RotaryTable(angles.cos().to(dtype), angles.sin().to(dtype))
+
+
+@lru_cache(maxsize=16)
+def _cached_angles(
+    data: bytes,
+    axes: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    theta: float,
+    bos: bool,
+    device: torch.device,
+) -> Tensor:
+    coords = torch.frombuffer(bytearray(data), dtype=dtype).view(-1, axes)
+    return rotary_angles(coords, head_dim, theta, bos=bos).to(device)
+
+
+@lru_cache(maxsize=16)
+def _cached_table(
+    data: bytes,
+    axes: int,
+    coords_dtype: torch.dtype,
+    head_dim: int,
+    theta: float,
+    bos: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> RotaryTable:
+    return _table(_cached_angles(data, axes, coords_dtype, head_dim, theta, bos, device), dtype)
