@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_core.modality import Tokens
@@ -66,31 +67,36 @@ class NEPA(nn.Module):
             trace: filled with the hidden states and, with the "eager" back-end, the attention maps.
         """
         embeddings = self.embed(tokens.values)
-        x = embeddings
-        if hidden is not None:
-            if self.mask_token is None:
-                raise ValueError("hiding inputs needs the mask token: model.mask_token=true")
-            x = torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
-        if self.positions is not None:
-            x = x + self._learned_positions(tokens).to(x.dtype)
         mask = tokens.mask
         if self.bos is not None:
-            bos = self.bos.to(x.dtype).expand(len(x), 1, -1)
-            x = torch.cat((bos, x), dim=1)
-            embeddings = torch.cat((bos, embeddings), dim=1) if x is not embeddings else x
-            mask = None if mask is None else torch.nn.functional.pad(mask, (1, 0), value=True)
+            bos = self.bos.to(embeddings.dtype).expand(len(embeddings), 1, -1)
+            embeddings = torch.cat((bos, embeddings), dim=1)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        x = embeddings
+        if hidden is not None:
+            x = self._hide(x, hidden)
+        if self.positions is not None:
+            x = x + self._learned_positions(tokens).to(x.dtype)
         predictions = self.predictor(
             x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace
         )
         return Prediction(embeddings, predictions, mask)
 
+    def _hide(self, x: Tensor, hidden: Tensor) -> Tensor:
+        if self.mask_token is None:
+            raise ValueError("hiding inputs needs the mask token: model.mask_token=true")
+        if self.bos is not None:
+            hidden = F.pad(hidden, (1, 0), value=False)
+        return torch.where(hidden[..., None], self.mask_token.to(x.dtype), x)
+
     def _learned_positions(self, tokens: Tokens) -> Tensor:
-        """The learned vector of each token's canonical place, [N, D] or [B, N, D]."""
+        """The learned vector of each token's canonical place, [T, D] or [B, T, D]; zero for BOS."""
         assert self.positions is not None
         count = tokens.values.shape[1]
         if count > len(self.positions):
             raise ValueError(f"{count} tokens, but model.learned_positions={len(self.positions)}")
-        return self.positions[:count] if tokens.order is None else self.positions[tokens.order]
+        vectors = self.positions[:count] if tokens.order is None else self.positions[tokens.order]
+        return vectors if self.bos is None else F.pad(vectors, (0, 0, 1, 0))
 
 
 def draw_coord_scale(rescale: float) -> float:

@@ -141,9 +141,7 @@ def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: 
     try:
         import xformers.ops as xops
     except ImportError as error:
-        raise UserError(
-            "model.attention=xformers needs the package: pip install 'nepa[xformers]'"
-        ) from error
+        raise UserError("model.attention=xformers needs the package: pip install 'nepa[xformers]'") from error
     bias: Tensor | xops.LowerTriangularMask | None = xops.LowerTriangularMask() if causal else None
     if allowed is not None:
         batch, heads, places, _ = q.shape
@@ -201,14 +199,15 @@ class Mlp(nn.Module):
         self.down = nn.Linear(config.mlp_dim, config.dim)
 
     def forward(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        up = self.up(x)
+        up: Tensor = self.up(x)
         hidden = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
         return scaled_linear(hidden, self.down, scale)
 
 
 def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None) -> Tensor:
     """linear(x) times a LayerScale vector [D]."""
-    return linear(x) if scale is None else linear(x) * scale
+    out: Tensor = linear(x)
+    return out if scale is None else out * scale
 
 
 class Block(nn.Module):

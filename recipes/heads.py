@@ -1,0 +1,44 @@
+"""Read-outs that sit on the predictor's output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def mean_of_tokens(features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
+    """Mean over the real tokens, BOS left out; [B, T, D] -> [B, D]."""
+    start = int(bos)
+    features = features[:, start:]
+    if mask is None:
+        return features.mean(1)
+    real = mask[:, start:, None].to(features.dtype)
+    return (features * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+def last_token(features: Tensor, mask: Tensor | None) -> Tensor:
+    """The last real token; [B, T, D] -> [B, D]."""
+    if mask is None:
+        return features[:, -1]
+    places = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask, places, -1).amax(1).clamp(min=0)
+    return features[torch.arange(len(features), device=mask.device), last]
+
+
+class MeanHead(nn.Module):
+    """LayerNorm of the mean over tokens, then one linear map (the released classification head).
+
+    The linear map starts at zero, as both the paper and the released scripts do.
+    """
+
+    def __init__(self, dim: int, classes: int, norm_eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, norm_eps)
+        self.classifier = nn.Linear(dim, classes)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
+        """[B, T, D] -> logits [B, classes]."""
+        logits: Tensor = self.classifier(self.norm(mean_of_tokens(features, mask, bos=bos)))
+        return logits
