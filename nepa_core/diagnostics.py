@@ -1,0 +1,389 @@
+"""Was anything learned? Measurements on held-out data that the loss alone can't give.
+
+The loss of this objective reaches -0.9 when little was learned: a predictor that repeats the current token, or
+one constant vector, can score as well. So the trained predictor stands here beside baselines that see the same
+embeddings, beside the network before training, and beside a linear autoregression; and collapse is judged by
+the rank of the embeddings, not by the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel
+from torch import Tensor
+
+from nepa_core.basics import FROZEN, Batch
+from nepa_core.modality import Modality
+from nepa_core.model import NEPA
+from nepa_core.objective import masked_mean, negative_cosine, pair_up
+
+CANDIDATES = 64
+"""Next-token identification is a choice among this many samples."""
+
+COLLAPSE_SHARE = 0.5
+"""Collapsed = the effective rank of the embeddings fell below this share of its value before training."""
+
+_RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean variance of a feature
+_RIDGE_FEATURES = 4096  # most features of the linear autoregression; above, each token is reduced by PCA
+_TIE = 1e-6  # cosines closer than this are equal: identical tokens differ by rounding
+
+
+class Gathered(NamedTuple):
+    """Sequences and what a model made of them, float32 on the CPU.
+
+    Attributes:
+        values: [S, N, P] raw tokens in the order of prediction.
+        embeddings, predictions: [S, T, D].
+        mask: [S, T] bool or None.
+    """
+
+    values: Tensor
+    embeddings: Tensor
+    predictions: Tensor
+    mask: Tensor | None
+
+    @property
+    def bos(self) -> int:
+        """Places in front of the first token: 1 with BOS, else 0."""
+        return self.embeddings.shape[1] - self.values.shape[1]
+
+    @property
+    def targets(self) -> Tensor:
+        """[S, T - 1, D], the embedding that each prediction but the last is compared with."""
+        return self.embeddings[:, 1:]
+
+    @property
+    def counted(self) -> Tensor | None:
+        """[S, T - 1] bool, the pairs whose source and target are real, or None for all."""
+        return pair_up(self.predictions, self.embeddings, self.mask, shift=True)[2]
+
+
+@torch.no_grad()
+def gather(
+    model: NEPA, modality: Modality, batches: Iterable[Batch], *, causal: bool, limit: int | None = None
+) -> Gathered:
+    """Run the model over batches (already on its device), in evaluation mode, for up to `limit` samples."""
+    was_training = model.training
+    model.eval()
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+    count = 0
+    for batch in batches:
+        tokens = modality.read(batch)
+        out = model(tokens, causal=causal)
+        parts.append((tokens.values, out.embeddings, out.predictions, out.mask))
+        count += len(tokens.values)
+        if limit is not None and count >= limit:
+            break
+    model.train(was_training)
+    values, embeddings, predictions = (
+        torch.cat([part[i].float().cpu() for part in parts])[:limit]  # type: ignore[union-attr]
+        for i in range(3)
+    )
+    masks = [part[3].cpu() for part in parts if part[3] is not None]
+    return Gathered(values, embeddings, predictions, torch.cat(masks)[:limit] if masks else None)
+
+
+# --------------------------------------------------------------------------------------------- collapse
+
+
+def effective_rank(rows: Tensor) -> float:
+    """exp of the entropy of the normalised singular values (RankMe), rows [M, D] scaled to unit length.
+
+    1 when all rows point one way, at most D. Not centred: a shared direction counts as the loss of rank it is.
+    """
+    unit = F.normalize(rows.double(), dim=-1)
+    singular = torch.linalg.eigvalsh(unit.T @ unit).clamp(min=0).sqrt()
+    share = singular / singular.sum().clamp(min=1e-300)
+    return float(torch.exp(-torch.special.xlogy(share, share).sum()))
+
+
+def spread(rows: Tensor) -> float:
+    """Mean standard deviation per dimension of unit rows [M, D], times sqrt(D): 1 is isotropic, 0 collapsed."""
+    return float(F.normalize(rows, dim=-1).std(0).mean() * math.sqrt(rows.shape[-1]))
+
+
+def shared_direction(rows: Tensor) -> float:
+    """Length of the mean of unit rows [M, D]: the cosine that the best constant vector reaches."""
+    return float(F.normalize(rows, dim=-1).mean(0).norm())
+
+
+def health(gathered: Gathered) -> dict[str, float]:
+    """Rank, spread and shared direction of the embeddings (without BOS) and of the predictions."""
+    embeddings, predictions = gathered.embeddings[:, gathered.bos :], gathered.predictions[:, :-1]
+    mask, counted = gathered.mask, gathered.counted
+    rows = {
+        "embedding": embeddings.flatten(0, 1) if mask is None else embeddings[mask[:, gathered.bos :]],
+        "prediction": predictions.flatten(0, 1) if counted is None else predictions[counted],
+    }
+    measures = {"effective_rank": effective_rank, "spread": spread, "shared_direction": shared_direction}
+    return {f"{name}_{of}": measure(x) for name, measure in measures.items() for of, x in rows.items()}
+
+
+# -------------------------------------------------------------------------------------------- baselines
+
+
+def baseline_predictions(train: Gathered, test: Gathered) -> dict[str, Tensor]:
+    """What predictors without a network say, fitted on `train`; each [S, T - 1, D] beside `test.targets`.
+
+    copy: the current token's own embedding. mean: the best constant. position_mean: the best constant of each
+    place. linear: ridge regression of the target's direction on all previous raw tokens, see
+    `linear_autoregression`.
+    """
+    unit = F.normalize(train.targets, dim=-1)
+    mean = unit.flatten(0, 1) if train.counted is None else unit[train.counted]
+    shape = test.targets.shape
+    return {
+        "copy": test.embeddings[:, :-1],
+        "mean": mean.mean(0).expand(shape),
+        "position_mean": _position_mean(unit, train.counted).expand(shape),
+        "linear": linear_autoregression(train, test),
+    }
+
+
+def _position_mean(targets: Tensor, counted: Tensor | None) -> Tensor:
+    """Mean over samples at each place, [S, Q, D] -> [Q, D]."""
+    if counted is None:
+        return targets.mean(0)
+    weight = counted[..., None].float()
+    return (targets * weight).sum(0) / weight.sum(0).clamp(min=1)
+
+
+def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
+    """Ridge regression of each target's direction on the raw tokens before it, one regression a place.
+
+    The strength is the one (of six) that serves the last tenth of the training samples best. Where N * P
+    exceeds 4,096 features, every token is first reduced to its leading principal components. Places share
+    one Cholesky factor, because the previous tokens of place t are a leading block of those of place t + 1.
+
+    Returns:
+        [S, T - 1, D] predictions for `test`.
+    """
+    x_train, x_test = _features(train, test)
+    size = x_train.shape[-1]
+    first = 1 - train.bos  # the token that the first prediction is about
+    unit = F.normalize(train.targets, dim=-1)
+    split = max(1, len(x_train) - max(1, len(x_train) // 10))
+    fit, held = slice(None, split), slice(split, None)
+    counted = train.counted
+    means = _position_mean(unit[fit], None if counted is None else counted[fit])
+    x_fit = x_train[fit].flatten(1)
+    scale = x_fit.square().mean()
+    targets = unit[fit] - means
+    shared = None if counted is not None else x_fit.T @ x_fit / len(x_fit)
+
+    def solve(strength: float) -> list[Tensor]:
+        factor = None if shared is None else _factor(shared, strength * scale)
+        weights = []
+        for q in range(unit.shape[1]):
+            width = (first + q) * size
+            if width == 0:
+                weights.append(x_fit.new_zeros(0, unit.shape[-1]))
+                continue
+            rows = slice(None) if counted is None else counted[fit][:, q]
+            x, y = x_fit[rows, :width], targets[rows, q]
+            place = (
+                _factor(x.T @ x / max(len(x), 1), strength * scale)
+                if factor is None
+                else factor[:width, :width]
+            )
+            weights.append(torch.cholesky_solve(x.T @ y / max(len(x), 1), place))
+        return weights
+
+    def predict(x: Tensor, weights: list[Tensor]) -> Tensor:
+        flat = x.flatten(1)
+        return torch.stack([flat[:, : len(w)] @ w for w in weights], dim=1) + means
+
+    def quality(weights: list[Tensor]) -> float:
+        cosine = -negative_cosine(predict(x_train[held], weights), unit[held])
+        return float(masked_mean(cosine, None if counted is None else counted[held]))
+
+    best = max((solve(strength) for strength in _RIDGE_STRENGTHS), key=quality)
+    return predict(x_test, best)
+
+
+def _factor(gram: Tensor, strength: Tensor) -> Tensor:
+    identity = torch.eye(len(gram))
+    return torch.linalg.cholesky(gram + strength.clamp(min=1e-8) * identity)
+
+
+def _features(train: Gathered, test: Gathered) -> tuple[Tensor, Tensor]:
+    """Raw tokens, centred per place on the training mean, reduced where there are too many; padding is 0."""
+    mean = _position_mean(train.values, None if train.mask is None else train.mask[:, train.bos :])
+    keep = max(1, _RIDGE_FEATURES // train.values.shape[1])
+    basis = None
+    centred = []
+    for part in (train, test):
+        x = part.values - mean
+        if part.mask is not None:
+            x = x * part.mask[:, part.bos :, None]
+        if x.shape[-1] > keep:
+            if basis is None:
+                rows = x.flatten(0, 1)
+                basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -keep:]
+            x = x @ basis
+        centred.append(x)
+    return centred[0], centred[1]
+
+
+# ----------------------------------------------------------------------------------------- identification
+
+
+def identification(predictions: Tensor, targets: Tensor, counted: Tensor | None = None) -> Tensor:
+    """How often the true next token is the nearest (cosine) among 64 samples at the same place.
+
+    Args:
+        predictions, targets: [S, Q, D].
+        counted: [S, Q] bool; other pairs are neither asked nor offered.
+
+    Returns:
+        [S'] float32, the share of each sample's places that were identified, S' = S rounded down to whole
+        groups of 64 (all of S in one group, where S is less). Equal candidates share the credit, so chance is
+        one over the number of candidates whatever repeats.
+    """
+    size = min(CANDIDATES, len(predictions))
+    groups = len(predictions) // size
+    credits_ = []
+    for g in range(groups):
+        rows = slice(g * size, (g + 1) * size)
+        asked, offered = (F.normalize(x[rows].transpose(0, 1), dim=-1) for x in (predictions, targets))
+        cosine = asked @ offered.transpose(1, 2)  # [Q, asked, offered]
+        true = cosine.diagonal(dim1=1, dim2=2)[..., None].clone()
+        if counted is not None:
+            cosine = cosine.masked_fill(~counted[rows].T[:, None, :], -math.inf)
+        beaten = (cosine > true + _TIE).any(-1)
+        credit = torch.where(beaten, 0.0, 1.0 / ((cosine - true).abs() <= _TIE).sum(-1).clamp(min=1))
+        if counted is None:
+            credits_.append(credit.mean(0))
+        else:
+            real = counted[rows].T
+            credits_.append((credit * real).sum(0) / real.sum(0).clamp(min=1))
+    return torch.cat(credits_)
+
+
+# ----------------------------------------------------------------------------------------------- verdict
+
+
+class Verdict(BaseModel):
+    """Everything the card says, measured on held-out data; losses are negative cosines (-1 is perfect).
+
+    Attributes:
+        samples: held-out samples measured; fitted_samples: training samples the baselines were fitted on.
+        loss: of next-embedding prediction, whatever the run's own objective was.
+        baseline_copy, baseline_mean, baseline_position_mean, baseline_linear: the same loss for predictors
+            without a network.
+        copy_wins: share of the predictions that the current token's own embedding would have beaten.
+        retrieval_candidates: 64, or the number of held-out samples where there are fewer.
+        retrieval_top1, retrieval_top1_*: share of next tokens identified, by the model, by the baselines and
+            by the network before training. Chance is 1 / retrieval_candidates.
+        margin_linear, margin_linear_ci95: retrieval_top1 minus that of the linear autoregression, and the
+            half-width of its 95 % interval (paired over samples).
+        margin_untrained, margin_untrained_ci95: the same against the network before training.
+        effective_rank_*, spread_*, shared_direction_*: see the functions of those names; `*_start` is the
+            network before training on the same samples.
+        collapsed: effective_rank_embedding is below half of effective_rank_embedding_start.
+        loss_per_position: predictor name -> loss at each place.
+    """
+
+    model_config = FROZEN
+
+    samples: int
+    fitted_samples: int
+    loss: float
+    baseline_copy: float
+    baseline_mean: float
+    baseline_position_mean: float
+    baseline_linear: float
+    copy_wins: float
+    retrieval_candidates: int
+    retrieval_top1: float
+    retrieval_top1_linear: float
+    retrieval_top1_copy: float
+    retrieval_top1_mean: float
+    retrieval_top1_position_mean: float
+    retrieval_top1_untrained: float
+    margin_linear: float
+    margin_linear_ci95: float
+    margin_untrained: float
+    margin_untrained_ci95: float
+    effective_rank_embedding: float
+    effective_rank_embedding_start: float
+    effective_rank_prediction: float
+    effective_rank_prediction_start: float
+    spread_embedding: float
+    spread_prediction: float
+    shared_direction_embedding: float
+    shared_direction_embedding_start: float
+    shared_direction_prediction: float
+    collapsed: bool
+    loss_per_position: dict[str, list[float]]
+
+    @property
+    def chance(self) -> float:
+        return 1 / self.retrieval_candidates
+
+    @property
+    def beats_untrained(self) -> bool:
+        return self.margin_untrained > self.margin_untrained_ci95
+
+    @property
+    def beats_linear(self) -> bool:
+        return self.margin_linear > self.margin_linear_ci95
+
+
+def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
+    """Measure the trained model.
+
+    Args:
+        train: training samples without augmentation, gathered with the trained model: the baselines' data.
+        test: held-out samples, gathered with the trained model.
+        untrained: the same held-out samples, gathered with the network before training.
+    """
+    counted = test.counted
+    predictions = {"model": test.predictions[:, :-1], **baseline_predictions(train, test)}
+    losses = {name: negative_cosine(x, test.targets) for name, x in predictions.items()}
+    found = {name: identification(x, test.targets, counted) for name, x in predictions.items()}
+    found["untrained"] = identification(untrained.predictions[:, :-1], untrained.targets, untrained.counted)
+    mean_loss = {name: float(masked_mean(loss, counted)) for name, loss in losses.items()}
+    top1 = {name: float(credit.mean()) for name, credit in found.items()}
+    margins = {name: _mean_and_ci95(found["model"] - found[name]) for name in ("linear", "untrained")}
+    now, start = health(test), health(untrained)
+    return Verdict(
+        samples=len(test.values),
+        fitted_samples=len(train.values),
+        loss=mean_loss["model"],
+        **{f"baseline_{name}": value for name, value in mean_loss.items() if name != "model"},
+        copy_wins=float(masked_mean((losses["copy"] < losses["model"]).float(), counted)),
+        retrieval_candidates=min(CANDIDATES, len(test.values)),
+        retrieval_top1=top1["model"],
+        **{f"retrieval_top1_{name}": value for name, value in top1.items() if name != "model"},
+        margin_linear=margins["linear"][0],
+        margin_linear_ci95=margins["linear"][1],
+        margin_untrained=margins["untrained"][0],
+        margin_untrained_ci95=margins["untrained"][1],
+        **now,
+        **{
+            f"{name}_start": start[name]
+            for name in (
+                "effective_rank_embedding",
+                "effective_rank_prediction",
+                "shared_direction_embedding",
+            )
+        },
+        collapsed=now["effective_rank_embedding"] < COLLAPSE_SHARE * start["effective_rank_embedding"],
+        loss_per_position={
+            name: _position_mean(loss[..., None], counted)[:, 0].tolist() for name, loss in losses.items()
+        },
+    )
+
+
+def _mean_and_ci95(differences: Tensor) -> tuple[float, float]:
+    """Mean over samples and the half-width of its 95 % normal interval."""
+    half = (
+        1.96 * differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else torch.tensor(0.0)
+    )
+    return float(differences.mean()), float(half)
