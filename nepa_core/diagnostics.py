@@ -186,17 +186,14 @@ def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
                 continue
             rows = slice(None) if counted is None else counted[fit][:, q]
             x, y = x_fit[rows, :width], targets[rows, q]
-            place = (
-                _factor(x.T @ x / max(len(x), 1), strength * scale)
-                if factor is None
-                else factor[:width, :width]
-            )
+            place = _factor(x.T @ x / max(len(x), 1), strength * scale) if factor is None else factor[:width, :width]
             weights.append(torch.cholesky_solve(x.T @ y / max(len(x), 1), place))
         return weights
 
     def predict(x: Tensor, weights: list[Tensor]) -> Tensor:
         flat = x.flatten(1)
-        return torch.stack([flat[:, : len(w)] @ w for w in weights], dim=1) + means
+        predicted: Tensor = torch.stack([flat[:, : len(w)] @ w for w in weights], dim=1) + means
+        return predicted
 
     def quality(weights: list[Tensor]) -> float:
         cosine = -negative_cosine(predict(x_train[held], weights), unit[held])
@@ -207,8 +204,8 @@ def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
 
 
 def _factor(gram: Tensor, strength: Tensor) -> Tensor:
-    identity = torch.eye(len(gram))
-    return torch.linalg.cholesky(gram + strength.clamp(min=1e-8) * identity)
+    factor: Tensor = torch.linalg.cholesky(gram + strength.clamp(min=1e-8) * torch.eye(len(gram)))
+    return factor
 
 
 def _features(train: Gathered, test: Gathered) -> tuple[Tensor, Tensor]:
@@ -383,7 +380,5 @@ def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
 
 def _mean_and_ci95(differences: Tensor) -> tuple[float, float]:
     """Mean over samples and the half-width of its 95 % normal interval."""
-    half = (
-        1.96 * differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else torch.tensor(0.0)
-    )
+    half = 1.96 * differences.std() / math.sqrt(len(differences)) if len(differences) > 1 else torch.tensor(0.0)
     return float(differences.mean()), float(half)

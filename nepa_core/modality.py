@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from pydantic import BaseModel
@@ -93,6 +94,9 @@ class Modality(BaseModel, ABC):
     """
 
     model_config = FROZEN
+
+    token_name: ClassVar[str] = "token"
+    """What one token is called on the verdict card."""
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset[Batch]:

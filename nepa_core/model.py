@@ -43,9 +43,7 @@ class NEPA(nn.Module):
         self.embed.apply(init_weights)
         self.bos = _learned_vector(1, config.dim) if config.bos else None
         self.mask_token = _learned_vector(1, config.dim) if config.mask_token else None
-        self.positions = (
-            _learned_vector(config.learned_positions, config.dim) if config.learned_positions else None
-        )
+        self.positions = _learned_vector(config.learned_positions, config.dim) if config.learned_positions else None
         self.predictor = Predictor(config)
 
     def forward(
@@ -77,9 +75,7 @@ class NEPA(nn.Module):
             x = self._hide(x, hidden)
         if self.positions is not None:
             x = x + self._learned_positions(tokens).to(x.dtype)
-        predictions = self.predictor(
-            x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace
-        )
+        predictions = self.predictor(x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace)
         return Prediction(embeddings, predictions, mask)
 
     def _hide(self, x: Tensor, hidden: Tensor) -> Tensor:

@@ -67,6 +67,12 @@ def masked_mean(values: Tensor, counted: Tensor | None) -> Tensor:
     return torch.where(counted, values, 0.0).sum() / counted.sum().clamp(min=1)
 
 
+def pair_count(predictions: Tensor, mask: Tensor | None = None, *, shift: bool = True) -> Tensor | int:
+    """How many pairs the loss of a batch is a mean over (a tensor where a mask decides); shapes as in `pair_up`."""
+    _, target, counted = pair_up(predictions, predictions, mask, shift=shift)
+    return target.shape[0] * target.shape[1] if counted is None else counted.sum()
+
+
 def next_embedding_loss(
     predictions: Tensor,
     embeddings: Tensor,

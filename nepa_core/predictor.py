@@ -120,9 +120,7 @@ def attend(
         UserError: the xformers back-end was asked for where it is not installed or not on CUDA.
     """
     if backend == "sdpa":
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, is_causal=causal and allowed is None
-        )
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None)
         return mixed, None
     if backend == "xformers":
         return _attend_xformers(q, k, v, causal=causal, allowed=allowed), None
@@ -166,8 +164,7 @@ class Attention(nn.Module):
         else:
             weight = config.qk_norm == "affine"
             self.q_norm, self.k_norm = (
-                nn.LayerNorm(config.head_dim, config.norm_eps, elementwise_affine=weight, bias=False)
-                for _ in range(2)
+                nn.LayerNorm(config.head_dim, config.norm_eps, elementwise_affine=weight, bias=False) for _ in range(2)
             )
 
     def forward(

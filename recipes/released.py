@@ -112,9 +112,7 @@ def translate(released: dict[str, Tensor], source: Path) -> tuple[dict[str, Tens
 
 def _depth(released: dict[str, Tensor]) -> int:
     start = f"{PREFIX}encoder.layer."
-    return 1 + max(
-        (int(name[len(start) :].split(".")[0]) for name in released if name.startswith(start)), default=-1
-    )
+    return 1 + max((int(name[len(start) :].split(".")[0]) for name in released if name.startswith(start)), default=-1)
 
 
 def _config(facts: dict[str, Any], folder: Path) -> PredictorConfig:
@@ -145,9 +143,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         facts: dict[str, Any] = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing; name a folder that holds config.json and model.safetensors"
-        ) from error
+        raise UserError(f"{path} is missing; name a folder that holds config.json and model.safetensors") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
     return facts
@@ -157,8 +153,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is missing; name a folder that holds config.json and model.safetensors"
-        ) from error
+        raise UserError(f"{path} is missing; name a folder that holds config.json and model.safetensors") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} can't be read ({error}); fetch it again") from error

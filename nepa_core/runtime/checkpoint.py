@@ -1,0 +1,149 @@
+"""Checkpoints: written whole or not at all, checked before they are believed, and free of pickle.
+
+`checkpoints/step_00000800/` holds one safetensors file for each named group of tensors (model, ema, optimizer,
+...) and `state.json` with the step, plain values and the SHA-256 of every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nepa_core.basics import UserError
+
+
+class Checkpoint(NamedTuple):
+    """What was stored: tensors by group, and plain values (JSON)."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a failing disk into one line; what was written before is untouched."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(
+            f"{path} can't be written: {reason}; free some space and give the same command again "
+            "(earlier checkpoints are kept)"
+        ) from error
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write a checkpoint and drop the oldest ones beyond `keep`.
+
+    Everything goes to a temporary folder that is renamed when it is complete, so a crash leaves no half of one.
+
+    Raises:
+        UserError: the disk is full or can't be written.
+    """
+    target = folder / f"step_{checkpoint.step:08d}"
+    building = folder / f".writing_{target.name}"
+    with disk_errors(target):
+        try:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            digests = {}
+            for name, tensors in checkpoint.tensors.items():
+                file = building / f"{name}.safetensors"
+                save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, file)
+                digests[file.name] = _digest(file)
+            record = {"step": checkpoint.step, "files": digests, **checkpoint.state}
+            (building / "state.json").write_text(json.dumps(record, indent=2) + "\n")
+            _flush(building)
+            if target.exists():  # a damaged one of the same step, or the same step written again
+                shutil.rmtree(target)
+            building.rename(target)
+            _sync(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    for old in _stored(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest undamaged checkpoint (on the CPU), or None, and a line on each damaged one passed over."""
+    notes: list[str] = []
+    for path in reversed(_stored(folder)):
+        try:
+            return read_checkpoint(path), notes
+        except UserError as error:
+            notes.append(f"{error}; going back to the checkpoint before it")
+    return None, notes
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read and check one checkpoint folder.
+
+    Raises:
+        UserError: a file is missing or is not the one that was written.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text())
+        files = state.pop("files")
+        for name, digest in files.items():
+            if _digest(path / name) != digest:
+                raise UserError(f"checkpoint {path} is damaged: {name} is not as it was written")
+        tensors = {Path(name).stem: load_file(path / name) for name in files}
+        return Checkpoint(state.pop("step"), tensors, state)
+    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {error}") from error
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimiser's state as `parameter name/key` -> tensor, free of any rank or index."""
+    return {
+        f"{names[parameter]}/{key}": value
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], stored: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` took; the moments go to the parameters' device."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    for path, value in stored.items():
+        name, _, key = path.rpartition("/")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = value.to(parameter.device)
+
+
+def _stored(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*"))
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

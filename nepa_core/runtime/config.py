@@ -1,0 +1,188 @@
+"""Configs as users touch them: `key=value` overrides, import paths, JSON, and what differs between two."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from nepa_core.basics import UserError
+from nepa_core.modality import Modality
+from nepa_core.runtime.optim import Duration
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def load_object(path: str) -> Any:
+    """Import `package.module:name`; the current folder counts as a place to import from.
+
+    Raises:
+        UserError: the module or the name does not exist.
+    """
+    module_name, _, name = path.partition(":")
+    if not module_name or not name:
+        raise UserError(f"{path!r} is not of the form module:function, such as recipes.vision:digits")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise UserError(f"{path}: importing {module_name} failed: {error}") from error
+        raise UserError(
+            f"{path}: no module {module_name!r} here; run the command from the folder that holds it"
+        ) from error
+    if not hasattr(module, name):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, public)}")
+    return getattr(module, name)
+
+
+def import_path(thing: type) -> str:
+    """The path that `load_object` turns back into this class."""
+    return f"{thing.__module__}:{thing.__qualname__}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?" for a mistyped word, or the known words where none is near."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def parse_assignments(words: Iterable[str]) -> dict[str, Any]:
+    """`["optim.lr=1e-3", "data.root=/x"]` to a dictionary; values are JSON where they parse, else strings.
+
+    Raises:
+        UserError: a word is not of the form key=value, or a key comes twice.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if not sign or not key:
+            raise UserError(f"{word!r} is not of the form key=value")
+        if key in found:
+            raise UserError(f"{key} is given twice")
+        try:
+            found[key] = json.loads(text)
+        except ValueError:
+            found[key] = text
+    return found
+
+
+def override(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A copy of a config with dotted keys replaced, validated anew.
+
+    Raises:
+        UserError: a key is unknown (the nearest valid one is named) or a value does not fit.
+    """
+    for key in changes:
+        _check_key(config, key)
+    return _override(config, dict(changes), "")
+
+
+def _check_key(config: BaseModel, key: str) -> None:
+    node: Any = config
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, BaseModel):
+            raise UserError(f"unknown key {key}: {'.'.join(parts[:depth])} is a single value")
+        if part not in type(node).model_fields:
+            raise UserError(f"unknown key {key}{nearest(key, keys(config))}")
+        node = getattr(node, part)
+
+
+def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
+    values = {name: getattr(node, name) for name in type(node).model_fields}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            nested.setdefault(head, {})[rest] = value
+        else:
+            values[head] = value
+    for head, inner in nested.items():
+        values[head] = _override(values[head], inner, f"{prefix}{head}.")
+    if isinstance(node, Duration):  # it holds one unit: naming one replaces the other
+        values = changes
+    return validated(type(node), values, prefix)
+
+
+def validated(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
+    """Construct a config; what does not fit becomes one line that names the key.
+
+    Raises:
+        UserError: a value is missing, unknown, of a wrong type or out of range.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, prefix, kind)) from error
+
+
+def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
+    """The first complaint of a pydantic error as one line."""
+    first = error.errors()[0]
+    key = prefix + ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # a validator over the whole config names its keys itself
+        return message
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key}{nearest(str(first['loc'][-1]), kind.model_fields)}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{key}={first['input']}: {message[0].lower()}{message[1:]}{more}"
+
+
+def keys(config: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a config with its value, in the order of the fields."""
+    found: dict[str, Any] = {}
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            found |= keys(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
+
+
+def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values (None where one side lacks the key)."""
+    a, b = keys(old), keys(new)
+    return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
+
+
+def save_config(config: BaseModel, path: Path) -> None:
+    """Write a config as JSON, with the import path of its adapter beside the adapter's settings."""
+    saved = config.model_dump(mode="json", serialize_as_any=True)
+    data = getattr(config, "data", None)
+    if isinstance(data, Modality):
+        saved = {"adapter": import_path(type(data)), **saved}
+    path.write_text(json.dumps(saved, indent=2) + "\n")
+
+
+def load_config(kind: type[Config], path: Path) -> Config:
+    """Read what `save_config` wrote, rebuilding the adapter from its import path.
+
+    Raises:
+        UserError: the file is missing or damaged, or a key does not fit.
+    """
+    try:
+        saved = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} is not a run folder: it holds no {path.name}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it or start a new run") from error
+    if "adapter" in saved:
+        adapter = load_object(saved.pop("adapter"))
+        saved["data"] = validated(adapter, saved["data"], "data.")
+    return validated(kind, saved)

@@ -1,0 +1,207 @@
+"""Which samples come at which step: a function of the seed and the step alone, so a resumed run sees the same.
+
+No state is kept. The order of an epoch is a permutation drawn from (seed, epoch), a rank takes its slice of
+the global batch, and torch's global generator is seeded for each batch, in the worker that loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator, Sized
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from nepa_core.basics import Batch, UnreadableSample, UserError
+
+_SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
+_ERROR = "_error"  # key of a batch that is a user's error instead
+
+
+def fold_seed(*parts: int | str) -> int:
+    """One 63-bit seed from several numbers; different parts give unrelated seeds."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class Draw(NamedTuple):
+    """What a worker is asked for: sample indices, and the seed of everything random in the batch."""
+
+    indices: list[int]
+    seed: int
+
+
+class DrawSampler(Sampler[Draw]):
+    """The draws of one rank from step `start` to step `stop`; every step holds `accumulate` of them."""
+
+    def __init__(
+        self,
+        samples: int,
+        *,
+        batch: int,
+        accumulate: int,
+        rank: int,
+        ranks: int,
+        seed: int,
+        start: int,
+        stop: int,
+    ) -> None:
+        self.samples, self.batch, self.accumulate = samples, batch, accumulate
+        self.rank, self.ranks, self.seed, self.start, self.stop = rank, ranks, seed, start, stop
+
+    def __len__(self) -> int:
+        return (self.stop - self.start) * self.accumulate
+
+    def __iter__(self) -> Iterator[Draw]:
+        per_epoch = self.samples // self.batch
+        micro = self.batch // (self.ranks * self.accumulate)
+        for step in range(self.start, self.stop):
+            epoch, place = divmod(step, per_epoch)
+            order = epoch_order(self.samples, self.seed, epoch)
+            for part in range(self.accumulate):
+                first = place * self.batch + (part * self.ranks + self.rank) * micro
+                yield Draw(order[first : first + micro].tolist(), fold_seed(self.seed, "data", step, part, self.rank))
+
+
+@lru_cache(maxsize=2)
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The permutation of the samples in an epoch."""
+    generator = torch.Generator().manual_seed(fold_seed(seed, "order", epoch))
+    return torch.randperm(samples, generator=generator)
+
+
+class _Batches(Dataset[Batch]):
+    """Loads whole draws. Unreadable samples are named; the next readable neighbour replaces them, or nothing."""
+
+    def __init__(self, dataset: Dataset[Batch], *, replace: bool) -> None:
+        self.dataset, self.replace = dataset, replace
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        torch.manual_seed(draw.seed)
+        try:
+            return self._load(draw.indices)
+        except UserError as error:  # crosses the worker boundary as data, to stay one line
+            return {_ERROR: str(error)}
+
+    def _load(self, indices: list[int]) -> Batch:
+        whole = getattr(self.dataset, "__getitems__", None)
+        if whole is not None:
+            try:
+                return cast(Batch, whole(indices))
+            except UnreadableSample:
+                pass  # find out below which ones they are
+        skipped: list[str] = []
+        found = [self._readable(index, skipped) for index in indices]
+        samples = [sample for sample in found if sample is not None]
+        batch: Batch = default_collate(samples) if samples else {}
+        return batch | {_SKIPPED: skipped} if skipped else batch
+
+    def _readable(self, index: int, skipped: list[str]) -> Batch | None:
+        count = len(cast(Sized, self.dataset))
+        for offset in range(count if self.replace else 1):
+            try:
+                return self.dataset[(index + offset) % count]
+            except UnreadableSample as error:
+                skipped.append(str(error))
+        if self.replace:
+            raise UserError(f"no sample can be read; the first: {skipped[0]}")
+        return None
+
+
+class TrainingBatches:
+    """An iterator over the batches of one rank, on its device, from any step on.
+
+    Attributes:
+        unreadable: name and cause of every sample skipped so far.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Batch],
+        sampler: DrawSampler,
+        *,
+        workers: int,
+        max_unreadable: float,
+        device: torch.device,
+    ) -> None:
+        self.unreadable: set[str] = set()
+        self._limit = max_unreadable * sampler.samples
+        self._max_unreadable = max_unreadable
+        self._device = device
+        self._loader = DataLoader(_Batches(dataset, replace=True), sampler=sampler, **_loader_settings(workers, device))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            self._note(_raise_error(batch).pop(_SKIPPED, []))
+            yield to_device(batch, self._device)
+
+    def _note(self, skipped: list[str]) -> None:
+        self.unreadable |= set(skipped)
+        if len(self.unreadable) > self._limit:
+            raise UserError(
+                f"{len(self.unreadable)} unreadable samples are more than train.max_unreadable="
+                f"{self._max_unreadable} of the data; the first is {min(self.unreadable)}; "
+                "mend or remove the files, or allow a larger share"
+            )
+
+
+def _ignore_ctrl_c(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops cleanly; its workers end with it
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move the tensors of a batch; other values stay."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def plain_batches(
+    dataset: Dataset[Batch],
+    *,
+    batch: int,
+    device: torch.device,
+    workers: int = 0,
+    limit: int | None = None,
+    seed: int | None = None,
+) -> Iterator[Batch]:
+    """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
+
+    Args:
+        limit: most samples. seed: take a random choice of them instead of the first.
+
+    Raises:
+        UserError: no sample could be read.
+    """
+    count = len(cast(Sized, dataset))
+    indices = list(range(count)) if seed is None else epoch_order(count, seed, 0).tolist()
+    indices = indices[:limit]
+    draws = [Draw(indices[i : i + batch], fold_seed(seed or 0, "plain", i)) for i in range(0, len(indices), batch)]
+    loader = DataLoader(_Batches(dataset, replace=False), sampler=draws, **_loader_settings(workers, device))
+    skipped: list[str] = []
+    empty = True
+    for loaded in loader:
+        skipped += _raise_error(loaded).pop(_SKIPPED, [])
+        if loaded:
+            empty = False
+            yield to_device(loaded, device)
+    if empty:
+        raise UserError(f"no held-out sample can be read: {skipped[0] if skipped else 'the split is empty'}")
+
+
+def _loader_settings(workers: int, device: torch.device) -> dict[str, Any]:
+    return {
+        "batch_size": None,  # a draw is a whole batch already
+        "num_workers": workers,
+        "worker_init_fn": _ignore_ctrl_c,
+        "pin_memory": device.type == "cuda",
+        "generator": torch.Generator(),  # or the loader would draw from the global one
+    }
+
+
+def _raise_error(batch: Batch) -> Batch:
+    if _ERROR in batch:
+        raise UserError(batch[_ERROR])
+    return batch

@@ -1,0 +1,68 @@
+"""One process or many: everything that knows of ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class World(NamedTuple):
+    """This process among all: its rank, their number, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all ranks, on every rank."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says True; every rank gets the same answer. Waits for the device."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+        return bool(value)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as the fit loop calls it: gradients are averaged over ranks."""
+        return model if self.size == 1 else DistributedDataParallel(model)
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Join the processes that `torchrun` started, or be the only one.
+
+    CUDA where there is one (a device a local rank), else the CPU; NCCL or gloo to match.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,446 @@
+"""The fit loop. There is one: a task is a step function that turns a batch into a loss.
+
+One optimiser step is: `accumulate` micro-batches forward and backward, one norm of the gradient, one fused
+AdamW step that also divides by the weight of the batch, clips, and does nothing where the gradient is not finite
+(all on the device, without waiting for it), one fused EMA update.
+
+Everything random in a step is drawn after seeding with (seed, step, micro-batch, rank), and the data order is a
+function of (seed, step), so a checkpoint needs no generator state and a resumed run repeats an uninterrupted one
+bit for bit on the CPU.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.ema import Ema
+from nepa_core.runtime.checkpoint import (
+    Checkpoint,
+    load_latest,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.optim import Duration, OptimConfig, lr_factor, make_optimizer
+from nepa_core.runtime.run import Meter, Run
+
+
+class TrainConfig(BaseModel):
+    """How long, how much at once, and what is kept.
+
+    Attributes:
+        length: of the whole run, in steps or epochs.
+        batch: global batch, over all processes and micro-batches.
+        micro_batch: most samples a process holds at once, or None for its whole share of the batch; gradient
+            accumulation follows from it.
+        seed: of weights, data order and everything random in a step.
+        ema: decay of the averaged weights, or None for none. Where there is an average it is what is judged.
+        precision: "auto" is bfloat16 autocast on CUDA devices that have it and float32 elsewhere.
+        compile: run the predictor through torch.compile.
+        workers: processes that load data, for each rank; 0 loads in the main process.
+        log, evaluate, checkpoint: steps between lines of metrics, held-out measurements, checkpoints.
+        keep: checkpoints that are kept.
+        max_unreadable: share of the training samples that may be unreadable before the run stops.
+    """
+
+    model_config = FROZEN
+
+    length: Duration
+    batch: int = Field(gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0)
+    ema: float | None = Field(gt=0, lt=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
+    workers: int = Field(ge=0)
+    log: int = Field(gt=0)
+    evaluate: int = Field(gt=0)
+    checkpoint: int = Field(gt=0)
+    keep: int = Field(gt=0)
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
+
+
+class StepOutput(NamedTuple):
+    """What a step function returns for one micro-batch.
+
+    Attributes:
+        loss: float32 scalar, a mean.
+        weight: of how many things (predictions, labels) the loss is a mean: a batch's loss is the mean over
+            all of them, however they fall on micro-batches and ranks.
+        tokens: input tokens seen, for the rate.
+    """
+
+    loss: Tensor
+    weight: Tensor | float
+    tokens: int
+
+
+StepFunction = Callable[[nn.Module, Batch], StepOutput]
+
+
+class FitResult(NamedTuple):
+    """Figures of a finished fit; `seconds` and `tokens` count all sittings of a resumed run."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    data_wait_share: float
+    unreadable: int
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and did, after a checkpoint. `status` is the exit status for it."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Plan(NamedTuple):
+    """A run in steps: what follows from the config, the size of the data and the number of processes."""
+
+    total: int
+    warmup: int
+    per_epoch: int
+    accumulate: int
+    peak_lr: float
+
+
+def plan(config: TrainConfig, optim: OptimConfig, *, samples: int, ranks: int) -> Plan:
+    """Turn durations into steps and the global batch into micro-batches.
+
+    Raises:
+        UserError: the batch does not fit the data, the processes or the micro-batch.
+    """
+    per_epoch = samples // config.batch
+    if per_epoch == 0:
+        raise UserError(f"train.batch={config.batch} is more than the {samples} training samples; lower it")
+    if config.batch % ranks:
+        raise UserError(f"train.batch={config.batch} is not a multiple of the {ranks} processes")
+    share = config.batch // ranks
+    micro = min(config.micro_batch or share, share)
+    if share % micro:
+        raise UserError(f"train.micro_batch={micro} does not divide the {share} samples each process gets")
+    if config.length.fraction is not None:
+        raise UserError("train.length is the whole run: give it in steps or epochs")
+    total = config.length.in_steps(steps_per_epoch=per_epoch, total=0)
+    if total == 0:
+        raise UserError("train.length is 0 steps; lengthen it")
+    warmup = optim.warmup.in_steps(steps_per_epoch=per_epoch, total=total)
+    return Plan(total, min(warmup, total), per_epoch, share // micro, optim.peak(config.batch))
+
+
+class Stopwatch:
+    """Where the time of a step goes. `synchronise` waits for the device at every lap (for `nepa bench`)."""
+
+    def __init__(self, synchronise: Callable[[], None] | None = None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._synchronise = synchronise
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to a phase."""
+        if self._synchronise is not None:
+            self._synchronise()
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+class _Tally:
+    """Sums since the last line of metrics, on the device; part of a checkpoint, so a line never loses a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = {name: torch.zeros((), device=device) for name in ("loss", "weight", "grad_norm", "skipped")}
+        self.steps = 0
+
+    def add(self, **values: Tensor) -> None:
+        bad = values["skipped"] > 0
+        for name, value in values.items():
+            self.sums[name] += value if name == "skipped" else value.masked_fill(bad, 0.0)
+        self.steps += 1
+
+    def take(self) -> tuple[dict[str, float], int]:
+        """The sums as numbers (waits for the device) and the steps they are over; starts again from zero."""
+        names = list(self.sums)
+        values = torch.stack([self.sums[name] for name in names]).tolist()
+        steps, self.steps = self.steps, 0
+        for value in self.sums.values():
+            value.zero_()
+        return dict(zip(names, values, strict=True)), steps
+
+
+def fit(
+    *,
+    model: nn.Module,
+    step_function: StepFunction,
+    dataset: Dataset[Batch],
+    config: TrainConfig,
+    optim: OptimConfig,
+    run: Run,
+    world: World,
+    ema: Ema | None = None,
+    evaluate: Callable[[], Mapping[str, Any]] | None = None,
+    watch: Stopwatch | None = None,
+) -> FitResult:
+    """Train `model` in place to the end of its plan, going on from the run's newest checkpoint.
+
+    Args:
+        model: on `world.device`. All its trainable parameters must take part in every step.
+        step_function: (model as the ranks share it, batch) -> StepOutput; called under autocast.
+        ema: the averages of `model`'s parameters, updated after every step.
+        evaluate: held-out figures for metrics.jsonl, called on the main process before the first step, every
+            `config.evaluate` steps and after the last, with the averaged weights applied.
+
+    Raises:
+        UserError: the plan does not fit, the disk is full, too many samples are unreadable, or a whole
+            interval of steps had gradients that are not finite.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+    """
+    samples = len(cast(Sized, dataset))
+    steps = plan(config, optim, samples=samples, ranks=world.size)
+    optimizer = make_optimizer(model, optim)
+    tally = _Tally(world.device)
+    watch = watch or Stopwatch()
+    parameters = [value for value in model.parameters() if value.requires_grad]
+    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
+    autocast_dtype = _autocast_dtype(config.precision, world.device)
+
+    def measure(done: int) -> None:
+        if evaluate is None or not world.is_main:
+            return
+        with ema.applied() if ema is not None else nullcontext():
+            run.log({"step": done, **evaluate()})
+
+    def save(done: int, seconds: float, tokens: int) -> None:
+        if not world.is_main:
+            return
+        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, names), "tally": tally.sums}
+        if ema is not None:
+            tensors["ema"] = ema.averages
+        state = {"metrics_bytes": run.metrics_size(), "seconds": seconds, "tokens": tokens, "tally_steps": tally.steps}
+        save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep)
+
+    with Meter(steps.total, enabled=world.is_main) as meter, _stop_requests() as stop:
+        restored = restore(run, model=model, optimizer=optimizer, names=names, ema=ema, tally=tally, say=meter.say)
+        start, seconds_before, tokens = (0, 0.0, 0) if restored is None else restored
+        meter.resume(start)
+        if start == 0:
+            measure(0)
+        batches = TrainingBatches(
+            dataset,
+            DrawSampler(
+                samples,
+                batch=config.batch,
+                accumulate=steps.accumulate,
+                rank=world.rank,
+                ranks=world.size,
+                seed=config.seed,
+                start=start,
+                stop=steps.total,
+            ),
+            workers=config.workers,
+            max_unreadable=config.max_unreadable,
+            device=world.device,
+        )
+        stream = iter(batches)
+        shared = world.wrap(model)
+        model.train()
+        began = time.perf_counter()
+        watch.lap("start")
+        for step in range(start, steps.total):
+            loss_sum = torch.zeros((), device=world.device)
+            weight_sum = torch.zeros((), device=world.device)
+            for part in range(steps.accumulate):
+                batch = next(stream)
+                watch.lap("data")
+                torch.manual_seed(fold_seed(config.seed, "step", step, part, world.rank))
+                with (
+                    _gradients_stay_local(shared, local=part < steps.accumulate - 1),
+                    torch.autocast(world.device.type, autocast_dtype, enabled=autocast_dtype is not None),
+                ):
+                    out = step_function(shared, batch)
+                    watch.lap("forward")
+                    weighted = out.loss * out.weight
+                    weighted.backward()  # type: ignore[no-untyped-call]
+                loss_sum += weighted.detach()
+                weight_sum += out.weight
+                tokens += out.tokens * world.size
+                watch.lap("backward")
+            lr = steps.peak_lr * lr_factor(step, warmup=steps.warmup, total=steps.total)
+            weight = world.sum(weight_sum)
+            norm, skipped = update(optimizer, parameters, lr=lr, weight=weight / world.size, clip=optim.clip)
+            watch.lap("optimizer")
+            if ema is not None:
+                ema.update()
+                watch.lap("ema")
+            tally.add(loss=loss_sum, weight=weight_sum, grad_norm=norm, skipped=skipped)
+            done = step + 1
+            meter.advance(done)
+            last = done == steps.total
+            if done % config.log == 0 or last:
+                line = _metrics_line(tally, world, done=done, lr=lr, epoch=done / steps.per_epoch)
+                if world.is_main:
+                    run.log(line)
+                    elapsed = time.perf_counter() - began
+                    run.log_timing({"step": done, "seconds": seconds_before + elapsed, "tokens": tokens})
+                    meter.note(f"loss {line['loss']:.4f}")
+                if line["skipped_steps"]:
+                    meter.say(
+                        f"step {done}: {line['skipped_steps']:.0f} steps skipped, their gradients were not finite"
+                    )
+            if done % config.evaluate == 0 or last:
+                measure(done)
+            stopping = stop.wanted if world.size == 1 else done % config.log == 0 and world.any(stop.wanted)
+            if done % config.checkpoint == 0 or last or stopping:
+                save(done, seconds_before + time.perf_counter() - began, tokens)
+            if stopping and not last:
+                raise Interrupted(
+                    f"stopped after step {done} of {steps.total}; the same command goes on from there", stop.status
+                )
+            watch.lap("rest")
+    seconds = time.perf_counter() - began
+    working = sum(watch.seconds.values()) - watch.seconds.get("start", 0.0)
+    return FitResult(
+        steps.total,
+        seconds_before + seconds,
+        tokens,
+        watch.seconds.get("data", 0.0) / max(working, 1e-9),
+        len(batches.unreadable),
+    )
+
+
+def restore(
+    run: Run,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    ema: Ema | None,
+    tally: _Tally,
+    say: Callable[[str], None],
+) -> tuple[int, float, int] | None:
+    """The one place where training state is restored.
+
+    Precedence: the newest undamaged checkpoint of this run; else the model as it was handed in (from the seed, or
+    from an `init=` that the task has loaded).
+
+    Returns:
+        Steps done, seconds and tokens spent, or None where there is no checkpoint.
+    """
+    checkpoint, notes = load_latest(run.checkpoints)
+    for note in notes:
+        say(note)
+    if checkpoint is None:
+        run.truncate_metrics(0)
+        return None
+    model.load_state_dict(checkpoint.tensors["model"])
+    restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"])
+    if ema is not None:
+        for name, value in checkpoint.tensors["ema"].items():
+            ema.averages[name].copy_(value)
+    for name, value in checkpoint.tensors["tally"].items():
+        tally.sums[name].copy_(value)
+    tally.steps = checkpoint.state["tally_steps"]
+    run.truncate_metrics(checkpoint.state["metrics_bytes"])
+    say(f"going on after step {checkpoint.step}")
+    return checkpoint.step, checkpoint.state["seconds"], checkpoint.state["tokens"]
+
+
+def update(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], *, lr: float, weight: Tensor, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step on gradients that are sums still to be divided by `weight`.
+
+    Division, clipping and the finite check ride on the fused AdamW kernel (its `grad_scale` and `found_inf`,
+    made for loss scaling), so they cost one reading of the gradients and no waiting for the device.
+
+    Returns:
+        The gradient's norm before clipping, and 1.0 where the step was skipped (not finite), else 0.0.
+    """
+    gradients = [value.grad for value in parameters if value.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True) / weight
+    skipped = (~torch.isfinite(norm)).float()
+    scale = weight if clip is None else weight * (norm / clip).clamp(min=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.grad_scale, optimizer.found_inf = scale, skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, skipped
+
+
+def _metrics_line(tally: _Tally, world: World, *, done: int, lr: float, epoch: float) -> dict[str, float]:
+    """The figures since the last line, over all ranks.
+
+    Raises:
+        UserError: no step since then had a finite gradient.
+    """
+    for name in ("loss", "weight"):
+        world.sum(tally.sums[name])
+    sums, steps = tally.take()
+    if sums["skipped"] == steps:
+        raise UserError(
+            f"the last {steps} steps up to step {done} had gradients that are not finite: lower optim.lr or look for "
+            "broken samples; checkpoints before this are kept"
+        )
+    return {
+        "step": done,
+        "epoch": epoch,
+        "lr": lr,
+        "loss": sums["loss"] / sums["weight"],
+        "grad_norm": sums["grad_norm"] / (steps - sums["skipped"]),
+        "skipped_steps": sums["skipped"],
+    }
+
+
+def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return None
+
+
+def _gradients_stay_local(model: nn.Module, *, local: bool) -> AbstractContextManager[None]:
+    """Ranks exchange gradients only with the last micro-batch of a step."""
+    if local and isinstance(model, DistributedDataParallel):
+        return cast(AbstractContextManager[None], model.no_sync())
+    return nullcontext()
+
+
+class _Stop:
+    wanted = False
+    status = 0
+
+
+@contextmanager
+def _stop_requests() -> Iterator[_Stop]:
+    """Within the block the first Ctrl-C or SIGTERM asks for a stop after the step; a second one ends at once."""
+    stop = _Stop()
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: object) -> None:
+        stop.wanted, stop.status = True, 128 + number
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

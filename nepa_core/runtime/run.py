@@ -1,0 +1,179 @@
+"""The run folder, and what a run says on the screen while it works."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from nepa_core.basics import UserError
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.config import Config, differences, load_config, save_config
+
+FREE_KEYS = ("train.workers", "train.checkpoint", "train.keep", "train.max_unreadable")
+"""Keys that may change between two sittings of a run: they do not touch what is computed."""
+
+
+class Run:
+    """A folder: config.json, metrics.jsonl, summary.json, checkpoints/, report/.
+
+    metrics.jsonl holds only what is a function of config and data, so that a resumed run's file equals an
+    uninterrupted one's byte for byte; wall-clock figures go to timing.jsonl.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics_path = path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def open(self, config: BaseModel) -> None:
+        """Create the folder, or check that the run in it has this config.
+
+        Raises:
+            UserError: the folder holds a run with another config (the differing keys are listed), holds
+                something that is no run, or can't be written.
+        """
+        file = self.path / "config.json"
+        if file.exists():
+            saved = load_config(type(config), file)
+            changed = {k: v for k, v in differences(saved, config).items() if k not in FREE_KEYS}
+            if changed:
+                listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+                raise UserError(
+                    f"{self.path} holds a run with another config: {listed}; give it back, or name another "
+                    "folder with out=DIR"
+                )
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(f"{self.path} exists and is not a run folder; name another one with out=DIR")
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            save_config(config, file)
+
+    def load_config(self, kind: type[Config]) -> Config:
+        return load_config(kind, self.path / "config.json")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        self._append(self.metrics_path, record)
+
+    def log_timing(self, record: Mapping[str, Any]) -> None:
+        """Append one line to timing.jsonl."""
+        self._append(self.path / "timing.jsonl", record)
+
+    def _append(self, file: Path, record: Mapping[str, Any]) -> None:
+        with disk_errors(file), file.open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def metrics_size(self) -> int:
+        """Bytes in metrics.jsonl, on the disk for good: what a checkpoint remembers."""
+        if not self.metrics_path.exists():
+            return 0
+        with self.metrics_path.open("rb+") as stream:
+            os.fsync(stream.fileno())
+            return stream.seek(0, os.SEEK_END)
+
+    def truncate_metrics(self, size: int) -> None:
+        """Forget the lines after a checkpoint: they are computed again."""
+        if self.metrics_path.exists():
+            os.truncate(self.metrics_path, size)
+        elif size:
+            raise UserError(f"{self.metrics_path} is missing; restore it, or start anew with out=DIR")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All logged lines."""
+        if not self.metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+
+    def write_summary(self, summary: Mapping[str, Any], name: str = "summary.json") -> None:
+        """Write the final numbers, whole or not at all."""
+        file = self.path / name
+        with disk_errors(file):
+            draft = file.with_suffix(".writing")
+            draft.write_text(json.dumps(summary, indent=2) + "\n")
+            draft.rename(file)
+
+    def summary(self, name: str = "summary.json") -> dict[str, Any] | None:
+        """The final numbers, or None while the run is not finished."""
+        file = self.path / name
+        return json.loads(file.read_text()) if file.exists() else None
+
+
+class Meter:
+    """Progress on the screen: a live bar on a terminal, else a plain line every `interval` seconds."""
+
+    def __init__(self, total: int, *, enabled: bool, interval: float = 15.0) -> None:
+        self._console = Console(stderr=True)
+        self._live = enabled and self._console.is_terminal
+        self._plain = enabled and not self._live
+        self._interval, self._last = interval, time.monotonic()
+        self._total, self._first, self._start = total, 0, time.monotonic()
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._task = self._bar.add_task("fit", total=total, note="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def resume(self, step: int) -> None:
+        """`step` steps were done in earlier sittings: they don't count for the rate."""
+        self._first, self._start = step, time.monotonic()
+        self._bar.reset(self._task, completed=step)
+
+    def advance(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._live:
+            self._bar.update(self._task, completed=step)
+        elif self._plain and time.monotonic() - self._last > self._interval:
+            self._last = time.monotonic()
+            rate = (step - self._first) / (self._last - self._start)
+            left = (self._total - step) / rate if rate else float("nan")
+            print(f"step {step}/{self._total}  {rate:.1f} steps/s  {left:.0f} s left", file=sys.stderr)
+
+    def note(self, text: str) -> None:
+        """Show the latest figures beside the bar."""
+        if self._live:
+            self._bar.update(self._task, note=text)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        if self._live:
+            self._bar.console.print(text, highlight=False)
+        elif self._plain:
+            print(text, file=sys.stderr)

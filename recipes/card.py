@@ -1,0 +1,161 @@
+"""The verdict in plain words, and the report page of a pre-training run."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from nepa_core.diagnostics import COLLAPSE_SHARE, Verdict
+from nepa_core.modality import Modality
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.run import Run
+from recipes.report import Figure, line_plot, page
+
+
+def verdict_in(summary: dict[str, Any]) -> Verdict:
+    """The verdict part of a summary."""
+    return Verdict.model_validate({name: summary[name] for name in Verdict.model_fields})
+
+
+def judgement(verdict: Verdict) -> str:
+    """One sentence: collapsed, nothing learned, no more than linear, or more than linear."""
+    if verdict.collapsed:
+        return (
+            f"COLLAPSED. The embeddings span {verdict.effective_rank_embedding:.1f} effective dimensions, "
+            f"less than {COLLAPSE_SHARE:.0%} of the {verdict.effective_rank_embedding_start:.1f} before training; "
+            "whatever the loss says, targets that are all alike are easy to predict."
+        )
+    if not verdict.beats_untrained:
+        return "NOTHING LEARNED. The predictor identifies the next token no better than before training."
+    if not verdict.beats_linear:
+        return "LEARNED, BUT NO MORE THAN LINEAR. A ridge regression on the previous tokens does as well or better."
+    return "LEARNED. The predictor identifies the next token better than before training and than a linear regression."
+
+
+def headline(verdict: Verdict, noun: str) -> str:
+    """Next-token identification beside its baselines."""
+    return (
+        f"Next {noun} identified among {verdict.retrieval_candidates}: NEPA {verdict.retrieval_top1:.1%}, "
+        f"linear autoregression {verdict.retrieval_top1_linear:.1%}, copy {verdict.retrieval_top1_copy:.1%}, "
+        f"untrained {verdict.retrieval_top1_untrained:.1%}, chance {verdict.chance:.1%}."
+    )
+
+
+def table(verdict: Verdict, noun: str) -> list[tuple[str, str, str]]:
+    """Rows of (predictor, held-out loss, identified)."""
+    rows = [
+        ("NEPA", verdict.loss, verdict.retrieval_top1),
+        ("linear autoregression", verdict.baseline_linear, verdict.retrieval_top1_linear),
+        ("mean embedding of the position", verdict.baseline_position_mean, verdict.retrieval_top1_position_mean),
+        ("mean embedding", verdict.baseline_mean, verdict.retrieval_top1_mean),
+        (f"copy of the current {noun}", verdict.baseline_copy, verdict.retrieval_top1_copy),
+    ]
+    lines = [(name, f"{loss:.3f}", f"{top1:.1%}") for name, loss, top1 in rows]
+    return [*lines, ("NEPA before training", "", f"{verdict.retrieval_top1_untrained:.1%}")]
+
+
+def remarks(summary: dict[str, Any], noun: str) -> list[str]:
+    """The sentences under the table."""
+    verdict = verdict_in(summary)
+    found = [
+        f"NEPA minus linear: {100 * verdict.margin_linear:+.1f} ± {100 * verdict.margin_linear_ci95:.1f} points; "
+        f"minus untrained: {100 * verdict.margin_untrained:+.1f} ± {100 * verdict.margin_untrained_ci95:.1f} "
+        "(95 %, paired over held-out samples).",
+        f"Effective rank of the embeddings {verdict.effective_rank_embedding:.1f} "
+        f"(before training {verdict.effective_rank_embedding_start:.1f}), of the predictions "
+        f"{verdict.effective_rank_prediction:.1f} ({verdict.effective_rank_prediction_start:.1f}).",
+        f"Best constant direction: cosine {verdict.shared_direction_embedding:.2f} with the embeddings "
+        f"(before training {verdict.shared_direction_embedding_start:.2f}).",
+        f"Copying the current {noun} would have beaten the prediction at {verdict.copy_wins:.0%} of the places.",
+    ]
+    if abs(summary["objective"] - verdict.loss) > 1e-6:
+        found.append(
+            f"The run's own objective on held-out data is {summary['objective']:.3f}; it is not the loss above."
+        )
+    if not summary["causal"]:
+        found.append("Attention was bidirectional: each prediction could see its target, so these figures flatter it.")
+    if summary["unreadable_samples"]:
+        found.append(f"{summary['unreadable_samples']} samples could not be read and were skipped.")
+    return found
+
+
+def render(summary: dict[str, Any], data: Modality, run: Run) -> str:
+    """The card as text."""
+    verdict, noun = verdict_in(summary), data.token_name
+    rows = [("", "loss", "identified"), *table(verdict, noun)]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:<{width}}  {loss:>7}  {top1:>10}" for name, loss, top1 in rows]
+    cost = (
+        f"{summary['steps']} steps, {summary['seconds']:.0f} s, {summary['parameters']:,} parameters; judged on "
+        f"{verdict.samples} held-out samples with the {summary['weights']} weights."
+    )
+    report = f"Report: {run.report / 'index.html'}"
+    return "\n".join(
+        ["", judgement(verdict), headline(verdict, noun), "", *lines, "", *remarks(summary, noun), cost, report]
+    )
+
+
+def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
+    """report/: health.png, position.png, loss.png and a page that holds them and the card."""
+    verdict, noun = verdict_in(summary), data.token_name
+    metrics = run.metrics()
+    health = [line for line in metrics if "effective_rank_embedding" in line]
+    training = [line for line in metrics if "loss" in line]
+    steps = [line["step"] for line in health]
+    figures = [
+        Figure(
+            "rank.png",
+            "Effective rank over training: collapse shows here, not in the loss.",
+            line_plot(
+                {of: (steps, [line[f"effective_rank_{of}"] for line in health]) for of in ("embedding", "prediction")},
+                x="step", y="effective rank", from_zero=True,
+            ),
+        ),
+        Figure(
+            "spread.png",
+            "Spread per dimension (1 is isotropic, 0 collapsed), and the cosine of the best constant direction.",
+            line_plot(
+                {
+                    f"{name.replace('_', ' ')}, {of}": (steps, [line[f"{name}_{of}"] for line in health])
+                    for name in ("spread", "shared_direction") for of in ("embedding", "prediction")
+                },
+                x="step", y="share", from_zero=True,
+            ),
+        ),
+        Figure(
+            "position.png",
+            f"Held-out loss at each place of the sequence, lower is better: {noun} n is predicted from those before.",
+            line_plot(
+                {
+                    {"model": "NEPA"}.get(name, name.replace("_", " ")): (list(range(len(values))), values)
+                    for name, values in verdict.loss_per_position.items()
+                },
+                x=f"{noun} that is predicted", y="negative cosine", markers=True,
+            ),
+        ),
+        Figure(
+            "loss.png",
+            "The objective over training.",
+            line_plot(
+                {
+                    "training batches": ([line["step"] for line in training], [line["loss"] for line in training]),
+                    "held out": (steps, [line["held_out_objective"] for line in health]),
+                },
+                x="step", y="objective",
+            ),
+        ),
+    ]  # fmt: skip
+    made = summary["made_with"]
+    body = (
+        f"<h2>{html.escape(judgement(verdict))}</h2><p>{html.escape(headline(verdict, noun))}</p>"
+        + "<table><tr><th>predictor</th><th>held-out loss</th><th>identified</th></tr>"
+        + "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table(verdict, noun)
+        )
+        + "</table>"
+        + "".join(f"<p>{html.escape(text)}</p>" for text in remarks(summary, noun))
+    )
+    foot = ", ".join(f"{name} {value}" for name, value in made.items())
+    with disk_errors(run.report):
+        page(run.report, title=f"Pre-training: {run.path.name}", body=body, figures=figures, foot=foot)
+        (run.report / "card.txt").write_text(render(summary, data, run) + "\n")

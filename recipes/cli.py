@@ -1,0 +1,147 @@
+"""The nepa command: nepa TASK RECIPE-or-RUN [key=value ...]."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Task(NamedTuple):
+    """A subcommand: the module that has `Options` and `main`, and its line in the help."""
+
+    module: str
+    takes: str
+    gives: str
+
+
+TASKS = {
+    "pretrain": Task("recipes.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
+    "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
+    "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
+    "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
+}
+
+HELP = """usage: nepa TASK RECIPE-or-RUN [key=value ...]
+
+Next-embedding prediction on any data, with an honest verdict on what was learned.
+
+{tasks}
+  recipes                 the built-in recipes, a line each
+
+A RECIPE is module:function, such as recipes.vision:digits or one of your own; a RUN is the folder that
+pretrain wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 data.root=DIR.
+
+  nepa pretrain recipes.vision:digits         train on the embedded digits, about half a minute
+  nepa probe runs/digits                      read out every layer of that run
+  nepa pretrain recipes.vision:digits --help  every key of the recipe with its value
+  nepa TASK --help                            what a task takes and gives
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for something the user can mend, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _fail("stopped; finished parts are kept, and the same command goes on from there", 130)
+    except Exception as error:
+        from nepa_core.basics import UserError
+        from nepa_core.runtime.fit import Interrupted
+
+        if isinstance(error, Interrupted):
+            return _fail(str(error), error.status)
+        if isinstance(error, UserError):
+            return _fail(" ".join(str(error).split()), 2)
+        raise
+
+
+def _dispatch(words: list[str]) -> int:
+    asks_help = any(word in ("-h", "--help") for word in words)
+    words = [word for word in words if word not in ("-h", "--help")]
+    if not words or words == ["help"]:
+        print(_help())
+        return 0
+    name, *rest = words
+    if name == "recipes":
+        print(list_recipes())
+        return 0
+    if name not in TASKS:
+        from nepa_core.runtime.config import nearest
+
+        return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes'])}", 2)
+    task = importlib.import_module(TASKS[name].module)
+    if asks_help:
+        print(_task_help(name, task, rest))
+        return 0
+    if not rest or "=" in rest[0]:
+        return _fail(f"nepa {name} needs a {TASKS[name].takes} after it; see nepa {name} --help", 2)
+    options, changes = split_options(task.Options, rest[1:])
+    task.main(rest[0], options, changes)
+    return 0
+
+
+def split_options(kind: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The task's own options (plain names) and the changes to the recipe (every other key)."""
+    from nepa_core.runtime.config import parse_assignments, validated
+
+    given = parse_assignments(words)
+    own = {key: value for key, value in given.items() if key in kind.model_fields}
+    return validated(kind, own), {key: value for key, value in given.items() if key not in own}
+
+
+def list_recipes() -> str:
+    """Every public function of the preset files with the first line of its docstring."""
+    import inspect
+
+    import recipes
+    from recipes.pretrain import PretrainConfig
+
+    rows = []
+    for info in pkgutil.iter_modules(recipes.__path__):
+        module = importlib.import_module(f"recipes.{info.name}")
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            signature = inspect.signature(function)
+            returns_config = signature.return_annotation in ("PretrainConfig", PretrainConfig)
+            if function.__module__ == module.__name__ and returns_config and not signature.parameters:
+                rows.append((f"{module.__name__}:{name}", (function.__doc__ or "").strip().splitlines()[0]))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {line}" for name, line in rows)
+
+
+def _help() -> str:
+    rows = [f"  {name + ' ' + task.takes:<22}  {task.gives}" for name, task in TASKS.items()]
+    return HELP.format(tasks="\n".join(rows))
+
+
+def _task_help(name: str, task: Any, rest: list[str]) -> str:
+    from nepa_core.runtime.config import keys
+    from recipes.targets import describe_fields, read_target
+
+    lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
+    if fields := describe_fields(task.Options):
+        lines += ["options:", fields, ""]
+    if rest and "=" not in rest[0]:
+        from recipes.pretrain import PretrainConfig
+
+        config = read_target(PretrainConfig, rest[0], split_options(task.Options, rest[1:])[1])
+        lines += [f"keys of {rest[0]}:", *(f"  {key}={value}" for key, value in keys(config).items())]
+    else:
+        lines += [f"nepa {name} {TASKS[name].takes} --help lists every key that can be set, with its value."]
+    return "\n".join(lines)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"nepa: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""nepa pretrain: next-embedding pre-training, and the verdict that ends it."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+from torch import Tensor, nn
+
+from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.diagnostics import Gathered, Verdict, gather, health, judge
+from nepa_core.ema import Ema
+from nepa_core.modality import Modality, Tokens
+from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.objective import ObjectiveConfig, next_embedding_loss, pair_count
+from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime.checkpoint import load_latest
+from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, Stopwatch, TrainConfig, fit
+from nepa_core.runtime.optim import OptimConfig
+from nepa_core.runtime.run import Run
+from recipes import card
+from recipes.targets import default_out, read_target
+
+
+class VerdictConfig(BaseModel):
+    """How many samples the verdict reads.
+
+    Attributes:
+        fit_samples: training samples that the baselines are fitted on.
+        test_samples: held-out samples that are judged.
+        health_samples: held-out samples behind each line of rank, spread and loss while training.
+    """
+
+    model_config = FROZEN
+
+    fit_samples: int = Field(gt=0)
+    test_samples: int = Field(gt=1)
+    health_samples: int = Field(gt=1)
+
+
+class PretrainConfig(BaseModel):
+    """A whole pre-training run: what a recipe function returns and `config.json` holds."""
+
+    model_config = FROZEN
+
+    recipe: str = ""
+    data: SerializeAsAny[Modality]
+    model: PredictorConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    train: TrainConfig
+    verdict: VerdictConfig
+
+    @model_validator(mode="after")
+    def _mask_token(self) -> Self:
+        if self.objective.input_mask > 0 and not self.model.mask_token:
+            raise ValueError(f"objective.input_mask={self.objective.input_mask} needs model.mask_token=true")
+        return self
+
+
+class Options(BaseModel):
+    """Options of `nepa pretrain`."""
+
+    model_config = FROZEN
+
+    out: str | None = Field(default=None, description="run folder; default runs/NAME-OF-THE-RECIPE")
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    config = read_target(PretrainConfig, target, changes)
+    run = Run(Path(options.out or default_out(target, "pretrain")))
+    with world() as ranks:
+        summary = pretrain(config, run, ranks)
+        if ranks.is_main:
+            print(card.render(summary, config.data, run))
+
+
+def build_model(config: PretrainConfig) -> NEPA:
+    """The network with the weights that the run's seed gives: the untrained reference of every verdict."""
+    torch.manual_seed(fold_seed(config.train.seed, "weights"))
+    return NEPA(config.model, config.data.embedder(config.model.dim))
+
+
+def pretrain(config: PretrainConfig, run: Run, ranks: World, watch: Stopwatch | None = None) -> dict[str, Any]:
+    """Train, judge, write summary.json and report/; a finished run is not trained again.
+
+    Returns:
+        The summary (empty on the other ranks).
+    """
+    if ranks.is_main:
+        run.open(config)
+    ranks.barrier()
+    finished = run.summary()
+    if finished is not None:
+        return finished
+    model = build_model(config).to(ranks.device)
+    if config.train.compile:
+        model.predictor.compile()
+    ema = None if config.train.ema is None else Ema(model, config.train.ema)
+    result = fit(
+        model=model,
+        step_function=make_step(config),
+        dataset=config.data.dataset("train"),
+        config=config.train,
+        optim=config.optim,
+        run=run,
+        world=ranks,
+        ema=ema,
+        evaluate=lambda: held_out_health(config, model, ranks.device),
+        watch=watch,
+    )
+    if not ranks.is_main:
+        return {}
+    with ema.applied() if ema is not None else nullcontext():
+        verdict, objective = verdict_of(config, model, ranks.device)
+    summary = summarise(verdict, objective, config, model, result, ranks)
+    card.write_report(run, summary, config.data)
+    run.write_summary(summary)  # last: its presence says that the run is finished
+    return summary
+
+
+def load_pretrained(run: Run, device: torch.device) -> tuple[PretrainConfig, NEPA]:
+    """The config of a run and its network in evaluation mode, with the averaged weights where there are any.
+
+    Raises:
+        UserError: the folder holds no run, or a run without an undamaged checkpoint.
+    """
+    config = run.load_config(PretrainConfig)
+    checkpoint, _ = load_latest(run.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{run.checkpoints} holds no undamaged checkpoint; run `nepa pretrain {run.path}` first")
+    model = build_model(config)
+    model.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+    return config, model.to(device).eval()
+
+
+def make_step(config: PretrainConfig) -> StepFunction:
+    """The step function of pre-training: batch -> loss of the configured objective."""
+    objective, rescale = config.objective, config.model.rope_rescale
+
+    def step(model: nn.Module, batch: Batch) -> StepOutput:
+        tokens = config.data.read(batch)
+        out = model(
+            tokens,
+            causal=objective.causal,
+            hidden=draw_hidden(tokens, objective.input_mask),
+            coord_scale=draw_coord_scale(rescale),
+        )
+        loss = next_embedding_loss(
+            out.predictions,
+            out.embeddings,
+            out.mask,
+            shift=objective.shift,
+            stop_gradient=objective.stop_gradient,
+        )
+        count = pair_count(out.predictions, out.mask, shift=objective.shift)
+        return StepOutput(loss, count, tokens.values.shape[0] * tokens.values.shape[1])
+
+    return step
+
+
+def draw_hidden(tokens: Tokens, share: float) -> Tensor | None:
+    """Which inputs the mask token replaces, [B, N] bool, each independently with this probability; None for none."""
+    if share == 0:
+        return None
+    return torch.rand(tokens.values.shape[:2], device=tokens.values.device) < share
+
+
+def held_out(config: PretrainConfig, device: torch.device, limit: int) -> Iterator[Batch]:
+    """The first held-out samples."""
+    return plain_batches(config.data.plain().dataset("test"), batch=_eval_batch(config), device=device, limit=limit)
+
+
+def _eval_batch(config: PretrainConfig) -> int:
+    return min(config.train.micro_batch or config.train.batch, 256)
+
+
+def held_out_health(config: PretrainConfig, model: NEPA, device: torch.device) -> dict[str, float]:
+    """The held-out objective, and rank, spread and shared direction: a line of metrics.jsonl."""
+    gathered = gather(
+        model,
+        config.data,
+        held_out(config, device, config.verdict.health_samples),
+        causal=config.objective.causal,
+        limit=config.verdict.health_samples,
+    )
+    return {"held_out_objective": objective_of(config, gathered), **health(gathered)}
+
+
+def objective_of(config: PretrainConfig, gathered: Gathered) -> float:
+    """The value of the run's own objective (no gradient, no hidden inputs)."""
+    shift = config.objective.shift
+    return float(next_embedding_loss(gathered.predictions, gathered.embeddings, gathered.mask, shift=shift))
+
+
+def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float]:
+    """Judge a trained model on held-out data; also the value of its own objective there."""
+    data, causal, sizes = config.data.plain(), config.objective.causal, config.verdict
+
+    def test(network: NEPA) -> Gathered:
+        return gather(network, data, held_out(config, device, sizes.test_samples), causal=causal)
+
+    train = gather(
+        model,
+        data,
+        plain_batches(data.dataset("train"), batch=_eval_batch(config), device=device, limit=sizes.fit_samples, seed=0),
+        causal=causal,
+    )
+    trained = test(model)
+    return judge(train, trained, test(build_model(config).to(device))), objective_of(config, trained)
+
+
+def summarise(
+    verdict: Verdict, objective: float, config: PretrainConfig, model: NEPA, result: FitResult, ranks: World
+) -> dict[str, Any]:
+    """summary.json: the verdict, the cost, and what it was made with."""
+    return {
+        **verdict.model_dump(),
+        "objective": objective,
+        "causal": config.objective.causal,
+        "weights": "raw" if config.train.ema is None else "ema",
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        "tokens_per_second": round(result.tokens / result.seconds, 1),
+        "data_wait_share": round(result.data_wait_share, 4),
+        "unreadable_samples": result.unreadable,
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "made_with": provenance(ranks),
+    }
+
+
+def provenance(ranks: World) -> dict[str, Any]:
+    """Command, commit, device and versions: what a number needs beside it."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or "cpu"
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": f"{ranks.size} x {device}",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, with a + where the work tree differs from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
