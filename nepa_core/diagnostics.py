@@ -276,7 +276,7 @@ class Verdict(BaseModel):
         copy_wins: share of the predictions that the current token's own embedding would have beaten.
         retrieval_candidates: 64, or the number of held-out samples where there are fewer.
         retrieval_top1, retrieval_top1_*: share of next tokens identified, by the model, by the baselines and
-            by the network before training. Chance is 1 / retrieval_candidates.
+            by the network before training, where at least one token precedes. Chance is 1 / retrieval_candidates.
         margin_linear, margin_linear_ci95: retrieval_top1 minus that of the linear autoregression, and the
             half-width of its 95 % interval (paired over samples).
         margin_untrained, margin_untrained_ci95: the same against the network before training.
@@ -343,8 +343,8 @@ def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
     counted = test.counted
     predictions = {"model": test.predictions[:, :-1], **baseline_predictions(train, test)}
     losses = {name: negative_cosine(x, test.targets) for name, x in predictions.items()}
-    found = {name: identification(x, test.targets, counted) for name, x in predictions.items()}
-    found["untrained"] = identification(untrained.predictions[:, :-1], untrained.targets, untrained.counted)
+    found = {name: _identified(x, test) for name, x in predictions.items()}
+    found["untrained"] = _identified(untrained.predictions[:, :-1], untrained)
     mean_loss = {name: float(masked_mean(loss, counted)) for name, loss in losses.items()}
     top1 = {name: float(credit.mean()) for name, credit in found.items()}
     margins = {name: _mean_and_ci95(found["model"] - found[name]) for name in ("linear", "untrained")}
@@ -375,6 +375,14 @@ def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
         loss_per_position={
             name: _position_mean(loss[..., None], counted)[:, 0].tolist() for name, loss in losses.items()
         },
+    )
+
+
+def _identified(predictions: Tensor, gathered: Gathered) -> Tensor:
+    """`identification` where a token precedes: from BOS alone every sample's prediction is the same."""
+    first, counted = gathered.bos, gathered.counted
+    return identification(
+        predictions[:, first:], gathered.targets[:, first:], None if counted is None else counted[:, first:]
     )
 
 

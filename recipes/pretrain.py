@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -25,7 +26,7 @@ from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
-from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, Stopwatch, TrainConfig, fit
+from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, fit
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
 from recipes import card
@@ -91,8 +92,11 @@ def build_model(config: PretrainConfig) -> NEPA:
     return NEPA(config.model, config.data.embedder(config.model.dim))
 
 
-def pretrain(config: PretrainConfig, run: Run, ranks: World, watch: Stopwatch | None = None) -> dict[str, Any]:
+def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
     """Train, judge, write summary.json and report/; a finished run is not trained again.
+
+    Args:
+        show: progress on the screen.
 
     Returns:
         The summary (empty on the other ranks).
@@ -117,13 +121,13 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, watch: Stopwatch | 
         world=ranks,
         ema=ema,
         evaluate=lambda: held_out_health(config, model, ranks.device),
-        watch=watch,
+        show=show,
     )
     if not ranks.is_main:
         return {}
     with ema.applied() if ema is not None else nullcontext():
         verdict, objective = verdict_of(config, model, ranks.device)
-    summary = summarise(verdict, objective, config, model, result, ranks)
+    summary = summarise(verdict, objective, config, model, result)
     card.write_report(run, summary, config.data)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
@@ -221,7 +225,7 @@ def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tup
 
 
 def summarise(
-    verdict: Verdict, objective: float, config: PretrainConfig, model: NEPA, result: FitResult, ranks: World
+    verdict: Verdict, objective: float, config: PretrainConfig, model: NEPA, result: FitResult
 ) -> dict[str, Any]:
     """summary.json: the verdict, the cost, and what it was made with."""
     return {
@@ -235,17 +239,18 @@ def summarise(
         "data_wait_share": round(result.data_wait_share, 4),
         "unreadable_samples": result.unreadable,
         "parameters": sum(value.numel() for value in model.parameters()),
-        "made_with": provenance(ranks),
+        "made_with": provenance(),
     }
 
 
-def provenance(ranks: World) -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
     """Command, commit, device and versions: what a number needs beside it."""
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else platform.processor() or "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
-        "device": f"{ranks.size} x {device}",
+        "device": device,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -36,7 +36,7 @@ def line_plot(
     markers: bool = False,
 ) -> bytes:
     """One axes with a line for each named (x values, y values); PNG bytes."""
-    canvas = Canvas(figsize=(7, 3.6), dpi=110, layout="constrained")
+    canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
     for name, (xs, ys) in series.items():
         axes.plot(xs, ys, marker="o" if markers else None, markersize=3, linewidth=1.6, label=name)
@@ -45,13 +45,13 @@ def line_plot(
     if from_zero:
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize="small")
+    canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
     return _png(canvas)
 
 
 def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mapping[str, float] | None = None) -> bytes:
     """A bar at the mean of each group and a dot for every value; dashed lines at the references; PNG bytes."""
-    canvas = Canvas(figsize=(7, 3.6), dpi=110, layout="constrained")
+    canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
     for place, values in enumerate(groups.values()):
         axes.bar(place, sum(values) / len(values), width=0.6, color="#9ecae1")

@@ -1,0 +1,132 @@
+"""Images, cut into non-overlapping patches.
+
+Shapes: B samples, C channels, H x W pixels, N = rows * columns patches of p x q pixels, P = C * p * q.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import ClassVar, Self
+
+import torch
+from einops import rearrange
+from pydantic import PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from modalities.image_data import Augment, Channels, SourceName, open_images
+from modalities.orders import OrderName, grid_order
+from nepa_core.basics import Batch
+from nepa_core.modality import Modality, Tokens
+
+
+class Images(Modality):
+    """Images of one size; a token holds the standardised pixels of one patch.
+
+    Attributes:
+        source, root, channels, augment, in_memory, limit: see `modalities.image_data.open_images`.
+        size: (height, width) in pixels, to which every image is brought.
+        patch: (height, width) of a patch in pixels; it divides the size.
+        mean, std: of each channel, pixels being between 0 and 1.
+        patch_order: the order in which patches are predicted, see `modalities.orders`.
+        order_seed: of patch_order="random".
+    """
+
+    token_name: ClassVar[str] = "patch"
+
+    source: SourceName
+    size: tuple[PositiveInt, PositiveInt]
+    patch: tuple[PositiveInt, PositiveInt]
+    channels: Channels
+    mean: tuple[float, ...]
+    std: tuple[PositiveFloat, ...]
+    root: str | None = None
+    patch_order: OrderName = "raster"
+    order_seed: int = 0
+    augment: Augment = "none"
+    in_memory: bool = False
+    limit: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if any(side % patch for side, patch in zip(self.size, self.patch, strict=True)):
+            raise ValueError(
+                f"data.patch={self.patch} does not divide data.size={self.size}; "
+                f"the nearest sizes that it divides: {_nearest_sizes(self.size, self.patch)}"
+            )
+        if self.source == "folder" and self.root is None:
+            raise ValueError("data.source=folder needs data.root=DIR, the folder that holds the images")
+        for key, values in {"mean": self.mean, "std": self.std}.items():
+            if len(values) != self.channels:
+                raise ValueError(f"data.{key} has {len(values)} numbers for data.channels={self.channels}")
+        return self
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
+
+    def dataset(self, split: str) -> Dataset[Batch]:
+        return open_images(
+            self.source,
+            split,
+            size=self.size,
+            channels=self.channels,
+            root=self.root,
+            augment=self.augment,
+            in_memory=self.in_memory,
+            limit=self.limit,
+        )
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        """Patches of batch["image"], uint8 [B, C, H, W], standardised: values [B, N, P] float32."""
+        image = batch["image"]
+        if image.dtype != torch.uint8:
+            raise TypeError(f'batch["image"] holds uint8 pixels, not {image.dtype}; patchify takes floats')
+        mean, std = _statistics(self.mean, self.std, image.device)
+        return Tokens(values=patchify((image / 255 - mean) / std, self.patch), coords=_centres(*self.grid))
+
+    def token_dim(self) -> int:
+        return self.channels * self.patch[0] * self.patch[1]
+
+    def order(self, tokens: Tokens) -> Tensor | None:
+        if self.patch_order == "raster":
+            return None
+        return grid_order(self.patch_order, *self.grid, self.order_seed)
+
+    def plain(self) -> Images:
+        return self.model_copy(update={"augment": "none"})
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Cut images [B, C, H, W] into patches [B, N, C * p * q] in raster order.
+
+    The order inside a patch is that of a convolution's weight, so `nn.Linear` with the weight
+    [D, C, p, q] flattened is the strided convolution with kernel and stride `patch`.
+    """
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch[0], q=patch[1])
+
+
+# The two caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _centres(rows: int, columns: int) -> Tensor:
+    """(y, x) of patch centres in raster order, [N, 2] float32 on the CPU; the image spans -1 to 1."""
+    y = (torch.arange(rows) + 0.5) / rows * 2 - 1
+    x = (torch.arange(columns) + 0.5) / columns * 2 - 1
+    return torch.cartesian_prod(y, x)
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std as [C, 1, 1] on the device, sent there once instead of every step."""
+    return torch.tensor(mean, device=device)[:, None, None], torch.tensor(std, device=device)[:, None, None]
+
+
+def _nearest_sizes(size: tuple[int, int], patch: tuple[int, int]) -> str:
+    below = tuple(side // cut * cut for side, cut in zip(size, patch, strict=True))
+    above = tuple(-(-side // cut) * cut for side, cut in zip(size, patch, strict=True))
+    return f"{below} and {above}" if min(below) else f"{above}"

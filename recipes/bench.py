@@ -1,0 +1,305 @@
+"""nepa bench: how fast a recipe trains here, and where the time goes.
+
+Tokens and samples a second, model FLOPs utilisation against a matrix product measured on the spot, peak memory,
+and the share of a step in data, forward, backward, optimiser and EMA. `reference=true` adds two ratios, each
+measured by turns in this one process: the fit loop against a bare loop over the same model and batches, and the
+predictor against a bare pre-norm Transformer of the same shape without RoPE, QK-Norm and LayerScale.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nepa_core.basics import FROZEN, Batch
+from nepa_core.ema import Ema
+from nepa_core.modality import Modality, Tokens
+from nepa_core.model import NEPA, Prediction
+from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.fit import FitResult, Stopwatch, autocast_dtype, fit, plan
+from nepa_core.runtime.optim import Duration, make_optimizer
+from nepa_core.runtime.run import Run
+from recipes.pretrain import PretrainConfig, build_model, make_step, provenance
+from recipes.targets import read_target
+
+PHASES = ("data", "forward", "backward", "optimizer", "ema", "rest")
+
+
+class Options(BaseModel):
+    """Options of `nepa bench`."""
+
+    model_config = FROZEN
+
+    steps: int = Field(default=20, gt=1, description="optimiser steps that are timed")
+    reference: bool = Field(default=False, description="also measure against a bare loop and a bare Transformer")
+    repeats: int = Field(default=5, gt=0, description="turns of each side in the ratios of reference=true")
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    config = read_target(PretrainConfig, target, changes)
+    with world() as ranks:
+        figures = bench(config, options, ranks)
+        if not ranks.is_main:
+            return
+        if options.reference:
+            figures |= against_bare_loop(config, options, ranks) | against_bare_transformer(config, options, ranks)
+        print(render(figures, config))
+
+
+def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, float]:
+    """Time the fit loop on this recipe: once undisturbed, and once waiting for the device after every phase."""
+    result = timed_fit(config, options.steps, ranks)
+    watch = Stopwatch(lambda: _synchronise(ranks.device))
+    timed_fit(config, options.steps, ranks, watch)
+    seconds = result.seconds / options.steps
+    flops = step_flops(config, ranks) / seconds
+    ceiling = matmul_ceiling(ranks.device, autocast_dtype(config.train.precision, ranks.device) or torch.float32)
+    phases = {name: watch.seconds.get(name, 0.0) for name in PHASES}
+    total = sum(phases.values())
+    return {
+        "tokens/s": result.tokens / result.seconds,
+        "samples/s": config.train.batch / seconds,
+        "ms/step": 1000 * seconds,
+        "TFLOP/s per process": flops / 1e12,
+        "TFLOP/s of a large matrix product": ceiling / 1e12,
+        "model FLOPs utilisation %": 100 * flops / ceiling,
+        "peak memory GiB": peak_memory(ranks.device) / 2**30,
+        **{f"{name} %": 100 * value / total for name, value in phases.items()},
+    }
+
+
+def timed_fit(config: PretrainConfig, steps: int, ranks: World, watch: Stopwatch | None = None) -> FitResult:
+    """`fit` for a few steps after as many that warm up, in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        warm = _fit(config, max(2, steps // 4), ranks, Path(folder) / "warm", None)
+        del warm
+        return _fit(config, steps, ranks, Path(folder) / "timed", watch)
+
+
+def _fit(config: PretrainConfig, steps: int, ranks: World, folder: Path, watch: Stopwatch | None) -> FitResult:
+    train = config.train.model_copy(
+        update={"length": Duration(steps=steps), "log": steps, "evaluate": steps, "checkpoint": steps}
+    )
+    model = _model(config, ranks)
+    run = Run(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return fit(
+        model=model,
+        step_function=make_step(config),
+        dataset=config.data.dataset("train"),
+        config=train,
+        optim=config.optim,
+        run=run,
+        world=ranks,
+        ema=None if train.ema is None else Ema(model, train.ema),
+        watch=watch,
+        show=False,
+    )
+
+
+def step_flops(config: PretrainConfig, ranks: World) -> float:
+    """Floating-point operations of one process' share of a step, forward and backward, as torch counts them."""
+    model, step = _model(config, ranks), make_step(config)
+    samples = len(config.data.dataset("train"))  # type: ignore[arg-type]
+    steps = plan(config.train, config.optim, samples=samples, ranks=ranks.size)
+    batch = _one_batch(config, ranks, config.train.batch // ranks.size // steps.accumulate)
+    with FlopCounterMode(display=False) as counter:
+        step(model, batch).loss.backward()
+    return float(counter.get_total_flops() * steps.accumulate)
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of several large square matrix products."""
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(8):
+        _synchronise(device)
+        began = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the allocator on CUDA, else the high-water mark of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ------------------------------------------------------------------------------------------- references
+
+
+class BareTransformer(nn.Module):
+    """A pre-norm SDPA Transformer of the recipe's shape, with none of RoPE, QK-Norm and LayerScale."""
+
+    def __init__(self, config: PredictorConfig, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+        self.bos = nn.Parameter(torch.zeros(1, config.dim))
+        self.blocks = nn.ModuleList(BareBlock(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, tokens: Tokens, *, causal: bool, **_: Any) -> Prediction:
+        x = self.embed(tokens.values)
+        x = embeddings = torch.cat((self.bos.to(x.dtype).expand(len(x), 1, -1), x), dim=1)
+        for block in self.blocks:
+            x = block(x, causal)
+        return Prediction(embeddings, self.norm(x), None)
+
+
+class BareBlock(nn.Module):
+    def __init__(self, config: PredictorConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, config.mlp_dim), nn.GELU(), nn.Linear(config.mlp_dim, dim))
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        batch, places, dim = x.shape
+        qkv = self.qkv(self.norm1(x)).view(batch, places, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, places, dim))
+        return x + self.mlp(self.norm2(x))
+
+
+def bare_step(config: PretrainConfig, model: nn.Module, ranks: World) -> Callable[[Batch], None]:
+    """Forward, backward, optimiser and EMA, written out: the least a training step can be."""
+    step, optimizer = make_step(config), make_optimizer(model, config.optim)
+    ema = None if config.train.ema is None else Ema(model, config.train.ema)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-6
+    dtype = autocast_dtype(config.train.precision, ranks.device)
+
+    def run(batch: Batch) -> None:
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
+            loss = step(model, batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update()
+
+    return run
+
+
+def against_bare_loop(config: PretrainConfig, options: Options, ranks: World) -> dict[str, float]:
+    """Time of `fit` over the time of a bare loop with the same model, optimiser, EMA and prepared batches."""
+    steps = options.steps
+    batch = _one_batch(config, ranks, config.train.batch)
+    ratios = []
+    for _ in range(options.repeats):
+        run = bare_step(config, _model(config, ranks).train(), ranks)
+        for _ in range(max(2, steps // 4)):
+            run(batch)
+        began = _now(ranks.device)
+        for _ in range(steps):
+            run(batch)
+        bare = _now(ranks.device) - began
+        watch = Stopwatch()
+        timed_fit(config, steps, ranks, watch)
+        inside = sum(watch.seconds.get(name, 0.0) for name in PHASES if name != "data")
+        ratios.append(inside / bare)
+    return {"fit loop / bare loop": statistics.median(ratios)}
+
+
+def against_bare_transformer(config: PretrainConfig, options: Options, ranks: World) -> dict[str, float]:
+    """Time and peak memory of a training step of this predictor over those of a bare Transformer."""
+    batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
+    sides = {
+        "nepa": bare_step(config, _model(config, ranks).train(), ranks),
+        "bare": bare_step(config, _bare(config, ranks).train(), ranks),
+    }
+    for run in sides.values():
+        run(batch)
+    ratios = []
+    for _ in range(options.repeats):
+        seconds = {}
+        for name, run in sides.items():
+            began = _now(ranks.device)
+            run(batch)
+            seconds[name] = _now(ranks.device) - began
+        ratios.append(seconds["nepa"] / seconds["bare"])
+    memory = {name: _memory_alone(config, name) for name in sides}
+    return {
+        "predictor / bare Transformer, time": statistics.median(ratios),
+        "predictor / bare Transformer, lowest and highest": max(ratios),
+        "predictor / bare Transformer, peak memory": memory["nepa"] / memory["bare"],
+    }
+
+
+def _memory_alone(config: PretrainConfig, side: str) -> float:
+    """Peak memory of two training steps in a process of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        from nepa_core.runtime.config import save_config
+
+        save_config(config, Path(folder) / "config.json")
+        code = f"from recipes.bench import print_peak; print_peak({folder!r}, {side!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def print_peak(folder: str, side: str) -> None:
+    """Run two bare steps of one side and print the peak memory; see `_memory_alone`."""
+    config = Run(Path(folder)).load_config(PretrainConfig)
+    with world() as ranks:
+        model = _model(config, ranks) if side == "nepa" else _bare(config, ranks)
+        run = bare_step(config, model.train(), ranks)
+        batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
+        for _ in range(2):
+            run(batch)
+        print(peak_memory(ranks.device))
+
+
+def _model(config: PretrainConfig, ranks: World) -> NEPA:
+    model = build_model(config).to(ranks.device)
+    if config.train.compile:
+        model.predictor.compile()
+    return model
+
+
+def _bare(config: PretrainConfig, ranks: World) -> BareTransformer:
+    return BareTransformer(config.model, config.data.embedder(config.model.dim)).to(ranks.device)
+
+
+def _one_batch(config: PretrainConfig, ranks: World, size: int) -> Batch:
+    data: Modality = config.data
+    batches: Iterator[Batch] = plain_batches(data.dataset("train"), batch=size, device=ranks.device, limit=size)
+    return next(batches)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _now(device: torch.device) -> float:
+    _synchronise(device)
+    return time.perf_counter()
+
+
+def render(figures: dict[str, float], config: PretrainConfig) -> str:
+    """The figures a line each, and what they were measured with."""
+    width = max(map(len, figures))
+    lines = [f"{name:<{width}}  {value:>12,.3f}" for name, value in figures.items()]
+    made = ", ".join(f"{name} {value}" for name, value in provenance().items())
+    return "\n".join([*lines, "", f"batch {config.train.batch}, {made}"])
