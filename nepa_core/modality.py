@@ -6,15 +6,17 @@ Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sized
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
-from nepa_core.basics import FROZEN, Batch
+from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +24,7 @@ class Tokens:
     """A batch of token sequences.
 
     Attributes:
-        values: [B, N, P] floating point, the content of each token. Nothing positional belongs here:
+        values: [B, N, P] float32, the content of each token. Nothing positional belongs here:
             the targets of the objective are made from `values` alone.
         coords: [N, A] when all samples share them, else [B, N, A]; float32, in any unit. One unit is the
             wavelength of the fastest rotary angle. Leave shared coordinates on the CPU: their rotary
@@ -119,8 +121,16 @@ class Modality(BaseModel, ABC):
         return self
 
     def token_dim(self) -> int:
-        """P, the size of a raw token. Default: measured on the first training sample."""
-        return int(self.tokenize(default_collate([self.dataset("train")[0]])).values.shape[-1])
+        """P, the size of a raw token. Default: measured on the first training sample that can be read.
+
+        Raises:
+            UserError: none can be read.
+        """
+        samples = self.dataset("train")
+        for index in range(len(cast(Sized, samples))):
+            with suppress(UnreadableSample):
+                return int(self.tokenize(default_collate([samples[index]])).values.shape[-1])
+        raise UserError(f"{type(self).__name__}: no training sample can be read; look at what dataset('train') gives")
 
     def embedder(self, dim: int) -> nn.Module:
         """The map from raw tokens [B, N, P] to embeddings [B, N, dim]. Default: one Linear.

@@ -1,0 +1,339 @@
+"""What an adapter must hold to, checked on its own data. Run `check_modality` in a test of your adapter.
+
+Shapes as in `nepa_core.modality`: B samples, N tokens, P numbers in a raw token, A coordinate axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from contextlib import suppress
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from nepa_core.basics import Batch, UnreadableSample
+from nepa_core.modality import Modality, Tokens
+from nepa_core.model import NEPA
+from nepa_core.objective import next_embedding_loss
+from nepa_core.predictor import PredictorConfig
+
+BATCH = 8
+NETWORK = PredictorConfig(
+    dim=48,
+    depth=2,
+    heads=2,
+    mlp_dim=96,
+    activation="gelu",
+    gated=False,
+    layer_scale=None,
+    qk_norm="plain",
+    rope_theta=100.0,
+    rope_rescale=1.0,
+    bos=False,
+    norm_eps=1e-6,
+)
+
+
+def check_modality(modality: Modality) -> None:
+    """Check an adapter against the contract in `nepa_core.modality`, cheapest checks first.
+
+    Reads the first few samples of each split, and trains a tiny network for two steps on the CPU. The state
+    of torch's global generator is left as it was.
+
+    Raises:
+        AssertionError: in plain words, what is wrong and how to mend it.
+    """
+    checks = (
+        check_splits_have_samples,
+        check_samples_are_dictionaries,
+        check_whole_batches_agree,
+        check_values,
+        check_coords,
+        check_mask,
+        check_tokenize_is_deterministic,
+        check_plain_is_repeatable,
+        check_samples_do_not_mix,
+        check_order_is_a_permutation,
+        check_order_can_be_undone,
+        check_embedder,
+        check_future_is_hidden,
+        check_masked_tokens_are_ignored,
+        check_training,
+    )
+    for check in checks:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            check(modality)
+
+
+def check_splits_have_samples(modality: Modality) -> None:
+    for split in ("train", "test"):
+        dataset = modality.dataset(split)
+        assert hasattr(dataset, "__len__"), (
+            f"dataset({split!r}) has no __len__: return a map-style dataset, with __len__ and __getitem__"
+        )
+        assert len(dataset) > 0, (
+            f"dataset({split!r}) is empty: every adapter needs training and held-out samples; check its path"
+        )
+
+
+def check_samples_are_dictionaries(modality: Modality) -> None:
+    for split in ("train", "test"):
+        for sample in _samples(modality.dataset(split)).values():
+            assert isinstance(sample, dict), (
+                f"a sample of dataset({split!r}) is a {type(sample).__name__}: return a dictionary of tensors"
+            )
+            for key, value in sample.items():
+                assert isinstance(value, Tensor), (
+                    f"sample[{key!r}] of dataset({split!r}) is a {type(value).__name__}: make it a tensor"
+                )
+        _batch(modality, split)
+
+
+def check_whole_batches_agree(modality: Modality) -> None:
+    for split in ("train", "test"):
+        dataset = modality.plain().dataset(split)
+        if not hasattr(dataset, "__getitems__"):
+            continue
+        samples = dict(reversed(_samples(dataset).items()))
+        whole, single = dataset.__getitems__(list(samples)), default_collate(list(samples.values()))
+        same = whole.keys() == single.keys() and all(torch.equal(whole[key], single[key]) for key in single)
+        assert same, (
+            f"dataset({split!r}).__getitems__(indices) differs from its samples one by one: "
+            "it must return one dictionary, with row k of every tensor belonging to indices[k]"
+        )
+
+
+def check_values(modality: Modality) -> None:
+    tokens = modality.tokenize(_batch(modality))
+    values = tokens.values
+    assert values.ndim == 3, f"Tokens.values has shape {_shape(values)}: make it [B, N, P]"
+    assert values.is_floating_point(), f"Tokens.values is {values.dtype}: scale it and make it float32"
+    assert values.shape[1] > 1, "Tokens.values has a single token: nothing can be predicted; cut samples finer"
+    assert values.isfinite().all(), "Tokens.values holds NaN or infinity: fill such places and mask the tokens"
+    assert tokens.order is None, (
+        "tokenize set Tokens.order: return tokens in canonical order and give the permutation in order(tokens)"
+    )
+
+
+def check_coords(modality: Modality) -> None:
+    tokens = modality.tokenize(_batch(modality))
+    coords, (samples, count, _) = tokens.coords, tokens.values.shape
+    assert coords.shape[:-1] in ((count,), (samples, count)), (
+        f"Tokens.coords has shape {_shape(coords)} for {count} tokens: make it [N, A], or [B, N, A] if samples differ"
+    )
+    assert 1 <= coords.shape[-1] <= 3, f"Tokens.coords has {coords.shape[-1]} axes: 1 to 3 are supported"
+    assert coords.dtype == torch.float32, f"Tokens.coords is {coords.dtype}: make it float32"
+    assert coords.isfinite().all(), "Tokens.coords holds NaN or infinity: give every token a finite position"
+
+
+def check_mask(modality: Modality) -> None:
+    tokens = modality.tokenize(_batch(modality))
+    mask, shape = tokens.mask, tokens.values.shape[:2]
+    if mask is None:
+        return
+    assert mask.dtype == torch.bool, f"Tokens.mask is {mask.dtype}: make it bool, True for a real token"
+    assert mask.shape == shape, (
+        f"Tokens.mask has shape {_shape(mask)} for values of {_shape(tokens.values)}: make it [B, N]"
+    )
+    assert (mask.sum(dim=1) > 1).all(), (
+        "Tokens.mask leaves a sample with fewer than two real tokens: nothing can be predicted; True must mean "
+        "real, and such samples should be left out of the dataset"
+    )
+
+
+def check_tokenize_is_deterministic(modality: Modality) -> None:
+    batch = _batch(modality)
+    first = _copies(modality.tokenize(batch))
+    second = _copies(modality.tokenize(batch))
+    assert all(map(torch.equal, first, second)), (
+        "tokenize gives two answers for one batch: it must not draw random numbers or write to its input; "
+        "move augmentation to the dataset"
+    )
+
+
+def check_plain_is_repeatable(modality: Modality) -> None:
+    dataset = modality.plain().dataset("train")
+    for index, sample in _samples(dataset).items():
+        again = dataset[index]
+        assert all(torch.equal(sample[key], again[key]) for key in sample), (
+            "plain().dataset gives two answers for one sample: override plain() to return the adapter without "
+            "augmentation"
+        )
+
+
+def check_samples_do_not_mix(modality: Modality) -> None:
+    batch = _batch(modality)
+    together = modality.tokenize(batch)
+    for row in range(len(together.values)):
+        alone = modality.tokenize({key: value[row : row + 1] for key, value in batch.items()})
+        assert _same_real_tokens(_only(together, row), _only(alone, 0)), (
+            "tokenizing a sample alone and within a batch gives different tokens: take no statistics over the "
+            "batch, and where samples are padded to the longest, set Tokens.mask False on the padding"
+        )
+
+
+def check_order_is_a_permutation(modality: Modality) -> None:
+    tokens = modality.tokenize(_batch(modality))
+    order = modality.order(tokens)
+    if order is None:
+        return
+    samples, count, _ = tokens.values.shape
+    assert order.dtype == torch.int64, f"order(tokens) is {order.dtype}: make it int64"
+    assert order.shape in ((count,), (samples, count)), (
+        f"order(tokens) has shape {_shape(order)} for {samples} samples of {count} tokens: make it [N] or [B, N]"
+    )
+    assert (order.sort(dim=-1).values == torch.arange(count, device=order.device)).all(), (
+        f"order(tokens) is not a permutation: it must name each of the {count} tokens once"
+    )
+
+
+def check_order_can_be_undone(modality: Modality) -> None:
+    batch = _batch(modality)
+    canonical, read = modality.tokenize(batch), modality.read(batch)
+    assert torch.equal(read.canonical(read.values), canonical.values), (
+        "bringing the tokens of read(batch) back to canonical order does not give tokenize(batch): "
+        "don't override read; give the permutation in order(tokens)"
+    )
+
+
+def check_embedder(modality: Modality) -> None:
+    values = modality.read(_batch(modality)).values
+    try:
+        embeddings = modality.embedder(NETWORK.dim)(values)
+    except RuntimeError as error:
+        raise AssertionError(
+            f"embedder(dim) can't take values of shape {_shape(values)} and {values.dtype}: make them float32 "
+            f"in tokenize, and token_dim() their last size ({error})"
+        ) from error
+    assert embeddings.shape == (*values.shape[:2], NETWORK.dim), (
+        f"embedder({NETWORK.dim}) gives shape {_shape(embeddings)} for values of {_shape(values)}: make it [B, N, dim]"
+    )
+
+
+def check_future_is_hidden(modality: Modality) -> None:
+    tokens = modality.read(_batch(modality))
+    count = tokens.values.shape[1]
+    before = _predictions(modality, tokens)
+    for place in sorted({1, count // 2, count - 1}):
+        values = tokens.values.clone()
+        values[:, place] = _other(values[:, place])
+        after = _predictions(modality, replace(tokens, values=values))
+        assert _close(before[:, :place], after[:, :place]), (
+            f"changing the token read at place {place} changes predictions before it, which leaks the target: "
+            "the embedder must not look at later tokens, nor take statistics over tokens (batch norm)"
+        )
+
+
+def check_masked_tokens_are_ignored(modality: Modality) -> None:
+    tokens = modality.read(_batch(modality))
+    if tokens.mask is None:
+        return
+    filled = torch.where(tokens.mask[..., None], tokens.values, _other(tokens.values))
+    before, after = _predictions(modality, tokens), _predictions(modality, replace(tokens, values=filled))
+    assert _close(before[tokens.mask], after[tokens.mask]), (
+        "changing the values of masked tokens changes predictions at real ones: the embedder must not look from "
+        "one token at another"
+    )
+
+
+def check_training(modality: Modality) -> None:
+    tokens = modality.read(_batch(modality))
+    model = _model(modality)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for step in range(2):
+        optimizer.zero_grad()
+        out = model(tokens, causal=True)
+        loss = next_embedding_loss(out.predictions, out.embeddings, out.mask)
+        assert loss.isfinite(), f"the loss of training step {step} is {loss.item()}: standardise Tokens.values"
+        loss.backward()  # type: ignore[no-untyped-call]
+        _check_gradients(model.embed)
+        optimizer.step()
+
+
+def _check_gradients(embed: torch.nn.Module) -> None:
+    trained = [p for p in embed.parameters() if p.requires_grad]
+    gradients = [p.grad for p in trained if p.grad is not None]
+    assert all(g.isfinite().all() for g in gradients), (
+        "the gradient of the embedder holds NaN or infinity: standardise Tokens.values, and guard divisions"
+    )
+    assert not trained or any(g.any() for g in gradients), (
+        "no gradient reaches the embedder: remove detach() or no_grad() from it, and check that values vary"
+    )
+
+
+def _samples(dataset: Dataset[Batch]) -> dict[int, Batch]:
+    """The first BATCH samples that can be read, by their index."""
+    found: dict[int, Batch] = {}
+    for index in range(len(cast(Sized, dataset))):
+        with suppress(UnreadableSample):
+            found[index] = dataset[index]
+        if len(found) == BATCH:
+            break
+    return found
+
+
+def _batch(modality: Modality, split: str = "train") -> Batch:
+    samples = list(_samples(modality.dataset(split)).values())
+    assert samples, f"not one sample of dataset({split!r}) can be read: each raises UnreadableSample"
+    try:
+        batch: Batch = default_collate(samples)
+    except (RuntimeError, KeyError) as error:
+        raise AssertionError(
+            f"samples of dataset({split!r}) can't be stacked into a batch: give all of them the same keys and "
+            f"shapes, padding where they differ ({error})"
+        ) from error
+    return batch
+
+
+def _model(modality: Modality) -> NEPA:
+    """The same tiny network at every call; in training mode, where a batch norm would leak."""
+    torch.manual_seed(0)
+    return NEPA(NETWORK, modality.embedder(NETWORK.dim)).train()
+
+
+@torch.no_grad()
+def _predictions(modality: Modality, tokens: Tokens) -> Tensor:
+    """[B, N, D]; equal tokens give equal predictions, since network and dropout are drawn from one seed."""
+    predictions: Tensor = _model(modality)(tokens, causal=True).predictions
+    return predictions
+
+
+def _other(values: Tensor) -> Tensor:
+    """Values of the same scale that differ everywhere."""
+    return values + (1 + values.std()) * torch.randn_like(values).sign()
+
+
+def _close(before: Tensor, after: Tensor) -> bool:
+    """Equal up to rounding; NaN is left to `check_training`."""
+    return torch.allclose(before, after, atol=1e-4, equal_nan=True)
+
+
+def _mask(tokens: Tokens) -> Tensor:
+    """[B, N] bool, all True where the tokens carry no mask."""
+    shape = tokens.values.shape[:2]
+    return torch.ones(shape, dtype=torch.bool) if tokens.mask is None else tokens.mask
+
+
+def _copies(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+    return tokens.values.clone(), tokens.coords.clone(), _mask(tokens).clone()
+
+
+def _only(tokens: Tokens, row: int) -> tuple[Tensor, Tensor]:
+    """Values [n, P] and coordinates [n, A] of the n real tokens of one sample."""
+    real = _mask(tokens)[row]
+    coords = tokens.coords if tokens.coords.ndim == 2 else tokens.coords[row]
+    return tokens.values[row, real], coords[real]
+
+
+def _same_real_tokens(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> bool:
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)
