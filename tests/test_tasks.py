@@ -1,0 +1,194 @@
+"""Every task of the command runs for a few steps and says what it must."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nepa_core.runtime.config import override
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
+from recipes import ablate, bench, compare, probe
+from recipes.cli import main
+from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
+from tests.conftest import ROOT
+from tests.tiny import CPU
+
+ALONE = World(0, 1, CPU)
+PROMISED = {  # the house plan's list: others read these names
+    *("loss", "baseline_copy", "baseline_mean", "baseline_position_mean", "baseline_linear"),
+    *("retrieval_top1", "retrieval_top1_copy", "retrieval_top1_linear", "retrieval_top1_untrained"),
+    *("effective_rank_embedding", "effective_rank_prediction", "collapsed"),
+    *("tokens_per_second", "seconds", "steps", "parameters"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of the tiny recipe through the command."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["pretrain", "tests.tiny:recipe", f"out={folder}"]) == 0
+    return Run(folder)
+
+
+def test_pretrain_leaves_a_whole_run_folder(finished: Run) -> None:
+    summary = finished.summary()
+    assert summary is not None
+    assert set(summary) >= PROMISED
+    assert summary["steps"] == 12
+    for name in ("rank.png", "spread.png", "position.png", "loss.png"):
+        assert (finished.report / name).read_bytes().startswith(b"\x89PNG")
+    page = (finished.report / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert "identified among" in page
+    assert [line["step"] for line in finished.metrics() if "effective_rank_embedding" in line] == [0, 5, 10, 12]
+
+
+def test_a_finished_run_is_not_trained_again(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.path.rglob("*") if path.is_file()}
+    assert main(["pretrain", str(finished.path)]) == 0
+    assert "identified among" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_run_gives_back_its_averaged_weights(finished: Run) -> None:
+    config, model = load_pretrained(finished, CPU)
+    from safetensors.torch import load_file
+
+    stored = load_file(finished.checkpoints / "step_00000012" / "ema.safetensors")
+    assert not model.training
+    assert all((value == stored[name]).all() for name, value in model.named_parameters())
+    assert config.recipe == "tests.tiny:recipe"
+
+
+def test_collapse_is_called_by_its_name(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    """Without shift and stop-gradient nothing holds the embeddings apart but what they are: train it into the wall."""
+    config = override(
+        tiny_recipe,
+        {"objective.stop_gradient": False, "optim.lr": 0.03, "train.length.steps": 150, "train.evaluate": 150},
+    )
+    summary = pretrain(config, Run(tmp_path / "run"), ALONE, show=False)
+    assert summary["collapsed"]
+    assert summary["loss"] < -0.9
+    assert (tmp_path / "run/report/card.txt").read_text().strip().startswith("COLLAPSED")
+
+
+def test_probe_shows_every_layer_beside_random_weights_and_raw_tokens(
+    finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", str(finished.path)]) == 0
+    shown = capsys.readouterr().out
+    result = finished.summary("probe.json")
+    assert result is not None
+    names = [
+        f"{layer}, {pooling}"
+        for layer in ("embedding", "layer 1", "layer 2", "final norm")
+        for pooling in probe.POOLINGS
+    ]
+    assert [row["name"] for row in result["layers"]] == names
+    assert [row["name"] for row in result["random_init"]["layers"]] == names
+    assert all(name in shown for name in [*names, "raw tokens", "random weights"])
+
+
+def test_the_linear_probe_reads_what_is_linear() -> None:
+    draw = np.random.default_rng(0)
+    x, y = draw.normal(size=(400, 5)) * 100, np.arange(400) % 2
+    assert probe.linear_accuracy(x[:200], y[:200], x[200:], y[200:]) < 0.65
+    x[:, 3] += 300 * y  # in one of five dimensions, at a large scale
+    assert probe.linear_accuracy(x[:200], y[:200], x[200:], y[200:]) > 0.9
+
+
+def test_the_best_row_is_chosen_by_validation_not_by_test() -> None:
+    rows = [
+        {"name": "a", "accuracy": 0.9, "validation": 0.5},
+        {"name": "b", "accuracy": 0.6, "validation": 0.8},
+    ]
+    assert probe.best_row(rows)["name"] == "b"
+
+
+def test_probe_needs_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "tests.tiny:recipe", "data.labelled=false", f"out={tmp_path / 'run'}"]) == 0
+    capsys.readouterr()
+    assert main(["probe", str(tmp_path / "run")]) == 2
+    assert "'label'" in capsys.readouterr().err
+
+
+def test_ablation_arms_change_what_they_name(tiny_recipe: PretrainConfig) -> None:
+    configs = {name: override(tiny_recipe, changes) for name, changes in ablate.ARMS.items()}
+    assert configs["base"] == tiny_recipe
+    assert not configs["shift off"].objective.shift
+    assert not configs["causal mask off"].objective.causal
+    assert not configs["stop-gradient off"].objective.stop_gradient
+    assert configs["input mask 40 %"].objective.input_mask == 0.4
+    assert configs["input mask 60 %"].objective.input_mask == 0.6
+
+
+@pytest.mark.slow
+def test_ablate_runs_every_arm_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["ablate", "tests.tiny:recipe", f"out={tmp_path / 'ablation'}", "seeds=[0,1]", "workers=2"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    summary = json.loads((tmp_path / "ablation/summary.json").read_text())
+    assert list(summary["arms"]) == list(ablate.ARMS)
+    assert all(len(arm["probe_best"]["values"]) == 2 for arm in summary["arms"].values())
+    assert all(name in shown for name in ablate.ARMS)
+    assert (tmp_path / "ablation/report/probe.png").exists()
+    metrics = sorted((tmp_path / "ablation").rglob("metrics.jsonl"))
+    before = [path.stat().st_mtime_ns for path in metrics]
+    assert main(words) == 0  # everything is there: nothing is trained again
+    assert [path.stat().st_mtime_ns for path in metrics] == before
+
+
+def test_a_comparison_gives_mean_spread_and_interval() -> None:
+    spread = compare.spread([0.1, 0.2, 0.3])
+    assert spread["mean"] == pytest.approx(0.2)
+    assert spread["std"] == pytest.approx(0.1)
+    assert spread["ci95"] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # Student's t with 2 degrees of freedom
+    assert compare.spread([0.1])["ci95"] is None
+
+
+def test_bench_accounts_for_the_whole_step(tiny_recipe: PretrainConfig) -> None:
+    figures = bench.bench(tiny_recipe, bench.Options(steps=4), ALONE)
+    shares = [figures[f"{phase} %"] for phase in bench.PHASES]
+    assert sum(shares) == pytest.approx(100)
+    assert all(share > 0 for share in shares)
+    assert figures["tokens/s"] == pytest.approx(figures["samples/s"] * 6)
+
+
+def test_bench_counts_the_operations_of_a_step(tiny_recipe: PretrainConfig) -> None:
+    """Three matrix products (forward, two gradients) for every weight and token, and the attention."""
+    flops = bench.step_flops(tiny_recipe, ALONE)
+    tokens, dim, hidden, depth = 8 * 7, 16, 32, 2
+    weights = depth * (4 * dim * dim + 2 * dim * hidden)
+    assert flops >= 6 * weights * tokens
+    assert flops <= 2 * 6 * weights * tokens
+
+
+@pytest.mark.slow
+def test_bench_measures_against_references(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tests.tiny:recipe", "steps=4", "repeats=2", "reference=true"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("fit loop / bare loop", "bare Transformer, time", "bare Transformer, peak memory"):
+        assert re.search(rf"{name}.*\d\.\d", shown)
+
+
+def test_the_readme_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapter in the README, copied out of it, trains and probes as the README says."""
+    blocks = re.findall(r"```python\n(# my_waves\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 1
+    (tmp_path / "my_waves.py").write_text(blocks[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["pretrain", "my_waves:base", "train.length.steps=5"]) == 0
+    assert main(["probe", "runs/base", "train_samples=200", "test_samples=200"]) == 0
+
+
+def test_every_recipe_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    named = set(re.findall(r"recipes\.\w+:\w+", (ROOT / "README.md").read_text()))
+    assert main(["recipes"]) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert named <= listed
