@@ -68,24 +68,29 @@ def gather(
     model: NEPA, modality: Modality, batches: Iterable[Batch], *, causal: bool, limit: int | None = None
 ) -> Gathered:
     """Run the model over batches (already on its device), in evaluation mode, for up to `limit` samples."""
-    was_training = model.training
+    parts: list[tuple[Tensor, ...]] = []
+    count, was_training = 0, model.training
     model.eval()
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-    count = 0
-    for batch in batches:
-        tokens = modality.read(batch)
-        out = model(tokens, causal=causal)
-        parts.append((tokens.values, out.embeddings, out.predictions, out.mask))
-        count += len(tokens.values)
-        if limit is not None and count >= limit:
-            break
-    model.train(was_training)
-    values, embeddings, predictions = (
-        torch.cat([part[i].float().cpu() for part in parts])[:limit]  # type: ignore[union-attr]
-        for i in range(3)
-    )
-    masks = [part[3].cpu() for part in parts if part[3] is not None]
-    return Gathered(values, embeddings, predictions, torch.cat(masks)[:limit] if masks else None)
+    try:
+        for batch in batches:
+            tokens = modality.read(batch)
+            out = model(tokens, causal=causal)
+            real = torch.ones(out.embeddings.shape[:2], dtype=torch.bool) if out.mask is None else out.mask.cpu()
+            parts.append((*(x.float().cpu() for x in (tokens.values, out.embeddings, out.predictions)), real))
+            count += len(real)
+            if limit is not None and count >= limit:
+                break
+    finally:
+        model.train(was_training)
+    values, embeddings, predictions, mask = (_stack(list(x))[:limit] for x in zip(*parts, strict=True))
+    return Gathered(values, embeddings, predictions, None if mask.all() else mask)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """Concatenate [B, N, ...] of unequal N, padded with zeros (False) to the longest."""
+    longest = max(part.shape[1] for part in parts)
+    padding = [(0, 0) * (part.ndim - 2) + (0, longest - part.shape[1]) for part in parts]
+    return torch.cat([F.pad(part, pad) for part, pad in zip(parts, padding, strict=True)])
 
 
 # --------------------------------------------------------------------------------------------- collapse
@@ -173,30 +178,38 @@ def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
     means = _position_mean(unit[fit], None if counted is None else counted[fit])
     x_fit = x_train[fit].flatten(1)
     scale = x_fit.square().mean()
-    targets = unit[fit] - means
-    shared = None if counted is not None else x_fit.T @ x_fit / len(x_fit)
+    middle = x_fit.mean(0)
+    centred = x_fit - middle
+    shared = None if counted is not None else centred.T @ centred / len(x_fit)
 
-    def solve(strength: float) -> list[Tensor]:
+    def solve(strength: float) -> list[tuple[Tensor, Tensor]]:
+        """Weights [width, D] and intercept [D] of every place."""
         factor = None if shared is None else _factor(shared, strength * scale)
-        weights = []
+        solved = []
         for q in range(unit.shape[1]):
             width = (first + q) * size
             if width == 0:
-                weights.append(x_fit.new_zeros(0, unit.shape[-1]))
+                solved.append((x_fit.new_zeros(0, unit.shape[-1]), means[q]))
                 continue
-            rows = slice(None) if counted is None else counted[fit][:, q]
-            x, y = x_fit[rows, :width], targets[rows, q]
-            place = _factor(x.T @ x / max(len(x), 1), strength * scale) if factor is None else factor[:width, :width]
-            weights.append(torch.cholesky_solve(x.T @ y / max(len(x), 1), place))
-        return weights
+            x, y, centre = centred[:, :width], unit[fit][:, q], middle[:width]
+            if counted is not None:  # the centre of the rows that count, for a mask may go with the content
+                rows = counted[fit][:, q]
+                x, y = x_fit[rows, :width], y[rows]
+                centre = x.sum(0) / max(len(x), 1)
+                x = x - centre
+            count = max(len(x), 1)
+            place = _factor(x.T @ x / count, strength * scale) if factor is None else factor[:width, :width]
+            weights = torch.cholesky_solve(x.T @ y / count, place)
+            solved.append((weights, means[q] - centre @ weights))
+        return solved
 
-    def predict(x: Tensor, weights: list[Tensor]) -> Tensor:
+    def predict(x: Tensor, solved: list[tuple[Tensor, Tensor]]) -> Tensor:
         flat = x.flatten(1)
-        predicted: Tensor = torch.stack([flat[:, : len(w)] @ w for w in weights], dim=1) + means
+        predicted: Tensor = torch.stack([flat[:, : len(w)] @ w + offset for w, offset in solved], dim=1)
         return predicted
 
-    def quality(weights: list[Tensor]) -> float:
-        cosine = -negative_cosine(predict(x_train[held], weights), unit[held])
+    def quality(solved: list[tuple[Tensor, Tensor]]) -> float:
+        cosine = -negative_cosine(predict(x_train[held], solved), unit[held])
         return float(masked_mean(cosine, None if counted is None else counted[held]))
 
     best = max((solve(strength) for strength in _RIDGE_STRENGTHS), key=quality)
@@ -238,9 +251,9 @@ def identification(predictions: Tensor, targets: Tensor, counted: Tensor | None 
         counted: [S, Q] bool; other pairs are neither asked nor offered.
 
     Returns:
-        [S'] float32, the share of each sample's places that were identified, S' = S rounded down to whole
-        groups of 64 (all of S in one group, where S is less). Equal candidates share the credit, so chance is
-        one over the number of candidates whatever repeats.
+        [S'] float32, the share of each sample's places that were identified. S' is S rounded down to whole groups
+        of 64 (all of S in one group, where S is less), without samples that have nothing to ask. Equal candidates
+        share the credit, so chance is one over the number of candidates whatever repeats.
     """
     size = min(CANDIDATES, len(predictions))
     groups = len(predictions) // size
@@ -253,12 +266,14 @@ def identification(predictions: Tensor, targets: Tensor, counted: Tensor | None 
         if counted is not None:
             cosine = cosine.masked_fill(~counted[rows].T[:, None, :], -math.inf)
         beaten = (cosine > true + _TIE).any(-1)
+        beaten |= true[..., 0].isnan()
         credit = torch.where(beaten, 0.0, 1.0 / ((cosine - true).abs() <= _TIE).sum(-1).clamp(min=1))
         if counted is None:
             credits_.append(credit.mean(0))
         else:
             real = counted[rows].T
-            credits_.append((credit * real).sum(0) / real.sum(0).clamp(min=1))
+            asks = real.any(0)
+            credits_.append(((credit * real).sum(0) / real.sum(0))[asks])
     return torch.cat(credits_)
 
 

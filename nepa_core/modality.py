@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
+from nepa_core.predictor import init_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +134,13 @@ class Modality(BaseModel, ABC):
         raise UserError(f"{type(self).__name__}: no training sample can be read; look at what dataset('train') gives")
 
     def embedder(self, dim: int) -> nn.Module:
-        """The map from raw tokens [B, N, P] to embeddings [B, N, dim]. Default: one Linear.
+        """The map from raw tokens [B, N, P] to embeddings [B, N, dim], initialised. Default: one Linear.
 
         For images in non-overlapping patches this equals the strided patch convolution.
         """
-        return nn.Linear(self.token_dim(), dim)
+        linear = nn.Linear(self.token_dim(), dim)
+        init_weights(linear)
+        return linear
 
     def order(self, tokens: Tokens) -> Tensor | None:
         """The order in which to predict, [N] or [B, N] int64, or None for the canonical one."""

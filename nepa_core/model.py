@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_core.modality import Tokens
-from nepa_core.predictor import Predictor, PredictorConfig, Trace, init_weights
+from nepa_core.predictor import Predictor, PredictorConfig, Trace
 
 
 class Prediction(NamedTuple):
@@ -33,14 +33,13 @@ class NEPA(nn.Module):
 
     Args:
         config: the network's shape and switches.
-        embed: raw tokens [B, N, P] -> [B, N, D]; `Modality.embedder(config.dim)` gives it.
+        embed: raw tokens [B, N, P] -> [B, N, D], initialised; `Modality.embedder(config.dim)` gives it.
     """
 
     def __init__(self, config: PredictorConfig, embed: nn.Module) -> None:
         super().__init__()
         self.config = config
         self.embed = embed
-        self.embed.apply(init_weights)
         self.bos = _learned_vector(1, config.dim) if config.bos else None
         self.mask_token = _learned_vector(1, config.dim) if config.mask_token else None
         self.positions = _learned_vector(config.learned_positions, config.dim) if config.learned_positions else None
@@ -65,10 +64,11 @@ class NEPA(nn.Module):
             trace: filled with the hidden states and, with the "eager" back-end, the attention maps.
         """
         embeddings = self.embed(tokens.values)
+        # The residual stream is float32 also under autocast: a branch scaled by 1e-5 is lost in a bfloat16 sum.
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         mask = tokens.mask
         if self.bos is not None:
-            bos = self.bos.to(embeddings.dtype).expand(len(embeddings), 1, -1)
-            embeddings = torch.cat((bos, embeddings), dim=1)
+            embeddings = torch.cat((self.bos.expand(len(embeddings), 1, -1), embeddings), dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         x = embeddings
         if hidden is not None:

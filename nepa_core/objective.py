@@ -55,9 +55,14 @@ def pair_up(
 
 
 def negative_cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """-cos over the last axis, in float32 whatever autocast says; [..., D] twice -> [...]."""
+    """-cos over the last axis, in float32 whatever autocast says; [..., D] twice -> [...].
+
+    Vectors shorter than 1e-6 count as that long: a zero vector has no direction, and its gradient would swamp
+    all others.
+    """
     with torch.autocast(prediction.device.type, enabled=False):
-        return -(F.normalize(prediction.float(), dim=-1) * F.normalize(target.float(), dim=-1)).sum(-1)
+        a, b = (F.normalize(x.float(), dim=-1, eps=1e-6) for x in (prediction, target))
+        return -(a * b).sum(-1)
 
 
 def masked_mean(values: Tensor, counted: Tensor | None) -> Tensor:

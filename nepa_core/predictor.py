@@ -16,7 +16,8 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
 from nepa_core.basics import FROZEN, UserError
-from nepa_core.rope import RotaryTable, rotary_table, rotate
+from nepa_core.fused import NormRotate, ScaledLinear
+from nepa_core.rope import RotaryTable, centred_rotation, rotary_table, rotate
 
 Backend = Literal["sdpa", "xformers", "eager"]
 
@@ -152,9 +153,12 @@ def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: 
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention with QK-Norm and RoPE."""
+
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
         self.heads = config.heads
+        self.norm_eps = config.norm_eps
         self.backend: Backend = config.attention
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
@@ -170,17 +174,21 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: RotaryTable | None,
+        rope: RotaryTable | Tensor | None,
         scale: Tensor | None,
         *,
         causal: bool,
         allowed: Tensor | None,
         trace: Trace | None,
     ) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b t (qkv h k) -> qkv b h t k", qkv=3, h=self.heads)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+        qkv = self.qkv(x)
+        if isinstance(rope, Tensor):
+            q, k, v = NormRotate.apply(qkv, rope, self.heads, self.norm_eps)  # type: ignore[no-untyped-call]
+        else:
+            q, k, v = rearrange(qkv, "b t (qkv h k) -> qkv b h t k", qkv=3, h=self.heads)
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+            if rope is not None:
+                q, k = rotate(q, rope), rotate(k, rope)
         mixed, weights = attend(q, k, v, causal=causal, allowed=allowed, backend=self.backend)
         if trace is not None and weights is not None:
             trace.attention.append(weights)
@@ -188,6 +196,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x))."""
+
     def __init__(self, config: PredictorConfig) -> None:
         super().__init__()
         self.activation = F.gelu if config.activation == "gelu" else F.silu
@@ -202,9 +212,21 @@ class Mlp(nn.Module):
 
 
 def scaled_linear(x: Tensor, linear: nn.Linear, scale: Tensor | None) -> Tensor:
-    """linear(x) times a LayerScale vector [D]."""
-    out: Tensor = linear(x)
-    return out if scale is None else out * scale
+    """linear(x) times a LayerScale vector [D], in the dtype of `compute_dtype`."""
+    if scale is None:
+        out: Tensor = linear(x)
+    elif torch.compiler.is_compiling():
+        out = linear(x) * scale
+    else:
+        dtype = compute_dtype(x)
+        out = ScaledLinear.apply(*(t.to(dtype) for t in (x, linear.weight, linear.bias, scale)))  # type: ignore
+    return out
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product with x here: that of autocast, or x's own."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
 
 
 class Block(nn.Module):
@@ -226,7 +248,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: RotaryTable | None,
+        rope: RotaryTable | Tensor | None,
         *,
         causal: bool,
         allowed: Tensor | None,
@@ -253,7 +275,14 @@ class Predictor(nn.Module):
         rates = [config.drop_path * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
+        self.fused = True
         self.apply(init_weights)
+
+    def compile_blocks(self) -> None:
+        """Run every block through torch.compile; from then on it gets the plain formulas, which it fuses itself."""
+        self.fused = False
+        for block in self.blocks:
+            block.compile()
 
     def forward(
         self,
@@ -289,19 +318,22 @@ class Predictor(nn.Module):
             trace.hidden += [x, out]
         return out
 
-    def _rope(self, x: Tensor, coords: Tensor, coord_scale: float) -> RotaryTable | None:
+    def _rope(self, x: Tensor, coords: Tensor, coord_scale: float) -> RotaryTable | Tensor | None:
+        """The rotation in the form `Attention` wants: matrices where the norm can join in, else a table."""
         if self.config.rope_theta is None:
             return None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        return rotary_table(
+        table = rotary_table(
             coords,
             self.config.head_dim,
             self.config.rope_theta,
             device=x.device,
-            dtype=torch.get_autocast_dtype(x.device.type) if autocast else x.dtype,
             scale=coord_scale,
             bos=x.shape[1] == coords.shape[-2] + 1,
         )
+        dtype = compute_dtype(x)
+        if self.fused and self.config.qk_norm == "plain" and coords.ndim == 2:
+            return centred_rotation(table).to(dtype)
+        return RotaryTable(table.cos.to(dtype), table.sin.to(dtype))
 
 
 def init_weights(module: nn.Module) -> None:

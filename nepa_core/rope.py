@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nepa_core.basics import UserError
+
 
 class RotaryTable(NamedTuple):
     """cos and sin of every angle, each [T, K/2] or [B, T, K/2]."""
@@ -39,6 +41,11 @@ def rotary_angles(coords: Tensor, head_dim: int, theta: float, *, bos: bool = Fa
     per_axis = pairs // axes
     frequencies = theta ** -(torch.arange(per_axis, dtype=torch.float32, device=coords.device) / per_axis)
     angles = (2 * math.pi * coords.float()[..., None] * frequencies).flatten(-2)
+    if per_axis == 0:
+        raise UserError(
+            f"heads of width {head_dim} are too narrow for RoPE on {axes} axes: lower model.heads or set "
+            "model.rope_theta=null"
+        )
     angles = torch.nn.functional.pad(angles, (0, pairs - axes * per_axis))
     return torch.nn.functional.pad(angles, (0, 0, 1, 0)) if bos else angles
 
@@ -79,11 +86,19 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
+def centred_rotation(table: RotaryTable) -> Tensor:
+    """Matrices [T, K, K] for a table of [T, K/2]: x @ matrix takes off the mean of x [K], then rotates."""
+    places, head_dim = len(table.cos), 2 * table.cos.shape[-1]
+    centred = torch.eye(head_dim, dtype=table.cos.dtype, device=table.cos.device) - 1 / head_dim
+    return rotate(centred[None, :, None].expand(1, -1, places, -1), table)[0].transpose(0, 1).contiguous()
+
+
 def _table(angles: Tensor, dtype: torch.dtype) -> RotaryTable:
     return RotaryTable(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a table first made in inference mode must serve training too
 def _cached_angles(
     data: bytes,
     axes: int,
@@ -98,6 +113,7 @@ def _cached_angles(
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a table first made in inference mode must serve training too
 def _cached_table(
     data: bytes,
     axes: int,

@@ -273,7 +273,7 @@ def print_peak(folder: str, side: str) -> None:
 def _model(config: PretrainConfig, ranks: World) -> NEPA:
     model = build_model(config).to(ranks.device)
     if config.train.compile:
-        model.predictor.compile()
+        model.predictor.compile_blocks()
     return model
 
 

@@ -57,10 +57,14 @@ def compare(arms: Sequence[Arm], seeds: Sequence[int], out: Path, *, workers: in
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_single_thread) as pool:
         futures = {pool.submit(run_one, arm.config, seed, folder): (arm.name, seed) for arm, seed, folder in jobs}
-        for count, future in enumerate(as_completed(futures), 1):
-            name, seed = futures[future]
-            rows[name, seed] = future.result()
-            print(f"{count}/{len(jobs)}  {name}, seed {seed}", file=sys.stderr)
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                name, seed = futures[future]
+                rows[name, seed] = future.result()
+                print(f"{count}/{len(jobs)}  {name}, seed {seed}", file=sys.stderr)
+        except BaseException:  # Ctrl-C reaches the workers too, which stop after a checkpoint; start no further one
+            pool.shutdown(cancel_futures=True)
+            raise
     first = rows[arms[0].name, seeds[0]]
     return {
         "seeds": list(seeds),

@@ -109,7 +109,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
         return finished
     model = build_model(config).to(ranks.device)
     if config.train.compile:
-        model.predictor.compile()
+        model.predictor.compile_blocks()
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
     result = fit(
         model=model,

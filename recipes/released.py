@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from nepa_core.basics import UserError
 from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime.config import explain
 
 PREFIX = "vit_nepa."
 
@@ -64,7 +66,12 @@ def read_released(folder: Path | str) -> Released:
     folder = Path(folder)
     facts = _read_config(folder / "config.json")
     model, head = translate(_read_tensors(folder / "model.safetensors"), folder)
-    return Released(_config(facts, folder), bool(facts["is_causal"]), int(facts["patch_size"]), model, head)
+    try:
+        return Released(_config(facts, folder), bool(facts["is_causal"]), int(facts["patch_size"]), model, head)
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'}: the key {error} is missing") from error
+    except ValidationError as error:
+        raise UserError(f"{folder / 'config.json'}: {explain(error, '', PredictorConfig)}") from error
 
 
 def translate(released: dict[str, Tensor], source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -112,31 +119,29 @@ def translate(released: dict[str, Tensor], source: Path) -> tuple[dict[str, Tens
 
 def _depth(released: dict[str, Tensor]) -> int:
     start = f"{PREFIX}encoder.layer."
-    return 1 + max((int(name[len(start) :].split(".")[0]) for name in released if name.startswith(start)), default=-1)
+    layers = (name[len(start) :].split(".")[0] for name in released if name.startswith(start))
+    return 1 + max((int(layer) for layer in layers if layer.isdigit()), default=-1)
 
 
 def _config(facts: dict[str, Any], folder: Path) -> PredictorConfig:
-    try:
-        for key, only in (("qkv_bias", True), ("qk_norm_bias", False)):
-            if facts[key] is not only:
-                raise UserError(f"{folder / 'config.json'}: {key}={facts[key]} is not a NEPA this code knows")
-        return PredictorConfig(
-            dim=facts["hidden_size"],
-            depth=facts["num_hidden_layers"],
-            heads=facts["num_attention_heads"],
-            mlp_dim=facts["intermediate_size"],
-            activation=facts["hidden_act"],
-            gated=facts["use_gated_mlp"],
-            layer_scale=facts["layerscale_value"],
-            qk_norm=("affine" if facts["qk_norm_affine"] else "plain") if facts["qk_norm"] else "off",
-            rope_theta=facts["rope_theta"],
-            rope_rescale=facts["pos_embed_rescale"] or 1.0,
-            bos=True,
-            norm_eps=facts["layer_norm_eps"],
-            drop_path=facts["drop_path_prob"],
-        )
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'}: the key {error} is missing") from error
+    for key, only in (("qkv_bias", True), ("qk_norm_bias", False)):
+        if facts[key] is not only:
+            raise UserError(f"{folder / 'config.json'}: {key}={facts[key]} is not a NEPA this code knows")
+    return PredictorConfig(
+        dim=facts["hidden_size"],
+        depth=facts["num_hidden_layers"],
+        heads=facts["num_attention_heads"],
+        mlp_dim=facts["intermediate_size"],
+        activation=facts["hidden_act"],
+        gated=facts["use_gated_mlp"],
+        layer_scale=facts["layerscale_value"],
+        qk_norm=("affine" if facts["qk_norm_affine"] else "plain") if facts["qk_norm"] else "off",
+        rope_theta=facts["rope_theta"],
+        rope_rescale=facts["pos_embed_rescale"] or 1.0,
+        bos=True,
+        norm_eps=facts["layer_norm_eps"],
+        drop_path=facts["drop_path_prob"],
+    )
 
 
 def _read_config(path: Path) -> dict[str, Any]:

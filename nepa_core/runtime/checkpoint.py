@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, checked before they are believed, and free of pickle.
 
 `checkpoints/step_00000800/` holds one safetensors file for each named group of tensors (model, ema, optimizer,
-...) and `state.json` with the step, plain values and the SHA-256 of every file.
+...) and `state.json` with the step, plain values and the SHA-256 of every file, its own among them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,22 @@ def disk_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Write a small file whole or not at all: what stood there stays until the new text is on the disk."""
+    draft = file.with_name(f".writing_{file.name}")
+    try:
+        draft.write_text(text)
+        _sync(draft)
+        draft.rename(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint and drop the oldest ones beyond `keep`.
+    """Write a checkpoint and drop all but this one and the `keep` - 1 before it.
 
     Everything goes to a temporary folder that is renamed when it is complete, so a crash leaves no half of one.
+    Checkpoints of later steps go too: they were damaged, or this step would not be computed again.
 
     Raises:
         UserError: the disk is full or can't be written.
@@ -56,7 +68,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     building = folder / f".writing_{target.name}"
     with disk_errors(target):
         try:
-            shutil.rmtree(building, ignore_errors=True)
+            for rest in folder.glob(".writing_*"):  # of a process that was killed
+                shutil.rmtree(rest, ignore_errors=True)
             building.mkdir(parents=True)
             digests = {}
             for name, tensors in checkpoint.tensors.items():
@@ -64,6 +77,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
                 save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, file)
                 digests[file.name] = _digest(file)
             record = {"step": checkpoint.step, "files": digests, **checkpoint.state}
+            record["sha256"] = _record_digest(record)
             (building / "state.json").write_text(json.dumps(record, indent=2) + "\n")
             _flush(building)
             if target.exists():  # a damaged one of the same step, or the same step written again
@@ -72,8 +86,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             _sync(folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
-    for old in _stored(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    stored = _stored(folder)
+    place = stored.index(target) + 1
+    for other in stored[: max(place - keep, 0)] + stored[place:]:
+        shutil.rmtree(other, ignore_errors=True)
     return target
 
 
@@ -96,13 +112,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         state = json.loads((path / "state.json").read_text())
+        if state.pop("sha256") != _record_digest(state):
+            raise UserError(f"checkpoint {path} is damaged: state.json is not as it was written")
         files = state.pop("files")
         for name, digest in files.items():
             if _digest(path / name) != digest:
                 raise UserError(f"checkpoint {path} is damaged: {name} is not as it was written")
         tensors = {Path(name).stem: load_file(path / name) for name in files}
         return Checkpoint(state.pop("step"), tensors, state)
-    except (OSError, ValueError, KeyError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged: {error}") from error
 
 
@@ -133,6 +151,10 @@ def _stored(folder: Path) -> list[Path]:
 def _digest(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _flush(folder: Path) -> None:

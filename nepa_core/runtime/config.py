@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from nepa_core.basics import UserError
 from nepa_core.modality import Modality
+from nepa_core.runtime.checkpoint import write_whole
 from nepa_core.runtime.optim import Duration
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -26,14 +27,14 @@ def load_object(path: str) -> Any:
         UserError: the module or the name does not exist.
     """
     module_name, _, name = path.partition(":")
-    if not module_name or not name:
+    if not module_name or not name or module_name.startswith("."):
         raise UserError(f"{path!r} is not of the form module:function, such as recipes.vision:digits")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"{path}: importing {module_name} failed: {error}") from error
         raise UserError(
             f"{path}: no module {module_name!r} here; run the command from the folder that holds it"
@@ -84,12 +85,12 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     Raises:
         UserError: a key is unknown (the nearest valid one is named) or a value does not fit.
     """
-    for key in changes:
-        _check_key(config, key)
+    for key, value in changes.items():
+        _check_key(config, key, value)
     return _override(config, dict(changes), "")
 
 
-def _check_key(config: BaseModel, key: str) -> None:
+def _check_key(config: BaseModel, key: str, value: Any) -> None:
     node: Any = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -98,6 +99,9 @@ def _check_key(config: BaseModel, key: str) -> None:
         if part not in type(node).model_fields:
             raise UserError(f"unknown key {key}{nearest(key, keys(config))}")
         node = getattr(node, part)
+    if isinstance(node, BaseModel) and not isinstance(value, BaseModel):
+        first = next(iter(keys(node, f"{key}.")), key)
+        raise UserError(f"{key} holds several keys: set them one by one, such as {first}=VALUE")
 
 
 def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
@@ -133,8 +137,8 @@ def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
     first = error.errors()[0]
     key = prefix + ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:  # a validator over the whole config names its keys itself
-        return message
+    if not first["loc"]:  # a validator over the whole config names its keys itself, a Duration can't
+        return message if kind is not Duration else f"{prefix.removesuffix('.')}: {message}"
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(str(first['loc'][-1]), kind.model_fields)}"
     if first["type"] == "missing":
@@ -157,17 +161,20 @@ def keys(config: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both values (None where one side lacks the key)."""
-    a, b = keys(old), keys(new)
+    a, b = (keys(config) | _adapter(config) for config in (old, new))
     return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
 
 def save_config(config: BaseModel, path: Path) -> None:
     """Write a config as JSON, with the import path of its adapter beside the adapter's settings."""
-    saved = config.model_dump(mode="json", serialize_as_any=True)
+    saved = _adapter(config) | config.model_dump(mode="json", serialize_as_any=True)
+    write_whole(path, json.dumps(saved, indent=2) + "\n")
+
+
+def _adapter(config: BaseModel) -> dict[str, str]:
+    """The import path of a config's adapter, under the key that the file has it under."""
     data = getattr(config, "data", None)
-    if isinstance(data, Modality):
-        saved = {"adapter": import_path(type(data)), **saved}
-    path.write_text(json.dumps(saved, indent=2) + "\n")
+    return {"adapter": import_path(type(data))} if isinstance(data, Modality) else {}
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
@@ -182,7 +189,13 @@ def load_config(kind: type[Config], path: Path) -> Config:
         raise UserError(f"{path.parent} is not a run folder: it holds no {path.name}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it or start a new run") from error
-    if "adapter" in saved:
-        adapter = load_object(saved.pop("adapter"))
-        saved["data"] = validated(adapter, saved["data"], "data.")
-    return validated(kind, saved)
+    try:
+        if isinstance(saved, dict) and "adapter" in saved:
+            name = str(saved.pop("adapter"))
+            adapter = load_object(name)
+            if not (isinstance(adapter, type) and issubclass(adapter, Modality)):
+                raise UserError(f"{name} is not an adapter (a subclass of Modality)")
+            saved["data"] = validated(adapter, saved.get("data", {}), "data.")
+        return validated(kind, saved)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
@@ -49,7 +49,7 @@ class TrainConfig(BaseModel):
         seed: of weights, data order and everything random in a step.
         ema: decay of the averaged weights, or None for none. Where there is an average it is what is judged.
         precision: "auto" is bfloat16 autocast on CUDA devices that have it and float32 elsewhere.
-        compile: run the predictor through torch.compile.
+        compile: run the predictor's blocks through torch.compile.
         workers: processes that load data, for each rank; 0 loads in the main process.
         log, evaluate, checkpoint: steps between lines of metrics, held-out measurements, checkpoints.
         keep: checkpoints that are kept.
@@ -105,8 +105,11 @@ class Interrupted(Exception):
     """The run was asked to stop and did, after a checkpoint. `status` is the exit status for it."""
 
     def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+        super().__init__(message, status)  # both, or it can't be brought from one process to another
+        self.message, self.status = message, status
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class Plan(NamedTuple):
@@ -161,7 +164,10 @@ class Stopwatch:
 
 
 class _Tally:
-    """Sums since the last line of metrics, on the device; part of a checkpoint, so a line never loses a step."""
+    """Sums since the last line of metrics, over all ranks, on the device.
+
+    They are part of a checkpoint, so a line never loses a step.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = {name: torch.zeros((), device=device) for name in ("loss", "weight", "grad_norm", "skipped")}
@@ -195,6 +201,7 @@ def fit(
     ema: Ema | None = None,
     evaluate: Callable[[], Mapping[str, Any]] | None = None,
     watch: Stopwatch | None = None,
+    show: bool = True,
 ) -> FitResult:
     """Train `model` in place to the end of its plan, going on from the run's newest checkpoint.
 
@@ -204,6 +211,8 @@ def fit(
         ema: the averages of `model`'s parameters, updated after every step.
         evaluate: held-out figures for metrics.jsonl, called on the main process before the first step, every
             `config.evaluate` steps and after the last, with the averaged weights applied.
+        watch: told where the time of every step goes.
+        show: progress on the screen.
 
     Raises:
         UserError: the plan does not fit, the disk is full, too many samples are unreadable, or a whole
@@ -217,7 +226,7 @@ def fit(
     watch = watch or Stopwatch()
     parameters = [value for value in model.parameters() if value.requires_grad]
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
-    autocast_dtype = _autocast_dtype(config.precision, world.device)
+    half = autocast_dtype(config.precision, world.device)
 
     def measure(done: int) -> None:
         if evaluate is None or not world.is_main:
@@ -231,12 +240,20 @@ def fit(
         tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, names), "tally": tally.sums}
         if ema is not None:
             tensors["ema"] = ema.averages
-        state = {"metrics_bytes": run.metrics_size(), "seconds": seconds, "tokens": tokens, "tally_steps": tally.steps}
+        state = {
+            "metrics_bytes": run.metrics_size(),
+            "seconds": seconds,
+            "tokens": tokens,
+            "tally_steps": tally.steps,
+            "unreadable": sorted(batches.unreadable),
+        }
         save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep)
 
-    with Meter(steps.total, enabled=world.is_main) as meter, _stop_requests() as stop:
-        restored = restore(run, model=model, optimizer=optimizer, names=names, ema=ema, tally=tally, say=meter.say)
-        start, seconds_before, tokens = (0, 0.0, 0) if restored is None else restored
+    with Meter(steps.total, enabled=show and world.is_main) as meter, _stop_requests() as stop:
+        sitting = restore(
+            run, world, model=model, optimizer=optimizer, names=names, ema=ema, tally=tally, say=meter.say
+        )
+        start, tokens = sitting.step, sitting.tokens
         meter.resume(start)
         if start == 0:
             measure(0)
@@ -256,6 +273,7 @@ def fit(
             max_unreadable=config.max_unreadable,
             device=world.device,
         )
+        batches.unreadable.update(sitting.unreadable)
         stream = iter(batches)
         shared = world.wrap(model)
         model.train()
@@ -270,7 +288,7 @@ def fit(
                 torch.manual_seed(fold_seed(config.seed, "step", step, part, world.rank))
                 with (
                     _gradients_stay_local(shared, local=part < steps.accumulate - 1),
-                    torch.autocast(world.device.type, autocast_dtype, enabled=autocast_dtype is not None),
+                    torch.autocast(world.device.type, half, enabled=half is not None),
                 ):
                     out = step_function(shared, batch)
                     watch.lap("forward")
@@ -281,8 +299,8 @@ def fit(
                 tokens += out.tokens * world.size
                 watch.lap("backward")
             lr = steps.peak_lr * lr_factor(step, warmup=steps.warmup, total=steps.total)
-            weight = world.sum(weight_sum)
-            norm, skipped = update(optimizer, parameters, lr=lr, weight=weight / world.size, clip=optim.clip)
+            loss_sum, weight_sum = world.sum(torch.stack((loss_sum, weight_sum)))
+            norm, skipped = update(optimizer, parameters, lr=lr, weight=weight_sum / world.size, clip=optim.clip)
             watch.lap("optimizer")
             if ema is not None:
                 ema.update()
@@ -292,11 +310,11 @@ def fit(
             meter.advance(done)
             last = done == steps.total
             if done % config.log == 0 or last:
-                line = _metrics_line(tally, world, done=done, lr=lr, epoch=done / steps.per_epoch)
+                line = _metrics_line(tally, done=done, lr=lr, epoch=done / steps.per_epoch)
                 if world.is_main:
                     run.log(line)
                     elapsed = time.perf_counter() - began
-                    run.log_timing({"step": done, "seconds": seconds_before + elapsed, "tokens": tokens})
+                    run.log_timing({"step": done, "seconds": sitting.seconds + elapsed, "tokens": tokens})
                     meter.note(f"loss {line['loss']:.4f}")
                 if line["skipped_steps"]:
                     meter.say(
@@ -306,7 +324,7 @@ def fit(
                 measure(done)
             stopping = stop.wanted if world.size == 1 else done % config.log == 0 and world.any(stop.wanted)
             if done % config.checkpoint == 0 or last or stopping:
-                save(done, seconds_before + time.perf_counter() - began, tokens)
+                save(done, sitting.seconds + time.perf_counter() - began, tokens)
             if stopping and not last:
                 raise Interrupted(
                     f"stopped after step {done} of {steps.total}; the same command goes on from there", stop.status
@@ -316,15 +334,25 @@ def fit(
     working = sum(watch.seconds.values()) - watch.seconds.get("start", 0.0)
     return FitResult(
         steps.total,
-        seconds_before + seconds,
+        sitting.seconds + seconds,
         tokens,
         watch.seconds.get("data", 0.0) / max(working, 1e-9),
         len(batches.unreadable),
     )
 
 
+class Sitting(NamedTuple):
+    """Where an earlier sitting of a run stopped: steps done, time and tokens spent, samples found unreadable."""
+
+    step: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    unreadable: Sequence[str] = ()
+
+
 def restore(
     run: Run,
+    world: World,
     *,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -332,22 +360,29 @@ def restore(
     ema: Ema | None,
     tally: _Tally,
     say: Callable[[str], None],
-) -> tuple[int, float, int] | None:
+) -> Sitting:
     """The one place where training state is restored.
 
     Precedence: the newest undamaged checkpoint of this run; else the model as it was handed in (from the seed, or
     from an `init=` that the task has loaded).
 
-    Returns:
-        Steps done, seconds and tokens spent, or None where there is no checkpoint.
+    Raises:
+        UserError: the network that the recipe builds now is not the one that was stored.
     """
     checkpoint, notes = load_latest(run.checkpoints)
     for note in notes:
         say(note)
+    if world.is_main:
+        run.truncate_metrics(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
     if checkpoint is None:
-        run.truncate_metrics(0)
-        return None
-    model.load_state_dict(checkpoint.tensors["model"])
+        return Sitting()
+    try:
+        model.load_state_dict(checkpoint.tensors["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoints of {run.path} are of another network than the recipe builds now: {error}; "
+            "give the earlier code back, or name another folder with out=DIR"
+        ) from error
     restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"])
     if ema is not None:
         for name, value in checkpoint.tensors["ema"].items():
@@ -355,9 +390,9 @@ def restore(
     for name, value in checkpoint.tensors["tally"].items():
         tally.sums[name].copy_(value)
     tally.steps = checkpoint.state["tally_steps"]
-    run.truncate_metrics(checkpoint.state["metrics_bytes"])
     say(f"going on after step {checkpoint.step}")
-    return checkpoint.step, checkpoint.state["seconds"], checkpoint.state["tokens"]
+    state = checkpoint.state
+    return Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
 
 
 def update(
@@ -383,14 +418,12 @@ def update(
     return norm, skipped
 
 
-def _metrics_line(tally: _Tally, world: World, *, done: int, lr: float, epoch: float) -> dict[str, float]:
-    """The figures since the last line, over all ranks.
+def _metrics_line(tally: _Tally, *, done: int, lr: float, epoch: float) -> dict[str, float]:
+    """The figures since the last line.
 
     Raises:
         UserError: no step since then had a finite gradient.
     """
-    for name in ("loss", "weight"):
-        world.sum(tally.sums[name])
     sums, steps = tally.take()
     if sums["skipped"] == steps:
         raise UserError(
@@ -407,7 +440,8 @@ def _metrics_line(tally: _Tally, world: World, *, done: int, lr: float, epoch: f
     }
 
 
-def _autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on this device, or None for float32 throughout; see `TrainConfig.precision`."""
     if precision == "bfloat16":
         return torch.bfloat16
     if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():

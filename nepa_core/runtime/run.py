@@ -22,7 +22,7 @@ from rich.progress import (
 )
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.checkpoint import disk_errors, write_whole
 from nepa_core.runtime.config import Config, differences, load_config, save_config
 
 FREE_KEYS = ("train.workers", "train.checkpoint", "train.keep", "train.max_unreadable")
@@ -51,6 +51,8 @@ class Run:
     def open(self, config: BaseModel) -> None:
         """Create the folder, or check that the run in it has this config.
 
+        A run that has computed nothing yet, as after a mistyped folder, takes the new config.
+
         Raises:
             UserError: the folder holds a run with another config (the differing keys are listed), holds
                 something that is no run, or can't be written.
@@ -59,14 +61,15 @@ class Run:
         if file.exists():
             saved = load_config(type(config), file)
             changed = {k: v for k, v in differences(saved, config).items() if k not in FREE_KEYS}
-            if changed:
+            if changed and (self.metrics_path.exists() or self.checkpoints.exists()):
                 listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
                 raise UserError(
                     f"{self.path} holds a run with another config: {listed}; give it back, or name another "
                     "folder with out=DIR"
                 )
-            return
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not changed:
+                return
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
             raise UserError(f"{self.path} exists and is not a run folder; name another one with out=DIR")
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -91,16 +94,18 @@ class Run:
         """Bytes in metrics.jsonl, on the disk for good: what a checkpoint remembers."""
         if not self.metrics_path.exists():
             return 0
-        with self.metrics_path.open("rb+") as stream:
+        with disk_errors(self.metrics_path), self.metrics_path.open("rb+") as stream:
             os.fsync(stream.fileno())
             return stream.seek(0, os.SEEK_END)
 
     def truncate_metrics(self, size: int) -> None:
         """Forget the lines after a checkpoint: they are computed again."""
+        if not self.metrics_path.exists() and size:
+            raise UserError(f"{self.metrics_path} is missing; restore it, or start anew with out=DIR")
+        if self.metrics_size() < size:
+            raise UserError(f"{self.metrics_path} has lost lines; restore it, or start anew with out=DIR")
         if self.metrics_path.exists():
             os.truncate(self.metrics_path, size)
-        elif size:
-            raise UserError(f"{self.metrics_path} is missing; restore it, or start anew with out=DIR")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All logged lines."""
@@ -112,14 +117,19 @@ class Run:
         """Write the final numbers, whole or not at all."""
         file = self.path / name
         with disk_errors(file):
-            draft = file.with_suffix(".writing")
-            draft.write_text(json.dumps(summary, indent=2) + "\n")
-            draft.rename(file)
+            write_whole(file, json.dumps(summary, indent=2) + "\n")
 
     def summary(self, name: str = "summary.json") -> dict[str, Any] | None:
-        """The final numbers, or None while the run is not finished."""
+        """The final numbers, or None while the run is not finished.
+
+        Raises:
+            UserError: the file is damaged.
+        """
         file = self.path / name
-        return json.loads(file.read_text()) if file.exists() else None
+        try:
+            return json.loads(file.read_text()) if file.exists() else None
+        except ValueError as error:
+            raise UserError(f"{file} is not JSON ({error}); delete it and give the same command again") from error
 
 
 class Meter:

@@ -1,0 +1,163 @@
+"""The hand-written gradients of `fused` against the plain formulas, alone and inside the predictor."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+import nepa_core.predictor as predictor_module
+from nepa_core.fused import NormRotate, ScaledLinear
+from nepa_core.predictor import Predictor, PredictorConfig
+from nepa_core.rope import RotaryTable, centred_rotation, rotary_table, rotate
+
+T, B, H, K = 5, 2, 3, 8
+D = H * K
+EPS = 1e-6
+
+
+def table(dtype: torch.dtype = torch.float64) -> RotaryTable:
+    coords = torch.linspace(-1, 1, 2 * (T - 1)).view(T - 1, 2)
+    return rotary_table(coords, K, 100.0, device=torch.device("cpu"), dtype=dtype, bos=True)
+
+
+def plain_norm_rotate(qkv: Tensor, rope: RotaryTable) -> tuple[Tensor, ...]:
+    q, k, v = rearrange(qkv, "b t (qkv h k) -> qkv b h t k", qkv=3, h=H)
+    return rotate(F.layer_norm(q, (K,), eps=EPS), rope), rotate(F.layer_norm(k, (K,), eps=EPS), rope), v
+
+
+def test_scaled_linear_gradcheck() -> None:
+    torch.manual_seed(0)
+    sizes = ((T, B, 4), (6, 4), (6,), (6,))
+    inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    assert torch.autograd.gradcheck(ScaledLinear.apply, inputs)
+    x, weight, bias, scale = inputs
+    torch.testing.assert_close(ScaledLinear.apply(*inputs), F.linear(x, weight, bias) * scale)
+
+
+def test_norm_rotate_gradcheck_and_plain_formula() -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(B, T, 3 * D, dtype=torch.float64, requires_grad=True)
+    matrix = centred_rotation(table())
+    assert torch.autograd.gradcheck(lambda x: NormRotate.apply(x, matrix, H, EPS), qkv)
+    fast, plain = NormRotate.apply(qkv, matrix, H, EPS), plain_norm_rotate(qkv, table())
+    grads = [torch.randn_like(y) for y in plain]
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(*(torch.autograd.grad(y, qkv, grads)[0] for y in (fast, plain)))
+
+
+def test_second_derivatives_are_refused() -> None:
+    x, weight, bias, scale = (torch.ones(size, requires_grad=True) for size in ((1, 2), (3, 2), (3,), (3,)))
+    (grad,) = torch.autograd.grad(ScaledLinear.apply(x, weight, bias, scale).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def config(**changes: object) -> PredictorConfig:
+    values: dict[str, object] = {
+        "dim": D,
+        "depth": 2,
+        "heads": H,
+        "mlp_dim": 32,
+        "activation": "gelu",
+        "gated": False,
+        "layer_scale": 0.5,
+        "qk_norm": "plain",
+        "rope_theta": 100.0,
+        "rope_rescale": 1.0,
+        "bos": True,
+        "norm_eps": EPS,
+    }
+    return PredictorConfig.model_validate(values | changes)
+
+
+def build(**changes: object) -> Predictor:
+    torch.manual_seed(0)
+    predictor = Predictor(config(**changes))
+    for parameter in predictor.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return predictor
+
+
+INPUT = torch.randn(4, T, D, generator=torch.Generator().manual_seed(1))
+COORDS = torch.linspace(-1, 1, 2 * (T - 1)).view(T - 1, 2)
+MASK = torch.tensor([[True] * T, [True] * 3 + [False] * (T - 3)] * 2)
+
+
+def results(predictor: Predictor, coords: Tensor = COORDS, **changes: object) -> list[Tensor]:
+    x = INPUT.clone().requires_grad_()
+    out = predictor(x, coords, **{"causal": True, **changes})
+    return [out, *torch.autograd.grad((out * INPUT.cos()).sum(), (x, *predictor.parameters()))]
+
+
+def assert_all_close(a: list[Tensor], b: list[Tensor], tolerance: float) -> None:
+    for left, right in zip(a, b, strict=True):
+        torch.testing.assert_close(
+            left.float(), right.float(), rtol=tolerance, atol=tolerance * right.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_predictor_equals_the_plain_formulas(
+    monkeypatch: pytest.MonkeyPatch, causal: bool, mask: Tensor | None
+) -> None:
+    predictor = build()
+    fast = results(predictor, causal=causal, mask=mask)
+    eager = results(build(attention="eager"), causal=causal, mask=mask)
+    # Coordinates of their own for each sample take the plain path of `Attention`.
+    monkeypatch.setattr(predictor_module, "scaled_linear", lambda x, linear, scale: linear(x) * scale)
+    expected = results(predictor, COORDS.expand(4, -1, -1), causal=causal, mask=mask)
+    assert_all_close(fast, expected, 1e-5)
+    assert_all_close(eager, expected, 1e-5)
+
+
+def test_affine_norm_of_ones_is_the_plain_norm() -> None:
+    affine = build(qk_norm="affine")
+    fast = build()
+    for block in affine.blocks:
+        nn.init.ones_(block.attention.q_norm.weight)
+        nn.init.ones_(block.attention.k_norm.weight)
+    affine.load_state_dict(fast.state_dict(), strict=False)
+    torch.testing.assert_close(affine(INPUT, COORDS, causal=True), fast(INPUT, COORDS, causal=True))
+
+
+@pytest.mark.parametrize("layer_scale", [1e-5, 0.5])
+def test_bfloat16_autocast_stays_near_float32(layer_scale: float) -> None:
+    predictor = build()
+    for block in predictor.blocks:
+        nn.init.constant_(block.scale1, layer_scale)
+        nn.init.constant_(block.scale2, layer_scale)
+    expected = results(predictor)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = results(predictor)
+    for left, right in zip(found, expected, strict=True):
+        assert (left.float() - right).norm() < 0.03 * right.norm()
+
+
+def test_no_grad_frozen_parameters_and_copies_give_the_same() -> None:
+    predictor = build()
+    expected = predictor(INPUT, COORDS, causal=True)
+    with torch.no_grad():
+        torch.testing.assert_close(predictor(INPUT, COORDS, causal=True), expected)
+    torch.testing.assert_close(copy.deepcopy(predictor).eval()(INPUT, COORDS, causal=True), expected)
+    predictor.requires_grad_(False)
+    x = INPUT.clone().requires_grad_()
+    predictor(x, COORDS, causal=True).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+@pytest.mark.parametrize("qk_norm", ["plain", "affine"])
+def test_compiled_blocks_give_the_same(qk_norm: str) -> None:
+    expected = results(build(qk_norm=qk_norm))
+    predictor = build(qk_norm=qk_norm)
+    predictor.compile_blocks()
+    assert_all_close(results(predictor), expected, 1e-5)

@@ -1,0 +1,77 @@
+"""The rules of the house that a reader can't see from one file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import nepa_core
+
+ROOT = Path(nepa_core.__file__).parents[1]
+PACKAGES = ("nepa_core", "modalities", "recipes")
+
+
+def _sources(pattern: str) -> list[Path]:
+    found = sorted(ROOT.glob(pattern))
+    assert found, f"no file matches {pattern}"
+    return found
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def _imports(path: Path) -> set[str]:
+    """Dotted names that a file imports, at its top or inside functions; `from a import b` counts as a and a.b."""
+    names: set[str] = set()
+    for node in ast.walk(_parsed(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
+            module = node.module or ""
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("files", "forbidden"),
+    [
+        ("nepa_core/**/*.py", ("modalities", "recipes", "tests")),
+        ("nepa_core/*.py", ("nepa_core.runtime",)),
+        ("modalities/*.py", ("recipes", "tests")),
+        ("recipes/*.py", ("tests",)),
+    ],
+)
+def test_imports_point_one_way(files: str, forbidden: tuple[str, ...]) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in _sources(files)
+        for name in sorted(_imports(path))
+        if any(name == package or name.startswith(f"{package}.") for package in forbidden)
+    ]
+    assert wrong == []
+
+
+def test_inheritance_within_the_house_is_one_deep() -> None:
+    bases: dict[str, set[str]] = {}
+    for package in PACKAGES:
+        for path in _sources(f"{package}/**/*.py"):
+            for node in ast.walk(_parsed(path)):
+                if isinstance(node, ast.ClassDef):
+                    bases[node.name] = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
+    deep = [name for name, above in bases.items() if any(bases[base] & bases.keys() for base in above & bases.keys())]
+    assert "NEPA" in bases
+    assert deep == []
+
+
+def test_every_public_function_and_class_of_the_core_says_what_it_is() -> None:
+    silent = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in _sources("nepa_core/**/*.py")
+        for node in _parsed(path).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and not ast.get_docstring(node)
+    ]
+    assert silent == []
