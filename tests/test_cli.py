@@ -1,0 +1,305 @@
+"""The nepa command: help, what it writes, and one line for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from nepa_core.runtime import checkpoint
+from recipes.cli import TASKS, main
+from tests.conftest import ROOT, largest_file
+
+TINY = "tests.tiny:recipe"
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+class Nepa:
+    """The command in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *words: str) -> Said:
+        status = main(words)
+        return Said(status, *self.capsys.readouterr())
+
+    def fails(self, *words: str) -> str:
+        """The one line that a bad command prints, without its beginning."""
+        said = self(*words)
+        assert said.status == 2, said
+        return one_line(said)
+
+
+def one_line(said: Said) -> str:
+    (line,) = said.err.splitlines()
+    assert line.startswith("nepa: "), line
+    assert said.out == ""
+    return line.removeprefix("nepa: ")
+
+
+@pytest.fixture
+def nepa(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Nepa:
+    """The command, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return Nepa(capsys)
+
+
+# ------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_the_help_names_every_task_and_exits_with_success(nepa: Nepa, words: list[str]) -> None:
+    said = nepa(*words)
+    assert (said.status, said.err) == (0, "")
+    assert said.out.startswith("usage: nepa TASK")
+    for name, task in TASKS.items():
+        assert f"{name} {task.takes}" in said.out
+        assert task.gives in said.out
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_help_of_a_task_says_what_it_takes_and_describes_every_option(nepa: Nepa, name: str) -> None:
+    said = nepa(name, "--help")
+    assert (said.status, said.err) == (0, "")
+    assert said.out.startswith(f"usage: nepa {name} {TASKS[name].takes}")
+    module = importlib.import_module(TASKS[name].module)
+    assert (module.__doc__ or "").splitlines()[0] in said.out
+    for option, field in module.Options.model_fields.items():
+        assert f"{option}=" in said.out
+        assert field.description
+        assert field.description in said.out
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_without_its_target_points_to_its_help(nepa: Nepa, name: str) -> None:
+    expected = f"nepa {name} needs a {TASKS[name].takes} after it; see nepa {name} --help"
+    assert nepa.fails(name) == expected
+    assert nepa.fails(name, "out=x") == expected
+
+
+def test_the_help_of_a_recipe_lists_every_key_with_its_value(nepa: Nepa) -> None:
+    said = nepa("pretrain", TINY, "optim.lr=0.5", "--help")
+    assert said.status == 0
+    for line in ("recipe=tests.tiny:recipe", "data.tokens=6", "optim.lr=0.5", "train.length.steps=12"):
+        assert f"  {line}\n" in said.out
+    assert list(Path().iterdir()) == [], "asking for help writes nothing"
+
+
+def test_every_built_in_recipe_is_listed_with_a_line_and_can_be_read(nepa: Nepa) -> None:
+    listed = nepa("recipes").out.splitlines()
+    assert any(line.startswith("recipes.vision:digits ") for line in listed)
+    for line in listed:
+        name, _, text = line.partition(" ")
+        assert len(text.split()) > 3
+        assert f"  recipe={name}\n" in nepa("pretrain", name, "--help").out
+
+
+# -------------------------------------------------------------------------------------------- a whole run
+
+
+def test_a_run_folder_holds_what_the_readme_says_and_is_not_computed_twice(nepa: Nepa) -> None:
+    said = nepa("pretrain", TINY, "train.length.steps=2")
+    assert (said.status, said.err) == (0, "")
+    assert "identified among 32" in said.out
+    run = Path("runs/recipe")
+    expected = {"config.json", "metrics.jsonl", "timing.jsonl", "summary.json", "checkpoints", "report"}
+    assert {path.name for path in run.iterdir()} == expected
+    page = (run / "report" / "index.html").read_text()
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in run.glob("report/*.png"))
+    assert page.count("data:image/png") == len(list(run.glob("report/*.png"))) > 2
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary.keys() >= {
+        *("loss", "baseline_copy", "baseline_mean", "baseline_position_mean", "baseline_linear", "retrieval_top1"),
+        *("retrieval_top1_copy", "retrieval_top1_linear", "retrieval_top1_untrained", "effective_rank_embedding"),
+        *("effective_rank_prediction", "collapsed", "tokens_per_second", "seconds", "steps", "parameters"),
+    }
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    again = nepa("pretrain", TINY, "train.length.steps=2")
+    assert (again.status, again.out) == (0, said.out)
+    assert nepa("pretrain", str(run)).out == said.out, "and by the name of the run"
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+# --------------------------------------------------------------------------------------------- bad words
+
+
+BAD = {
+    "unknown task": (["pretrian", TINY], "there is no task 'pretrian'; did you mean pretrain?"),
+    "unknown key": (["pretrain", TINY, "optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+    "unknown key of the adapter": (["pretrain", TINY, "data.token=4"], "unknown key data.token; did you mean data."),
+    "unknown option": (["bench", TINY, "step=3"], "unknown key step"),
+    "wrong type": (["pretrain", TINY, "train.batch=many"], "train.batch=many: input should be a valid integer"),
+    "wrong type of an option": (["bench", TINY, "steps=many"], "steps=many: input should be a valid integer"),
+    "out of range": (["pretrain", TINY, "train.ema=2"], "train.ema=2: input should be less than 1"),
+    "no value": (["pretrain", TINY, "train.batch"], "'train.batch' is not of the form key=value"),
+    "twice": (["pretrain", TINY, "train.seed=1", "train.seed=2"], "train.seed is given twice"),
+    "no such module": (["pretrain", "no_such:recipe"], "no_such:recipe: no module 'no_such' here; run the"),
+    "no such recipe": (["pretrain", "tests.tiny:recip"], "tests.tiny has no 'recip'; did you mean recipe?"),
+    "no recipe": (["pretrain", "tests.tiny:CPU"], "tests.tiny:CPU must be a function without arguments"),
+    "recipe with arguments": (["pretrain", "recipes.presets:small"], "must be a function without arguments"),
+    "recipe of something else": (["pretrain", "recipes.cli:list_recipes"], "recipes.cli:list_recipes gives a str"),
+    "no run": (["pretrain", "runs/mine"], "'runs/mine' is neither a run folder nor a recipe"),
+    "no run to probe": (["probe", "runs/mine"], "runs/mine is not a run folder; run `nepa pretrain` first"),
+    "missing data": (["pretrain", "recipes.vision:cifar10", "data.root=/nope"], "data.root=/nope: there is no such"),
+    "data of no known layout": (["pretrain", "recipes.vision:cifar10", "data.root=."], "data.root=.: looked for"),
+    "patch that does not divide": (
+        ["pretrain", "recipes.vision:digits", "data.patch=[3,3]"],
+        "data.patch=(3, 3) does not divide data.size=(8, 8); the nearest sizes that it divides: (6, 6) and (9, 9)",
+    ),
+    "batch too large": (["pretrain", TINY, "train.batch=99"], "train.batch=99 is more than the 48 training samples"),
+    "too many unreadable": (["pretrain", TINY, "data.unreadable=[1]"], "more than train.max_unreadable=0.01 of the"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said"), BAD.values(), ids=BAD.keys())
+def test_a_bad_command_prints_one_line_that_names_the_thing(nepa: Nepa, words: list[str], said: str) -> None:
+    assert said in nepa.fails(*words)
+
+
+def test_a_mended_command_runs_where_the_bad_one_failed(nepa: Nepa) -> None:
+    nepa.fails("pretrain", "recipes.vision:cifar10", "data.root=/nope")
+    assert "data.root=/none" in nepa.fails("pretrain", "recipes.vision:cifar10", "data.root=/none")
+    nepa.fails("pretrain", TINY, "train.batch=99")
+    assert nepa("pretrain", TINY, "train.length.steps=1").status == 0
+
+
+# ---------------------------------------------------------------------------------------- bad run folders
+
+
+@pytest.fixture
+def run(nepa: Nepa) -> Path:
+    """A run that was stopped before it was finished."""
+    from tests.tiny import recipe, training
+
+    training(recipe().model_copy(update={"recipe": TINY}), Path("run"))
+    return Path("run")
+
+
+def test_a_run_with_another_config_is_left_alone(nepa: Nepa, run: Path) -> None:
+    line = nepa.fails("pretrain", TINY, "out=run", "optim.lr=0.5", "data.jitter=1")
+    assert line == (
+        "run holds a run with another config: data.jitter 0.0 -> 1.0, optim.lr 0.003 -> 0.5; give it back, or name "
+        "another folder with out=DIR"
+    )
+    assert not (run / "summary.json").exists()
+
+
+@pytest.mark.parametrize("words", [["pretrain", TINY, "out=run"], ["pretrain", "run"], ["probe", "run"]])
+@pytest.mark.parametrize("text", ["", '{"recipe": ', "[1, 2]", '{"adapter": "tests.tiny:Waves", "data": {"toks": 1}}'])
+def test_a_corrupt_config_is_named(nepa: Nepa, run: Path, words: list[str], text: str) -> None:
+    (run / "config.json").write_text(text)
+    assert nepa.fails(*words).startswith("run/config.json")
+
+
+def test_a_corrupt_summary_is_named(nepa: Nepa, run: Path) -> None:
+    (run / "summary.json").write_text('{"loss": ')
+    assert nepa.fails("pretrain", "run").startswith("run/summary.json is not JSON")
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_probed(nepa: Nepa, run: Path) -> None:
+    for file in run.glob("checkpoints/*/model.safetensors"):
+        file.write_bytes(b"")
+    assert nepa.fails("probe", "run").startswith("run/checkpoints holds no undamaged checkpoint; run `nepa pretrain")
+
+
+def test_a_folder_that_is_no_run_is_not_written_to(nepa: Nepa) -> None:
+    Path("photos").mkdir()
+    Path("photos/me.jpg").write_text("me")
+    assert nepa.fails("pretrain", TINY, "out=photos").startswith("photos exists and is not a run folder")
+    assert nepa.fails("pretrain", TINY, "out=photos/me.jpg").startswith("photos/me.jpg exists and is not a run folder")
+    assert [path.name for path in Path("photos").iterdir()] == ["me.jpg"]
+
+
+# ---------------------------------------------------------------------------------------------- full disk
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(nepa: Nepa, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, files = checkpoint.save_file, 0
+
+    def fill_up(*arguments: Any, **others: Any) -> None:
+        nonlocal files
+        files += 1
+        if files > 6:  # in the second checkpoint, which has four files like the first
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(*arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", fill_up)
+        line = nepa.fails("pretrain", TINY, "out=run")
+    assert line.startswith("run/checkpoints/step_00000008 can't be written: No space left on device; free some space")
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step_00000004"]
+    said = nepa("pretrain", TINY, "out=run")
+    assert (said.status, said.err) == (0, "going on after step 4\n")
+
+
+@pytest.mark.parametrize(
+    ("size", "file"),
+    [(500, "run"), (1600, "run/metrics.jsonl"), (20_000, "run/checkpoints/step_00000004")],
+)
+def test_wherever_the_disk_is_full_the_same_command_goes_on(nepa: Nepa, size: int, file: str) -> None:
+    words = ["pretrain", TINY, "out=run", "train.length.steps=5", "train.log=1", "train.evaluate=1"]
+    with largest_file(size):
+        line = nepa.fails(*words)
+    assert line.startswith(f"{file} can't be written: ")
+    assert "File too large" in line
+    assert nepa(*words).status == 0
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 11
+
+
+# ---------------------------------------------------------------------------------------- real processes
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "recipes", *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_the_exit_status_of_the_process_and_its_one_line(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("pretrain", TINY, "optim.lrr=1"), cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nepa: unknown key optim.lrr; did you mean optim.lr?\n"
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_finishes(nepa: Nepa, workers: int) -> None:
+    words = ["pretrain", TINY, "out=run", "train.length.steps=150", "train.checkpoint=100", f"train.workers={workers}"]
+    process = subprocess.Popen(
+        command(*words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not Path("run/timing.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    line = one_line(Said(130, out, err))
+    assert line.startswith("stopped after step ")
+    assert line.endswith(" of 150; the same command goes on from there")
+    step = int(line.split()[3])
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == [f"step_{step:08d}"]
+    said = nepa(*words)
+    assert (said.status, said.err) == (0, f"going on after step {step}\n")
+    assert json.loads(Path("run/summary.json").read_text())["steps"] == 150

@@ -1,0 +1,193 @@
+"""Configs as users touch them: overrides, messages, JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nepa_core.basics import UserError
+from nepa_core.runtime.config import (
+    differences,
+    load_config,
+    load_object,
+    override,
+    parse_assignments,
+    save_config,
+)
+from nepa_core.runtime.optim import Duration
+from recipes.pretrain import PretrainConfig
+from tests import tiny
+
+
+def test_overrides_reach_nested_keys_with_the_types_of_their_fields(tiny_recipe: PretrainConfig) -> None:
+    words = ["optim.lr=5e-4", "optim.betas=[0.8,0.9]", "train.micro_batch=4", "model.bos=false", "data.tokens=9"]
+    changed = override(tiny_recipe, parse_assignments([*words, "recipe=1e3x", "train.ema=null"]))
+    assert (changed.optim.lr, changed.optim.betas) == (5e-4, (0.8, 0.9))
+    assert (changed.train.micro_batch, changed.train.ema) == (4, None)
+    assert (changed.model.bos, changed.recipe) == (False, "1e3x")
+    assert changed.data == tiny.Waves(tokens=9)
+    assert tiny_recipe == tiny.recipe(), "the original is left alone"
+    assert set(differences(tiny_recipe, changed)) == {
+        *("optim.lr", "optim.betas", "train.micro_batch", "model.bos", "data.tokens", "recipe", "train.ema")
+    }
+
+
+def test_naming_a_unit_of_a_duration_replaces_the_other(tiny_recipe: PretrainConfig) -> None:
+    changed = override(tiny_recipe, {"train.length.epochs": 1.5, "optim.warmup.steps": 3})
+    assert changed.train.length == Duration(epochs=1.5)
+    assert changed.optim.warmup == Duration(steps=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optim.learning_rate": 1}, "unknown key optim.learning_rate; did you mean optim.lr_batch?"),
+        ({"optim.l": 1}, "unknown key optim.l; did you mean optim.lr?"),
+        ({"train.bach": 1}, "unknown key train.bach; did you mean train.batch?"),
+        ({"data.tokns": 1}, "unknown key data.tokns; did you mean data.tokens?"),
+        ({"zzz": 1}, "unknown key zzz; known: data.jitter, "),
+        ({"optim.lr.peak": 1}, "unknown key optim.lr.peak: optim.lr is a single value"),
+        ({"train.batch": "many"}, "train.batch=many: input should be a valid integer"),
+        ({"train.batch": 2.5}, "train.batch=2.5: input should be a valid integer"),
+        ({"train.batch": 0}, "train.batch=0: input should be greater than 0"),
+        ({"train.ema": 1.0}, "train.ema=1.0: input should be less than 1"),
+        ({"optim.lr": float("nan")}, "optim.lr=nan: input should be a finite number"),
+        ({"optim.betas": [0.9, "x"]}, "optim.betas.1=x: input should be a valid number"),
+        ({"train.precision": "float16"}, "train.precision=float16: input should be 'auto', 'float32' or 'bfloat16'"),
+        ({"train.length.steps": -1}, "train.length.steps=-1: input should be greater than or equal to 0"),
+        ({"train.length.steps": 5, "train.length.epochs": 1}, "train.length: a duration needs exactly one of"),
+        ({"model.heads": 3}, "model.dim=16 must be a multiple of 2 * model.heads=6"),
+        ({"objective.input_mask": 0.5}, "objective.input_mask=0.5 needs model.mask_token=true"),
+        ({"train.batch": 0, "train.log": 0}, "train.batch=0: input should be greater than 0 (and 1 more)"),
+        ({"train": 5}, "train holds several keys: set them one by one, such as train.length.steps"),
+        ({"train": {"batch": 8}, "train.seed": 1}, "train holds several keys: set them one by one"),
+        ({"data": {}}, "data holds several keys: set them one by one, such as data.samples"),
+    ],
+)
+def test_a_bad_override_is_one_line_that_names_the_key(
+    tiny_recipe: PretrainConfig, changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UserError) as raised:
+        override(tiny_recipe, changes)
+    assert str(raised.value).startswith(said)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("word", "said"), [("lr", "'lr' is not of the form"), ("=1", "'=1' is not of the form")])
+def test_assignments_need_a_key_and_a_value(word: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        parse_assignments([word])
+
+
+def test_a_key_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="a is given twice"):
+        parse_assignments(["a=1", "b=2", "a=3"])
+
+
+def test_assignments_are_json_where_they_parse_and_else_text() -> None:
+    words = ["a=1", "b=1e-3", "c=true", "d=null", "e=[1,2]", "f=/data/x=y", "g=", "h=None"]
+    assert parse_assignments(words) == {
+        **{"a": 1, "b": 1e-3, "c": True, "d": None, "e": [1, 2], "f": "/data/x=y", "g": "", "h": "None"}
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("tests.tiny", "not of the form module:function"),
+        ("tests.tiny:", "not of the form module:function"),
+        ("no_such_module:recipe", "no module 'no_such_module' here"),
+        ("tests.no_such:recipe", "no module 'tests.no_such' here"),
+        (".tiny:recipe", "not of the form module:function"),
+        ("tests.tiny:recip", "tests.tiny has no 'recip'; did you mean recipe?"),
+    ],
+)
+def test_a_bad_import_path_says_what_is_missing(path: str, said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_object(path)
+    assert said in str(raised.value)
+
+
+def test_a_module_whose_own_import_fails_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_more.py").write_text("import needs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="importing needs_more failed: No module named 'needs'"):
+        load_object("needs_more:recipe")
+
+
+def test_a_saved_config_comes_back_with_its_adapter(tmp_path: Path) -> None:
+    config = override(tiny.random(), {"optim.warmup.epochs": 0.5, "train.ema": None, "data.unreadable": [3, 4]})
+    save_config(config, tmp_path / "config.json")
+    again = load_config(PretrainConfig, tmp_path / "config.json")
+    assert again == config
+    assert type(again.data) is tiny.Waves
+    assert differences(config, again) == {}
+    assert json.loads((tmp_path / "config.json").read_text())["adapter"] == "tests.tiny:Waves"
+
+
+def test_differences_hold_both_values(tiny_recipe: PretrainConfig) -> None:
+    other = override(tiny_recipe, {"optim.lr": 1.0, "train.length.epochs": 2})
+    assert differences(tiny_recipe, other) == {
+        "optim.lr": (3e-3, 1.0),
+        "train.length.steps": (12, None),
+        "train.length.epochs": (None, 2.0),
+    }
+
+
+def test_another_adapter_with_the_same_settings_is_a_difference(tiny_recipe: PretrainConfig) -> None:
+    class Ripples(tiny.Waves):
+        pass
+
+    other = tiny_recipe.model_copy(update={"data": Ripples()})
+    assert set(differences(tiny_recipe, other)) == {"adapter"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is not JSON"),
+        ('{"recipe": "", "da', "is not JSON"),
+        ("\x00\x00", "is not JSON"),
+        ("[]", "Input should be a valid dictionary"),
+        ("3", "Input should be a valid dictionary"),
+        ('{"adapter": "tests.tiny:Waves"}', "model is missing"),
+        ('{"adapter": "tests.tiny:Waves", "data": 3}', "Input should be a valid dictionary"),
+        ('{"adapter": 5, "data": {}}', "'5' is not of the form module:function"),
+        ('{"adapter": "tests.tiny:CPU", "data": {}}', "tests.tiny:CPU is not an adapter"),
+        ('{"adapter": "tests.tiny:Waves", "data": {}}', "model is missing"),
+        ('{"adapter": "tests.tiny:Waves", "data": {"tokens": "x"}}', "data.tokens=x"),
+        ('{"adapter": "tests.tinny:Waves", "data": {}}', "no module 'tests.tinny'"),
+    ],
+)
+def test_a_damaged_config_file_is_named(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(UserError) as raised:
+        load_config(PretrainConfig, file)
+    assert str(file) in str(raised.value)
+    assert said in str(raised.value)
+
+
+def test_a_folder_without_a_config_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path} is not a run folder"):
+        load_config(PretrainConfig, tmp_path / "config.json")
+
+
+def test_saving_a_config_leaves_the_earlier_one_where_the_disk_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_recipe: PretrainConfig
+) -> None:
+    file = tmp_path / "config.json"
+    save_config(tiny_recipe, file)
+    before = file.read_bytes()
+
+    def half(path: Path, text: str) -> None:
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        save_config(tiny.random(), file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]

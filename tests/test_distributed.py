@@ -1,0 +1,142 @@
+"""Two processes over gloo train as one does. This file is also the program that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from nepa_core.runtime.checkpoint import Checkpoint, load_latest
+from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.run import Run
+from recipes.pretrain import PretrainConfig, pretrain
+from recipes.targets import read_target
+from tests.conftest import ROOT
+from tests.tiny import CPU
+
+
+class Case(NamedTuple):
+    recipe: str
+    keys: dict[str, Any]
+
+
+CASES = {
+    "whole": Case("tests.tiny:recipe", {}),
+    "masked": Case("tests.tiny:ragged", {}),
+    "masked, accumulated": Case("tests.tiny:ragged", {"train.micro_batch": 2}),
+    "random": Case("tests.tiny:random", {"train.micro_batch": 2}),
+}
+WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+
+
+def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+    """Start two ranks of a module on the loopback interface and wait for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    command = [sys.executable, *launcher, "--master-port", str(port), "-m", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
+        try:
+            output, errors = process.communicate(timeout=200)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends the ranks, too
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def rank_main(out: Path, names: list[str]) -> int:
+    """What each rank does: train the cases one after the other; rank 1 watches itself for writes below `out`."""
+    written: list[str] = []
+    if os.environ["RANK"] != "0":
+        sys.addaudithook(lambda event, args: written.append(f"{event} {args}") if _writes(event, args, out) else None)
+    with world() as ranks:
+        for name in names:
+            case = CASES[name]
+            pretrain(read_target(PretrainConfig, case.recipe, case.keys), Run(out / name), ranks)
+    if written:
+        print(f"rank {os.environ['RANK']} wrote: {written}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def _writes(event: str, args: tuple[Any, ...], out: Path) -> bool:
+    if not any(str(arg).startswith(str(out)) for arg in args):
+        return False
+    return event in WRITES or (event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)))
+
+
+if __name__ == "__main__":
+    sys.exit(rank_main(Path(sys.argv[1]), sys.argv[2:]))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run of every case, each by two processes."""
+    out = tmp_path_factory.mktemp("two")
+    done = torchrun("tests.test_distributed", str(out), *CASES)
+    assert done.returncode == 0, done.stderr  # 3 is that rank 1 wrote something
+    return out
+
+
+def newest(run: Path) -> Checkpoint:
+    found, notes = load_latest(run / "checkpoints")
+    assert found is not None
+    assert notes == []
+    return found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["whole", "masked", "masked, accumulated"])
+def test_two_processes_train_as_one_does(two: Path, tmp_path: Path, name: str) -> None:
+    case = CASES[name]
+    pretrain(read_target(PretrainConfig, case.recipe, case.keys), Run(tmp_path / "one"), World(0, 1, CPU), show=False)
+    expected, found = newest(tmp_path / "one"), newest(two / name)
+    for group in ("model", "ema"):
+        for key, value in expected.tensors[group].items():
+            assert torch.allclose(found.tensors[group][key], value, atol=1e-6), key
+    lines = zip(Run(tmp_path / "one").metrics(), Run(two / name).metrics(), strict=True)
+    for line, other in lines:
+        assert other == pytest.approx(line, rel=1e-3)
+    one, both = Run(tmp_path / "one").summary(), Run(two / name).summary()
+    assert one is not None
+    assert both is not None
+    assert both["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert found.state["tokens"] == expected.state["tokens"]
+    assert both["made_with"]["processes"] == 2
+
+
+@pytest.mark.distributed
+def test_two_processes_resume_bit_for_bit(two: Path, tmp_path: Path) -> None:
+    """From step 8, two steps into a line of metrics, with everything random on."""
+    whole, again = two / "random", tmp_path / "random"
+    shutil.copytree(whole, again)
+    shutil.rmtree(again / "checkpoints" / "step_00000012")
+    (again / "summary.json").unlink()
+    done = torchrun("tests.test_distributed", str(tmp_path), "random")
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 8" in done.stderr
+    assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    expected, found = newest(whole), newest(again)
+    for group, tensors in expected.tensors.items():
+        assert all(torch.equal(found.tensors[group][key], value) for key, value in tensors.items()), group
+
+
+@pytest.mark.distributed
+def test_a_wrong_config_ends_both_processes_with_one_line(two: Path) -> None:
+    out = two / "whole"
+    done = torchrun("recipes", "pretrain", "tests.tiny:ragged", f"out={out}")
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("nepa: ")] == [
+        f"nepa: {out} holds a run with another config: recipe tests.tiny:recipe -> tests.tiny:ragged, "
+        "data.ragged False -> True; give it back, or name another folder with out=DIR"
+    ]
