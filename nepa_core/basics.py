@@ -9,8 +9,8 @@ from pydantic import ConfigDict
 Batch = dict[str, Any]
 """One batch as a dataset gives it: names to tensors with the sample axis first."""
 
-FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-"""The `model_config` of every config class: no change after construction, no unknown key."""
+FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+"""The `model_config` of every config class: no change after construction, no unknown key; `out=2024` is a name."""
 
 
 class UserError(Exception):

@@ -139,7 +139,9 @@ def _task_help(name: str, task: Any, rest: list[str]) -> str:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"nepa: {message}", file=sys.stderr)
+    """Say it once, also where torchrun started several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"nepa: {message}", file=sys.stderr)
     return status
 
 

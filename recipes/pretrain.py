@@ -64,8 +64,11 @@ class PretrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _mask_token(self) -> Self:
-        if self.objective.input_mask > 0 and not self.model.mask_token:
-            raise ValueError(f"objective.input_mask={self.objective.input_mask} needs model.mask_token=true")
+        if (self.objective.input_mask > 0) != self.model.mask_token:
+            raise ValueError(
+                f"objective.input_mask={self.objective.input_mask} and model.mask_token={self.model.mask_token} "
+                "do not go together: hidden inputs need the token, and the token is trained by them alone"
+            )
         return self
 
 
@@ -101,8 +104,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     Returns:
         The summary (empty on the other ranks).
     """
-    if ranks.is_main:
-        run.open(config)
+    run.open(config, write=ranks.is_main)
     ranks.barrier()
     finished = run.summary()
     if finished is not None:
@@ -144,7 +146,8 @@ def load_pretrained(run: Run, device: torch.device) -> tuple[PretrainConfig, NEP
     if checkpoint is None:
         raise UserError(f"{run.checkpoints} holds no undamaged checkpoint; run `nepa pretrain {run.path}` first")
     model = build_model(config)
-    model.load_state_dict(checkpoint.tensors.get("ema", checkpoint.tensors["model"]))
+    averaged = checkpoint.tensors.get("ema", {})  # parameters only: an embedder's buffers come with the model
+    model.load_state_dict(checkpoint.tensors["model"] | averaged)
     return config, model.to(device).eval()
 
 

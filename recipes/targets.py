@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ def read_target(kind: type[Config], target: str, changes: Mapping[str, Any]) -> 
     if ":" not in target:
         raise UserError(f"{target!r} is neither a run folder nor a recipe such as recipes.vision:digits")
     recipe = load_object(target)
+    if not callable(recipe) or any(p.default is p.empty for p in inspect.signature(recipe).parameters.values()):
+        raise UserError(f"{target} must be a function without arguments that returns a config")
     try:
         config = recipe()
     except ValidationError as error:
         raise UserError(f"{target}: {explain(error, '', kind)}") from error
-    except TypeError as error:
-        raise UserError(f"{target} must be a function without arguments that returns a config: {error}") from error
     if not isinstance(config, kind):
         raise UserError(f"{target} gives a {type(config).__name__}, this task wants a {kind.__name__}")
     if "recipe" in kind.model_fields:

@@ -100,7 +100,7 @@ def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         try:
             return read_checkpoint(path), notes
         except UserError as error:
-            notes.append(f"{error}; going back to the checkpoint before it")
+            notes.append(f"{error}; passing over it")
     return None, notes
 
 

@@ -375,6 +375,8 @@ def restore(
     if world.is_main:
         run.truncate_metrics(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
     if checkpoint is None:
+        if notes:
+            say("no checkpoint is left: starting from the beginning")
         return Sitting()
     try:
         model.load_state_dict(checkpoint.tensors["model"])

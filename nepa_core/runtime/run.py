@@ -48,10 +48,11 @@ class Run:
     def report(self) -> Path:
         return self.path / "report"
 
-    def open(self, config: BaseModel) -> None:
+    def open(self, config: BaseModel, *, write: bool = True) -> None:
         """Create the folder, or check that the run in it has this config.
 
-        A run that has computed nothing yet, as after a mistyped folder, takes the new config.
+        A run that has computed nothing yet, as after a mistyped folder, takes the new config. Only one of several
+        processes is to `write`; all of them check.
 
         Raises:
             UserError: the folder holds a run with another config (the differing keys are listed), holds
@@ -71,6 +72,8 @@ class Run:
                 return
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
             raise UserError(f"{self.path} exists and is not a run folder; name another one with out=DIR")
+        if not write:
+            return
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             save_config(config, file)
