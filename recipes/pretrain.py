@@ -64,11 +64,11 @@ class PretrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _mask_token(self) -> Self:
-        if (self.objective.input_mask > 0) != self.model.mask_token:
-            raise ValueError(
-                f"objective.input_mask={self.objective.input_mask} and model.mask_token={self.model.mask_token} "
-                "do not go together: hidden inputs need the token, and the token is trained by them alone"
-            )
+        hides = self.objective.input_mask > 0
+        if hides and not self.model.mask_token:
+            raise ValueError(f"objective.input_mask={self.objective.input_mask} needs model.mask_token=true")
+        if self.model.mask_token and not hides:
+            raise ValueError("model.mask_token=true needs an objective.input_mask above 0, which alone trains it")
         return self
 
 
