@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/nepa pretrain recipes.vision:digits
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or distributed"

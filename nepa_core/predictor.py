@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.fused import NormRotate, ScaledLinear
-from nepa_core.rope import RotaryTable, centred_rotation, rotary_table, rotate
+from nepa_core.rope import RotaryTable, rotary_matrices, rotary_table, rotate
 
 Backend = Literal["sdpa", "xformers", "eager"]
 
@@ -322,18 +322,16 @@ class Predictor(nn.Module):
         """The rotation in the form `Attention` wants: matrices where the norm can join in, else a table."""
         if self.config.rope_theta is None:
             return None
-        table = rotary_table(
+        matrices = self.fused and self.config.qk_norm == "plain" and coords.ndim == 2
+        return (rotary_matrices if matrices else rotary_table)(
             coords,
             self.config.head_dim,
             self.config.rope_theta,
             device=x.device,
+            dtype=compute_dtype(x),
             scale=coord_scale,
             bos=x.shape[1] == coords.shape[-2] + 1,
         )
-        dtype = compute_dtype(x)
-        if self.fused and self.config.qk_norm == "plain" and coords.ndim == 2:
-            return centred_rotation(table).to(dtype)
-        return RotaryTable(table.cos.to(dtype), table.sin.to(dtype))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -8,13 +8,16 @@ Everything is float32; only the finished table is cast to the dtype of the atten
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from nepa_core.basics import UserError
+
+Form = TypeVar("Form")
 
 
 class RotaryTable(NamedTuple):
@@ -50,7 +53,27 @@ def rotary_angles(coords: Tensor, head_dim: int, theta: float, *, bos: bool = Fa
     return torch.nn.functional.pad(angles, (0, 0, 1, 0)) if bos else angles
 
 
-def rotary_table(
+def rotary_table(coords: Tensor, head_dim: int, theta: float, **options: Any) -> RotaryTable:
+    """The table for one forward pass; all layers share it. Options as in `rotary_matrices`."""
+    return _rotation(_table, coords, head_dim, theta, **options)
+
+
+def rotary_matrices(coords: Tensor, head_dim: int, theta: float, **options: Any) -> Tensor:
+    """The same as matrices [T, K, K] that also take off the mean: see `centred_rotation`.
+
+    Shared coordinates on the CPU are recognised by their bytes, so what is made of them (or, with a scale that
+    changes each step, their angles) is made once and kept on the device.
+
+    Args:
+        device, dtype: of the result; everything before is float32.
+        scale: multiplies all coordinates, the training-time augmentation of the released configurations.
+        bos: as in `rotary_angles`.
+    """
+    return _rotation(_matrices, coords, head_dim, theta, **options)
+
+
+def _rotation(
+    make: Callable[[Tensor, torch.dtype], Form],
     coords: Tensor,
     head_dim: int,
     theta: float,
@@ -59,21 +82,15 @@ def rotary_table(
     dtype: torch.dtype = torch.float32,
     scale: float = 1.0,
     bos: bool = False,
-) -> RotaryTable:
-    """The table for one forward pass; all layers share it.
-
-    Shared coordinates on the CPU are recognised by their bytes, so their table (or, with a `scale` that
-    changes each step, their angles) is made once and kept on the device. `scale` multiplies all coordinates:
-    the training-time augmentation of the released configurations.
-    """
+) -> Form:
     if coords.ndim == 2 and coords.device.type == "cpu":
-        key = (coords.contiguous().numpy().tobytes(), coords.shape[-1], coords.dtype, head_dim, theta, bos)
+        key = (coords.contiguous().numpy().tobytes(), coords.shape[-1], coords.dtype, head_dim, theta, bos, device)
         if scale == 1.0:
-            return _cached_table(*key, device, dtype)
-        angles = _cached_angles(*key, device)
+            return cast(Form, _cached_rotation(make, dtype, *key))
+        angles = _cached_angles(*key)
     else:
         angles = rotary_angles(coords.to(device), head_dim, theta, bos=bos)
-    return _table(angles * scale, dtype)
+    return make(angles * scale, dtype)
 
 
 def rotate(x: Tensor, table: RotaryTable) -> Tensor:
@@ -97,31 +114,20 @@ def _table(angles: Tensor, dtype: torch.dtype) -> RotaryTable:
     return RotaryTable(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
+def _matrices(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    return centred_rotation(_table(angles, angles.dtype)).to(dtype)
+
+
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a table first made in inference mode must serve training too
+@torch.inference_mode(False)  # what is first made in inference mode must serve training too
 def _cached_angles(
-    data: bytes,
-    axes: int,
-    dtype: torch.dtype,
-    head_dim: int,
-    theta: float,
-    bos: bool,
-    device: torch.device,
+    data: bytes, axes: int, dtype: torch.dtype, head_dim: int, theta: float, bos: bool, device: torch.device
 ) -> Tensor:
     coords = torch.frombuffer(bytearray(data), dtype=dtype).view(-1, axes)
     return rotary_angles(coords, head_dim, theta, bos=bos).to(device)
 
 
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a table first made in inference mode must serve training too
-def _cached_table(
-    data: bytes,
-    axes: int,
-    coords_dtype: torch.dtype,
-    head_dim: int,
-    theta: float,
-    bos: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> RotaryTable:
-    return _table(_cached_angles(data, axes, coords_dtype, head_dim, theta, bos, device), dtype)
+@torch.inference_mode(False)
+def _cached_rotation(make: Callable[[Tensor, torch.dtype], Any], dtype: torch.dtype, *key: Any) -> Any:
+    return make(_cached_angles(*key), dtype)

@@ -35,7 +35,7 @@ class Options(BaseModel):
     model_config = FROZEN
 
     out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-ablate")
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, description="such as [0,1,2]")
+    seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1, description="such as [0,1,2]; default [0,1]")
     workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, one with a GPU")
 
 

@@ -65,17 +65,20 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
 
 
 def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, float]:
-    """Time the fit loop on this recipe: once undisturbed, and once waiting for the device after every phase."""
-    result = timed_fit(config, options.steps, ranks)
-    watch = Stopwatch(lambda: _synchronise(ranks.device))
-    timed_fit(config, options.steps, ranks, watch)
-    seconds = result.seconds / options.steps
+    """Time the fit loop on this recipe: once undisturbed, and once waiting for the device after every phase.
+
+    Checkpoints are left out: how often they come is another key.
+    """
+    whole, apart = Stopwatch(), Stopwatch(lambda: _synchronise(ranks.device))
+    result = timed_fit(config, options.steps, ranks, whole)
+    timed_fit(config, options.steps, ranks, apart)
+    seconds = sum(whole.seconds.get(name, 0.0) for name in PHASES) / options.steps
     flops = step_flops(config, ranks) / seconds
     ceiling = matmul_ceiling(ranks.device, autocast_dtype(config.train.precision, ranks.device) or torch.float32)
-    phases = {name: watch.seconds.get(name, 0.0) for name in PHASES}
+    phases = {name: apart.seconds.get(name, 0.0) for name in PHASES}
     total = sum(phases.values())
     return {
-        "tokens/s": result.tokens / result.seconds,
+        "tokens/s": result.tokens / options.steps / seconds,
         "samples/s": config.train.batch / seconds,
         "ms/step": 1000 * seconds,
         "TFLOP/s per process": flops / 1e12,
@@ -86,11 +89,10 @@ def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, f
     }
 
 
-def timed_fit(config: PretrainConfig, steps: int, ranks: World, watch: Stopwatch | None = None) -> FitResult:
-    """`fit` for a few steps after as many that warm up, in a folder that is thrown away."""
+def timed_fit(config: PretrainConfig, steps: int, ranks: World, watch: Stopwatch) -> FitResult:
+    """`fit` for a few steps after some that warm up, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
-        warm = _fit(config, max(2, steps // 4), ranks, Path(folder) / "warm", None)
-        del warm
+        _fit(config, max(2, steps // 4), ranks, Path(folder) / "warm", None)
         return _fit(config, steps, ranks, Path(folder) / "timed", watch)
 
 
@@ -144,7 +146,10 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the allocator on CUDA, else the high-water mark of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would give a child its parent's mark
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
 
 
 # ------------------------------------------------------------------------------------------- references

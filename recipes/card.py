@@ -124,13 +124,13 @@ def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
         ),
         Figure(
             "position.png",
-            f"Held-out loss at each place of the sequence, lower is better: {noun} n is predicted from those before.",
+            f"Held-out loss of the prediction made at each place (its target is the next {noun}); lower is better.",
             line_plot(
                 {
                     {"model": "NEPA"}.get(name, name.replace("_", " ")): (list(range(len(values))), values)
                     for name, values in verdict.loss_per_position.items()
                 },
-                x=f"{noun} that is predicted", y="negative cosine", markers=True,
+                x="place in the sequence", y="negative cosine", markers=True,
             ),
         ),
         Figure(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,18 @@ def test_bench_measures_against_references(against: str, capsys: pytest.CaptureF
     found = re.search(rf"bare {against}, time +(\d+\.\d+)", capsys.readouterr().out, re.IGNORECASE)
     assert found is not None
     assert 0.2 < float(found[1]) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_a_compiled_run_learns_the_same(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    """The same steps, up to rounding, and the checkpoint loads into a network that is not compiled."""
+    plain, compiled = (
+        pretrain(override(tiny_recipe, {"train.compile": compile}), Run(tmp_path / str(compile)), ALONE, show=False)
+        for compile in (False, True)
+    )
+    assert compiled["loss"] == pytest.approx(plain["loss"], abs=1e-4)
+    load_pretrained(Run(tmp_path / "True"), CPU)
 
 
 def test_the_readme_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

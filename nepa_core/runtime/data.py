@@ -28,6 +28,13 @@ def fold_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def seed_step(seed: int, device: torch.device) -> None:
+    """Seed torch's global generators of the CPU and of this device; `torch.manual_seed` asks every other device too."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 class Draw(NamedTuple):
     """What a worker is asked for: sample indices, and the seed of everything random in the batch."""
 
@@ -81,7 +88,7 @@ class _Batches(Dataset[Batch]):
         self.dataset, self.replace = dataset, replace
 
     def __getitem__(self, draw: Draw) -> Batch:
-        torch.manual_seed(draw.seed)
+        seed_step(draw.seed, torch.device("cpu"))
         try:
             return self._load(draw.indices)
         except UserError as error:  # crosses the worker boundary as data, to stay one line

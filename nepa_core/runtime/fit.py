@@ -32,7 +32,7 @@ from nepa_core.runtime.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed
+from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, seed_step
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.optim import Duration, OptimConfig, lr_factor, make_optimizer
 from nepa_core.runtime.run import Meter, Run
@@ -226,7 +226,6 @@ def fit(
     watch = watch or Stopwatch()
     parameters = [value for value in model.parameters() if value.requires_grad]
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
-    half = autocast_dtype(config.precision, world.device)
 
     def measure(done: int) -> None:
         if evaluate is None or not world.is_main:
@@ -257,22 +256,7 @@ def fit(
         meter.resume(start)
         if start == 0:
             measure(0)
-        batches = TrainingBatches(
-            dataset,
-            DrawSampler(
-                samples,
-                batch=config.batch,
-                accumulate=steps.accumulate,
-                rank=world.rank,
-                ranks=world.size,
-                seed=config.seed,
-                start=start,
-                stop=steps.total,
-            ),
-            workers=config.workers,
-            max_unreadable=config.max_unreadable,
-            device=world.device,
-        )
+        batches = _batches(dataset, config, world, accumulate=steps.accumulate, start=start, stop=steps.total)
         batches.unreadable.update(sitting.unreadable)
         stream = iter(batches)
         shared = world.wrap(model)
@@ -280,32 +264,16 @@ def fit(
         began = time.perf_counter()
         watch.lap("start")
         for step in range(start, steps.total):
-            loss_sum = torch.zeros((), device=world.device)
-            weight_sum = torch.zeros((), device=world.device)
-            for part in range(steps.accumulate):
-                batch = next(stream)
-                watch.lap("data")
-                torch.manual_seed(fold_seed(config.seed, "step", step, part, world.rank))
-                with (
-                    _gradients_stay_local(shared, local=part < steps.accumulate - 1),
-                    torch.autocast(world.device.type, half, enabled=half is not None),
-                ):
-                    out = step_function(shared, batch)
-                    watch.lap("forward")
-                    weighted = out.loss * out.weight
-                    weighted.backward()  # type: ignore[no-untyped-call]
-                loss_sum += weighted.detach()
-                weight_sum += out.weight
-                tokens += out.tokens * world.size
-                watch.lap("backward")
+            sums, seen = _accumulate(shared, step_function, stream, step, steps.accumulate, config, world, watch)
+            tokens += seen * world.size
             lr = steps.peak_lr * lr_factor(step, warmup=steps.warmup, total=steps.total)
-            loss_sum, weight_sum = world.sum(torch.stack((loss_sum, weight_sum)))
-            norm, skipped = update(optimizer, parameters, lr=lr, weight=weight_sum / world.size, clip=optim.clip)
+            loss, weight = world.sum(sums)
+            norm, skipped = update(optimizer, parameters, lr=lr, weight=weight / world.size, clip=optim.clip)
             watch.lap("optimizer")
             if ema is not None:
                 ema.update()
                 watch.lap("ema")
-            tally.add(loss=loss_sum, weight=weight_sum, grad_norm=norm, skipped=skipped)
+            tally.add(loss=loss, weight=weight, grad_norm=norm, skipped=skipped)
             done = step + 1
             meter.advance(done)
             last = done == steps.total
@@ -323,13 +291,14 @@ def fit(
             if done % config.evaluate == 0 or last:
                 measure(done)
             stopping = stop.wanted if world.size == 1 else done % config.log == 0 and world.any(stop.wanted)
+            watch.lap("rest")
             if done % config.checkpoint == 0 or last or stopping:
                 save(done, sitting.seconds + time.perf_counter() - began, tokens)
+                watch.lap("checkpoint")
             if stopping and not last:
                 raise Interrupted(
                     f"stopped after step {done} of {steps.total}; the same command goes on from there", stop.status
                 )
-            watch.lap("rest")
     seconds = time.perf_counter() - began
     working = sum(watch.seconds.values()) - watch.seconds.get("start", 0.0)
     return FitResult(
@@ -395,6 +364,60 @@ def restore(
     say(f"going on after step {checkpoint.step}")
     state = checkpoint.state
     return Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
+
+
+def _batches(
+    dataset: Dataset[Batch], config: TrainConfig, world: World, *, accumulate: int, start: int, stop: int
+) -> TrainingBatches:
+    """This rank's batches from step `start` to step `stop`."""
+    sampler = DrawSampler(
+        len(cast(Sized, dataset)),
+        batch=config.batch,
+        accumulate=accumulate,
+        rank=world.rank,
+        ranks=world.size,
+        seed=config.seed,
+        start=start,
+        stop=stop,
+    )
+    return TrainingBatches(
+        dataset, sampler, workers=config.workers, max_unreadable=config.max_unreadable, device=world.device
+    )
+
+
+def _accumulate(
+    model: nn.Module,
+    step_function: StepFunction,
+    stream: Iterator[Batch],
+    step: int,
+    parts: int,
+    config: TrainConfig,
+    world: World,
+    watch: Stopwatch,
+) -> tuple[Tensor, int]:
+    """Forward and backward over the micro-batches of a step; gradients are left as sums over all that was weighed.
+
+    Returns:
+        [2] float32, the sum of loss times weight and the sum of the weights on this rank; and its tokens.
+    """
+    sums, tokens = torch.zeros(2, device=world.device), 0
+    dtype = autocast_dtype(config.precision, world.device)
+    for part in range(parts):
+        batch = next(stream)
+        watch.lap("data")
+        seed_step(fold_seed(config.seed, "step", step, part, world.rank), world.device)
+        with _gradients_stay_local(model, local=part < parts - 1):
+            # Autocast is entered anew each time: around the whole loop it would keep stale casts of the weights.
+            with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
+                out = step_function(model, batch)
+            watch.lap("forward")
+            weighted = out.loss * out.weight
+            weighted.backward()  # type: ignore[no-untyped-call]
+        sums[0] += weighted.detach()
+        sums[1] += out.weight
+        tokens += out.tokens
+        watch.lap("backward")
+    return sums, tokens
 
 
 def update(
