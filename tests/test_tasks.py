@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nepa_core.runtime.config import override
+from nepa_core.runtime.config import load_object, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes import ablate, bench, compare, probe
 from recipes.cli import main
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
 from tests.conftest import ROOT
+from tests.contract import check_modality
 from tests.tiny import CPU
 
 ALONE = World(0, 1, CPU)
@@ -191,12 +192,13 @@ def test_a_compiled_run_learns_the_same(tmp_path: Path, tiny_recipe: PretrainCon
 
 
 def test_the_readme_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapter in the README, copied out of it, trains and probes as the README says."""
+    """The adapter in the README, copied out of it, keeps the contract, trains and probes as the README says."""
     blocks = re.findall(r"```python\n(# my_waves\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
     (tmp_path / "my_waves.py").write_text(blocks[0])
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    check_modality(load_object("my_waves:base")().data)
     assert main(["pretrain", "my_waves:base", "train.length.steps=5"]) == 0
     assert main(["probe", "runs/base", "train_samples=200", "test_samples=200"]) == 0
 
