@@ -71,6 +71,7 @@ def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, f
     """
     whole, apart = Stopwatch(), Stopwatch(lambda: _synchronise(ranks.device))
     result = timed_fit(config, options.steps, ranks, whole)
+    memory = peak_memory(ranks.device)  # before the operations are counted, which takes memory of its own
     timed_fit(config, options.steps, ranks, apart)
     seconds = sum(whole.seconds.get(name, 0.0) for name in PHASES) / options.steps
     flops = step_flops(config, ranks) / seconds
@@ -84,7 +85,7 @@ def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, f
         "TFLOP/s per process": flops / 1e12,
         "TFLOP/s of a large matrix product": ceiling / 1e12,
         "model FLOPs utilisation %": 100 * flops / ceiling,
-        "peak memory GiB": peak_memory(ranks.device) / 2**30,
+        "peak memory GiB": memory / 2**30,
         **{f"{name} %": 100 * value / total for name, value in phases.items()},
     }
 
@@ -118,8 +119,11 @@ def _fit(config: PretrainConfig, steps: int, ranks: World, folder: Path, watch: 
 
 
 def step_flops(config: PretrainConfig, ranks: World) -> float:
-    """Floating-point operations of one process' share of a step, forward and backward, as torch counts them."""
-    model, step = _model(config, ranks), make_step(config)
+    """Floating-point operations of one process' share of a step, forward and backward, as torch counts them.
+
+    Those of the method: what `train.recompute` does twice counts once.
+    """
+    model, step = build_model(config).to(ranks.device), make_step(config)
     samples = len(config.data.dataset("train"))  # type: ignore[arg-type]
     steps = plan(config.train, config.optim, samples=samples, ranks=ranks.size)
     batch = _one_batch(config, ranks, config.train.batch // ranks.size // steps.accumulate)
@@ -286,6 +290,8 @@ def _model(config: PretrainConfig, ranks: World) -> NEPA:
     model = build_model(config).to(ranks.device)
     if config.train.compile:
         model.predictor.compile_blocks()
+    if config.train.recompute:
+        model.predictor.recompute_blocks()
     return model
 
 
