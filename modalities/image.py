@@ -5,6 +5,7 @@ Shapes: B samples, C channels, H x W pixels, N = rows * columns patches of p x q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar, Self
 
@@ -14,10 +15,10 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.image_data import Augment, Channels, SourceName, open_images
+from modalities.image_data import Augment, Channels, SourceName, open_files, open_images
 from modalities.orders import OrderName, grid_order
 from nepa_core.basics import Batch
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality, Sketch, Tokens
 
 
 class Images(Modality):
@@ -94,8 +95,23 @@ class Images(Modality):
             return None
         return grid_order(self.patch_order, *self.grid, self.order_seed)
 
+    def describe(self, tokens: Tokens) -> Sketch:
+        """The images themselves, their standardisation undone."""
+        images = unpatchify(tokens.canonical(tokens.values), self.size, self.patch)
+        mean, std = _statistics(self.mean, self.std, images.device)
+        pixels = (images * std + mean).clamp(0, 1)
+        return Sketch(pixels[:, 0] if self.channels == 1 else pixels.permute(0, 2, 3, 1), self.grid)
+
     def plain(self) -> Images:
         return self.model_copy(update={"augment": "none"})
+
+    def files(self, paths: Sequence[str]) -> Dataset[Batch]:
+        """Image files by name, brought to this size and these channels.
+
+        Raises:
+            UnreadableSample: from the data set, on access to a file that is no image.
+        """
+        return open_files(paths, size=self.size, channels=self.channels)
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -105,6 +121,11 @@ def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
     [D, C, p, q] flattened is the strided convolution with kernel and stride `patch`.
     """
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch[0], q=patch[1])
+
+
+def unpatchify(patches: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: [B, N, C * p * q] -> [B, C, H, W]."""
+    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=size[0] // patch[0], p=patch[0], q=patch[1])
 
 
 # The two caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.

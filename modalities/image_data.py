@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,6 +88,12 @@ def open_images(
         return DecodedImages(stored, _subset(len(stored.labels), limit), size, channels, transform)
     memory = _in_memory(stored, size, channels, limit)
     return memory if transform is None else AugmentedImages(memory, transform)
+
+
+def open_files(paths: Sequence[str], *, size: Size, channels: Channels) -> Dataset[Batch]:
+    """Image files by name, fitted to `size` as `open_images` fits them; their label is -1, for none is known."""
+    files = Files(pa.array(paths, pa.string()), torch.full((len(paths),), -1))
+    return DecodedImages(files, torch.arange(len(paths)), size, channels)
 
 
 def _open_source(source: SourceName, split: str, root: str | None, size: Size) -> Source:

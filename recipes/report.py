@@ -9,7 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+from nepa_core.modality import Sketch
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -64,6 +72,103 @@ def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mappin
     if reference:
         axes.legend(frameon=False, fontsize="small")
     return _png(canvas)
+
+
+class Panel(NamedTuple):
+    """One sample with something laid over it.
+
+    Attributes:
+        title: a few words.
+        sketch: of one sample, as `Modality.describe` gives it for a batch of one.
+        heat: [N] float, a number for each token in canonical order, shown over the canvas beside a colour bar; NaN
+            whitens the token.
+        colours: [N, 3] RGB between 0 and 1, shown in place of the canvas; NaN is white.
+        marks: colour -> the token that gets a frame of it.
+        path: [N] int, the tokens in an order that is drawn as a line.
+    """
+
+    title: str
+    sketch: Sketch
+    heat: Tensor | None = None
+    colours: Tensor | None = None
+    marks: Mapping[str, int] | None = None
+    path: Tensor | None = None
+
+
+def panel_plot(rows: Mapping[str, Sequence[Panel]], *, across: int) -> bytes:
+    """A heading and then panels, `across` in a line, for each row; PNG bytes, 9 inches wide."""
+    width = 9 / across
+    bar = 0.42 if any(panel.heat is not None for panels in rows.values() for panel in panels) else 0.0
+    inner = width - bar - 0.12
+    height = max(inner * _aspect(panel.sketch) for panels in rows.values() for panel in panels)
+    line, heading = height + 0.24, 0.22
+    lines = {name: -(-len(panels) // across) for name, panels in rows.items()}
+    total = sum(heading + line * count for count in lines.values()) + 0.06
+    canvas = Canvas(figsize=(9, total), dpi=110)
+
+    def axes_at(left: float, bottom: float, wide: float, high: float) -> Axes:
+        return canvas.add_axes((left / 9, bottom / total, wide / 9, high / total))
+
+    top = total
+    for name, panels in rows.items():
+        top -= heading
+        canvas.text(0.06 / 9, (top + 0.03) / total, name, fontsize=8, fontweight="bold", va="bottom", parse_math=False)
+        for place, panel in enumerate(panels):
+            left, bottom = place % across * width + 0.06, top - place // across * line - line + 0.06
+            high = inner * _aspect(panel.sketch)
+            drawn = _draw_panel(axes_at(left, bottom + height - high, inner, high), panel)
+            if drawn is not None:
+                beside = axes_at(left + inner + 0.04, bottom + height - high, 0.07, high)
+                canvas.colorbar(drawn, cax=beside).ax.tick_params(labelsize=6, length=2, pad=1)
+        top -= line * lines[name]
+    return _png(canvas)
+
+
+def _aspect(sketch: Sketch) -> float:
+    """Height of a panel over its width: the canvas' own within limits, beyond which it is stretched."""
+    if sketch.curves:
+        return min(1.2, 0.3 + 0.12 * sketch.grid[0])
+    return min(max(sketch.canvas.shape[1] / sketch.canvas.shape[2], 0.3), 1.5)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
+    """Draw in units of tokens, (0, 0) being the top left corner; gives the heat map where there is one."""
+    (rows, columns), canvas = panel.sketch.grid, panel.sketch.canvas[0].float().cpu()
+    whole = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
+    heat = None
+    axes.set_title(panel.title, fontsize=7, pad=2, loc="left")
+    if panel.colours is not None:
+        axes.imshow(panel.colours.nan_to_num(1.0).view(rows, columns, 3).numpy(), **whole)
+    elif not panel.sketch.curves:
+        grey = canvas if canvas.ndim == 2 or panel.heat is None else canvas.mean(-1)
+        axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, **whole)
+    if panel.heat is not None:
+        values = panel.heat.view(rows, columns).numpy()
+        axes.imshow(np.where(np.isnan(values), 1.0, np.nan), cmap="gray", vmin=0, vmax=1, alpha=0.75, **whole)
+        heat = axes.imshow(values, cmap="viridis", alpha=0.75, **whole)
+    if panel.sketch.curves and panel.colours is None:
+        _draw_curves(axes, canvas, rows, columns)
+    if panel.path is not None:
+        axes.plot(panel.path % columns + 0.5, panel.path // columns + 0.5, color="C1", linewidth=1)
+        axes.plot(panel.path[0] % columns + 0.5, panel.path[0] // columns + 0.5, "o", color="C1", markersize=5)
+    for colour, token in (panel.marks or {}).items():
+        frame = Rectangle((token % columns, token // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4)
+        frame.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
+        axes.add_patch(frame)
+    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+    return heat
+
+
+def _draw_curves(axes: Axes, curves: Tensor, rows: int, columns: int) -> None:
+    """Curves [L, C] from their lowest to their highest value, in a row each where there are as many, else together."""
+    length, count = curves.shape
+    bands = count if rows == count else 1
+    high = rows / bands
+    for band, together in enumerate(curves.chunk(bands, dim=1)):
+        finite = together[together.isfinite()]
+        low, top = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+        heights = (band + 0.95 - 0.9 * (together - low) / max(float(top - low), 1e-12)) * high
+        axes.plot((np.arange(length) + 0.5) / length * columns, heights, linewidth=0.8)
 
 
 def page(folder: Path, *, title: str, body: str, figures: Sequence[Figure], foot: str) -> None:
