@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from modalities.image import Images
@@ -27,10 +27,9 @@ from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
 from nepa_core.runtime.checkpoint import disk_errors
-from nepa_core.runtime.config import override
+from nepa_core.runtime.config import keys, nearest, override
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.distributed import world
-from nepa_core.runtime.run import Run
 from recipes.maps import (
     AttentionFigures,
     attention_figures,
@@ -40,11 +39,11 @@ from recipes.maps import (
     next_similarity,
     pca_colours,
     uniform_attention,
-    with_attention_maps,
 )
-from recipes.pretrain import load_pretrained, provenance
+from recipes.pretrain import provenance
 from recipes.report import Figure, Panel, page, panel_plot
 from recipes.targets import is_run
+from recipes.weights import Weights, load_backbone, read_weights
 
 QUERY, NEXT = "red", "white"  # frames
 
@@ -65,7 +64,7 @@ class Options(BaseModel):
     )  # fmt: skip
     layer: Literal["average"] | int = Field(default="average", description="layer of the attention map, from 1")
     head: Literal["average"] | int = Field(default="average", description="head of the attention map, from 1")
-    causal: bool | None = Field(default=None, description="attend backwards only; default: as in pre-training")
+    causal: bool | None = Field(default=None, description="attend backwards only; default: as the run was trained")
 
     @field_validator("images", mode="before")
     @classmethod
@@ -108,23 +107,51 @@ class Reading(NamedTuple):
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    wrong = [key for key in changes if not key.startswith("data.")]
-    if wrong:
-        raise UserError(f"nepa inspect reads a finished run; {wrong[0]} is neither an option of it nor a data.* key")
     if not is_run(target):
-        raise UserError(f"{target} is not a run folder; run `nepa pretrain` first and name its folder")
+        raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
     with world() as ranks:
         if not ranks.is_main:
             return
-        run = Run(Path(target))
-        config, model = load_pretrained(run, ranks.device)
-        data = override(config, changes).data.plain()
-        causal = config.objective.causal if options.causal is None else options.causal
-        readings = inspect(model, data, options, causal=causal)
-        folder = run.path / "inspect"
+        weights = read_weights(target)
+        data = changed_data(weights, changes).plain()
+        causal = weights.causal if options.causal is None else options.causal
+        readings = inspect(load_network(weights, data, ranks.device), data, options, causal=causal)
+        folder = Path(target) / "inspect"
         with disk_errors(folder):
             write_page(folder, readings, data, options, causal=causal)
         print(f"{render(readings, data.token_name)}\n\n{folder / 'index.html'}")
+
+
+class _Data(BaseModel):
+    """What of a run's config may be changed here."""
+
+    data: Modality
+
+
+def changed_data(weights: Weights, changes: Mapping[str, Any]) -> Modality:
+    """The adapter of a run, with changes to data.* applied.
+
+    Raises:
+        UserError: a key is unknown or a value does not fit.
+    """
+    assert weights.data is not None, "only a released folder, which is no run, lacks an adapter"
+    config = _Data(data=weights.data)
+    for key in changes:
+        if not key.startswith("data."):
+            raise UserError(f"unknown key {key}{nearest(key, [*Options.model_fields, *keys(config)])}")
+    return override(config, changes).data
+
+
+def load_network(weights: Weights, data: Modality, device: torch.device) -> NEPA:
+    """The network in evaluation mode, under the "eager" back-end: that alone leaves attention maps in a `Trace`.
+
+    Raises:
+        UserError: changed data have tokens of another size.
+    """
+    config = weights.config.model_copy(update={"attention": "eager"})
+    model = NEPA(config, data.embedder(config.dim))
+    load_backbone(model, config, weights)
+    return model.to(device).eval()
 
 
 def inspect(model: NEPA, data: Modality, options: Options, *, causal: bool) -> list[Reading]:
@@ -139,7 +166,6 @@ def inspect(model: NEPA, data: Modality, options: Options, *, causal: bool) -> l
     ):
         if given != "average" and not 1 <= given <= count:
             raise UserError(f"{name}={given}: this network has {name}s 1 to {count}, or {name}=average")
-    model = with_attention_maps(model)
     device = next(model.parameters()).device
     return [
         read_sample(model, data, name, batch, options, causal=causal)
@@ -168,7 +194,7 @@ def chosen_samples(data: Modality, options: Options, device: torch.device) -> It
 def read_sample(model: NEPA, data: Modality, name: str, batch: Batch, options: Options, *, causal: bool) -> Reading:
     """Run the network on one sample; `model` has the "eager" back-end."""
     tokens = data.read(batch)
-    check_fit(model, data, tokens)
+    check_count(model, tokens)
     sketch, trace = data.describe(tokens), Trace()
     out = model(tokens, causal=causal, trace=trace)
     bos, count = int(model.bos is not None), tokens.values.shape[1]
@@ -213,18 +239,13 @@ def read_sample(model: NEPA, data: Modality, name: str, batch: Batch, options: O
     )
 
 
-def check_fit(model: NEPA, data: Modality, tokens: Tokens) -> None:
-    """The data may be others than in training, their tokens may not.
+def check_count(model: NEPA, tokens: Tokens) -> None:
+    """Changed data may have more tokens than there are learned positions.
 
     Raises:
-        UserError: the tokens are of another size, or too many for learned positions.
+        UserError: they have.
     """
-    count, size = tokens.values.shape[1:]
-    if isinstance(model.embed, nn.Linear) and size != model.embed.in_features:
-        raise UserError(
-            f"{type(data).__name__} gives tokens of {size} numbers, the run was trained on {model.embed.in_features}; "
-            "take back the change of data.*"
-        )
+    count = tokens.values.shape[1]
     if 0 < model.config.learned_positions < count:
         raise UserError(f"{count} tokens are more than model.learned_positions={model.config.learned_positions}")
 

@@ -13,17 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nepa_core.model import NEPA
 from nepa_core.predictor import attention_mask
-
-
-def with_attention_maps(model: NEPA) -> NEPA:
-    """The same weights under the "eager" back-end, which alone leaves attention maps in a `Trace`."""
-    with torch.device("meta"):  # no new weights are drawn, and none are held twice
-        eager = NEPA(model.config.model_copy(update={"attention": "eager"}), model.embed)
-    eager.load_state_dict(model.state_dict(), assign=True)
-    return eager.train(model.training)
-
 
 # -------------------------------------------------------------------------------------------- attention
 

@@ -96,23 +96,26 @@ class Panel(NamedTuple):
 
 
 def panel_plot(rows: Mapping[str, Sequence[Panel]], *, across: int) -> bytes:
-    """A heading and then panels, `across` in a line, for each row; PNG bytes, 9 inches wide."""
-    width = 9 / across
+    """A heading and then panels, `across` in a line, for each row; PNG bytes, 9 inches wide
+    where the lines are full."""
+    width, columns = 9 / across, min(across, max(map(len, rows.values())))
     bar = 0.42 if any(panel.heat is not None for panels in rows.values() for panel in panels) else 0.0
     inner = width - bar - 0.12
     height = max(inner * _aspect(panel.sketch) for panels in rows.values() for panel in panels)
-    line, heading = height + 0.24, 0.22
+    line, heading, broad = height + 0.24, 0.22 if any(rows) else 0.0, width * columns
     lines = {name: -(-len(panels) // across) for name, panels in rows.items()}
     total = sum(heading + line * count for count in lines.values()) + 0.06
-    canvas = Canvas(figsize=(9, total), dpi=110)
+    canvas = Canvas(figsize=(broad, total), dpi=110)
 
     def axes_at(left: float, bottom: float, wide: float, high: float) -> Axes:
-        return canvas.add_axes((left / 9, bottom / total, wide / 9, high / total))
+        return canvas.add_axes((left / broad, bottom / total, wide / broad, high / total))
 
     top = total
     for name, panels in rows.items():
         top -= heading
-        canvas.text(0.06 / 9, (top + 0.03) / total, name, fontsize=8, fontweight="bold", va="bottom", parse_math=False)
+        canvas.text(
+            0.06 / broad, (top + 0.03) / total, name, fontsize=8, fontweight="bold", va="bottom", parse_math=False
+        )
         for place, panel in enumerate(panels):
             left, bottom = place % across * width + 0.06, top - place // across * line - line + 0.06
             high = inner * _aspect(panel.sketch)
@@ -149,10 +152,13 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
     if panel.sketch.curves and panel.colours is None:
         _draw_curves(axes, canvas, rows, columns)
     if panel.path is not None:
+        axes.imshow(np.ones((1, 1)), cmap="gray", vmin=0, vmax=1, alpha=0.6, **whole)
         axes.plot(panel.path % columns + 0.5, panel.path // columns + 0.5, color="C1", linewidth=1)
         axes.plot(panel.path[0] % columns + 0.5, panel.path[0] // columns + 0.5, "o", color="C1", markersize=5)
     for colour, token in (panel.marks or {}).items():
-        frame = Rectangle((token % columns, token // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4)
+        frame = Rectangle(
+            (token % columns, token // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False
+        )
         frame.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
         axes.add_patch(frame)
     axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
