@@ -258,9 +258,8 @@ def chosen_query(given: int | tuple[int, int] | None, grid: tuple[int, int], rea
     """
     rows, columns = grid
     if given is None:
-        middle = rows // 2 * columns + columns // 2
-        found = real.nonzero()[:, 0]
-        return middle if real[middle] or not len(found) else int(found[len(found) // 2])
+        found = real.nonzero()[:, 0].tolist()
+        return rows // 2 * columns + columns // 2 if real.all() else found[len(found) // 2]
     row, column = given if isinstance(given, tuple) else divmod(given, columns)
     if not (0 <= row < rows and 0 <= column < columns):
         raise UserError(f"query={_plain(given)}: the tokens lie on {rows} rows and {columns} columns, counted from 0")
@@ -288,7 +287,7 @@ def write_page(folder: Path, readings: Sequence[Reading], data: Modality, option
         f"Attention of the query {noun} ({QUERY} frame), {layer}, {head}{blind}. Similarity: cosine between the "
         f"embedding predicted at the query's place and every {noun}; the one to be predicted has a {NEXT} "
         f"frame.{told}",
-        panel_plot({reading.name: _map_panels(reading, noun) for reading in readings}, across=3),
+        panel_plot([(reading.name, _map_panels(reading, noun)) for reading in readings], across=3),
     )
     layers = Figure(
         "layers.png",
@@ -298,7 +297,7 @@ def write_page(folder: Path, readings: Sequence[Reading], data: Modality, option
     )
     figures = [maps, layers]
     if orders := _order_panels(readings):
-        plot = panel_plot({"": orders}, across=4)
+        plot = panel_plot([("", orders)], across=4)
         figures.append(Figure("order.png", "The order of prediction, from the dot on.", plot))
     foot = ", ".join(f"{name} {value}" for name, value in provenance().items())
     page(folder, title=f"Inside {folder.parent.resolve().name}", body=_body(readings, noun), figures=figures, foot=foot)
@@ -316,18 +315,18 @@ def _map_panels(reading: Reading, noun: str) -> list[Panel]:
     ]
 
 
-def _layer_panels(readings: Sequence[Reading]) -> dict[str, list[Panel]]:
+def _layer_panels(readings: Sequence[Reading]) -> list[tuple[str, list[Panel]]]:
     depth = len(readings[0].hidden)
     names = ["embedding", *(f"layer {i}" for i in range(1, depth - 1)), "final norm"]
-    panels = {reading.name: [Panel("input", reading.sketch)] for reading in readings}
+    rows = [(reading.name, [Panel("input", reading.sketch)]) for reading in readings]
     for level, name in enumerate(names):
         colours = pca_colours(torch.cat([reading.hidden[level][reading.real] for reading in readings]))
         shares = colours.split([int(reading.real.sum()) for reading in readings])
-        for reading, share in zip(readings, shares, strict=True):
+        for reading, share, (_, panels) in zip(readings, shares, rows, strict=True):
             shown = torch.full((len(reading.real), 3), torch.nan)
             shown[reading.real] = share
-            panels[reading.name].append(Panel(name, reading.sketch, colours=shown))
-    return panels
+            panels.append(Panel(name, reading.sketch, colours=shown))
+    return rows
 
 
 def _order_panels(readings: Sequence[Reading]) -> list[Panel]:

@@ -7,7 +7,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -95,35 +95,36 @@ class Panel(NamedTuple):
     path: Tensor | None = None
 
 
-def panel_plot(rows: Mapping[str, Sequence[Panel]], *, across: int) -> bytes:
-    """A heading and then panels, `across` in a line, for each row; PNG bytes, 9 inches wide
-    where the lines are full."""
-    width, columns = 9 / across, min(across, max(map(len, rows.values())))
-    bar = 0.42 if any(panel.heat is not None for panels in rows.values() for panel in panels) else 0.0
-    inner = width - bar - 0.12
-    height = max(inner * _aspect(panel.sketch) for panels in rows.values() for panel in panels)
-    line, heading, broad = height + 0.24, 0.22 if any(rows) else 0.0, width * columns
-    lines = {name: -(-len(panels) // across) for name, panels in rows.items()}
-    total = sum(heading + line * count for count in lines.values()) + 0.06
-    canvas = Canvas(figsize=(broad, total), dpi=110)
+WIDTH, GAP, TITLE, HEADING, BAR = 9.0, 0.12, 0.24, 0.22, 0.42  # inches, of `panel_plot`
 
-    def axes_at(left: float, bottom: float, wide: float, high: float) -> Axes:
-        return canvas.add_axes((left / broad, bottom / total, wide / broad, high / total))
 
-    top = total
-    for name, panels in rows.items():
-        top -= heading
-        canvas.text(
-            0.06 / broad, (top + 0.03) / total, name, fontsize=8, fontweight="bold", va="bottom", parse_math=False
-        )
-        for place, panel in enumerate(panels):
-            left, bottom = place % across * width + 0.06, top - place // across * line - line + 0.06
-            high = inner * _aspect(panel.sketch)
-            drawn = _draw_panel(axes_at(left, bottom + height - high, inner, high), panel)
-            if drawn is not None:
-                beside = axes_at(left + inner + 0.04, bottom + height - high, 0.07, high)
-                canvas.colorbar(drawn, cax=beside).ax.tick_params(labelsize=6, length=2, pad=1)
-        top -= line * lines[name]
+def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> bytes:
+    """For each row a heading and then its panels, `across` to a line of 9 inches; PNG bytes."""
+    panels = [panel for _, row in rows for panel in row]
+    bar = BAR if any(panel.heat is not None for panel in panels) else 0.0
+    cell = WIDTH / across
+    wide = cell - bar - GAP
+    line = TITLE + wide * max(_aspect(panel.sketch) for panel in panels)
+    heading = HEADING if any(name for name, _ in rows) else 0.0
+    width = cell * min(across, max(len(row) for _, row in rows))
+    height = sum(heading + line * -(-len(row) // across) for _, row in rows) + GAP / 2
+    canvas = Canvas(figsize=(width, height), dpi=110)
+
+    def axes_at(left: float, top: float, wide: float, high: float) -> Axes:
+        return canvas.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+
+    top = 0.0
+    for name, row in rows:
+        top += heading
+        canvas.text(GAP / 2 / width, 1 - (top - 0.05) / height, name, fontsize=8, weight="bold", parse_math=False)
+        for place, panel in enumerate(row):
+            left, above = GAP / 2 + place % across * cell, top + place // across * line + TITLE - GAP / 2
+            high = wide * _aspect(panel.sketch)
+            heat = _draw_panel(axes_at(left, above, wide, high), panel)
+            if heat is not None:
+                beside = axes_at(left + wide + 0.04, above, 0.07, high)
+                canvas.colorbar(heat, cax=beside).ax.tick_params(labelsize=6, length=2, pad=1)
+        top += line * -(-len(row) // across)
     return _png(canvas)
 
 
@@ -137,7 +138,7 @@ def _aspect(sketch: Sketch) -> float:
 def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
     """Draw in units of tokens, (0, 0) being the top left corner; gives the heat map where there is one."""
     (rows, columns), canvas = panel.sketch.grid, panel.sketch.canvas[0].float().cpu()
-    whole = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
+    whole: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
     heat = None
     axes.set_title(panel.title, fontsize=7, pad=2, loc="left")
     if panel.colours is not None:
