@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field, NonNegativeInt, SerializeAsAny, field_validator
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -27,7 +27,7 @@ from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
 from nepa_core.runtime.checkpoint import disk_errors
-from nepa_core.runtime.config import keys, nearest, override
+from nepa_core.runtime.config import keys, load_adapter, nearest, override, read_saved
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.distributed import world
 from recipes.maps import (
@@ -58,13 +58,20 @@ class Options(BaseModel):
     )
     samples: int = Field(default=4, gt=0, description="how many samples of the data to show, the first of the split")
     split: Literal["train", "test"] = Field(default="test", description="the split they are taken from")
-    query: int | tuple[int, int] | None = Field(
-        default=None, description="the token whose attention and prediction are shown: its index in canonical order, "
-        "or [row,column]; default: the one in the middle",
-    )  # fmt: skip
-    layer: Literal["average"] | int = Field(default="average", description="layer of the attention map, from 1")
-    head: Literal["average"] | int = Field(default="average", description="head of the attention map, from 1")
+    query: tuple[NonNegativeInt, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2,
+        description="the token that asks: its canonical index or [row,column], from 0; default: the middle one",
+    )
+    layer: int | None = Field(default=None, ge=1, description="layer of the attention map, from 1; default: their mean")
+    head: int | None = Field(default=None, ge=1, description="head of the attention map, from 1; default: their mean")
     causal: bool | None = Field(default=None, description="attend backwards only; default: as the run was trained")
+
+    @field_validator("query", mode="before")
+    @classmethod
+    def _index(cls, given: Any) -> Any:
+        return given if given is None or isinstance(given, list | tuple) else (given,)
 
     @field_validator("images", mode="before")
     @classmethod
@@ -107,13 +114,10 @@ class Reading(NamedTuple):
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    if not is_run(target):
-        raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
     with world() as ranks:
         if not ranks.is_main:
             return
-        weights = read_weights(target)
-        data = changed_data(weights, changes).plain()
+        data, weights = read_config(target, changes).data.plain(), read_weights(target)
         causal = weights.causal if options.causal is None else options.causal
         readings = inspect(load_network(weights, data, ranks.device), data, options, causal=causal)
         folder = Path(target) / "inspect"
@@ -122,24 +126,30 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         print(f"{render(readings, data.token_name)}\n\n{folder / 'index.html'}")
 
 
-class _Data(BaseModel):
-    """What of a run's config may be changed here."""
+class InspectConfig(BaseModel):
+    """What of a run's config may be changed here: its data, for others whose tokens are of the same form."""
 
-    data: Modality
+    model_config = FROZEN
+
+    data: SerializeAsAny[Modality]
 
 
-def changed_data(weights: Weights, changes: Mapping[str, Any]) -> Modality:
-    """The adapter of a run, with changes to data.* applied.
+def read_config(target: str, changes: Mapping[str, Any]) -> InspectConfig:
+    """The adapter of a run of any task, with changes to data.* applied.
 
     Raises:
-        UserError: a key is unknown or a value does not fit.
+        UserError: it is no run, a key is unknown, or a value does not fit.
     """
-    assert weights.data is not None, "only a released folder, which is no run, lacks an adapter"
-    config = _Data(data=weights.data)
+    if not is_run(target):
+        raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
+    data = load_adapter(read_saved(Path(target) / "config.json"))
+    if data is None:
+        raise UserError(f"{Path(target) / 'config.json'} names no adapter; it is of a task that trains nothing")
+    config = InspectConfig(data=data)
     for key in changes:
         if not key.startswith("data."):
             raise UserError(f"unknown key {key}{nearest(key, [*Options.model_fields, *keys(config)])}")
-    return override(config, changes).data
+    return override(config, changes)
 
 
 def load_network(weights: Weights, data: Modality, device: torch.device) -> NEPA:
@@ -164,8 +174,8 @@ def inspect(model: NEPA, data: Modality, options: Options, *, causal: bool) -> l
         ("layer", options.layer, model.config.depth),
         ("head", options.head, model.config.heads),
     ):
-        if given != "average" and not 1 <= given <= count:
-            raise UserError(f"{name}={given}: this network has {name}s 1 to {count}, or {name}=average")
+        if given is not None and given > count:
+            raise UserError(f"{name}={given}: this network has {name}s 1 to {count}")
     device = next(model.parameters()).device
     return [
         read_sample(model, data, name, batch, options, causal=causal)
@@ -210,11 +220,7 @@ def read_sample(model: NEPA, data: Modality, name: str, batch: Batch, options: O
     similarity = next_similarity(out.predictions, out.embeddings, bos=bool(bos))
     ranks = next_rank(similarity, mask)[0]
     last = bos + place == len(ranks) or ranks[bos + place].isnan()
-    attention = chosen_attention(
-        trace.attention,
-        layer=None if options.layer == "average" else options.layer,
-        head=None if options.head == "average" else options.head,
-    )[:, bos + place]
+    attention = chosen_attention(trace.attention, layer=options.layer, head=options.head)[:, bos + place]
     uniform = uniform_attention(F.pad(mask, (bos, 0), value=True), causal=causal)
     seen = uniform[:, 0, bos + place, bos:] > 0
     positions = grid_positions(sketch.grid).to(order.device)[order]
@@ -250,7 +256,7 @@ def check_count(model: NEPA, tokens: Tokens) -> None:
         raise UserError(f"{count} tokens are more than model.learned_positions={model.config.learned_positions}")
 
 
-def chosen_query(given: int | tuple[int, int] | None, grid: tuple[int, int], real: Tensor, name: str) -> int:
+def chosen_query(given: tuple[int, ...] | None, grid: tuple[int, int], real: Tensor, name: str) -> int:
     """The canonical index of the query; by default the middle of the grid, or of the real tokens.
 
     Raises:
@@ -259,17 +265,16 @@ def chosen_query(given: int | tuple[int, int] | None, grid: tuple[int, int], rea
     rows, columns = grid
     if given is None:
         found = real.nonzero()[:, 0].tolist()
+        if not found:
+            raise UserError(f"{name} has no real token to ask; name other samples")
         return rows // 2 * columns + columns // 2 if real.all() else found[len(found) // 2]
-    row, column = given if isinstance(given, tuple) else divmod(given, columns)
-    if not (0 <= row < rows and 0 <= column < columns):
-        raise UserError(f"query={_plain(given)}: the tokens lie on {rows} rows and {columns} columns, counted from 0")
+    row, column = given if len(given) == 2 else divmod(given[0], columns)
+    named = "query=" + json.dumps(given[0] if len(given) == 1 else given).replace(" ", "")
+    if row >= rows or column >= columns:
+        raise UserError(f"{named}: the tokens lie on {rows} rows and {columns} columns, counted from 0")
     if not real[row * columns + column]:
-        raise UserError(f"query={_plain(given)}: {name} has padding there, {int(real.sum())} real tokens; name another")
+        raise UserError(f"{named}: {name} has padding there, {int(real.sum())} real tokens; name another")
     return row * columns + column
-
-
-def _plain(given: int | tuple[int, int]) -> str:
-    return json.dumps(given).replace(" ", "")
 
 
 # --------------------------------------------------------------------------------------------------- page
@@ -278,8 +283,8 @@ def _plain(given: int | tuple[int, int]) -> str:
 def write_page(folder: Path, readings: Sequence[Reading], data: Modality, options: Options, *, causal: bool) -> None:
     """index.html, maps.png, layers.png, and order.png unless the order is the canonical one."""
     noun = data.token_name
-    layer = "averaged over layers" if options.layer == "average" else f"layer {options.layer}"
-    head = "averaged over heads" if options.head == "average" else f"head {options.head}"
+    layer = "averaged over layers" if options.layer is None else f"layer {options.layer}"
+    head = "averaged over heads" if options.head is None else f"head {options.head}"
     blind = "; whitened: what it may not see" if causal else ""
     told = "" if causal else " Attention is bidirectional here: the prediction has seen what it is to predict."
     maps = Figure(
@@ -296,6 +301,7 @@ def write_page(folder: Path, readings: Sequence[Reading], data: Modality, option
         panel_plot(_layer_panels(readings), across=8),
     )
     figures = [maps, layers]
+    (folder / "order.png").unlink(missing_ok=True)  # of an earlier call, perhaps with another order
     if orders := _order_panels(readings):
         plot = panel_plot([("", orders)], across=4)
         figures.append(Figure("order.png", "The order of prediction, from the dot on.", plot))

@@ -22,7 +22,7 @@ from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig, Trace
 from nepa_core.runtime.data import plain_batches
 from recipes.cli import main
-from recipes.inspect import Options, changed_data, chosen_samples, inspect, load_network
+from recipes.inspect import Options, chosen_samples, inspect, load_network, read_config
 from recipes.maps import (
     attention_figures,
     chosen_attention,
@@ -245,7 +245,7 @@ def _network(data: Modality, **changes: Any) -> NEPA:
 def test_maps_are_canonical_and_the_target_is_the_next_in_the_order_of_prediction(bos: bool, ragged: bool) -> None:
     data = Backwards(ragged=ragged)
     model = _network(data, bos=bos)
-    options = Options(samples=12, query=None if ragged else 2, layer=2, head=1)
+    options = Options(samples=12, query=None if ragged else (2,), layer=2, head=1)
     readings = inspect(model, data, options, causal=True)
     for reading, batch in zip(
         readings, plain_batches(data.dataset("test"), batch=1, device=CPU, limit=12), strict=True
@@ -356,11 +356,14 @@ def test_files_are_brought_to_the_size_of_the_run(runs: Path, tmp_path: Path) ->
         ("images", ["images=nowhere.png"], "nowhere.png"),
         ("images", ["images=__file__"], "not an image"),
         ("recipe", ["query=6"], "query=6: the tokens lie on 1 rows and 6 columns"),
-        ("recipe", ["query=-1"], "query=-1"),
+        ("recipe", ["query=-1"], "query.0=-1"),
+        ("recipe", ["query=[]"], "query"),
+        ("recipe", ["query=[0,1,2]"], "query="),
+        ("recipe", ["layer=last"], "layer=last: input should be a valid integer"),
         ("images", ["query=[0,4]"], "query=[0,4]: the tokens lie on 2 rows and 4 columns"),
         ("backwards", ["query=5", "samples=20"], "query=5: test"),
         ("recipe", ["layer=3"], "layer=3: this network has layers 1 to 2"),
-        ("recipe", ["head=0"], "head=0: this network has heads 1 to 2"),
+        ("recipe", ["head=0"], "head=0"),
         ("recipe", ["split=val"], "split=val"),
         ("recipe", ["sample=3"], "did you mean samples?"),
         ("recipe", ["data.size=5"], "embed.weight is (16, 4) and not (16, 5)"),
@@ -379,9 +382,10 @@ def test_what_can_not_be_shown_is_one_line(
 
 
 def test_other_data_of_the_same_form_may_be_shown(runs: Path) -> None:
-    weights = read_weights(str(runs / "recipe"))
-    data = changed_data(weights, {"data.tokens": 9})
-    readings = inspect(load_network(weights, data, CPU), data, Options(samples=1), causal=True)
+    data = read_config(str(runs / "recipe"), {"data.tokens": 9}).data
+    readings = inspect(
+        load_network(read_weights(str(runs / "recipe")), data, CPU), data, Options(samples=1), causal=True
+    )
     assert len(readings[0].similarity) == 9
 
 
@@ -389,3 +393,12 @@ def test_too_many_tokens_for_learned_positions_are_one_line() -> None:
     data, model = Waves(tokens=9), _network(Waves(), learned_positions=6)
     with pytest.raises(UserError, match=r"^9 tokens are more than model\.learned_positions=6$"):
         inspect(model, data, Options(samples=1), causal=True)
+
+
+def test_the_help_of_a_run_of_any_task_lists_the_keys_that_may_change(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(runs / "tuned"), "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "data.tokens=6" in shown
+    assert "optim." not in shown
