@@ -187,6 +187,8 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
     model = model.to(ranks.device)
     if config.train.compile:
         model.backbone.predictor.compile_blocks()
+    if config.train.recompute:
+        model.backbone.predictor.recompute_blocks()
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
     result = fit(
         model=model,
