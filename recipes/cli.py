@@ -24,6 +24,8 @@ TASKS = {
     "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task("recipes.finetune", "RECIPE", "accuracy after training on labels, from init= or random weights"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
+    "import": Task("recipes.import_released", "DIR", "a run of a released checkpoint: a folder or a hub name"),
+    "export": Task("recipes.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
     "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
 }
 

@@ -1,12 +1,13 @@
 """The checkpoint layout of the authors' release, read and written: a Hugging Face folder.
 
 It holds config.json, model.safetensors, where there are averaged weights ema.safetensors with the same names, and
-where the pixel statistics are told preprocessor_config.json. `layout` is the one table of names and shapes: what is
+where the pixels' statistics are told preprocessor_config.json. `layout` is the one table of names and shapes: what is
 read, checked and written all goes by it. Tensors that are read stay mapped to their file until they are used.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ from recipes.heads import MeanHead
 CONFIG = "config.json"
 RAW = "model.safetensors"
 AVERAGED = "ema.safetensors"
-STATISTICS = "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 LISTED = 12
@@ -124,7 +125,7 @@ class ReleasedConfig(BaseModel):
         )
 
 
-class Weights(NamedTuple):
+class NetworkState(NamedTuple):
     """State dict of `NEPA` and of `MeanHead` (empty for a pre-trained network)."""
 
     model: State
@@ -140,16 +141,15 @@ class Released(NamedTuple):
         model: state dict of `NEPA`, in the dtype of the file.
         head: state dict of `MeanHead`; empty for a pre-trained checkpoint.
         averaged: the same two of ema.safetensors, or None where there is no such file.
-        mean, std: of each channel, pixels being between 0 and 1; 0.5 where they are not told.
+        preprocessor: preprocessor_config.json, or empty where there is no such file.
     """
 
     facts: ReleasedConfig
     config: PredictorConfig
     model: State
     head: State
-    averaged: Weights | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    averaged: NetworkState | None
+    preprocessor: dict[str, Any]
 
     @property
     def causal(self) -> bool:
@@ -165,6 +165,10 @@ class Released(NamedTuple):
     def labels(self) -> tuple[str, ...]:
         """The names of the classes that the head tells apart; empty for a pre-trained checkpoint."""
         return self.facts.labels if self.head else ()
+
+    def statistics(self, key: Literal["image_mean", "image_std"]) -> list[float]:
+        """Mean or standard deviation of each channel, pixels being between 0 and 1; 0.5 where it is not told."""
+        return list(self.preprocessor.get(key, [0.5] * self.facts.num_channels))
 
 
 # ------------------------------------------------------------------------------------------------------- the layout
@@ -227,7 +231,7 @@ def _head_name(name: str) -> str:
     return f"{_HEAD[part]}.{kind}"
 
 
-def to_released(weights: Weights, places: Layout) -> State:
+def to_released(weights: NetworkState, places: Layout) -> State:
     """Rename, split and reshape into the state dict of the release; the tensors share the memory of the given ones."""
     return {
         theirs: part.reshape(place.shape)
@@ -237,14 +241,14 @@ def to_released(weights: Weights, places: Layout) -> State:
     }
 
 
-def from_released(state: State, places: Layout) -> Weights:
+def from_released(state: State, places: Layout) -> NetworkState:
     """The way back of `to_released`; only query, key and value are copied, to lie behind one another."""
 
     def parameter(place: Place) -> Tensor:
         parts = [state[name] for name in place.names]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(place.ours)
 
-    return Weights(*({name: parameter(place) for name, place in table.items()} for table in places))
+    return NetworkState(*({name: parameter(place) for name, place in table.items()} for table in places))
 
 
 def folded(model: State) -> State:
@@ -331,7 +335,7 @@ def find(name: str, key: str = "") -> Path:
     import huggingface_hub  # half a second to import
 
     try:
-        files = [CONFIG, STATISTICS, "*.safetensors"]
+        files = [CONFIG, PREPROCESSOR, "*.safetensors"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise UserError(
@@ -358,7 +362,7 @@ def read_released(folder: Path | str) -> Released:
         raise UserError(f"{folder / CONFIG}: {explain(error, '', PredictorConfig)}") from error
     places = layout(config, patch=facts.patch_size, channels=facts.num_channels, classes=classes)
 
-    def translated(state: State, file: str) -> Weights:
+    def translated(state: State, file: str) -> NetworkState:
         if complaint := mismatch(places.shapes, state):
             raise UserError(f"{folder / file} is not the network of its {CONFIG}: {complaint}; fetch both again")
         return from_released(state, places)
@@ -369,7 +373,7 @@ def read_released(folder: Path | str) -> Released:
         config,
         *translated(raw, RAW),
         translated(_read_tensors(averages), AVERAGED) if averages.exists() else None,
-        *_read_statistics(folder / STATISTICS, facts.num_channels),
+        _read_preprocessor(folder / PREPROCESSOR),
     )
 
 
@@ -396,20 +400,14 @@ def _read_config(path: Path) -> ReleasedConfig:
         missing = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing"]
         if missing:
             raise UserError(f"{path}: {len(missing)} keys are missing: {', '.join(missing)}; fetch it again") from error
-        raise UserError(
-            f"{path} is not of a NEPA this code knows: {explain(error, '', ReleasedConfig)}"
-        ) from error
+        raise UserError(f"{path} is not of a NEPA this code knows: {explain(error, '', ReleasedConfig)}") from error
 
 
-def _read_statistics(path: Path, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel; those of the release where the file is missing."""
+def _read_preprocessor(path: Path) -> dict[str, Any]:
     told = _read_json(path) if path.exists() else {}
-    default = [0.5] * channels
-    try:
-        mean, std = (tuple(map(float, told.get(key, default))) for key in ("image_mean", "image_std"))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: image_mean and image_std must be lists of numbers; fetch it again") from error
-    return mean, std
+    if not isinstance(told, dict):
+        raise UserError(f"{path} holds no settings; fetch it again")
+    return told
 
 
 def _read_json(path: Path) -> Any:
@@ -429,6 +427,16 @@ def _read_tensors(path: Path) -> State:
         raise UserError(f"{path} is missing; give a folder that holds {CONFIG} and {RAW}{mend}") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} can't be read ({error}); fetch it again") from error
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that `read_released` reads, by name."""
+    found = {}
+    for name in (CONFIG, PREPROCESSOR, RAW, AVERAGED):
+        if (folder / name).exists():
+            with (folder / name).open("rb") as stream:
+                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 def pickles(folder: Path) -> list[Path]:
@@ -453,10 +461,12 @@ def _first_line(error: Exception) -> str:
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def write_released(folder: Path, facts: ReleasedConfig, files: Mapping[str, State], statistics: Mapping[str, Any]) -> None:
-    """Write a folder in the released layout."""
+def write_released(
+    folder: Path, facts: Mapping[str, Any], preprocessor: Mapping[str, Any], files: Mapping[str, State]
+) -> None:
+    """Write a new folder in the released layout: both JSON files and each state dict under its file name."""
     folder.mkdir(parents=True)
-    for name, values in {CONFIG: facts.model_dump(mode="json"), STATISTICS: dict(statistics)}.items():
+    for name, values in {CONFIG: facts, PREPROCESSOR: preprocessor}.items():
         (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
     for name, state in files.items():
         save_file(state, folder / name, metadata={"format": "pt"})
