@@ -23,6 +23,7 @@ TASKS = {
     "pretrain": Task("recipes.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
     "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task("recipes.finetune", "RECIPE", "accuracy after training on labels, from init= or random weights"),
+    "evaluate": Task("recipes.evaluate", "RUN", "held-out accuracy of a fine-tuned run or an imported checkpoint"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
     "import": Task("recipes.import_released", "DIR", "a run of a released checkpoint: a folder or a hub name"),
     "export": Task("recipes.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),

@@ -84,8 +84,8 @@ def test_every_start_of_a_fine_tuning_is_the_averaged_network_of_the_run(pretrai
 def test_two_classes_that_differ_in_speed_are_learned(tmp_path: Path) -> None:
     config = tuning(train__length__steps=150, train__evaluate=150, optim__lr=0.01, data__samples=512)
     summary = finetune(config, Run(tmp_path / "run"), ALONE, show=False)
-    assert summary["accuracy"] > 0.9
-    assert summary["accuracy_ema"] > 0.9
+    assert summary["accuracy"] > 0.85
+    assert summary["accuracy_ema"] > 0.85
 
 
 def test_the_head_gives_zeros_at_the_start() -> None:
@@ -243,6 +243,22 @@ def test_a_fine_tuned_run_can_start_another_and_keeps_its_head_for_itself(pretra
         load_classifier(config, read_weights(pretrained))
     with pytest.raises(UserError, match="does not fit readout=last"):
         load_classifier(config.model_copy(update={"readout": "last"}), weights)
+
+
+def test_evaluate_finds_the_averaged_accuracy_of_the_run(
+    tmp_path: Path, pretrained: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = finetune(tuning(init=pretrained), Run(tmp_path / "run"), ALONE, show=False)
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert f"top-1 {summary['accuracy_ema']:.2%}" in capsys.readouterr().out
+    found = Run(tmp_path / "run").summary("evaluate.json")
+    assert found is not None
+    assert {name: found[name] for name in ("accuracy", "held_out_loss")} == {
+        name: summary[f"{name}_ema"] for name in ("accuracy", "held_out_loss")
+    }
+    assert main(["evaluate", pretrained]) == 2
+    assert main(["evaluate", "tests.tiny:recipe"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
