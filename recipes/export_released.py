@@ -23,7 +23,7 @@ from recipes.import_released import RECORD
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, RAW, NetworkState, State, folded, layout, mismatch, to_released, write_released
 from recipes.targets import is_run
-from recipes.weights import BACKBONE, HEAD
+from recipes.weights import current_weights, split
 
 Trained = PretrainConfig | FinetuneConfig
 
@@ -139,19 +139,10 @@ def images_of(config: Trained, run: Run) -> Images:
 
 def network_states(checkpoint: Checkpoint) -> dict[str, NetworkState]:
     """The weights as they are and, where there are averages, the averaged ones, by the file they go to."""
-    raw = checkpoint.tensors["model"]
-    states = {RAW: split(raw)}
+    states = {RAW: split(checkpoint.tensors["model"])}
     if "ema" in checkpoint.tensors:
-        states[AVERAGED] = split(raw | checkpoint.tensors["ema"])
+        states[AVERAGED] = split(current_weights(checkpoint))
     return states
-
-
-def split(state: State) -> NetworkState:
-    """What `import_released.run_state` put together."""
-    head = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
-    return NetworkState(
-        {name.removeprefix(BACKBONE): value for name, value in state.items() if not name.startswith(HEAD)}, head
-    )
 
 
 def labels_of(run: Run, classes: int) -> list[str]:

@@ -23,8 +23,8 @@ from nepa_core.runtime.run import Run
 from recipes import vision
 from recipes.finetune import FinetuneConfig, short
 from recipes.pretrain import PretrainConfig, provenance
-from recipes.released import AVERAGED, NetworkState, Released, State, digests, find, listed, pickles, read_released
-from recipes.weights import BACKBONE, HEAD
+from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
+from recipes.weights import joined
 
 RECORD = "import.json"
 DECIDED = ("data.patch", "data.channels", "causal", "objective.causal", "readout")
@@ -109,19 +109,11 @@ def run_config(released: Released, changes: Mapping[str, Any]) -> PretrainConfig
 
 def first_checkpoint(released: Released) -> Checkpoint:
     """What the fit loop would store before its first step, so that the run can also be trained on."""
-    tensors = {"model": run_state(NetworkState(released.model, released.head)), "optimizer": {}, "tally": {}}
+    tensors = {"model": joined(NetworkState(released.model, released.head)), "optimizer": {}, "tally": {}}
     if released.averaged is not None:
-        tensors["ema"] = run_state(released.averaged)
+        tensors["ema"] = joined(released.averaged)
     state = {"metrics_bytes": 0, "seconds": 0.0, "tokens": 0, "tally_steps": 0, "unreadable": []}
     return Checkpoint(0, tensors, state)
-
-
-def run_state(state: NetworkState) -> State:
-    """The state dict of the module that a run trains: of `Classifier` where there is a head, else of `NEPA`."""
-    if not state.head:
-        return state.model
-    parts = {BACKBONE: state.model, HEAD: state.head}
-    return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
 
 
 def describe(released: Released, folder: Path, run: Run) -> str:

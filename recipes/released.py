@@ -69,7 +69,7 @@ class ReleasedConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, coerce_numbers_to_str=True)
 
-    model_type: Literal["vit_nepa"] = "vit_nepa"
+    model_type: Literal["vit_nepa"]
     architectures: tuple[str, ...] = ()
     hidden_size: PositiveInt
     num_hidden_layers: PositiveInt

@@ -13,7 +13,7 @@ from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
 from nepa_core.runtime.run import Run
-from recipes.released import digests, find, new_weights, read_released
+from recipes.released import NetworkState, State, digests, find, new_weights, read_released
 from recipes.targets import is_run
 
 FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "mask_token")
@@ -74,12 +74,25 @@ def _of_run(name: str) -> Weights:
         data = load_adapter(saved)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    tensors = current_weights(checkpoint)
-    head = {name.removeprefix(HEAD): value for name, value in tensors.items() if name.startswith(HEAD)}
-    model = {name.removeprefix(BACKBONE): value for name, value in tensors.items() if not name.startswith(HEAD)}
+    model, head = split(current_weights(checkpoint))
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))
     return Weights(name, config, causal, data, seed, model, head, checkpoint.digest)
+
+
+def split(state: State) -> NetworkState:
+    """The state dict of a run's module, `NEPA` or `Classifier`, in its two parts."""
+    head = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
+    model = {name.removeprefix(BACKBONE): value for name, value in state.items() if not name.startswith(HEAD)}
+    return NetworkState(model, head)
+
+
+def joined(state: NetworkState) -> State:
+    """The way back of `split`: of `Classifier` where there is a head, else of `NEPA`."""
+    if not state.head:
+        return state.model
+    parts = {BACKBONE: state.model, HEAD: state.head}
+    return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
 
 
 def _part(saved: dict[str, Any], key: str) -> dict[str, Any]:

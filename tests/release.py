@@ -14,6 +14,7 @@ FIXTURES = Path(__file__).parent / "fixtures" / "official_gelu"
 
 # A small network with every feature that the fixtures lack; the names are those of the released config.json.
 FACTS: dict[str, Any] = {
+    "model_type": "vit_nepa",
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
