@@ -121,9 +121,7 @@ class DecodedImages(Dataset[Batch]):
         try:
             return decode(self.source.read(row), self.channels)
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
-            unknown = isinstance(error, UnidentifiedImageError)
-            cause = "not an image of a known format" if unknown else one_line(error)
-            raise UnreadableSample(f"{self.source.name(row)}: {cause}") from error
+            raise UnreadableSample(f"{self.source.name(row)}: {one_line(error)}") from error
 
 
 class MemoryImages(Dataset[Batch]):
@@ -194,11 +192,14 @@ def decode(stored: bytes | Pixels, channels: Channels) -> Tensor:
             encoded = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
             pixels: Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
             return pixels
-    with Image.open(io.BytesIO(stored)) as image:
-        image.load()
-        with suppress(Exception):  # the pixels are there, whatever is wrong with the EXIF block
-            ImageOps.exif_transpose(image, in_place=True)
-        return _convert(image, channels)
+    try:
+        image: Image.Image = Image.open(io.BytesIO(stored))
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image of a known format") from error
+    image.load()
+    with suppress(Exception):  # the pixels are there, whatever is wrong with the EXIF block
+        ImageOps.exif_transpose(image, in_place=True)
+    return _convert(image, channels)
 
 
 def _convert(image: Image.Image, channels: Channels) -> Tensor:
