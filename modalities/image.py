@@ -11,11 +11,13 @@ from typing import ClassVar, Self
 
 import torch
 from einops import rearrange
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.image_data import Augment, Channels, SourceName, open_files, open_images
+from modalities.image_augment import Augment, erase
+from modalities.image_data import Channels, open_files, open_images
+from modalities.image_sources import SourceName, open_source
 from modalities.orders import OrderName, grid_order
 from nepa_core.basics import Batch
 from nepa_core.modality import Modality, Sketch, Tokens
@@ -25,7 +27,8 @@ class Images(Modality):
     """Images of one size; a token holds the standardised pixels of one patch.
 
     Attributes:
-        source, root, channels, augment, in_memory, limit: see `modalities.image_data.open_images`.
+        source, root: where they come from, see `modalities.image_sources.open_source`.
+        channels, augment, crop_ratio, erase, in_memory, limit: see `modalities.image_data.open_images`.
         size: (height, width) in pixels, to which every image is brought.
         patch: (height, width) of a patch in pixels; it divides the size.
         mean, std: of each channel, pixels being between 0 and 1.
@@ -45,6 +48,8 @@ class Images(Modality):
     patch_order: OrderName = "raster"
     order_seed: int = 0
     augment: Augment = "none"
+    crop_ratio: float = Field(default=1.0, gt=0, le=1)
+    erase: float = Field(default=0.0, ge=0, le=1)
     in_memory: bool = False
     limit: PositiveInt | None = None
 
@@ -57,6 +62,8 @@ class Images(Modality):
             )
         if self.source == "folder" and self.root is None:
             raise ValueError("data.source=folder needs data.root=DIR, the folder that holds the images")
+        if self.source == "hub" and self.root is None:
+            raise ValueError("data.source=hub needs data.root=OWNER/NAME, the name of a data set on the hub")
         for key, values in {"mean": self.mean, "std": self.std}.items():
             if len(values) != self.channels:
                 raise ValueError(f"data.{key} has {len(values)} numbers for data.channels={self.channels}")
@@ -75,6 +82,9 @@ class Images(Modality):
             channels=self.channels,
             root=self.root,
             augment=self.augment,
+            crop_ratio=self.crop_ratio,
+            erase=self.erase,
+            mean=self.mean,
             in_memory=self.in_memory,
             limit=self.limit,
         )
@@ -82,13 +92,20 @@ class Images(Modality):
     def tokenize(self, batch: Batch) -> Tokens:
         """Patches of batch["image"] [B, C, H, W], standardised: values [B, N, P] float32.
 
-        Pixels are uint8, or float32 of 0 to 255 where images have been mixed.
+        Pixels are uint8, or float32 of 0 to 255 where images have been mixed. Rectangles that a training batch names
+        in batch["erase"] [B, 6] are filled with noise.
         """
         image = batch["image"]
         if image.dtype not in (torch.uint8, torch.float32):
             raise TypeError(f'batch["image"] holds uint8 pixels or float32 ones of 0 to 255, not {image.dtype}')
         mean, std = _statistics(self.mean, self.std, image.device)
-        return Tokens(values=patchify((image / 255 - mean) / std, self.patch), coords=_centres(*self.grid))
+        pixels = (image / 255 - mean) / std
+        if "erase" in batch:
+            pixels = erase(pixels, batch["erase"])
+        return Tokens(values=patchify(pixels, self.patch), coords=_centres(*self.grid))
+
+    def classes(self) -> tuple[str, ...] | None:
+        return open_source(self.source, "train", root=self.root, size=self.size).classes
 
     def token_dim(self) -> int:
         return self.channels * self.patch[0] * self.patch[1]
@@ -106,7 +123,7 @@ class Images(Modality):
         return Sketch(pixels[:, 0] if self.channels == 1 else pixels.permute(0, 2, 3, 1), self.grid)
 
     def plain(self) -> Images:
-        return self.model_copy(update={"augment": "none"})
+        return self.model_copy(update={"augment": "none", "erase": 0.0})
 
     def files(self, paths: Sequence[str]) -> Dataset[Batch]:
         """Image files by name, brought to this size and these channels.

@@ -3,7 +3,9 @@
 Tokens and samples a second, model FLOPs utilisation against a matrix product measured on the spot, peak memory,
 and the share of a step in data, forward, backward, optimiser and EMA. `against=` adds a ratio measured by turns in
 this one process: `loop`, the fit loop over a bare loop with the same model and batches; `transformer`, the
-predictor over a bare pre-norm Transformer of the same shape without RoPE, QK-Norm and LayerScale.
+predictor over a bare pre-norm Transformer of the same shape without RoPE, QK-Norm and LayerScale. `against=decode`
+trains nothing: it times one core that loads the recipe's training images, over torchvision's bare decode_image and
+RandomResizedCrop of the same ones, and says how many such cores an H100 needs.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +25,11 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 
-from nepa_core.basics import FROZEN, Batch
+from modalities.image_data import DecodedImages
+from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, Prediction
@@ -36,6 +42,8 @@ from nepa_core.runtime.run import Run
 from recipes.pretrain import PretrainConfig, build_model, make_step, provenance
 from recipes.targets import read_target
 
+DECODED = 256  # images in a turn of against=decode
+H100_IMAGES = 2000  # a second, assumed: ViT-B/14 at 224 (140 GFLOP an image) at 28 % of the bfloat16 peak
 PHASES = ("data", "forward", "backward", "optimizer", "ema", "rest")
 
 
@@ -45,14 +53,19 @@ class Options(BaseModel):
     model_config = FROZEN
 
     steps: int = Field(default=20, gt=1, description="optimiser steps that are timed")
-    against: Literal["loop", "transformer"] | None = Field(
-        default=None, description="also time turns against a bare loop (loop) or a bare Transformer (transformer)"
+    against: Literal["loop", "transformer", "decode"] | None = Field(
+        default=None,
+        description="also time turns against a bare loop (loop) or Transformer (transformer); or loading alone, "
+        "against bare decoding (decode)",
     )
     repeats: int = Field(default=5, gt=0, description="turns of each side in the ratio of against=")
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_target(PretrainConfig, target, changes)
+    if options.against == "decode":
+        print(render(against_bare_decode(config, options), config))
+        return
     with world() as ranks:
         figures = bench(config, options, ranks)
         if not ranks.is_main:
@@ -270,6 +283,49 @@ def against_bare_transformer(config: PretrainConfig, options: Options, ranks: Wo
     return {
         **_ratio("predictor / bare Transformer, time", ratios),
         "predictor / bare Transformer, peak memory": memory["nepa"] / memory["bare"],
+    }
+
+
+def against_bare_decode(config: PretrainConfig, options: Options) -> dict[str, float]:
+    """Images a second of CPU time that one core loads: this recipe's, and decode_image + RandomResizedCrop alone.
+
+    Ours includes everything up to a batch of uint8 pixels on the CPU; both sides read the same encoded images, and
+    wait for no disk that the first, untimed turn has not read already.
+
+    Raises:
+        UserError: the recipe's data are not images that are decoded on access.
+    """
+    torch.set_num_threads(1)
+    dataset = config.data.dataset("train")
+    source = dataset.source if isinstance(dataset, DecodedImages) else None
+    if not isinstance(dataset, DecodedImages) or source is None or not isinstance(source.read(0), bytes):
+        raise UserError("nepa bench against=decode wants image files that are decoded on access (data.in_memory=false)")
+    rows = dataset.rows[:DECODED].tolist()
+    crop = v2.RandomResizedCrop(dataset.size, interpolation=v2.InterpolationMode.BICUBIC)
+
+    def ours() -> None:
+        for _ in plain_batches(dataset, batch=64, device=torch.device("cpu"), limit=len(rows)):
+            pass
+
+    def bare() -> None:
+        for row in rows:
+            with suppress(RuntimeError):  # the damaged ones: ours leaves them out too
+                encoded = torch.frombuffer(bytearray(source.read(row)), dtype=torch.uint8)
+                crop(decode_image(encoded, mode=ImageReadMode.RGB))
+
+    rates: dict[str, list[float]] = {"ours": [], "bare": []}
+    for turn in range(options.repeats + 1):
+        for name, side in {"ours": ours, "bare": bare}.items():
+            began = time.process_time()
+            side()
+            if turn:
+                rates[name].append(len(rows) / (time.process_time() - began))
+    rate = statistics.median(rates["ours"])
+    return {
+        "images/s per core": rate,
+        "bare decode + RandomResizedCrop, images/s per core": statistics.median(rates["bare"]),
+        **_ratio("ours / bare, images/s", [a / b for a, b in zip(rates["ours"], rates["bare"], strict=True)]),
+        f"cores for the {H100_IMAGES:,} images/s of an H100": H100_IMAGES / rate,
     }
 
 

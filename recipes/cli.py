@@ -28,6 +28,7 @@ TASKS = {
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
     "import": Task("recipes.import_released", "DIR", "a run of a released checkpoint: a folder or a hub name"),
     "export": Task("recipes.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
+    "resize": Task("recipes.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"),
     "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
 }
 
