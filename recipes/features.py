@@ -20,14 +20,13 @@ import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence, Sized
 from contextlib import ExitStack, closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 import numpy as np
 import torch
-from sklearn.random_projection import SparseRandomProjection
 from torch import Tensor
 
 from nepa_core.basics import Batch, UserError
@@ -162,7 +161,9 @@ def project(x: Tensor, width: int) -> Tensor:
 
 
 @lru_cache(maxsize=1)
-def _projection(wide: int, width: int) -> SparseRandomProjection:
+def _projection(wide: int, width: int) -> Any:
+    from sklearn.random_projection import SparseRandomProjection
+
     return SparseRandomProjection(width, random_state=0).fit(np.zeros((1, wide), np.float32))
 
 
@@ -200,9 +201,10 @@ def kept_features(
     samples = data.dataset(source.split)
     total = min(source.limit, len(cast(Sized, samples)))
     size = min(source.config.train.micro_batch or source.config.train.batch, 256)
-    chosen = {"batch": size, "device": ranks.device, "seed": 0 if source.split == "train" else None}
-    with closing(plain_batches(samples, limit=FIRST, **chosen)) as batches:
-        first = next(batches)
+    seed = 0 if source.split == "train" else None
+    batches = partial(plain_batches, samples, batch=size, device=ranks.device, seed=seed)
+    with closing(batches(limit=FIRST)) as few:
+        first = next(few)
     if "label" not in first:
         raise UserError(f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples")
     key = {
@@ -220,17 +222,14 @@ def kept_features(
     with Meter(-(-total // (size * ranks.size)), enabled=show and ranks.is_main) as meter:
         meter.say(f"features of the {source.split} split, {total:,} samples: {wanted} ({store})")
         if any(missing):
-            batches = plain_batches(
-                samples, limit=source.limit, workers=source.config.train.workers, rank=ranks.rank, ranks=ranks.size,
-                **chosen,
-            )  # fmt: skip
-            _compute(batches, data, readers, folders, missing, ranks, meter)
+            share = batches(limit=source.limit, workers=source.config.train.workers, rank=ranks.rank, ranks=ranks.size)
+            _compute(share, data, readers, folders, missing, ranks, meter)
     same = True
     if any(missing):
         ranks.barrier()
         if ranks.is_main:
-            todo = [i for i, names in enumerate(missing) if names]
-            same = all([_join(folders[i], keys[i], missing[i], ranks.size) for i in todo])
+            for folder, key, names in zip(folders, keys, missing, strict=True):
+                same &= not names or _join(folder, key, names, ranks.size)
         ranks.barrier()
     if ranks.any(not same):  # the labels of rows found before are not those of this pass: compute those rows, too
         return kept_features(source, readers, store, ranks, show=show)
