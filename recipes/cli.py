@@ -23,6 +23,7 @@ TASKS = {
     "pretrain": Task("recipes.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
     "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task("recipes.finetune", "RECIPE", "accuracy after training on labels, from init= or random weights"),
+    "evaluate": Task("recipes.evaluate", "RUN", "held-out accuracy of a fine-tuned run or an imported checkpoint"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
     "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
 }
