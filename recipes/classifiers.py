@@ -114,8 +114,10 @@ def lars(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, protocol: Line
     """
     classes = int(max(y.max(), y_test.max())) + 1
     norm = nn.BatchNorm1d(x.shape[1], eps=1e-6, affine=False).to(x.device)
-    head = nn.Linear(x.shape[1], classes)
     draw = torch.Generator().manual_seed(0)
+    with torch.device("meta"):  # nothing is drawn from the global generator
+        head = nn.Linear(x.shape[1], classes)
+    head.to_empty(device="cpu")
     nn.init.trunc_normal_(head.weight, std=0.01, generator=draw)
     nn.init.zeros_(head.bias)
     head.to(x.device)
@@ -203,7 +205,7 @@ def attentive(
     classes = int(max(y.max(), y_test.max())) + 1
     mean, std = _token_moments(x, protocol.batch, device)
     draw = torch.Generator().manual_seed(0)
-    head = _initialised(AttentiveHead(x.values.shape[-1], classes), draw).to(device)
+    head = _attentive_head(x.values.shape[-1], classes, draw).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), weight_decay=protocol.weight_decay)
     per_epoch = -(-len(x) // protocol.batch)
     epochs = max(protocol.epochs, -(-protocol.steps // per_epoch))
@@ -229,8 +231,11 @@ def attentive(
     return right / len(x_test)
 
 
-def _initialised(head: AttentiveHead, draw: torch.Generator) -> AttentiveHead:
-    """The head as a function of the generator alone: truncated normal weights, zero biases, zero query."""
+def _attentive_head(dim: int, classes: int, draw: torch.Generator) -> AttentiveHead:
+    """Truncated normal weights, zero biases, zero query; a function of this generator alone."""
+    with torch.device("meta"):
+        head = AttentiveHead(dim, classes)
+    head.to_empty(device="cpu")
     for name, parameter in head.named_parameters():
         if name.endswith("weight"):
             nn.init.trunc_normal_(parameter, std=parameter.shape[1] ** -0.5, generator=draw)

@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence, Sized
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from itertools import zip_longest
 from pathlib import Path
@@ -203,36 +203,26 @@ def kept_features(
     size = min(source.config.train.micro_batch or source.config.train.batch, 256)
     seed = 0 if source.split == "train" else None
     batches = partial(plain_batches, samples, batch=size, device=ranks.device, seed=seed)
-    with closing(batches(limit=FIRST)) as few:
-        first = next(few)
+    first = next(batches(limit=min(FIRST, total)))
     if "label" not in first:
         raise UserError(f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples")
-    key = {
+    of = {
         "adapter": import_path(type(data)),
         "data": data.model_dump(mode="json"),
         "split": source.split,
-        "limit": source.limit,
-        "samples": len(cast(Sized, samples)),
+        "samples": [total, len(cast(Sized, samples))],
         "first": _first_digest(data.read(first), first["label"]),
     }
-    keys = [key | reader.key for reader in readers]
+    keys = [of | reader.key for reader in readers]
     folders = [store / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16] for key in keys]
     missing = _missing(folders, readers, ranks)
-    wanted = "all found" if not any(missing) else "computing" if all(missing) else "some found, computing the rest"
+    found = "all found" if not any(missing) else "computing" if all(missing) else "some found, computing the rest"
     with Meter(-(-total // (size * ranks.size)), enabled=show and ranks.is_main) as meter:
-        meter.say(f"features of the {source.split} split, {total:,} samples: {wanted} ({store})")
+        meter.say(f"features of the {source.split} split, {total:,} samples: {found} in {store}")
         if any(missing):
-            share = batches(limit=source.limit, workers=source.config.train.workers, rank=ranks.rank, ranks=ranks.size)
+            share = batches(limit=total, workers=source.config.train.workers, rank=ranks.rank, ranks=ranks.size)
             _compute(share, data, readers, folders, missing, ranks, meter)
-    same = True
-    if any(missing):
-        ranks.barrier()
-        if ranks.is_main:
-            for folder, key, names in zip(folders, keys, missing, strict=True):
-                same &= not names or _join(folder, key, names, ranks.size)
-        ranks.barrier()
-    if ranks.any(not same):  # the labels of rows found before are not those of this pass: compute those rows, too
-        return kept_features(source, readers, store, ranks, show=show)
+            _join(folders, keys, missing, ranks)
     return [_open(folder, (*reader.names, "labels")) for folder, reader in zip(folders, readers, strict=True)]
 
 
@@ -242,10 +232,13 @@ def _first_digest(tokens: Tokens, labels: Tensor) -> str:
 
 
 def _missing(folders: Sequence[Path], readers: Sequence[Reader], ranks: World) -> list[list[str]]:
-    """Names of the arrays of each reader that are not on the disk undamaged: what the main process sees."""
-    missing = []
-    for folder, reader in zip(folders, readers, strict=True):
-        names = [*reader.names, "labels"]
+    """Names of the arrays of each reader that are not on the disk undamaged: what the main process sees.
+
+    Two readers of the same weights, as of a network that has not been trained, are one.
+    """
+    missing: list[list[str]] = []
+    for i, (folder, reader) in enumerate(zip(folders, readers, strict=True)):
+        names = [*reader.names, "labels"] if folder not in folders[:i] else []
         known = _intact(folder, names) if ranks.is_main else set()
         absent = torch.tensor([float(ranks.is_main and name not in known) for name in names], device=ranks.device)
         flags = ranks.sum(absent).tolist()
@@ -340,8 +333,29 @@ class _Part:
                     _part_file(self._folder, name, self._rank).unlink(missing_ok=True)
 
 
-def _join(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: int) -> bool:
-    """Join the parts of all ranks in the order of one process, and vouch for them in `features.json`.
+def _join(
+    folders: Sequence[Path], keys: Sequence[dict[str, Any]], missing: Sequence[Sequence[str]], ranks: World
+) -> None:
+    """Make whole arrays of the parts of all ranks, and vouch for them.
+
+    Raises:
+        UserError: arrays found before belong to other samples; they are forgotten.
+    """
+    ranks.barrier()
+    stale = False
+    if ranks.is_main:
+        for folder, key, names in zip(folders, keys, missing, strict=True):
+            if names:
+                stale |= not _join_parts(folder, key, names, ranks.size)
+    if ranks.any(stale):
+        raise UserError(
+            f"{folders[0].parent}: the samples or labels differ from those of an earlier pass over the same data; the "
+            "features kept then are dropped, give the same command again"
+        )
+
+
+def _join_parts(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: int) -> bool:
+    """Join the parts of one folder in the order of one process, and write `features.json`.
 
     Returns:
         Whether arrays recorded before belong to the same samples; they are forgotten if not.

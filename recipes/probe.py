@@ -24,7 +24,7 @@ recipe and the weights of a run, of a folder in the released layout, or of a hub
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -213,8 +213,8 @@ def chosen_rows(options: Options, *, depth: int, bos: bool, causal: bool) -> tup
         notes.append(f"No BOS rows: {why}.")
     rows = [Row(layer, pooling) for layer in layers for pooling in poolings if layer > 0 or pooling != "bos"]
     if not rows:
-        why = notes or ["Layer 0 holds BOS as it was learned, the same for all samples."]
-        raise UserError(f"poolings={','.join(options.poolings)} leaves nothing to read: {why[0]}")
+        why = notes[0] if notes else "layer 0 has BOS as it was learned, the same for all samples."
+        raise UserError(f"poolings={','.join(options.poolings)} leaves nothing to read: {why}")
     return rows, notes
 
 
@@ -271,19 +271,20 @@ def _one_thread_each() -> Iterator[int]:
 
 def score_row(split: Split, name: str, *, names: Sequence[Name]) -> dict[str, Any]:
     """Fit every classifier on all training samples, and on four fifths of them to choose rows by."""
+    parts, y, y_test = (split.train, split.test), split.labels, split.test_labels
     if name.endswith(", attentive"):
-        x, x_test = (TokenFeatures(part[name], part["mask"]) for part in (split.train, split.test))
-        scores = {"linear": _scores(classifiers.attentive, x, split.labels, x_test, split.test_labels)}
+        tokens, tokens_test = (TokenFeatures(part[name], part["mask"]) for part in parts)
+        scores = {"linear": scores_of(classifiers.attentive, tokens, y, tokens_test, y_test)}
         rank = None
     else:
-        device = split.labels.device
-        x, x_test = (torch.from_numpy(np.array(part[name])).to(device) for part in (split.train, split.test))
-        scores = {key: _scores(CLASSIFIERS[key], x, split.labels, x_test, split.test_labels) for key in names}
+        x, x_test = (torch.from_numpy(np.array(part[name])).to(y.device) for part in parts)
+        scores = {key: scores_of(CLASSIFIERS[key], x, y, x_test, y_test) for key in names}
         rank = effective_rank(x_test)
     return {"name": name, **(scores.get(names[0]) or scores["linear"]), "scores": scores, "effective_rank": rank}
 
 
-def _scores(fit_and_score: Any, x: Any, y: Tensor, x_test: Any, y_test: Tensor) -> dict[str, float]:
+def scores_of(fit_and_score: Callable[..., float], x: Any, y: Tensor, x_test: Any, y_test: Tensor) -> dict[str, float]:
+    """`accuracy` on the test samples, and `validation` on the last fifth of the training samples by the others."""
     kept = len(x) - len(x) // 5  # the training samples come in random order
     return {
         "accuracy": fit_and_score(x, y, x_test, y_test),
