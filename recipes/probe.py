@@ -24,9 +24,9 @@ recipe and the weights of a run, of a folder in the released layout, or of a hub
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -34,6 +34,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from nepa_core.basics import FROZEN, UserError
@@ -254,17 +255,14 @@ def score_rows(split: Split, names: Sequence[Name]) -> list[dict[str, Any]]:
     """The rows of one reader, in their order; a row is in memory only while it is read."""
     rows = [name for name in split.train if name not in ("labels", "mask")]
     small = all(split.train[name].size < _SMALL for name in rows) and split.labels.device.type == "cpu"
-    with _one_thread_each() if small else nullcontext(1) as workers, ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(partial(score_row, split, names=names), rows))
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[int]:
-    """Give every Python thread one thread of torch's; yields how many there are."""
+    score = partial(score_row, split, names=names)
+    if not small:
+        return [score(name) for name in rows]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    single = {"initializer": torch.set_num_threads, "initargs": (1,)}  # torch's number belongs to the Python thread
     try:
-        yield threads
+        with threadpool_limits(1), ThreadPoolExecutor(threads, **single) as pool:  # SciPy's to the process
+            return list(pool.map(score, rows))
     finally:
         torch.set_num_threads(threads)
 

@@ -177,14 +177,18 @@ def test_a_recipe_is_probed_with_the_weights_of_a_run(finished: Run, tmp_path: P
     assert main(["probe", "tests.tiny:recipe"]) == 2
 
 
-def test_small_rows_are_read_side_by_side_as_one_by_one(tiny_recipe: PretrainConfig) -> None:
-    options = QUICK.model_copy(update={"classifiers": ("linear", "knn")})
-    model = build_model(tiny_recipe)
-    one = probe.probe(tiny_recipe, model, options)
+def test_small_rows_are_read_side_by_side_as_one_by_one() -> None:
+    draw = np.random.default_rng(0)
+    train, test = (
+        {"labels": np.arange(60) % 3, **{f"row {i}": draw.normal(size=(60, 4)).astype(np.float32) for i in range(8)}}
+        for _ in range(2)
+    )
+    split = probe.Split.of(train, test, CPU)
+    one = probe.score_rows(split, ["linear", "knn"])
     torch.set_num_threads(2)
     try:
-        two = probe.probe(tiny_recipe, model, options)
+        assert probe.score_rows(split, ["linear", "knn"]) == one
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
-    assert two == one
+    assert names(one) == [f"row {i}" for i in range(8)]
