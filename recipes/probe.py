@@ -259,9 +259,9 @@ def score_rows(split: Split, names: Sequence[Name]) -> list[dict[str, Any]]:
     if not small:
         return [score(name) for name in rows]
     threads = torch.get_num_threads()
-    single = {"initializer": torch.set_num_threads, "initargs": (1,)}  # torch's number belongs to the Python thread
+    single = partial(torch.set_num_threads, 1)  # it belongs to the Python thread, that of SciPy's BLAS to the process
     try:
-        with threadpool_limits(1), ThreadPoolExecutor(threads, **single) as pool:  # SciPy's to the process
+        with threadpool_limits(1), ThreadPoolExecutor(threads, initializer=single) as pool:
             return list(pool.map(score, rows))
     finally:
         torch.set_num_threads(threads)
