@@ -45,6 +45,8 @@ from nepa_core.runtime.run import Run
 from recipes import classifiers
 from recipes.classifiers import Classifier, TokenFeatures
 from recipes.features import Features, Row, Source, kept_features, network_reader, raw_reader
+from recipes.finetune import FinetuneConfig
+from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained, provenance
 from recipes.targets import default_out, is_run, read_target
 from recipes.weights import load_backbone, read_weights
@@ -128,9 +130,13 @@ def subject(
     Raises:
         UserError: there is no such run, recipe or checkpoint, or the weights do not fit the data.
     """
-    if init is None:
+    if (
+        init is None
+        and read_saved(Path(target) / "config.json").get("task", PretrainConfig.task) == PretrainConfig.task
+    ):
         return load_pretrained(Run(Path(target)), device, changes)
-    config, weights = read_target(PretrainConfig, target, changes), read_weights(init)
+    config = read_target(PretrainConfig, target, changes, convert={FinetuneConfig: _around})
+    weights = read_weights(init or target)
     config = config.model_copy(
         update={
             "model": weights.config,
@@ -141,6 +147,11 @@ def subject(
     model = build_model(config)
     load_backbone(model, weights.config, weights)
     return config, model.to(device).eval()
+
+
+def _around(tuned: FinetuneConfig, _: str | None) -> PretrainConfig:
+    """A fine-tuned run's data and network, in the form in which a probe reads those of a pre-trained one."""
+    return small(tuned.data).model_copy(update={"recipe": tuned.recipe, "model": tuned.model, "train": tuned.train})
 
 
 def probe(

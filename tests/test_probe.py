@@ -177,6 +177,25 @@ def test_a_recipe_is_probed_with_the_weights_of_a_run(finished: Run, tmp_path: P
     assert main(["probe", "tests.tiny:recipe"]) == 2
 
 
+def test_a_fine_tuned_run_is_probed_by_its_name(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own network, read with its own attention: not that of the run it started from."""
+    tuned = tmp_path / "tuned"
+    assert main(["finetune", str(finished.path), f"out={tuned}", "train.length.steps=12"]) == 0
+    words = ["layers=1,final", "poolings=mean,bos", "classifiers=knn"]
+    assert main(["probe", str(tuned), *words]) == 0
+    result = Run(tuned).summary("probe.json")
+    assert result is not None
+    assert result["causal"] is False
+    assert names(result["layers"]) == ["layer 1, mean", "layer 1, bos", "final norm, mean", "final norm, bos"]
+    assert main(["probe", str(finished.path), *words, "causal=false"]) == 0
+    before = finished.summary("probe.json")
+    assert before is not None
+    assert before["layers"] != result["layers"]
+    assert before["raw_tokens"] == result["raw_tokens"]
+
+
 def test_small_rows_are_read_side_by_side_as_one_by_one() -> None:
     draw = np.random.default_rng(0)
     train, test = (
