@@ -48,7 +48,7 @@ from recipes.features import Features, Row, Source, kept_features, network_reade
 from recipes.finetune import FinetuneConfig
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained, provenance
-from recipes.targets import default_out, is_run, read_target
+from recipes.targets import default_out, is_run, read_target, task_of
 from recipes.weights import load_backbone, read_weights
 
 Pooling = Literal["mean", "last", "bos", "attentive"]
@@ -130,10 +130,7 @@ def subject(
     Raises:
         UserError: there is no such run, recipe or checkpoint, or the weights do not fit the data.
     """
-    if (
-        init is None
-        and read_saved(Path(target) / "config.json").get("task", PretrainConfig.task) == PretrainConfig.task
-    ):
+    if init is None and task_of(target) == PretrainConfig.task:
         return load_pretrained(Run(Path(target)), device, changes)
     config = read_target(PretrainConfig, target, changes, convert={FinetuneConfig: _around})
     weights = read_weights(init or target)
