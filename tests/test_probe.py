@@ -188,7 +188,7 @@ def test_a_fine_tuned_run_is_probed_by_its_name(
     result = Run(tuned).summary("probe.json")
     assert result is not None
     assert result["causal"] is False
-    assert names(result["layers"]) == ["layer 1, mean", "layer 1, bos", "final norm, mean", "final norm, bos"]
+    assert names(result["layers"]) == ["layer 1, mean", "layer 1, BOS", "final norm, mean", "final norm, BOS"]
     assert main(["probe", str(finished.path), *words, "causal=false"]) == 0
     before = finished.summary("probe.json")
     assert before is not None
