@@ -24,9 +24,11 @@ TASKS = {
     "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task("recipes.finetune", "RECIPE", "accuracy after training on labels, from init= or random weights"),
     "evaluate": Task("recipes.evaluate", "RUN", "held-out accuracy of a fine-tuned run or an imported checkpoint"),
+    "inspect": Task("recipes.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
     "import": Task("recipes.import_released", "DIR", "a run of a released checkpoint: a folder or a hub name"),
     "export": Task("recipes.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
+    "resize": Task("recipes.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"),
     "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
 }
 
