@@ -100,12 +100,15 @@ def export_released(run: Run, out: Path, options: Options) -> str:
         if complaint := mismatch(ours, state.model | state.head):
             raise UserError(f"{run.path} is not of a network in the released layout: {complaint}")
     record = run.summary(RECORD) or {}
-    facts = released_facts(config, data, model.layer_scale, labels_of(run, classes))
-    if "config" not in record:
+    imported: dict[str, Any] = record.get("config", {})
+    facts = released_facts(config, data, model.layer_scale, labels_of(run, imported, classes))
+    if not imported:
         facts["dtype"] = str(states[RAW].model["bos"].dtype).removeprefix("torch.")
+    if imported.get("id2label") == facts.get("id2label"):
+        facts.pop("label2id", None)  # the original's stays: some number the classes by strings
     write_whole_folder(
         out,
-        over(record.get("config", {}), facts),
+        over(imported, facts),
         over(record.get("preprocessor", {}), preprocessor_of(data)),
         {name: to_released(state, places) for name, state in states.items()},
     )
@@ -145,11 +148,11 @@ def network_states(checkpoint: Checkpoint) -> dict[str, NetworkState]:
     return states
 
 
-def labels_of(run: Run, classes: int) -> list[str]:
+def labels_of(run: Run, imported: dict[str, Any], classes: int) -> list[str]:
     """Names of the classes: those of the finished run, else those that were imported, else numbers."""
     names = (run.summary() or {}).get("classes")
-    imported = ((run.summary(RECORD) or {}).get("config") or {}).get("id2label", {})
-    found = names or [imported[str(i)] for i in range(len(imported))]
+    labels = imported.get("id2label", {})
+    found = names or [labels[str(i)] for i in range(len(labels))]
     return found if len(found) == classes else [f"LABEL_{i}" for i in range(classes)]
 
 
@@ -201,6 +204,7 @@ def preprocessor_of(data: Images) -> dict[str, Any]:
         "do_normalize": True,
         "image_mean": list(data.mean),
         "image_std": list(data.std),
+        "crop_pct": data.crop_ratio,
     }
 
 

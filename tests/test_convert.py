@@ -30,7 +30,7 @@ from tests.release import FACTS, FIXTURES, random_release, write_release
 from tests.tiny import CPU
 
 ALONE = World(0, 1, CPU)
-LABELS = {"id2label": {"0": "ant", "1": "bee", "2": "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}
+LABELS = {"id2label": {"0": "ant", "1": "bee", "2": "cat"}, "label2id": {"ant": "0", "bee": "1", "cat": "2"}}
 
 
 def convert(*words: object) -> None:
@@ -144,7 +144,9 @@ def test_names_dtypes_shapes_and_bytes_come_out_as_they_went_in(
 
 
 def image_recipe(**changes: Any) -> PretrainConfig:
-    noise = Images(source="noise", size=(8, 8), patch=(4, 4), channels=1, mean=(0.4,), std=(0.3,), limit=64)
+    noise = Images(
+        source="noise", size=(8, 8), patch=(4, 4), channels=1, mean=(0.4,), std=(0.3,), limit=64, crop_ratio=0.8
+    )
     keys = {"model.dim": 16, "model.mlp_dim": 32, "model.depth": 2, "train.length.steps": 2, "train.batch": 8}
     sizes = {f"verdict.{name}_samples": 80 for name in ("fit", "test", "health")}
     return override(small(noise), keys | sizes | {k.replace("__", "."): v for k, v in changes.items()})
@@ -161,7 +163,7 @@ def test_a_run_of_our_own_goes_out_and_comes_back(tmp_path: Path) -> None:
     convert("import", out.path, f"out={back.path}")
     again = back.load_config(PretrainConfig)
     assert again.model == config.model
-    for name in ("size", "patch", "channels", "mean", "std"):
+    for name in ("size", "patch", "channels", "mean", "std", "crop_ratio"):
         assert getattr(again.data, name) == getattr(config.data, name)
     for group in ("model", "ema"):
         stored = (next(each.checkpoints.glob("step_*")) / f"{group}.safetensors" for each in (run, back))
@@ -254,6 +256,15 @@ def test_what_the_weights_decide_can_not_be_set(key: str, tmp_path: Path, capsys
     said = complaint(capsys, "import", FIXTURES / "pretrain", f"out={tmp_path / 'run'}", key)
     assert f"{key.partition('=')[0]} can't be set" in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("told", [{"image_mean": 0.5}, {"image_mean": [0.5, "x", 0.5]}, {"image_mean": [0.5]}])
+def test_statistics_that_are_none_are_named(
+    told: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_release(tmp_path / "source", FACTS, random_release(FACTS))
+    (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps(told))
+    assert "data.mean" in complaint(capsys, "import", tmp_path / "source", f"out={tmp_path / 'run'}")
 
 
 def test_averages_in_a_pickle_are_left_behind_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
