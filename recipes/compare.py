@@ -38,6 +38,10 @@ COLUMNS = {
 """Measure -> column head."""
 
 
+PROBE = probe.Options(poolings=("mean", "last"), classifiers=("linear",))
+"""The same rows for every arm: BOS can be read in some of them only."""
+
+
 class Arm(NamedTuple):
     """One setting under comparison; `name` is also its folder."""
 
@@ -89,7 +93,7 @@ def run_one(config: PretrainConfig, seed: int, folder: Path) -> dict[str, Any]:
         probed = run.summary("probe.json")
         if probed is None:
             config, model = load_pretrained(run, ranks.device)
-            probed = probe.probe(config, model, probe.Options())
+            probed = probe.probe(config, model, PROBE)
             run.write_summary(probed, "probe.json")
     health = [line for line in run.metrics() if "effective_rank_embedding" in line]
     return {

@@ -91,10 +91,6 @@ class FinetuneConfig(BaseModel):
     def _fits(self) -> Self:
         if self.model.mask_token:
             raise ValueError("model.mask_token=true is of pre-training; set it to false")
-        if self.freeze_embedder and self.init is None:
-            raise ValueError(
-                "freeze_embedder=true would keep a random embedder: name weights with init=, or set it to false"
-            )
         return self
 
 
@@ -205,11 +201,11 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
         height=lambda name: layers_above(name, config.model.depth),
         show=show,
     )
-    figures = raw_and_averaged(config, model, ema, ranks)
     if not ranks.is_main:
         return {}
+    last = run.metrics()[-1]  # measured after the last step, by all ranks
     summary = {
-        **figures,
+        **{name: value for name, value in last.items() if name != "step"},
         "init": config.init,
         "new_weights": new,
         "classes": list(names),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -56,4 +59,31 @@ class LastHead(nn.Module):
     def forward(self, features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
         """[B, T, D] -> logits [B, classes]."""
         logits: Tensor = self.classifier(last_token(features, mask))
+        return logits
+
+
+class AttentiveHead(nn.Module):
+    """Attentive probe: one learned query attends over the tokens (cross-attention), then one linear map.
+
+    The pooling of CAE (arXiv 2202.03026) and AIM (arXiv 2401.08541, Section 3). Some 64 channels a head, as in the
+    trunk. BOS, where there is one, is a token like the others.
+    """
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.heads = math.gcd(dim, max(dim // 64, 1))
+        self.query = nn.Parameter(torch.zeros(dim))  # starts as the mean over the tokens
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.classifier = nn.Linear(dim, classes)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, D] and mask [B, T] bool (True = a real token) -> logits [B, classes]."""
+        batch, _, dim = features.shape
+        query = self.query.expand(batch, 1, dim)
+        q, k, v = (
+            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (query, self.key(features), self.value(features))
+        )
+        pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+        logits: Tensor = self.classifier(pooled.transpose(1, 2).flatten(1))
         return logits

@@ -7,7 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -23,6 +23,7 @@ from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.objective import ObjectiveConfig, next_embedding_loss, pair_count
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import load_latest
+from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, fit
@@ -138,13 +139,18 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     return summary
 
 
-def load_pretrained(run: Run, device: torch.device) -> tuple[PretrainConfig, NEPA]:
+def load_pretrained(
+    run: Run, device: torch.device, changes: Mapping[str, Any] | None = None
+) -> tuple[PretrainConfig, NEPA]:
     """The config of a run and its network in evaluation mode, with the averaged weights where there are any.
 
+    Args:
+        changes: to the config, such as where the data lies now.
+
     Raises:
-        UserError: the folder holds no run, or a run without an undamaged checkpoint.
+        UserError: the folder holds no run, or a run without an undamaged checkpoint, or a change does not fit.
     """
-    config = run.load_config(PretrainConfig)
+    config = override(run.load_config(PretrainConfig), changes or {})
     checkpoint, _ = load_latest(run.checkpoints)
     if checkpoint is None:
         raise UserError(f"{run.checkpoints} holds no undamaged checkpoint; run `nepa pretrain {run.path}` first")

@@ -1,38 +1,78 @@
-"""nepa probe: what a linear classifier reads from every layer of a run, beside the same network untrained.
+"""nepa probe: what simple classifiers read from every layer of a run, beside the same network untrained.
 
 Features are computed without augmentation and with the attention the run was trained with, unless `causal=` says
-otherwise. For every layer and pooling a logistic regression (L-BFGS on standardised features) is fitted on the
-training samples. The best row is chosen on a fifth of the training samples held back, never on the test
-samples. Standardised features hide collapse, so the effective rank stands beside every accuracy.
+otherwise; they are kept in features/ beside probe.json and found again by the next probe. Every layer and pooling
+(mean over the tokens, last token, BOS, attentive) is read by every classifier:
+
+  linear  logistic regression by L-BFGS on standardised features
+  knn     20 nearest neighbours by cosine, as DINO weighs them
+  lars    the linear-probe protocol of MAE
+
+An attentive row is a learned pooling trained together with its linear layer, and stands in the column "linear". The
+best row is the one the first classifier reads best on a fifth of the training samples held back, never on the test
+samples. Standardised features hide collapse, so the effective rank stands beside the accuracies.
+
+The rows "last embedding" and "average embedding" are the paper's linear probe: the output of the final norm, at the
+last token and as the mean over the tokens, of the frozen network with the attention it was pre-trained with. The paper
+gives 11.3 % and 14.1 % for them (ImageNet-1k); all training samples there:
+`nepa probe RUN layers=final poolings=last,mean classifiers=lars train_samples=1300000 test_samples=50000`.
+
+A run takes changes to its data (`data.root=DIR`) and to train.workers. A recipe with `init=` gives the data of the
+recipe and the weights of a run, of a folder in the released layout, or of a hub name.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.preprocessing import StandardScaler
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, UserError
 from nepa_core.diagnostics import effective_rank
 from nepa_core.model import NEPA
-from nepa_core.predictor import Trace
-from nepa_core.runtime.data import plain_batches
-from nepa_core.runtime.distributed import world
+from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
-from recipes.heads import last_token, mean_of_tokens
+from recipes import classifiers
+from recipes.classifiers import Classifier, TokenFeatures
+from recipes.features import Features, Row, Source, kept_features, network_reader, raw_reader
+from recipes.finetune import FinetuneConfig
+from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained, provenance
-from recipes.targets import is_run
+from recipes.targets import default_out, is_run, read_target
+from recipes.weights import load_backbone, read_weights
 
-POOLINGS = ("mean", "last")
+Pooling = Literal["mean", "last", "bos", "attentive"]
+Name = Literal["linear", "knn", "lars"]
+
+CLASSIFIERS: dict[Name, Classifier] = {
+    "linear": classifiers.linear,
+    "knn": classifiers.knn,
+    "lars": classifiers.lars,
+}
+TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
+PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}
+"""The paper's linear probe: name -> row."""
+FREE = ("data.", "train.workers")
+"""Keys of a run or recipe that a probe may change: they say where the samples lie and how they are loaded."""
+_SMALL = 2**24
+"""Rows of fewer numbers are fitted side by side on the CPU, each on one thread: threads within one don't pay."""
+
+
+def _listed(value: Any) -> Any:
+    """`a,b` on the command line, or a single value, as a list."""
+    if isinstance(value, str):
+        return tuple(value.strip("[]").replace(" ", "").split(","))
+    return (value,) if isinstance(value, int) else value
 
 
 class Options(BaseModel):
@@ -40,155 +80,260 @@ class Options(BaseModel):
 
     model_config = FROZEN
 
+    init: str | None = Field(default=None, description="weights for a recipe: a run, a released folder, a hub name")
+    out: str | None = Field(
+        default=None, description="folder of probe.json and features/; default the run, or runs/RECIPE-probe"
+    )
     causal: bool | None = Field(default=None, description="attention of the read-out; default: as in pre-training")
-    train_samples: int = Field(default=5000, gt=0, description="most training samples the classifiers are fitted on")
+    layers: Annotated[tuple[int | Literal["final"], ...] | None, BeforeValidator(_listed)] = Field(
+        default=None, description="such as 0,3,final: embedding, third block, final norm; default: all", min_length=1
+    )
+    poolings: Annotated[tuple[Pooling, ...], BeforeValidator(_listed)] = Field(
+        default=("mean", "last", "bos"), description="of mean,last,bos,attentive (slower)", min_length=1
+    )
+    classifiers: Annotated[tuple[Name, ...], BeforeValidator(_listed)] = Field(
+        default=("linear", "knn"), description="of linear,knn,lars; the first chooses the best row", min_length=1
+    )
+    train_samples: int = Field(default=5000, gt=4, description="most training samples the classifiers are fitted on")
     test_samples: int = Field(default=10_000, gt=0, description="most held-out samples they are scored on")
 
-
-class Features(NamedTuple):
-    """Pooled features of a split.
-
-    Attributes:
-        rows: row name ("layer 2, mean") -> [S, D] float32.
-        labels: [S] int64.
-    """
-
-    rows: dict[str, np.ndarray]
-    labels: np.ndarray
+    @model_validator(mode="after")
+    def _attentive_is_linear(self) -> Self:
+        if "attentive" in self.poolings and "linear" not in self.classifiers:
+            raise ValueError("poolings=attentive is trained with its linear layer: add linear to classifiers")
+        return self
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    if changes:
-        raise UserError(f"nepa probe reads a finished run; {next(iter(changes))} is not one of its options")
-    if not is_run(target):
-        raise UserError(f"{target} is not a run folder; run `nepa pretrain` first and name its folder")
+    refused = [key for key in changes if not key.startswith(FREE)]
+    if refused:
+        raise UserError(f"nepa probe reads a finished run; {refused[0]} is not one of its options")
+    if options.init is None and not is_run(target):
+        raise UserError(
+            f"{target} is not a run folder; run `nepa pretrain` first and name its folder, or give a recipe init="
+        )
+    run = Run(Path(options.out or (target if is_run(target) else default_out(target, "probe"))))
     with world() as ranks:
-        if not ranks.is_main:
-            return
-        run = Run(Path(target))
-        config, model = load_pretrained(run, ranks.device)
-        summary = probe(config, model, options) | {"made_with": provenance()}
-        run.write_summary(summary, "probe.json")
-        print(render(summary))
+        config, model = subject(target, options.init, changes, ranks.device)
+        summary = probe(config, model, options, store=run.path / "features", ranks=ranks, show=True)
+        if ranks.is_main:
+            summary |= {"made_with": provenance()}
+            run.write_summary(summary, "probe.json")
+            print(render(summary))
 
 
-def probe(config: PretrainConfig, model: NEPA, options: Options) -> dict[str, Any]:
+def subject(
+    target: str, init: str | None, changes: dict[str, Any], device: torch.device
+) -> tuple[PretrainConfig, NEPA]:
+    """What is probed: a run with its own weights, or the data of a recipe (or run) with the weights of `init`.
+
+    Raises:
+        UserError: there is no such run, recipe or checkpoint, or the weights do not fit the data.
+    """
+    if (
+        init is None
+        and read_saved(Path(target) / "config.json").get("task", PretrainConfig.task) == PretrainConfig.task
+    ):
+        return load_pretrained(Run(Path(target)), device, changes)
+    config = read_target(PretrainConfig, target, changes, convert={FinetuneConfig: _around})
+    weights = read_weights(init or target)
+    config = config.model_copy(
+        update={
+            "model": weights.config,
+            "objective": config.objective.model_copy(update={"causal": weights.causal}),
+            "train": config.train.model_copy(update={"seed": weights.seed}),
+        }
+    )
+    model = build_model(config)
+    load_backbone(model, weights.config, weights)
+    return config, model.to(device).eval()
+
+
+def _around(tuned: FinetuneConfig, _: str | None) -> PretrainConfig:
+    """A fine-tuned run's data and network, in the form in which a probe reads those of a pre-trained one."""
+    return small(tuned.data).model_copy(update={"recipe": tuned.recipe, "model": tuned.model, "train": tuned.train})
+
+
+def probe(
+    config: PretrainConfig,
+    model: NEPA,
+    options: Options,
+    *,
+    store: Path | None = None,
+    ranks: World | None = None,
+    show: bool = False,
+) -> dict[str, Any]:
     """Score every layer x pooling of a network, of the same network with random weights, and the raw tokens.
 
+    Args:
+        store: folder that keeps the features; a temporary one where there is none.
+        ranks: all processes, which share the features out among them and need a `store`; default: this one alone.
+        show: progress on the screen.
+
     Returns:
-        `layers`: a list of rows {name, accuracy, validation, effective_rank}; `best`: the row with the best
-        validation accuracy; `random_init`: the same two for the untrained network; `raw_tokens`: its row;
-        `final_layer`, the last row of `layers` under the mean.
+        `layers`: a list of rows {name, accuracy, validation, scores, effective_rank}, where scores has accuracy and
+        validation of every classifier and the plain two are those of the first; `best`: the row with the best
+        validation accuracy; `random_init`: the same two for the untrained network; `raw_tokens`: its row, and
+        `raw_tokens_attentive` where asked for; `paper`: the rows of `PAPER` that were read; `notes`: what was left
+        out, and why. Empty on the other ranks.
     """
-    causal = config.objective.causal if options.causal is None else options.causal
     device = next(model.parameters()).device
+    ranks = ranks or World(0, 1, device)
+    causal = config.objective.causal if options.causal is None else options.causal
+    rows, notes = chosen_rows(options, depth=config.model.depth, bos=config.model.bos, causal=causal)
     untrained = build_model(config).to(device).eval()
-
-    def score(network: NEPA | None) -> list[dict[str, Any]]:
-        train = features(config, network, "train", options.train_samples, causal=causal, device=device)
-        test = features(config, network, "test", options.test_samples, causal=causal, device=device)
-        return [score_row(name, train, test) for name in train.rows]
-
-    layers, random_init, raw = score(model), score(untrained), score(None)
+    readers = [
+        network_reader(config, model, rows, causal=causal),
+        network_reader(config, untrained, rows, causal=causal),
+        raw_reader(attentive="attentive" in options.poolings),
+    ]
+    with nullcontext(str(store)) if store is not None else tempfile.TemporaryDirectory() as folder:
+        train, test = (
+            kept_features(Source(config, split, limit), readers, Path(folder), ranks, show=show)
+            for split, limit in (("train", options.train_samples), ("test", options.test_samples))
+        )
+        if not ranks.is_main:
+            return {}
+        splits = [Split.of(*pair, device) for pair in zip(train, test, strict=True)]
+        layers, random_init, raw = (score_rows(split, options.classifiers) for split in splits)
     return {
         "layers": layers,
         "best": best_row(layers),
         "random_init": {"layers": random_init, "best": best_row(random_init)},
         "raw_tokens": raw[0],
+        **({"raw_tokens_attentive": raw[1]} if len(raw) > 1 else {}),
+        "paper": {name: row for name, wanted in PAPER.items() for row in layers if row["name"] == wanted},
         "causal": causal,
+        "train_samples": len(splits[0].labels),
+        "test_samples": len(splits[0].test_labels),
         "seed": config.train.seed,
+        "notes": notes,
     }
 
 
-def best_row(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def chosen_rows(options: Options, *, depth: int, bos: bool, causal: bool) -> tuple[list[Row], list[str]]:
+    """The rows to read, and a note on those that can't be.
+
+    Raises:
+        UserError: a layer that the network hasn't, or nothing is left to read.
+    """
+    layers = range(depth + 2) if options.layers is None else [_layer(name, depth) for name in options.layers]
+    poolings, notes = list(options.poolings), []
+    if "bos" in poolings and (causal or not bos):
+        poolings.remove("bos")
+        why = "under causal attention BOS sees no token (causal=false reads it)" if bos else "the network has no BOS"
+        notes.append(f"No BOS rows: {why}.")
+    rows = [Row(layer, pooling) for layer in layers for pooling in poolings if layer > 0 or pooling != "bos"]
+    if not rows:
+        why = notes[0] if notes else "layer 0 has BOS as it was learned, the same for all samples."
+        raise UserError(f"poolings={','.join(options.poolings)} leaves nothing to read: {why}")
+    return rows, notes
+
+
+def _layer(name: int | str, depth: int) -> int:
+    if isinstance(name, str):
+        return depth + 1
+    if not 0 <= name <= depth:
+        raise UserError(f"layers={name}: the network has layers 0 (the embedding) to {depth}, and final")
+    return name
+
+
+class Split(NamedTuple):
+    """Features of the training and the test samples of one reader, and their labels numbered from 0 [S] int64."""
+
+    train: Features
+    test: Features
+    labels: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def of(cls, train: Features, test: Features, device: torch.device) -> Split:
+        """Number the labels; they end on the device.
+
+        Raises:
+            UserError: a label is not one class index a sample.
+        """
+        both = np.concatenate((train["labels"], test["labels"]))
+        if both.ndim != 1 or both.dtype.kind not in "iub":
+            raise UserError(
+                f"the key 'label' holds {both.dtype} of shape {both.shape[1:]}; a probe needs one class index a sample"
+            )
+        labels = torch.from_numpy(np.unique(both, return_inverse=True)[1]).long().to(device)
+        return cls(train, test, labels[: len(train["labels"])], labels[len(train["labels"]) :])
+
+
+def score_rows(split: Split, names: Sequence[Name]) -> list[dict[str, Any]]:
+    """The rows of one reader, in their order; a row is in memory only while it is read."""
+    rows = [name for name in split.train if name not in ("labels", "mask")]
+    small = all(split.train[name].size < _SMALL for name in rows) and split.labels.device.type == "cpu"
+    score = partial(score_row, split, names=names)
+    if not small:
+        return [score(name) for name in rows]
+    threads = torch.get_num_threads()
+    single = partial(torch.set_num_threads, 1)  # it belongs to the Python thread, that of SciPy's BLAS to the process
+    try:
+        with threadpool_limits(1), ThreadPoolExecutor(threads, initializer=single) as pool:
+            return list(pool.map(score, rows))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def score_row(split: Split, name: str, *, names: Sequence[Name]) -> dict[str, Any]:
+    """Fit every classifier on all training samples, and on four fifths of them to choose rows by."""
+    parts, y, y_test = (split.train, split.test), split.labels, split.test_labels
+    if name.endswith(", attentive"):
+        tokens, tokens_test = (TokenFeatures(part[name], part["mask"]) for part in parts)
+        scores = {"linear": scores_of(classifiers.attentive, tokens, y, tokens_test, y_test)}
+        rank = None
+    else:
+        x, x_test = (torch.from_numpy(np.array(part[name])).to(y.device) for part in parts)
+        scores = {key: scores_of(CLASSIFIERS[key], x, y, x_test, y_test) for key in names}
+        rank = effective_rank(x_test)
+    return {"name": name, **(scores.get(names[0]) or scores["linear"]), "scores": scores, "effective_rank": rank}
+
+
+def scores_of(fit_and_score: Callable[..., float], x: Any, y: Tensor, x_test: Any, y_test: Tensor) -> dict[str, float]:
+    """`accuracy` on the test samples, and `validation` on the last fifth of the training samples by the others."""
+    kept = len(x) - len(x) // 5  # the training samples come in random order
+    return {
+        "accuracy": fit_and_score(x, y, x_test, y_test),
+        "validation": fit_and_score(x[:kept], y[:kept], x[kept:], y[kept:]),
+    }
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The row with the best validation accuracy."""
     return max(rows, key=lambda row: float(row["validation"]))
 
 
-@torch.no_grad()
-def features(
-    config: PretrainConfig, model: NEPA | None, split: str, limit: int, *, causal: bool, device: torch.device
-) -> Features:
-    """Pooled features of every layer, or of the raw tokens where there is no model.
-
-    Raises:
-        UserError: the adapter's samples have no "label".
-    """
-    rows: dict[str, list[Tensor]] = {}
-    labels = []
-    for batch in labelled_batches(config, split, limit, device):
-        labels.append(batch["label"].cpu())
-        tokens = config.data.read(batch)
-        if model is None:
-            flat = tokens.canonical(tokens.values)
-            if tokens.mask is not None:
-                flat = flat * tokens.canonical(tokens.mask)[..., None]
-            rows.setdefault("raw tokens", []).append(flat.flatten(1).float().cpu())
-            continue
-        trace = Trace()
-        mask = model(tokens, causal=causal, trace=trace).mask
-        for name, hidden in zip(layer_names(len(trace.hidden)), trace.hidden, strict=True):
-            pooled = (mean_of_tokens(hidden, mask, bos=config.model.bos), last_token(hidden, mask))
-            for pooling, value in zip(POOLINGS, pooled, strict=True):
-                rows.setdefault(f"{name}, {pooling}", []).append(value.float().cpu())
-    return Features({name: torch.cat(parts).numpy() for name, parts in rows.items()}, torch.cat(labels).numpy())
-
-
-def layer_names(count: int) -> list[str]:
-    """Names of `Trace.hidden`: the embedding, every block, the final norm."""
-    return ["embedding", *(f"layer {i}" for i in range(1, count - 1)), "final norm"]
-
-
-def labelled_batches(config: PretrainConfig, split: str, limit: int, device: torch.device) -> Iterator[Batch]:
-    """Batches of a split without augmentation; of the training split a random choice, of the test split the first."""
-    data = config.data.plain()
-    size = min(config.train.micro_batch or config.train.batch, 256)
-    for batch in plain_batches(
-        data.dataset(split),
-        batch=size,
-        device=device,
-        workers=config.train.workers,
-        limit=limit,
-        seed=0 if split == "train" else None,
-    ):
-        if "label" not in batch:
-            raise UserError(f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples")
-        yield batch
-
-
-def score_row(name: str, train: Features, test: Features) -> dict[str, Any]:
-    """Fit one logistic regression on all training samples, and one on four fifths to choose rows by."""
-    x, y = train.rows[name], train.labels
-    split = len(x) - len(x) // 5  # the training samples come in random order
-    return {
-        "name": name,
-        "accuracy": linear_accuracy(x, y, test.rows[name], test.labels),
-        "validation": linear_accuracy(x[:split], y[:split], x[split:], y[split:]),
-        "effective_rank": effective_rank(torch.from_numpy(test.rows[name])),
-    }
-
-
-def linear_accuracy(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, y_test: np.ndarray) -> float:
-    """Accuracy of logistic regression (L2, C = 1) on features standardised by the training samples."""
-    scaler = StandardScaler().fit(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 200 iterations are enough to compare rows
-        classifier = LogisticRegression(max_iter=200).fit(scaler.transform(x), y)
-    return float(classifier.score(scaler.transform(x_test), y_test))
-
-
 def render(summary: dict[str, Any]) -> str:
-    """The table as text."""
-    lines = [f"{'':<22}  {'accuracy':>8}  {'random weights':>14}  {'rank':>6}  {'random':>6}"]
-    for row, random in zip(summary["layers"], summary["random_init"]["layers"], strict=True):
-        lines.append(
-            f"{row['name']:<22}  {row['accuracy']:>8.3f}  {random['accuracy']:>14.3f}  "
-            f"{row['effective_rank']:>6.1f}  {random['effective_rank']:>6.1f}"
-        )
+    """The table as text: each classifier, its random-weights twin beside it."""
+    names = list(dict.fromkeys(key for row in summary["layers"] for key in row["scores"]))
     raw, best, best_random = summary["raw_tokens"], summary["best"], summary["random_init"]["best"]
-    lines += [f"{'raw tokens':<22}  {raw['accuracy']:>8.3f}  {'':>14}  {raw['effective_rank']:>6.1f}", ""]
-    lines.append(
+    twins = {row["name"]: row for row in summary["random_init"]["layers"]}
+    rows = [(row["name"], row, twins[row["name"]]) for row in summary["layers"]]
+    rows += [(row["name"], row, None) for row in (raw, summary.get("raw_tokens_attentive")) if row is not None]
+    rows += [(name, row, twins[row["name"]]) for name, row in summary["paper"].items()]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"{'':<{width}}" + "".join(f"  {TITLES[name]:>8}  {'random':>6}" for name in names) + "    rank  random"]
+    for name, row, twin in rows:
+        cells = [_cell(row, key, 8) + _cell(twin, key, 6) for key in names]
+        lines.append(f"{name:<{width}}" + "".join(cells) + _rank(row, 6) + _rank(twin, 6))
+    of_paper = [f"{name} is {PAPER[name]}" for name in summary["paper"]]
+    notes = [f"The paper's probe: {'; '.join(of_paper)}."] if of_paper else []
+    notes += summary["notes"]
+    chosen = (
         f"Chosen on held-back training samples: {best['name']} {best['accuracy']:.3f}; "
         f"random weights {best_random['name']} {best_random['accuracy']:.3f}; raw tokens {raw['accuracy']:.3f}."
     )
-    return "\n".join(lines)
+    return "\n".join([*(line.rstrip() for line in lines), "", *notes, chosen])
+
+
+def _cell(row: dict[str, Any] | None, classifier: str, width: int) -> str:
+    found = row is not None and row["scores"].get(classifier)
+    return "  " + (f"{found['accuracy']:>{width}.3f}" if found else " " * width)
+
+
+def _rank(row: dict[str, Any] | None, width: int) -> str:
+    found = row is not None and row["effective_rank"]
+    return "  " + (f"{found:>{width}.1f}" if found else " " * width)

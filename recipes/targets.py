@@ -30,8 +30,7 @@ def read_target(
     others = convert or {}
     if is_run(target):
         file = Path(target) / "config.json"
-        task = read_saved(file).get("task", "pretrain")
-        other = next((other for other in others if vars(other)["task"] == task), None)
+        other = next((other for other in others if vars(other)["task"] == task_of(target)), None)
         return override(
             load_config(kind, file) if other is None else others[other](load_config(other, file), target), changes
         )
@@ -54,6 +53,11 @@ def read_target(
     return override(config, changes)
 
 
+def task_of(run: str) -> str:
+    """The task that a run folder is of."""
+    return str(read_saved(Path(run) / "config.json").get("task", "pretrain"))
+
+
 def is_run(target: str) -> bool:
     """A folder with a config.json that is not one of the Hugging Face layout."""
     file = Path(target) / "config.json"
@@ -63,8 +67,7 @@ def is_run(target: str) -> bool:
 def default_out(target: str, task: str) -> str:
     """Where a task writes when `out=` is not given: the run itself if it is of this task, or runs/NAME (-TASK)."""
     if is_run(target):
-        own = read_saved(Path(target) / "config.json").get("task", "pretrain") == task
-        return target if own else f"{target.rstrip('/')}-{task}"
+        return target if task_of(target) == task else f"{target.rstrip('/')}-{task}"
     name = target.partition(":")[2]
     return f"runs/{name}" if task == "pretrain" else f"runs/{name}-{task}"
 

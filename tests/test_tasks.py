@@ -7,13 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nepa_core.runtime.config import load_object, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from recipes import ablate, bench, compare, probe
+from recipes import ablate, bench, compare
 from recipes.cli import main
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
 from tests.conftest import ROOT
@@ -78,46 +77,6 @@ def test_collapse_is_called_by_its_name(tmp_path: Path, tiny_recipe: PretrainCon
     assert summary["collapsed"]
     assert summary["loss"] < -0.9
     assert (tmp_path / "run/report/card.txt").read_text().strip().startswith("COLLAPSED")
-
-
-def test_probe_shows_every_layer_beside_random_weights_and_raw_tokens(
-    finished: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["probe", str(finished.path)]) == 0
-    shown = capsys.readouterr().out
-    result = finished.summary("probe.json")
-    assert result is not None
-    names = [
-        f"{layer}, {pooling}"
-        for layer in ("embedding", "layer 1", "layer 2", "final norm")
-        for pooling in probe.POOLINGS
-    ]
-    assert [row["name"] for row in result["layers"]] == names
-    assert [row["name"] for row in result["random_init"]["layers"]] == names
-    assert all(name in shown for name in [*names, "raw tokens", "random weights"])
-
-
-def test_the_linear_probe_reads_what_is_linear() -> None:
-    draw = np.random.default_rng(0)
-    x, y = draw.normal(size=(400, 5)) * 100, np.arange(400) % 2
-    assert probe.linear_accuracy(x[:200], y[:200], x[200:], y[200:]) < 0.65
-    x[:, 3] += 300 * y  # in one of five dimensions, at a large scale
-    assert probe.linear_accuracy(x[:200], y[:200], x[200:], y[200:]) > 0.9
-
-
-def test_the_best_row_is_chosen_by_validation_not_by_test() -> None:
-    rows = [
-        {"name": "a", "accuracy": 0.9, "validation": 0.5},
-        {"name": "b", "accuracy": 0.6, "validation": 0.8},
-    ]
-    assert probe.best_row(rows)["name"] == "b"
-
-
-def test_probe_needs_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrain", "tests.tiny:recipe", "data.labelled=false", f"out={tmp_path / 'run'}"]) == 0
-    capsys.readouterr()
-    assert main(["probe", str(tmp_path / "run")]) == 2
-    assert "'label'" in capsys.readouterr().err
 
 
 def test_ablation_arms_change_what_they_name(tiny_recipe: PretrainConfig) -> None:

@@ -1,0 +1,213 @@
+"""nepa probe: which rows it reads, what it says of them, and what it refuses."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nepa_core.basics import UserError
+from nepa_core.runtime.config import override
+from nepa_core.runtime.run import Run
+from recipes import classifiers, probe
+from recipes.cli import main
+from recipes.pretrain import PretrainConfig, build_model
+from tests.tiny import CPU
+
+LAYERS = ("embedding", "layer 1", "layer 2", "final norm")
+QUICK = probe.Options(layers=(1,), poolings=("mean", "last"), classifiers=("knn",))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of the tiny recipe through the command."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["pretrain", "tests.tiny:recipe", f"out={folder}"]) == 0
+    return Run(folder)
+
+
+def names(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["name"] for row in rows]
+
+
+def test_every_layer_stands_beside_random_weights_and_raw_tokens(
+    finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["probe", str(finished.path)]) == 0
+    shown = capsys.readouterr().out
+    result = finished.summary("probe.json")
+    assert result is not None
+    expected = [f"{layer}, {pooling}" for layer in LAYERS for pooling in ("mean", "last")]
+    assert names(result["layers"]) == names(result["random_init"]["layers"]) == expected
+    for row in (*result["layers"], *result["random_init"]["layers"], result["raw_tokens"]):
+        assert list(row["scores"]) == ["linear", "knn"]
+        assert row["scores"]["linear"] == {key: row[key] for key in ("accuracy", "validation")}
+        assert all(0 <= score["accuracy"] <= 1 for score in row["scores"].values())
+    assert all(name in shown for name in [*expected, "raw tokens", "random weights", "linear", "k-NN"])
+
+
+def test_the_rows_of_the_paper_are_named_as_in_the_paper(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["probe", str(finished.path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    result = finished.summary("probe.json")
+    assert result is not None
+    rows = {row["name"]: row for row in result["layers"]}
+    assert result["paper"] == {
+        "last embedding": rows["final norm, last"],
+        "average embedding": rows["final norm, mean"],
+    }
+    for name, row in result["paper"].items():
+        line = next(line for line in lines if line.startswith(name))
+        assert line.removeprefix(name).split() == next(
+            line.removeprefix(row["name"]).split() for line in lines if line.startswith(row["name"])
+        )
+
+
+def test_layers_poolings_and_classifiers_are_chosen(
+    finished: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = classifiers.ATTENTIVE._replace(steps=5, epochs=1)
+    monkeypatch.setattr(classifiers, "attentive", partial(classifiers.attentive, protocol=short))
+    words = ["layers=0,final", "poolings=attentive,mean", "classifiers=knn,linear"]
+    assert main(["probe", str(finished.path), *words]) == 0
+    result = finished.summary("probe.json")
+    assert result is not None
+    assert names(result["layers"]) == [
+        "embedding, attentive", "embedding, mean", "final norm, attentive", "final norm, mean",
+    ]  # fmt: skip
+    attentive, mean = result["layers"][:2]
+    assert (list(attentive["scores"]), list(mean["scores"])) == (["linear"], ["knn", "linear"])
+    assert mean["accuracy"] == mean["scores"]["knn"]["accuracy"]
+    assert attentive["effective_rank"] is None
+    assert result["raw_tokens_attentive"]["name"] == "raw tokens, attentive"
+    assert list(result["paper"]) == ["average embedding"]
+    assert "embedding, attentive" in capsys.readouterr().out
+
+
+def test_bos_is_read_only_where_it_sees_the_tokens(tiny_recipe: PretrainConfig) -> None:
+    model = build_model(tiny_recipe)
+    options = QUICK.model_copy(update={"layers": (0, 1), "poolings": ("mean", "bos")})
+    causal = probe.probe(tiny_recipe, model, options)
+    assert names(causal["layers"]) == ["embedding, mean", "layer 1, mean"]
+    assert causal["notes"] == ["No BOS rows: under causal attention BOS sees no token (causal=false reads it)."]
+    both = probe.probe(tiny_recipe, model, options.model_copy(update={"causal": False}))
+    assert names(both["layers"]) == ["embedding, mean", "layer 1, mean", "layer 1, BOS"]
+    assert both["layers"][2]["effective_rank"] > 1.01, "a constant vector has rank 1"
+    assert both["notes"] == []
+    for update in ({}, {"causal": False, "layers": (0,)}):
+        alone = options.model_copy(update={"poolings": ("bos",), **update})
+        with pytest.raises(UserError, match="poolings=bos leaves nothing to read: "):
+            probe.probe(tiny_recipe, model, alone)
+    without = override(tiny_recipe, {"model.bos": False})
+    assert "no BOS" in probe.probe(without, build_model(without), options)["notes"][0]
+
+
+def test_the_best_row_is_chosen_without_a_look_at_the_test_samples() -> None:
+    draw = np.random.default_rng(0)
+    labels = np.arange(100) % 2
+
+    def features(signal: float) -> np.ndarray:
+        return (draw.normal(size=(100, 3)) + signal * labels[:, None]).astype(np.float32)
+
+    train = {"labels": labels, "weak": features(0.3), "strong": features(3.0), "test only": features(0.0)}
+    test = train | {"weak": features(0.3), "strong": features(3.0), "test only": features(9.0)}
+    rows = probe.score_rows(probe.Split.of(train, test, CPU), ["linear"])
+    assert probe.best_row(rows)["name"] == "strong"
+    assert rows[1]["validation"] > 0.9
+    turned = test | {"labels": 1 - labels}
+    others = probe.score_rows(probe.Split.of(train, turned, CPU), ["linear"])
+    assert [row["validation"] for row in others] == [row["validation"] for row in rows]
+    assert others[1]["accuracy"] == pytest.approx(1 - rows[1]["accuracy"])
+
+
+def test_labels_are_numbered_over_both_splits() -> None:
+    ten = np.zeros((10, 2), np.float32)
+    train = {"labels": np.arange(10) % 2 * 7 + 3, "x": ten}
+    split = probe.Split.of(train, {"labels": np.array([10, 11, 3] * 3 + [3]), "x": ten}, CPU)
+    assert split.labels.tolist() == [0, 1] * 5
+    assert split.test_labels.tolist() == [1, 2, 0] * 3 + [0]
+    with pytest.raises(UserError, match="'label' holds float32"):
+        probe.Split.of({"labels": np.zeros(10, np.float32)}, {"labels": np.zeros(10, np.float32)}, CPU)
+    with pytest.raises(UserError, match=r"'label' holds int64 of shape \(4,\)"):
+        probe.Split.of({"labels": np.zeros((10, 4), np.int64)}, {"labels": np.zeros((10, 4), np.int64)}, CPU)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.lr=1"], "optim.lr is not one of its options"),
+        (["data.sample=9"], "unknown key data.sample; did you mean data.samples?"),
+        (["layers=3"], "layers=3: the network has layers 0 (the embedding) to 2, and final"),
+        (["layers=last"], "layers.0"),
+        (["poolings=max"], "poolings.0=max"),
+        (["poolings=attentive", "classifiers=knn"], "poolings=attentive is trained with its linear layer: add linear"),
+        (["data.labelled=false"], "gives no label to probe for; add the key 'label' to its samples"),
+    ],
+)
+def test_a_wrong_word_is_one_line(
+    finished: Run, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["probe", str(finished.path), *words]) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.count("\n") == 1
+
+
+def test_a_run_is_probed_on_other_data(finished: Run, tmp_path: Path) -> None:
+    words = ["data.samples=30", "train.workers=0", "layers=1", "poolings=mean", f"out={tmp_path / 'out'}"]
+    assert main(["probe", str(finished.path), *words]) == 0
+    result = Run(tmp_path / "out").summary("probe.json")
+    assert result is not None
+    assert (result["train_samples"], result["test_samples"]) == (30, 30)
+
+
+def test_a_recipe_is_probed_with_the_weights_of_a_run(finished: Run, tmp_path: Path) -> None:
+    options = ["layers=1,final", "poolings=mean", "test_samples=40"]
+    assert main(["probe", str(finished.path), *options, f"out={tmp_path / 'run'}"]) == 0
+    words = ["probe", "tests.tiny:recipe", f"init={finished.path}", *options, f"out={tmp_path / 'recipe'}"]
+    assert main(words) == 0
+    of_run, of_recipe = (Run(tmp_path / name).summary("probe.json") for name in ("run", "recipe"))
+    assert of_run is not None
+    assert of_recipe is not None
+    assert of_run | {"made_with": None} == of_recipe | {"made_with": None}
+    assert main(["probe", "tests.tiny:recipe"]) == 2
+
+
+def test_a_fine_tuned_run_is_probed_by_its_name(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own network, read with its own attention: not that of the run it started from."""
+    tuned = tmp_path / "tuned"
+    assert main(["finetune", str(finished.path), f"out={tuned}", "train.length.steps=12"]) == 0
+    words = ["layers=1,final", "poolings=mean,bos", "classifiers=knn"]
+    assert main(["probe", str(tuned), *words]) == 0
+    result = Run(tuned).summary("probe.json")
+    assert result is not None
+    assert result["causal"] is False
+    assert names(result["layers"]) == ["layer 1, mean", "layer 1, bos", "final norm, mean", "final norm, bos"]
+    assert main(["probe", str(finished.path), *words, "causal=false"]) == 0
+    before = finished.summary("probe.json")
+    assert before is not None
+    assert before["layers"] != result["layers"]
+    assert before["raw_tokens"] == result["raw_tokens"]
+
+
+def test_small_rows_are_read_side_by_side_as_one_by_one() -> None:
+    draw = np.random.default_rng(0)
+    train, test = (
+        {"labels": np.arange(60) % 3, **{f"row {i}": draw.normal(size=(60, 4)).astype(np.float32) for i in range(8)}}
+        for _ in range(2)
+    )
+    split = probe.Split.of(train, test, CPU)
+    one = probe.score_rows(split, ["linear", "knn"])
+    torch.set_num_threads(2)
+    try:
+        assert probe.score_rows(split, ["linear", "knn"]) == one
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert names(one) == [f"row {i}" for i in range(8)]
