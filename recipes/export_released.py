@@ -15,14 +15,14 @@ from pydantic import BaseModel, Field
 from modalities.image import Images
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.checkpoint import Checkpoint, disk_errors, load_latest
-from nepa_core.runtime.config import load_config, read_saved
+from nepa_core.runtime.config import load_config
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.run import Run
 from recipes.finetune import FinetuneConfig
 from recipes.import_released import RECORD
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, RAW, NetworkState, State, folded, layout, mismatch, to_released, write_released
-from recipes.targets import is_run
+from recipes.targets import is_run, task_of
 from recipes.weights import current_weights, split
 
 HEADED, HEADLESS = "ViTNepaForImageClassification", "ViTNepaForPreTraining"
@@ -73,7 +73,7 @@ def read_config(target: str, changes: dict[str, Any]) -> Trained:
     if not is_run(target):
         raise UserError(f"{target} is not a run folder; name one that pretrain, finetune or import wrote")
     file = Path(target) / "config.json"
-    task = read_saved(file).get("task", PretrainConfig.task)
+    task = task_of(target)
     kinds: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
         kind.task: kind for kind in (PretrainConfig, FinetuneConfig)
     }
