@@ -25,6 +25,18 @@ from recipes.released import AVERAGED, RAW, NetworkState, State, folded, layout,
 from recipes.targets import is_run, task_of
 from recipes.weights import current_weights, split
 
+HEADED, HEADLESS = "ViTNepaForImageClassification", "ViTNepaForPreTraining"
+CONFIG_DEFAULTS = {"pos_embed_shift": None, "pos_embed_jitter": None, "add_pooling_layer": True}
+PREPROCESSOR_DEFAULTS = {
+    "image_processor_type": "ViTImageProcessor",
+    "do_resize": True,
+    "resample": 3,  # bicubic
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+}
+"""What no setting of a run says: of an imported one the original's stays."""
+
 Trained = PretrainConfig | FinetuneConfig
 
 
@@ -100,13 +112,20 @@ def export_released(run: Run, out: Path, options: Options) -> str:
         if complaint := mismatch(ours, state.model | state.head):
             raise UserError(f"{run.path} is not of a network in the released layout: {complaint}")
     record = run.summary(RECORD) or {}
-    facts = released_facts(config, data, model.layer_scale, labels_of(run, classes))
-    if "config" not in record:
-        facts["dtype"] = str(states[RAW].model["bos"].dtype).removeprefix("torch.")
+    imported: dict[str, Any] = record.get("config", {})
+    facts = released_facts(config, data, model.layer_scale, labels_of(run, imported, classes))
+    if not imported or options.fold_layer_scale:  # folded maps are float32
+        facts["dtype"] = str(states[RAW].model["predictor.blocks.0.mlp.down.weight"].dtype).removeprefix("torch.")
+    if imported.get("id2label") == facts.get("id2label"):
+        facts.pop("label2id", None)  # the original's stays: some number the classes by strings
+    seen = preprocessor_of(data)
+    if imported.get("image_size") != data.size[0]:
+        seen["size"] = {"height": data.size[0], "width": data.size[1]}
+    kind = HEADED if classes else HEADLESS
     write_whole_folder(
         out,
-        over(record.get("config", {}), facts),
-        over(record.get("preprocessor", {}), preprocessor_of(data)),
+        over(CONFIG_DEFAULTS | {"architectures": [kind]} | imported, facts),
+        over(PREPROCESSOR_DEFAULTS | record.get("preprocessor", {}), seen),
         {name: to_released(state, places) for name, state in states.items()},
     )
     return f"{out}: {' and '.join(states)}, {'averaged' if options.weights == 'ema' else 'raw'} weights in {RAW}"
@@ -145,11 +164,11 @@ def network_states(checkpoint: Checkpoint) -> dict[str, NetworkState]:
     return states
 
 
-def labels_of(run: Run, classes: int) -> list[str]:
+def labels_of(run: Run, imported: dict[str, Any], classes: int) -> list[str]:
     """Names of the classes: those of the finished run, else those that were imported, else numbers."""
     names = (run.summary() or {}).get("classes")
-    imported = ((run.summary(RECORD) or {}).get("config") or {}).get("id2label", {})
-    found = names or [imported[str(i)] for i in range(len(imported))]
+    labels = imported.get("id2label", {})
+    found = names or [labels[str(i)] for i in range(len(labels))]
     return found if len(found) == classes else [f"LABEL_{i}" for i in range(classes)]
 
 
@@ -159,7 +178,6 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
     causal = config.causal if isinstance(config, FinetuneConfig) else config.objective.causal
     facts = {
         "model_type": "vit_nepa",
-        "architectures": ["ViTNepaForImageClassification" if labels else "ViTNepaForPreTraining"],
         "hidden_size": model.dim,
         "num_hidden_layers": model.depth,
         "num_attention_heads": model.heads,
@@ -172,8 +190,6 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
         "layerscale_value": layer_scale,
         "rope_theta": model.rope_theta,
         "pos_embed_rescale": model.rope_rescale if model.rope_rescale != 1 else None,
-        "pos_embed_shift": None,
-        "pos_embed_jitter": None,
         "qk_norm": model.qk_norm != "off",
         "qk_norm_affine": model.qk_norm == "affine",
         "qk_norm_bias": False,
@@ -181,7 +197,6 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
         "use_gated_mlp": model.gated,
         "is_causal": causal,
         "drop_path_prob": model.drop_path,
-        "add_pooling_layer": True,
     }
     if labels:
         facts["id2label"] = {str(i): name for i, name in enumerate(labels)}
@@ -190,18 +205,8 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
 
 
 def preprocessor_of(data: Images) -> dict[str, Any]:
-    """preprocessor_config.json: the reading of an image that `Images` does, as the library's ViT names it."""
-    return {
-        "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
-        "size": {"height": data.size[0], "width": data.size[1]},
-        "resample": 3,  # bicubic
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(data.mean),
-        "image_std": list(data.std),
-    }
+    """preprocessor_config.json for a run, but for the size."""
+    return {"image_mean": list(data.mean), "image_std": list(data.std), "crop_pct": data.crop_ratio}
 
 
 def over(original: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

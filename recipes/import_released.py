@@ -21,7 +21,7 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.run import Run
 from recipes import vision
-from recipes.finetune import FinetuneConfig, short
+from recipes.finetune import FinetuneConfig
 from recipes.pretrain import PretrainConfig, provenance
 from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
 from recipes.weights import joined
@@ -84,15 +84,16 @@ def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
 
 
 def run_config(released: Released, changes: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
-    """The released recipe around this network.
+    """The released recipe around this network, of the base or the large size.
 
     Raises:
         UserError: a change is to a key that the weights decide, or does not fit.
     """
     if decided := [key for key in changes if key.partition(".")[0] == "model" or key in DECIDED]:
         raise UserError(f"{listed(decided)} can't be set: the checkpoint decides it")
-    facts, recipe = released.facts, vision.base_in1k()
+    facts, large = released.facts, released.config.dim > vision.base_in1k().model.dim
     found: dict[str, Any] = {
+        "recipe": "",
         "model": released.config,
         "data.size": (facts.image_size, facts.image_size),
         "data.patch": (facts.patch_size, facts.patch_size),
@@ -100,11 +101,16 @@ def run_config(released: Released, changes: Mapping[str, Any]) -> PretrainConfig
         "data.mean": released.statistics("image_mean"),
         "data.std": released.statistics("image_std"),
     }
+    if "crop_pct" in released.preprocessor:
+        found["data.crop_ratio"] = released.preprocessor["crop_pct"]
     if released.averaged is None:
         found["train.ema"] = None
     if released.head:
-        return override(short(recipe), {**found, "causal": facts.is_causal, "readout": "mean", **changes})
-    return override(recipe, {**found, "objective.causal": facts.is_causal, **changes})
+        found |= {"init": None, "freeze_embedder": False, "causal": facts.is_causal, "readout": "mean"}
+        tuned = vision.large_in1k_finetune() if large else vision.base_in1k_finetune()
+        return override(tuned, found | dict(changes))
+    found["objective.causal"] = facts.is_causal
+    return override(vision.large_in1k() if large else vision.base_in1k(), found | dict(changes))
 
 
 def first_checkpoint(released: Released) -> Checkpoint:

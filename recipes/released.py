@@ -166,9 +166,9 @@ class Released(NamedTuple):
         """The names of the classes that the head tells apart; empty for a pre-trained checkpoint."""
         return self.facts.labels if self.head else ()
 
-    def statistics(self, key: Literal["image_mean", "image_std"]) -> list[float]:
-        """Mean or standard deviation of each channel, pixels being between 0 and 1; 0.5 where it is not told."""
-        return list(self.preprocessor.get(key, [0.5] * self.facts.num_channels))
+    def statistics(self, key: Literal["image_mean", "image_std"]) -> Any:
+        """Mean or standard deviation of each channel as the file has it; 0.5, the release's, where it is not told."""
+        return self.preprocessor.get(key, [0.5] * self.facts.num_channels)
 
 
 # ------------------------------------------------------------------------------------------------------- the layout

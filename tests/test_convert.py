@@ -30,7 +30,7 @@ from tests.release import FACTS, FIXTURES, random_release, write_release
 from tests.tiny import CPU
 
 ALONE = World(0, 1, CPU)
-LABELS = {"id2label": {"0": "ant", "1": "bee", "2": "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}
+LABELS = {"id2label": {"0": "ant", "1": "bee", "2": "cat"}, "label2id": {"ant": "0", "bee": "1", "cat": "2"}}
 
 
 def convert(*words: object) -> None:
@@ -116,13 +116,20 @@ def test_names_dtypes_shapes_and_bytes_come_out_as_they_went_in(
     dtype: torch.dtype, classes: int, tmp_path: Path
 ) -> None:
     facts = FACTS | (LABELS if classes else {}) | {"unknown": {"kept": [1, 2.5, None]}, "rope_theta": 100}
+    facts |= {"architectures": ["Mine"], "pos_embed_jitter": 1.1, "add_pooling_layer": bool(classes)}
     raw, averaged = (
         {name: value.to(dtype) for name, value in random_release(facts, classes=classes, seed=seed).items()}
         for seed in (0, 1)
     )
     source, out = tmp_path / "source", tmp_path / "out"
     write_release(source, facts, raw, averaged)
-    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "crop_pct": 0.9}
+    pixels = {
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "crop_pct": 0.9,
+        "size": {"shortest_edge": 6},
+        "resample": 2,
+    }
     (source / "preprocessor_config.json").write_text(json.dumps(pixels))
     convert("import", source, f"out={tmp_path / 'run'}")
     weights = read_weights(str(tmp_path / "run"))
@@ -143,8 +150,25 @@ def test_names_dtypes_shapes_and_bytes_come_out_as_they_went_in(
     assert not (tmp_path / "ema" / "ema.safetensors").exists()
 
 
+def test_what_is_folded_in_half_precision_becomes_float32(tmp_path: Path) -> None:
+    """Maps of 0.02 times scales of 1e-5 would be zeros in float16."""
+    state = random_release(FACTS) | {"vit_nepa.encoder.layer.0.layer_scale.lambda1": torch.full((32,), 1e-6)}
+    half = {name: value.half() for name, value in state.items()}
+    write_release(tmp_path / "source", FACTS | {"dtype": "float16"}, half)
+    convert("import", tmp_path / "source", f"out={tmp_path / 'run'}")
+    convert("export", tmp_path / "run", f"out={tmp_path / 'out'}", "fold_layer_scale=true")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    name = "vit_nepa.encoder.layer.0.attention.output.dense.weight"
+    exact = half[name].float() * half["vit_nepa.encoder.layer.0.layer_scale.lambda1"].float()[:, None]
+    assert torch.equal(found[name], exact)
+    assert found["vit_nepa.layernorm.weight"].dtype == torch.float16
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+
+
 def image_recipe(**changes: Any) -> PretrainConfig:
-    noise = Images(source="noise", size=(8, 8), patch=(4, 4), channels=1, mean=(0.4,), std=(0.3,), limit=64)
+    noise = Images(
+        source="noise", size=(8, 8), patch=(4, 4), channels=1, mean=(0.4,), std=(0.3,), limit=64, crop_ratio=0.8
+    )
     keys = {"model.dim": 16, "model.mlp_dim": 32, "model.depth": 2, "train.length.steps": 2, "train.batch": 8}
     sizes = {f"verdict.{name}_samples": 80 for name in ("fit", "test", "health")}
     return override(small(noise), keys | sizes | {k.replace("__", "."): v for k, v in changes.items()})
@@ -156,12 +180,14 @@ def test_a_run_of_our_own_goes_out_and_comes_back(tmp_path: Path) -> None:
     pretrain(config, run, ALONE, show=False)
     convert("export", run.path, f"out={out.path}")
     facts = json.loads((out.path / "config.json").read_text())
+    assert facts["architectures"] == ["ViTNepaForPreTraining"]
+    assert json.loads((out.path / "preprocessor_config.json").read_text())["size"] == {"height": 8, "width": 8}
     assert (facts["image_size"], facts["patch_size"], facts["num_channels"], facts["dtype"]) == (8, 4, 1, "float32")
     assert "id2label" not in facts
     convert("import", out.path, f"out={back.path}")
     again = back.load_config(PretrainConfig)
     assert again.model == config.model
-    for name in ("size", "patch", "channels", "mean", "std"):
+    for name in ("size", "patch", "channels", "mean", "std", "crop_ratio"):
         assert getattr(again.data, name) == getattr(config.data, name)
     for group in ("model", "ema"):
         stored = (next(each.checkpoints.glob("step_*")) / f"{group}.safetensors" for each in (run, back))
@@ -256,6 +282,15 @@ def test_what_the_weights_decide_can_not_be_set(key: str, tmp_path: Path, capsys
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("told", [{"image_mean": 0.5}, {"image_mean": [0.5, "x", 0.5]}, {"image_mean": [0.5]}])
+def test_statistics_that_are_none_are_named(
+    told: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_release(tmp_path / "source", FACTS, random_release(FACTS))
+    (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps(told))
+    assert "data.mean" in complaint(capsys, "import", tmp_path / "source", f"out={tmp_path / 'run'}")
+
+
 def test_averages_in_a_pickle_are_left_behind_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_release(tmp_path / "source", FACTS, random_release(FACTS))
     (tmp_path / "source" / "pytorch_model_ema.bin").write_bytes(pickle.dumps(print))
@@ -313,14 +348,14 @@ def test_an_export_that_can_not_be_is_one_line(
 # ------------------------------------------------------------------------------------------------------- memory
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
-from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes.import_released import import_released
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 import_released(sys.argv[1], Run(Path(sys.argv[2])), {})
 before = peak()
