@@ -171,9 +171,15 @@ def fitted_size(size: Size, short_side: int, scale: float = 1.0) -> Size:
 
 def scaled(image: Tensor, target: Tensor, short_side: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """A scene [3, H, W], [H, W] at `fitted_size`: the image bilinear with antialiasing, the target nearest."""
-    size = list(fitted_size((target.shape[0], target.shape[1]), short_side, scale))
-    target = image_ops.resize(target[None], size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
-    return image_ops.resize(image, size, antialias=True), target
+    image = scaled_image(image, short_side, scale)
+    size = list(image.shape[-2:])
+    return image, image_ops.resize(target[None], size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+
+
+def scaled_image(image: Tensor, short_side: int, scale: float = 1.0) -> Tensor:
+    """uint8 [..., H, W] at `fitted_size`, on its device."""
+    size = fitted_size((image.shape[-2], image.shape[-1]), short_side, scale)
+    return image_ops.resize(image, list(size), antialias=True)
 
 
 def padded(x: Tensor, size: Size, value: int = 0) -> Tensor:

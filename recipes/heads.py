@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nepa_core.modality import Tokens
+
 
 def mean_of_tokens(features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
     """Mean over the real tokens, BOS left out; [B, T, D] -> [B, D]."""
@@ -42,3 +44,26 @@ class MeanHead(nn.Module):
         """[B, T, D] -> logits [B, classes]."""
         logits: Tensor = self.classifier(self.norm(mean_of_tokens(features, mask, bos=bos)))
         return logits
+
+
+class DenseHead(nn.Module):
+    """One linear map of every token, which starts at zero: the plainest dense read-out, for any modality."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, outputs]."""
+        out: Tensor = self.linear(features)
+        return out
+
+
+def canonical_tokens(features: Tensor, tokens: Tokens, *, bos: bool) -> Tensor:
+    """Features without BOS, back in canonical order, zero where a token is not real; [B, T, D] -> [B, N, D]."""
+    features = features[:, int(bos) :]
+    if tokens.mask is not None:
+        features = features * tokens.mask[..., None]
+    return tokens.canonical(features)
