@@ -79,10 +79,13 @@ class Images(Modality):
         )
 
     def tokenize(self, batch: Batch) -> Tokens:
-        """Patches of batch["image"], uint8 [B, C, H, W], standardised: values [B, N, P] float32."""
+        """Patches of batch["image"] [B, C, H, W], standardised: values [B, N, P] float32.
+
+        Pixels are uint8, or float32 of 0 to 255 where images have been mixed.
+        """
         image = batch["image"]
-        if image.dtype != torch.uint8:
-            raise TypeError(f'batch["image"] holds uint8 pixels, not {image.dtype}; patchify takes floats')
+        if image.dtype not in (torch.uint8, torch.float32):
+            raise TypeError(f'batch["image"] holds uint8 pixels or float32 ones of 0 to 255, not {image.dtype}')
         mean, std = _statistics(self.mean, self.std, image.device)
         return Tokens(values=patchify((image / 255 - mean) / std, self.patch), coords=_centres(*self.grid))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -40,3 +40,8 @@ class Ema:
         finally:
             for name, value in self._parameters.items():
                 value.data = own[name]
+
+
+def applied(ema: Ema | None) -> AbstractContextManager[None]:
+    """`ema.applied()`, or nothing where no average is kept."""
+    return nullcontext() if ema is None else ema.applied()

@@ -117,6 +117,22 @@ class Modality(BaseModel, ABC):
     def tokenize(self, batch: Batch) -> Tokens:
         """Split a collated batch, already on the device, into tokens in canonical order. Deterministic."""
 
+    def classes(self) -> tuple[str, ...] | None:
+        """Names of the classes that "label" numbers from 0, or None where labels are none.
+
+        Default: the numbers themselves, found by reading the training labels one by one; override it where reading
+        a sample is slow.
+        """
+        samples = self.dataset("train")
+        highest = -1
+        for index in range(len(cast(Sized, samples))):
+            with suppress(UnreadableSample):
+                label = samples[index].get("label")
+                if label is None or (not isinstance(label, int) and (label.is_floating_point() or label.ndim)):
+                    return None
+                highest = max(highest, int(label))
+        return tuple(str(number) for number in range(highest + 1)) or None
+
     def plain(self) -> Modality:
         """This adapter without augmentation: what probes and baselines read. Default: itself."""
         return self

@@ -95,6 +95,21 @@ class NEPA(nn.Module):
         return vectors if self.bos is None else F.pad(vectors, (0, 0, 1, 0))
 
 
+def layers_above(name: str, depth: int) -> int:
+    """How many layers lie above a parameter of a network of `depth` blocks, for layer-wise decay.
+
+    Whatever sits on top of the blocks (the final norm, a head) has 0, the last block 1, the first `depth`, and what
+    comes before the blocks (embedder, BOS) `depth` + 1: the numbering of BEiT and MAE.
+
+    Args:
+        name: of a parameter of `NEPA`, also inside another module ("backbone.predictor.blocks.3.norm1.weight").
+    """
+    parts = name.split(".")
+    if "blocks" in parts:
+        return depth - int(parts[parts.index("blocks") + 1])
+    return depth + 1 if {"embed", "bos", "mask_token", "positions"} & set(parts) else 0
+
+
 def draw_coord_scale(rescale: float) -> float:
     """One factor for all coordinates of a step, log-uniform in [1/rescale, rescale]; 1.0 when off.
 

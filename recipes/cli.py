@@ -7,6 +7,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 
@@ -21,6 +22,7 @@ class Task(NamedTuple):
 TASKS = {
     "pretrain": Task("recipes.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
     "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
+    "finetune": Task("recipes.finetune", "RECIPE", "accuracy after training on labels, from init= or random weights"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
     "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
 }
@@ -102,14 +104,13 @@ def list_recipes() -> str:
     import inspect
 
     import recipes
-    from recipes.pretrain import PretrainConfig
 
     rows = []
     for info in pkgutil.iter_modules(recipes.__path__):
         module = importlib.import_module(f"recipes.{info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
             signature = inspect.signature(function)
-            returns_config = signature.return_annotation in ("PretrainConfig", PretrainConfig)
+            returns_config = str(signature.return_annotation).endswith("Config")
             if function.__module__ == module.__name__ and returns_config and not signature.parameters:
                 rows.append((f"{module.__name__}:{name}", (function.__doc__ or "").strip().splitlines()[0]))
     width = max(len(name) for name, _ in rows)
@@ -131,7 +132,8 @@ def _task_help(name: str, task: Any, rest: list[str]) -> str:
     if rest and "=" not in rest[0]:
         from recipes.pretrain import PretrainConfig
 
-        config = read_target(PretrainConfig, rest[0], split_options(task.Options, rest[1:])[1])
+        read = getattr(task, "read_config", partial(read_target, PretrainConfig))
+        config = read(rest[0], split_options(task.Options, rest[1:])[1])
         lines += [f"keys of {rest[0]}:", *(f"  {key}={value}" for key, value in keys(config).items())]
     else:
         lines += [f"nepa {name} {TASKS[name].takes} --help lists every key that can be set, with its value."]

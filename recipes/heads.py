@@ -46,6 +46,21 @@ class MeanHead(nn.Module):
         return logits
 
 
+class LastHead(nn.Module):
+    """One linear map, which starts at zero, on the last token (the paper's read-out)."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(dim, classes)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
+        """[B, T, D] -> logits [B, classes]."""
+        logits: Tensor = self.classifier(last_token(features, mask))
+        return logits
+
+
 class DenseHead(nn.Module):
     """One linear map of every token, which starts at zero: the plainest dense read-out, for any modality."""
 

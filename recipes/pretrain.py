@@ -8,9 +8,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.diagnostics import Gathered, Verdict, gather, health, judge
-from nepa_core.ema import Ema
+from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.objective import ObjectiveConfig, next_embedding_loss, pair_count
@@ -53,6 +52,8 @@ class PretrainConfig(BaseModel):
     """A whole pre-training run: what a recipe function returns and `config.json` holds."""
 
     model_config = FROZEN
+
+    task: ClassVar[str] = "pretrain"
 
     recipe: str = ""
     data: SerializeAsAny[Modality]
@@ -122,12 +123,12 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
         run=run,
         world=ranks,
         ema=ema,
-        evaluate=lambda: held_out_health(config, model, ranks.device),
+        evaluate=lambda: held_out_health(config, model, ranks, ema),
         show=show,
     )
     if not ranks.is_main:
         return {}
-    with ema.applied() if ema is not None else nullcontext():
+    with applied(ema):
         verdict, objective = verdict_of(config, model, ranks.device)
     summary = summarise(verdict, objective, config, model, result)
     card.write_report(run, summary, config.data)
@@ -192,15 +193,21 @@ def _eval_batch(config: PretrainConfig) -> int:
     return min(config.train.micro_batch or config.train.batch, 256)
 
 
-def held_out_health(config: PretrainConfig, model: NEPA, device: torch.device) -> dict[str, float]:
-    """The held-out objective, and rank, spread and shared direction: a line of metrics.jsonl."""
-    gathered = gather(
-        model,
-        config.data,
-        held_out(config, device, config.verdict.health_samples),
-        causal=config.objective.causal,
-        limit=config.verdict.health_samples,
-    )
+def held_out_health(config: PretrainConfig, model: NEPA, ranks: World, ema: Ema | None) -> dict[str, float]:
+    """The held-out objective, and rank, spread and shared direction: a line of metrics.jsonl.
+
+    Of the averaged weights, where there are any. A few hundred samples: the main process takes them all.
+    """
+    if not ranks.is_main:
+        return {}
+    with applied(ema):
+        gathered = gather(
+            model,
+            config.data,
+            held_out(config, ranks.device, config.verdict.health_samples),
+            causal=config.objective.causal,
+            limit=config.verdict.health_samples,
+        )
     return {"held_out_objective": objective_of(config, gathered), **health(gathered)}
 
 

@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.config import Config, explain, load_config, load_object, override
+from nepa_core.runtime.config import Config, explain, load_config, load_object, override, read_saved
+
+Convert = Mapping[type[BaseModel], Callable[[Any, str | None], Config]]
+"""Config class of another task -> function of (its config, the run it was found in or None)."""
 
 
-def read_target(kind: type[Config], target: str, changes: Mapping[str, Any]) -> Config:
+def read_target(
+    kind: type[Config], target: str, changes: Mapping[str, Any], *, convert: Convert[Config] | None = None
+) -> Config:
     """The config of a recipe or of a run, with changes applied.
+
+    Args:
+        convert: how recipes and runs of other tasks become one of this kind.
 
     Raises:
         UserError: there is no such recipe or run, or it is of another task, or a change does not fit.
     """
+    others = convert or {}
     if is_run(target):
-        return override(load_config(kind, Path(target) / "config.json"), changes)
+        file = Path(target) / "config.json"
+        task = read_saved(file).get("task", "pretrain")
+        other = next((other for other in others if vars(other)["task"] == task), None)
+        return override(
+            load_config(kind, file) if other is None else others[other](load_config(other, file), target), changes
+        )
     if ":" not in target:
         raise UserError(f"{target!r} is neither a run folder nor a recipe such as recipes.vision:digits")
     recipe = load_object(target)
@@ -30,6 +44,9 @@ def read_target(kind: type[Config], target: str, changes: Mapping[str, Any]) -> 
         config = recipe()
     except ValidationError as error:
         raise UserError(f"{target}: {explain(error, '', kind)}") from error
+    other = next((other for other in others if isinstance(config, other)), None)
+    if other is not None:
+        config = others[other](config, None)
     if not isinstance(config, kind):
         raise UserError(f"{target} gives a {type(config).__name__}, this task wants a {kind.__name__}")
     if "recipe" in kind.model_fields:
@@ -42,9 +59,10 @@ def is_run(target: str) -> bool:
 
 
 def default_out(target: str, task: str) -> str:
-    """Where a task writes when `out=` is not given: the run itself, or runs/NAME (runs/NAME-TASK)."""
+    """Where a task writes when `out=` is not given: the run itself if it is of this task, or runs/NAME (-TASK)."""
     if is_run(target):
-        return target
+        own = read_saved(Path(target) / "config.json").get("task", "pretrain") == task
+        return target if own else f"{target.rstrip('/')}-{task}"
     name = target.partition(":")[2]
     return f"runs/{name}" if task == "pretrain" else f"runs/{name}-{task}"
 

@@ -193,6 +193,15 @@ def _indices(stream: Any) -> list[int]:
     return [index for batch in stream for index in batch["index"].tolist()]
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_share_the_batches_of_one_process(ranks: int) -> None:
+    data = Waves(samples=11, unreadable=(0,)).dataset("test")
+    alone = [batch["index"].tolist() for batch in plain_batches(data, batch=3, device=CPU)]
+    shares = [list(plain_batches(data, batch=3, device=CPU, rank=rank, ranks=ranks)) for rank in range(ranks)]
+    for rank, share in enumerate(shares):
+        assert [batch["index"].tolist() for batch in share] == alone[rank::ranks]
+
+
 def test_nothing_to_evaluate_on_is_an_error() -> None:
     data = Waves(samples=3, unreadable=(0, 1, 2)).dataset("test")
     with pytest.raises(UserError, match="no held-out sample can be read: sample 0: torn"):

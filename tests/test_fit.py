@@ -17,12 +17,22 @@ from torch import Tensor, nn
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema
+from nepa_core.model import layers_above
 from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
+from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted, StepFunction, StepOutput, plan, update
-from nepa_core.runtime.optim import Duration, OptimConfig, lr_factor, make_optimizer, parameter_groups
+from nepa_core.runtime.optim import (
+    Duration,
+    LayerDecay,
+    OptimConfig,
+    lr_factor,
+    make_optimizer,
+    parameter_groups,
+    set_rates,
+)
 from nepa_core.runtime.run import Run
-from recipes.pretrain import PretrainConfig, build_model, make_step
+from recipes.pretrain import PretrainConfig, build_model, held_out_health, make_step
 from tests import tiny
 from tests.tiny import interrupted_at, training
 
@@ -95,7 +105,7 @@ def test_an_update_is_division_clipping_and_adamw() -> None:
     optim = tiny.recipe().optim.model_copy(update={"clip": 2.0, "weight_decay": 0.3})
     fused, plain = _two_networks()
     optimizer = make_optimizer(fused, optim)
-    reference = torch.optim.AdamW(parameter_groups(plain, 0.3), betas=optim.betas, fused=False)
+    reference = torch.optim.AdamW(parameter_groups(plain, 0.3, lambda _: 0), betas=optim.betas, fused=False)
     parameters = list(fused.parameters())
     for scale, lr in ((1.0, 1e-2), (5.0, 3e-2), (0.001, 2e-2), (0.5, 1e-2)):  # some are clipped, one is not
         _set_gradients(fused, 7 * scale)
@@ -103,10 +113,10 @@ def test_an_update_is_division_clipping_and_adamw() -> None:
             assert value.grad is not None
             other.grad = value.grad / 7
         expected = nn.utils.clip_grad_norm_(plain.parameters(), 2.0)
-        for group in reference.param_groups:
+        for group in reference.param_groups + optimizer.param_groups:
             group["lr"] = lr
         reference.step()
-        norm, skipped = update(optimizer, parameters, lr=lr, weight=torch.tensor(7.0), clip=2.0)
+        norm, skipped = update(optimizer, parameters, weight=torch.tensor(7.0), clip=2.0)
         assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
         assert skipped == 0
         assert all(value.grad is None for value in parameters)
@@ -121,7 +131,7 @@ def test_without_clip_large_gradients_are_left_alone() -> None:
         optimizer = make_optimizer(model, tiny.recipe().optim)
         torch.manual_seed(0)
         _set_gradients(model, 100.0)
-        update(optimizer, list(model.parameters()), lr=1e-3, weight=torch.tensor(1.0), clip=clip)
+        update(optimizer, list(model.parameters()), weight=torch.tensor(1.0), clip=clip)
         states.append(optimizer.state[next(model.parameters())]["exp_avg"].norm().item())
     assert states[0] > 10 * states[1]
 
@@ -131,19 +141,21 @@ def test_without_clip_large_gradients_are_left_alone() -> None:
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(bad: float, clip: float | None) -> None:
     model, _ = _two_networks()
     optimizer = make_optimizer(model, tiny.recipe().optim)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
     parameters = list(model.parameters())
     _set_gradients(model, 1.0)
-    update(optimizer, parameters, lr=1e-3, weight=torch.tensor(1.0), clip=clip)
+    update(optimizer, parameters, weight=torch.tensor(1.0), clip=clip)
     before = _copy(model, optimizer)
     _set_gradients(model, 1.0)
     gradient = parameters[3].grad
     assert gradient is not None
     gradient.view(-1)[0] = bad
-    _, skipped = update(optimizer, parameters, lr=1e-3, weight=torch.tensor(1.0), clip=clip)
+    _, skipped = update(optimizer, parameters, weight=torch.tensor(1.0), clip=clip)
     assert skipped == 1
     assert all(map(torch.equal, before, _copy(model, optimizer)))
     _set_gradients(model, 1.0)
-    update(optimizer, parameters, lr=1e-3, weight=torch.tensor(1.0), clip=clip)
+    update(optimizer, parameters, weight=torch.tensor(1.0), clip=clip)
     assert not any(map(torch.equal, before, _copy(model, optimizer))), "and the next step works again"
 
 
@@ -184,8 +196,8 @@ def test_a_whole_interval_of_broken_steps_stops_the_run(tmp_path: Path, tiny_rec
     assert all(value.isfinite().all() for tensors in checkpoint.tensors.values() for value in tensors.values())
 
 
-def test_measurements_see_the_averaged_weights_at_their_steps(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
-    """Before the first step, every five, and after the last; training goes on from the weights themselves."""
+def test_measurements_come_at_their_steps(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    """Before the first step, every five, and after the last."""
     own: list[Tensor] = []
     seen: list[Tensor] = []
 
@@ -198,13 +210,22 @@ def test_measurements_see_the_averaged_weights_at_their_steps(tmp_path: Path, ti
         return {"measured": len(seen)}
 
     model, _, _ = training(tiny_recipe, tmp_path, step=step, evaluate=evaluate)
-    averages = [own[0]]
-    for value in [*own[1:], next(model.parameters()).detach()]:
-        averages.append(0.9 * averages[-1] + 0.1 * value)
+    own.append(next(model.parameters()).detach())
     assert metrics(tmp_path, "measured") == {0: 1, 5: 2, 10: 3, 12: 4}
-    for value, done in zip(seen, (0, 5, 10, 12), strict=True):
-        assert torch.allclose(value, averages[done], atol=1e-6)
-    assert not torch.allclose(own[-1], averages[11], atol=1e-3)
+    assert all(torch.equal(value, own[done]) for value, done in zip(seen, (0, 5, 10, 12), strict=True))
+
+
+def test_the_health_of_a_run_is_that_of_the_averaged_weights(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    model, ema, _ = training(tiny_recipe, tmp_path)
+    world = World(0, 1, torch.device("cpu"))
+    before = next(model.parameters()).clone()
+    averaged, raw = (held_out_health(tiny_recipe, model, world, each) for each in (ema, None))
+    assert torch.equal(next(model.parameters()), before)
+    assert averaged != raw
+    for name, value in model.named_parameters():
+        value.data = ema.averages[name]
+    assert held_out_health(tiny_recipe, model, world, None) == averaged
+    assert held_out_health(tiny_recipe, model, world._replace(rank=1), None) == {}
 
 
 # ---------------------------------------------------------------------------------------------- the plan
@@ -224,6 +245,51 @@ def test_the_schedule_rises_linearly_and_falls_along_a_cosine_to_zero() -> None:
     assert factors[12] == pytest.approx(0.0)
     assert sorted(factors[4:], reverse=True) == factors[4:]
     assert lr_factor(0, warmup=0, total=1) == 1.0
+
+
+@pytest.mark.parametrize(("decay", "halfway"), [("linear", 0.5), ("poly", 0.5**0.9)])
+def test_other_decays_fall_from_the_peak_to_zero(decay: str, halfway: float) -> None:
+    factors = [lr_factor(step, warmup=4, total=12, decay=decay) for step in range(13)]
+    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[8] == pytest.approx(halfway)
+    assert factors[12] == 0.0
+
+
+def test_layer_decay_follows_the_number_of_layers_above() -> None:
+    """Written out for a network of two blocks: the paper's rate rises to 1, the released one stays."""
+    model = nn.ModuleDict({"backbone": build_model(tiny.random()), "head": nn.Linear(2, 2)})
+    heights = {name: layers_above(name, 2) for name, _ in model.named_parameters()}
+    assert {name: height for name, height in heights.items() if height not in (1, 2)} == {
+        "backbone.bos": 3,
+        "backbone.mask_token": 3,
+        "backbone.embed.weight": 3,
+        "backbone.embed.bias": 3,
+        "backbone.predictor.norm.weight": 0,
+        "backbone.predictor.norm.bias": 0,
+        "head.weight": 0,
+        "head.bias": 0,
+    }
+    assert {height for name, height in heights.items() if ".blocks.0." in name} == {2}
+    assert {height for name, height in heights.items() if ".blocks.1." in name} == {1}
+
+    def rates(decay: LayerDecay, step: int, warmup: int) -> dict[int, float]:
+        optim = OPTIM.model_copy(update={"layer_decay": decay, "decay": "linear"})
+        optimizer = make_optimizer(model, optim, lambda name: layers_above(name, 2))
+        assert len(optimizer.param_groups) == 8, "four heights, matrices and vectors"
+        assert set_rates(optimizer, optim, peak=2.0, step=step, total=11, warmup=warmup) == pytest.approx(
+            2.0 * lr_factor(step, warmup=warmup, total=11, decay="linear")
+        )
+        return {group["height"]: group["lr"] for group in optimizer.param_groups}
+
+    rising = LayerDecay(start=0.5, end=1.0, staggered_warmup=False)
+    assert rates(rising, 0, 0) == pytest.approx({0: 2.0, 1: 1.0, 2: 0.5, 3: 0.25})
+    assert rates(rising, 5, 0) == pytest.approx({h: 2 * (1 - 5 / 11) * 0.75**h for h in range(4)})
+    assert rates(rising, 10, 0) == pytest.approx(dict.fromkeys(range(4), 2 * (1 - 10 / 11)))
+    staggered = LayerDecay(start=0.5, end=0.5, staggered_warmup=True)
+    steps = {0: 1, 1: 4, 2: 6, 3: 7}  # 8 * (1 - 0.5 ** height), at least one
+    expected = {h: 2 * 0.5**h * lr_factor(3, warmup=w, total=11, decay="linear") for h, w in steps.items()}
+    assert rates(staggered, 3, 8) == pytest.approx(expected)
+    assert expected[3] == pytest.approx(2 * 0.125 * 4 / 7)
 
 
 def test_the_run_uses_the_schedule_and_the_scaled_peak(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
@@ -282,7 +348,7 @@ def test_a_plan_that_does_not_fit_names_its_key(changes: dict[str, Any], samples
 
 def test_vectors_do_not_decay_and_matrices_do() -> None:
     model = build_model(tiny.random())
-    groups = parameter_groups(model, 0.3)
+    groups = parameter_groups(model, 0.3, lambda _: 0)
     names = {value: name for name, value in model.named_parameters()}
     found = {group["weight_decay"]: {names[value] for value in group["params"]} for group in groups}  # type: ignore
     assert found.keys() == {0.3, 0.0}

@@ -82,9 +82,12 @@ def test_patches_through_a_linear_map_are_the_strided_convolution() -> None:
     torch.testing.assert_close(linear(patchify(normalised, data.patch)), expected)
 
 
-def test_tokenize_wants_stored_pixels() -> None:
+def test_tokenize_takes_pixels_of_0_to_255_as_stored_or_mixed() -> None:
+    pixels = torch.randint(0, 256, (1, 3, 8, 12), dtype=torch.uint8)
+    stored, mixed = (adapter().tokenize({"image": each}).values for each in (pixels, pixels.float()))
+    assert torch.equal(stored, mixed)
     with pytest.raises(TypeError, match="uint8"):
-        adapter().tokenize({"image": torch.zeros(1, 3, 8, 12)})
+        adapter().tokenize({"image": pixels.double()})
 
 
 def test_coordinates_are_patch_centres_between_minus_one_and_one() -> None:

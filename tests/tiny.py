@@ -154,6 +154,7 @@ def training(
     """The training part of `recipes.pretrain.pretrain` alone, with a step function or an evaluation of its own."""
     run = Run(folder)
     run.open(config)
+    world = World(0, 1, CPU)
     model = build_model(config)
     ema = Ema(model, config.train.ema or 0.9)
     result = fit(
@@ -163,9 +164,9 @@ def training(
         config=config.train,
         optim=config.optim,
         run=run,
-        world=World(0, 1, CPU),
+        world=world,
         ema=ema,
-        evaluate=lambda: held_out_health(config, model, CPU) if evaluate is None else evaluate(model),
+        evaluate=lambda: held_out_health(config, model, world, ema) if evaluate is None else evaluate(model),
     )
     return model, ema, result
 

@@ -24,11 +24,12 @@ from nepa_core.basics import UserError
 
 
 class Checkpoint(NamedTuple):
-    """What was stored: tensors by group, and plain values (JSON)."""
+    """What was stored: tensors by group, and plain values (JSON); `digest` tells a stored checkpoint from others."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    digest: str = ""
 
 
 @contextmanager
@@ -112,14 +113,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         state = json.loads((path / "state.json").read_text())
-        if state.pop("sha256") != _record_digest(state):
+        digest = state.pop("sha256")
+        if digest != _record_digest(state):
             raise UserError(f"checkpoint {path} is damaged: state.json is not as it was written")
         files = state.pop("files")
         for name, digest in files.items():
             if _digest(path / name) != digest:
                 raise UserError(f"checkpoint {path} is damaged: {name} is not as it was written")
         tensors = {Path(name).stem: load_file(path / name) for name in files}
-        return Checkpoint(state.pop("step"), tensors, state)
+        return Checkpoint(state.pop("step"), tensors, state, digest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"checkpoint {path} is damaged: {error}") from error
 

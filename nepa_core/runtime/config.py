@@ -166,9 +166,14 @@ def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
 
 
 def save_config(config: BaseModel, path: Path) -> None:
-    """Write a config as JSON, with the import path of its adapter beside the adapter's settings."""
-    saved = _adapter(config) | config.model_dump(mode="json", serialize_as_any=True)
+    """Write a config as JSON, with its task and the import path of its adapter beside their settings."""
+    saved = _task(type(config)) | _adapter(config) | config.model_dump(mode="json", serialize_as_any=True)
     write_whole(path, json.dumps(saved, indent=2) + "\n")
+
+
+def _task(kind: type[BaseModel]) -> dict[str, str]:
+    """The task that a config is of (its class attribute `task`), under the key that the file has it under."""
+    return {"task": kind.task} if hasattr(kind, "task") else {}
 
 
 def _adapter(config: BaseModel) -> dict[str, str]:
@@ -183,19 +188,46 @@ def load_config(kind: type[Config], path: Path) -> Config:
     Raises:
         UserError: the file is missing or damaged, or a key does not fit.
     """
+    saved = read_saved(path)
+    wanted = _task(kind).get("task")
+    task = saved.pop("task", wanted)
+    if task != wanted:
+        raise UserError(f"{path} is of a run of `nepa {task}`, and a run of `nepa {wanted}` is wanted here")
+    try:
+        adapter = load_adapter(saved)
+        saved.pop("adapter", None)
+        return validated(kind, saved if adapter is None else saved | {"data": adapter})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """What `save_config` wrote, as it stands in the file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     try:
         saved = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} is not a run folder: it holds no {path.name}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it or start a new run") from error
-    try:
-        if isinstance(saved, dict) and "adapter" in saved:
-            name = str(saved.pop("adapter"))
-            adapter = load_object(name)
-            if not (isinstance(adapter, type) and issubclass(adapter, Modality)):
-                raise UserError(f"{name} is not an adapter (a subclass of Modality)")
-            saved["data"] = validated(adapter, saved.get("data", {}), "data.")
-        return validated(kind, saved)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{path} holds no settings; restore it or start a new run")
+    return saved
+
+
+def load_adapter(saved: Mapping[str, Any]) -> Modality | None:
+    """The adapter that a saved config names, or None where it names none.
+
+    Raises:
+        UserError: the class is not found, is no adapter, or a setting does not fit.
+    """
+    if "adapter" not in saved:
+        return None
+    name = str(saved["adapter"])
+    adapter = load_object(name)
+    if not (isinstance(adapter, type) and issubclass(adapter, Modality)):
+        raise UserError(f"{name} is not an adapter (a subclass of Modality)")
+    return validated(adapter, saved.get("data", {}), "data.")

@@ -173,11 +173,15 @@ def plain_batches(
     workers: int = 0,
     limit: int | None = None,
     seed: int | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
     Args:
         limit: most samples. seed: take a random choice of them instead of the first.
+        rank, ranks: every `ranks`-th batch, from this one on. The batches are those of one process, so sums over all
+            ranks are too, to the last digit.
 
     Raises:
         UserError: no sample could be read.
@@ -186,6 +190,7 @@ def plain_batches(
     indices = list(range(count)) if seed is None else epoch_order(count, seed, 0).tolist()
     indices = indices[:limit]
     draws = [Draw(indices[i : i + batch], fold_seed(seed or 0, "plain", i)) for i in range(0, len(indices), batch)]
+    draws = draws[rank::ranks]
     loader = DataLoader(_Batches(dataset, replace=False), sampler=draws, **_loader_settings(workers, device))
     skipped: list[str] = []
     empty = True
@@ -194,7 +199,7 @@ def plain_batches(
         if loaded:
             empty = False
             yield to_device(loaded, device)
-    if empty:
+    if empty and (draws or rank == 0):
         raise UserError(f"no held-out sample can be read: {skipped[0] if skipped else 'the split is empty'}")
 
 

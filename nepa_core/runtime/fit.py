@@ -34,7 +34,7 @@ from nepa_core.runtime.checkpoint import (
 )
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, seed_step
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.optim import Duration, OptimConfig, lr_factor, make_optimizer
+from nepa_core.runtime.optim import Duration, OptimConfig, make_optimizer, set_rates
 from nepa_core.runtime.run import Meter, Run
 
 
@@ -200,6 +200,7 @@ def fit(
     world: World,
     ema: Ema | None = None,
     evaluate: Callable[[], Mapping[str, Any]] | None = None,
+    height: Callable[[str], int] = lambda name: 0,
     watch: Stopwatch | None = None,
     show: bool = True,
 ) -> FitResult:
@@ -209,8 +210,9 @@ def fit(
         model: on `world.device`. All its trainable parameters must take part in every step.
         step_function: (model as the ranks share it, batch) -> StepOutput; called under autocast.
         ema: the averages of `model`'s parameters, updated after every step.
-        evaluate: held-out figures for metrics.jsonl, called on the main process before the first step, every
-            `config.evaluate` steps and after the last, with the averaged weights applied.
+        evaluate: held-out figures for metrics.jsonl, called on every rank before the first step, every
+            `config.evaluate` steps and after the last; what the main process returns is logged.
+        height: parameter name -> number of layers above its own, for `optim.layer_decay`.
         watch: told where the time of every step goes.
         show: progress on the screen.
 
@@ -221,17 +223,18 @@ def fit(
     """
     samples = len(cast(Sized, dataset))
     steps = plan(config, optim, samples=samples, ranks=world.size)
-    optimizer = make_optimizer(model, optim)
+    optimizer = make_optimizer(model, optim, height)
     tally = _Tally(world.device)
     watch = watch or Stopwatch()
     parameters = [value for value in model.parameters() if value.requires_grad]
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
 
     def measure(done: int) -> None:
-        if evaluate is None or not world.is_main:
+        if evaluate is None:
             return
-        with ema.applied() if ema is not None else nullcontext():
-            run.log({"step": done, **evaluate()})
+        figures = evaluate()
+        if world.is_main:
+            run.log({"step": done, **figures})
 
     def save(done: int, seconds: float, tokens: int) -> None:
         if not world.is_main:
@@ -266,9 +269,9 @@ def fit(
         for step in range(start, steps.total):
             sums, seen = _accumulate(shared, step_function, stream, step, steps.accumulate, config, world, watch)
             tokens += seen * world.size
-            lr = steps.peak_lr * lr_factor(step, warmup=steps.warmup, total=steps.total)
+            lr = set_rates(optimizer, optim, peak=steps.peak_lr, step=step, total=steps.total, warmup=steps.warmup)
             loss, weight = world.sum(sums)
-            norm, skipped = update(optimizer, parameters, lr=lr, weight=weight / world.size, clip=optim.clip)
+            norm, skipped = update(optimizer, parameters, weight=weight / world.size, clip=optim.clip)
             watch.lap("optimizer")
             if ema is not None:
                 ema.update()
@@ -421,7 +424,7 @@ def _accumulate(
 
 
 def update(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], *, lr: float, weight: Tensor, clip: float | None
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], *, weight: Tensor, clip: float | None
 ) -> tuple[Tensor, Tensor]:
     """One optimiser step on gradients that are sums still to be divided by `weight`.
 
@@ -435,8 +438,6 @@ def update(
     norm = nn.utils.get_total_norm(gradients, foreach=True) / weight
     skipped = (~torch.isfinite(norm)).float()
     scale = weight if clip is None else weight * (norm / clip).clamp(min=1.0)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.grad_scale, optimizer.found_inf = scale, skipped  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Self
+from collections.abc import Callable
+from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -41,8 +42,37 @@ class Duration(BaseModel):
         return round(self.fraction * total)
 
 
+class LayerDecay(BaseModel):
+    """Smaller learning rates for lower layers, in fine-tuning: a layer's factor is rate ** (layers above it).
+
+    Attributes:
+        start, end: the rate at the first and at the last step, moving linearly between them. The paper fine-tunes
+            with 0.35 to 1.0 (B) and 0.60 to 1.0 (L), the released scripts with a fixed 0.65 and 0.75.
+        staggered_warmup: a layer whose factor is g at the start warms up over warmup * (1 - g) steps, at least one,
+            so that lower layers take longer (the released scripts).
+    """
+
+    model_config = FROZEN
+
+    start: float = Field(gt=0, le=1)
+    end: float = Field(gt=0, le=1)
+    staggered_warmup: bool
+
+    def factor(self, height: int, step: int, total: int) -> float:
+        """The factor of a layer with `height` layers above it at a step (from 0) of `total`."""
+        progress = step / max(total - 1, 1)
+        rate = self.start + (self.end - self.start) * progress
+        return float(rate**height)
+
+    def warmup(self, height: int, warmup: int) -> int:
+        """Steps of warm-up of a layer."""
+        if not self.staggered_warmup:
+            return warmup
+        return max(round(warmup * (1 - self.start**height)), 1)
+
+
 class OptimConfig(BaseModel):
-    """AdamW with linear warm-up and a cosine to zero.
+    """AdamW with linear warm-up and a decay to zero.
 
     Attributes:
         lr: peak learning rate.
@@ -51,6 +81,9 @@ class OptimConfig(BaseModel):
         betas, weight_decay: of AdamW; biases, norms and LayerScale are not decayed.
         warmup: linear rise from 0.
         clip: largest norm of the gradient, or None.
+        decay: from the peak to zero by half a "cosine", in a "linear" way, or by the "poly" rule of DeepLab,
+            (1 - progress) ** 0.9.
+        layer_decay: smaller rates for lower layers, or None.
     """
 
     model_config = FROZEN
@@ -61,39 +94,62 @@ class OptimConfig(BaseModel):
     weight_decay: float = Field(ge=0)
     warmup: Duration
     clip: float | None = Field(gt=0)
+    decay: Literal["cosine", "linear", "poly"] = "cosine"
+    layer_decay: LayerDecay | None = None
 
     def peak(self, batch: int) -> float:
         """The peak learning rate at this global batch."""
         return self.lr if self.lr_batch is None else self.lr * batch / self.lr_batch
 
 
-def lr_factor(step: int, *, warmup: int, total: int) -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, then half a cosine to 0."""
+def lr_factor(step: int, *, warmup: int, total: int, decay: str = "cosine") -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up, then `OptimConfig.decay` to 0."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    progress = (step - warmup) / max(total - warmup, 1)
+    if decay == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return float((1 - progress) ** (1.0 if decay == "linear" else 0.9))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Trainable parameters in two groups: matrices, which decay, and vectors, which don't.
+def set_rates(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, *, peak: float, step: int, total: int, warmup: int
+) -> float:
+    """Give every parameter group its learning rate for a step (from 0); returns that of the topmost layers."""
+    for group in optimizer.param_groups:
+        steps, factor = warmup, 1.0
+        if config.layer_decay is not None:
+            steps = config.layer_decay.warmup(group["height"], warmup)
+            factor = config.layer_decay.factor(group["height"], step, total)
+        group["lr"] = peak * factor * lr_factor(step, warmup=steps, total=total, decay=config.decay)
+    return peak * lr_factor(step, warmup=warmup, total=total, decay=config.decay)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, height: Callable[[str], int]) -> list[dict[str, object]]:
+    """Trainable parameters by height (layers above) and kind: matrices decay, vectors don't.
 
     Vectors are biases, norm weights and LayerScale. Every trainable parameter is in exactly one group.
     """
-    trainable = [value for value in model.parameters() if value.requires_grad]
-    decayed = [value for value in trainable if value.ndim >= 2]
-    others = [value for value in trainable if value.ndim < 2]
-    if len({id(value) for value in decayed + others}) != len(trainable):
-        raise AssertionError("a parameter is in no group or in two")
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, value in model.named_parameters():  # names each parameter once, also a shared one
+        if value.requires_grad:
+            groups.setdefault((height(name), value.ndim >= 2), []).append(value)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": values, "height": above, "weight_decay": weight_decay if matrix else 0.0}
+        for (above, matrix), values in groups.items()
     ]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW in its fused form, which can also scale gradients and skip a step on the device."""
+def make_optimizer(
+    model: nn.Module, config: OptimConfig, height: Callable[[str], int] = lambda name: 0
+) -> torch.optim.AdamW:
+    """AdamW in its fused form, which can also scale gradients and skip a step on the device.
+
+    Args:
+        height: name of a parameter -> number of layers above its own, for `OptimConfig.layer_decay`.
+    """
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, height),
         lr=0.0,  # set before every step by the schedule
         betas=config.betas,
         fused=True,

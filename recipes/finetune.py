@@ -1,0 +1,394 @@
+"""nepa finetune: train the whole network on labels, starting from pre-trained weights or from random ones.
+
+RECIPE is a fine-tuning recipe, or a pre-training one, which then gives the data and the network to a short general
+setting; a RUN of `nepa pretrain` is both recipe and `init=`. `init=` takes a run, a folder in the released layout
+or a hub name; null starts from random weights, the control that every figure needs beside it. Reported are the raw
+and the averaged weights after the last step, never the best step on the held-out data.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, Field, SerializeAsAny, model_validator
+from timm.data.mixup import Mixup
+from torch import Tensor, nn
+
+from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.ema import Ema, applied
+from nepa_core.modality import Modality, Tokens
+from nepa_core.model import NEPA, draw_coord_scale, layers_above
+from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype, fit
+from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
+from nepa_core.runtime.run import Run
+from recipes.heads import LastHead, MeanHead
+from recipes.pretrain import PretrainConfig, provenance
+from recipes.report import Figure, line_plot, page
+from recipes.targets import default_out, read_target
+from recipes.weights import Weights, load_backbone, read_weights
+
+
+class MixConfig(BaseModel):
+    """Mixup and CutMix of the images of a batch, as timm defines them (`timm.data.mixup.Mixup`, mode "batch").
+
+    Attributes:
+        mixup, cutmix: alpha of the Beta distribution that the share of an image is drawn from; 0 is off. Where both
+            are on, each batch takes one of them with equal chance.
+    """
+
+    model_config = FROZEN
+
+    mixup: float = Field(ge=0)
+    cutmix: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _one_is_on(self) -> Self:
+        if self.mixup == self.cutmix == 0:
+            raise ValueError("mix.mixup and mix.cutmix are both 0; set mix=null for no mixing")
+        return self
+
+
+class FinetuneConfig(BaseModel):
+    """A whole fine-tuning run.
+
+    Attributes:
+        init: a run, a folder in the released layout or a hub name to start from; None for random weights.
+        data: an adapter whose samples have a "label".
+        causal: attend backwards only; False is what the paper and the released scripts fine-tune with.
+        readout: a linear map on the LayerNorm of the "mean" over tokens (released), or on the "last" token (paper).
+        freeze_embedder: leave the embedder as it was pre-trained (paper and released scripts).
+        label_smoothing: share of the target spread over all classes.
+        mix: mixup and CutMix, for images, or None.
+    """
+
+    model_config = FROZEN
+
+    task: ClassVar[str] = "finetune"
+
+    recipe: str = ""
+    init: str | None
+    data: SerializeAsAny[Modality]
+    model: PredictorConfig
+    causal: bool
+    readout: Literal["mean", "last"]
+    freeze_embedder: bool
+    label_smoothing: float = Field(ge=0, lt=1)
+    mix: MixConfig | None
+    optim: OptimConfig
+    train: TrainConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.model.mask_token:
+            raise ValueError("model.mask_token=true is of pre-training; set it to false")
+        if self.freeze_embedder and self.init is None:
+            raise ValueError(
+                "freeze_embedder=true would keep a random embedder: name weights with init=, or set it to false"
+            )
+        return self
+
+
+class Options(BaseModel):
+    """Options of `nepa finetune`."""
+
+    model_config = FROZEN
+
+    out: str | None = Field(default=None, description="run folder; default runs/NAME-finetune")
+
+
+class Classifier(nn.Module):
+    """A network and the read-out on it.
+
+    Args:
+        backbone: the pre-trained network.
+        head: features [B, T, D] -> logits [B, classes].
+    """
+
+    def __init__(self, backbone: NEPA, head: MeanHead | LastHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, tokens: Tokens, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
+        """Logits [B, classes]."""
+        out = self.backbone(tokens, causal=causal, coord_scale=coord_scale)
+        logits: Tensor = self.head(out.predictions, out.mask, bos=self.backbone.config.bos)
+        return logits
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    config = read_config(target, changes)
+    run = Run(Path(options.out or default_out(target, "finetune")))
+    with world() as ranks:
+        summary = finetune(config, run, ranks)
+        if ranks.is_main:
+            print(render(summary, run))
+
+
+def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig:
+    """The fine-tuning that a recipe or a run stands for; see `presets.finetuning` for one of pre-training."""
+    return read_target(FinetuneConfig, target, changes, convert={PretrainConfig: short})
+
+
+def short(recipe: PretrainConfig, init: str | None = None) -> FinetuneConfig:
+    """The preset for the data and network of a pre-training recipe: 20 epochs, seconds to minutes on small data.
+
+    Bidirectional, mean over tokens, no mixing. Meant for LayerScale 1.0; chosen here, from trials on digits and
+    CIFAR-10 (RESULTS.md), and the same for random weights.
+    """
+    return FinetuneConfig(
+        recipe=recipe.recipe,
+        init=init,
+        data=recipe.data,
+        model=recipe.model.model_copy(update={"mask_token": False, "rope_rescale": 1.0}),
+        causal=False,
+        readout="mean",
+        freeze_embedder=False,
+        label_smoothing=0.1,
+        mix=None,
+        optim=OptimConfig(
+            lr=1e-3,
+            lr_batch=None,
+            betas=(0.9, 0.999),
+            weight_decay=0.05,
+            warmup=Duration(fraction=0.1),
+            clip=1.0,
+            layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False),
+        ),
+        train=recipe.train.model_copy(
+            update={"length": Duration(epochs=20), "ema": 0.99, "evaluate": 200, "compile": False}
+        ),
+    )
+
+
+def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
+    """Train, measure, write summary.json and report/; a finished run is not trained again.
+
+    Returns:
+        The summary (empty on the other ranks).
+    """
+    run.open(config, write=ranks.is_main)
+    ranks.barrier()
+    finished = run.summary()
+    if finished is not None:
+        return finished
+    names = class_names(config.data)
+    model, new = build_classifier(config, len(names))
+    model = model.to(ranks.device)
+    if config.train.compile:
+        model.backbone.predictor.compile_blocks()
+    ema = None if config.train.ema is None else Ema(model, config.train.ema)
+    result = fit(
+        model=model,
+        step_function=make_step(config, len(names)),
+        dataset=config.data.dataset("train"),
+        config=config.train,
+        optim=config.optim,
+        run=run,
+        world=ranks,
+        ema=ema,
+        evaluate=lambda: raw_and_averaged(config, model, ema, ranks),
+        height=lambda name: layers_above(name, config.model.depth),
+        show=show,
+    )
+    figures = raw_and_averaged(config, model, ema, ranks)
+    if not ranks.is_main:
+        return {}
+    summary = {
+        **figures,
+        "init": config.init,
+        "new_weights": new,
+        "classes": list(names),
+        "causal": config.causal,
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        "data_wait_share": round(result.data_wait_share, 4),
+        "unreadable_samples": result.unreadable,
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "made_with": provenance(),
+    }
+    write_report(run, summary)
+    run.write_summary(summary)  # last: its presence says that the run is finished
+    return summary
+
+
+def class_names(data: Modality) -> tuple[str, ...]:
+    """Names of the classes of an adapter's labels.
+
+    Raises:
+        UserError: its samples have no class labels.
+    """
+    names = data.classes()
+    if not names:
+        raise UserError(
+            f"{type(data).__name__} gives no class to train on; add an integer 'label' to its samples, or a classes()"
+        )
+    return names
+
+
+def build_classifier(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[str]]:
+    """The network with the weights of `init` (or the seed's) under a head that gives zeros; and its new weights."""
+    torch.manual_seed(fold_seed(config.train.seed, "weights"))
+    backbone = NEPA(config.model, config.data.embedder(config.model.dim))
+    new = [] if config.init is None else load_backbone(backbone, config.model, read_weights(config.init))
+    if config.readout == "mean":
+        head: MeanHead | LastHead = MeanHead(config.model.dim, classes, config.model.norm_eps)
+    else:
+        head = LastHead(config.model.dim, classes)
+    backbone.embed.requires_grad_(not config.freeze_embedder)
+    return Classifier(backbone, head), new
+
+
+def load_classifier(config: FinetuneConfig, weights: Weights) -> Classifier:
+    """The network of a fine-tuned run or of a fine-tuned checkpoint in the released layout, in evaluation mode.
+
+    Raises:
+        UserError: the weights have no head, or one for other features or another number of classes.
+    """
+    if not weights.head:
+        raise UserError(f"{weights.source} was pre-trained only and has no head; fine-tune it first")
+    classes = len(weights.head["classifier.bias"])
+    model, _ = build_classifier(config.model_copy(update={"init": None}), classes)
+    load_backbone(model.backbone, config.model, weights)
+    try:
+        model.head.load_state_dict(weights.head)
+    except RuntimeError as error:
+        raise UserError(f"the head of {weights.source} does not fit readout={config.readout}: {error}") from error
+    return model.eval()
+
+
+def make_step(config: FinetuneConfig, classes: int) -> StepFunction:
+    """The step function of fine-tuning: batch -> cross-entropy, with mixing and label smoothing where asked for."""
+    mix = None if config.mix is None else make_mix(config.mix, classes, config.label_smoothing)
+
+    def step(model: nn.Module, batch: Batch) -> StepOutput:
+        labels = batch["label"]
+        smoothing = config.label_smoothing
+        if mix is not None:
+            batch, labels = mix(batch)
+            smoothing = 0.0  # it is in the mixed labels
+        tokens = config.data.read(batch)
+        logits = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
+        with torch.autocast(logits.device.type, enabled=False):
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        return StepOutput(loss, float(len(logits)), tokens.values.shape[0] * tokens.values.shape[1])
+
+    return step
+
+
+def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Batch], tuple[Batch, Tensor]]:
+    """timm's mixing of batch["image"], as a function to a batch with float images of 0 to 255 and soft labels [B, C].
+
+    timm draws from NumPy, which is seeded here from torch's global generator, that of the step.
+    """
+    mixup = Mixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing, num_classes=classes)
+
+    def mix(batch: Batch) -> tuple[Batch, Tensor]:
+        if "image" not in batch:
+            raise UserError("mix is for images, and this adapter's batches have no 'image'; set mix=null")
+        if len(batch["label"]) % 2:
+            raise UserError("mix pairs the images of a batch: make train.micro_batch (or the share of a process) even")
+        np.random.seed(int(torch.randint(2**32, ())))
+        images, labels = mixup(batch["image"].float(), batch["label"])
+        return batch | {"image": images}, labels
+
+    return mix
+
+
+def raw_and_averaged(config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World) -> dict[str, float]:
+    """Held-out accuracy of the weights as they are and, under names with "_ema", of their average."""
+    figures = accuracy(config, model, ranks)
+    if ema is not None:
+        with applied(ema):
+            figures |= {f"{name}_ema": value for name, value in accuracy(config, model, ranks).items()}
+    return figures
+
+
+@torch.no_grad()
+def accuracy(config: FinetuneConfig, model: Classifier, ranks: World) -> dict[str, float]:
+    """Top-1, top-5 and mean cross-entropy over all held-out samples, the same on every rank.
+
+    Every rank takes its share of the batches and the counts are summed, so the number of processes changes nothing.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # correct, in the first five, loss, samples
+    dtype = autocast_dtype(config.train.precision, ranks.device)
+    data, was_training = config.data.plain(), model.training
+    model.eval()
+    for batch in plain_batches(
+        data.dataset("test"),
+        batch=min(config.train.micro_batch or config.train.batch, 256),
+        device=ranks.device,
+        workers=config.train.workers,
+        rank=ranks.rank,
+        ranks=ranks.size,
+    ):
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
+            logits = model(data.read(batch), causal=config.causal).float()
+        labels = batch["label"]
+        first = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="none").double()
+        sums += torch.stack((first[:, 0].sum(), first.sum(), loss.sum(), torch.tensor(len(labels)).to(loss)))
+    model.train(was_training)
+    correct, among, loss, samples = ranks.sum(sums).tolist()
+    return {"accuracy": correct / samples, "top5": among / samples, "held_out_loss": loss / samples}
+
+
+def render(summary: dict[str, Any], run: Run) -> str:
+    """The result as text."""
+    lines = [f"{'':<18}  {'top-1':>7}  {'top-5':>7}", f"{'raw weights':<18}  {_percents(summary, '')}"]
+    if "accuracy_ema" in summary:
+        lines.append(f"{'averaged weights':<18}  {_percents(summary, '_ema')}")
+    start = "random weights" if summary["init"] is None else summary["init"]
+    lines += ["", f"Held-out accuracy after the last of {summary['steps']} steps, started from {start}."]
+    if summary["new_weights"]:
+        lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
+    if summary["unreadable_samples"]:
+        lines.append(f"{summary['unreadable_samples']} samples could not be read and were skipped.")
+    return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+
+
+def _percents(summary: dict[str, Any], suffix: str) -> str:
+    return f"{summary['accuracy' + suffix]:>7.2%}  {summary['top5' + suffix]:>7.2%}"
+
+
+def write_report(run: Run, summary: dict[str, Any]) -> None:
+    """report/: accuracy and loss over training, and a page that holds them."""
+    metrics = run.metrics()
+    tested = [line for line in metrics if "accuracy" in line]
+    trained = [line for line in metrics if "loss" in line]
+    steps = [line["step"] for line in tested]
+    curves = {"accuracy": "raw weights", "accuracy_ema": "averaged weights"}
+    losses = {"held_out_loss": "held out", "held_out_loss_ema": "held out, averaged weights"}
+    figures = [
+        Figure(
+            "accuracy.png",
+            "Held-out top-1 accuracy over training.",
+            line_plot(
+                {name: (steps, [line[key] for line in tested]) for key, name in curves.items() if key in summary},
+                x="step", y="accuracy", from_zero=True,
+            ),
+        ),
+        Figure(
+            "loss.png",
+            "Cross-entropy over training; that of the training batches includes mixing and label smoothing.",
+            line_plot(
+                {"training batches": ([line["step"] for line in trained], [line["loss"] for line in trained])}
+                | {name: (steps, [line[key] for line in tested]) for key, name in losses.items() if key in summary},
+                x="step", y="cross-entropy",
+            ),
+        ),
+    ]  # fmt: skip
+    foot = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
+    body = f"<pre>{html.escape(render(summary, run))}</pre>"
+    with disk_errors(run.report):
+        page(run.report, title=f"Fine-tuning: {run.path.name}", body=body, figures=figures, foot=foot)

@@ -1,0 +1,139 @@
+"""Weights that a task starts from: `init=` names a run, a folder in the released layout, or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from nepa_core.basics import UserError
+from nepa_core.modality import Modality
+from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime.checkpoint import Checkpoint, load_latest
+from nepa_core.runtime.config import load_adapter, read_saved, validated
+from nepa_core.runtime.run import Run
+from recipes.released import read_released
+from recipes.targets import is_run
+
+FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "mask_token")
+"""Keys of the network that may differ between the weights and the recipe that starts from them: they are starts,
+training-time noise, or of pre-training alone."""
+
+HEAD, BACKBONE = "head.", "backbone."
+
+
+class Weights(NamedTuple):
+    """A trained network, as `init=` or a task that reads runs finds it.
+
+    Attributes:
+        source: what the user named.
+        config: the network's shape and switches.
+        causal: the attention it was trained with.
+        data: the adapter of a run; None for a folder in the released layout.
+        seed: of the run, which gives the untrained twin; 0 for a released folder.
+        model: state dict of `NEPA`, averaged where there is an average.
+        head: state dict of the read-out on it; empty after pre-training.
+        digest: what tells this checkpoint from others.
+    """
+
+    source: str
+    config: PredictorConfig
+    causal: bool
+    data: Modality | None
+    seed: int
+    model: dict[str, Tensor]
+    head: dict[str, Tensor]
+    digest: str
+
+
+def read_weights(name: str) -> Weights:
+    """The newest weights of a run of any task, or those of a folder in the released layout.
+
+    Raises:
+        UserError: there is nothing of the kind, or it is damaged.
+    """
+    if is_run(name):
+        return _of_run(name)
+    released = read_released(name)
+    return Weights(name, released.config, released.causal, None, 0, released.model, released.head, name)
+
+
+def _of_run(name: str) -> Weights:
+    run = Run(Path(name))
+    file = run.path / "config.json"
+    saved = read_saved(file)
+    checkpoint, notes = load_latest(run.checkpoints)
+    if checkpoint is None:
+        raise UserError(notes[-1] if notes else f"{run.checkpoints} holds no checkpoint; finish that run first")
+    try:
+        config = validated(PredictorConfig, _part(saved, "model"), "model.")
+        data = load_adapter(saved)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    tensors = current_weights(checkpoint)
+    head = {name.removeprefix(HEAD): value for name, value in tensors.items() if name.startswith(HEAD)}
+    model = {name.removeprefix(BACKBONE): value for name, value in tensors.items() if not name.startswith(HEAD)}
+    causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
+    seed = int(_part(saved, "train").get("seed", 0))
+    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest)
+
+
+def _part(saved: dict[str, Any], key: str) -> dict[str, Any]:
+    value = saved.get(key, {})
+    return value if isinstance(value, dict) else {}
+
+
+def current_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The model's tensors, averaged where there is an average (of parameters only: buffers have none)."""
+    return checkpoint.tensors["model"] | checkpoint.tensors.get("ema", {})
+
+
+def load_backbone(model: nn.Module, config: PredictorConfig, weights: Weights) -> list[str]:
+    """Load weights into a `NEPA` built by `config`.
+
+    QK-norm weights that the checkpoint lacks start at 1 (the released base has none, its fine-tuned form has), and
+    what only pre-training uses (a mask token) is left out.
+
+    Returns:
+        The names of the weights that are new.
+
+    Raises:
+        UserError: the two networks differ; every differing key or tensor is listed.
+    """
+    check_shape(config, weights)
+    expected = model.state_dict()
+    given = {name: value for name, value in weights.model.items() if name != "mask_token" or name in expected}
+    new = sorted(name for name in expected.keys() - given.keys() if name.endswith((".q_norm.weight", ".k_norm.weight")))
+    wrong = [f"{name} is missing" for name in sorted(expected.keys() - given.keys() - set(new))]
+    wrong += [f"{name} has no place" for name in sorted(given.keys() - expected.keys())]
+    wrong += [
+        f"{name} is {tuple(given[name].shape)} and not {tuple(expected[name].shape)}"
+        for name in sorted(expected.keys() & given.keys())
+        if given[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise UserError(f"init={weights.source} does not fit the recipe's network: {'; '.join(wrong)}")
+    model.load_state_dict(given, strict=False)  # what strictness would find has been listed above
+    return new
+
+
+def check_shape(config: PredictorConfig, weights: Weights) -> None:
+    """Compare the recipe's network with that of the weights.
+
+    Raises:
+        UserError: keys that decide what the network computes differ; all are listed.
+    """
+    differing = []
+    for name in PredictorConfig.model_fields:
+        mine, theirs = getattr(config, name), getattr(weights.config, name)
+        if name == "layer_scale":
+            mine, theirs = ("none" if value is None else "some" for value in (mine, theirs))
+        elif name in FREE_SHAPE or (name, mine, theirs) == ("qk_norm", "affine", "plain"):
+            continue
+        if mine != theirs:
+            differing.append(f"model.{name} is {mine} in the recipe and {theirs} in the weights")
+    if differing:
+        raise UserError(
+            f"init={weights.source} is another network: {'; '.join(differing)}; set the recipe's keys to fit"
+        )
