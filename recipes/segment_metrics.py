@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nepa_core.basics import UserError
+
 
 class Scores(NamedTuple):
     """Scores of a confusion matrix, between 0 and 1.
@@ -40,10 +42,10 @@ def scores(counts: Tensor) -> Scores:
     """Scores of a confusion matrix [C, C] (rows are the truth); computed in float64.
 
     Raises:
-        ValueError: it counts no pixel.
+        UserError: it counts no pixel.
     """
     if not counts.any():
-        raise ValueError("no labelled pixel was counted")
+        raise UserError("no held-out pixel has a class; look at data.first_label and data.ignored_labels")
     hits, truth, predicted = counts.diagonal().tolist(), counts.sum(1).tolist(), counts.sum(0).tolist()
     iou = [_share(h, t + p - h) for h, t, p in zip(hits, truth, predicted, strict=True)]
     acc = [_share(h, t) for h, t in zip(hits, truth, strict=True)]
