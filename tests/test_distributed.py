@@ -15,10 +15,13 @@ import pytest
 import torch
 
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
+from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
+from recipes.finetune import accuracy, build_classifier, finetune, short
 from recipes.pretrain import PretrainConfig, pretrain
 from recipes.targets import read_target
+from tests import tiny
 from tests.conftest import ROOT
 from tests.tiny import CPU
 
@@ -61,12 +64,27 @@ def rank_main(out: Path, names: list[str]) -> int:
         sys.addaudithook(lambda event, args: written.append(f"{event} {args}") if _writes(event, args, out) else None)
     with world() as ranks:
         for name in names:
+            if name == "finetune":
+                finetune_and_count(out / name, ranks)
+                continue
             case = CASES[name]
             pretrain(read_target(PretrainConfig, case.recipe, case.keys), Run(out / name), ranks)
     if written:
         print(f"rank {os.environ['RANK']} wrote: {written}", file=sys.stderr)
         return 3
     return 0
+
+
+def finetune_and_count(folder: Path, ranks: World) -> dict[str, Any]:
+    """Fine-tune the tiny recipe; then the figures of a network given by its seed, over an uneven number of batches."""
+    finetune(short(tiny.recipe()).model_copy(update={"recipe": "tests.tiny:recipe"}), Run(folder), ranks, show=False)
+    config = short(override(tiny.ragged(), {"data.samples": 53, "data.unreadable": [3, 11]}))
+    model, _ = build_classifier(config, 2)
+    torch.nn.init.normal_(model.head.classifier.weight)
+    figures = accuracy(config, model, ranks)
+    if ranks.is_main:
+        Run(folder).write_summary(figures, "counted.json")
+    return figures
 
 
 def _writes(event: str, args: tuple[Any, ...], out: Path) -> bool:
@@ -83,7 +101,7 @@ if __name__ == "__main__":
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of every case, each by two processes."""
     out = tmp_path_factory.mktemp("two")
-    done = torchrun("tests.test_distributed", str(out), *CASES)
+    done = torchrun("tests.test_distributed", str(out), *CASES, "finetune")
     assert done.returncode == 0, done.stderr  # 3 is that rank 1 wrote something
     return out
 
@@ -113,6 +131,19 @@ def test_two_processes_train_as_one_does(two: Path, tmp_path: Path, name: str) -
     assert both["loss"] == pytest.approx(one["loss"], abs=1e-5)
     assert found.state["tokens"] == expected.state["tokens"]
     assert both["made_with"]["processes"] == 2
+
+
+@pytest.mark.distributed
+def test_two_processes_fine_tune_as_one_does_and_count_the_same_to_the_last_digit(two: Path, tmp_path: Path) -> None:
+    figures = finetune_and_count(tmp_path / "one", World(0, 1, CPU))
+    assert Run(two / "finetune").summary("counted.json") == figures
+    expected, found = newest(tmp_path / "one"), newest(two / "finetune")
+    for group in ("model", "ema"):
+        for key, value in expected.tensors[group].items():
+            assert torch.allclose(found.tensors[group][key], value, atol=1e-5), key
+    lines = zip(Run(tmp_path / "one").metrics(), Run(two / "finetune").metrics(), strict=True)
+    for line, other in lines:
+        assert other == pytest.approx(line, rel=1e-2)
 
 
 @pytest.mark.distributed

@@ -1,0 +1,293 @@
+"""Fine-tuning: what is trained and what is not, mixing as timm's, figures that do not depend on batches, and init=."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from torch import Tensor
+
+from nepa_core.basics import UserError
+from nepa_core.runtime.config import override
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
+from recipes.cli import main
+from recipes.finetune import (
+    FinetuneConfig,
+    MixConfig,
+    accuracy,
+    build_classifier,
+    finetune,
+    load_classifier,
+    make_mix,
+    make_step,
+    read_config,
+    short,
+)
+from recipes.pretrain import pretrain
+from recipes.weights import load_backbone, read_weights
+from tests import tiny
+from tests.tiny import CPU
+
+ALONE = World(0, 1, CPU)
+
+
+def tuning(**changes: Any) -> FinetuneConfig:
+    """Twelve steps on the tiny recipe's data; a double underscore in a key stands for a dot."""
+    keys = {"train.length.steps": 12, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return override(short(tiny.recipe()), keys)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A finished run of the tiny recipe."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    pretrain(tiny.recipe(), Run(folder), ALONE, show=False)
+    return str(folder)
+
+
+def test_a_run_is_recipe_and_start_at_once(pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tuned"
+    words = ["finetune", pretrained, f"out={out}", "train.length.steps=12"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert f"started from {pretrained}" in said
+    summary = Run(out).summary()
+    assert summary is not None
+    assert set(summary) >= {"accuracy", "accuracy_ema", "top5", "new_weights", "classes", "init", "steps"}
+    assert summary["classes"] == ["0", "1"]
+    assert json.loads((out / "config.json").read_text())["task"] == "finetune"
+    assert (out / "report" / "index.html").read_text().count("data:image/png;base64,") == 2
+    assert main(words) == 0, "a finished run only shows its result"
+    assert capsys.readouterr().out == said
+    assert main(["finetune", str(out)]) == 0, "and can be named itself"
+    assert main(["pretrain", str(out)]) == 2
+    assert "is of a run of `nepa finetune`" in capsys.readouterr().err
+
+
+def test_every_start_of_a_fine_tuning_is_the_averaged_network_of_the_run(pretrained: str) -> None:
+    start, _ = build_classifier(tuning(init=pretrained), 2)
+    averages = read_weights(pretrained).model
+    for name, value in start.backbone.state_dict().items():
+        assert torch.equal(value, averages[name]), name
+    other, _ = build_classifier(tuning(), 2)
+    assert not torch.equal(start.backbone.embed.weight, other.backbone.embed.weight)
+
+
+def test_two_classes_that_differ_in_speed_are_learned(tmp_path: Path) -> None:
+    config = tuning(train__length__steps=150, train__evaluate=150, optim__lr=0.01, data__samples=512)
+    summary = finetune(config, Run(tmp_path / "run"), ALONE, show=False)
+    assert summary["accuracy"] > 0.85
+    assert summary["accuracy_ema"] > 0.85
+
+
+def test_the_head_gives_zeros_at_the_start() -> None:
+    model, _ = build_classifier(tuning(), 5)
+    tokens = tiny.Waves().read(_batch())
+    assert torch.equal(model(tokens, causal=False), torch.zeros(8, 5))
+    out = make_step(tuning(label_smoothing=0.0), 5)(model, _batch())
+    assert out.loss.item() == pytest.approx(math.log(5))
+    assert out.weight == 8
+
+
+@pytest.mark.parametrize("readout", ["mean", "last"])
+def test_a_frozen_embedder_stays_and_all_else_moves(pretrained: str, tmp_path: Path, readout: str) -> None:
+    config = tuning(init=pretrained, freeze_embedder=True, readout=readout, optim__warmup__steps=0)
+    before, _ = build_classifier(config, 2)
+    finetune(config, Run(tmp_path / "run"), ALONE, show=False)
+    after = load_classifier(config, read_weights(str(tmp_path / "run")))
+    still = [n for n, v in after.state_dict().items() if torch.equal(v, before.state_dict()[n])]
+    assert still == ["backbone.embed.weight", "backbone.embed.bias"]
+
+
+def test_causal_fine_tuning_reads_no_later_token() -> None:
+    """With the last-token read-out of a shorter sequence, what follows it must not matter under a causal mask."""
+    model, _ = build_classifier(tuning(), 3)
+    torch.nn.init.normal_(model.head.classifier.weight)
+    model.eval()
+    batch = _batch()
+    tokens = tiny.Waves().read(batch)
+    changed = tiny.Waves().read(batch | {"values": batch["values"].clone().index_fill_(1, torch.tensor([5]), 9.0)})
+    for causal, equal in ((True, True), (False, False)):
+        seen = [model.backbone(each, causal=causal).predictions[:, :6] for each in (tokens, changed)]
+        assert torch.equal(*seen) is equal
+    assert not torch.equal(model(tokens, causal=True), model(tokens, causal=False))
+
+
+def test_padding_does_not_reach_the_logits() -> None:
+    data = tiny.Waves(ragged=True)
+    config = override(short(tiny.ragged()), {})
+    model, _ = build_classifier(config, 3)
+    torch.nn.init.normal_(model.head.classifier.weight)
+    model.eval()
+    batch = _batch(data)
+    hidden = torch.arange(6) >= batch["length"][:, None]
+    other = batch | {"values": torch.where(hidden[..., None], -55.0, batch["values"])}
+    logits = [model(data.read(each), causal=False) for each in (batch, other)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixing_is_that_of_timm_and_follows_the_seed_of_the_step(smoothing: float) -> None:
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    mix = make_mix(MixConfig(mixup=0.8, cutmix=1.0), 3, smoothing)
+    theirs = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=smoothing, num_classes=3)
+    seen = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        batch, soft = mix({"image": images, "label": labels})
+        torch.manual_seed(seed)
+        np.random.seed(int(torch.randint(2**32, ())))
+        image, target = theirs(images.float(), labels)
+        assert torch.equal(batch["image"], image)
+        assert torch.equal(soft, target)
+        torch.testing.assert_close(soft.sum(1), torch.ones(6))
+        seen.append(image)
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(images, images.clone()), "the stored images are left alone"
+
+
+def test_label_smoothing_without_mixing_is_the_formula() -> None:
+    model, _ = build_classifier(tuning(), 4)
+    torch.nn.init.normal_(model.head.classifier.weight)
+    batch = _batch()
+    logits = model(tiny.Waves().read(batch), causal=False).double()
+    soft = 0.8 * F.one_hot(batch["label"], 4) + 0.2 / 4
+    expected = -(soft * logits.log_softmax(1)).sum(1).mean()
+    found = make_step(tuning(label_smoothing=0.2), 4)(model, batch).loss
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_accuracy_counts_every_sample_once_whatever_the_batch_and_the_ranks() -> None:
+    data = tiny.Waves(samples=45, unreadable=(3, 4))
+    config = tuning().model_copy(update={"data": data})
+    model, _ = build_classifier(config, 2)
+    torch.nn.init.normal_(model.head.classifier.weight)
+    alone = accuracy(config, model, ALONE)
+    assert alone["accuracy"] * 43 == pytest.approx(round(alone["accuracy"] * 43))
+    assert alone["top5"] == 1.0
+    by_hand = _by_hand(config, model)
+    assert alone["accuracy"] == pytest.approx(by_hand)
+    assert accuracy(override(config, {"train.batch": 5}), model, ALONE)["accuracy"] == alone["accuracy"]
+
+
+def _by_hand(config: FinetuneConfig, model: torch.nn.Module) -> float:
+    model.eval()
+    samples = [sample for i, sample in enumerate(_all(config.data)) if i not in (3, 4)]
+    right = [
+        model(config.data.read({k: v[None] for k, v in sample.items()}), causal=False).argmax().item()
+        == sample["label"]
+        for sample in samples
+    ]
+    return float(np.mean(right))
+
+
+def _all(data: Any) -> list[dict[str, Tensor]]:
+    whole = data.model_copy(update={"unreadable": ()}).dataset("test")
+    return [whole[i] for i in range(len(whole))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__dim": 32}, "model.dim is 32 in the recipe and 16 in the weights"),
+        (
+            {"model__gated": True, "model__bos": False},
+            "model.gated is True in the recipe and False in the weights; model.bos",
+        ),
+        ({"model__layer_scale": None}, "model.layer_scale is none in the recipe and some in the weights"),
+        ({"data__size": 5}, "embed.weight is (16, 4) and not (16, 5)"),
+        ({"init": "nowhere/at_all"}, "nowhere/at_all"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_told_key_by_key(pretrained: str, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        build_classifier(tuning(**{"init": pretrained} | changes), 2)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_only_qk_norm_weights_may_be_new(pretrained: str) -> None:
+    config = tuning(init=pretrained, model__qk_norm="affine")
+    model, new = build_classifier(config, 2)
+    assert new == [
+        f"predictor.blocks.{block}.attention.{kind}_norm.weight" for block in range(2) for kind in ("k", "q")
+    ]
+    assert all(torch.equal(model.backbone.state_dict()[name], torch.ones(8)) for name in new)
+    weights = read_weights(pretrained)
+    bare = weights._replace(model={k: v for k, v in weights.model.items() if k not in ("bos", "embed.bias")})
+    with pytest.raises(UserError, match=r"bos is missing; embed\.bias is missing"):
+        load_backbone(model.backbone, config.model, bare)
+    more = weights._replace(model=weights.model | {"extra": torch.zeros(1)})
+    with pytest.raises(UserError, match="extra has no place"):
+        load_backbone(model.backbone, config.model, more)
+
+
+def test_a_fine_tuned_run_can_start_another_and_keeps_its_head_for_itself(pretrained: str, tmp_path: Path) -> None:
+    config = tuning(init=pretrained)
+    finetune(config, Run(tmp_path / "run"), ALONE, show=False)
+    weights = read_weights(str(tmp_path / "run"))
+    assert set(weights.head) == {"norm.weight", "norm.bias", "classifier.weight", "classifier.bias"}
+    assert weights.causal is False
+    again, _ = build_classifier(tuning(init=str(tmp_path / "run")), 7)
+    assert torch.equal(again.backbone.embed.weight, weights.model["embed.weight"])
+    with pytest.raises(UserError, match="has no head"):
+        load_classifier(config, read_weights(pretrained))
+    with pytest.raises(UserError, match="does not fit readout=last"):
+        load_classifier(config.model_copy(update={"readout": "last"}), weights)
+
+
+def test_evaluate_finds_the_averaged_accuracy_of_the_run(
+    tmp_path: Path, pretrained: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = finetune(tuning(init=pretrained), Run(tmp_path / "run"), ALONE, show=False)
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert f"top-1 {summary['accuracy_ema']:.2%}" in capsys.readouterr().out
+    found = Run(tmp_path / "run").summary("evaluate.json")
+    assert found is not None
+    assert {name: found[name] for name in ("accuracy", "held_out_loss")} == {
+        name: summary[f"{name}_ema"] for name in ("accuracy", "held_out_loss")
+    }
+    assert main(["evaluate", pretrained]) == 2
+    assert main(["evaluate", "tests.tiny:recipe"]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["freeze_embedder=true"], "freeze_embedder=true would keep a random embedder"),
+        (['mix={"mixup":0,"cutmix":0}'], "both 0"),
+        (['mix={"mixup":0.8,"cutmix":0}', "train.length.steps=1"], "mix is for images"),
+        (["data.labelled=false"], "Waves gives no class to train on"),
+        (["label_smothing=0.1"], "did you mean label_smoothing?"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    assert main(["finetune", "tests.tiny:recipe", f"out={tmp_path / 'run'}", *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error
+
+
+def test_a_recipe_of_pre_training_gives_data_and_network() -> None:
+    config = read_config("tests.tiny:random", {"train.seed": 3})
+    assert config.init is None
+    assert config.model.mask_token is False
+    assert config.model.drop_path == 0.3
+    assert config.recipe == "tests.tiny:random"
+    assert config.train.seed == 3
+
+
+def _batch(data: tiny.Waves | None = None) -> dict[str, Tensor]:
+    samples = (data or tiny.Waves()).dataset("train")
+    return torch.utils.data.default_collate([samples[i] for i in range(8)])
