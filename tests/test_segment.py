@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,18 +21,19 @@ from torch import Tensor
 from modalities.scene_data import IGNORED
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from nepa_core.runtime.distributed import World
+from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
 from recipes import segment as task
 from recipes import vision_segment
 from recipes.cli import main
 from recipes.pretrain import pretrain
-from recipes.segment import SegmentConfig, build_segmenter, make_step, measure, pixel_loss, segment
+from recipes.segment import Measured, SegmentConfig, build_segmenter, make_step, measure, pixel_loss, segment
 from recipes.segment_metrics import confusion, scores
 from recipes.segment_predict import EvaluationConfig, predict, slide, whole, window_starts
 from recipes.segment_report import palette
 from tests import tiny, tiny_scenes
+from tests.test_distributed import torchrun
 from tests.tiny import CPU, interrupted_at
 
 ALONE = World(0, 1, CPU)
@@ -309,6 +311,48 @@ def test_an_unreadable_held_out_scene_is_left_out_and_counted(root: Path, tmp_pa
     assert measure(config, model, ALONE).images == 4
 
 
+# ---- several processes
+
+
+def measured(root: Path, ranks: World) -> Measured:
+    """The scores of a network given by its seed, with batch statistics as after training, over five scenes."""
+    config = recipe(root, evaluation__flip=True)
+    model, _ = build_segmenter(config)
+    for name, value in model.named_buffers():
+        if "running" in name:
+            value.uniform_(0.5, 1.5)
+    return measure(config, model, ranks)
+
+
+def rank_main(out: Path, root: Path) -> None:
+    """What each of two ranks does: measure; train; and see that the ranks agree on what they would measure then."""
+    with world() as ranks:
+        found = measured(root, ranks)
+        segment(recipe(root), Run(out / "run"), ranks, show=False)
+        if ranks.is_main:
+            Run(out).write_summary(found.scores._asdict() | {"images": found.images}, "measured.json")
+
+
+@pytest.mark.distributed
+def test_two_processes_count_the_same_to_the_last_digit(root: Path, tmp_path: Path) -> None:
+    done = torchrun("tests.test_segment", str(tmp_path), str(root))
+    assert done.returncode == 0, done.stderr
+    one = measured(root, ALONE)
+    assert Run(tmp_path).summary("measured.json") == one.scores._asdict() | {"images": 5}
+    assert one.scores.miou not in (0.0, 1.0)
+    summary = Run(tmp_path / "run").summary()
+    assert summary is not None
+    assert summary["images"] == 5
+    assert summary["made_with"]["processes"] == 2
+    lines = [line for line in Run(tmp_path / "run").metrics() if "mIoU" in line]
+    assert [line["step"] for line in lines] == [0, 6]
+    stored = load_file(tmp_path / "run/checkpoints/step_00000006/model.safetensors")
+    config = recipe(root)
+    model, _ = build_segmenter(config)
+    model.load_state_dict(stored)  # the statistics that were evaluated are the ones that were stored
+    assert measure(config, model, ALONE).scores.miou == summary["mIoU"]
+
+
 # ---- what a user gets wrong
 
 
@@ -374,3 +418,7 @@ def test_every_class_has_a_colour_of_its_own() -> None:
     assert few.min() > 60
     assert np.array_equal(palette(12), palette(150)[:12]), "a class has the same colour in every report"
     assert (colours.sum(1) > 60).all(), "black is for pixels without a class"
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]), Path(sys.argv[2]))
