@@ -42,7 +42,7 @@ from recipes.segment_predict import EvaluationConfig, WindowLogits, predict
 from recipes.segment_report import Picture, render, write_report
 from recipes.targets import default_out, read_target
 from recipes.upernet import UPerNet, UPerNetConfig, resize
-from recipes.weights import load_backbone, read_weights
+from recipes.weights import Weights, load_backbone, read_weights
 
 
 class SegmentConfig(BaseModel):
@@ -254,6 +254,32 @@ def build_segmenter(config: SegmentConfig) -> tuple[Segmenter, list[str]]:
         head = DenseHead(config.model.dim, config.data.class_count)
     backbone.embed.requires_grad_(not config.freeze_embedder)
     return Segmenter(backbone, head, config.upernet.levels), new
+
+
+def load_segmenter(config: SegmentConfig, weights: Weights) -> Segmenter:
+    """The network of a segmentation run, in evaluation mode.
+
+    Raises:
+        UserError: the weights have another network, head or number of classes than the config.
+    """
+    model, _ = build_segmenter(config.model_copy(update={"init": None}))
+    load_backbone(model.backbone, config.model, weights)
+    try:
+        model.head.load_state_dict(weights.head)
+    except RuntimeError as error:
+        raise UserError(f"the head of {weights.source} does not fit: {error}") from error
+    return model.eval()
+
+
+def evaluate(config: SegmentConfig, weights: Weights, ranks: World) -> dict[str, Any]:
+    """Scores of a segmentation run on all held-out images, as `config.evaluation` says."""
+    measured = {"": measure(config, load_segmenter(config, weights).to(ranks.device), ranks)}
+    return {
+        **headline(measured),
+        "classes": class_rows(config.data.class_names(), measured),
+        "images": measured[""].images,
+        "evaluation": config.evaluation.model_dump(),
+    }
 
 
 def make_step(config: SegmentConfig) -> StepFunction:

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import Patch
 from torch import Tensor
 
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
-from recipes.report import Figure, _png, line_plot, page
+from recipes.report import Figure, line_plot, page, picture_table
 
 MEASURES = ("mIoU", "mAcc", "aAcc")
 WEIGHTS = {"": "raw weights", "_ema": "averaged weights"}
@@ -44,20 +42,12 @@ def palette(classes: int) -> np.ndarray:
 def picture_grid(pictures: Sequence[Picture], names: Sequence[str]) -> bytes:
     """Rows of image, truth and prediction over a legend of the classes that occur; PNG bytes."""
     colours = np.concatenate([palette(len(names)), np.zeros((256 - len(names), 3), dtype=np.uint8)])
+    rows = [
+        [shown.image.permute(1, 2, 0).numpy(), colours[shown.truth], colours[shown.prediction]] for shown in pictures
+    ]
     present = sorted({int(k) for shown in pictures for k in (*shown.truth.unique(), *shown.prediction.unique())})
-    present = [k for k in present if k < len(names)]
-    lines = -(-len(present) // 6)
-    canvas = Canvas(figsize=(11, 2.9 * len(pictures) + 0.25 * lines + 0.4), dpi=90, layout="constrained")
-    for place, axes in enumerate(canvas.subplots(len(pictures), 3, squeeze=False).flat):
-        shown = pictures[place // 3]
-        flat = (shown.image.permute(1, 2, 0).numpy(), colours[shown.truth], colours[shown.prediction])
-        axes.imshow(flat[place % 3])
-        axes.set_axis_off()
-        if place < 3:
-            axes.set_title(("image", "truth (black: not labelled)", "prediction")[place])
-    handles = [Patch(color=colours[k] / 255, label=names[k]) for k in present]
-    canvas.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
-    return _png(canvas)
+    legend = {names[k]: colours[k] / 255 for k in present if k < len(names)}
+    return picture_table(rows, heads=("image", "truth (black: not labelled)", "prediction"), legend=legend)
 
 
 def render(summary: dict[str, Any], run: Run) -> str:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from nepa_core.runtime import checkpoint
+from nepa_core.runtime.config import load_object
 from recipes.cli import TASKS, main
 from tests.conftest import ROOT, largest_file
 
@@ -106,7 +107,7 @@ def test_every_built_in_recipe_is_listed_with_a_line_and_can_be_read(nepa: Nepa)
     for line in listed:
         name, _, text = line.partition(" ")
         assert len(text.split()) > 3
-        assert f"  recipe={name}\n" in nepa("pretrain", name, "--help").out
+        assert f"  recipe={name}\n" in nepa(load_object(name)().task, name, "--help").out
 
 
 # -------------------------------------------------------------------------------------------- a whole run

@@ -242,6 +242,16 @@ def test_the_command_leaves_a_whole_run_folder(root: Path, tmp_path: Path, capsy
     assert [line["step"] for line in tested] == [0, 6]
     assert main(words) == 0, "a finished run only shows its result"
     assert capsys.readouterr().out == said
+    assert main(["evaluate", str(out)]) == 0
+    assert capsys.readouterr().out.startswith(f"Held out: mIoU {summary['mIoU_ema']:.2%}")
+    assert main(["evaluate", str(out), "evaluation.scales=[0.75,1.25]", "evaluation.flip=true"]) == 0
+    again = Run(out).summary("evaluate.json")
+    assert again is not None
+    assert (again["evaluation"]["scales"], again["evaluation"]["flip"]) == ([0.75, 1.25], True)
+    assert again["images"] == 5
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "head=linear"]) == 2
+    assert "does not fit" in capsys.readouterr().err
 
 
 def test_a_plain_linear_head_and_whole_images_under_causal_attention(root: Path, tmp_path: Path) -> None:
