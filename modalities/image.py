@@ -5,26 +5,30 @@ Shapes: B samples, C channels, H x W pixels, N = rows * columns patches of p x q
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar, Self
 
 import torch
 from einops import rearrange
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.image_data import Augment, Channels, SourceName, open_images
+from modalities.image_augment import Augment, erase
+from modalities.image_data import Channels, open_files, open_images
+from modalities.image_sources import SourceName, open_source
 from modalities.orders import OrderName, grid_order
 from nepa_core.basics import Batch
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality, Sketch, Tokens
 
 
 class Images(Modality):
     """Images of one size; a token holds the standardised pixels of one patch.
 
     Attributes:
-        source, root, channels, augment, in_memory, limit: see `modalities.image_data.open_images`.
+        source, root: where they come from, see `modalities.image_sources.open_source`.
+        channels, augment, crop_ratio, erase, in_memory, limit: see `modalities.image_data.open_images`.
         size: (height, width) in pixels, to which every image is brought.
         patch: (height, width) of a patch in pixels; it divides the size.
         mean, std: of each channel, pixels being between 0 and 1.
@@ -44,6 +48,8 @@ class Images(Modality):
     patch_order: OrderName = "raster"
     order_seed: int = 0
     augment: Augment = "none"
+    crop_ratio: float = Field(default=1.0, gt=0, le=1)
+    erase: float = Field(default=0.0, ge=0, le=1)
     in_memory: bool = False
     limit: PositiveInt | None = None
 
@@ -56,6 +62,8 @@ class Images(Modality):
             )
         if self.source == "folder" and self.root is None:
             raise ValueError("data.source=folder needs data.root=DIR, the folder that holds the images")
+        if self.source == "hub" and self.root is None:
+            raise ValueError("data.source=hub needs data.root=OWNER/NAME, the name of a data set on the hub")
         for key, values in {"mean": self.mean, "std": self.std}.items():
             if len(values) != self.channels:
                 raise ValueError(f"data.{key} has {len(values)} numbers for data.channels={self.channels}")
@@ -74,6 +82,9 @@ class Images(Modality):
             channels=self.channels,
             root=self.root,
             augment=self.augment,
+            crop_ratio=self.crop_ratio,
+            erase=self.erase,
+            mean=self.mean,
             in_memory=self.in_memory,
             limit=self.limit,
         )
@@ -81,13 +92,20 @@ class Images(Modality):
     def tokenize(self, batch: Batch) -> Tokens:
         """Patches of batch["image"] [B, C, H, W], standardised: values [B, N, P] float32.
 
-        Pixels are uint8, or float32 of 0 to 255 where images have been mixed.
+        Pixels are uint8, or float32 of 0 to 255 where images have been mixed. Rectangles that a training batch names
+        in batch["erase"] [B, 6] are filled with noise.
         """
         image = batch["image"]
         if image.dtype not in (torch.uint8, torch.float32):
             raise TypeError(f'batch["image"] holds uint8 pixels or float32 ones of 0 to 255, not {image.dtype}')
-        mean, std = _statistics(self.mean, self.std, image.device)
-        return Tokens(values=patchify((image / 255 - mean) / std, self.patch), coords=_centres(*self.grid))
+        mean, std = channel_statistics(self.mean, self.std, image.device)
+        pixels = (image / 255 - mean) / std
+        if "erase" in batch:
+            pixels = erase(pixels, batch["erase"])
+        return Tokens(values=patchify(pixels, self.patch), coords=patch_centres(*self.grid))
+
+    def classes(self) -> tuple[str, ...] | None:
+        return open_source(self.source, "train", root=self.root, size=self.size).classes
 
     def token_dim(self) -> int:
         return self.channels * self.patch[0] * self.patch[1]
@@ -97,8 +115,23 @@ class Images(Modality):
             return None
         return grid_order(self.patch_order, *self.grid, self.order_seed)
 
+    def describe(self, tokens: Tokens) -> Sketch:
+        """The images themselves, their standardisation undone."""
+        images = unpatchify(tokens.canonical(tokens.values), self.size, self.patch)
+        mean, std = channel_statistics(self.mean, self.std, images.device)
+        pixels = (images * std + mean).clamp(0, 1)
+        return Sketch(pixels[:, 0] if self.channels == 1 else pixels.permute(0, 2, 3, 1), self.grid)
+
     def plain(self) -> Images:
-        return self.model_copy(update={"augment": "none"})
+        return self.model_copy(update={"augment": "none", "erase": 0.0})
+
+    def files(self, paths: Sequence[str]) -> Dataset[Batch]:
+        """Image files by name, brought to this size and these channels.
+
+        Raises:
+            UnreadableSample: from the data set, on access to a file that is no image.
+        """
+        return open_files(paths, size=self.size, channels=self.channels)
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
@@ -110,12 +143,17 @@ def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch[0], q=patch[1])
 
 
+def unpatchify(patches: Tensor, size: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: [B, N, C * p * q] -> [B, C, H, W]."""
+    return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=size[0] // patch[0], p=patch[0], q=patch[1])
+
+
 # The two caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _centres(rows: int, columns: int) -> Tensor:
+def patch_centres(rows: int, columns: int) -> Tensor:
     """(y, x) of patch centres in raster order, [N, 2] float32 on the CPU; the image spans -1 to 1."""
     y = (torch.arange(rows) + 0.5) / rows * 2 - 1
     x = (torch.arange(columns) + 0.5) / columns * 2 - 1
@@ -124,7 +162,7 @@ def _centres(rows: int, columns: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def channel_statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std as [C, 1, 1] on the device, sent there once instead of every step."""
     return torch.tensor(mean, device=device)[:, None, None], torch.tensor(std, device=device)[:, None, None]
 

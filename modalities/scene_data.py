@@ -27,7 +27,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as image_ops
 
-from modalities.image_data import Size, _convert, _one_line
+from modalities.image_data import decode
+from modalities.image_sources import Size, one_line
 from nepa_core.basics import Batch, UnreadableSample, UserError
 
 IGNORED = 255
@@ -72,20 +73,23 @@ class StoredScenes(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         image, annotation = self._decoded(index)
-        if image.size != annotation.size:
+        height, width = image.shape[-2:]
+        if annotation.size != (width, height):
             raise UserError(
-                f"{self.source.name(index)}: the image has {image.width} x {image.height} pixels, its annotation "
+                f"{self.source.name(index)}: the image has {width} x {height} pixels, its annotation "
                 f"{annotation.width} x {annotation.height}; they must agree"
             )
-        return {"image": image_ops.pil_to_tensor(image), "target": self._target(annotation, index)}
+        return {"image": image, "target": self._target(annotation, index)}
 
-    def _decoded(self, index: int) -> tuple[Image.Image, Image.Image]:
+    def _decoded(self, index: int) -> tuple[Tensor, Image.Image]:
+        """The image, uint8 [3, H, W], and the annotation as it is stored."""
         try:
             image, annotation = self.source.read(index)
-            annotation.load()
-            return _convert(image, "RGB"), annotation
+            labels = Image.open(io.BytesIO(annotation))
+            labels.load()
+            return decode(image, 3), labels
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
-            raise UnreadableSample(f"{self.source.name(index)}: {_one_line(error)}") from error
+            raise UnreadableSample(f"{self.source.name(index)}: {one_line(error)}") from error
 
     def _target(self, annotation: Image.Image, index: int) -> Tensor:
         """Stored values (of a palette image its indices, not its colours) to classes, uint8 [H, W]."""
@@ -261,8 +265,8 @@ class Pairs(Hashable, Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, row: int) -> tuple[Image.Image, Image.Image]:
-        """The image and the annotation of a row; may raise anything."""
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        """The image and the annotation of a row, both encoded; may raise anything."""
 
     def name(self, row: int) -> str:
         """What a message calls that row."""
@@ -278,8 +282,8 @@ class PairFiles:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, row: int) -> tuple[Image.Image, Image.Image]:
-        return Image.open(self.name(row)), Image.open(str(self.annotations[row]))
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        return Path(self.name(row)).read_bytes(), Path(str(self.annotations[row])).read_bytes()
 
     def name(self, row: int) -> str:
         return str(self.images[row])
@@ -301,7 +305,7 @@ class PairRows:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, row: int) -> tuple[Image.Image, Image.Image]:
+    def read(self, row: int) -> tuple[bytes, bytes]:
         return _encoded(self.images[row]), _encoded(self.annotations[row])
 
     def name(self, row: int) -> str:
@@ -309,13 +313,13 @@ class PairRows:
         return f"{self.files[file]}:{row - self.starts[file]}"
 
 
-def _encoded(value: pa.Scalar) -> Image.Image:
+def _encoded(value: pa.Scalar) -> bytes:
     stored = value.as_py() or {}
     if stored.get("bytes") is not None:
-        return Image.open(io.BytesIO(stored["bytes"]))
+        return bytes(stored["bytes"])
     if stored.get("path") is None:
         raise ValueError("the row holds no image bytes")
-    return Image.open(stored["path"])
+    return Path(stored["path"]).read_bytes()
 
 
 @lru_cache(maxsize=4)
@@ -324,8 +328,8 @@ def open_pairs(root: str, split: str) -> Pairs:
 
     Layouts: `images/<split>/` beside `annotations/<split>/`, files at any depth that agree but for their suffix
     (ADE20K SceneParsing, CamVid), there or in the one subfolder that has both; a `datasets` folder as
-    `save_to_disk` writes it; parquet files `<split>-*.parquet`, there or in data/. The last two with the columns
-    `image` and `annotation`.
+    `save_to_disk` writes it; parquet files `<split>-*.parquet`, there or in data/, which are read whole into memory,
+    still encoded. The last two with the columns `image` and `annotation`.
 
     Args:
         split: "train" or "test"; on disk SPLITS tells its names.
@@ -397,7 +401,7 @@ def _open_saved(folder: Path) -> PairRows:
     try:
         table = load_from_disk(str(folder)).data.table
     except Exception as error:  # whatever the library makes of a damaged folder
-        raise UserError(f"{folder}: not a readable datasets folder ({_one_line(error)}); save it again") from error
+        raise UserError(f"{folder}: not a readable datasets folder ({one_line(error)}); save it again") from error
     return _open_tables([folder], [_with_columns(table, folder)])
 
 
@@ -407,7 +411,7 @@ def _parquet(file: Path) -> pa.Table:
             names = [name for name in ("image", "annotation") if name in stored.schema_arrow.names]
             table = stored.read(columns=names or None)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({_one_line(error)}); copy it again") from error
+        raise UserError(f"{file}: not a readable parquet file ({one_line(error)}); copy it again") from error
     return _with_columns(table, file)
 
 

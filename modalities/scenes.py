@@ -15,7 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.image import _centres, _statistics, patchify
+from modalities.image import channel_statistics, patch_centres, patchify, unpatchify
 from modalities.orders import OrderName, grid_order
 from modalities.scene_data import (
     IGNORED,
@@ -27,7 +27,7 @@ from modalities.scene_data import (
     scene_tree,
 )
 from nepa_core.basics import Batch
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality, Sketch, Tokens
 
 
 class Scenes(Modality):
@@ -126,10 +126,10 @@ class Scenes(Modality):
         if image.dtype != torch.uint8:
             raise TypeError(f'batch["image"] holds uint8 pixels, not {image.dtype}')
         rows, columns = self.grid((image.shape[2], image.shape[3]))
-        mean, std = _statistics(self.mean, self.std, image.device)
+        mean, std = channel_statistics(self.mean, self.std, image.device)
         values = patchify((image / 255 - mean) / std, self.patch)
         mask = _real_patches(batch["real"], rows, columns, self.patch) if "real" in batch else None
-        return Tokens(values=values, coords=_centres(rows, columns), mask=mask)
+        return Tokens(values=values, coords=patch_centres(rows, columns), mask=mask)
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """(rows, columns) of patches in an image of this size."""
@@ -143,11 +143,24 @@ class Scenes(Modality):
     def order(self, tokens: Tokens) -> Tensor | None:
         if self.patch_order == "raster":
             return None
-        columns = int((tokens.coords[:, 0] == tokens.coords[0, 0]).sum())  # patches at the height of the first one
-        return grid_order(self.patch_order, len(tokens.coords) // columns, columns, self.order_seed)
+        return grid_order(self.patch_order, *_grid_of(tokens.coords), self.order_seed)
+
+    def describe(self, tokens: Tokens) -> Sketch:
+        """The images themselves, their standardisation undone; padding is black."""
+        rows, columns = _grid_of(tokens.coords)
+        size = (rows * self.patch[0], columns * self.patch[1])
+        images = unpatchify(tokens.canonical(tokens.values), size, self.patch)
+        mean, std = channel_statistics(self.mean, self.std, images.device)
+        return Sketch((images * std + mean).clamp(0, 1).permute(0, 2, 3, 1), (rows, columns))
 
     def plain(self) -> Scenes:
         return self.model_copy(update={"augment": False})
+
+
+def _grid_of(coords: Tensor) -> tuple[int, int]:
+    """(rows, columns) of patches whose centres these are [N, 2], in any order."""
+    columns = int((coords[:, 0] == coords[0, 0]).sum())  # patches at the height of the first one
+    return len(coords) // columns, columns
 
 
 def _real_patches(real: Tensor, rows: int, columns: int, patch: tuple[int, int]) -> Tensor:

@@ -9,7 +9,7 @@ D model width, H heads, K head width, P raw token size, A coordinate axes, S sam
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import ObjectiveConfig, next_embedding_loss
 from nepa_core.predictor import Predictor, PredictorConfig
@@ -23,6 +23,7 @@ __all__ = [
     "Prediction",
     "Predictor",
     "PredictorConfig",
+    "Sketch",
     "Tokens",
     "UnreadableSample",
     "UserError",

@@ -75,6 +75,23 @@ class Tokens:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """How samples are drawn, and where their tokens lie on the drawing.
+
+    Attributes:
+        canvas: pictures between 0 and 1, [B, H, W] grey or [B, H, W, 3] RGB, the first row on top; or with `curves`
+            C curves of L points, [B, L, C] in any unit, NaN where there is nothing to draw.
+        grid: (rows, columns) of equal cells that cover the canvas; N = rows * columns, and token i in canonical
+            order lies in row i // columns and column i % columns.
+        curves: the canvas holds curves. Where the grid has C rows, each of them has a row of its own.
+    """
+
+    canvas: Tensor
+    grid: tuple[int, int]
+    curves: bool = False
+
+
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """Index the token axis of x [B, N, ...] with order [N] or [B, N]."""
     order = order.to(x.device)
@@ -161,6 +178,19 @@ class Modality(BaseModel, ABC):
     def order(self, tokens: Tokens) -> Tensor | None:
         """The order in which to predict, [N] or [B, N] int64, or None for the canonical one."""
         return None
+
+    def describe(self, tokens: Tokens) -> Sketch:
+        """How the samples are drawn by `nepa inspect`, from tokens in any order (see `Tokens.canonical`).
+
+        Default: the raw tokens as a grey picture of P rows and N columns, each sample from its lowest to its
+        highest number; padding is black.
+        """
+        real = torch.ones_like(tokens.values[..., 0], dtype=torch.bool) if tokens.mask is None else tokens.mask
+        values, drawn = tokens.canonical(tokens.values), tokens.canonical(real)[..., None]
+        low = values.masked_fill(~drawn, torch.inf).amin((1, 2), keepdim=True)
+        high = values.masked_fill(~drawn, -torch.inf).amax((1, 2), keepdim=True)
+        grey = torch.where(drawn, (values - low) / (high - low).clamp(min=1e-12), 0.0)
+        return Sketch(grey.transpose(1, 2), grid=(1, values.shape[1]))
 
     def read(self, batch: Batch) -> Tokens:
         """Tokenize a batch and put the tokens into this adapter's order."""

@@ -7,6 +7,7 @@ table): LayerScale, QK-Norm with or without weight, GELU or SwiGLU, RoPE, drop p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, Self
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.fused import NormRotate, ScaledLinear
@@ -276,6 +278,7 @@ class Predictor(nn.Module):
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, config.norm_eps)
         self.fused = True
+        self.recompute = False
         self.apply(init_weights)
 
     def compile_blocks(self) -> None:
@@ -283,6 +286,13 @@ class Predictor(nn.Module):
         self.fused = False
         for block in self.blocks:
             block.compile()
+
+    def recompute_blocks(self) -> None:
+        """Keep only the input of every block for the backward pass, which then runs the block's forward pass again.
+
+        The same gradients, dropped paths included; less memory for about a third more time. A traced pass keeps all.
+        """
+        self.recompute = True
 
     def forward(
         self,
@@ -309,10 +319,12 @@ class Predictor(nn.Module):
         """
         rope = self._rope(x, coords, coord_scale)
         allowed = None if mask is None else attention_mask(mask, causal=causal)
+        recompute = self.recompute and trace is None and torch.is_grad_enabled()
         for block in self.blocks:
             if trace is not None:
                 trace.hidden.append(x)
-            x = block(x, rope, causal=causal, allowed=allowed, trace=trace)
+            run = partial(block, causal=causal, allowed=allowed, trace=trace)
+            x = checkpoint(run, x, rope, use_reentrant=False) if recompute else run(x, rope)
         out: Tensor = self.norm(x)
         if trace is not None:
             trace.hidden += [x, out]

@@ -3,7 +3,9 @@
 Tokens and samples a second, model FLOPs utilisation against a matrix product measured on the spot, peak memory,
 and the share of a step in data, forward, backward, optimiser and EMA. `against=` adds a ratio measured by turns in
 this one process: `loop`, the fit loop over a bare loop with the same model and batches; `transformer`, the
-predictor over a bare pre-norm Transformer of the same shape without RoPE, QK-Norm and LayerScale.
+predictor over a bare pre-norm Transformer of the same shape without RoPE, QK-Norm and LayerScale. `against=decode`
+trains nothing: it times one core that loads the recipe's training images, over torchvision's bare decode_image and
+RandomResizedCrop of the same ones, and says how many such cores an H100 needs.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,20 +25,25 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
 
-from nepa_core.basics import FROZEN, Batch
+from modalities.image_data import DecodedImages
+from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, Prediction
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.distributed import World, world
-from nepa_core.runtime.fit import FitResult, Stopwatch, autocast_dtype, fit, plan
+from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
 from nepa_core.runtime.optim import Duration, make_optimizer
 from nepa_core.runtime.run import Run
 from recipes.pretrain import PretrainConfig, build_model, make_step, provenance
 from recipes.targets import read_target
 
+DECODED = 256  # images in a turn of against=decode
+H100_IMAGES = 2000  # a second, assumed: ViT-B/14 at 224 (140 GFLOP an image) at 28 % of the bfloat16 peak
 PHASES = ("data", "forward", "backward", "optimizer", "ema", "rest")
 
 
@@ -45,14 +53,19 @@ class Options(BaseModel):
     model_config = FROZEN
 
     steps: int = Field(default=20, gt=1, description="optimiser steps that are timed")
-    against: Literal["loop", "transformer"] | None = Field(
-        default=None, description="also time turns against a bare loop (loop) or a bare Transformer (transformer)"
+    against: Literal["loop", "transformer", "decode"] | None = Field(
+        default=None,
+        description="also time turns against a bare loop (loop) or Transformer (transformer); or loading alone, "
+        "against bare decoding (decode)",
     )
     repeats: int = Field(default=5, gt=0, description="turns of each side in the ratio of against=")
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_target(PretrainConfig, target, changes)
+    if options.against == "decode":
+        print(render(against_bare_decode(config, options), config))
+        return
     with world() as ranks:
         figures = bench(config, options, ranks)
         if not ranks.is_main:
@@ -70,7 +83,10 @@ def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, f
     Checkpoints are left out: how often they come is another key.
     """
     whole, apart = Stopwatch(), Stopwatch(lambda: _synchronise(ranks.device))
+    memory = training_memory(config, ranks)  # first: the mark only rises, and writing checkpoints takes memory too
     result = timed_fit(config, options.steps, ranks, whole)
+    if ranks.device.type == "cuda":  # with what the exchange of gradients takes; checkpoints are written from the CPU
+        memory = peak_memory(ranks.device)
     timed_fit(config, options.steps, ranks, apart)
     seconds = sum(whole.seconds.get(name, 0.0) for name in PHASES) / options.steps
     flops = step_flops(config, ranks) / seconds
@@ -84,7 +100,7 @@ def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, f
         "TFLOP/s per process": flops / 1e12,
         "TFLOP/s of a large matrix product": ceiling / 1e12,
         "model FLOPs utilisation %": 100 * flops / ceiling,
-        "peak memory GiB": peak_memory(ranks.device) / 2**30,
+        "peak memory GiB": memory / 2**30,
         **{f"{name} %": 100 * value / total for name, value in phases.items()},
     }
 
@@ -118,10 +134,12 @@ def _fit(config: PretrainConfig, steps: int, ranks: World, folder: Path, watch: 
 
 
 def step_flops(config: PretrainConfig, ranks: World) -> float:
-    """Floating-point operations of one process' share of a step, forward and backward, as torch counts them."""
-    model, step = _model(config, ranks), make_step(config)
-    samples = len(config.data.dataset("train"))  # type: ignore[arg-type]
-    steps = plan(config.train, config.optim, samples=samples, ranks=ranks.size)
+    """Floating-point operations of one process' share of a step, forward and backward, as torch counts them.
+
+    Those of the method: what `train.recompute` does twice counts once.
+    """
+    model, step = build_model(config).to(ranks.device), make_step(config)
+    steps = _plan(config, ranks)
     batch = _one_batch(config, ranks, config.train.batch // ranks.size // steps.accumulate)
     with FlopCounterMode(display=False) as counter:
         step(model, batch).loss.backward()
@@ -140,6 +158,15 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
         _synchronise(device)
         best = min(best, time.perf_counter() - began)
     return 2 * size**3 / best
+
+
+def training_memory(config: PretrainConfig, ranks: World) -> int:
+    """Peak bytes of two bare training steps of one micro-batch."""
+    run = bare_step(config, _model(config, ranks).train(), ranks)
+    batch = _one_batch(config, ranks, config.train.batch // ranks.size // _plan(config, ranks).accumulate)
+    for _ in range(2):
+        run(batch)
+    return peak_memory(ranks.device)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -259,6 +286,49 @@ def against_bare_transformer(config: PretrainConfig, options: Options, ranks: Wo
     }
 
 
+def against_bare_decode(config: PretrainConfig, options: Options) -> dict[str, float]:
+    """Images a second of CPU time that one core loads: this recipe's, and decode_image + RandomResizedCrop alone.
+
+    Ours includes everything up to a batch of uint8 pixels on the CPU; both sides read the same encoded images, and
+    wait for no disk that the first, untimed turn has not read already.
+
+    Raises:
+        UserError: the recipe's data are not images that are decoded on access.
+    """
+    torch.set_num_threads(1)
+    dataset = config.data.dataset("train")
+    source = dataset.source if isinstance(dataset, DecodedImages) else None
+    if not isinstance(dataset, DecodedImages) or source is None or not isinstance(source.read(0), bytes):
+        raise UserError("nepa bench against=decode wants image files that are decoded on access (data.in_memory=false)")
+    rows = dataset.rows[:DECODED].tolist()
+    crop = v2.RandomResizedCrop(dataset.size, interpolation=v2.InterpolationMode.BICUBIC)
+
+    def ours() -> None:
+        for _ in plain_batches(dataset, batch=64, device=torch.device("cpu"), limit=len(rows)):
+            pass
+
+    def bare() -> None:
+        for row in rows:
+            with suppress(RuntimeError):  # the damaged ones: ours leaves them out too
+                encoded = torch.frombuffer(bytearray(source.read(row)), dtype=torch.uint8)
+                crop(decode_image(encoded, mode=ImageReadMode.RGB))
+
+    rates: dict[str, list[float]] = {"ours": [], "bare": []}
+    for turn in range(options.repeats + 1):
+        for name, side in {"ours": ours, "bare": bare}.items():
+            began = time.process_time()
+            side()
+            if turn:
+                rates[name].append(len(rows) / (time.process_time() - began))
+    rate = statistics.median(rates["ours"])
+    return {
+        "images/s per core": rate,
+        "bare decode + RandomResizedCrop, images/s per core": statistics.median(rates["bare"]),
+        **_ratio("ours / bare, images/s", [a / b for a, b in zip(rates["ours"], rates["bare"], strict=True)]),
+        f"cores for the {H100_IMAGES:,} images/s of an H100": H100_IMAGES / rate,
+    }
+
+
 def _memory_alone(config: PretrainConfig, side: str) -> float:
     """Peak memory of two training steps in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -286,7 +356,14 @@ def _model(config: PretrainConfig, ranks: World) -> NEPA:
     model = build_model(config).to(ranks.device)
     if config.train.compile:
         model.predictor.compile_blocks()
+    if config.train.recompute:
+        model.predictor.recompute_blocks()
     return model
+
+
+def _plan(config: PretrainConfig, ranks: World) -> Plan:
+    samples = len(config.data.dataset("train"))  # type: ignore[arg-type]
+    return plan(config.train, config.optim, samples=samples, ranks=ranks.size)
 
 
 def _bare(config: PretrainConfig, ranks: World) -> BareTransformer:

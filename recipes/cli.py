@@ -25,7 +25,11 @@ TASKS = {
     "finetune": Task("recipes.finetune", "RECIPE", "accuracy after training on labels, from init= or random weights"),
     "segment": Task("recipes.segment", "RECIPE", "mIoU after training on pixel labels, from init= or random weights"),
     "evaluate": Task("recipes.evaluate", "RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
+    "inspect": Task("recipes.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
+    "import": Task("recipes.import_released", "DIR", "a run of a released checkpoint: a folder or a hub name"),
+    "export": Task("recipes.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
+    "resize": Task("recipes.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"),
     "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
 }
 

@@ -177,6 +177,8 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
     Returns:
         The summary (empty on the other ranks).
     """
+    if config.freeze_embedder and config.init is None:
+        raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
     run.open(config, write=ranks.is_main)
     ranks.barrier()
     finished = run.summary()
@@ -187,6 +189,8 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
     model = model.to(ranks.device)
     if config.train.compile:
         model.backbone.predictor.compile_blocks()
+    if config.train.recompute:
+        model.backbone.predictor.recompute_blocks()
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
     result = fit(
         model=model,

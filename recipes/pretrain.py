@@ -113,6 +113,8 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     model = build_model(config).to(ranks.device)
     if config.train.compile:
         model.predictor.compile_blocks()
+    if config.train.recompute:
+        model.predictor.recompute_blocks()
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
     result = fit(
         model=model,

@@ -1,163 +1,472 @@
-"""The checkpoint layout of the authors' release (a Hugging Face folder) in this house's names."""
+"""The checkpoint layout of the authors' release, read and written: a Hugging Face folder.
+
+It holds config.json, model.safetensors, where there are averaged weights ema.safetensors with the same names, and
+where the pixels' statistics are told preprocessor_config.json. `layout` is the one table of names and shapes: what is
+read, checked and written all goes by it. Tensors that are read stay mapped to their file until they are used.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from nepa_core.basics import UserError
+from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.config import explain
+from recipes.heads import MeanHead
+
+CONFIG = "config.json"
+RAW = "model.safetensors"
+AVERAGED = "ema.safetensors"
+PREPROCESSOR = "preprocessor_config.json"
+
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+LISTED = 12
+"""Most names that one message lists."""
 
 PREFIX = "vit_nepa."
+"""Of every name but those of the classification head."""
 
-# released name -> ours, outside the blocks
+# our name -> released name, outside the blocks
 _TOP = {
-    "embeddings.patch_embeddings.projection.bias": "embed.bias",
-    "layernorm.weight": "predictor.norm.weight",
-    "layernorm.bias": "predictor.norm.bias",
+    "bos": "embeddings.cls_token",
+    "embed.weight": "embeddings.patch_embeddings.projection.weight",
+    "embed.bias": "embeddings.patch_embeddings.projection.bias",
+    "predictor.norm.weight": "layernorm.weight",
+    "predictor.norm.bias": "layernorm.bias",
 }
-# released name -> ours, inside block i; weight and bias alike
+# our name -> released names, inside block i; weight and bias alike
 _BLOCK = {
-    "layernorm_before": "norm1",
-    "attention.output.dense": "attention.out",
-    "layernorm_after": "norm2",
-    "intermediate.up_proj": "mlp.up",
-    "intermediate.gate_proj": "mlp.gate",
-    "output.dense": "mlp.down",
-    "attention.attention.q_norm": "attention.q_norm",
-    "attention.attention.k_norm": "attention.k_norm",
+    "norm1": ("layernorm_before",),
+    "attention.qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "attention.q_norm": ("attention.attention.q_norm",),
+    "attention.k_norm": ("attention.attention.k_norm",),
+    "attention.out": ("attention.output.dense",),
+    "norm2": ("layernorm_after",),
+    "mlp.up": ("intermediate.up_proj",),
+    "mlp.gate": ("intermediate.gate_proj",),
+    "mlp.down": ("output.dense",),
 }
-_SCALES = {"layer_scale.lambda1": "scale1", "output.layer_scale.lambda1": "scale2"}
-_HEAD = {"fc_norm": "norm", "classifier": "classifier"}
+_SCALES = {"scale1": "layer_scale.lambda1", "scale2": "output.layer_scale.lambda1"}
+_HEAD = {"norm": "fc_norm", "classifier": "classifier"}
+
+State = dict[str, Tensor]
+Shapes = Mapping[str, torch.Size]
+
+
+class ReleasedConfig(BaseModel):
+    """config.json of the release; fields that this code has no use for are kept as they are."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    model_type: Literal["vit_nepa"]
+    architectures: tuple[str, ...] = ()
+    hidden_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    intermediate_size: PositiveInt
+    hidden_act: Literal["gelu", "silu"]
+    image_size: PositiveInt
+    patch_size: PositiveInt
+    num_channels: PositiveInt
+    layer_norm_eps: PositiveFloat
+    layerscale_value: float | None
+    rope_theta: PositiveFloat
+    pos_embed_rescale: float | None
+    pos_embed_shift: float | None = None
+    pos_embed_jitter: float | None = None
+    qk_norm: bool
+    qk_norm_affine: bool
+    qk_norm_bias: Literal[False]
+    qkv_bias: Literal[True]
+    use_gated_mlp: bool
+    is_causal: bool
+    drop_path_prob: float
+    add_pooling_layer: bool = True
+    id2label: dict[int, str] = {0: "LABEL_0", 1: "LABEL_1"}  # the library leaves its own default out of the file
+
+    @model_validator(mode="after")
+    def _whole_labels(self) -> Self:
+        if sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(f"id2label must number its {len(self.id2label)} classes from 0 without gaps")
+        return self
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes, in order."""
+        return tuple(self.id2label[i] for i in range(len(self.id2label)))
+
+    def predictor(self, *, layer_scale: bool = True) -> PredictorConfig:
+        """The network; without `layer_scale` one whose scales have been folded into the maps before them."""
+        return PredictorConfig(
+            dim=self.hidden_size,
+            depth=self.num_hidden_layers,
+            heads=self.num_attention_heads,
+            mlp_dim=self.intermediate_size,
+            activation=self.hidden_act,
+            gated=self.use_gated_mlp,
+            layer_scale=self.layerscale_value if layer_scale else None,
+            qk_norm=("affine" if self.qk_norm_affine else "plain") if self.qk_norm else "off",
+            rope_theta=self.rope_theta,
+            rope_rescale=self.pos_embed_rescale or 1.0,
+            bos=True,
+            norm_eps=self.layer_norm_eps,
+            drop_path=self.drop_path_prob,
+        )
+
+
+class NetworkState(NamedTuple):
+    """State dict of `NEPA` and of `MeanHead` (empty for a pre-trained network)."""
+
+    model: State
+    head: State
 
 
 class Released(NamedTuple):
     """A released checkpoint, translated.
 
     Attributes:
+        facts: config.json.
         config: the network's shape and switches.
-        causal: the attention that the checkpoint was written for.
-        patch: side of the square patch in pixels.
-        model: state dict of `NEPA`.
+        model: state dict of `NEPA`, in the dtype of the file.
         head: state dict of `MeanHead`; empty for a pre-trained checkpoint.
+        averaged: the same two of ema.safetensors, or None where there is no such file.
+        preprocessor: preprocessor_config.json, or empty where there is no such file.
     """
 
+    facts: ReleasedConfig
     config: PredictorConfig
-    causal: bool
-    patch: int
-    model: dict[str, Tensor]
-    head: dict[str, Tensor]
+    model: State
+    head: State
+    averaged: NetworkState | None
+    preprocessor: dict[str, Any]
+
+    @property
+    def causal(self) -> bool:
+        """The attention that the checkpoint was written for."""
+        return self.facts.is_causal
+
+    @property
+    def patch(self) -> int:
+        """Side of the square patch in pixels."""
+        return self.facts.patch_size
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes that the head tells apart; empty for a pre-trained checkpoint."""
+        return self.facts.labels if self.head else ()
+
+    def statistics(self, key: Literal["image_mean", "image_std"]) -> list[float]:
+        """Mean or standard deviation of each channel, pixels being between 0 and 1; 0.5 where it is not told."""
+        return list(self.preprocessor.get(key, [0.5] * self.facts.num_channels))
+
+
+# ------------------------------------------------------------------------------------------------------- the layout
+
+
+class Place(NamedTuple):
+    """Where the release keeps a parameter: the names that make it up when stacked, and the shape of each there."""
+
+    names: tuple[str, ...]
+    shape: torch.Size
+    ours: torch.Size
+
+
+class Layout(NamedTuple):
+    """Our parameter name -> its place, for `NEPA` and for `MeanHead`."""
+
+    model: dict[str, Place]
+    head: dict[str, Place]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Every name of the release with its shape."""
+        places = (*self.model.values(), *self.head.values())
+        return {name: place.shape for place in places for name in place.names}
+
+
+def layout(config: PredictorConfig, *, patch: int, channels: int, classes: int) -> Layout:
+    """Names and shapes of a network in the release; 0 classes is a pre-trained one, without a head.
+
+    Query, key and value are one matrix [3D, D] here and three there; the linear patch embedder [D, C p p] is a
+    convolution [D, C, p, p] there.
+    """
+    with torch.device("meta"):
+        model = NEPA(config, nn.Linear(channels * patch**2, config.dim)).state_dict()
+        head = MeanHead(config.dim, classes, config.norm_eps).state_dict() if classes else {}
+
+    def place(names: tuple[str, ...], tensor: Tensor) -> Place:
+        return Place(names, torch.Size((len(tensor) // len(names), *tensor.shape[1:])), tensor.shape)
+
+    places = {name: place(released_names(name), tensor) for name, tensor in model.items()}
+    places["bos"] = places["bos"]._replace(shape=torch.Size((1, 1, config.dim)))
+    places["embed.weight"] = places["embed.weight"]._replace(shape=torch.Size((config.dim, channels, patch, patch)))
+    return Layout(places, {name: place((_head_name(name),), tensor) for name, tensor in head.items()})
+
+
+def released_names(name: str) -> tuple[str, ...]:
+    """What the release calls a parameter of `NEPA`."""
+    if name in _TOP:
+        return (PREFIX + _TOP[name],)
+    _, _, layer, inner = name.split(".", 3)  # predictor.blocks.LAYER.INNER
+    block = f"{PREFIX}encoder.layer.{layer}."
+    if inner in _SCALES:
+        return (block + _SCALES[inner],)
+    part, _, kind = inner.rpartition(".")
+    return tuple(f"{block}{theirs}.{kind}" for theirs in _BLOCK[part])
+
+
+def _head_name(name: str) -> str:
+    part, _, kind = name.partition(".")
+    return f"{_HEAD[part]}.{kind}"
+
+
+def to_released(weights: NetworkState, places: Layout) -> State:
+    """Rename, split and reshape into the state dict of the release; the tensors share the memory of the given ones."""
+    return {
+        theirs: part.reshape(place.shape)
+        for state, table in zip(weights, places, strict=True)
+        for name, place in table.items()
+        for theirs, part in zip(place.names, state[name].chunk(len(place.names)), strict=True)
+    }
+
+
+def from_released(state: State, places: Layout) -> NetworkState:
+    """The way back of `to_released`; only query, key and value are copied, to lie behind one another."""
+
+    def parameter(place: Place) -> Tensor:
+        parts = [state[name] for name in place.names]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(place.ours)
+
+    return NetworkState(*({name: parameter(place) for name, place in table.items()} for table in places))
+
+
+def folded(model: State) -> State:
+    """The LayerScale vectors of `NEPA` multiplied into the linear maps before them, in float32; none are left."""
+    state = dict(model)
+    for name in model:
+        block, _, last = name.rpartition(".")
+        if last in _SCALES:
+            scale = state.pop(name).float()
+            linear = f"{block}.{'attention.out' if last == 'scale1' else 'mlp.down'}"
+            state[f"{linear}.weight"] = state[f"{linear}.weight"].float() * scale[:, None]
+            state[f"{linear}.bias"] = state[f"{linear}.bias"].float() * scale
+    return state
+
+
+# ------------------------------------------------------------------------------------------------------- comparing
+
+
+def mismatch(expected: Shapes, given: Mapping[str, Tensor]) -> str:
+    """Every missing, extra and misshapen tensor in one line; empty where all fit."""
+    wrong = [
+        f"{name} {list(given[name].shape)} instead of {list(expected[name])}"
+        for name in sorted(expected.keys() & given.keys())
+        if given[name].shape != expected[name]
+    ]
+    kinds = {
+        "missing": sorted(expected.keys() - given.keys()),
+        "extra": sorted(given.keys() - expected.keys()),
+        "misshapen": wrong,
+    }
+    return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The names, of many only the first and the number of the others."""
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def new_weights(expected: Shapes, given: Mapping[str, Tensor], source: str) -> list[str]:
+    """What a model starts anew when it takes its weights from a checkpoint that has no QK-norm weights.
+
+    The released base-size network is pre-trained without them and fine-tuned with them, from 1.
+
+    Args:
+        expected: names and shapes of the model's parameters.
+        given: the checkpoint's tensors by the same names.
+        source: what a message calls the checkpoint.
+
+    Returns:
+        The names of the QK-norm weights, or none where the checkpoint has them.
+
+    Raises:
+        UserError: anything else is missing, extra or misshapen.
+    """
+    new = {name for name in expected if name.endswith(("attention.q_norm.weight", "attention.k_norm.weight"))}
+    if new & given.keys():
+        new = set()
+    if complaint := mismatch({name: shape for name, shape in expected.items() if name not in new}, given):
+        raise UserError(f"{source} is not of the network that this config builds: {complaint}; set model.* to fit it")
+    return sorted(new)
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def find(name: str, key: str = "") -> Path:
+    """The folder that a name stands for: itself, or the files of that repository on the Hugging Face hub.
+
+    Args:
+        key: the key that the user gave the name with, for the message.
+
+    Raises:
+        UserError: there is no such folder, and no such repository within reach.
+    """
+    asked = f"{key}={name}" if key else name
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_file():
+        raise UserError(f"{asked} is a file: give the folder that holds {CONFIG} and {RAW}{_pickle_mend([Path(name)])}")
+    if name.count("/") != 1 or name[0] in "./~":
+        raise UserError(f"{asked}: there is no such folder, and a name on the hub is of the form OWNER/NAME")
+    import huggingface_hub  # half a second to import
+
+    try:
+        files = [CONFIG, PREPROCESSOR, "*.safetensors"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{asked}: no such folder here, and the hub does not give it ({_first_line(error)}); fetch it on a machine "
+            f"with network by `hf download {name} --local-dir DIR` and give that folder"
+        ) from error
 
 
 def read_released(folder: Path | str) -> Released:
-    """Read `config.json` and `model.safetensors` of a folder in the released layout.
+    """Read a folder in the released layout.
 
     Raises:
-        UserError: a file is missing or damaged, or holds a tensor or a setting this model has no place for.
+        UserError: a file is missing, damaged or a pickle; config.json lacks a key or holds a setting this model has
+            no place for; tensors are missing, extra or misshapen (all are listed).
     """
     folder = Path(folder)
-    facts = _read_config(folder / "config.json")
-    model, head = translate(_read_tensors(folder / "model.safetensors"), folder)
+    facts = _read_config(folder / CONFIG)
+    raw = _read_tensors(folder / RAW)
+    classes = _classes(facts, raw, folder)
+    scaled = any(name.endswith(".lambda1") for name in raw)
     try:
-        return Released(_config(facts, folder), bool(facts["is_causal"]), int(facts["patch_size"]), model, head)
-    except KeyError as error:
-        raise UserError(f"{folder / 'config.json'}: the key {error} is missing") from error
+        config = facts.predictor(layer_scale=scaled)
     except ValidationError as error:
-        raise UserError(f"{folder / 'config.json'}: {explain(error, '', PredictorConfig)}") from error
+        raise UserError(f"{folder / CONFIG}: {explain(error, '', PredictorConfig)}") from error
+    places = layout(config, patch=facts.patch_size, channels=facts.num_channels, classes=classes)
 
+    def translated(state: State, file: str) -> NetworkState:
+        if complaint := mismatch(places.shapes, state):
+            raise UserError(f"{folder / file} is not the network of its {CONFIG}: {complaint}; fetch both again")
+        return from_released(state, places)
 
-def translate(released: dict[str, Tensor], source: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Rename a released state dict into those of `NEPA` and `MeanHead`.
-
-    Query, key and value become one matrix [3D, D]; the patch convolution [D, C, p, p] becomes the equal linear
-    map [D, C p p].
-
-    Raises:
-        UserError: a name is not of this layout.
-    """
-    rest = dict(released)
-    model: dict[str, Tensor] = {}
-    head: dict[str, Tensor] = {}
-
-    def move(old: str, new: str, into: dict[str, Tensor]) -> None:
-        if old in rest:
-            into[new] = rest.pop(old)
-
-    move(f"{PREFIX}embeddings.cls_token", "bos", model)
-    if "bos" in model:
-        model["bos"] = model["bos"].flatten(0, 1)
-    move(f"{PREFIX}embeddings.patch_embeddings.projection.weight", "embed.weight", model)
-    if "embed.weight" in model:
-        model["embed.weight"] = model["embed.weight"].flatten(1)
-    for old, new in _TOP.items():
-        move(PREFIX + old, new, model)
-    for layer in range(_depth(released)):
-        theirs, ours = f"{PREFIX}encoder.layer.{layer}.", f"predictor.blocks.{layer}."
-        for kind in ("weight", "bias"):
-            parts = [f"{theirs}attention.attention.{name}.{kind}" for name in ("query", "key", "value")]
-            if all(part in rest for part in parts):
-                model[f"{ours}attention.qkv.{kind}"] = torch.cat([rest.pop(part) for part in parts])
-            for old, new in _BLOCK.items():
-                move(f"{theirs}{old}.{kind}", f"{ours}{new}.{kind}", model)
-        for old, new in _SCALES.items():
-            move(theirs + old, ours + new, model)
-    for old, new in _HEAD.items():
-        for kind in ("weight", "bias"):
-            move(f"{old}.{kind}", f"{new}.{kind}", head)
-    if rest:
-        raise UserError(f"{source}: {len(rest)} tensors are not of the NEPA layout, the first is {min(rest)}")
-    return model, head
-
-
-def _depth(released: dict[str, Tensor]) -> int:
-    start = f"{PREFIX}encoder.layer."
-    layers = (name[len(start) :].split(".")[0] for name in released if name.startswith(start))
-    return 1 + max((int(layer) for layer in layers if layer.isdigit()), default=-1)
-
-
-def _config(facts: dict[str, Any], folder: Path) -> PredictorConfig:
-    for key, only in (("qkv_bias", True), ("qk_norm_bias", False)):
-        if facts[key] is not only:
-            raise UserError(f"{folder / 'config.json'}: {key}={facts[key]} is not a NEPA this code knows")
-    return PredictorConfig(
-        dim=facts["hidden_size"],
-        depth=facts["num_hidden_layers"],
-        heads=facts["num_attention_heads"],
-        mlp_dim=facts["intermediate_size"],
-        activation=facts["hidden_act"],
-        gated=facts["use_gated_mlp"],
-        layer_scale=facts["layerscale_value"],
-        qk_norm=("affine" if facts["qk_norm_affine"] else "plain") if facts["qk_norm"] else "off",
-        rope_theta=facts["rope_theta"],
-        rope_rescale=facts["pos_embed_rescale"] or 1.0,
-        bos=True,
-        norm_eps=facts["layer_norm_eps"],
-        drop_path=facts["drop_path_prob"],
+    averages = folder / AVERAGED
+    return Released(
+        facts,
+        config,
+        *translated(raw, RAW),
+        translated(_read_tensors(averages), AVERAGED) if averages.exists() else None,
+        _read_preprocessor(folder / PREPROCESSOR),
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _classes(facts: ReleasedConfig, raw: State, folder: Path) -> int:
+    """How many classes the checkpoint tells apart: 0 for a pre-trained one."""
+    headed = any(name.startswith(tuple(f"{part}." for part in _HEAD.values())) for name in raw)
+    if not headed and not any("ImageClassification" in name for name in facts.architectures):
+        return 0
+    if not facts.add_pooling_layer:
+        raise UserError(f"{folder / CONFIG}: add_pooling_layer=false is not a head this code knows")
+    rows = len(raw["classifier.bias"]) if "classifier.bias" in raw else len(facts.labels)
+    if rows != len(facts.labels):
+        raise UserError(
+            f"{folder / CONFIG}: id2label names {len(facts.labels)} classes, but the classifier of {RAW} has {rows}; "
+            "give id2label a name for each"
+        )
+    return rows
+
+
+def _read_config(path: Path) -> ReleasedConfig:
     try:
-        facts: dict[str, Any] = json.loads(path.read_text())
+        return ReleasedConfig.model_validate(_read_json(path))
+    except ValidationError as error:
+        missing = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing"]
+        if missing:
+            raise UserError(f"{path}: {len(missing)} keys are missing: {', '.join(missing)}; fetch it again") from error
+        raise UserError(f"{path} is not of a NEPA this code knows: {explain(error, '', ReleasedConfig)}") from error
+
+
+def _read_preprocessor(path: Path) -> dict[str, Any]:
+    told = _read_json(path) if path.exists() else {}
+    if not isinstance(told, dict):
+        raise UserError(f"{path} holds no settings; fetch it again")
+    return told
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; name a folder that holds config.json and model.safetensors") from error
-    except ValueError as error:
+        raise UserError(f"{path} is missing; give a folder that holds {CONFIG} and {RAW}") from error
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not JSON ({error}); fetch it again") from error
-    return facts
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> State:
     try:
         return load_file(path)
     except FileNotFoundError as error:
-        raise UserError(f"{path} is missing; name a folder that holds config.json and model.safetensors") from error
+        mend = _pickle_mend(pickles(path.parent))
+        raise UserError(f"{path} is missing; give a folder that holds {CONFIG} and {RAW}{mend}") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} can't be read ({error}); fetch it again") from error
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file that `read_released` reads, by name."""
+    found = {}
+    for name in (CONFIG, PREPROCESSOR, RAW, AVERAGED):
+        if (folder / name).exists():
+            with (folder / name).open("rb") as stream:
+                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
+
+
+def pickles(folder: Path) -> list[Path]:
+    """Files of a folder that only an unpickler reads, and so can run code of their author."""
+    return sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+
+
+def _pickle_mend(files: list[Path]) -> str:
+    unsafe = [path.name for path in files if path.suffix in PICKLES]
+    if not unsafe:
+        return ""
+    return (
+        f"; {listed(unsafe)} can run code when read and is left alone: where you trust it, convert it with "
+        "safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def write_released(
+    folder: Path, facts: Mapping[str, Any], preprocessor: Mapping[str, Any], files: Mapping[str, State]
+) -> None:
+    """Write a new folder in the released layout: both JSON files and each state dict under its file name."""
+    folder.mkdir(parents=True)
+    for name, values in {CONFIG: facts, PREPROCESSOR: preprocessor}.items():
+        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    for name, state in files.items():
+        save_file(state, folder / name, metadata={"format": "pt"})

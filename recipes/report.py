@@ -7,11 +7,17 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
-from matplotlib.patches import Patch
+from matplotlib.image import AxesImage
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from torch import Tensor
+
+from nepa_core.modality import Sketch
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -82,6 +88,110 @@ def picture_table(
     patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
     canvas.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
     return _png(canvas)
+
+
+class Panel(NamedTuple):
+    """One sample with something laid over it.
+
+    Attributes:
+        title: a few words.
+        sketch: of one sample, as `Modality.describe` gives it for a batch of one.
+        heat: [N] float, a number for each token in canonical order, shown over the canvas beside a colour bar; NaN
+            whitens the token.
+        colours: [N, 3] RGB between 0 and 1, shown in place of the canvas; NaN is white.
+        marks: colour -> the token that gets a frame of it.
+        path: [N] int, the tokens in an order that is drawn as a line.
+    """
+
+    title: str
+    sketch: Sketch
+    heat: Tensor | None = None
+    colours: Tensor | None = None
+    marks: Mapping[str, int] | None = None
+    path: Tensor | None = None
+
+
+WIDTH, GAP, TITLE, HEADING, BAR = 9.0, 0.12, 0.24, 0.22, 0.42  # inches, of `panel_plot`
+
+
+def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> bytes:
+    """For each row a heading and then its panels, `across` to a line of 9 inches; PNG bytes."""
+    panels = [panel for _, row in rows for panel in row]
+    bar = BAR if any(panel.heat is not None for panel in panels) else 0.0
+    cell = WIDTH / across
+    wide = cell - bar - GAP
+    line = TITLE + wide * max(_aspect(panel.sketch) for panel in panels)
+    heading = HEADING if any(name for name, _ in rows) else 0.0
+    width = cell * min(across, max(len(row) for _, row in rows))
+    height = sum(heading + line * -(-len(row) // across) for _, row in rows) + GAP / 2
+    canvas = Canvas(figsize=(width, height), dpi=110)
+
+    def axes_at(left: float, top: float, wide: float, high: float) -> Axes:
+        return canvas.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+
+    top = 0.0
+    for name, row in rows:
+        top += heading
+        canvas.text(GAP / 2 / width, 1 - (top - 0.05) / height, name, fontsize=8, weight="bold", parse_math=False)
+        for place, panel in enumerate(row):
+            left, above = GAP / 2 + place % across * cell, top + place // across * line + TITLE - GAP / 2
+            high = wide * _aspect(panel.sketch)
+            heat = _draw_panel(axes_at(left, above, wide, high), panel)
+            if heat is not None:
+                beside = axes_at(left + wide + 0.04, above, 0.07, high)
+                canvas.colorbar(heat, cax=beside).ax.tick_params(labelsize=6, length=2, pad=1)
+        top += line * -(-len(row) // across)
+    return _png(canvas)
+
+
+def _aspect(sketch: Sketch) -> float:
+    """Height of a panel over its width: the canvas' own within limits, beyond which it is stretched."""
+    if sketch.curves:
+        return min(1.2, 0.3 + 0.12 * sketch.grid[0])
+    return min(max(sketch.canvas.shape[1] / sketch.canvas.shape[2], 0.3), 1.5)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
+    """Draw in units of tokens, (0, 0) being the top left corner; gives the heat map where there is one."""
+    (rows, columns), canvas = panel.sketch.grid, panel.sketch.canvas[0].float().cpu()
+    whole: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
+    heat = None
+    axes.set_title(panel.title, fontsize=7, pad=2, loc="left")
+    if panel.colours is not None:
+        axes.imshow(panel.colours.nan_to_num(1.0).view(rows, columns, 3).numpy(), **whole)
+    elif not panel.sketch.curves:
+        grey = canvas if canvas.ndim == 2 or panel.heat is None else canvas.mean(-1)
+        axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, **whole)
+    if panel.heat is not None:
+        values = panel.heat.view(rows, columns).numpy()
+        axes.imshow(np.where(np.isnan(values), 1.0, np.nan), cmap="gray", vmin=0, vmax=1, alpha=0.75, **whole)
+        heat = axes.imshow(values, cmap="viridis", alpha=0.75, **whole)
+    if panel.sketch.curves and panel.colours is None:
+        _draw_curves(axes, canvas, rows, columns)
+    if panel.path is not None:
+        axes.imshow(np.ones((1, 1)), cmap="gray", vmin=0, vmax=1, alpha=0.6, **whole)
+        axes.plot(panel.path % columns + 0.5, panel.path // columns + 0.5, color="C1", linewidth=1)
+        axes.plot(panel.path[0] % columns + 0.5, panel.path[0] // columns + 0.5, "o", color="C1", markersize=5)
+    for colour, token in (panel.marks or {}).items():
+        frame = Rectangle(
+            (token % columns, token // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False
+        )
+        frame.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
+        axes.add_patch(frame)
+    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+    return heat
+
+
+def _draw_curves(axes: Axes, curves: Tensor, rows: int, columns: int) -> None:
+    """Curves [L, C] from their lowest to their highest value, in a row each where there are as many, else together."""
+    length, count = curves.shape
+    bands = count if rows == count else 1
+    high = rows / bands
+    for band, together in enumerate(curves.chunk(bands, dim=1)):
+        finite = together[together.isfinite()]
+        low, top = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+        heights = (band + 0.95 - 0.9 * (together - low) / max(float(top - low), 1e-12)) * high
+        axes.plot((np.arange(length) + 0.5) / length * columns, heights, linewidth=0.8)
 
 
 def page(folder: Path, *, title: str, body: str, figures: Sequence[Figure], foot: str) -> None:

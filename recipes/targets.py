@@ -55,7 +55,9 @@ def read_target(
 
 
 def is_run(target: str) -> bool:
-    return (Path(target) / "config.json").is_file()
+    """A folder with a config.json that is not one of the Hugging Face layout."""
+    file = Path(target) / "config.json"
+    return file.is_file() and "model_type" not in read_saved(file)
 
 
 def default_out(target: str, task: str) -> str:

@@ -13,7 +13,7 @@ from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
 from nepa_core.runtime.run import Run
-from recipes.released import read_released
+from recipes.released import NetworkState, State, digests, find, new_weights, read_released
 from recipes.targets import is_run
 
 FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "mask_token")
@@ -55,8 +55,11 @@ def read_weights(name: str) -> Weights:
     """
     if is_run(name):
         return _of_run(name)
-    released = read_released(name)
-    return Weights(name, released.config, released.causal, None, 0, released.model, released.head, name)
+    folder = find(name, "init")
+    released = read_released(folder)
+    model, head = released.averaged or (released.model, released.head)
+    digest = ", ".join(digests(folder).values())
+    return Weights(name, released.config, released.causal, None, 0, model, head, digest)
 
 
 def _of_run(name: str) -> Weights:
@@ -71,12 +74,25 @@ def _of_run(name: str) -> Weights:
         data = load_adapter(saved)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
-    tensors = current_weights(checkpoint)
-    head = {name.removeprefix(HEAD): value for name, value in tensors.items() if name.startswith(HEAD)}
-    model = {name.removeprefix(BACKBONE): value for name, value in tensors.items() if not name.startswith(HEAD)}
+    model, head = split(current_weights(checkpoint))
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))
     return Weights(name, config, causal, data, seed, model, head, checkpoint.digest)
+
+
+def split(state: State) -> NetworkState:
+    """The state dict of a run's module, `NEPA` or `Classifier`, in its two parts."""
+    head = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
+    model = {name.removeprefix(BACKBONE): value for name, value in state.items() if not name.startswith(HEAD)}
+    return NetworkState(model, head)
+
+
+def joined(state: NetworkState) -> State:
+    """The way back of `split`: of `Classifier` where there is a head, else of `NEPA`."""
+    if not state.head:
+        return state.model
+    parts = {BACKBONE: state.model, HEAD: state.head}
+    return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
 
 
 def _part(saved: dict[str, Any], key: str) -> dict[str, Any]:
@@ -102,18 +118,9 @@ def load_backbone(model: nn.Module, config: PredictorConfig, weights: Weights) -
         UserError: the two networks differ; every differing key or tensor is listed.
     """
     check_shape(config, weights)
-    expected = model.state_dict()
+    expected = {name: value.shape for name, value in model.state_dict().items()}
     given = {name: value for name, value in weights.model.items() if name != "mask_token" or name in expected}
-    new = sorted(name for name in expected.keys() - given.keys() if name.endswith((".q_norm.weight", ".k_norm.weight")))
-    wrong = [f"{name} is missing" for name in sorted(expected.keys() - given.keys() - set(new))]
-    wrong += [f"{name} has no place" for name in sorted(given.keys() - expected.keys())]
-    wrong += [
-        f"{name} is {tuple(given[name].shape)} and not {tuple(expected[name].shape)}"
-        for name in sorted(expected.keys() & given.keys())
-        if given[name].shape != expected[name].shape
-    ]
-    if wrong:
-        raise UserError(f"init={weights.source} does not fit the recipe's network: {'; '.join(wrong)}")
+    new = new_weights(expected, given, f"init={weights.source}")
     model.load_state_dict(given, strict=False)  # what strictness would find has been listed above
     return new
 

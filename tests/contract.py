@@ -58,6 +58,7 @@ def check_modality(modality: Modality) -> None:
         check_samples_do_not_mix,
         check_order_is_a_permutation,
         check_order_can_be_undone,
+        check_sketch,
         check_embedder,
         check_future_is_hidden,
         check_masked_tokens_are_ignored,
@@ -197,6 +198,27 @@ def check_order_can_be_undone(modality: Modality) -> None:
     assert torch.equal(read.canonical(read.values), canonical.values), (
         "bringing the tokens of read(batch) back to canonical order does not give tokenize(batch): "
         "don't override read; give the permutation in order(tokens)"
+    )
+
+
+def check_sketch(modality: Modality) -> None:
+    batch = _batch(modality)
+    tokens = modality.read(batch)
+    samples, count, _ = tokens.values.shape
+    sketch = modality.describe(tokens)
+    canvas, (rows, columns) = sketch.canvas, sketch.grid
+    dims, form = ((3,), "[B, L, C] for curves") if sketch.curves else ((3, 4), "[B, H, W] or [B, H, W, 3]")
+    fits = len(canvas) == samples and canvas.ndim in dims and (canvas.ndim == 3 or canvas.shape[-1] == 3)
+    assert fits, f"describe(tokens) gives a canvas of shape {_shape(canvas)} for {samples} samples: make it {form}"
+    assert sketch.curves or (canvas.min() >= 0 and canvas.max() <= 1), (
+        "describe(tokens) gives a canvas beyond 0 to 1: scale the pictures"
+    )
+    assert rows * columns == count, (
+        f"describe(tokens) gives a grid of {rows} x {columns} cells for {count} tokens: make it one cell a token"
+    )
+    straight = modality.describe(modality.tokenize(batch)).canvas
+    assert torch.allclose(canvas, straight, atol=1e-4, equal_nan=True), (
+        "describe(tokens) draws reordered tokens where they do not lie: bring them back with tokens.canonical(...)"
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, default_collate
 
 from modalities.image import Images
 from nepa_core.basics import Batch, UnreadableSample
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality, Sketch, Tokens
 from tests.contract import check_modality
 
 LENGTH, CHANNELS = 9, 2
@@ -237,6 +237,29 @@ class Ordered(Sound):
 )
 def test_defects_of_an_order_are_told(by: Any, words: str) -> None:
     refuses(Ordered(by=by), words)
+
+
+class Drawn(Sound):
+    by: Any
+
+    def describe(self, tokens: Tokens) -> Sketch:
+        sketch: Sketch = self.by(tokens, super().describe(tokens))
+        return sketch
+
+
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        (lambda t, s: replace(s, canvas=s.canvas[:1]), r"shape \[1, 2, 9\] for 6 samples: make it \[B, H, W\] or"),
+        (lambda t, s: replace(s, canvas=s.canvas[..., None]), r"shape \[6, 2, 9, 1\]"),
+        (lambda t, s: replace(s, canvas=s.canvas[..., None], curves=True), r"make it \[B, L, C\] for curves"),
+        (lambda t, s: replace(s, canvas=2 * s.canvas), "beyond 0 to 1"),
+        (lambda t, s: replace(s, grid=(2, 4)), "2 x 4 cells for 9 tokens: make it one cell a token"),
+        (lambda t, s: Sketch(t.values, (1, 9), curves=True), "reordered tokens where they do not lie"),
+    ],
+)
+def test_defects_of_a_sketch_are_told(by: Any, words: str) -> None:
+    refuses(Drawn(by=by), words)
 
 
 class Reversed(Sound):

@@ -204,8 +204,8 @@ def _all(data: Any) -> list[dict[str, Tensor]]:
             "model.gated is True in the recipe and False in the weights; model.bos",
         ),
         ({"model__layer_scale": None}, "model.layer_scale is none in the recipe and some in the weights"),
-        ({"data__size": 5}, "embed.weight is (16, 4) and not (16, 5)"),
-        ({"init": "nowhere/at_all"}, "nowhere/at_all"),
+        ({"data__size": 5}, "1 misshapen: embed.weight [16, 4] instead of [16, 5]"),
+        ({"init": "nowhere/at/all"}, "init=nowhere/at/all: there is no such folder"),
     ],
 )
 def test_a_start_that_does_not_fit_is_told_key_by_key(pretrained: str, changes: dict[str, Any], said: str) -> None:
@@ -224,10 +224,10 @@ def test_only_qk_norm_weights_may_be_new(pretrained: str) -> None:
     assert all(torch.equal(model.backbone.state_dict()[name], torch.ones(8)) for name in new)
     weights = read_weights(pretrained)
     bare = weights._replace(model={k: v for k, v in weights.model.items() if k not in ("bos", "embed.bias")})
-    with pytest.raises(UserError, match=r"bos is missing; embed\.bias is missing"):
+    with pytest.raises(UserError, match=r"2 missing: bos, embed\.bias"):
         load_backbone(model.backbone, config.model, bare)
     more = weights._replace(model=weights.model | {"extra": torch.zeros(1)})
-    with pytest.raises(UserError, match="extra has no place"):
+    with pytest.raises(UserError, match="1 extra: extra"):
         load_backbone(model.backbone, config.model, more)
 
 

@@ -388,12 +388,18 @@ def test_a_run_in_sittings_is_the_uninterrupted_run_bit_for_bit(
     assert in_sittings(tiny.random(), tmp_path, sittings) == uninterrupted
 
 
-def test_a_run_in_sittings_with_other_workers_and_checkpoints_is_still_the_same(
+def test_a_run_in_sittings_with_other_workers_checkpoints_and_recomputing_is_still_the_same(
     tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:
     with pytest.raises(Interrupted):
         training(tiny.random(), tmp_path, step=interrupted_at({5}, make_step(tiny.random())))
-    free = {"train.workers": 2, "train.checkpoint": 5, "train.keep": 1, "train.max_unreadable": 0.5}
+    free = {
+        "train.workers": 2,
+        "train.checkpoint": 5,
+        "train.keep": 1,
+        "train.max_unreadable": 0.5,
+        "train.recompute": True,
+    }
     training(override(tiny.random(), free), tmp_path)
     assert stored(tmp_path) == uninterrupted
 

@@ -1,5 +1,4 @@
 import hashlib
-import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
@@ -20,6 +19,7 @@ from torchvision.transforms import v2
 from modalities.image import Images, patchify
 from modalities.image_data import AugmentedImages, DecodedImages, MemoryImages, open_images
 from nepa_core.basics import UnreadableSample, UserError
+from tests.pictures import encoded, open_folder, picture, pixels, write_parquet, write_tree
 
 
 def adapter(**changes: Any) -> Images:
@@ -32,38 +32,6 @@ def adapter(**changes: Any) -> Images:
         "std": (0.2, 0.3, 0.4),
     }
     return Images(**(settings | changes))
-
-
-def open_folder(root: Path, split: str = "train", **changes: Any) -> Any:
-    settings: dict[str, Any] = {"size": (8, 8), "channels": 3}
-    return open_images("folder", split, root=str(root), **(settings | changes))
-
-
-def picture(seed: int, width: int = 8, height: int = 8) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "png", **settings: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **settings)
-    return file.getvalue()
-
-
-def pixels(image: Image.Image) -> Tensor:
-    return rearrange(torch.from_numpy(np.array(image.convert("RGB"))), "h w c -> c h w")
-
-
-def write_tree(root: Path, files: dict[str, bytes]) -> None:
-    for name, content in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(content)
-
-
-def write_parquet(file: Path, images: list[bytes | None], labels: list[int | None], column: str = "image") -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{"bytes": image, "path": None} for image in images]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    pq.write_table(pa.table({column: pa.array(rows, kind), "label": labels, "other": labels}), file)
 
 
 # ---- tokens
@@ -282,9 +250,8 @@ def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     [
         {"picture": [b""], "label": [1]},
         {"image": [b""], "label": [1]},
-        {"image": [{"bytes": b""}], "labels": [1]},
+        {"image": [{"bytes": b""}], "target": [1]},
         {"image": [{"bytes": b""}], "label": ["cat"]},
-        {"image": [{"bytes": b""}, {"bytes": b""}], "label": [1, None]},
     ],
 )
 def test_parquet_files_with_other_columns_are_refused(tmp_path: Path, columns: dict[str, list[Any]]) -> None:
@@ -302,7 +269,7 @@ def test_torchvisions_cifar10_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     contents = {
         "train_list": ("data_batch_1", {"data": stored, "labels": [3, 1]}),
         "test_list": ("test_batch", {"data": stored[:1], "labels": [2]}),
-        "meta": ("batches.meta", {"label_names": ["a", "b"]}),
+        "meta": ("batches.meta", {"label_names": list("abcd")}),
     }
     for attribute, (name, content) in contents.items():
         raw = pickle.dumps(content)
@@ -313,6 +280,7 @@ def test_torchvisions_cifar10_is_read(tmp_path: Path, monkeypatch: pytest.Monkey
     sizes = {"size": (32, 32)}
     train, test = open_folder(tmp_path, **sizes), open_folder(tmp_path, "test", **sizes)
     assert (train.labels.tolist(), test.labels.tolist()) == ([3, 1], [2])
+    assert train.source.classes == tuple("abcd")
     assert torch.equal(train[1]["image"], torch.from_numpy(stored[1]).view(3, 32, 32))
 
 

@@ -1,6 +1,5 @@
 """The released checkpoints, loaded, compute what the authors' model computes."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,36 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nepa_core import NEPA, Tokens, UserError, next_embedding_loss
+from nepa_core import NEPA, Tokens, next_embedding_loss
 from recipes.heads import MeanHead
 from recipes.released import Released, read_released
+from tests.release import FACTS, FIXTURES, random_release, write_release
 
-FIXTURES = Path(__file__).parent / "fixtures" / "official_gelu"
 ALL_FOUND: tuple[list[str], list[str]] = ([], [])  # missing and unexpected keys of a released checkpoint
-
-# A small network with every feature that the fixtures lack; the names are those of the released config.json.
-FACTS: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "hidden_act": "silu",
-    "patch_size": 2,
-    "layer_norm_eps": 1e-12,
-    "layerscale_value": 1e-5,
-    "rope_theta": 100.0,
-    "pos_embed_rescale": 2.0,
-    "qk_norm": True,
-    "qk_norm_affine": True,
-    "qk_norm_bias": False,
-    "qkv_bias": True,
-    "use_gated_mlp": True,
-    "is_causal": True,
-    "drop_path_prob": 0.0,
-}
 
 
 def _patches(pixels: Tensor, patch: int) -> Tokens:
@@ -94,40 +72,6 @@ def test_the_authors_class_logits() -> None:
 
 
 # --------------------------------------------------------- gated MLP and QK-norm weights, which the fixtures lack
-
-
-def _random_release(facts: dict[str, Any]) -> dict[str, Tensor]:
-    """A random state dict in the released layout; every tensor matters to the output."""
-    generator = torch.Generator().manual_seed(0)
-    d, m, p = facts["hidden_size"], facts["intermediate_size"], facts["patch_size"]
-
-    def around(centre: float, *shape: int) -> Tensor:
-        return centre + 0.3 * torch.randn(shape, generator=generator)
-
-    state = {"embeddings.cls_token": around(0, 1, 1, d)}
-    norms, maps = {"layernorm": d}, {"embeddings.patch_embeddings.projection": (d, 3, p, p)}
-    for i in range(facts["num_hidden_layers"]):
-        layer = f"encoder.layer.{i}."
-        norms |= {f"{layer}layernorm_before": d, f"{layer}layernorm_after": d}
-        maps |= {f"{layer}attention.attention.{name}": (d, d) for name in ("query", "key", "value")}
-        maps |= {f"{layer}attention.output.dense": (d, d), f"{layer}intermediate.up_proj": (m, d)}
-        maps |= {f"{layer}output.dense": (d, m)}
-        if facts["use_gated_mlp"]:
-            maps[f"{layer}intermediate.gate_proj"] = (m, d)
-        if facts["qk_norm_affine"]:
-            head = d // facts["num_attention_heads"]
-            state |= {f"{layer}attention.attention.{name}.weight": around(1, head) for name in ("q_norm", "k_norm")}
-        state |= {f"{layer}{name}.lambda1": around(0.5, d) for name in ("layer_scale", "output.layer_scale")}
-    for name, shape in maps.items():
-        state |= {f"{name}.weight": around(0, *shape), f"{name}.bias": around(0, shape[0])}
-    for name, width in norms.items():
-        state |= {f"{name}.weight": around(1, width), f"{name}.bias": around(0, width)}
-    return {f"vit_nepa.{name}": tensor for name, tensor in state.items()}
-
-
-def _write(folder: Path, facts: dict[str, Any], state: dict[str, Tensor]) -> None:
-    (folder / "config.json").write_text(json.dumps(facts))
-    save_file(state, folder / "model.safetensors")
 
 
 def _released_forward(
@@ -190,8 +134,8 @@ def _released_forward(
 @pytest.mark.parametrize("gated", [True, False])
 def test_gated_and_affine_checkpoints_load_by_the_same_code(gated: bool, affine: bool, tmp_path: Path) -> None:
     facts = FACTS | {"use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu", "qk_norm_affine": affine}
-    state = _random_release(facts)
-    _write(tmp_path, facts, state)
+    state = random_release(facts)
+    write_release(tmp_path, facts, state)
     released = read_released(tmp_path)
     model = _model(released)
     assert sum(p.numel() for p in model.parameters()) == sum(tensor.numel() for tensor in state.values())
@@ -212,51 +156,3 @@ def test_a_checkpoint_without_qk_norm_weights_leaves_exactly_those_at_one() -> N
     assert set(missing) == weights
     assert unexpected == []
     assert all((model.state_dict()[name] == 1).all() for name in weights)
-
-
-# ------------------------------------------------------------------------------------------------------- errors
-
-
-def _complaint(folder: Path) -> str:
-    with pytest.raises(UserError) as error:
-        read_released(folder)
-    message = str(error.value)
-    assert "\n" not in message
-    return message
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
-    _write(tmp_path, FACTS, _random_release(FACTS))
-    (tmp_path / name).unlink()
-    assert f"{tmp_path / name} is missing" in _complaint(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_truncated_file_is_named(name: str, tmp_path: Path) -> None:
-    _write(tmp_path, FACTS, _random_release(FACTS))
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[: len(content) // 2])
-    message = _complaint(tmp_path)
-    assert str(tmp_path / name) in message
-    assert "fetch it again" in message
-
-
-@pytest.mark.parametrize(
-    "name", ["vit_nepa.encoder.layer.0.attention.surprise.weight", "vit_nepa.encoder.layer.x.norm", "decoder.weight"]
-)
-def test_a_tensor_of_another_layout_is_named(name: str, tmp_path: Path) -> None:
-    _write(tmp_path, FACTS, _random_release(FACTS) | {name: torch.zeros(1)})
-    assert name in _complaint(tmp_path)
-
-
-@pytest.mark.parametrize("key", ["hidden_size", "is_causal", "patch_size"])
-def test_a_missing_setting_is_named(key: str, tmp_path: Path) -> None:
-    _write(tmp_path, {k: v for k, v in FACTS.items() if k != key}, _random_release(FACTS))
-    assert key in _complaint(tmp_path)
-
-
-@pytest.mark.parametrize(("key", "value"), [("qkv_bias", False), ("qk_norm_bias", True), ("hidden_act", "relu")])
-def test_a_setting_this_model_has_no_place_for_is_named(key: str, value: Any, tmp_path: Path) -> None:
-    _write(tmp_path, FACTS | {key: value}, _random_release(FACTS))
-    assert str(value) in _complaint(tmp_path)

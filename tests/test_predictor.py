@@ -224,6 +224,45 @@ def test_layer_scale_multiplies_both_branches() -> None:
         getattr(predictor.blocks[0], name).data.zero_()
 
 
+# ------------------------------------------------------------------------------------------------ recompute
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("mask", [None, HOLES], ids=["whole", "masked"])
+def test_recomputed_blocks_give_the_same_gradients_bit_for_bit(mask: Tensor | None, autocast: bool) -> None:
+    found = []
+    for recompute in (False, True):
+        predictor = _predictor(drop_path=0.5)
+        if recompute:
+            predictor.recompute_blocks()
+        torch.manual_seed(5)  # which paths are dropped
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append([*_outputs_and_gradients(predictor, True, mask), torch.rand(1)])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+
+
+def test_recomputing_keeps_less_for_the_backward_pass() -> None:
+    kept = []
+    for recompute in (False, True):
+        predictor, sizes = _predictor(), list[int]()
+        if recompute:
+            predictor.recompute_blocks()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            predictor(_inputs().requires_grad_(), COORDS, causal=True)
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 4
+
+
+@pytest.mark.parametrize("why", ["traced", "without gradient"])
+def test_nothing_is_recomputed_where_nothing_would_be_saved(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor, trace = _predictor(attention="eager"), Trace()
+    predictor.recompute_blocks()
+    monkeypatch.setattr("nepa_core.predictor.checkpoint", None)  # calling it would fail
+    with torch.set_grad_enabled(why == "traced"):
+        predictor(_inputs(), COORDS, causal=True, trace=trace if why == "traced" else None)
+    assert len(trace.attention) == (SHAPE["depth"] if why == "traced" else 0)
+
+
 # ------------------------------------------------------------------------------------------------- switches
 
 SWITCHES = [*itertools.product([True, False], ["off", "plain", "affine"], [None, 1.0], [None, 100.0], [True, False])]

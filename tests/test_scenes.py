@@ -246,6 +246,15 @@ def test_the_grid_follows_the_image_and_the_order_the_grid(tree: Path) -> None:
         data.tokenize({"image": image.float()})
 
 
+@pytest.mark.parametrize("order", ["raster", "hilbert"])
+def test_scenes_are_drawn_as_they_are_in_any_order(tree: Path, order: str) -> None:
+    data = scenes(tree, patch_order=order)
+    image = torch.randint(0, 256, (2, 3, 12, 28), dtype=torch.uint8)
+    sketch = data.describe(data.read({"image": image}))
+    assert sketch.grid == (3, 7)
+    torch.testing.assert_close(sketch.canvas, image.permute(0, 2, 3, 1) / 255)
+
+
 def test_coordinates_span_the_same_range_more_densely_in_a_larger_image(tree: Path) -> None:
     data = scenes(tree)
 

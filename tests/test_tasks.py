@@ -18,6 +18,7 @@ from recipes.cli import main
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
 from tests.conftest import ROOT
 from tests.contract import check_modality
+from tests.pictures import encoded, picture, write_tree
 from tests.tiny import CPU
 
 ALONE = World(0, 1, CPU)
@@ -177,6 +178,22 @@ def test_bench_measures_against_references(against: str, capsys: pytest.CaptureF
     found = re.search(rf"bare {against}, time +(\d+\.\d+)", capsys.readouterr().out, re.IGNORECASE)
     assert found is not None
     assert 0.2 < float(found[1]) < 5
+
+
+def test_bench_measures_loading_against_bare_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        content = encoded(picture(0, 64, 48), "jpeg")
+        write_tree(tmp_path, {f"{split}/a/{row}.jpg": content for row in range(3)} | {f"{split}/a/torn.jpg": b"\xff"})
+    words = ["bench", "recipes.vision:base_in1k", f"data.root={tmp_path}", "against=decode", "repeats=2"]
+    assert main(words) == 0
+    rows = dict(re.findall(r"^(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
+    figures = {name: float(value.replace(",", "")) for name, value in rows.items()}
+    assert 0.05 < figures["ours / bare, images/s"] < 5
+    assert figures["images/s per core"] * figures["cores for the 2,000 images/s of an H100"] == pytest.approx(
+        2000, 0.01
+    )
+    assert main([*words, "data.in_memory=true"]) == 2
+    assert "data.in_memory=false" in capsys.readouterr().err
 
 
 @pytest.mark.slow

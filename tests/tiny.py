@@ -156,6 +156,8 @@ def training(
     run.open(config)
     world = World(0, 1, CPU)
     model = build_model(config)
+    if config.train.recompute:
+        model.predictor.recompute_blocks()
     ema = Ema(model, config.train.ema or 0.9)
     result = fit(
         model=model,

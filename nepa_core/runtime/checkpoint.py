@@ -117,8 +117,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if digest != _record_digest(state):
             raise UserError(f"checkpoint {path} is damaged: state.json is not as it was written")
         files = state.pop("files")
-        for name, digest in files.items():
-            if _digest(path / name) != digest:
+        for name, written in files.items():
+            if _digest(path / name) != written:
                 raise UserError(f"checkpoint {path} is damaged: {name} is not as it was written")
         tensors = {Path(name).stem: load_file(path / name) for name in files}
         return Checkpoint(state.pop("step"), tensors, state, digest)

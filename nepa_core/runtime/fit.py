@@ -50,6 +50,7 @@ class TrainConfig(BaseModel):
         ema: decay of the averaged weights, or None for none. Where there is an average it is what is judged.
         precision: "auto" is bfloat16 autocast on CUDA devices that have it and float32 elsewhere.
         compile: run the predictor's blocks through torch.compile.
+        recompute: activation checkpointing, see `Predictor.recompute_blocks`: less memory for more time.
         workers: processes that load data, for each rank; 0 loads in the main process.
         log, evaluate, checkpoint: steps between lines of metrics, held-out measurements, checkpoints.
         keep: checkpoints that are kept.
@@ -65,6 +66,7 @@ class TrainConfig(BaseModel):
     ema: float | None = Field(gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
+    recompute: bool = False
     workers: int = Field(ge=0)
     log: int = Field(gt=0)
     evaluate: int = Field(gt=0)

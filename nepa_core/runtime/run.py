@@ -25,7 +25,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.checkpoint import disk_errors, write_whole
 from nepa_core.runtime.config import Config, differences, load_config, save_config
 
-FREE_KEYS = ("train.workers", "train.checkpoint", "train.keep", "train.max_unreadable")
+FREE_KEYS = ("train.workers", "train.checkpoint", "train.keep", "train.max_unreadable", "train.recompute")
 """Keys that may change between two sittings of a run: they do not touch what is computed."""
 
 

@@ -1,0 +1,146 @@
+"""What is done to a decoded image before it is stacked into a batch: fitting it to size, and augmentation.
+
+Everything here takes and gives uint8 pixels [C, H, W] and draws from torch's global generator, which the loader
+seeds for every batch. timm draws from Python's `random` and from NumPy: both are seeded from it first.
+
+Random erasing fills a rectangle with N(0, 1) noise in standardised pixels, which uint8 can't hold (with mean and
+std 0.5 a third of it would be clipped). So the worker draws the rectangle and the batch carries it, and
+`Images.tokenize` fills it on the device, after it has standardised: a function of the batch, as it must be.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL.Image import Resampling
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
+
+Augment = Literal["none", "crop", "crop_flip", "randaugment"]
+Transform = Callable[[Tensor], Tensor]
+"""From uint8 [C, h, w] to uint8 [C, H, W]."""
+
+RANDAUGMENT = "rand-m9-mstd0.5-inc1"
+"""timm's name for RandAugment(9, 0.5): two operations of magnitude 9 ± 0.5, each applied with probability 0.5."""
+
+
+def augmentation(augment: Augment, size: tuple[int, int], mean: Sequence[float]) -> Transform | None:
+    """The random transform of a training image to `size`, or None for augment="none".
+
+    Args:
+        augment: "crop" is RandomResizedCrop (bicubic, antialiased; 8 to 100 % of the area, sides 3:4 to 4:3),
+            "crop_flip" adds a horizontal flip with probability 0.5, "randaugment" adds timm's RandAugment.
+        mean: of each channel between 0 and 1: what RandAugment fills empty corners with.
+    """
+    if augment == "none":
+        return None
+    steps: list[Transform] = [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)]
+    if augment != "crop":
+        steps.append(v2.RandomHorizontalFlip())
+    if augment == "randaugment":
+        steps.append(RandAugment(size, mean))
+    return steps[0] if len(steps) == 1 else v2.Compose(steps)
+
+
+class CentreCrop:
+    """Scale (bicubic, antialiased) to cover `size` / `ratio`, then crop `size` at the centre.
+
+    For a square this is torchvision's Resize and CenterCrop on a PIL image, and timm's evaluation with crop_pct.
+    """
+
+    def __init__(self, size: tuple[int, int], ratio: float = 1.0) -> None:
+        self.size = size
+        self.frame = [int(side / ratio) for side in size]
+
+    def __call__(self, image: Tensor) -> Tensor:
+        height, width = self.frame
+        h, w = image.shape[-2:]
+        if (h, w) == (height, width) == self.size:
+            return image
+        cover = [max(height, int(width * h / w)), max(width, int(height * w / h))]
+        scaled = resize(to_pil_image(image), cover, interpolation=v2.InterpolationMode.BICUBIC)
+        cropped: Tensor = pil_to_tensor(center_crop(scaled, list(self.size)))
+        return cropped
+
+
+class RandAugment:
+    """RandAugment(9, 0.5) as timm makes it for an image of this size, with bicubic interpolation."""
+
+    def __init__(self, size: tuple[int, int], mean: Sequence[float]) -> None:
+        from timm.data.auto_augment import rand_augment_transform  # two seconds to import
+
+        self.transform = rand_augment_transform(
+            RANDAUGMENT,
+            {
+                "translate_const": int(min(size) * 0.45),
+                "img_mean": tuple(min(255, round(255 * each)) for each in mean),
+                "interpolation": Resampling.BICUBIC,
+            },
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        seed_libraries()
+        changed: Tensor = pil_to_tensor(self.transform(to_pil_image(image)))
+        return changed
+
+
+class ErasedBox:
+    """Draws the rectangle of timm's RandomErasing: 2 to 33 % of the area, sides 0.3 to 1 / 0.3.
+
+    A call gives int64 [6]: top, left, height and width in pixels (height and width 0 with probability
+    1 - `probability`), and the (y, x) of a window in the field of noise that `erase` reads.
+    """
+
+    def __init__(self, probability: float, size: tuple[int, int]) -> None:
+        from timm.data.random_erasing import RandomErasing
+
+        self.size = size
+        self.erasing = RandomErasing(probability, mode="const", device="cpu")
+
+    def __call__(self) -> Tensor:
+        seed_libraries()
+        gone = self.erasing(torch.ones(1, *self.size))[0] == 0
+        rows, columns = gone.any(dim=1).nonzero(), gone.any(dim=0).nonzero()
+        window = [int(torch.randint(side, ())) for side in self.size]
+        if not len(rows):
+            return torch.tensor([0, 0, 0, 0, *window])
+        return torch.tensor([int(rows[0]), int(columns[0]), len(rows), len(columns), *window])
+
+
+def erase(images: Tensor, boxes: Tensor) -> Tensor:
+    """Fill the rectangles of `ErasedBox` with noise, a function of the arguments alone.
+
+    The noise of a sample is a window of one fixed field of N(0, 1), four times as large as the image, at an offset
+    that its box holds: no generator is drawn from on the device, and nothing waits for it.
+
+    Args:
+        images: [B, C, H, W] standardised. boxes: [B, 6] int64 on the same device.
+    """
+    top, left, height, width, noise_y, noise_x = boxes.T[..., None]  # [B, 1] each
+    channels, rows, columns = images.shape[1:]
+    y, x = torch.arange(rows, device=images.device), torch.arange(columns, device=images.device)
+    inside_y, inside_x = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
+    inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
+    field = _noise(channels, rows, columns, images.device)
+    noise = field[:, (noise_y + y)[:, :, None], (noise_x + x)[:, None, :]].transpose(0, 1)
+    return torch.where(inside, noise, images)
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # the cache outlives a caller's inference mode
+def _noise(channels: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(channels, 2 * rows, 2 * columns, generator=draw).to(device)
+
+
+def seed_libraries() -> None:
+    """Seed Python's `random` and NumPy from torch's global generator."""
+    seed = int(torch.randint(2**32, ()))
+    random.seed(seed)
+    np.random.seed(seed)

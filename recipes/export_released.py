@@ -1,0 +1,227 @@
+"""nepa export: a run of pretrain or finetune on images becomes a folder in the released Hugging Face layout.
+
+Written are config.json, preprocessor_config.json, model.safetensors and, where the run has averages,
+ema.safetensors. What `nepa import` read comes out again byte for byte, unknown fields of config.json included.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
+
+from modalities.image import Images
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.runtime.checkpoint import Checkpoint, disk_errors, load_latest
+from nepa_core.runtime.config import load_config, read_saved
+from nepa_core.runtime.distributed import world
+from nepa_core.runtime.run import Run
+from recipes.finetune import FinetuneConfig
+from recipes.import_released import RECORD
+from recipes.pretrain import PretrainConfig
+from recipes.released import AVERAGED, RAW, NetworkState, State, folded, layout, mismatch, to_released, write_released
+from recipes.targets import is_run
+from recipes.weights import current_weights, split
+
+Trained = PretrainConfig | FinetuneConfig
+
+
+class Options(BaseModel):
+    """Options of `nepa export`."""
+
+    model_config = FROZEN
+
+    out: str | None = Field(default=None, description="folder to write, new or empty; must be given")
+    weights: Literal["raw", "ema"] = Field(
+        default="raw", description=f"what goes into {RAW}; with raw the averages, where there are any, into {AVERAGED}"
+    )
+    fold_layer_scale: bool = Field(
+        default=False, description="multiply the LayerScale vectors into the maps before them, and leave them out"
+    )
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    if changes:
+        raise UserError(f"nepa export writes a run as it is; {next(iter(changes))} is not one of its options")
+    if options.out is None:
+        raise UserError("nepa export needs out=DIR, the folder to write")
+    with world() as ranks:
+        if ranks.is_main:
+            print(export_released(Run(Path(target)), Path(options.out), options))
+
+
+def read_config(target: str, changes: dict[str, Any]) -> Trained:
+    """The config of a run of pretrain or finetune.
+
+    Raises:
+        UserError: it is not a run, or of another task.
+    """
+    if not is_run(target):
+        raise UserError(f"{target} is not a run folder; name one that pretrain, finetune or import wrote")
+    file = Path(target) / "config.json"
+    task = read_saved(file).get("task", PretrainConfig.task)
+    kinds: dict[str, type[PretrainConfig] | type[FinetuneConfig]] = {
+        kind.task: kind for kind in (PretrainConfig, FinetuneConfig)
+    }
+    if task not in kinds:
+        raise UserError(f"{target} is a run of `nepa {task}`; the released layout has pre-trained and fine-tuned ones")
+    return load_config(kinds[task], file)
+
+
+def export_released(run: Run, out: Path, options: Options) -> str:
+    """Write the newest weights of a run.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        UserError: the run holds something that the layout has no place for, or no weights, or `out` is not empty.
+    """
+    config = read_config(str(run.path), {})
+    data = images_of(config, run)
+    checkpoint, notes = load_latest(run.checkpoints)
+    if checkpoint is None:
+        raise UserError(notes[-1] if notes else f"{run.checkpoints} holds no checkpoint; finish that run first")
+    states = network_states(checkpoint)
+    if options.weights == "ema":
+        if AVERAGED not in states:
+            raise UserError(f"weights=ema: {run.path} has no averages; leave it out")
+        states = {RAW: states[AVERAGED]}
+    model = config.model
+    if options.fold_layer_scale:
+        states = {name: state._replace(model=folded(state.model)) for name, state in states.items()}
+        model = model.model_copy(update={"layer_scale": None})
+    classes = len(states[RAW].head.get("classifier.bias", ()))
+    places = layout(model, patch=data.patch[0], channels=data.channels, classes=classes)
+    ours = {name: place.ours for table in places for name, place in table.items()}
+    for state in states.values():
+        if complaint := mismatch(ours, state.model | state.head):
+            raise UserError(f"{run.path} is not of a network in the released layout: {complaint}")
+    record = run.summary(RECORD) or {}
+    facts = released_facts(config, data, model.layer_scale, labels_of(run, classes))
+    if "config" not in record:
+        facts["dtype"] = str(states[RAW].model["bos"].dtype).removeprefix("torch.")
+    write_whole_folder(
+        out,
+        over(record.get("config", {}), facts),
+        over(record.get("preprocessor", {}), preprocessor_of(data)),
+        {name: to_released(state, places) for name, state in states.items()},
+    )
+    return f"{out}: {' and '.join(states)}, {'averaged' if options.weights == 'ema' else 'raw'} weights in {RAW}"
+
+
+def images_of(config: Trained, run: Run) -> Images:
+    """The adapter of a run that has a place in the layout.
+
+    Raises:
+        UserError: it has none; all the keys that stand in the way are listed.
+    """
+    if not isinstance(config.data, Images):
+        raise UserError(f"{run.path}: the released layout holds images, not {type(config.data).__name__}")
+    data, model = config.data, config.model
+    wrong = {
+        f"data.size={data.size}": data.size[0] != data.size[1],
+        f"data.patch={data.patch}": data.patch[0] != data.patch[1],
+        f"data.patch_order={data.patch_order}": data.patch_order != "raster",
+        f"model.rope_theta={model.rope_theta}": model.rope_theta is None,
+        f"model.bos={model.bos}": not model.bos,
+        f"model.mask_token={model.mask_token}": model.mask_token,
+        f"model.learned_positions={model.learned_positions}": model.learned_positions > 0,
+        "readout=last": isinstance(config, FinetuneConfig) and config.readout != "mean",
+    }
+    if any(wrong.values()):
+        listed = ", ".join(key for key, stands in wrong.items() if stands)
+        raise UserError(f"{run.path}: the released layout has no place for {listed}")
+    return data
+
+
+def network_states(checkpoint: Checkpoint) -> dict[str, NetworkState]:
+    """The weights as they are and, where there are averages, the averaged ones, by the file they go to."""
+    states = {RAW: split(checkpoint.tensors["model"])}
+    if "ema" in checkpoint.tensors:
+        states[AVERAGED] = split(current_weights(checkpoint))
+    return states
+
+
+def labels_of(run: Run, classes: int) -> list[str]:
+    """Names of the classes: those of the finished run, else those that were imported, else numbers."""
+    names = (run.summary() or {}).get("classes")
+    imported = ((run.summary(RECORD) or {}).get("config") or {}).get("id2label", {})
+    found = names or [imported[str(i)] for i in range(len(imported))]
+    return found if len(found) == classes else [f"LABEL_{i}" for i in range(classes)]
+
+
+def released_facts(config: Trained, data: Images, layer_scale: float | None, labels: list[str]) -> dict[str, Any]:
+    """config.json of the release for a run."""
+    model = config.model
+    causal = config.causal if isinstance(config, FinetuneConfig) else config.objective.causal
+    facts = {
+        "model_type": "vit_nepa",
+        "architectures": ["ViTNepaForImageClassification" if labels else "ViTNepaForPreTraining"],
+        "hidden_size": model.dim,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.heads,
+        "intermediate_size": model.mlp_dim,
+        "hidden_act": model.activation,
+        "image_size": data.size[0],
+        "patch_size": data.patch[0],
+        "num_channels": data.channels,
+        "layer_norm_eps": model.norm_eps,
+        "layerscale_value": layer_scale,
+        "rope_theta": model.rope_theta,
+        "pos_embed_rescale": model.rope_rescale if model.rope_rescale != 1 else None,
+        "pos_embed_shift": None,
+        "pos_embed_jitter": None,
+        "qk_norm": model.qk_norm != "off",
+        "qk_norm_affine": model.qk_norm == "affine",
+        "qk_norm_bias": False,
+        "qkv_bias": True,
+        "use_gated_mlp": model.gated,
+        "is_causal": causal,
+        "drop_path_prob": model.drop_path,
+        "add_pooling_layer": True,
+    }
+    if labels:
+        facts["id2label"] = {str(i): name for i, name in enumerate(labels)}
+        facts["label2id"] = {name: i for i, name in enumerate(labels)}
+    return facts
+
+
+def preprocessor_of(data: Images) -> dict[str, Any]:
+    """preprocessor_config.json: the reading of an image that `Images` does, as the library's ViT names it."""
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": data.size[0], "width": data.size[1]},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(data.mean),
+        "image_std": list(data.std),
+    }
+
+
+def over(original: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """The original with the facts that differ; what is equal keeps its form."""
+    return original | {key: value for key, value in facts.items() if key not in original or original[key] != value}
+
+
+def write_whole_folder(out: Path, facts: dict[str, Any], preprocessor: dict[str, Any], files: dict[str, State]) -> None:
+    """Write the folder whole or not at all.
+
+    Raises:
+        UserError: something stands there already, or the disk is full.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} exists and is not an empty folder; name another one")
+    building = out.with_name(f".writing_{out.name}")
+    with disk_errors(out):
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            write_released(building, facts, preprocessor, files)
+            building.rename(out)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)

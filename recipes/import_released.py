@@ -1,0 +1,136 @@
+"""nepa import: a checkpoint in the released layout becomes a run, for probe, inspect, export and init=.
+
+DIR is a folder with config.json and model.safetensors (and ema.safetensors, the averaged weights), or a name on the
+Hugging Face hub, OWNER/NAME. A fine-tuned checkpoint becomes a run of `nepa finetune`, a pre-trained one a run of
+`nepa pretrain`, which train on from these weights. The rest of the run's config is that of the released recipe;
+any key of it can be set, data.root=DIR above all, but for those that the weights decide. The source, its SHA-256 and
+its whole config.json are kept in import.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.runtime.checkpoint import Checkpoint, load_latest, save_checkpoint
+from nepa_core.runtime.config import override
+from nepa_core.runtime.distributed import world
+from nepa_core.runtime.run import Run
+from recipes import vision
+from recipes.finetune import FinetuneConfig, short
+from recipes.pretrain import PretrainConfig, provenance
+from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
+from recipes.weights import joined
+
+RECORD = "import.json"
+DECIDED = ("data.patch", "data.channels", "causal", "objective.causal", "readout")
+"""Keys that come with the weights, as all of the network's do."""
+
+
+class Options(BaseModel):
+    """Options of `nepa import`."""
+
+    model_config = FROZEN
+
+    out: str | None = Field(default=None, description="run folder; default runs/NAME-OF-THE-CHECKPOINT")
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    run = Run(Path(options.out or f"runs/{Path(target).resolve().name}"))
+    with world() as ranks:
+        if ranks.is_main:
+            print(import_released(target, run, changes))
+
+
+def read_config(target: str, changes: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
+    """The config of the run that a checkpoint becomes."""
+    return run_config(read_released(find(target)), changes)
+
+
+def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
+    """Write the run of a released checkpoint; what was imported before stays as it is.
+
+    Returns:
+        What to tell the user.
+
+    Raises:
+        UserError: the checkpoint can't be read (see `read_released`), or the folder holds another run.
+    """
+    folder = find(source)
+    released = read_released(folder)
+    config = run_config(released, changes)
+    record = {
+        "source": source,
+        "sha256": digests(folder),
+        "config": released.facts.model_dump(mode="json", exclude_unset=True),
+        "preprocessor": released.preprocessor,
+        "made_with": provenance(),
+    }
+    before = run.summary(RECORD)
+    if before is None and (run.metrics_path.exists() or run.checkpoints.exists()):
+        raise UserError(f"{run.path} holds a run that was trained here; name another folder with out=DIR")
+    if before is not None and before["sha256"] != record["sha256"]:
+        raise UserError(f"{run.path} holds other weights, from {before['source']}; name another folder with out=DIR")
+    run.open(config)
+    if before is None:
+        run.write_summary(record, RECORD)
+    if load_latest(run.checkpoints)[0] is None:
+        save_checkpoint(run.checkpoints, first_checkpoint(released), keep=1)
+    return describe(released, folder, run)
+
+
+def run_config(released: Released, changes: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
+    """The released recipe around this network.
+
+    Raises:
+        UserError: a change is to a key that the weights decide, or does not fit.
+    """
+    if decided := [key for key in changes if key.partition(".")[0] == "model" or key in DECIDED]:
+        raise UserError(f"{listed(decided)} can't be set: the checkpoint decides it")
+    facts, recipe = released.facts, vision.base_in1k()
+    found: dict[str, Any] = {
+        "model": released.config,
+        "data.size": (facts.image_size, facts.image_size),
+        "data.patch": (facts.patch_size, facts.patch_size),
+        "data.channels": facts.num_channels,
+        "data.mean": released.statistics("image_mean"),
+        "data.std": released.statistics("image_std"),
+    }
+    if released.averaged is None:
+        found["train.ema"] = None
+    if released.head:
+        return override(short(recipe), {**found, "causal": facts.is_causal, "readout": "mean", **changes})
+    return override(recipe, {**found, "objective.causal": facts.is_causal, **changes})
+
+
+def first_checkpoint(released: Released) -> Checkpoint:
+    """What the fit loop would store before its first step, so that the run can also be trained on."""
+    tensors = {"model": joined(NetworkState(released.model, released.head)), "optimizer": {}, "tally": {}}
+    if released.averaged is not None:
+        tensors["ema"] = joined(released.averaged)
+    state = {"metrics_bytes": 0, "seconds": 0.0, "tokens": 0, "tally_steps": 0, "unreadable": []}
+    return Checkpoint(0, tensors, state)
+
+
+def describe(released: Released, folder: Path, run: Run) -> str:
+    """What the run is, and what was left behind, in a few lines."""
+    facts, config = released.facts, released.config
+    count = sum(value.numel() for value in (*released.model.values(), *released.head.values()))
+    kind = f"fine-tuned for {len(released.labels)} classes" if released.head else "pre-trained"
+    lines = [
+        f"{run.path}: {kind}, {'causal' if facts.is_causal else 'bidirectional'}, {config.depth} layers of width "
+        f"{config.dim}, {count / 1e6:.1f} million parameters, patch {facts.patch_size}, image {facts.image_size}, "
+        f"{'with' if released.averaged else 'without'} averaged weights"
+    ]
+    averages = [path.name for path in pickles(folder) if "ema" in path.stem]
+    if averages and released.averaged is None:
+        lines.append(
+            f"Left behind: {listed(averages)}, averaged weights in a pickle, which can run code when read. Where you "
+            f"trust it, convert it to {AVERAGED} with torch.load(FILE, weights_only=True) and "
+            "safetensors.torch.save_file, and import into another folder."
+        )
+    return "\n".join(lines)

@@ -1,0 +1,342 @@
+"""nepa import and nepa export: a released checkpoint becomes a run and comes out again as it was."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modalities.image import Images, patchify
+from nepa_core.modality import Tokens
+from nepa_core.runtime.config import load_config, override
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
+from recipes.cli import main
+from recipes.finetune import FinetuneConfig, load_classifier
+from recipes.presets import small
+from recipes.pretrain import PretrainConfig, build_model, load_pretrained, pretrain
+from recipes.released import read_released
+from recipes.weights import read_weights
+from tests.conftest import ROOT
+from tests.release import FACTS, FIXTURES, random_release, write_release
+from tests.tiny import CPU
+
+ALONE = World(0, 1, CPU)
+LABELS = {"id2label": {"0": "ant", "1": "bee", "2": "cat"}, "label2id": {"ant": 0, "bee": 1, "cat": 2}}
+
+
+def convert(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """What a command that fails says: one line."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nepa: ")
+    assert said.count("\n") == 1
+    return said
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(ours, theirs.to(ours.dtype).view_as(ours), rtol=0, atol=tolerance)
+
+
+def tokens(data: Any, pixels: Tensor) -> Tokens:
+    """Standardised pixels as the adapter's tokens."""
+    plain = data.tokenize({"image": torch.zeros(pixels.shape, dtype=torch.uint8)})
+    return Tokens(patchify(pixels, data.patch), plain.coords)
+
+
+# ------------------------------------------------------------------------------------------------------- there and back
+
+
+def check_golden(kind: str, run: Path) -> None:
+    """The authors' outputs from the run of one of their checkpoints."""
+    expected = load_file(FIXTURES / kind / "expected.safetensors")
+    pixels = expected["pixel_values"]
+    if kind == "classify":
+        config = load_config(FinetuneConfig, run / "config.json")
+        classifier = load_classifier(config, read_weights(str(run)))
+        assert not config.causal
+        close(classifier(tokens(config.data, pixels), causal=config.causal), expected["logits"])
+        return
+    config, model = load_pretrained(Run(run), CPU)
+    assert config.objective.causal
+    for causal, name in ((True, "causal"), (False, "bidirectional")):
+        out = model(tokens(config.data, pixels), causal=causal)
+        close(out.embeddings, expected["input_embedding"])
+        close(out.predictions, expected[f"{name}.last_hidden_state"])
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "classify"])
+def test_the_authors_outputs_after_import_and_their_files_after_export(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    convert("import", FIXTURES / kind, f"out={run}")
+    assert "3 layers of width 64" in capsys.readouterr().out
+    check_golden(kind, run)
+    convert("export", run, f"out={out}")
+    for name in ("config.json", "model.safetensors"):
+        assert (out / name).read_bytes() == (FIXTURES / kind / name).read_bytes(), name
+    assert not (out / "ema.safetensors").exists()
+    convert("import", out, f"out={tmp_path / 'again'}")
+    check_golden(kind, tmp_path / "again")
+    record = json.loads((run / "import.json").read_text())
+    assert record["source"] == str(FIXTURES / kind)
+    assert set(record["sha256"]) == {"config.json", "model.safetensors"}
+
+
+def test_folded_scales_give_the_authors_logits(tmp_path: Path) -> None:
+    """The same as `check_golden`, without a LayerScale."""
+    for kind in ("pretrain", "classify"):
+        run, out = tmp_path / kind, tmp_path / f"{kind}-out"
+        convert("import", FIXTURES / kind, f"out={run}")
+        convert("export", run, f"out={out}", "fold_layer_scale=true")
+        assert not any("lambda" in name for name in load_file(out / "model.safetensors"))
+        assert json.loads((out / "config.json").read_text())["layerscale_value"] is None
+        convert("import", out, f"out={run}-folded")
+        assert json.loads((tmp_path / f"{kind}-folded/config.json").read_text())["model"]["layer_scale"] is None
+        check_golden(kind, tmp_path / f"{kind}-folded")
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_names_dtypes_shapes_and_bytes_come_out_as_they_went_in(
+    dtype: torch.dtype, classes: int, tmp_path: Path
+) -> None:
+    facts = FACTS | (LABELS if classes else {}) | {"unknown": {"kept": [1, 2.5, None]}, "rope_theta": 100}
+    raw, averaged = (
+        {name: value.to(dtype) for name, value in random_release(facts, classes=classes, seed=seed).items()}
+        for seed in (0, 1)
+    )
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_release(source, facts, raw, averaged)
+    pixels = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "crop_pct": 0.9}
+    (source / "preprocessor_config.json").write_text(json.dumps(pixels))
+    convert("import", source, f"out={tmp_path / 'run'}")
+    weights = read_weights(str(tmp_path / "run"))
+    assert torch.equal(weights.model["bos"][0], averaged["vit_nepa.embeddings.cls_token"][0, 0]), "averages go first"
+    assert weights.data.mean == (0.1, 0.2, 0.3)
+    convert("export", tmp_path / "run", f"out={out}")
+    for name, state in {"model.safetensors": raw, "ema.safetensors": averaged}.items():
+        found = load_file(out / name)
+        assert found.keys() == state.keys()
+        for key, value in state.items():
+            assert found[key].dtype == dtype
+            assert torch.equal(found[key], value), key
+    assert facts.items() <= json.loads((out / "config.json").read_text()).items()
+    assert pixels.items() <= json.loads((out / "preprocessor_config.json").read_text()).items()
+    convert("export", tmp_path / "run", f"out={tmp_path / 'ema'}", "weights=ema")
+    only = load_file(tmp_path / "ema" / "model.safetensors")
+    assert all(torch.equal(only[key], value) for key, value in averaged.items())
+    assert not (tmp_path / "ema" / "ema.safetensors").exists()
+
+
+def image_recipe(**changes: Any) -> PretrainConfig:
+    noise = Images(source="noise", size=(8, 8), patch=(4, 4), channels=1, mean=(0.4,), std=(0.3,), limit=64)
+    keys = {"model.dim": 16, "model.mlp_dim": 32, "model.depth": 2, "train.length.steps": 2, "train.batch": 8}
+    sizes = {f"verdict.{name}_samples": 80 for name in ("fit", "test", "health")}
+    return override(small(noise), keys | sizes | {k.replace("__", "."): v for k, v in changes.items()})
+
+
+def test_a_run_of_our_own_goes_out_and_comes_back(tmp_path: Path) -> None:
+    run, out, back = (Run(tmp_path / name) for name in ("run", "out", "back"))
+    config = image_recipe(model__gated=True, model__activation="silu", model__layer_scale=None, model__norm_eps=1e-5)
+    pretrain(config, run, ALONE, show=False)
+    convert("export", run.path, f"out={out.path}")
+    facts = json.loads((out.path / "config.json").read_text())
+    assert (facts["image_size"], facts["patch_size"], facts["num_channels"], facts["dtype"]) == (8, 4, 1, "float32")
+    assert "id2label" not in facts
+    convert("import", out.path, f"out={back.path}")
+    again = back.load_config(PretrainConfig)
+    assert again.model == config.model
+    for name in ("size", "patch", "channels", "mean", "std"):
+        assert getattr(again.data, name) == getattr(config.data, name)
+    for group in ("model", "ema"):
+        stored = (next(each.checkpoints.glob("step_*")) / f"{group}.safetensors" for each in (run, back))
+        one, other = map(load_file, stored)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), group
+
+
+def test_a_fine_tuned_run_takes_the_names_of_its_classes_along(tmp_path: Path) -> None:
+    words = ["train.length.steps=2", "train.batch=32", "model.dim=16", "model.depth=1", "train.ema=null"]
+    convert("finetune", "recipes.vision:digits", f"out={tmp_path / 'run'}", "data.patch=[4,4]", *words)
+    convert("export", tmp_path / "run", f"out={tmp_path / 'out'}")
+    released = read_released(tmp_path / "out")
+    assert released.labels == tuple("0123456789")
+    assert released.averaged is None
+    assert not released.causal
+
+
+# ------------------------------------------------------------------------------------------------ an imported run
+
+
+def test_an_imported_run_trains_on_from_its_weights(tmp_path: Path) -> None:
+    write_release(tmp_path / "source", FACTS, random_release(FACTS), random_release(FACTS, seed=1))
+    run = tmp_path / "run"
+    small_run = ["train.length.steps=2", "train.batch=8", "train.workers=0", "optim.lr=1e-30", "data.limit=64"]
+    sizes = [f"verdict.{name}_samples=64" for name in ("fit", "test", "health")]
+    keys = ["data.source=noise", 'data.augment="none"', *small_run, *sizes]
+    convert("import", tmp_path / "source", f"out={run}", *keys)
+    convert("pretrain", run)
+    assert Run(run).metrics()[-1]["step"] == 2
+    first, last = (load_file(run / "checkpoints" / f"step_0000000{step}" / "model.safetensors") for step in (0, 2))
+    assert all(torch.equal(first[name], last[name]) for name in first), "at no rate the weights are those imported"
+    untrained = build_model(load_config(PretrainConfig, run / "config.json")).state_dict()
+    assert not torch.equal(untrained["embed.weight"], last["embed.weight"])
+
+
+def test_a_released_folder_is_a_start_and_its_averages_go_first(tmp_path: Path) -> None:
+    source, run, plain = tmp_path / "source", tmp_path / "run", FACTS | {"qk_norm_affine": False}
+    averaged = random_release(plain, seed=1)
+    write_release(source, plain, random_release(plain), averaged)
+    convert("import", source, f"out={run}", "data.source=digits", 'data.augment="none"')
+    starts = [read_weights(str(name)) for name in (source, run)]
+    assert starts[0].model.keys() == starts[1].model.keys()
+    assert all(torch.equal(starts[0].model[name], starts[1].model[name]) for name in starts[0].model)
+    assert torch.equal(starts[0].model["embed.bias"], averaged["vit_nepa.embeddings.patch_embeddings.projection.bias"])
+    assert starts[0].digest != read_weights(str(FIXTURES / "classify")).digest
+    words = ["model.qk_norm=affine", "train.length.steps=1", "train.batch=8", "train.workers=0", "train.ema=null"]
+    convert("finetune", run, f"out={tmp_path / 'tuned'}", f"init={source}", *words)
+    new = (Run(tmp_path / "tuned").summary() or {})["new_weights"]
+    assert new == [f"predictor.blocks.{i}.attention.{kind}_norm.weight" for i in range(2) for kind in "kq"]
+
+
+def test_the_same_import_again_is_fine_and_another_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, other, run = (tmp_path / name for name in ("source", "other", "run"))
+    write_release(source, FACTS, random_release(FACTS))
+    write_release(other, FACTS, random_release(FACTS, seed=1))
+    convert("import", source, f"out={run}")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    convert("import", source, f"out={run}")
+    assert f"holds other weights, from {source};" in complaint(capsys, "import", other, f"out={run}")
+    assert "data.root imagenet -> x" in complaint(capsys, "import", source, f"out={run}", "data.root=x")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    damaged = run / "checkpoints/step_00000000/model.safetensors"
+    damaged.write_bytes(b"")
+    convert("import", source, f"out={run}")
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before, "mended"
+
+    pretrain(image_recipe(), Run(tmp_path / "own"), ALONE, show=False)
+    said = complaint(capsys, "import", source, f"out={tmp_path / 'own'}")
+    assert "holds a run that was trained here" in said
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("")
+    assert "is not a run folder" in complaint(capsys, "import", source, f"out={tmp_path / 'notes'}")
+    monkeypatch.chdir(tmp_path)
+    convert("import", source)
+    assert (tmp_path / "runs" / "source" / "config.json").exists()
+
+
+def test_help_lists_the_keys_of_the_run_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    convert("import", FIXTURES / "classify", "data.root=here", "--help")
+    said = capsys.readouterr().out
+    assert "model.dim=64" in said
+    assert "data.root=here" in said
+
+
+@pytest.mark.parametrize("key", ["model.dim=32", "data.patch=[7,7]", "objective.causal=false"])
+def test_what_the_weights_decide_can_not_be_set(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaint(capsys, "import", FIXTURES / "pretrain", f"out={tmp_path / 'run'}", key)
+    assert f"{key.partition('=')[0]} can't be set" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_averages_in_a_pickle_are_left_behind_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_release(tmp_path / "source", FACTS, random_release(FACTS))
+    (tmp_path / "source" / "pytorch_model_ema.bin").write_bytes(pickle.dumps(print))
+    (tmp_path / "source" / "training_args.bin").write_bytes(b"")
+    convert("import", tmp_path / "source", f"out={tmp_path / 'run'}")
+    said = capsys.readouterr().out
+    assert "without averaged weights" in said
+    assert "Left behind: pytorch_model_ema.bin, averaged" in said
+
+
+# ------------------------------------------------------------------------------------------------ what has no place
+
+
+def test_what_the_layout_has_no_place_for_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"data__patch": (2, 4), "data__size": (4, 8), "model__learned_positions": 16, "model__bos": False}
+    config = image_recipe(**changes, data__patch_order="random", model__rope_theta=None)
+    run = Run(tmp_path / "run")
+    run.open(config)
+    said = complaint(capsys, "export", run.path, f"out={tmp_path / 'out'}")
+    for key in ("data.patch=(2, 4)", "data.size=(4, 8)", "data.patch_order=random", "model.learned_positions=16"):
+        assert key in said
+    assert "model.bos=False" in said
+    assert "model.rope_theta=None" in said
+    assert "model.mask_token" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tests.tiny:recipe", "out=OUT"], "tests.tiny:recipe is not a run folder"),
+        (["RUN"], "needs out=DIR"),
+        (["RUN", "out=OUT", "model.dim=3"], "model.dim is not one of its options"),
+        (["RUN", "out=OUT", "weights=best"], "weights=best"),
+        (["RUN", "out=OUT", "weights=ema"], "has no averages"),
+        (["RUN", "out=FULL"], "is not an empty folder"),
+        (["WAVES", "out=OUT"], "holds images, not Waves"),
+        (["EMPTY", "out=OUT"], "holds no checkpoint"),
+    ],
+)
+def test_an_export_that_can_not_be_is_one_line(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_recipe: PretrainConfig
+) -> None:
+    convert("import", FIXTURES / "pretrain", f"out={tmp_path / 'RUN'}")
+    Run(tmp_path / "WAVES").open(tiny_recipe)
+    Run(tmp_path / "EMPTY").open(image_recipe())
+    (tmp_path / "FULL").mkdir()
+    (tmp_path / "FULL" / "mine.txt").write_text("kept")
+    for name in ("RUN", "WAVES", "EMPTY", "OUT", "FULL"):
+        words = [word.replace(name, str(tmp_path / name)) for word in words]
+    assert said in complaint(capsys, "export", *words)
+    assert not (tmp_path / "OUT").exists()
+    assert [file.name for file in (tmp_path / "FULL").iterdir()] == ["mine.txt"]
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
+from recipes.import_released import import_released
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+import_released(sys.argv[1], Run(Path(sys.argv[2])), {})
+before = peak()
+import_released(sys.argv[3], Run(Path(sys.argv[4])), {})
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process")
+def test_an_import_does_not_hold_the_weights_twice(tmp_path: Path) -> None:
+    """Mapped pages count as held, so one reading is the size of the file; query, key and value are copied besides."""
+    large = FACTS | {"hidden_size": 1024, "num_hidden_layers": 8, "intermediate_size": 4096, "num_attention_heads": 16}
+    write_release(tmp_path / "small", FACTS, random_release(FACTS))
+    write_release(tmp_path / "large", large, random_release(large))
+    words = [tmp_path / name for name in ("small", "small-run", "large", "large-run")]
+    done = subprocess.run([sys.executable, "-c", MEASURE, *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    size = (tmp_path / "large" / "model.safetensors").stat().st_size
+    assert 0.5 * size < int(done.stdout) < 1.4 * size
