@@ -45,7 +45,7 @@ def open_images(
     augment: Augment = "none",
     crop_ratio: float = 1.0,
     erase: float = 0.0,
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5),
+    mean: tuple[float, ...] | None = None,
     in_memory: bool = False,
     limit: int | None = None,
 ) -> Dataset[Batch]:
@@ -64,7 +64,7 @@ def open_images(
             `size` / `crop_ratio` (timm's crop_pct).
         erase: probability that a training sample names a rectangle to erase, under the key "erase", see
             `modalities.image_augment.ErasedBox`.
-        mean: of each channel between 0 and 1, with which RandAugment fills corners.
+        mean: of each channel between 0 and 1, with which RandAugment fills corners; default mid-grey.
         in_memory: decode everything at once, at `size`. Random crops are then taken out of the centre crops.
         limit: at most this many training images, drawn by a permutation that never changes.
 
@@ -75,7 +75,7 @@ def open_images(
     stored = open_source(source, split, root=root, size=size)
     train = split == "train"
     limit = limit if train else None
-    transform = augmentation(augment, size, mean) if train else None
+    transform = augmentation(augment, size, mean or (0.5,) * channels) if train else None
     box = ErasedBox(erase, size) if train and erase else None
     if not in_memory:
         rows = _subset(len(stored.labels), limit)

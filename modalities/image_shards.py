@@ -74,10 +74,10 @@ class Shards:
 
 def shard_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """The tar files of a split: those with its name (the first that any has) in theirs, or in a folder of that name."""
-    beside = sorted(folder.glob("*.tar"))
+    beside = sorted(folder.glob("[!.]*.tar"))
     for name in names:
         word = re.compile(rf"(?<![a-z]){name}(?![a-z])", re.IGNORECASE)  # "val" is not in "trainval"
-        found = [file for file in beside if word.search(file.stem)] or sorted((folder / name).glob("*.tar"))
+        found = [file for file in beside if word.search(file.stem)] or sorted((folder / name).glob("[!.]*.tar"))
         if found:
             return found
     return []

@@ -106,7 +106,7 @@ def split_options(kind: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]
 
 
 def list_recipes() -> str:
-    """Every public function of the preset files with the first line of its docstring."""
+    """Every public function of the preset files with its task and the first line of its docstring."""
     import inspect
 
     import recipes
@@ -116,11 +116,12 @@ def list_recipes() -> str:
         module = importlib.import_module(f"recipes.{info.name}")
         for name, function in inspect.getmembers(module, inspect.isfunction):
             signature = inspect.signature(function)
-            returns_config = str(signature.return_annotation).endswith("Config")
-            if function.__module__ == module.__name__ and returns_config and not signature.parameters:
-                rows.append((f"{module.__name__}:{name}", (function.__doc__ or "").strip().splitlines()[0]))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {line}" for name, line in rows)
+            gives = str(signature.return_annotation)  # a string, under `from __future__ import annotations`
+            if function.__module__ == module.__name__ and gives.endswith("Config") and not signature.parameters:
+                line = (function.__doc__ or "").strip().splitlines()[0]
+                rows.append((f"{module.__name__}:{name}", gives.removesuffix("Config").lower(), line))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {task:<{widths[1]}}  {line}" for name, task, line in rows)
 
 
 def _help() -> str:

@@ -91,10 +91,6 @@ class FinetuneConfig(BaseModel):
     def _fits(self) -> Self:
         if self.model.mask_token:
             raise ValueError("model.mask_token=true is of pre-training; set it to false")
-        if self.freeze_embedder and self.init is None:
-            raise ValueError(
-                "freeze_embedder=true would keep a random embedder: name weights with init=, or set it to false"
-            )
         return self
 
 

@@ -86,10 +86,6 @@ class SegmentConfig(BaseModel):
             raise ValueError("model.mask_token=true is of pre-training; set it to false")
         if self.model.learned_positions and self.evaluation.mode == "whole":
             raise ValueError("model.learned_positions knows one size of image; set evaluation.mode=slide")
-        if self.freeze_embedder and self.init is None:
-            raise ValueError(
-                "freeze_embedder=true would keep a random embedder: name weights with init=, or set it to false"
-            )
         return self
 
 
@@ -173,18 +169,22 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
     Returns:
         The summary (empty on the other ranks).
     """
+    if config.freeze_embedder and config.init is None:
+        raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
+    check_batch(config, ranks)
     run.open(config, write=ranks.is_main)
     ranks.barrier()
     finished = run.summary()
     if finished is not None:
         return finished
-    check_batch(config, ranks)
     model, new = build_segmenter(config)
     model = model.to(ranks.device)
     if ranks.size > 1 and ranks.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.train.compile:
         model.backbone.predictor.compile_blocks()
+    if config.train.recompute:
+        model.backbone.predictor.recompute_blocks()
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
 
     def held_out(limit: int | None) -> dict[str, Measured]:

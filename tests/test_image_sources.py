@@ -268,7 +268,7 @@ def test_a_folder_is_no_hub_name(tmp_path: Path) -> None:
         (["train0.tar", "TEST_0.tar", "TEST_1.tar"], 1, 2),
         (["train/0.tar", "train/1.tar", "val/0.tar", "trainval-0.tar"], 2, 1),
         (["trainval-0.tar", "val-0.tar"], 0, 1),
-        (["pretrained-0.tar", "evaluation.tar"], 0, 0),
+        (["pretrained-0.tar", "evaluation.tar", "._train-0.tar"], 0, 0),
     ],
 )
 def test_a_split_is_found_by_its_name_in_that_of_the_shard(

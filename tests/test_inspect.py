@@ -366,7 +366,7 @@ def test_files_are_brought_to_the_size_of_the_run(runs: Path, tmp_path: Path) ->
         ("recipe", ["head=0"], "head=0"),
         ("recipe", ["split=val"], "split=val"),
         ("recipe", ["sample=3"], "did you mean samples?"),
-        ("recipe", ["data.size=5"], "embed.weight is (16, 4) and not (16, 5)"),
+        ("recipe", ["data.size=5"], "embed.weight [16, 4] instead of [16, 5]"),
         ("recipe", ["data.token=5"], "did you mean data.tokens?"),
         ("nothing", [], "nothing is not a run folder"),
     ],

@@ -211,6 +211,26 @@ def test_a_step_weighs_its_loss_with_the_labelled_pixels_and_adds_the_auxiliary_
     assert losses[1.0] == pytest.approx(2 * math.log(3), rel=0.1)
 
 
+def test_recomputed_blocks_give_the_same_gradients_at_every_level(root: Path) -> None:
+    config = recipe(root, model__drop_path=0.5)
+    batch = torch.utils.data.default_collate([config.data.dataset("train")[k] for k in range(4)])
+    gradients, kept = [], []
+    for recompute in (False, True):
+        model, _ = build_segmenter(config)
+        if recompute:
+            model.backbone.predictor.recompute_blocks()
+        saved: list[int] = []
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            loss = make_step(config)(model, batch).loss
+        loss.backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters()})
+        kept.append(sum(saved))
+    assert kept[1] < 0.9 * kept[0]
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], value, msg=name)
+
+
 # ---- runs
 
 
@@ -372,7 +392,6 @@ def test_two_processes_count_the_same_to_the_last_digit(root: Path, tmp_path: Pa
         ({"upernet__levels": (0, 1, 2, 2)}, "must rise and end with 3"),
         ({"upernet__levels": (0, 1, 2, 4)}, "must rise and end with 3"),
         ({"evaluation__stride": (8, 25)}, "gaps"),
-        ({"freeze_embedder": True}, "random embedder"),
         ({"model__mask_token": True}, "mask_token"),
         ({"model__learned_positions": 24, "evaluation__mode": "whole"}, "learned_positions"),
     ],
@@ -386,6 +405,12 @@ def test_a_micro_batch_of_one_is_too_small_for_batch_norm(root: Path, tmp_path: 
     with pytest.raises(UserError, match="2 crops at a time"):
         segment(recipe(root, train__micro_batch=1), Run(tmp_path / "run"), ALONE, show=False)
     segment(recipe(root, train__micro_batch=1, head="linear"), Run(tmp_path / "linear"), ALONE, show=False)
+
+
+def test_a_frozen_embedder_needs_weights(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="random embedder"):
+        segment(recipe(root, freeze_embedder=True), Run(tmp_path / "run"), ALONE, show=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_wrong_annotation_ends_the_command_with_one_line(
