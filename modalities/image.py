@@ -98,11 +98,11 @@ class Images(Modality):
         image = batch["image"]
         if image.dtype not in (torch.uint8, torch.float32):
             raise TypeError(f'batch["image"] holds uint8 pixels or float32 ones of 0 to 255, not {image.dtype}')
-        mean, std = _statistics(self.mean, self.std, image.device)
+        mean, std = channel_statistics(self.mean, self.std, image.device)
         pixels = (image / 255 - mean) / std
         if "erase" in batch:
             pixels = erase(pixels, batch["erase"])
-        return Tokens(values=patchify(pixels, self.patch), coords=_centres(*self.grid))
+        return Tokens(values=patchify(pixels, self.patch), coords=patch_centres(*self.grid))
 
     def classes(self) -> tuple[str, ...] | None:
         return open_source(self.source, "train", root=self.root, size=self.size).classes
@@ -118,7 +118,7 @@ class Images(Modality):
     def describe(self, tokens: Tokens) -> Sketch:
         """The images themselves, their standardisation undone."""
         images = unpatchify(tokens.canonical(tokens.values), self.size, self.patch)
-        mean, std = _statistics(self.mean, self.std, images.device)
+        mean, std = channel_statistics(self.mean, self.std, images.device)
         pixels = (images * std + mean).clamp(0, 1)
         return Sketch(pixels[:, 0] if self.channels == 1 else pixels.permute(0, 2, 3, 1), self.grid)
 
@@ -153,7 +153,7 @@ def unpatchify(patches: Tensor, size: tuple[int, int], patch: tuple[int, int]) -
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _centres(rows: int, columns: int) -> Tensor:
+def patch_centres(rows: int, columns: int) -> Tensor:
     """(y, x) of patch centres in raster order, [N, 2] float32 on the CPU; the image spans -1 to 1."""
     y = (torch.arange(rows) + 0.5) / rows * 2 - 1
     x = (torch.arange(columns) + 0.5) / columns * 2 - 1
@@ -162,7 +162,7 @@ def _centres(rows: int, columns: int) -> Tensor:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def channel_statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std as [C, 1, 1] on the device, sent there once instead of every step."""
     return torch.tensor(mean, device=device)[:, None, None], torch.tensor(std, device=device)[:, None, None]
 

@@ -290,7 +290,8 @@ class Predictor(nn.Module):
     def recompute_blocks(self) -> None:
         """Keep only the input of every block for the backward pass, which then runs the block's forward pass again.
 
-        The same gradients, dropped paths included; less memory for about a third more time. A traced pass keeps all.
+        The same gradients, dropped paths included; less memory for about a third more time. A pass that traces
+        attention maps keeps all.
         """
         self.recompute = True
 
@@ -319,7 +320,8 @@ class Predictor(nn.Module):
         """
         rope = self._rope(x, coords, coord_scale)
         allowed = None if mask is None else attention_mask(mask, causal=causal)
-        recompute = self.recompute and trace is None and torch.is_grad_enabled()
+        maps = trace is not None and self.config.attention == "eager"  # a second pass would add them again
+        recompute = self.recompute and not maps and torch.is_grad_enabled()
         for block in self.blocks:
             if trace is not None:
                 trace.hidden.append(x)

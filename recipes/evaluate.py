@@ -1,7 +1,7 @@
-"""nepa evaluate: held-out accuracy of a fine-tuned run, or of an imported fine-tuned checkpoint, without training.
+"""nepa evaluate: held-out figures of a fine-tuned, imported or segmentation run, without training.
 
-The averaged weights are read, where there are any. Keys of the run can be set, such as data.root=DIR or
-causal=true; what the network is can't.
+The averaged weights are read, where there are any. Keys of the run can be set, such as data.root=DIR, causal=true
+or, of a segmentation run, evaluation.scales=[0.75,1.0,1.25] evaluation.flip=true; what the network is can't.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from nepa_core.basics import FROZEN, UserError
-from nepa_core.runtime.distributed import world
+from nepa_core.runtime.config import read_saved
+from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
+from recipes import segment
 from recipes.finetune import FinetuneConfig, accuracy, class_names, load_classifier
 from recipes.pretrain import provenance
+from recipes.segment import SegmentConfig
 from recipes.targets import is_run, read_target
 from recipes.weights import read_weights
 
@@ -29,21 +32,36 @@ class Options(BaseModel):
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_config(target, changes)
     with world() as ranks:
-        model = load_classifier(config, read_weights(target)).to(ranks.device)
-        classes = model.head.classifier.out_features
-        if len(class_names(config.data)) != classes:
-            raise UserError(
-                f"{target} was trained on {classes} classes and this data has {len(class_names(config.data))}; "
-                "name the data it was trained for with data.root=DIR"
-            )
-        summary: dict[str, Any] = accuracy(config, model, ranks)
+        if isinstance(config, SegmentConfig):
+            summary = segment.evaluate(config, read_weights(target), ranks)
+            text = f"mIoU {summary['mIoU']:.2%}, mAcc {summary['mAcc']:.2%}, aAcc {summary['aAcc']:.2%}"
+        else:
+            summary = classify(config, target, ranks)
+            text = f"top-1 {summary['accuracy']:.2%}, top-5 {summary['top5']:.2%}"
         if ranks.is_main:
             Run(Path(target)).write_summary(summary | {"made_with": provenance()}, "evaluate.json")
-            print(f"Held-out accuracy: top-1 {summary['accuracy']:.2%}, top-5 {summary['top5']:.2%}.")
+            print(f"Held out: {text}.")
 
 
-def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig:
-    """The settings of a fine-tuned run, with changes."""
+def classify(config: FinetuneConfig, target: str, ranks: World) -> dict[str, Any]:
+    """Accuracy of a fine-tuned or imported run.
+
+    Raises:
+        UserError: the data has another number of classes.
+    """
+    model = load_classifier(config, read_weights(target)).to(ranks.device)
+    classes = model.head.classifier.out_features
+    if len(class_names(config.data)) != classes:
+        raise UserError(
+            f"{target} was trained on {classes} classes and this data has {len(class_names(config.data))}; "
+            "name the data it was trained for with data.root=DIR"
+        )
+    return dict(accuracy(config, model, ranks))
+
+
+def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | SegmentConfig:
+    """The settings of a fine-tuned or segmentation run, with changes."""
     if not is_run(target):
-        raise UserError(f"{target} is not a run folder; name one of `nepa finetune` or `nepa import`")
-    return read_target(FinetuneConfig, target, changes)
+        raise UserError(f"{target} is not a run folder; name one of `nepa finetune`, `nepa import` or `nepa segment`")
+    task = read_saved(Path(target) / "config.json").get("task")
+    return read_target(SegmentConfig if task == SegmentConfig.task else FinetuneConfig, target, changes)

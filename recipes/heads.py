@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nepa_core.modality import Tokens
+
 
 def mean_of_tokens(features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
     """Mean over the real tokens, BOS left out; [B, T, D] -> [B, D]."""
@@ -87,3 +89,26 @@ class AttentiveHead(nn.Module):
         pooled = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
         logits: Tensor = self.classifier(pooled.transpose(1, 2).flatten(1))
         return logits
+
+
+class DenseHead(nn.Module):
+    """One linear map of every token, which starts at zero: the plainest dense read-out, for any modality."""
+
+    def __init__(self, dim: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, outputs)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, outputs]."""
+        out: Tensor = self.linear(features)
+        return out
+
+
+def canonical_tokens(features: Tensor, tokens: Tokens, *, bos: bool) -> Tensor:
+    """Features without BOS, back in canonical order, zero where a token is not real; [B, T, D] -> [B, N, D]."""
+    features = features[:, int(bos) :]
+    if tokens.mask is not None:
+        features = features * tokens.mask[..., None]
+    return tokens.canonical(features)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
@@ -71,6 +71,22 @@ def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mappin
     axes.grid(alpha=0.3, axis="y")
     if reference:
         axes.legend(frameon=False, fontsize="small")
+    return _png(canvas)
+
+
+def picture_table(
+    rows: Sequence[Sequence[np.ndarray]], *, heads: Sequence[str], legend: Mapping[str, Sequence[float]]
+) -> bytes:
+    """Pictures [H, W, 3] in rows and columns under their heads, over a legend of named colours (0 to 1); PNG bytes."""
+    lines = -(-len(legend) // 6)
+    canvas = Canvas(figsize=(11, 2.9 * len(rows) + 0.25 * lines + 0.4), dpi=90, layout="constrained")
+    for y, line in enumerate(canvas.subplots(len(rows), len(heads), squeeze=False)):
+        for axes, picture, head in zip(line, rows[y], heads, strict=True):
+            axes.imshow(picture)
+            axes.set_axis_off()
+            axes.set_title(head if y == 0 else "")
+    patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
+    canvas.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
     return _png(canvas)
 
 

@@ -1,0 +1,431 @@
+"""Where scenes come from: images in which every pixel has a class, as folders, parquet or a `datasets` folder.
+
+Shapes: H x W pixels of an image as it is stored, h x w of a crop. A source (second half of the file) knows undecoded
+pairs of an image and its annotation; `Scenes` in `modalities.scenes` turns them into samples.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from bisect import bisect_right
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as image_ops
+
+from modalities.image_data import decode
+from modalities.image_sources import Size, one_line
+from nepa_core.basics import Batch, UnreadableSample, UserError
+
+IGNORED = 255
+"""The target of a pixel that no loss and no metric counts."""
+SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}
+"""What a split may be called on disk; the first name found is taken. ADE20K's own `test` has no annotations."""
+CROP_TRIALS = 10  # of mmsegmentation's RandomCrop
+LARGEST_SHARE = 0.75  # its cat_max_ratio
+
+
+class Numbering(NamedTuple):
+    """How an annotation numbers the classes.
+
+    Attributes:
+        count: of classes C.
+        first: the stored value of class 0; the others follow it.
+        ignored: stored values that become IGNORED; 255 always does.
+    """
+
+    count: int
+    first: int
+    ignored: tuple[int, ...]
+
+
+class Augmentation(NamedTuple):
+    """Random changes to a training scene, see `augmented`."""
+
+    scales: tuple[float, float]
+    distort: bool
+
+
+class StoredScenes(Dataset[Batch]):
+    """Scenes as they are stored: {"image": uint8 [3, H, W], "target": uint8 [H, W]}, every one of its own size."""
+
+    def __init__(self, source: Pairs, numbering: Numbering) -> None:
+        self.source = source
+        self.numbering = numbering
+        self._targets, self._known = _tables(numbering)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Batch:
+        image, annotation = self._decoded(index)
+        height, width = image.shape[-2:]
+        if annotation.size != (width, height):
+            raise UserError(
+                f"{self.source.name(index)}: the image has {width} x {height} pixels, its annotation "
+                f"{annotation.width} x {annotation.height}; they must agree"
+            )
+        return {"image": image, "target": self._target(annotation, index)}
+
+    def _decoded(self, index: int) -> tuple[Tensor, Image.Image]:
+        """The image, uint8 [3, H, W], and the annotation as it is stored."""
+        try:
+            image, annotation = self.source.read(index)
+            labels = Image.open(io.BytesIO(annotation))
+            labels.load()
+            return decode(image, 3), labels
+        except Exception as error:  # PIL raises a dozen kinds for a damaged file
+            raise UnreadableSample(f"{self.source.name(index)}: {one_line(error)}") from error
+
+    def _target(self, annotation: Image.Image, index: int) -> Tensor:
+        """Stored values (of a palette image its indices, not its colours) to classes, uint8 [H, W]."""
+        stored = np.asarray(annotation)
+        if stored.ndim != 2:
+            raise UserError(
+                f"{self.source.name(index)}: the annotation is in mode {annotation.mode}, which has several channels; "
+                "it must hold class numbers in one"
+            )
+        present = np.unique(stored)
+        inside = (present >= 0) & (present <= 255)
+        wrong = [*present[~inside], *(value for value in present[inside] if not self._known[value])]
+        if wrong:
+            count, first, ignored = self.numbering
+            raise UserError(
+                f"{self.source.name(index)}: label {wrong[0]} is outside the {count} classes, stored as {first} to "
+                f"{first + count - 1} (ignored: {', '.join(map(str, (*ignored, IGNORED)))}); see data.class_count, "
+                "data.first_label and data.ignored_labels"
+            )
+        return torch.from_numpy(self._targets[stored])
+
+
+class CroppedScenes(Dataset[Batch]):
+    """Scenes of one size: {"image": uint8 [3, h, w], "target": uint8 [h, w]}, and "real" where crops may be padded.
+
+    "real" is int64 [2], the rows and columns of pixels from the top left that are no padding.
+
+    Args:
+        crop: (h, w).
+        short_side: pixels to which the shorter side of a scene is scaled first.
+        augmentation: None scales and crops at the centre.
+    """
+
+    def __init__(
+        self, scenes: StoredScenes, crop: Size, short_side: int, augmentation: Augmentation | None = None
+    ) -> None:
+        self.scenes, self.crop, self.short_side, self.augmentation = scenes, crop, short_side, augmentation
+        smallest = 1.0 if augmentation is None else augmentation.scales[0]
+        self.may_pad = round(short_side * smallest) < max(crop)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitem__(self, index: int) -> Batch:
+        scene = self.scenes[index]
+        image, target = scene["image"], scene["target"]
+        if self.augmentation is None:
+            image, target = scaled(image, target, self.short_side)
+            image, target = _at(image, target, _centre(target, self.crop), self.crop)
+        else:
+            image, target = augmented(image, target, self.crop, self.short_side, self.augmentation)
+        real = torch.tensor(target.shape)
+        sample = {"image": padded(image, self.crop), "target": padded(target, self.crop, IGNORED)}
+        return sample | {"real": real} if self.may_pad else sample
+
+
+def augmented(
+    image: Tensor, target: Tensor, crop: Size, short_side: int, settings: Augmentation
+) -> tuple[Tensor, Tensor]:
+    """Random scale, crop, flip and colours, in the order and with the figures of mmsegmentation's ADE20K recipe.
+
+    The scale is uniform in `scales`, times the one that brings the shorter side to `short_side`. Of up to ten
+    crops the first is taken in which no class fills more than three quarters of the labelled pixels. Everything is
+    drawn from torch's global generator.
+
+    Returns:
+        uint8 [3, <=h, <=w] and [<=h, <=w], smaller than the crop where the scaled scene is.
+    """
+    low, high = settings.scales
+    image, target = scaled(image, target, short_side, low + (high - low) * torch.rand(()).item())
+    image, target = _at(image, target, _varied_place(target, crop), crop)
+    if torch.rand(()).item() < 0.5:
+        image, target = image.flip(-1), target.flip(-1)
+    return (distorted(image) if settings.distort else image), target
+
+
+def fitted_size(size: Size, short_side: int, scale: float = 1.0) -> Size:
+    """(H, W) scaled so that the shorter side has `short_side` * `scale` pixels (at least 1)."""
+    factor = short_side * scale / min(size)
+    height, width = (max(round(side * factor), 1) for side in size)
+    return height, width
+
+
+def scaled(image: Tensor, target: Tensor, short_side: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A scene [3, H, W], [H, W] at `fitted_size`: the image bilinear with antialiasing, the target nearest."""
+    image = scaled_image(image, short_side, scale)
+    size = list(image.shape[-2:])
+    return image, image_ops.resize(target[None], size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+
+
+def scaled_image(image: Tensor, short_side: int, scale: float = 1.0) -> Tensor:
+    """uint8 [..., H, W] at `fitted_size`, on its device."""
+    size = fitted_size((image.shape[-2], image.shape[-1]), short_side, scale)
+    return image_ops.resize(image, list(size), antialias=True)
+
+
+def padded(x: Tensor, size: Size, value: int = 0) -> Tensor:
+    """Extend [..., H, W] at the bottom and on the right to at least `size`.
+
+    Images are padded with black: pixels at the mean would be tokens of zeros, which a LayerNorm blows up.
+    """
+    below, right = (max(side - have, 0) for side, have in zip(size, x.shape[-2:], strict=True))
+    return F.pad(x, (0, right, 0, below), value=value) if below or right else x
+
+
+def distorted(image: Tensor) -> Tensor:
+    """Photometric distortion of SSD (Liu et al. 2016, arXiv 1512.02325), without its channel swap, uint8 [3, H, W].
+
+    Each with probability 1/2: brightness + up to 32 of 255, contrast and saturation * 0.5 to 1.5, hue + up to a
+    tenth of the circle; contrast comes last in half of the cases.
+    """
+    contrast_last = _coin()
+    if _coin():
+        image = _linear(image, 1.0, _uniform(-32, 32))
+    if not contrast_last and _coin():
+        image = _linear(image, _uniform(0.5, 1.5), 0.0)
+    if _coin():
+        image = image_ops.adjust_saturation(image, _uniform(0.5, 1.5))
+    if _coin():
+        image = image_ops.adjust_hue(image, _uniform(-0.1, 0.1))
+    if contrast_last and _coin():
+        image = _linear(image, _uniform(0.5, 1.5), 0.0)
+    return image
+
+
+def _linear(image: Tensor, factor: float, shift: float) -> Tensor:
+    return (image.float() * factor + shift).round_().clamp_(0, 255).byte()
+
+
+def _coin() -> bool:
+    return torch.rand(()).item() < 0.5
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * torch.rand(()).item()
+
+
+def _varied_place(target: Tensor, crop: Size) -> tuple[int, int]:
+    """The top left of a random crop that no class dominates, or the last of ten trials."""
+    for _ in range(CROP_TRIALS):
+        room = [max(have - side, 0) for have, side in zip(target.shape, crop, strict=True)]
+        top, left = (int(torch.randint(spare + 1, ()).item()) for spare in room)
+        inside = target[top : top + crop[0], left : left + crop[1]]
+        counts = torch.bincount(inside.flatten(), minlength=IGNORED + 1)[:IGNORED]
+        if int(counts.max()) < LARGEST_SHARE * int(counts.sum()):
+            break
+    return top, left
+
+
+def _centre(target: Tensor, crop: Size) -> tuple[int, int]:
+    top, left = (max(have - side, 0) // 2 for have, side in zip(target.shape, crop, strict=True))
+    return top, left
+
+
+def _at(image: Tensor, target: Tensor, place: tuple[int, int], crop: Size) -> tuple[Tensor, Tensor]:
+    """The crop at a place, or what there is of it."""
+    rows, columns = (slice(start, start + side) for start, side in zip(place, crop, strict=True))
+    return image[:, rows, columns], target[rows, columns]
+
+
+def _tables(numbering: Numbering) -> tuple[np.ndarray, np.ndarray]:
+    """Stored value -> target (uint8 [256]) and whether the value may occur (bool [256])."""
+    targets, known = np.full(256, IGNORED, dtype=np.uint8), np.zeros(256, dtype=bool)
+    classes = np.arange(numbering.count)
+    targets[classes + numbering.first] = classes
+    known[classes + numbering.first] = True
+    known[[*numbering.ignored, IGNORED]] = True
+    return targets, known
+
+
+class Pairs(Hashable, Protocol):
+    """Undecoded images with their annotations."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        """The image and the annotation of a row, both encoded; may raise anything."""
+
+    def name(self, row: int) -> str:
+        """What a message calls that row."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairFiles:
+    """Image files and annotation files; Arrow arrays, as a list of strings would be copied into every worker."""
+
+    images: pa.Array
+    annotations: pa.Array
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        return Path(self.name(row)).read_bytes(), Path(str(self.annotations[row])).read_bytes()
+
+    def name(self, row: int) -> str:
+        return str(self.images[row])
+
+
+@dataclass(frozen=True, eq=False)
+class PairRows:
+    """Rows of Arrow tables in the layout of Hugging Face: structs of {bytes, path}, images still encoded.
+
+    Attributes:
+        files: where they come from. starts: the row at which each of them begins.
+    """
+
+    files: list[Path]
+    starts: list[int]
+    images: pa.ChunkedArray
+    annotations: pa.ChunkedArray
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        return _encoded(self.images[row]), _encoded(self.annotations[row])
+
+    def name(self, row: int) -> str:
+        file = bisect_right(self.starts, row) - 1
+        return f"{self.files[file]}:{row - self.starts[file]}"
+
+
+def _encoded(value: pa.Scalar) -> bytes:
+    stored = value.as_py() or {}
+    if stored.get("bytes") is not None:
+        return bytes(stored["bytes"])
+    if stored.get("path") is None:
+        raise ValueError("the row holds no image bytes")
+    return Path(stored["path"]).read_bytes()
+
+
+@lru_cache(maxsize=4)
+def open_pairs(root: str, split: str) -> Pairs:
+    """Tell the layout of a folder by what it holds, and open a split of it.
+
+    Layouts: `images/<split>/` beside `annotations/<split>/`, files at any depth that agree but for their suffix
+    (ADE20K SceneParsing, CamVid), there or in the one subfolder that has both; a `datasets` folder as
+    `save_to_disk` writes it; parquet files `<split>-*.parquet`, there or in data/, which are read whole into memory,
+    still encoded. The last two with the columns `image` and `annotation`.
+
+    Args:
+        split: "train" or "test"; on disk SPLITS tells its names.
+
+    Raises:
+        UserError: the folder is missing or has none of the layouts; an image has no annotation.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'split is "train" or "test", not {split!r}')
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data.root={root}: there is no such folder; give the one that holds images and annotations")
+    if tree := scene_tree(folder):
+        return _open_tree(tree, split)
+    saved = next((folder / name for name in SPLITS[split] if (folder / name / "state.json").is_file()), None)
+    if saved is not None:
+        return _open_saved(saved)
+    places = [(place, name) for name in SPLITS[split] for place in (folder, folder / "data")]
+    if parquet := next((files for place, name in places if (files := sorted(place.glob(f"{name}-*.parquet")))), None):
+        return _open_tables(parquet, [_parquet(file) for file in parquet])
+    raise UserError(
+        f"data.root={root}: looked for images/ with annotations/ (there or one folder below), for a folder that "
+        f"datasets' save_to_disk wrote and for <split>-*.parquet (there or in data/), but found no {split} split in "
+        f"any of them; it may be called {', '.join(SPLITS[split])}"
+    )
+
+
+def scene_tree(folder: Path) -> Path | None:
+    """The folder with images/ and annotations/: this one, or the only one right below it; else None."""
+    found = [place for place in (folder, *sorted(folder.iterdir())) if _is_tree(place)]
+    return found[0] if found and (found[0] == folder or len(found) == 1) else None
+
+
+def _is_tree(folder: Path) -> bool:
+    return (folder / "images").is_dir() and (folder / "annotations").is_dir()
+
+
+def _open_tree(tree: Path, split: str) -> PairFiles:
+    place = next((name for name in SPLITS[split] if (tree / "images" / name).is_dir()), None)
+    if place is None:
+        raise UserError(f"{tree / 'images'}: no folder {' or '.join(SPLITS[split])}; it holds the {split} split")
+    images, annotations = (_by_stem(tree / kind / place) for kind in ("images", "annotations"))
+    if not images:
+        raise UserError(f"{tree / 'images' / place}: no image file in it")
+    if alone := sorted(images.keys() - annotations.keys()):
+        raise UserError(
+            f"{images[alone[0]]}: no annotation {tree / 'annotations' / place / alone[0]}.png "
+            f"(images without one: {len(alone)} of {len(images)}); add them or remove the images"
+        )
+    stems = sorted(images)
+    return PairFiles(pa.array([images[stem] for stem in stems]), pa.array([annotations[stem] for stem in stems]))
+
+
+def _by_stem(folder: Path) -> dict[str, str]:
+    """Path relative to the folder, without its suffix -> path, of the image files at any depth; none hidden."""
+    return {
+        os.path.splitext(os.path.relpath(path, folder))[0]: path
+        for parent, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if file.lower().endswith(IMG_EXTENSIONS) and file[0] != "."
+        for path in [os.path.join(parent, file)]
+    }
+
+
+def _open_saved(folder: Path) -> PairRows:
+    """A split that `datasets` saved; its Arrow files are mapped, not read."""
+    from datasets import load_from_disk  # seconds to import, for this layout alone
+
+    try:
+        table = load_from_disk(str(folder)).data.table
+    except Exception as error:  # whatever the library makes of a damaged folder
+        raise UserError(f"{folder}: not a readable datasets folder ({one_line(error)}); save it again") from error
+    return _open_tables([folder], [_with_columns(table, folder)])
+
+
+def _parquet(file: Path) -> pa.Table:
+    try:
+        with pq.ParquetFile(file) as stored:
+            names = [name for name in ("image", "annotation") if name in stored.schema_arrow.names]
+            table = stored.read(columns=names or None)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a readable parquet file ({one_line(error)}); copy it again") from error
+    return _with_columns(table, file)
+
+
+def _with_columns(table: pa.Table, file: Path) -> pa.Table:
+    """The two columns of encoded images."""
+    for name in ("image", "annotation"):
+        kind = table.schema.field(name).type if name in table.column_names else None
+        if kind is None or not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+            columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
+            raise UserError(f"{file}: needs columns image and annotation of structs with bytes; it has {columns}")
+    return table.select(["image", "annotation"])
+
+
+def _open_tables(files: list[Path], tables: list[pa.Table]) -> PairRows:
+    starts = np.cumsum([0] + [len(table) for table in tables[:-1]]).tolist()
+    table = pa.concat_tables(tables)
+    return PairRows(files, starts, table["image"], table["annotation"])

@@ -1,0 +1,123 @@
+"""What nepa segment shows: the scores as text, predictions beside the truth, and the page that holds them."""
+
+from __future__ import annotations
+
+import colorsys
+import html
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.run import Run
+from recipes.report import Figure, line_plot, page, picture_table
+
+MEASURES = ("mIoU", "mAcc", "aAcc")
+WEIGHTS = {"": "raw weights", "_ema": "averaged weights"}
+"""Ending of a measure's name -> the weights it is of."""
+
+
+class Picture(NamedTuple):
+    """One held-out image: uint8 [3, H, W]; truth and prediction, integers [H, W], where values from C on are black."""
+
+    image: Tensor
+    truth: Tensor
+    prediction: Tensor
+
+
+def palette(classes: int) -> np.ndarray:
+    """A colour for every class, uint8 [C, 3]; class k has the same one in every report.
+
+    Hues go round by the golden ratio, so that neighbours in number are far apart in colour.
+    """
+    colours = [
+        colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.5, 0.7)[k % 3], (0.95, 0.8, 0.55)[k // 3 % 3])
+        for k in range(classes)
+    ]
+    return (np.array(colours) * 255).round().astype(np.uint8)
+
+
+def picture_grid(pictures: Sequence[Picture], names: Sequence[str]) -> bytes:
+    """Rows of image, truth and prediction over a legend of the classes that occur; PNG bytes."""
+    colours = np.concatenate([palette(len(names)), np.zeros((256 - len(names), 3), dtype=np.uint8)])
+    rows = [
+        [shown.image.permute(1, 2, 0).numpy(), colours[shown.truth], colours[shown.prediction]] for shown in pictures
+    ]
+    present = sorted({int(k) for shown in pictures for k in (*shown.truth.unique(), *shown.prediction.unique())})
+    legend = {names[k]: colours[k] / 255 for k in present if k < len(names)}
+    return picture_table(rows, heads=("image", "truth (black: not labelled)", "prediction"), legend=legend)
+
+
+def render(summary: dict[str, Any], run: Run) -> str:
+    """The result as text."""
+    lines = [f"{'':<18}" + "".join(f"  {name:>6}" for name in MEASURES)]
+    for ending, weights in _kinds(summary).items():
+        lines.append(f"{weights:<18}" + "".join(f"  {summary[name + ending]:>6.2%}" for name in MEASURES))
+    start = "random weights" if summary["init"] is None else summary["init"]
+    lines += ["", f"On {summary['images']} held-out images after the last of {summary['steps']} steps, from {start}."]
+    if summary["new_weights"]:
+        lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
+    if summary["unreadable_samples"]:
+        lines.append(f"{summary['unreadable_samples']} training scenes could not be read and were skipped.")
+    return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+
+
+def _kinds(summary: dict[str, Any]) -> dict[str, str]:
+    return {ending: weights for ending, weights in WEIGHTS.items() if f"mIoU{ending}" in summary}
+
+
+def write_report(run: Run, summary: dict[str, Any], pictures: Sequence[Picture]) -> None:
+    """report/: predictions.png, miou.png, loss.png, and a page that holds them and the IoU of every class."""
+    metrics = run.metrics()
+    tested = [line for line in metrics if "mIoU" in line]
+    trained = [line for line in metrics if "loss" in line]
+    steps, kinds = [line["step"] for line in tested], _kinds(summary)
+    names = [row["name"] for row in summary["classes"]]
+    figures = [
+        Figure(
+            "miou.png",
+            f"mIoU over training, on {summary['evaluation']['images']} held-out images at most.",
+            line_plot(
+                {weights: (steps, [line[f"mIoU{ending}"] for line in tested]) for ending, weights in kinds.items()},
+                x="step", y="mIoU", from_zero=True,
+            ),
+        ),
+        Figure(
+            "loss.png",
+            "Cross-entropy of the training crops, with that of the auxiliary head.",
+            line_plot(
+                {"training crops": ([line["step"] for line in trained], [line["loss"] for line in trained])},
+                x="step", y="cross-entropy", from_zero=True,
+            ),
+        ),
+    ]  # fmt: skip
+    if pictures:
+        caption = f"Held-out images, with the {list(kinds.values())[-1]}."
+        figures.insert(0, Figure("predictions.png", caption, picture_grid(pictures, names)))
+    foot = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
+    with disk_errors(run.report):
+        page(
+            run.report,
+            title=f"Segmentation: {run.path.name}",
+            body=f"<pre>{html.escape(render(summary, run))}</pre>{_class_table(summary)}",
+            figures=figures,
+            foot=foot,
+        )
+
+
+def _class_table(summary: dict[str, Any]) -> str:
+    kinds = _kinds(summary)
+    head = "".join(f"<th>IoU, {weights}</th>" for weights in kinds.values())
+    rows = "".join(
+        f"<tr><td>{html.escape(row['name'])}</td>"
+        + "".join(f"<td>{_percent(row[f'iou{ending}'])}</td>" for ending in kinds)
+        + "</tr>"
+        for row in summary["classes"]
+    )
+    return f"<table><tr><th>class</th>{head}</tr>{rows}</table>"
+
+
+def _percent(value: float | None) -> str:
+    return "does not occur" if value is None else f"{value:.1%}"
