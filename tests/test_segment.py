@@ -25,7 +25,7 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
 from recipes import segment as task
-from recipes import vision_segment
+from recipes import vision
 from recipes.cli import main
 from recipes.pretrain import pretrain
 from recipes.segment import Measured, SegmentConfig, build_segmenter, make_step, measure, pixel_loss, segment
@@ -435,13 +435,13 @@ def test_a_wrong_annotation_ends_the_command_with_one_line(
 
 
 def test_presets_differ_in_what_they_say() -> None:
-    base, large = vision_segment.base_ade20k(), vision_segment.large_ade20k()
+    base, large = vision.base_ade20k(), vision.large_ade20k()
     assert (base.data.crop, base.data.grid(base.data.crop)) == ((518, 518), (37, 37))
     assert (base.model.depth, base.upernet.levels) == (12, (3, 5, 7, 11))
     assert (large.model.depth, large.upernet.levels) == (24, (7, 11, 15, 23))
-    for preset in (base, large, vision_segment.camvid_segment()):
+    for preset in (base, large, vision.camvid_segment()):
         assert SegmentConfig.model_validate(preset.model_dump() | {"data": preset.data}) == preset  # fits itself
-    assert vision_segment.camvid().model.dim == vision_segment.camvid_segment().model.dim
+    assert vision.camvid().model.dim == vision.camvid_segment().model.dim
     with pytest.raises(ValidationError):
         SegmentConfig.model_validate(base.model_dump() | {"data": tiny.Waves()})
 
