@@ -32,15 +32,15 @@ from modalities.image_data import DecodedImages
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality, Tokens
-from nepa_core.model import NEPA, Prediction
+from nepa_core.model import Prediction, layers_above
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
 from nepa_core.runtime.optim import Duration, make_optimizer
 from nepa_core.runtime.run import Run
-from recipes.pretrain import PretrainConfig, build_model, make_step, provenance
-from recipes.targets import read_target
+from recipes.pretrain import PretrainConfig, provenance
+from recipes.workload import Trained, network, predictor_in, read_trained, step_function
 
 DECODED = 256  # images in a turn of against=decode
 H100_IMAGES = 2000  # a second, assumed: ViT-B/14 at 224 (140 GFLOP an image) at 28 % of the bfloat16 peak
@@ -62,7 +62,7 @@ class Options(BaseModel):
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    config = read_target(PretrainConfig, target, changes)
+    config = read_config(target, changes)
     if options.against == "decode":
         print(render(against_bare_decode(config, options), config))
         return
@@ -77,7 +77,12 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         print(render(figures, config))
 
 
-def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, float]:
+def read_config(target: str, changes: dict[str, Any]) -> Trained:
+    """The recipe or run of any task that trains."""
+    return read_trained(target, changes)
+
+
+def bench(config: Trained, options: Options, ranks: World) -> dict[str, float]:
     """Time the fit loop on this recipe: once undisturbed, and once waiting for the device after every phase.
 
     Checkpoints are left out: how often they come is another key.
@@ -105,14 +110,14 @@ def bench(config: PretrainConfig, options: Options, ranks: World) -> dict[str, f
     }
 
 
-def timed_fit(config: PretrainConfig, steps: int, ranks: World, watch: Stopwatch) -> FitResult:
+def timed_fit(config: Trained, steps: int, ranks: World, watch: Stopwatch) -> FitResult:
     """`fit` for a few steps after some that warm up, in a folder that is thrown away."""
     with tempfile.TemporaryDirectory() as folder:
         _fit(config, max(2, steps // 4), ranks, Path(folder) / "warm", None)
         return _fit(config, steps, ranks, Path(folder) / "timed", watch)
 
 
-def _fit(config: PretrainConfig, steps: int, ranks: World, folder: Path, watch: Stopwatch | None) -> FitResult:
+def _fit(config: Trained, steps: int, ranks: World, folder: Path, watch: Stopwatch | None) -> FitResult:
     train = config.train.model_copy(
         update={"length": Duration(steps=steps), "log": steps, "evaluate": steps, "checkpoint": steps}
     )
@@ -121,24 +126,25 @@ def _fit(config: PretrainConfig, steps: int, ranks: World, folder: Path, watch: 
     folder.mkdir(parents=True, exist_ok=True)
     return fit(
         model=model,
-        step_function=make_step(config),
+        step_function=step_function(config),
         dataset=config.data.dataset("train"),
         config=train,
         optim=config.optim,
         run=run,
         world=ranks,
         ema=None if train.ema is None else Ema(model, train.ema),
+        height=lambda name: layers_above(name, config.model.depth),
         watch=watch,
         show=False,
     )
 
 
-def step_flops(config: PretrainConfig, ranks: World) -> float:
+def step_flops(config: Trained, ranks: World) -> float:
     """Floating-point operations of one process' share of a step, forward and backward, as torch counts them.
 
     Those of the method: what `train.recompute` does twice counts once.
     """
-    model, step = build_model(config).to(ranks.device), make_step(config)
+    model, step = network(config).to(ranks.device), step_function(config)
     steps = _plan(config, ranks)
     batch = _one_batch(config, ranks, config.train.batch // ranks.size // steps.accumulate)
     with FlopCounterMode(display=False) as counter:
@@ -160,7 +166,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
-def training_memory(config: PretrainConfig, ranks: World) -> int:
+def training_memory(config: Trained, ranks: World) -> int:
     """Peak bytes of two bare training steps of one micro-batch."""
     run = bare_step(config, _model(config, ranks).train(), ranks)
     batch = _one_batch(config, ranks, config.train.batch // ranks.size // _plan(config, ranks).accumulate)
@@ -218,9 +224,9 @@ class BareBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def bare_step(config: PretrainConfig, model: nn.Module, ranks: World) -> Callable[[Batch], None]:
+def bare_step(config: Trained, model: nn.Module, ranks: World) -> Callable[[Batch], None]:
     """Forward, backward, optimiser and EMA, written out: the least a training step can be."""
-    step, optimizer = make_step(config), make_optimizer(model, config.optim)
+    step, optimizer = step_function(config), make_optimizer(model, config.optim)
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
@@ -238,7 +244,7 @@ def bare_step(config: PretrainConfig, model: nn.Module, ranks: World) -> Callabl
     return run
 
 
-def against_bare_loop(config: PretrainConfig, options: Options, ranks: World) -> dict[str, float]:
+def against_bare_loop(config: Trained, options: Options, ranks: World) -> dict[str, float]:
     """Time of `fit` over the time of a bare loop with the same model, optimiser, EMA and prepared batches."""
     steps = options.steps
     batch = _one_batch(config, ranks, config.train.batch)
@@ -262,8 +268,14 @@ def _ratio(name: str, ratios: list[float]) -> dict[str, float]:
     return {name: statistics.median(ratios), f"{name}, lowest": min(ratios), f"{name}, highest": max(ratios)}
 
 
-def against_bare_transformer(config: PretrainConfig, options: Options, ranks: World) -> dict[str, float]:
-    """Time and peak memory of a training step of this predictor over those of a bare Transformer."""
+def against_bare_transformer(config: Trained, options: Options, ranks: World) -> dict[str, float]:
+    """Time and peak memory of a training step of this predictor over those of a bare Transformer.
+
+    Raises:
+        UserError: the recipe is not of pre-training.
+    """
+    if not isinstance(config, PretrainConfig):
+        raise UserError("against=transformer compares pre-training steps; name a pre-training recipe")
     batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
     sides = {
         "nepa": bare_step(config, _model(config, ranks).train(), ranks),
@@ -286,7 +298,7 @@ def against_bare_transformer(config: PretrainConfig, options: Options, ranks: Wo
     }
 
 
-def against_bare_decode(config: PretrainConfig, options: Options) -> dict[str, float]:
+def against_bare_decode(config: Trained, options: Options) -> dict[str, float]:
     """Images a second of CPU time that one core loads: this recipe's, and decode_image + RandomResizedCrop alone.
 
     Ours includes everything up to a batch of uint8 pixels on the CPU; both sides read the same encoded images, and
@@ -352,16 +364,16 @@ def print_peak(folder: str, side: str) -> None:
         print(peak_memory(ranks.device))
 
 
-def _model(config: PretrainConfig, ranks: World) -> NEPA:
-    model = build_model(config).to(ranks.device)
+def _model(config: Trained, ranks: World) -> nn.Module:
+    model = network(config).to(ranks.device)
     if config.train.compile:
-        model.predictor.compile_blocks()
+        predictor_in(model).compile_blocks()
     if config.train.recompute:
-        model.predictor.recompute_blocks()
+        predictor_in(model).recompute_blocks()
     return model
 
 
-def _plan(config: PretrainConfig, ranks: World) -> Plan:
+def _plan(config: Trained, ranks: World) -> Plan:
     samples = len(config.data.dataset("train"))  # type: ignore[arg-type]
     return plan(config.train, config.optim, samples=samples, ranks=ranks.size)
 
@@ -370,7 +382,7 @@ def _bare(config: PretrainConfig, ranks: World) -> BareTransformer:
     return BareTransformer(config.model, config.data.embedder(config.model.dim)).to(ranks.device)
 
 
-def _one_batch(config: PretrainConfig, ranks: World, size: int) -> Batch:
+def _one_batch(config: Trained, ranks: World, size: int) -> Batch:
     data: Modality = config.data
     batches: Iterator[Batch] = plain_batches(data.dataset("train"), batch=size, device=ranks.device, limit=size)
     return next(batches)
@@ -386,7 +398,7 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def render(figures: dict[str, float], config: PretrainConfig) -> str:
+def render(figures: dict[str, float], config: Trained) -> str:
     """The figures a line each, and what they were measured with."""
     width = max(map(len, figures))
     lines = [f"{name:<{width}}  {value:>12,.3f}" for name, value in figures.items()]

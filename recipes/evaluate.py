@@ -12,14 +12,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from nepa_core.basics import FROZEN, UserError
-from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes import segment
 from recipes.finetune import FinetuneConfig, accuracy, class_names, load_classifier
 from recipes.pretrain import provenance
 from recipes.segment import SegmentConfig
-from recipes.targets import is_run, read_target
+from recipes.targets import is_run, read_target, task_of
 from recipes.weights import read_weights
 
 
@@ -63,5 +62,4 @@ def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | Segmen
     """The settings of a fine-tuned or segmentation run, with changes."""
     if not is_run(target):
         raise UserError(f"{target} is not a run folder; name one of `nepa finetune`, `nepa import` or `nepa segment`")
-    task = read_saved(Path(target) / "config.json").get("task")
-    return read_target(SegmentConfig if task == SegmentConfig.task else FinetuneConfig, target, changes)
+    return read_target(SegmentConfig if task_of(target) == SegmentConfig.task else FinetuneConfig, target, changes)

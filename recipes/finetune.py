@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
-from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
 from nepa_core.basics import FROZEN, Batch, UserError
@@ -291,6 +290,8 @@ def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Bat
 
     timm draws from NumPy, which is seeded here from torch's global generator, that of the step.
     """
+    from timm.data.mixup import Mixup  # a second to import, for mixing alone
+
     mixup = Mixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing, num_classes=classes)
 
     def mix(batch: Batch) -> tuple[Batch, Tensor]:

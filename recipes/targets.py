@@ -48,7 +48,7 @@ def read_target(
         config = others[other](config, None)
     if not isinstance(config, kind):
         raise UserError(f"{target} gives a {type(config).__name__}, this task wants a {kind.__name__}")
-    if "recipe" in kind.model_fields:
+    if "recipe" in type(config).model_fields:
         config = config.model_copy(update={"recipe": target})
     return override(config, changes)
 

@@ -17,8 +17,18 @@ from recipes.segment import SegmentConfig
 from recipes.segment_predict import EvaluationConfig
 from recipes.upernet import UPerNetConfig
 
-CAMVID_CLASSES = tuple(
-    ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist"]
+CAMVID_CLASSES = (
+    "sky",
+    "building",
+    "pole",
+    "road",
+    "pavement",
+    "tree",
+    "sign",
+    "fence",
+    "car",
+    "pedestrian",
+    "cyclist",
 )
 """Labels 0 to 10; 11 is void."""
 

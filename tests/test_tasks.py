@@ -6,15 +6,20 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nepa_core.basics import UserError
 from nepa_core.runtime.config import load_object, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes import ablate, bench, compare
+from recipes.bench import read_config
 from recipes.cli import main
+from recipes.finetune import finetune, short
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
+from recipes.workload import network
 from tests.conftest import ROOT
 from tests.contract import check_modality
 from tests.pictures import encoded, picture, write_tree
@@ -119,6 +124,28 @@ def test_bench_accounts_for_the_whole_step(tiny_recipe: PretrainConfig) -> None:
     assert sum(shares) == pytest.approx(100)
     assert all(share > 0 for share in shares)
     assert figures["tokens/s"] == pytest.approx(figures["samples/s"] * 6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"train.recompute": True}])
+def test_bench_reads_recipes_of_every_task_and_their_runs(tmp_path: Path, changes: dict[str, Any]) -> None:
+    tuned = override(short(load_object("tests.tiny:recipe")()), {"train.length.steps": 2, **changes})
+    run = Run(tmp_path / "tuned")
+    finetune(tuned, run, ALONE, show=False)
+    config = read_config(str(run.path), {})
+    assert config == tuned
+    figures = bench.bench(config, bench.Options(steps=2), ALONE)
+    assert figures["samples/s"] > 0
+    scenes = read_config("recipes.vision:camvid_segment", {"train.batch": 2})
+    assert network(scenes).backbone.config == scenes.model
+    with pytest.raises(UserError, match="against=transformer compares pre-training steps"):
+        bench.against_bare_transformer(config, bench.Options(steps=2), ALONE)
+    with pytest.raises(UserError, match="which trains nothing"):
+        read_config("tests.test_tasks:no_recipe", {})
+
+
+def no_recipe() -> bench.Options:
+    """A config that no task trains."""
+    return bench.Options()
 
 
 def test_bench_counts_the_operations_of_a_step(tiny_recipe: PretrainConfig) -> None:
