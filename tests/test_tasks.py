@@ -195,7 +195,7 @@ def test_a_compiled_run_learns_the_same(tmp_path: Path, tiny_recipe: PretrainCon
 
 
 def test_the_readme_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapter in the README, copied out of it, keeps the contract, trains and probes as the README says."""
+    """The adapter in the README, copied out of it, keeps the contract, and the README's commands take it."""
     blocks = re.findall(r"```python\n(# my_waves\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 1
     (tmp_path / "my_waves.py").write_text(blocks[0])
@@ -204,6 +204,8 @@ def test_the_readme_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     check_modality(load_object("my_waves:base")().data)
     assert main(["pretrain", "my_waves:base", "train.length.steps=5"]) == 0
     assert main(["probe", "runs/base", "train_samples=200", "test_samples=200"]) == 0
+    assert main(["finetune", "runs/base", "train.length.steps=2", "train.ema=null"]) == 0
+    assert main(["inspect", "runs/base", "samples=2"]) == 0
 
 
 def test_every_recipe_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
