@@ -105,7 +105,9 @@ class Images(Modality):
         return Tokens(values=patchify(pixels, self.patch), coords=patch_centres(*self.grid))
 
     def classes(self) -> tuple[str, ...] | None:
-        return open_source(self.source, "train", root=self.root, size=self.size).classes
+        """The names that the source gives, or the numbers that occur in its training labels."""
+        source = open_source(self.source, "train", root=self.root, size=self.size)
+        return source.classes or tuple(str(number) for number in range(int(source.labels.max()) + 1))
 
     def token_dim(self) -> int:
         return self.channels * self.patch[0] * self.patch[1]
