@@ -11,6 +11,7 @@ import csv
 import math
 import os
 import re
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -82,7 +83,9 @@ def _mel_spectrogram(form: FrontEnd) -> MelSpectrogram:
 
 def empty_bands(form: FrontEnd) -> int:
     """How many mel bands are so narrow that no frequency of the spectrum falls into them."""
-    filters = melscale_fbanks(form.n_fft // 2 + 1, 0.0, form.sample_rate / 2, form.bands, form.sample_rate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchaudio warns of what is counted here
+        filters = melscale_fbanks(form.n_fft // 2 + 1, 0.0, form.sample_rate / 2, form.bands, form.sample_rate)
     return int((filters.amax(0) == 0).sum())
 
 
