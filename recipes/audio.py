@@ -32,4 +32,5 @@ def fsdd_patches() -> PretrainConfig:
 
     `nepa pretrain recipes.audio:fsdd_patches data.root=DIR data.patch_order=hilbert`.
     """
-    return override(fsdd(), {"data.patch": (8, 8), "data.seconds": 0.96, "data.bands": 40})
+    changes = {"data.patch": (8, 8), "data.seconds": 0.96, "train.length.steps": 400, "verdict.fit_samples": 500}
+    return override(fsdd(), changes)

@@ -122,7 +122,12 @@ def test_in_memory_every_clip_is_read_once(tmp_path: Path, monkeypatch: pytest.M
     write_classes(tmp_path)
     reads: list[int] = []
     read = Recordings.read
-    monkeypatch.setattr(Recordings, "read", lambda self, row, *rest: (reads.append(row), read(self, row, *rest))[1])
+
+    def counted(self: Recordings, row: int, *rest: int) -> torch.Tensor:
+        reads.append(row)
+        return read(self, row, *rest)
+
+    monkeypatch.setattr(Recordings, "read", counted)
     data = clips(tmp_path, in_memory=True)
     first, second = data[3], clips(tmp_path, in_memory=True).__getitems__([3])
     assert reads == [3]
@@ -218,4 +223,4 @@ def test_data_that_are_not_there_are_named(
     tmp_path: Path, make: Callable[[Path], Path], options: dict[str, str], words: str
 ) -> None:
     with pytest.raises(UserError, match=words):
-        open_source("folder", "train", root=str(make(tmp_path)), **options)  # type: ignore[arg-type]
+        open_source("folder", "train", root=str(make(tmp_path)), **options)
