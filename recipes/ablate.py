@@ -15,8 +15,9 @@ from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
 from recipes import compare
-from recipes.pretrain import PretrainConfig, provenance
+from recipes.pretrain import PretrainConfig
 from recipes.targets import default_out, is_run, read_target
+from recipes.training import provenance
 
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},

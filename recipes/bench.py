@@ -32,14 +32,15 @@ from modalities.image_data import DecodedImages
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality, Tokens
-from nepa_core.model import Prediction, layers_above
+from nepa_core.model import Prediction
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
 from nepa_core.runtime.optim import Duration, make_optimizer
 from nepa_core.runtime.run import Run
-from recipes.pretrain import PretrainConfig, provenance
+from recipes.pretrain import PretrainConfig
+from recipes.training import height, provenance
 from recipes.workload import Trained, network, predictor_in, read_trained, step_function
 
 DECODED = 256  # images in a turn of against=decode
@@ -133,7 +134,7 @@ def _fit(config: Trained, steps: int, ranks: World, folder: Path, watch: Stopwat
         run=run,
         world=ranks,
         ema=None if train.ema is None else Ema(model, train.ema),
-        height=lambda name: layers_above(name, config.model.depth),
+        height=height(config),
         watch=watch,
         show=False,
     )

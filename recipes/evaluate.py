@@ -16,9 +16,9 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes import segment
 from recipes.finetune import FinetuneConfig, accuracy, class_names, load_classifier
-from recipes.pretrain import provenance
 from recipes.segment import SegmentConfig
 from recipes.targets import is_run, read_target, task_of
+from recipes.training import provenance
 from recipes.weights import read_weights
 
 

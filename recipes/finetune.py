@@ -22,18 +22,19 @@ from torch import Tensor, nn
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens
-from nepa_core.model import NEPA, draw_coord_scale, layers_above
+from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
-from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype, fit
+from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype
 from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
 from nepa_core.runtime.run import Run
 from recipes.heads import LastHead, MeanHead
-from recipes.pretrain import PretrainConfig, provenance
+from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
 from recipes.targets import default_out, read_target
+from recipes.training import cost, opened, train
 from recipes.weights import Weights, load_backbone, read_weights
 
 
@@ -174,30 +175,19 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
     """
     if config.freeze_embedder and config.init is None:
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
-    run.open(config, write=ranks.is_main)
-    ranks.barrier()
-    finished = run.summary()
-    if finished is not None:
+    if (finished := opened(config, run, ranks)) is not None:
         return finished
     names = class_names(config.data)
     model, new = build_classifier(config, len(names))
     model = model.to(ranks.device)
-    if config.train.compile:
-        model.backbone.predictor.compile_blocks()
-    if config.train.recompute:
-        model.backbone.predictor.recompute_blocks()
-    ema = None if config.train.ema is None else Ema(model, config.train.ema)
-    result = fit(
-        model=model,
+    result, _ = train(
+        model,
+        model.backbone.predictor,
+        config,
+        run,
+        ranks,
         step_function=make_step(config, len(names)),
-        dataset=config.data.dataset("train"),
-        config=config.train,
-        optim=config.optim,
-        run=run,
-        world=ranks,
-        ema=ema,
-        evaluate=lambda: raw_and_averaged(config, model, ema, ranks),
-        height=lambda name: layers_above(name, config.model.depth),
+        evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks),
         show=show,
     )
     if not ranks.is_main:
@@ -209,12 +199,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
         "new_weights": new,
         "classes": list(names),
         "causal": config.causal,
-        "steps": result.steps,
-        "seconds": round(result.seconds, 2),
-        "data_wait_share": round(result.data_wait_share, 4),
-        "unreadable_samples": result.unreadable,
-        "parameters": sum(value.numel() for value in model.parameters()),
-        "made_with": provenance(),
+        **cost(result, model),
     }
     write_report(run, summary)
     run.write_summary(summary)  # last: its presence says that the run is finished

@@ -22,8 +22,9 @@ from nepa_core.runtime.distributed import world
 from nepa_core.runtime.run import Run
 from recipes import vision
 from recipes.finetune import FinetuneConfig
-from recipes.pretrain import PretrainConfig, provenance
+from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
+from recipes.training import provenance
 from recipes.weights import joined
 
 RECORD = "import.json"

@@ -40,9 +40,9 @@ from recipes.maps import (
     pca_colours,
     uniform_attention,
 )
-from recipes.pretrain import provenance
 from recipes.report import Figure, Panel, page, panel_plot
 from recipes.targets import is_run
+from recipes.training import provenance
 from recipes.weights import Weights, load_backbone, read_weights
 
 QUERY, NEXT = "red", "white"  # frames

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -26,11 +21,12 @@ from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
-from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, fit
+from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
 from recipes import card
 from recipes.targets import default_out, read_target
+from recipes.training import cost, opened, train
 
 
 class VerdictConfig(BaseModel):
@@ -106,28 +102,15 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     Returns:
         The summary (empty on the other ranks).
     """
-    run.open(config, write=ranks.is_main)
-    ranks.barrier()
-    finished = run.summary()
-    if finished is not None:
+    if (finished := opened(config, run, ranks)) is not None:
         return finished
     model = build_model(config).to(ranks.device)
-    if config.train.compile:
-        model.predictor.compile_blocks()
-    if config.train.recompute:
-        model.predictor.recompute_blocks()
-    ema = None if config.train.ema is None else Ema(model, config.train.ema)
-    result = fit(
-        model=model,
-        step_function=make_step(config),
-        dataset=config.data.dataset("train"),
-        config=config.train,
-        optim=config.optim,
-        run=run,
-        world=ranks,
-        ema=ema,
-        evaluate=lambda: held_out_health(config, model, ranks, ema),
-        show=show,
+
+    def health(ema: Ema | None) -> dict[str, float]:
+        return held_out_health(config, model, ranks, ema)
+
+    result, ema = train(
+        model, model.predictor, config, run, ranks, step_function=make_step(config), evaluate=health, show=show
     )
     if not ranks.is_main:
         return {}
@@ -251,38 +234,5 @@ def summarise(
         "objective": objective,
         "causal": config.objective.causal,
         "weights": "raw" if config.train.ema is None else "ema",
-        "steps": result.steps,
-        "seconds": round(result.seconds, 2),
-        "tokens_per_second": round(result.tokens / result.seconds, 1),
-        "data_wait_share": round(result.data_wait_share, 4),
-        "unreadable_samples": result.unreadable,
-        "parameters": sum(value.numel() for value in model.parameters()),
-        "made_with": provenance(),
+        **cost(result, model),
     }
-
-
-def provenance() -> dict[str, Any]:
-    """Command, commit, device and versions: what a number needs beside it."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": _commit(),
-        "device": device,
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this code, with a + where the work tree differs from it; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip()

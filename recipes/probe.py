@@ -47,8 +47,9 @@ from recipes.classifiers import Classifier, TokenFeatures
 from recipes.features import Features, Row, Source, kept_features, network_reader, raw_reader
 from recipes.finetune import FinetuneConfig
 from recipes.presets import small
-from recipes.pretrain import PretrainConfig, build_model, load_pretrained, provenance
+from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.targets import default_out, is_run, read_target, task_of
+from recipes.training import provenance
 from recipes.weights import load_backbone, read_weights
 
 Pooling = Literal["mean", "last", "bos", "attentive"]

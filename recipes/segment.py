@@ -28,19 +28,19 @@ from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Tokens
-from nepa_core.model import NEPA, draw_coord_scale, layers_above
+from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.predictor import PredictorConfig, Trace
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
-from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype, fit
+from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
 from recipes.heads import DenseHead, canonical_tokens
-from recipes.pretrain import provenance
 from recipes.segment_metrics import Scores, confusion, scores
 from recipes.segment_predict import EvaluationConfig, WindowLogits, predict
 from recipes.segment_report import Picture, render, write_report
 from recipes.targets import default_out, read_target
+from recipes.training import cost, opened, train
 from recipes.upernet import UPerNet, UPerNetConfig, resize
 from recipes.weights import Weights, load_backbone, read_weights
 
@@ -172,39 +172,28 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
     if config.freeze_embedder and config.init is None:
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
     check_batch(config, ranks)
-    run.open(config, write=ranks.is_main)
-    ranks.barrier()
-    finished = run.summary()
-    if finished is not None:
+    if (finished := opened(config, run, ranks)) is not None:
         return finished
     model, new = build_segmenter(config)
     model = model.to(ranks.device)
     if ranks.size > 1 and ranks.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if config.train.compile:
-        model.backbone.predictor.compile_blocks()
-    if config.train.recompute:
-        model.backbone.predictor.recompute_blocks()
-    ema = None if config.train.ema is None else Ema(model, config.train.ema)
 
-    def held_out(limit: int | None) -> dict[str, Measured]:
+    def held_out(ema: Ema | None, limit: int | None) -> dict[str, Measured]:
         average_statistics(model, ranks)
         return raw_and_averaged(config, model, ema, ranks, limit)
 
-    result = fit(
-        model=model,
+    result, ema = train(
+        model,
+        model.backbone.predictor,
+        config,
+        run,
+        ranks,
         step_function=make_step(config),
-        dataset=config.data.dataset("train"),
-        config=config.train,
-        optim=config.optim,
-        run=run,
-        world=ranks,
-        ema=ema,
-        evaluate=lambda: headline(held_out(config.evaluation.images)),
-        height=lambda name: layers_above(name, config.model.depth),
+        evaluate=lambda ema: headline(held_out(ema, config.evaluation.images)),
         show=show,
     )
-    measured = held_out(None)
+    measured = held_out(ema, None)
     if not ranks.is_main:
         return {}
     summary = {
@@ -216,12 +205,7 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
         "head": config.head,
         "causal": config.causal,
         "evaluation": config.evaluation.model_dump(),
-        "steps": result.steps,
-        "seconds": round(result.seconds, 2),
-        "data_wait_share": round(result.data_wait_share, 4),
-        "unreadable_samples": result.unreadable,
-        "parameters": sum(value.numel() for value in model.parameters()),
-        "made_with": provenance(),
+        **cost(result, model),
     }
     with applied(ema):
         shown = pictures(config, model, ranks.device)

@@ -1,0 +1,130 @@
+"""What every training task does around `fit`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from nepa_core.ema import Ema
+from nepa_core.modality import Modality
+from nepa_core.model import layers_above
+from nepa_core.predictor import Predictor, PredictorConfig
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit
+from nepa_core.runtime.optim import OptimConfig
+from nepa_core.runtime.run import Run
+
+
+class Recipe(Protocol):
+    """The part of a config that training reads."""
+
+    @property
+    def data(self) -> Modality: ...
+    @property
+    def model(self) -> PredictorConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+
+
+def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
+    """Open the run's folder on every rank; the summary if it was finished before, else None."""
+    run.open(config, write=ranks.is_main)
+    ranks.barrier()
+    return run.summary()
+
+
+def train(
+    model: nn.Module,
+    predictor: Predictor,
+    config: Recipe,
+    run: Run,
+    ranks: World,
+    *,
+    step_function: StepFunction,
+    evaluate: Callable[[Ema | None], Mapping[str, Any]],
+    show: bool,
+) -> tuple[FitResult, Ema | None]:
+    """`fit` with what the config asks for around the model: compiled or recomputed blocks, an average, layer decay.
+
+    Args:
+        predictor: the one inside `model`.
+        evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
+    """
+    if config.train.compile:
+        predictor.compile_blocks()
+    if config.train.recompute:
+        predictor.recompute_blocks()
+    ema = None if config.train.ema is None else Ema(model, config.train.ema)
+    result = fit(
+        model=model,
+        step_function=step_function,
+        dataset=config.data.dataset("train"),
+        config=config.train,
+        optim=config.optim,
+        run=run,
+        world=ranks,
+        ema=ema,
+        evaluate=lambda: evaluate(ema),
+        height=height(config),
+        show=show,
+    )
+    return result, ema
+
+
+def height(config: Recipe) -> Callable[[str], int]:
+    """Parameter name -> layers above it where there is layer decay, else always 0, which needs fewer groups."""
+    if config.optim.layer_decay is None:
+        return lambda name: 0
+    return lambda name: layers_above(name, config.model.depth)
+
+
+def cost(result: FitResult, model: nn.Module) -> dict[str, Any]:
+    """What a run took and what it was made with, for summary.json."""
+    return {
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        "tokens_per_second": round(result.tokens / result.seconds, 1),
+        "data_wait_share": round(result.data_wait_share, 4),
+        "unreadable_samples": result.unreadable,
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "made_with": provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """Command, commit, device and versions: what a number needs beside it."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    return {
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": device,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this code, with a + where the work tree differs from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
