@@ -32,8 +32,8 @@ def fsdd() -> PretrainConfig:
 def fsdd_patches() -> PretrainConfig:
     """The spoken digits in patches of 8 bands and 8 frames: for comparing patch orders.
 
-    `nepa pretrain recipes.audio:fsdd_patches data.root=DIR data.patch_order=hilbert`. 60 tokens where `fsdd` has 25, and
-    the verdict's linear baseline as slow as the training: minutes. Patches of 16 x 16 would leave 3 columns of a word.
+    `nepa pretrain recipes.audio:fsdd_patches data.root=DIR data.patch_order=hilbert`. 60 tokens where `fsdd` has 25, so
+    minutes; the verdict's linear baseline takes as long as the training. 16 x 16 would leave 3 columns of a word.
     """
     changes = {"data.patch": (8, 8), "data.seconds": 0.96, "train.length.steps": 400, "verdict.fit_samples": 500}
     return override(fsdd(), changes)
