@@ -217,7 +217,12 @@ def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
 
 
 def _factor(gram: Tensor, strength: Tensor) -> Tensor:
-    factor: Tensor = torch.linalg.cholesky(gram + strength.clamp(min=1e-8) * torch.eye(len(gram)))
+    """Cholesky factor of gram + strength. A strength that float32 would round away is raised to what it can hold.
+
+    Else it fails where there are many features and few rows, as at the last places of sequences of unequal length.
+    """
+    least = 2 * torch.finfo(gram.dtype).eps * gram.trace()
+    factor: Tensor = torch.linalg.cholesky(gram + torch.maximum(strength, least).clamp(min=1e-8) * torch.eye(len(gram)))
     return factor
 
 

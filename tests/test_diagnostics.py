@@ -207,6 +207,17 @@ def test_linear_autoregression_recovers_a_noiseless_linear_source(bos: bool, mas
         assert loss[0] > -0.5
 
 
+def test_linear_autoregression_stands_many_features_and_few_rows_at_the_last_places() -> None:
+    """Smooth values, so that features repeat each other, and one sample in ten that reaches the end."""
+    steps = torch.linspace(0, 1, 8 * 100).view(8, 100)
+    values = torch.stack([torch.sin(steps * f) for f in torch.linspace(1, 4, 200)])
+    mask = torch.ones(200, 8, dtype=torch.bool)
+    mask[torch.arange(200) % 10 > 0, 3:] = False
+    values = values * mask[..., None]
+    train = Gathered(1000 * values, F.normalize(torch.randn(200, 8, 5), dim=-1), torch.zeros(200, 8, 5), mask)
+    assert linear_autoregression(train, train).isfinite().all()
+
+
 def test_many_features_are_reduced_to_the_leading_components(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens of 6 numbers that fill a plane, 2 of 6 dimensions, strongly, and the rest not at all."""
     step, plane = _orthonormal(2), _orthonormal(6)[:2]

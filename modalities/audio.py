@@ -1,0 +1,330 @@
+"""Audio: log-mel frames, or patches of the spectrogram.
+
+Shapes: B clips, T frames, F mel bands. As frames, N = T / k tokens of k frames, P = k * F. As patches of p bands and q
+frames, N = rows * columns = (F / p) * (T / q) tokens, P = p * q; row 0 of the spectrogram holds the highest bands, as
+it is drawn.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from modalities.audio_data import (
+    SYNTHETIC_NOISE,
+    Clips,
+    FrontEnd,
+    Padding,
+    SourceName,
+    Synthetic,
+    empty_bands,
+    framed_log_mel,
+    open_audio,
+    open_source,
+)
+from modalities.image import patchify, unpatchify
+from modalities.orders import OrderName, grid_order
+from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.predictor import init_weights
+
+PatchOrder = Literal["time"] | OrderName
+
+UNIT = 8
+"""Tokens to one unit of a coordinate, on both axes."""
+STATISTICS_CLIPS = 1000
+OPTIMUM_CLIPS, OPTIMUM_DRAWS = 64, 16
+
+
+class Audio(Modality):
+    """Clips of unequal length, padded and masked.
+
+    A token holds log-mel energies as they are (0 is silence); the embedder standardises them by mean and std of the
+    training split, which are part of the network's weights: see `embedder`.
+
+    Attributes:
+        source, root, held_out_speaker: where clips come from, see `modalities.audio_data.open_source`.
+        seconds: of the longest clip; longer ones are cut at their end.
+        sample_rate: in Hz, to which every clip is brought.
+        bands, window_ms, hop_ms: mel bands, length of the Hann window and distance of two frames in milliseconds.
+        frames: frames in a token.
+        patch: (bands, frames) of a patch instead, or None for frame tokens. It divides `bands`.
+        patch_order: "time" (column by column, each from the highest band: no patch lies before those of an earlier
+            time), "raster" (row by row: all of the highest bands first), or another of `modalities.orders`. It is that
+            of the longest clip; a shorter one reads its own patches in the same order.
+        order_seed: of patch_order="random".
+        padding: "batch" pads to the longest clip of a batch, "full" to `seconds`.
+        in_memory: keep log-mel frames once computed.
+        limit: at most this many training clips.
+    """
+
+    source: SourceName
+    seconds: PositiveFloat
+    root: str | None = None
+    held_out_speaker: str | None = None
+    sample_rate: PositiveInt = 16_000
+    bands: PositiveInt = 128
+    window_ms: PositiveFloat = 25.0
+    hop_ms: PositiveFloat = 10.0
+    frames: PositiveInt = 4
+    patch: tuple[PositiveInt, PositiveInt] | None = None
+    patch_order: PatchOrder = "time"
+    order_seed: int = Field(default=0, ge=0)
+    padding: Padding = "batch"
+    in_memory: bool = False
+    limit: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.source == "folder" and self.root is None:
+            raise ValueError("data.source=folder needs data.root=DIR, the folder (or CSV file) with the clips")
+        if self.held_out_speaker is not None and self.source != "folder":
+            raise ValueError("data.held_out_speaker is for data.source=folder")
+        if self.patch is not None and self.bands % self.patch[0]:
+            below = self.bands // self.patch[0] * self.patch[0]
+            raise ValueError(
+                f"data.patch={self.patch} does not divide data.bands={self.bands}; the nearest that it divides: "
+                f"{f'{below} and ' if below else ''}{below + self.patch[0]}"
+            )
+        if self.patch is None and self.patch_order != "time":
+            raise ValueError(f"data.patch_order={self.patch_order} is for patches; set data.patch=[16,16]")
+        form = self.front_end
+        if min(form.hop, form.window) < 2:
+            raise ValueError(f"data.window_ms and data.hop_ms must be two samples of {self.sample_rate} Hz or more")
+        if form.longest < 2 * form.step:
+            raise ValueError(
+                f"data.seconds={self.seconds} is less than two tokens of {form.step * form.hop / self.sample_rate} s"
+            )
+        if empty := empty_bands(form):
+            raise ValueError(
+                f"data.bands={self.bands} are too many for data.window_ms={self.window_ms}: {empty} of them would be "
+                "empty; lower the one or lengthen the other"
+            )
+        return self
+
+    # pydantic leaves properties alone; which kind of token this is hangs on a setting
+    @property
+    def token_name(self) -> str:  # type: ignore[override]
+        return "frame" if self.patch is None else "patch"
+
+    @property
+    def front_end(self) -> FrontEnd:
+        """The settings in samples and frames."""
+        hop, window = (round(ms * self.sample_rate / 1000) for ms in (self.hop_ms, self.window_ms))
+        step = self.frames if self.patch is None else self.patch[1]
+        longest = int(self.seconds * self.sample_rate / (max(hop, 1) * step) + 1e-6) * step
+        return FrontEnd(self.sample_rate, self.bands, window, hop, step, longest)
+
+    @property
+    def rows(self) -> int:
+        """Rows of patches; 1 for frame tokens."""
+        return 1 if self.patch is None else self.bands // self.patch[0]
+
+    def dataset(self, split: str) -> Clips:
+        return open_audio(
+            self.source,
+            split,
+            form=self.front_end,
+            root=self.root,
+            held_out_speaker=self.held_out_speaker,
+            padding=self.padding,
+            in_memory=self.in_memory,
+            limit=self.limit,
+        )
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        """Frames or patches of batch["mel"] [B, T, F], of which batch["frames"] [B] are real: values [B, N, P] float32.
+
+        Coordinates are (time) or (frequency, time) in units of eight tokens.
+        """
+        mel, step = batch["mel"], self.front_end.step
+        columns = mel.shape[1] // step
+        real = torch.arange(columns, device=mel.device) < (batch["frames"] // step)[:, None]
+        if self.patch is None:
+            values = rearrange(mel, "b (n k) f -> b n (k f)", k=step)
+        else:
+            values = patchify(_picture(mel)[:, None], self.patch)
+        return Tokens(values=values, coords=places(self.rows, columns), mask=real.repeat(1, self.rows))
+
+    def classes(self) -> tuple[str, ...]:
+        return open_source(self.source, "train", root=self.root, held_out_speaker=self.held_out_speaker).classes
+
+    def plain(self) -> Audio:
+        """With every batch padded to `seconds`, so that raw tokens of all batches stand in one array."""
+        return self.model_copy(update={"padding": "full"})
+
+    def token_dim(self) -> int:
+        return self.frames * self.bands if self.patch is None else self.patch[0] * self.patch[1]
+
+    def embedder(self, dim: int) -> nn.Module:
+        """A linear map of standardised values.
+
+        Mean and std of each of the P numbers are measured on (up to 1,000 clips of) the training split when a network
+        is built, and are buffers: they are saved with the weights and come back with them, so a trained network reads
+        other data as it read its own.
+        """
+        # All that the statistics hang on; `limit` is not: fewer labels are no other sound.
+        whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0}
+        return StandardisedLinear(*token_statistics(self.model_copy(update=whole)), dim)
+
+    def order(self, tokens: Tokens) -> Tensor | None:
+        """The patch order; one that would scatter padding among the real tokens gets it behind them."""
+        if self.patch is None:
+            return None
+        columns = tokens.values.shape[1] // self.rows
+        longest = self.front_end.longest // self.patch[1]
+        order = shortened_order(self.patch_order, self.rows, longest, columns, self.order_seed)
+        if self.patch_order == "time" or tokens.mask is None:
+            return order
+        order = order.to(tokens.mask.device)
+        return order[(~tokens.mask[:, order]).int().argsort(dim=1, stable=True)]
+
+    def describe(self, tokens: Tokens) -> Sketch:
+        """The spectrogram, low frequencies at the bottom, each clip up to its loudest; padding is black."""
+        values = tokens.canonical(tokens.values)
+        if tokens.mask is not None:
+            values = values * tokens.canonical(tokens.mask)[..., None]
+        columns = values.shape[1] // self.rows
+        if self.patch is None:
+            picture = _picture(rearrange(values, "b n (k f) -> b (n k) f", k=self.frames))
+        else:
+            picture = unpatchify(values, (self.bands, columns * self.patch[1]), self.patch)[:, 0]
+        return Sketch(picture / picture.amax((1, 2), keepdim=True).clamp(min=1e-6), (self.rows, columns))
+
+    @torch.no_grad()
+    def known_optimum(self, embed: nn.Module) -> float | None:
+        """A held-out loss that no predictor of this embedder's embeddings can beat; None but for synthetic frames.
+
+        The best predictor would know each clip's class, pitch, loudness and phase, and every sample of noise that the
+        tokens so far have shown (windows overlap); left unknown is the noise after them. So that noise is drawn again
+        16 times, and the best cosine at a place is the length of the mean of the unit embeddings over the draws,
+        freed of the bias of so few: |mean|^2 counts (1 - |mean|^2) / (draws - 1) less. At BOS nothing is known, and
+        the mean is over clips. A predictor must find out from the tokens what this one is told, so the optimum is a
+        bound and not quite within reach.
+        """
+        source = open_source(self.source, "test") if self.source == "synthetic" else None
+        if not isinstance(source, Synthetic) or self.patch is not None:
+            return None
+        device = next(embed.parameters()).device
+        draw = torch.Generator().manual_seed(0)
+        first: list[Tensor] = []
+        best: list[Tensor] = []
+        for row in range(OPTIMUM_CLIPS):
+            clean, noise = source.parts(row, self.sample_rate)
+            values = redrawn_tokens(clean, noise, self.front_end, OPTIMUM_DRAWS, draw)
+            units = F.normalize(embed(values.to(device)).float(), dim=-1).cpu()  # [N, draws, D]
+            first.append(units[0, 0])
+            best.append(unbiased_length(units[1:]))
+        start = unbiased_length(torch.stack(first)).expand(OPTIMUM_CLIPS)
+        return -float(torch.cat([start, *best]).mean())
+
+
+class StandardisedLinear(nn.Linear):
+    """linear((x - mean) / std); mean and std [P] are buffers."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor, dim: int) -> None:
+        super().__init__(len(mean), dim)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+        init_weights(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, P] -> [B, N, dim]."""
+        return super().forward((x - self.mean) / self.std)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+@torch.no_grad()
+def token_statistics(data: Audio) -> tuple[Tensor, Tensor]:
+    """Mean and std [P] of the real tokens of up to 1,000 training clips.
+
+    A number that hardly varies (a band above what was recorded) counts as a tenth as wide as the numbers are on
+    average: dividing by less would make its noise loud.
+
+    Raises:
+        UserError: no clip can be read.
+    """
+    clips = data.dataset("train")
+    chosen = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))[:STATISTICS_CLIPS]
+    count, total, squares = 0, torch.zeros(data.token_dim()).double(), torch.zeros(data.token_dim()).double()
+    unreadable = ""
+    for index in chosen.tolist():
+        try:
+            tokens = data.tokenize(clips.__getitems__([index]))
+        except UnreadableSample as error:
+            unreadable = unreadable or str(error)
+            continue
+        rows = tokens.values[tokens.mask].double()
+        count += len(rows)
+        total += rows.sum(0)
+        squares += rows.square().sum(0)
+    if not count:
+        raise UserError(f"no training clip can be read; the first: {unreadable}")
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), std.clamp(min=0.1 * float(std.mean()) + 1e-6).float()
+
+
+def _picture(mel: Tensor) -> Tensor:
+    """[B, T, F] -> [B, F, T] with the highest band in row 0."""
+    return mel.transpose(1, 2).flip(1)
+
+
+# The caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def places(rows: int, columns: int) -> Tensor:
+    """Coordinates of tokens in units of eight: (time) [N, 1], or (frequency, time) [N, 2] where there are rows."""
+    time = torch.arange(columns) / UNIT
+    if rows == 1:
+        return time[:, None]
+    return torch.cartesian_prod(torch.arange(rows).flip(0) / UNIT, time)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def shortened_order(name: PatchOrder, rows: int, longest: int, columns: int, seed: int) -> Tensor:
+    """The order of a grid of rows x longest, without the patches beyond `columns`: [rows * columns] int64."""
+    if name == "time":
+        return torch.arange(rows * columns).view(rows, columns).T.flatten()
+    whole = grid_order(name, rows, longest, seed)
+    row, column = whole // longest, whole % longest
+    inside = column < columns
+    return row[inside] * columns + column[inside]
+
+
+def redrawn_tokens(clean: Tensor, noise: Tensor, form: FrontEnd, draws: int, generator: torch.Generator) -> Tensor:
+    """Every token of a clip with the noise that no earlier token has seen drawn again: [N, draws, P]."""
+    token = form.step * form.hop
+    length = min(len(clean), form.longest * form.hop)
+    count = -(-length // token)
+    side, width = form.n_fft // 2, (form.step - 1) * form.hop + form.n_fft
+    pad = (side, (count - 1) * token + width - side - length)
+    clip, known = F.pad(clean[:length], pad), F.pad(noise[:length], pad)
+    sounding = F.pad(torch.ones(length), pad)
+    point = torch.arange(len(clip)) - side
+    fresh = SYNTHETIC_NOISE * torch.randn(count, draws, width, generator=generator)
+    windows = [x.unfold(0, width, token) for x in (clip, known, sounding, point)]
+    clean_, known_, sounding_, point_ = (x[:count, None] for x in windows)
+    seen = torch.arange(count)[:, None, None] * token - form.hop + form.window // 2  # end of the last window before
+    mixed = clean_ + torch.where(point_ < seen, known_, fresh * sounding_)
+    return framed_log_mel(mixed, form).flatten(-2)
+
+
+def unbiased_length(units: Tensor) -> Tensor:
+    """Length of the expectation of unit vectors, from draws of them: [..., draws, D] -> [...]."""
+    draws = units.shape[-2]
+    square = units.mean(-2).square().sum(-1)
+    return ((draws * square - 1) / (draws - 1)).clamp(min=0).sqrt()

@@ -1,0 +1,226 @@
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modalities.audio_data import FSDD_NAME, Clips, FrontEnd, Recordings, log_mel, open_audio, open_source, read_file
+from nepa_core.basics import UnreadableSample, UserError
+from tests.sounds import tone, write, write_classes, write_fsdd
+
+FORM = FrontEnd(sample_rate=8000, bands=20, window=200, hop=80, step=2, longest=40)
+
+
+def names(root: Path, split: str, **options: Any) -> list[str]:
+    """Paths of a split, seen from the root."""
+    source = open_source("folder", split, root=str(root), **options)
+    return [str(Path(source.name(row)).relative_to(root)) for row in range(len(source.labels))]
+
+
+def clips(root: Path, split: str = "train", **options: Any) -> Clips:
+    return open_audio("folder", split, form=FORM, root=str(root), **options)
+
+
+# ---- log-mel
+
+
+def test_a_tone_lies_in_the_band_of_its_pitch_and_silence_is_zero() -> None:
+    mel = log_mel(torch.from_numpy(tone(0.5, 1000.0)).float(), FORM)
+    assert mel.shape == (50, 20)
+    # 20 triangles at equal distance on the mel scale up to 4 kHz: the middle of band k is at (k + 1) / 21 of it
+    scale = 2595 * np.log10(1 + np.array([1000.0, 4000.0]) / 700)
+    assert int(mel[10:40].mean(0).argmax()) == round(float(scale[0] / scale[1] * 21)) - 1
+    assert torch.equal(log_mel(torch.zeros(800), FORM), torch.zeros(10, 20))
+
+
+def test_padding_with_zeros_changes_no_frame() -> None:
+    wave = torch.randn(3, 1600)
+    torch.testing.assert_close(log_mel(F.pad(wave, (0, 800)), FORM)[:, :20], log_mel(wave, FORM))
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac"])
+@pytest.mark.parametrize("rate", [8000, 22050, 44100])
+def test_files_are_mixed_to_one_channel_and_resampled(tmp_path: Path, suffix: str, rate: int) -> None:
+    stereo = np.stack([tone(0.5, 440.0, rate), 0 * tone(0.5, 440.0, rate)], axis=1)
+    wave = read_file(str(write(tmp_path / f"a{suffix}", stereo, rate)), 8000, 8000)
+    assert abs(len(wave) - 4000) <= 1
+    expected = torch.from_numpy(tone(0.5, 440.0) / 2).float()[: len(wave)]
+    torch.testing.assert_close(wave[200:3800], expected[200:3800], rtol=0, atol=2e-3)
+
+
+def test_no_more_is_read_of_a_long_file_than_is_kept(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", tone(5.0, rate=16000), 16000)
+    assert len(read_file(str(path), 8000, 800)) == 800
+
+
+def _with_rate(path: Path, rate: int) -> None:
+    header = bytearray(path.read_bytes())
+    header[24:28] = struct.pack("<I", rate)
+    path.write_bytes(header)
+
+
+SPOIL: dict[str, tuple[Callable[[Path], object], str]] = {
+    "text": (lambda path: path.write_text("no sound"), "Format not recognised"),
+    "nothing": (lambda path: path.write_bytes(b""), "."),
+    "empty": (lambda path: write(path, np.zeros(0)), "holds no samples"),
+    "silent": (lambda path: write(path, np.zeros(4000)), "silent"),
+    "nan": (lambda path: write(path, np.r_[tone(0.2), np.nan], subtype="FLOAT"), "NaN"),
+    "infinite": (lambda path: write(path, np.r_[tone(0.2), np.inf], subtype="FLOAT"), "infinite"),
+    "short": (lambda path: write(path, tone(0.019)), "0.019 s are not more than one token of 0.020 s"),
+    "slow": (lambda path: _with_rate(path, 3), "header says 3 samples a second"),
+    "odd": (lambda path: _with_rate(path, 16001), "header says 16001 samples a second.*data.sample_rate=8000"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_a_clip_that_teaches_nothing_is_named_in_one_line(tmp_path: Path, kind: str) -> None:
+    spoil, words = SPOIL[kind]
+    data = clips(write_classes(tmp_path), in_memory=True)
+    spoil(tmp_path / "train" / "high" / "1.wav")
+    for _ in range(2):  # remembered, too
+        with pytest.raises(UnreadableSample, match=words) as caught:
+            data[1]
+        assert str(caught.value).startswith(str(tmp_path / "train" / "high" / "1.wav: "))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UnreadableSample):
+        data.__getitems__([0, 1])
+    assert data[0]["frames"] > 0
+
+
+# ---- samples and batches
+
+
+def test_clips_are_padded_to_whole_tokens_then_to_the_batch_or_in_full(tmp_path: Path) -> None:
+    write_classes(tmp_path)  # of 0.1 s, 0.133 s and so on: 10, 14 (13.3 filled up to whole tokens), ... frames
+    data = clips(tmp_path)
+    assert [int(data[i]["frames"]) for i in range(3)] == [10, 14, 18]
+    assert data[0]["mel"].shape == (40, 20)
+    batch = data.__getitems__([1, 0])
+    assert batch["mel"].shape == (2, 14, 20)
+    assert batch["frames"].tolist() == [14, 10]
+    assert not batch["mel"][1, 10:].any()
+    full = clips(tmp_path, padding="full").__getitems__([1, 0])
+    assert torch.equal(full["mel"], torch.stack([data[1]["mel"], data[0]["mel"]]))
+    torch.testing.assert_close(full["mel"][:, :14], batch["mel"])
+
+
+def test_clips_beyond_the_longest_are_cut(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    short = open_audio("folder", "train", form=FORM._replace(longest=12), root=str(tmp_path))
+    assert short[5]["mel"].shape == (12, 20)
+    assert short[5]["frames"] == 12
+
+
+def test_in_memory_every_clip_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_classes(tmp_path)
+    reads: list[int] = []
+    read = Recordings.read
+
+    def counted(self: Recordings, row: int, *rest: int) -> torch.Tensor:
+        reads.append(row)
+        return read(self, row, *rest)
+
+    monkeypatch.setattr(Recordings, "read", counted)
+    data = clips(tmp_path, in_memory=True)
+    first, second = data[3], clips(tmp_path, in_memory=True).__getitems__([3])
+    assert reads == [3]
+    assert torch.equal(first["mel"][: int(first["frames"])], second["mel"][0])
+    clips(tmp_path)[3]
+    assert reads == [3, 3]
+
+
+def test_limit_draws_training_clips_of_all_classes(tmp_path: Path) -> None:
+    write_classes(tmp_path, clips=20)
+    few = clips(tmp_path, limit=10)
+    assert len(few) == 10
+    assert set(few.labels.tolist()) == {0, 1}
+    assert len(clips(tmp_path, "test", limit=10)) == 20
+
+
+# ---- layouts
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    write_classes(tmp_path, clips=2)
+    write(tmp_path / "train" / "low" / "deep" / "9.flac", tone(0.1))
+    (tmp_path / "train" / "low" / "notes.txt").write_text("not audio")
+    write(tmp_path / "train" / "low" / ".hidden.wav", tone(0.1))
+    source = open_source("folder", "train", root=str(tmp_path))
+    assert source.classes == ("high", "low")
+    assert source.labels.tolist() == [0, 0, 1, 1, 1]
+    assert "train/low/deep/9.flac" in names(tmp_path, "train")
+    assert names(tmp_path, "test") == ["val/high/0.wav", "val/low/0.wav"]
+
+
+def test_a_csv_manifest_names_files_beside_it(tmp_path: Path) -> None:
+    write(tmp_path / "x" / "a.wav", tone(0.1))
+    file = tmp_path / "all.csv"
+    file.write_text(
+        "split,path,label,extra\ntrain,x/a.wav,dog,1\ntrain,x/b.wav,cat,2\nval,x/c.wav,cat,\ntest,d.wav,dog,\n"
+    )
+    train, test = (open_source("folder", split, root=str(file)) for split in ("train", "test"))
+    assert train.classes == ("cat", "dog")
+    assert train.labels.tolist() == [1, 0]
+    assert [test.name(row) for row in (0, 1)] == [str(tmp_path / "x" / "c.wav"), str(tmp_path / "d.wav")]
+    assert len(train.read(0, 8000, 8000)) == 800
+
+
+def test_fsdd_holds_out_five_recordings_of_each_digit_and_speaker_or_a_speaker(tmp_path: Path) -> None:
+    write_fsdd(tmp_path / "fsdd")
+    test = names(tmp_path, "test")
+    assert sorted(test) == sorted(f"fsdd/{d}_{s}_{i}.wav" for d in range(2) for s in ("ann", "bob") for i in range(5))
+    assert len(names(tmp_path, "train")) == 8
+    held = names(tmp_path, "test", held_out_speaker="bob")
+    assert len(held) == 14
+    assert all(FSDD_NAME.fullmatch(Path(name).name)["speaker"] == "bob" for name in held)  # type: ignore[index]
+    assert not any("bob" in name for name in names(tmp_path, "train", held_out_speaker="bob"))
+    assert open_source("folder", "train", root=str(tmp_path)).labels.tolist() == [0] * 4 + [1] * 4
+
+
+def _csv(text: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / "m.csv").write_text(text)
+        return folder / "m.csv"
+
+    return make
+
+
+def _only_one_class(folder: Path) -> Path:
+    write_classes(folder, clips=2)
+    (folder / "val" / "low" / "0.wav").rename(folder / "val" / "high" / "9.wav")
+    return folder
+
+
+def _stray(folder: Path) -> Path:
+    write(write_fsdd(folder) / "theme.wav", tone(0.1))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "words"),
+    [
+        (lambda folder: folder / "gone", {}, "gone: there is no such folder or CSV file"),
+        (lambda folder: folder, {}, "looked for train/"),
+        (_only_one_class, {}, "only one has low"),
+        (_stray, {}, "theme.wav: beside files named"),
+        (write_fsdd, {"held_out_speaker": "eve"}, "held_out_speaker=eve: the speakers are ann, bob"),
+        (write_classes, {"held_out_speaker": "eve"}, "needs files of FSDD's naming"),
+        (_csv("path,class,split\n"), {}, "m.csv: the first line.*no label"),
+        (_csv("path,label,split\na.wav,x,train\nb.wav,,val\n"), {}, "m.csv, row 3: .*'b.wav', '', 'val'"),
+        (_csv("path,label,split\na.wav,x,dev\n"), {}, "m.csv, row 2: .*'dev'"),
+        (_csv("path,label,split\na.wav\n"), {}, "m.csv, row 2"),
+        (_csv("path,label,split\na.wav,x,train\n"), {}, "no audio file .* in the held-out split"),
+    ],
+)
+def test_data_that_are_not_there_are_named(
+    tmp_path: Path, make: Callable[[Path], Path], options: dict[str, str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        open_source("folder", "train", root=str(make(tmp_path)), **options)
