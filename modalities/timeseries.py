@@ -208,47 +208,42 @@ class Windows(Dataset[Batch]):
         values: [T, C] z-scored, NaN where missing.
         starts: [W] first rows of windows. Those with fewer than two whole tokens are left out.
         window, patch: steps. horizon: steps of "future" [H, C] behind it, or 0 for none.
-        independent: every channel is a sample: sample i is channel i % C of window i // C (of what is left).
+        independent: every channel is a sample: (window, channel) number i is channel i % C of window i // C.
     """
 
     def __init__(
         self, values: Tensor, starts: Tensor, window: int, horizon: int, patch: int, *, independent: bool
     ) -> None:
         self.values, self.starts, self.window, self.horizon = values, starts, window, horizon
-        count = values.shape[1] if independent else 1
-        self.channel = torch.arange(count).repeat(len(starts)) if independent else None
-        self.starts = starts.repeat_interleave(count)
+        self.channels = values.shape[1] if independent else 1
+        self.independent = independent
         missing = values.isnan()
         self.gaps = bool(missing.any())
-        if self.gaps:
-            kept = self._readable(missing, patch)
-            self.starts = self.starts[kept]
-            self.channel = None if self.channel is None else self.channel[kept]
+        self.kept = self._readable(missing, patch).flatten().nonzero()[:, 0] if self.gaps else None
 
     def _readable(self, missing: Tensor, patch: int) -> Tensor:
-        """[W] bool: two tokens at least are whole, and so is the future."""
-        channel = 0 if self.channel is None else self.channel
-        count = missing if self.channel is not None else missing.any(1, keepdim=True)
-        before = torch.cat((torch.zeros_like(count[:1], dtype=torch.int32), count.cumsum(0, dtype=torch.int32)))
-        whole = sum(
-            (before[self.starts + place + patch, channel] == before[self.starts + place, channel]).int()
-            for place in range(0, self.window, patch)
-        )
+        """[W, C] bool ([W, 1] where channels are mixed): two tokens at least are whole, and so is the future."""
+        lost = missing if self.independent else missing.any(1, keepdim=True)
+        before = torch.cat((torch.zeros_like(lost[:1], dtype=torch.int32), lost.cumsum(0, dtype=torch.int32)))
+        whole = torch.zeros(len(self.starts), lost.shape[1], dtype=torch.int32)
+        for place in range(0, self.window, patch):
+            whole += before[self.starts + place + patch] == before[self.starts + place]
         end = self.starts + self.window
-        readable: Tensor = (torch.as_tensor(whole) > 1) & (before[end + self.horizon, channel] == before[end, channel])
-        return readable
+        return (whole > 1) & (before[end + self.horizon] == before[end])
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return len(self.starts) * self.channels if self.kept is None else len(self.kept)
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        rows = self.starts[indices][:, None] + torch.arange(self.window + self.horizon)
-        values = (
-            self.values[rows] if self.channel is None else self.values[rows, self.channel[indices][:, None]][..., None]
-        )
+        numbers = torch.tensor(indices) if self.kept is None else self.kept[indices]
+        rows = self.starts[numbers // self.channels][:, None] + torch.arange(self.window + self.horizon)
+        if self.independent:
+            values = self.values[rows, (numbers % self.channels)[:, None]][..., None]
+        else:
+            values = self.values[rows]
         past, future = values[:, : self.window], values[:, self.window :]
         batch = {"series": past.nan_to_num(0.0)}
         if self.gaps:

@@ -114,6 +114,8 @@ def test_forecast_writes_every_row_and_finds_trained_networks_again(
     assert main(words) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((tmp_path / "run" / "forecast.json").read_text())["horizons"] == found["horizons"]
+    assert main(["bench", f"{run}/forecast/4_predictor"]) == 2
+    assert "is a run of `nepa forecast`" in capsys.readouterr().err
 
 
 def test_what_forecast_cannot_do_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
