@@ -229,28 +229,31 @@ def _moments(
 
 
 def fit_ridge(train: Moments, held: Moments) -> tuple[Ridge, float]:
-    """The ridge whose strength serves `held` best, and its mean squared error there, in the scale it was fitted in."""
+    """The ridge whose strength serves `held` best, and its mean squared error there, in the scale it was fitted in.
+
+    In the eigenbasis of the covariance a strength scales the rows of one matrix, so all of them cost one product.
+    """
     x, y = train.x / train.samples, train.y / train.samples
-    values, vectors = torch.linalg.eigh(train.xx / train.samples - torch.outer(x, x))
-    turned = vectors.T @ (train.xy / train.samples - torch.outer(x, y))
-    best: tuple[Ridge, float] | None = None
-    for strength in STRENGTHS:
-        scale = values.clamp(min=0) + strength * values.mean().clamp(min=1e-12)
-        weights = vectors @ (turned / scale[:, None])
-        ridge = Ridge(weights, y - x @ weights)
-        error = _squared_error(ridge, held)
-        if best is None or error < best[1]:
-            best = ridge, error
-    assert best is not None
-    return Ridge(*(part.float() for part in best[0])), best[1]
+    cov, cross = _about(train, x, y)
+    values, vectors = torch.linalg.eigh(cov)
+    turned = vectors.T @ cross
+    held_cov, held_cross = _about(held, x, y)
+    held_cov = (vectors.T @ held_cov @ vectors) * (turned @ turned.T)
+    held_cross = (turned * (vectors.T @ held_cross)).sum(1)
+    energy = held.yy / held.samples - 2 * (held.y / held.samples) @ y + y @ y
+    shrink = [1 / (values.clamp(min=0) + power * values.mean().clamp(min=1e-12)) for power in STRENGTHS]
+    errors = [float(energy - 2 * held_cross @ d + d @ held_cov @ d) / len(y) for d in shrink]
+    best = min(range(len(errors)), key=errors.__getitem__)
+    weights = vectors @ (turned * shrink[best][:, None])
+    return Ridge(weights.float(), (y - x @ weights).float()), errors[best]
 
 
-def _squared_error(ridge: Ridge, held: Moments) -> float:
-    """Mean of (y - prediction)^2 over samples and outputs, from the moments."""
-    weights, offset = ridge.weights, ridge.offset
-    cross = (weights * held.xy).sum() + held.y @ offset
-    square = (weights * (held.xx @ weights)).sum() + 2 * (held.x @ weights) @ offset + held.samples * offset @ offset
-    return float((held.yy - 2 * cross + square) / (held.samples * len(offset)))
+def _about(moments: Moments, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of (x' - x)(x' - x)^T [F, F] and of (x' - x)(y' - y)^T [F, Y] over the samples x', y'."""
+    mean, target = moments.x / moments.samples, moments.y / moments.samples
+    cov = moments.xx / moments.samples - torch.outer(mean, x) - torch.outer(x, mean - x)
+    cross = moments.xy / moments.samples - torch.outer(mean, y) - torch.outer(x, target - y)
+    return cov, cross
 
 
 def scaled_future(data: TimeSeries, batch: Batch) -> Tensor:
