@@ -192,6 +192,20 @@ class Modality(BaseModel, ABC):
         grey = torch.where(drawn, (values - low) / (high - low).clamp(min=1e-12), 0.0)
         return Sketch(grey.transpose(1, 2), grid=(1, values.shape[1]))
 
+    def known_optimum(self, embed: nn.Module) -> float | None:
+        """The best next-token loss (negative cosine) that any causal predictor can expect on held-out data.
+
+        For synthetic sources, whose distribution is known. Averaged over every token, the first (predicted from BOS)
+        too. Draws from generators of its own.
+
+        Args:
+            embed: the trained embedder, raw tokens [B, N, P] -> embeddings [B, N, D].
+
+        Returns:
+            The loss, or None where it is not known (the default).
+        """
+        return None
+
     def read(self, batch: Batch) -> Tokens:
         """Tokenize a batch and put the tokens into this adapter's order."""
         tokens = self.tokenize(batch)

@@ -68,6 +68,11 @@ def remarks(summary: dict[str, Any], noun: str) -> list[str]:
         f"(before training {verdict.shared_direction_embedding_start:.2f}).",
         f"Copying the current {noun} would have beaten the prediction at {verdict.copy_wins:.0%} of the places.",
     ]
+    if "optimum" in summary:
+        found.append(
+            f"The best possible loss here is {summary['optimum']:.3f}; NEPA reached {verdict.loss:.3f}, the linear "
+            f"autoregression {verdict.baseline_linear:.3f}, the copy baseline {verdict.baseline_copy:.3f}."
+        )
     if abs(summary["objective"] - verdict.loss) > 1e-6:
         found.append(
             f"The run's own objective on held-out data is {summary['objective']:.3f}; it is not the loss above."

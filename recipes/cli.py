@@ -24,6 +24,7 @@ TASKS = {
     "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task("recipes.finetune", "RECIPE", "accuracy after training on labels, from init= or random weights"),
     "segment": Task("recipes.segment", "RECIPE", "mIoU after training on pixel labels, from init= or random weights"),
+    "forecast": Task("recipes.forecast", "RUN", "the next steps of a series, beside linear models and persistence"),
     "evaluate": Task("recipes.evaluate", "RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
     "inspect": Task("recipes.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),

@@ -116,7 +116,8 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
         return {}
     with applied(ema):
         verdict, objective = verdict_of(config, model, ranks.device)
-    summary = summarise(verdict, objective, config, model, result)
+        optimum = best_possible(config, model)
+    summary = summarise(verdict, objective, config, model, result) | ({} if optimum is None else {"optimum": optimum})
     card.write_report(run, summary, config.data)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
@@ -223,6 +224,11 @@ def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tup
     )
     trained = test(model)
     return judge(train, trained, test(build_model(config).to(device))), objective_of(config, trained)
+
+
+def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
+    """The loss that no predictor can beat where the adapter knows it; it counts BOS, and holds for causal attention."""
+    return config.data.known_optimum(model.embed) if config.model.bos and config.objective.causal else None
 
 
 def summarise(

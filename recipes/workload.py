@@ -27,6 +27,8 @@ def read_trained(target: str, changes: dict[str, Any]) -> Trained:
         UserError: there is no such recipe or run, or a change does not fit.
     """
     if is_run(target):
+        if task_of(target) not in KINDS:
+            raise UserError(f"{target} is a run of `nepa {task_of(target)}`; bench takes {', '.join(KINDS)}")
         return read_target(KINDS[task_of(target)], target, changes)
     config = read_target(BaseModel, target, changes)
     if not isinstance(config, Trained):

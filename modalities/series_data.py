@@ -1,0 +1,243 @@
+"""Series as they lie on the disk: CSV and parquet tables, and the UCR and UEA layouts of labelled series.
+
+Shapes: T rows (time steps), C columns (channels), S labelled series. Missing values are NaN.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from nepa_core.basics import UserError
+
+BLOCK = 1 << 19  # bytes of CSV parsed at a time
+_TIMES = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time)
+
+
+class Table(NamedTuple):
+    """A series: the names of its C columns, and values [T, C] float32."""
+
+    columns: tuple[str, ...]
+    values: np.ndarray
+
+
+class LabelledSeries(NamedTuple):
+    """Series with a class each: values [S, T, C] float32 (NaN after the end of a shorter one), labels [S]."""
+
+    values: np.ndarray
+    labels: tuple[str, ...]
+
+
+def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | None = None) -> Table:
+    """Read a series from a .csv or .parquet file whose rows are equally spaced and in order.
+
+    Held at once: the float32 values and a block of the file.
+
+    Args:
+        time: name of the column of time stamps. Default: the only one that is no number, or the only one that
+            holds time stamps; none, where all are numbers.
+        columns: names of the channels. Default: every other column.
+
+    Raises:
+        UserError: naming file, row (the first below the head is 1) and column: the file can't be read; a column is
+            unknown or holds text or infinities; there is none; time stamps are missing, repeated or out of order.
+    """
+    schema = _schema(path)
+    time = _time_column(path, schema, time, columns)
+    names = tuple(columns or (name for name in schema.names if name != time))
+    if not names:
+        raise UserError(f"{path}: no numeric column; a series needs at least one beside its time stamps")
+    kinds = {name: pa.float32() for name in names}
+    rows, chunks, last = 0, deque[np.ndarray](), None
+    for batch in _batches(path, schema, kinds, time):
+        chunk = np.empty((len(batch), len(names)), np.float32)
+        for i, name in enumerate(names):
+            chunk[:, i] = _numbers(path, name, batch[name], rows)
+        if time is not None and len(batch):
+            last = _check_times(path, time, batch[time], rows, last)
+        rows += len(batch)
+        chunks.append(chunk)
+    values, start = np.empty((rows, len(names)), np.float32), 0
+    while chunks:  # each is freed once it is copied
+        chunk = chunks.popleft()
+        values[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return Table(names, values)
+
+
+def _schema(path: str) -> pa.Schema:
+    """Names and types of the columns; of a CSV as its first block has them."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; name a .csv or .parquet file by data.root")
+    try:
+        if path.endswith(".parquet"):
+            return pa.parquet.read_schema(path)
+        with closing(pa.csv.open_csv(path, pa.csv.ReadOptions(block_size=BLOCK))) as reader:
+            return reader.schema
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def _time_column(path: str, schema: pa.Schema, time: str | None, columns: Sequence[str] | None) -> str | None:
+    for name in (*((time,) if time else ()), *(columns or ())):
+        if name not in schema.names:
+            key = "time" if name == time else "columns"
+            raise UserError(f"{path}: no column {name!r} (data.{key}); it has {', '.join(schema.names)}")
+    if time is not None:
+        return time
+    others = [field for field in schema if field.name not in (columns or ()) and not _is_number(field.type)]
+    stamps = [field for field in others if any(is_kind(field.type) for is_kind in _TIMES)]
+    found = others if len(others) == 1 else stamps
+    return found[0].name if len(found) == 1 else None
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
+
+
+def _batches(path: str, schema: pa.Schema, kinds: dict[str, Any], time: str | None) -> Iterator[pa.RecordBatch]:
+    """The wanted columns of a file, block by block."""
+    wanted = [*kinds, *((time,) if time else ())]
+    text = {name: pa.string() for name in kinds if not _is_number(schema.field(name).type)}  # to say which row it is
+    stamps = {time: schema.field(time).type} if time else {}
+    try:
+        if path.endswith(".parquet"):
+            with pa.parquet.ParquetFile(path) as file:
+                yield from file.iter_batches(columns=wanted)
+            return
+        with closing(
+            pa.csv.open_csv(
+                path,
+                pa.csv.ReadOptions(block_size=BLOCK, use_threads=False),
+                convert_options=pa.csv.ConvertOptions(column_types=kinds | text | stamps, include_columns=wanted),
+            )
+        ) as reader:
+            yield from reader
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+def _numbers(path: str, name: str, column: pa.Array, before: int) -> np.ndarray:
+    """One column of a block as float32 with NaN; `before` rows of the file lie above."""
+    try:
+        values = column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    except pa.ArrowException as error:
+        for row, value in enumerate(column.to_pylist(), before + 1):
+            try:
+                float(value or 0)
+            except (TypeError, ValueError):
+                raise UserError(
+                    f"{path}: row {row} of column {name!r} is {value!r}, which is no number; mend it, or leave the "
+                    "column out by data.columns"
+                ) from None
+        raise UserError(
+            f"{path}: column {name!r} holds {column.type}, not numbers; leave it out by data.columns"
+        ) from error
+    infinite = np.isinf(values)
+    if infinite.any():
+        raise UserError(
+            f"{path}: row {before + 1 + int(infinite.argmax())} of column {name!r} is infinite; empty the cell if the "
+            "value is missing"
+        )
+    return np.asarray(values, np.float32)
+
+
+def _check_times(path: str, name: str, column: pa.Array, before: int, last: Any) -> Any:
+    """See that a block's time stamps rise, also from the `last` one of the block above; returns its own last."""
+    if column.null_count:
+        row = before + 1 + column.is_null().index(pa.scalar(True)).as_py()
+        raise UserError(f"{path}: row {row} has no time stamp in column {name!r}; fill it in")
+    if not _is_number(column.type) and not any(is_kind(column.type) for is_kind in _TIMES):
+        raise UserError(
+            f"{path}: column {name!r} holds text such as {column[0].as_py()!r}, neither numbers nor ISO 8601 time "
+            "stamps; mend it, or name the columns to read by data.columns and data.time"
+        )
+    whole = column if last is None else pa.concat_arrays([pa.array([last], column.type), column])
+    falls = pc.less_equal(whole[1:], whole[:-1])
+    place = falls.index(pa.scalar(True)).as_py()
+    if place >= 0:
+        row = before + place + (2 if last is None else 1)
+        what = "repeats the time stamp of" if whole[place + 1] == whole[place] else "is earlier than"
+        raise UserError(
+            f"{path}: row {row} ({whole[place + 1].as_py()}) {what} the row above; sort the rows by {name!r}"
+        )
+    return column[-1].as_py()
+
+
+def read_labelled(root: str, split: str) -> LabelledSeries:
+    """Read `*_TRAIN` or `*_TEST` (.tsv of the UCR archive, .ts of the UEA archive) in a folder.
+
+    A .tsv row is a label and the values. A .ts row is one list of values a dimension, and the label, with colons
+    between them. "?", "NaN" and an empty field are missing values.
+
+    Raises:
+        UserError: naming file and row: there is not one such file, or a row does not fit.
+    """
+    found = sorted(file for file in Path(root).glob(f"*_{split.upper()}.ts*") if file.suffix in (".ts", ".tsv"))
+    if len(found) != 1:
+        raise UserError(f"{root} holds {len(found)} files *_{split.upper()}.tsv or .ts; name a folder with one")
+    path = found[0]
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
+    series, labels = [], []
+    data = path.suffix == ".tsv"
+    for row, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        if line.startswith("@"):
+            data |= line.strip().lower() == "@data"
+            continue
+        if not data:
+            raise UserError(f"{path}: row {row} comes before @data")
+        if path.suffix == ".tsv":
+            label, *fields = line.rstrip("\n").split("\t")
+            dimensions = [fields]
+        else:
+            *parts, label = line.strip().split(":")
+            dimensions = [part.split(",") for part in parts]
+        series.append([_floats(f"{path}: row {row}", fields) for fields in dimensions])
+        labels.append(_label(label))
+        if len(series[-1]) != len(series[0]) or not series[-1]:
+            raise UserError(f"{path}: row {row} has {len(series[-1])} dimensions, the first has {len(series[0])}")
+    if not series:
+        raise UserError(f"{path}: no series in it")
+    longest = max(len(channel) for sample in series for channel in sample)
+    values = np.full((len(series), longest, len(series[0])), np.nan, np.float32)
+    for i, sample in enumerate(series):
+        for c, channel in enumerate(sample):
+            values[i, : len(channel), c] = channel
+    return LabelledSeries(values, tuple(labels))
+
+
+def _floats(where: str, fields: Sequence[str]) -> np.ndarray:
+    """One channel, trailing missing values left out."""
+    try:
+        values = np.array([np.nan if field.strip() in ("", "?") else float(field) for field in fields], np.float32)
+    except ValueError as error:
+        raise UserError(f"{where}: {_one_line(error)}; series with time stamps of their own are not read") from error
+    if np.isinf(values).any():
+        raise UserError(f"{where} holds an infinite value; write ? where a value is missing")
+    real = np.flatnonzero(~np.isnan(values))
+    return values[: real[-1] + 1] if len(real) else values[:0]
+
+
+def _label(text: str) -> str:
+    """ "1.0" and "1" are one class."""
+    text = text.strip()
+    whole = text.removesuffix(".0")
+    return str(int(whole)) if whole.lstrip("+-").isdecimal() else text
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,402 @@
+"""Time series, cut into windows and these into patches of time steps.
+
+Shapes: B samples, T rows of the whole series, L time steps in a window, C channels in a sample (1 where channels are
+independent), H time steps to forecast, p steps in a patch, N = L / p tokens, P = p * C.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from einops import rearrange
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from modalities.series_data import LabelledSeries, read_labelled, read_table
+from nepa_core.basics import Batch, UserError
+from nepa_core.modality import Modality, Sketch, Tokens
+
+SPLITS = ("train", "validation", "test")
+VAR_ROWS = 24_000
+VAR_CHANNELS = 4
+OPTIMUM_WINDOWS, OPTIMUM_DRAWS = 256, 256
+"""Held-out windows, and futures drawn for each of their tokens, behind `known_optimum`."""
+
+
+class TimeSeries(Modality):
+    """Windows of a series, z-scored by its training rows; a token holds `patch` steps.
+
+    A token with a missing value is masked. The splits lie one after the other in time, and no window of `dataset`
+    reaches over a border. Forecasting reads a third split, "validation", by `forecasts`.
+
+    Attributes:
+        source: "file" (a .csv or .parquet table), "labelled" (a folder of the UCR or UEA layout, split as it is), or
+            "var": a synthetic vector autoregression of 4 channels, whose best loss is known.
+        root: the file or folder.
+        time, columns: see `modalities.series_data.read_table`.
+        window: steps in a sample, the look-back of forecasting. Labelled series are filled up to it at their end.
+        patch: steps in a token; it divides the window.
+        stride: steps between the starts of two windows. Forecasting scores every window, whatever it is here.
+        channels: "independent" makes every channel a sample of its own, "mixing" puts all of them in each token.
+        normalise: "window" also takes mean and standard deviation of its own from every channel of every window
+            (RevIN without weights). They are of the whole window, so tokens know a little of those after them.
+        parts: training, validation and test rows, as numbers or as shares; what is left over at the end is unused.
+    """
+
+    token_name: ClassVar[str] = "patch"
+
+    source: Literal["file", "labelled", "var"]
+    window: PositiveInt
+    patch: PositiveInt
+    channels: Literal["independent", "mixing"]
+    root: str | None = None
+    time: str | None = None
+    columns: tuple[str, ...] | None = None
+    stride: PositiveInt = 1
+    normalise: Literal["none", "window"] = "none"
+    parts: tuple[PositiveInt, NonNegativeInt, PositiveInt] | tuple[PositiveFloat, NonNegativeFloat, PositiveFloat]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.patch > self.window:
+            raise ValueError(f"data.patch={self.patch} is longer than data.window={self.window}")
+        if self.window % self.patch:
+            near = self.window // self.patch * self.patch
+            raise ValueError(
+                f"data.patch={self.patch} does not divide data.window={self.window}; {near} and {near + self.patch} fit"
+            )
+        if self.window == self.patch:
+            raise ValueError(f"data.window={self.window} holds one token: make data.patch smaller")
+        if self.source != "var" and self.root is None:
+            raise ValueError(f"data.source={self.source} needs data.root=PATH")
+        if not all(isinstance(part, int) for part in self.parts) and sum(self.parts) > 1 + 1e-6:
+            raise ValueError(f"data.parts={self.parts} are shares that sum to more than 1")
+        return self
+
+    def dataset(self, split: str) -> Dataset[Batch]:
+        if self.source == "labelled":
+            return _labelled_windows(self, split)
+        series, window = _series(self), self.window
+        start, end = series.borders[split]
+        if end - start < window:
+            raise UserError(
+                f"data.window={window} is longer than the {end - start} rows of the {split} part of "
+                f"{self.root or self.source}; shorten it, or move the borders by data.parts"
+            )
+        starts = torch.arange(start, end - window + 1, self.stride)
+        return Windows(series.values, starts, window, 0, self.patch, independent=self.channels == "independent")
+
+    def forecasts(self, split: str, horizon: int) -> Windows:
+        """Every window of `window` steps whose next `horizon` steps lie in the split: "train", "validation", "test".
+
+        Samples also have "future" [H, C], z-scored. Validation and test windows may look back over the border for
+        their input. Windows with a missing value to forecast are left out.
+
+        Raises:
+            UserError: the split is too short, or series are labelled.
+        """
+        if self.source == "labelled":
+            raise UserError("data.source=labelled has nothing to forecast; use nepa finetune or nepa probe")
+        series = _series(self)
+        start, end = series.borders[split]
+        first = max(start, self.window)  # of the steps to forecast
+        if end - first < horizon:
+            raise UserError(
+                f"horizons: {horizon} steps after data.window={self.window} do not fit in the {end - start} rows of "
+                f"the {split} part of {self.root or self.source}; shorten them, or set data.parts"
+            )
+        starts = torch.arange(first, end - horizon + 1) - self.window
+        return Windows(
+            series.values, starts, self.window, horizon, self.patch, independent=self.channels == "independent"
+        )
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        """Patches of batch["series"] [B, L, C]; values within a patch are in order of time, then of channel."""
+        series, observed = batch["series"], batch.get("observed")
+        mean, std = self.scale(batch)
+        values = (series - mean) / std
+        mask = None
+        if observed is not None:
+            values = torch.where(observed, values, 0.0)
+            mask = rearrange(observed, "b (n p) c -> b n (p c)", p=self.patch).all(-1)
+        tokens = rearrange(values, "b (n p) c -> b n (p c)", p=self.patch)
+        return Tokens(tokens, places(tokens.shape[1]), mask)
+
+    def scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B, 1, C] that each window is normalised by: 0 and 1 with normalise="none"."""
+        series: Tensor = batch["series"]
+        if self.normalise == "none":
+            return torch.zeros_like(series[:, :1]), torch.ones_like(series[:, :1])
+        real = torch.ones_like(series) if "observed" not in batch else batch["observed"].to(series.dtype)
+        count = real.sum(1, keepdim=True).clamp(min=1)
+        mean = (series * real).sum(1, keepdim=True) / count
+        variance = ((series - mean).square() * real).sum(1, keepdim=True) / count
+        return mean, (variance + 1e-5).sqrt()
+
+    def token_dim(self) -> int:
+        return self.patch * (1 if self.channels == "independent" else self.channel_count())
+
+    def channel_count(self) -> int:
+        """Columns of the series."""
+        if self.source == "labelled":
+            return int(_labelled(str(self.root), "train").values.shape[-1])
+        return int(_series(self).values.shape[-1])
+
+    def classes(self) -> tuple[str, ...] | None:
+        """The labels that occur, numbers in their order."""
+        return _classes(str(self.root)) if self.source == "labelled" else None
+
+    def describe(self, tokens: Tokens) -> Sketch:
+        """The values as curves, one a channel; gaps where tokens are masked."""
+        values = tokens.canonical(tokens.values)
+        if tokens.mask is not None:
+            values = values.masked_fill(~tokens.canonical(tokens.mask)[..., None], torch.nan)
+        curves = rearrange(values, "b n (p c) -> b (n p) c", p=self.patch)
+        return Sketch(curves, (1, values.shape[1]), curves=True)
+
+    def known_optimum(self, embed: nn.Module) -> float | None:
+        """Of source="var" with channels="mixing" and normalise="none", by drawing futures; see `Modality`.
+
+        The value before a token says all about it. For draws u of its embedding's direction, the best prediction
+        points to E[u], and its expected cosine is |E[u]|. The standard error is below 0.005.
+        """
+        if self.source != "var" or self.channels != "mixing" or self.normalise != "none":
+            return None
+        series, windows = _series(self), self.dataset("test")
+        assert isinstance(windows, Windows)
+        device = next((value.device for value in embed.parameters()), torch.device("cpu"))
+        pick = torch.linspace(0, len(windows) - 1, min(OPTIMUM_WINDOWS, len(windows))).long()
+        past = series.values[windows.starts[pick][:, None] + torch.arange(self.window)]  # [S, L, C]
+        before = rearrange(past, "s (n p) c -> s n p c", p=self.patch)[:, :-1, -1]  # the value before tokens 1, ...
+        draw = torch.Generator().manual_seed(0)
+        first = _autoregression(self.patch, OPTIMUM_DRAWS, draw, burn_in=400)
+        cosines = [_reachable(embed, self._futures(first[None], series, device)).expand(len(past))]
+        for place in range(before.shape[1]):
+            last = before[:, place] * series.std + series.mean
+            states = last.repeat_interleave(OPTIMUM_DRAWS, 0)
+            futures = _autoregression(self.patch, len(states), draw, start=states).view(
+                len(past), OPTIMUM_DRAWS, self.patch, -1
+            )
+            cosines.append(_reachable(embed, self._futures(futures, series, device)))
+        return -float(torch.stack(cosines).mean())
+
+    @staticmethod
+    def _futures(futures: Tensor, series: Series, device: torch.device) -> Tensor:
+        """Raw tokens [S, K, P] of K futures [S, K, p, C] of S windows."""
+        return ((futures - series.mean) / series.std).flatten(2).to(device)
+
+
+class Series(NamedTuple):
+    """A whole series: z-scored values [T, C] float32 (NaN where missing), the mean and std [C] of its training rows,
+    and the first and last + 1 row of each split."""
+
+    values: Tensor
+    mean: Tensor
+    std: Tensor
+    borders: dict[str, tuple[int, int]]
+
+
+class Windows(Dataset[Batch]):
+    """Samples {"series": [L, C]}, with "observed" [L, C] bool where anything is missing, which then reads 0.
+
+    Args:
+        values: [T, C] z-scored, NaN where missing.
+        starts: [W] first rows of windows. Those with fewer than two whole tokens are left out.
+        window, patch: steps. horizon: steps of "future" [H, C] behind it, or 0 for none.
+        independent: every channel is a sample: (window, channel) number i is channel i % C of window i // C.
+    """
+
+    def __init__(
+        self, values: Tensor, starts: Tensor, window: int, horizon: int, patch: int, *, independent: bool
+    ) -> None:
+        self.values, self.starts, self.window, self.horizon = values, starts, window, horizon
+        self.channels = values.shape[1] if independent else 1
+        self.independent = independent
+        missing = values.isnan()
+        self.gaps = bool(missing.any())
+        self.kept = self._readable(missing, patch).flatten().nonzero()[:, 0] if self.gaps else None
+
+    def _readable(self, missing: Tensor, patch: int) -> Tensor:
+        """[W, C] bool ([W, 1] where channels are mixed): two tokens at least are whole, and so is the future."""
+        lost = missing if self.independent else missing.any(1, keepdim=True)
+        before = torch.cat((torch.zeros_like(lost[:1], dtype=torch.int32), lost.cumsum(0, dtype=torch.int32)))
+        whole = torch.zeros(len(self.starts), lost.shape[1], dtype=torch.int32)
+        for place in range(0, self.window, patch):
+            whole += before[self.starts + place + patch] == before[self.starts + place]
+        end = self.starts + self.window
+        return (whole > 1) & (before[end + self.horizon] == before[end])
+
+    def __len__(self) -> int:
+        return len(self.starts) * self.channels if self.kept is None else len(self.kept)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        numbers = torch.tensor(indices) if self.kept is None else self.kept[indices]
+        rows = self.starts[numbers // self.channels][:, None] + torch.arange(self.window + self.horizon)
+        if self.independent:
+            values = self.values[rows, (numbers % self.channels)[:, None]][..., None]
+        else:
+            values = self.values[rows]
+        past, future = values[:, : self.window], values[:, self.window :]
+        batch = {"series": past.nan_to_num(0.0)}
+        if self.gaps:
+            batch["observed"] = ~past.isnan()
+        return batch | ({"future": future} if self.horizon else {})
+
+
+class Labelled(Dataset[Batch]):
+    """Samples {"series": [L, C], "label": int64} with "observed" [L, C] bool where any of the set has an end or gap."""
+
+    def __init__(self, values: Tensor, labels: Tensor, *, gaps: bool) -> None:
+        self.values, self.labels, self.gaps = values, labels, gaps
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        values = self.values[indices]
+        batch = {"series": values.nan_to_num(0.0), "label": self.labels[indices]}
+        return batch | ({"observed": ~values.isnan()} if self.gaps else {})
+
+
+# The caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def places(count: int) -> Tensor:
+    """Time in patches, [N, 1] float32 on the CPU."""
+    return torch.arange(count, dtype=torch.float32)[:, None]
+
+
+def _series(data: TimeSeries) -> Series:
+    if data.source == "var":
+        return _read(None, None, None, 0, data.parts)
+    changed = Path(str(data.root)).stat().st_mtime_ns if Path(str(data.root)).exists() else 0
+    return _read(data.root, data.time, data.columns, changed, data.parts)
+
+
+@lru_cache(maxsize=2)
+@torch.inference_mode(False)
+def _read(
+    root: str | None,
+    time: str | None,
+    columns: tuple[str, ...] | None,
+    changed: int,  # a part of the key
+    parts: tuple[float, float, float],
+) -> Series:
+    if root is None:
+        values = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)[0].numpy()
+    else:
+        values = read_table(root, time=time, columns=columns).values
+    borders = _borders(len(values), parts, root or "var")
+    mean, std = _statistics(values[slice(*borders["train"])], root or "var", columns)
+    values -= mean  # in place: a series may be as large as the memory allows
+    values /= std
+    return Series(torch.from_numpy(values), torch.from_numpy(mean), torch.from_numpy(std), borders)
+
+
+def _borders(rows: int, parts: tuple[float, float, float], name: str) -> dict[str, tuple[int, int]]:
+    counts = [part if isinstance(part, int) else round(part * rows) for part in parts]
+    if sum(counts) > rows + 1:  # shares may be rounded up
+        raise UserError(f"{name} has {rows} rows, data.parts={parts} want {sum(counts)}; lower them")
+    ends = [min(sum(counts[: i + 1]), rows) for i in range(3)]
+    return dict(zip(SPLITS, zip((0, *ends), ends, strict=False), strict=True))
+
+
+def _statistics(values: np.ndarray, name: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [C] of what is there, column by column; the deviation of a constant is 1."""
+    mean, std = (np.empty(values.shape[1], np.float32) for _ in range(2))
+    for c in range(values.shape[1]):
+        real = values[:, c][~np.isnan(values[:, c])].astype(np.float64)
+        if not len(real):
+            raise UserError(f"{name}: column {columns[c] if columns else c + 1} has no value in the training rows")
+        mean[c], std[c] = real.mean(), real.std() if real.std() > 1e-8 else 1.0
+    return mean, std
+
+
+@lru_cache(maxsize=4)
+def _labelled(root: str, split: str) -> LabelledSeries:
+    return read_labelled(root, split)
+
+
+def _classes(root: str) -> tuple[str, ...]:
+    found = {label for split in ("train", "test") for label in _labelled(root, split).labels}
+    numbers = all(label.lstrip("+-").isdecimal() for label in found)
+    return tuple(sorted(found, key=int if numbers else None))
+
+
+def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
+    root = str(data.root)
+    series, train = _labelled(root, split), _labelled(root, "train")
+    count, longest, channels = series.values.shape
+    if longest > data.window:
+        fit = -(-longest // data.patch) * data.patch
+        raise UserError(f"{root}: the longest {split} series has {longest} steps; set data.window={fit} or more")
+    if channels != train.values.shape[2]:
+        raise UserError(
+            f"{root}: {channels} channels in the {split} file and {train.values.shape[2]} in the train file"
+        )
+    if channels > 1 and data.channels == "independent":
+        raise UserError(f"{root}: series of {channels} channels have one label; set data.channels=mixing")
+    mean, std = _statistics(train.values.reshape(-1, channels), root, None)
+    values = np.full((count, data.window, channels), np.nan, np.float32)
+    values[:, :longest] = (series.values - mean) / std
+    whole = (~np.isnan(values)).reshape(count, -1, data.patch * channels).all(-1).sum(1)
+    kept = whole > 1
+    if not kept.any():
+        raise UserError(f"{root}: no {split} series has two whole tokens; make data.patch smaller")
+    names = {name: number for number, name in enumerate(_classes(root))}
+    labels = torch.tensor([names[label] for label in series.labels])[kept]
+    return Labelled(torch.from_numpy(values[kept]), labels, gaps=bool(np.isnan(values).any()))
+
+
+# ------------------------------------------------------------------------------------ the synthetic source
+
+
+@lru_cache(maxsize=1)
+@torch.inference_mode(False)
+def _transition() -> Tensor:
+    """A [C, C]: two damped rotations, of 12 and of 40 steps, seen through a random orthogonal map; radius 0.98."""
+    blocks = []
+    for steps in (12, 40):
+        angle = torch.tensor(2 * torch.pi / steps)
+        blocks.append(0.98 * torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())).view(2, 2))
+    mixed = torch.linalg.qr(torch.randn(VAR_CHANNELS, VAR_CHANNELS, generator=torch.Generator().manual_seed(0)))[0]
+    rotations = torch.zeros(VAR_CHANNELS, VAR_CHANNELS)
+    rotations[:2, :2], rotations[2:, 2:] = blocks
+    transition: Tensor = mixed @ rotations @ mixed.T
+    return transition
+
+
+def _autoregression(
+    steps: int, count: int, draw: torch.Generator, *, start: Tensor | None = None, burn_in: int = 0
+) -> Tensor:
+    """x[t] = A x[t - 1] + e[t], e standard normal: steps after `start` [count, C] (default 0), [count, steps, C]."""
+    transition, state = _transition(), torch.zeros(count, VAR_CHANNELS) if start is None else start
+    noise = torch.randn(burn_in + steps, count, VAR_CHANNELS, generator=draw)
+    found = []
+    for step, shock in enumerate(noise):
+        state = state @ transition.T + shock
+        if step >= burn_in:
+            found.append(state)
+    return torch.stack(found, dim=1)
+
+
+@torch.no_grad()
+def _reachable(embed: nn.Module, tokens: Tensor) -> Tensor:
+    """|E[u]| of the directions u of embedded tokens [S, K, P], estimated without the bias of K draws; [S]."""
+    draws = tokens.shape[1]
+    total = nn.functional.normalize(embed(tokens).float(), dim=-1).sum(1)
+    squared = (total.square().sum(-1) - draws) / (draws * (draws - 1))
+    return squared.clamp(min=0).sqrt().cpu()

@@ -1,0 +1,299 @@
+"""Series: reading, windows, splits, masks, and the source whose optimum is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modalities.series_data import read_labelled, read_table
+from modalities.timeseries import TimeSeries, Windows, _autoregression, _series, _transition
+from nepa_core.basics import UserError
+from nepa_core.runtime.config import override, validated
+from recipes import card
+from recipes.pretrain import best_possible, build_model
+from recipes.timeseries import demo
+from tests.contract import check_modality
+
+ROWS = 120
+
+
+def write_csv(folder: Path, values: np.ndarray, *, time: bool = True) -> str:
+    """Hourly rows of columns a, b, ...; NaN as an empty cell."""
+    stamps = np.datetime64("2020-01-01T00:00:00") + np.arange(len(values)) * np.timedelta64(1, "h")
+    names = "abcdefg"[: values.shape[1]]
+    lines = [",".join((["date"] if time else []) + list(names))]
+    for stamp, row in zip(stamps, values, strict=True):
+        cells = ["" if math.isnan(value) else repr(float(value)) for value in row]
+        lines.append(",".join(([str(stamp).replace("T", " ")] if time else []) + cells))
+    path = folder / "series.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def walk(rows: int = ROWS, columns: int = 2) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(rows, columns)).cumsum(0)
+
+
+def adapter(root: str, **settings: Any) -> TimeSeries:
+    given: dict[str, Any] = {"window": 12, "patch": 3, "channels": "mixing", "parts": (60, 20, 40)}
+    return validated(TimeSeries, {"source": "file", "root": root, **given, **settings}, "data.")
+
+
+def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path) -> None:
+    values = walk()
+    values[3, 1] = math.nan
+    csv = write_csv(tmp_path, values)
+    parquet = str(tmp_path / "series.parquet")
+    pa.parquet.write_table(pa.csv.read_csv(csv), parquet)
+    for path in (csv, parquet):
+        table = read_table(path)
+        assert table.columns == ("a", "b")
+        np.testing.assert_array_equal(table.values, values.astype(np.float32))
+    assert read_table(csv, columns=("b",)).columns == ("b",)
+    assert read_table(write_csv(tmp_path, values, time=False)).columns == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("date\n2020-01-01\n", "no numeric column"),
+        ("date,a\n2020-01-01,1\n2020-01-02,x\n", "row 2 of column 'a' is 'x', which is no number"),
+        ("date,a\n2020-01-01,1\n2020-01-02,inf\n", "row 2 of column 'a' is infinite"),
+        ("date,a\n2020-01-02,1\n2020-01-01,2\n", "row 2 (2020-01-01) is earlier than the row above"),
+        ("date,a\n2020-01-02,1\n2020-01-02,2\n", "row 2 (2020-01-02) repeats the time stamp"),
+        ("date,a\n2020-01-02,1\n,2\n", "row 2 has no time stamp in column 'date'"),
+        ("when,a\nfoo,1\nbar,2\n", "column 'when' holds text such as 'foo'"),
+        ("date,a\n2020-01-02,1,2\n", "Expected 2 columns, got 3"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_one_line_with_file_and_row(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_table(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_time_stamps_are_compared_over_the_borders_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modalities.series_data.BLOCK", 64)
+    path = tmp_path / "long.csv"
+    path.write_text("t,a\n" + "".join(f"{i},{i}.5\n" for i in [*range(1, 50), 49]))
+    assert len(read_table(str(path), columns=("a",)).values) == 50, "without time stamps there is nothing to compare"
+    with pytest.raises(UserError, match="row 50 \\(49\\) repeats the time stamp"):
+        read_table(str(path), time="t")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"columns": ("a", "z")}, "no column 'z' (data.columns); it has date, a, b"),
+        ({"time": "z"}, "no column 'z' (data.time)"),
+        ({"window": 30, "patch": 3}, "data.window=30 is longer than the 20 rows of the test part"),
+        ({"patch": 24}, "data.patch=24 is longer than data.window=12"),
+        ({"patch": 5}, "data.patch=5 does not divide data.window=12; 10 and 15 fit"),
+        ({"patch": 12}, "holds one token"),
+        ({"parts": (100, 20, 40)}, "has 120 rows, data.parts=(100, 20, 40) want 160"),
+        ({"parts": (0.8, 0.2, 0.2)}, "sum to more than 1"),
+        ({"root": "nowhere.csv"}, "nowhere.csv: no such file"),
+    ],
+)
+def test_a_setting_that_does_not_fit_is_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    root = write_csv(tmp_path, walk())
+    with pytest.raises(UserError) as caught:
+        adapter(**{"root": root, "parts": (80, 20, 20), **settings}).dataset("test")
+    assert message in str(caught.value)
+
+
+def test_splits_do_not_reach_over_borders_and_statistics_are_those_of_training(tmp_path: Path) -> None:
+    values = np.arange(ROWS, dtype=float)[:, None].repeat(2, 1)
+    data = adapter(write_csv(tmp_path, values))
+    mean, std = values[:60].mean(), values[:60].std()
+    for split, (start, end) in {"train": (0, 60), "validation": (60, 80), "test": (80, 120)}.items():
+        windows = data.dataset(split)
+        assert isinstance(windows, Windows)
+        rows = torch.cat([windows[i]["series"] for i in range(len(windows))]) * std + mean
+        assert (round(float(rows.min())), round(float(rows.max())) + 1) == (start, end)
+        assert len(windows) == end - start - 12 + 1
+    for split, (start, end) in {"train": (12, 60), "validation": (60, 80), "test": (80, 120)}.items():
+        futures = data.forecasts(split, 5)
+        rows = torch.cat([futures[i]["future"] for i in range(len(futures))]) * std + mean
+        assert (round(float(rows.min())), round(float(rows.max())) + 1) == (start, end)
+        assert len(futures) == end - start - 5 + 1, "every window is scored"
+        sample = futures[0]
+        assert float(sample["future"][0, 0] - sample["series"][-1, 0]) == pytest.approx(1 / std, rel=1e-3)
+
+
+def test_shares_and_rows_give_the_same_borders(tmp_path: Path) -> None:
+    root = write_csv(tmp_path, walk())
+    assert _series(adapter(root, parts=(0.5, 1 / 6, 1 / 3))).borders == _series(adapter(root)).borders
+
+
+def test_independent_channels_are_samples_and_mixing_puts_them_in_one_token(tmp_path: Path) -> None:
+    root = write_csv(tmp_path, walk())
+    mixing, alone = adapter(root), adapter(root, channels="independent")
+    together, single = mixing.dataset("train"), alone.dataset("train")
+    assert isinstance(together, Windows)
+    assert isinstance(single, Windows)
+    assert len(single) == 2 * len(together)
+    assert torch.equal(together[7]["series"][:, 1:], single[15]["series"])
+    assert mixing.tokenize(together.__getitems__([0])).values.shape == (1, 4, 6)
+    assert alone.tokenize(single.__getitems__([0])).values.shape == (1, 4, 3)
+
+
+def test_a_token_with_a_missing_value_is_masked_and_windows_of_nothing_left_out(tmp_path: Path) -> None:
+    values = walk()
+    values[4, 0] = math.nan
+    values[20:45, 0] = math.nan
+    root = write_csv(tmp_path, values)
+    data = adapter(root)
+    windows = data.dataset("train")
+    assert isinstance(windows, Windows)
+    assert data.tokenize(windows.__getitems__([0])).mask.tolist() == [[True, False, True, True]]  # type: ignore[union-attr]
+    assert windows.kept is not None
+    assert not any(15 <= start <= 38 for start in windows.kept.tolist())
+    alone = adapter(root, channels="independent").dataset("train")
+    assert isinstance(alone, Windows)
+    assert alone.kept is not None
+    assert int((alone.kept % 2 == 1).sum()) == 49, "a gap in one channel costs the other nothing"
+    futures = data.forecasts("train", 4)
+    assert all(futures[i]["future"].isfinite().all() for i in range(len(futures)))
+
+
+def test_window_normalisation_is_undone_by_its_scale(tmp_path: Path) -> None:
+    data = adapter(write_csv(tmp_path, walk()), normalise="window")
+    batch = data.forecasts("train", 4).__getitems__([0, 5])
+    mean, std = data.scale(batch)
+    values = data.tokenize(batch).values.view(2, 12, 2)
+    assert torch.allclose(values.mean(1), torch.zeros(2, 2), atol=1e-4)
+    assert torch.allclose(values * std + mean, batch["series"], atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"channels": "independent"}, {"normalise": "window"}], ids=str)
+@pytest.mark.parametrize("gaps", [False, True])
+def test_the_contract_holds(tmp_path: Path, settings: dict[str, Any], gaps: bool) -> None:
+    values = walk()
+    if gaps:
+        values[np.random.default_rng(1).random(values.shape) < 0.05] = math.nan
+    check_modality(adapter(write_csv(tmp_path, values), **settings))
+
+
+def write_labelled(folder: Path, kind: str) -> str:
+    """Two classes, two dimensions in .ts; the second series is shorter and has a gap."""
+    for split in ("TRAIN", "TEST"):
+        if kind == "tsv":
+            text = "2.0\t" + "\t".join("123456789") + "\n-1\t1\t2\tNaN\t4\t5\t6\t7\t8\tNaN\n"
+        else:
+            text = "# made up\n@problemName x\n@data\n1,2,3,4,5,6,7,8,9:9,8,7,6,5,4,3,2,1:up\n"
+            text += "1,2,?,4,5,6,7,8:1,2,3,4,5,6,7,8:down\n"
+        (folder / f"Made_{split}.{kind}").write_text(text)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("kind", "classes"), [("tsv", ("-1", "2")), ("ts", ("down", "up"))])
+def test_labelled_series_have_classes_and_masks(tmp_path: Path, kind: str, classes: tuple[str, ...]) -> None:
+    data = adapter(write_labelled(tmp_path, kind), source="labelled", window=10, patch=2)
+    batch = data.dataset("test").__getitems__([0, 1])  # type: ignore[attr-defined]
+    assert data.classes() == classes
+    assert batch["label"].tolist() == [1, 0]
+    mask = data.tokenize(batch).mask
+    assert mask is not None
+    assert mask.tolist() == [[True, True, True, True, False], [True, False, True, True, False]]
+    check_modality(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("1\t2\tx\n", "row 1: could not convert string to float"), ("1\t2\tinf\n", "infinite"), ("", "no series in it")],
+)
+def test_what_is_wrong_with_labelled_series_is_said(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "Made_TRAIN.tsv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_labelled(str(tmp_path), "train")
+    with pytest.raises(UserError, match="holds 0 files"):
+        read_labelled(str(tmp_path), "test")
+
+
+def test_a_labelled_series_longer_than_the_window_says_what_fits(tmp_path: Path) -> None:
+    data = adapter(write_labelled(tmp_path, "tsv"), source="labelled", window=8, patch=2)
+    with pytest.raises(UserError, match=r"9 steps; set data.window=10 or more"):
+        data.dataset("train")
+
+
+# ------------------------------------------------------------------------------------------ the known optimum
+
+
+def _achieved(data: TimeSeries, embed: nn.Module, direction: Callable[[Tensor], Tensor]) -> float:
+    """Held-out loss of predicting `direction` (last value [S, C] z-scored -> [S, D]) for every token but the first."""
+    windows = data.dataset("test")
+    assert isinstance(windows, Windows)
+    batch = windows.__getitems__(list(range(0, len(windows), 4)))
+    tokens = data.tokenize(batch).values
+    targets = embed(tokens)[:, 1:]
+    last = batch["series"].unflatten(1, (-1, data.patch))[:, :-1, -1]  # type: ignore[no-untyped-call]
+    guesses = direction(last.flatten(0, 1)).view_as(targets)
+    return -float(torch.cosine_similarity(guesses, targets, dim=-1).mean())
+
+
+@torch.no_grad()
+def test_the_true_conditional_mean_direction_reaches_the_optimum_and_nothing_else_does() -> None:
+    data = demo().data
+    assert isinstance(data, TimeSeries)
+    data = data.model_copy(update={"stride": 64})
+    torch.manual_seed(0)
+    embed, series = data.embedder(16), _series(data)
+    draw = torch.Generator().manual_seed(5)
+
+    def mean_direction(last: Tensor) -> Tensor:
+        start = (last * series.std + series.mean).repeat_interleave(200, 0)
+        futures = _autoregression(data.patch, len(start), draw, start=start)
+        tokens = ((futures - series.mean) / series.std).flatten(1)
+        return nn.functional.normalize(embed(tokens), dim=-1).view(len(last), 200, -1).mean(1)
+
+    def of_mean_token(last: Tensor) -> Tensor:
+        state, steps = last * series.std + series.mean, []
+        for _ in range(data.patch):
+            state = state @ _transition().T
+            steps.append(state)
+        mean: Tensor = embed(((torch.stack(steps, 1) - series.mean) / series.std).flatten(1))
+        return mean
+
+    optimum = data.known_optimum(embed)
+    assert optimum is not None
+    best = _achieved(data, embed, mean_direction)
+    first = 1 / 16  # of the tokens has no past, and is as likely one way as the other
+    assert (1 - first) * best == pytest.approx(optimum, abs=0.01)
+    assert _achieved(data, embed, of_mean_token) > best - 0.005
+    assert _achieved(data, embed, lambda last: embed(last.repeat(1, data.patch))) > best + 0.05
+
+
+def test_the_optimum_is_known_only_where_it_is() -> None:
+    recipe = demo()
+    embed = recipe.data.embedder(8)
+    for change in ({"data.channels": "independent"}, {"data.normalise": "window"}):
+        assert override(recipe, change).data.known_optimum(embed) is None
+    assert best_possible(recipe, build_model(recipe)) is not None
+    unmasked = override(recipe, {"objective.causal": False})
+    assert best_possible(unmasked, build_model(unmasked)) is None
+
+
+def test_the_card_names_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nepa_core.diagnostics import Gathered, judge
+
+    torch.manual_seed(0)
+    seen = Gathered(torch.randn(20, 4, 3), torch.randn(20, 5, 6), torch.randn(20, 5, 6), None)
+    verdict = judge(seen, seen, seen)
+    summary = {**verdict.model_dump(), "objective": verdict.loss, "causal": True, "unreadable_samples": 0}
+    assert not any("best possible" in text for text in card.remarks(summary, "patch"))
+    texts = card.remarks(summary | {"optimum": -0.875}, "patch")
+    assert any(text.startswith("The best possible loss here is -0.875; NEPA reached ") for text in texts)
