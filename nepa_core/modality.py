@@ -122,9 +122,10 @@ class Modality(BaseModel, ABC):
     def dataset(self, split: str) -> Dataset[Batch]:
         """The samples of a split as a map-style dataset (with `__len__`) of dictionaries of tensors.
 
-        `split` is "train" or "test" (held out). Supervised tasks look for the key "label". A dataset may
-        raise `UnreadableSample` for a sample, and may offer `__getitems__(list of int)` that returns a
-        whole batch as one dictionary, which is faster for data in memory.
+        `split` is "train" or "test" (held out). Supervised tasks look for the key "label" (an integer is a class,
+        float32 [] or [K] are numbers to predict) or "target" (integers [N], the class of every token in canonical
+        order); a negative class is none. A dataset may raise `UnreadableSample` for a sample, and may offer
+        `__getitems__(list of int)` that returns a whole batch as one dictionary, which is faster for data in memory.
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.
@@ -135,7 +136,7 @@ class Modality(BaseModel, ABC):
         """Split a collated batch, already on the device, into tokens in canonical order. Deterministic."""
 
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes that "label" numbers from 0, or None where labels are none.
+        """Names of the classes that "label" or "target" numbers from 0, or None where they are none.
 
         Default: the numbers themselves, found by reading the training labels one by one; override it where reading
         a sample is slow.
@@ -144,10 +145,11 @@ class Modality(BaseModel, ABC):
         highest = -1
         for index in range(len(cast(Sized, samples))):
             with suppress(UnreadableSample):
-                label = samples[index].get("label")
-                if label is None or (not isinstance(label, int) and (label.is_floating_point() or label.ndim)):
+                sample = samples[index]
+                label = torch.as_tensor(sample["label"] if "label" in sample else sample.get("target", 0.0))
+                if label.is_floating_point() or label.ndim != ("label" not in sample):
                     return None
-                highest = max(highest, int(label))
+                highest = max(highest, int(label.max()))
         return tuple(str(number) for number in range(highest + 1)) or None
 
     def plain(self) -> Modality:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.fused import NormRotate, ScaledLinear
+from nepa_core.packing import Packing, pack_rows
 from nepa_core.rope import RotaryTable, rotary_matrices, rotary_table, rotate
 
 Backend = Literal["sdpa", "xformers", "eager"]
@@ -44,6 +45,8 @@ class PredictorConfig(BaseModel):
         drop_path: stochastic depth, rising linearly from 0 to this rate at the last block.
         norm_eps: epsilon of every LayerNorm.
         attention: back-end of `attend`.
+        pack: put several short sequences in one row (see `nepa_core.packing`): the same results in less time where
+            much of a batch is padding.
     """
 
     model_config = FROZEN
@@ -64,6 +67,7 @@ class PredictorConfig(BaseModel):
     mask_token: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     attention: Backend = "sdpa"
+    pack: bool = False
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -255,16 +259,20 @@ class Block(nn.Module):
         causal: bool,
         allowed: Tensor | None,
         trace: Trace | None,
+        packing: Packing | None = None,
     ) -> Tensor:
         branch = self.attention(self.norm1(x), rope, self.scale1, causal=causal, allowed=allowed, trace=trace)
-        x = x + self._dropped(branch)
-        return x + self._dropped(self.mlp(self.norm2(x), self.scale2))
+        x = x + self._dropped(branch, packing)
+        return x + self._dropped(self.mlp(self.norm2(x), self.scale2), packing)
 
-    def _dropped(self, branch: Tensor) -> Tensor:
+    def _dropped(self, branch: Tensor, packing: Packing | None) -> Tensor:
         """Stochastic depth: in training, drop the branch of whole samples and scale up the others."""
         if not self.training or self.drop_path == 0:
             return branch
-        keep = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
+        samples = len(branch if packing is None else packing.mask)
+        keep = torch.rand(samples, 1, 1, device=branch.device) >= self.drop_path
+        if packing is not None:
+            keep = keep[packing.owner, 0]
         return branch * (keep / (1 - self.drop_path)).to(branch.dtype)
 
 
@@ -316,27 +324,34 @@ class Predictor(nn.Module):
             trace: filled with hidden states, and with attention maps by the "eager" back-end.
 
         Returns:
-            [B, T, D], the output of the final LayerNorm.
+            [B, T, D], the output of the final LayerNorm (with `config.pack`, zero where no token is real).
         """
-        rope = self._rope(x, coords, coord_scale)
-        allowed = None if mask is None else attention_mask(mask, causal=causal)
+        packing = pack_rows(mask) if self.config.pack and mask is not None and trace is None else None
+        rope = self._rope(x, coords, coord_scale, matrices=packing is None)
+        if packing is not None:
+            allowed: Tensor | None = packing.allowed(causal=causal)
+            if isinstance(rope, RotaryTable):
+                rope = RotaryTable(*(packing.pack(angle.expand(len(x), -1, -1)) for angle in rope))
+            x = packing.pack(x)
+        else:
+            allowed = None if mask is None else attention_mask(mask, causal=causal)
         maps = trace is not None and self.config.attention == "eager"  # a second pass would add them again
         recompute = self.recompute and not maps and torch.is_grad_enabled()
         for block in self.blocks:
             if trace is not None:
                 trace.hidden.append(x)
-            run = partial(block, causal=causal, allowed=allowed, trace=trace)
+            run = partial(block, causal=causal, allowed=allowed, trace=trace, packing=packing)
             x = checkpoint(run, x, rope, use_reentrant=False) if recompute else run(x, rope)
         out: Tensor = self.norm(x)
         if trace is not None:
             trace.hidden += [x, out]
-        return out
+        return out if packing is None else packing.unpack(out)
 
-    def _rope(self, x: Tensor, coords: Tensor, coord_scale: float) -> RotaryTable | Tensor | None:
+    def _rope(self, x: Tensor, coords: Tensor, coord_scale: float, *, matrices: bool) -> RotaryTable | Tensor | None:
         """The rotation in the form `Attention` wants: matrices where the norm can join in, else a table."""
         if self.config.rope_theta is None:
             return None
-        matrices = self.fused and self.config.qk_norm == "plain" and coords.ndim == 2
+        matrices = matrices and self.fused and self.config.qk_norm == "plain" and coords.ndim == 2
         return (rotary_matrices if matrices else rotary_table)(
             coords,
             self.config.head_dim,

@@ -3,9 +3,10 @@
 Tokens and samples a second, model FLOPs utilisation against a matrix product measured on the spot, peak memory,
 and the share of a step in data, forward, backward, optimiser and EMA. `against=` adds a ratio measured by turns in
 this one process: `loop`, the fit loop over a bare loop with the same model and batches; `transformer`, the
-predictor over a bare pre-norm Transformer of the same shape without RoPE, QK-Norm and LayerScale. `against=decode`
-trains nothing: it times one core that loads the recipe's training images, over torchvision's bare decode_image and
-RandomResizedCrop of the same ones, and says how many such cores an H100 needs.
+predictor over a bare pre-norm Transformer of the same shape without RoPE, QK-Norm and LayerScale; `padding`, real
+tokens a second of packed rows (`model.pack=true`) over those of padded ones, and by how much their losses differ.
+`against=decode` trains nothing: it times one core that loads the recipe's training images, over torchvision's bare
+decode_image and RandomResizedCrop of the same ones, and says how many such cores an H100 needs.
 """
 
 from __future__ import annotations
@@ -54,10 +55,10 @@ class Options(BaseModel):
     model_config = FROZEN
 
     steps: int = Field(default=20, gt=1, description="optimiser steps that are timed")
-    against: Literal["loop", "transformer", "decode"] | None = Field(
+    against: Literal["loop", "transformer", "padding", "decode"] | None = Field(
         default=None,
-        description="also time turns against a bare loop (loop) or Transformer (transformer); or loading alone, "
-        "against bare decoding (decode)",
+        description="also time turns against a bare loop (loop) or Transformer (transformer), or packed against padded "
+        "rows (padding); or loading alone, against bare decoding (decode)",
     )
     repeats: int = Field(default=5, gt=0, description="turns of each side in the ratio of against=")
 
@@ -75,6 +76,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             figures |= against_bare_loop(config, options, ranks)
         if options.against == "transformer":
             figures |= against_bare_transformer(config, options, ranks)
+        if options.against == "padding":
+            figures |= against_padding(config, options, ranks)
         print(render(figures, config))
 
 
@@ -297,6 +300,45 @@ def against_bare_transformer(config: Trained, options: Options, ranks: World) ->
         **_ratio("predictor / bare Transformer, time", ratios),
         "predictor / bare Transformer, peak memory": memory["nepa"] / memory["bare"],
     }
+
+
+def against_padding(config: Trained, options: Options, ranks: World) -> dict[str, float]:
+    """Time of a training step with padded rows over that with packed ones: the ratio of their real tokens a second.
+
+    Raises:
+        UserError: no token of a batch is padding.
+    """
+    batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
+    mask = config.data.read(batch).mask
+    if mask is None or mask.all():
+        raise UserError("against=padding wants sequences of unequal length, and no token of a batch is padding here")
+    configs = {
+        name: config.model_copy(update={"model": config.model.model_copy(update={"pack": name == "packed"})})
+        for name in ("padded", "packed")
+    }
+    losses = {name: _first_loss(each, batch, ranks) for name, each in configs.items()}
+    sides = {name: bare_step(each, _model(each, ranks).train(), ranks) for name, each in configs.items()}
+    for run in sides.values():
+        run(batch)
+    ratios = []
+    for _ in range(options.repeats):
+        seconds = {}
+        for name, run in sides.items():
+            began = _now(ranks.device)
+            run(batch)
+            seconds[name] = _now(ranks.device) - began
+        ratios.append(seconds["padded"] / seconds["packed"])
+    return {
+        "real tokens %": 100 * float(mask.float().mean()),
+        **_ratio("packed / padded rows, real tokens/s", ratios),
+        "packed - padded rows, loss": losses["packed"] - losses["padded"],
+    }
+
+
+def _first_loss(config: Trained, batch: Batch, ranks: World) -> float:
+    """Of a network with random weights, the same at every call."""
+    torch.manual_seed(0)
+    return float(step_function(config)(network(config).to(ranks.device).eval(), batch).loss.detach())
 
 
 def against_bare_decode(config: Trained, options: Options) -> dict[str, float]:

@@ -1,9 +1,10 @@
-"""The classifiers of a probe: each is fitted on features of training samples and scored on others.
+"""The classifiers and regressions of a probe: each is fitted on features of training samples and scored on others.
 
 All are deterministic (their random numbers come from generators of their own) and run on the device that their
 features lie on.
 
-Shapes: S samples, T tokens, D width of a feature, C classes. Features [S, D] float32, labels [S] int64 in 0..C-1.
+Shapes: S samples, T tokens, D width of a feature, C classes, K numbers. Features [S, D] float32, labels [S] int64 in
+0..C-1, or [S, K] float32 for a regression.
 """
 
 from __future__ import annotations
@@ -22,10 +23,56 @@ from nepa_core.runtime.optim import lr_factor
 from recipes.heads import AttentiveHead
 
 Classifier = Callable[[Tensor, Tensor, Tensor, Tensor], float]
-"""(features, labels, features to score on, their labels) -> accuracy."""
+"""(features, labels, features to score on, their labels) -> accuracy, or R2 of a regression."""
 
 _AT_ONCE = 2**27
 """Numbers in one intermediate matrix: half a gigabyte."""
+
+
+_RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the number of samples
+
+
+def ridge(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
+    """Ridge regression on features standardised by the training samples; numbers [S, K], gives R2.
+
+    The strength, of six, is the one that serves the last fifth of the training samples best when the others are
+    fitted.
+    """
+    kept = len(x) - len(x) // 5
+    held = _ridge(x[:kept], y[:kept], x[kept:])
+    best = max(_RIDGE_STRENGTHS, key=lambda strength: r2(held[strength], y[kept:]))
+    return r2(_ridge(x, y, x_test)[best], y_test)
+
+
+def _ridge(x: Tensor, y: Tensor, x_test: Tensor) -> dict[float, Tensor]:
+    """Predictions [S, K] for `x_test` by every strength."""
+    x, x_test = (part.double() for part in standardised(x, x_test))
+    middle = y.double().mean(0)
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    onto, read = vectors.T @ (x.T @ (y.double() - middle)) / len(x), x_test @ vectors
+    return {
+        strength: read @ (onto / (values.clamp(min=0) + strength)[:, None]) + middle for strength in _RIDGE_STRENGTHS
+    }
+
+
+def knn_regression(
+    x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07
+) -> float:
+    """The mean of the numbers [S, K] of the neighbours that `knn` finds, weighted as there; gives R2."""
+    x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
+    found = []
+    for some in x_test.split(max(_AT_ONCE // len(x), 1)):
+        similarity, nearest = (some @ x.T).topk(min(k, len(x)), dim=1)
+        found.append(((similarity / temperature).softmax(1)[..., None] * y[nearest]).sum(1))
+    return r2(torch.cat(found), y_test)
+
+
+def r2(predicted: Tensor, truth: Tensor) -> float:
+    """Coefficient of determination, mean over the K numbers of [S, K]; 0 for one that does not vary."""
+    truth, predicted = truth.double(), predicted.double()
+    varied = (truth - truth.mean(0)).square().sum(0)
+    left = (truth - predicted).square().sum(0)
+    return float(torch.where(varied > 0, 1 - left / varied, 0.0).mean())
 
 
 def knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07) -> float:

@@ -96,13 +96,14 @@ def run_one(config: PretrainConfig, seed: int, folder: Path) -> dict[str, Any]:
             probed = probe.probe(config, model, PROBE)
             run.write_summary(probed, "probe.json")
     health = [line for line in run.metrics() if "effective_rank_embedding" in line]
+    metric = probe.metric_of(probed["best"])
     return {
         **{name: summary[name] for name in ("objective", "loss", "retrieval_top1", "effective_rank_embedding")},
         **{name: summary[name] for name in ("effective_rank_embedding_start", "collapsed")},
-        "probe_best": probed["best"]["accuracy"],
-        "probe_final": next(row["accuracy"] for row in probed["layers"] if row["name"] == "final norm, mean"),
-        "probe_random": probed["random_init"]["best"]["accuracy"],
-        "probe_raw": probed["raw_tokens"]["accuracy"],
+        "probe_best": probed["best"][metric],
+        "probe_final": next(row[metric] for row in probed["layers"] if row["name"] == "final norm, mean"),
+        "probe_random": probed["random_init"]["best"][metric],
+        "probe_raw": probed["raw_tokens"][metric],
         "rank_over_training": [[line["step"], line["effective_rank_embedding"]] for line in health],
     }
 

@@ -15,7 +15,8 @@ from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes import segment
-from recipes.finetune import FinetuneConfig, accuracy, class_names, load_classifier
+from recipes.finetune import FinetuneConfig, load_classifier, measure
+from recipes.goals import FIGURES, Goal, Regression, find_goal
 from recipes.segment import SegmentConfig
 from recipes.targets import is_run, read_target, task_of
 from recipes.training import provenance
@@ -35,27 +36,33 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             summary = segment.evaluate(config, read_weights(target), ranks)
             text = f"mIoU {summary['mIoU']:.2%}, mAcc {summary['mAcc']:.2%}, aAcc {summary['aAcc']:.2%}"
         else:
-            summary = classify(config, target, ranks)
-            text = f"top-1 {summary['accuracy']:.2%}, top-5 {summary['top5']:.2%}"
+            summary = dict(measured(config, target, ranks))
+            shown = [figure for figure in FIGURES if figure.key in summary]
+            text = ", ".join(f"{figure.title} {format(summary[figure.key], figure.form)}" for figure in shown)
         if ranks.is_main:
             Run(Path(target)).write_summary(summary | {"made_with": provenance()}, "evaluate.json")
             print(f"Held out: {text}.")
 
 
-def classify(config: FinetuneConfig, target: str, ranks: World) -> dict[str, Any]:
-    """Accuracy of a fine-tuned or imported run.
+def measured(config: FinetuneConfig, target: str, ranks: World) -> dict[str, float]:
+    """Held-out figures of a fine-tuned or imported run.
 
     Raises:
-        UserError: the data has another number of classes.
+        UserError: the data has other targets than the run was trained on.
     """
     model = load_classifier(config, read_weights(target)).to(ranks.device)
-    classes = model.head.classifier.out_features
-    if len(class_names(config.data)) != classes:
+    told, wanted = (_in_words(goal) for goal in (find_goal(config.data), model.goal))
+    if told != wanted:
         raise UserError(
-            f"{target} was trained on {classes} classes and this data has {len(class_names(config.data))}; "
-            "name the data it was trained for with data.root=DIR"
+            f"{target} was trained on {wanted} and this data has {told}; name the data it was trained for with "
+            "data.root=DIR"
         )
-    return dict(accuracy(config, model, ranks))
+    return measure(config, model, ranks)
+
+
+def _in_words(goal: Goal) -> str:
+    what = "numbers" if isinstance(goal, Regression) else "classes per token" if goal.per_token else "classes"
+    return f"{goal.outputs} {what}"
 
 
 def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | SegmentConfig:

@@ -87,7 +87,7 @@ class Source(NamedTuple):
 
 
 Features = dict[str, np.ndarray]
-"""Name of an array -> memory map [S, ...]; the labels [S] int64 are under "labels"."""
+"""Name of an array -> memory map [S, ...]; the labels [S], or numbers [S, K], are under "labels"."""
 
 
 def network_reader(config: PretrainConfig, model: NEPA, rows: Sequence[Row], *, causal: bool) -> Reader:

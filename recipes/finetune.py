@@ -1,4 +1,7 @@
-"""nepa finetune: train the whole network on labels, starting from pre-trained weights or from random ones.
+"""nepa finetune: train the whole network on targets, starting from pre-trained weights or from random ones.
+
+What is taught follows from the samples: an integer "label" is a class, a float one [K] is regression, a "target" [N]
+of integers is a class per token (see `recipes.goals`).
 
 RECIPE is a fine-tuning recipe, or a pre-training one, which then gives the data and the network to a short general
 setting; a RUN of `nepa pretrain` is both recipe and `init=`. `init=` takes a run, a folder in the released layout
@@ -15,7 +18,6 @@ from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
@@ -30,7 +32,8 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype
 from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
 from nepa_core.runtime.run import Run
-from recipes.heads import LastHead, MeanHead
+from recipes.goals import FIGURES, Goal, Regression, find_goal, numbered
+from recipes.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonical_tokens
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
 from recipes.targets import default_out, read_target
@@ -63,11 +66,12 @@ class FinetuneConfig(BaseModel):
 
     Attributes:
         init: a run, a folder in the released layout or a hub name to start from; None for random weights.
-        data: an adapter whose samples have a "label".
+        data: an adapter whose samples have a "label", or a "target" per token.
         causal: attend backwards only; False is what the paper and the released scripts fine-tune with.
         readout: a linear map on the LayerNorm of the "mean" over tokens (released), or on the "last" token (paper).
+            Targets per token have a linear map of every token instead.
         freeze_embedder: leave the embedder as it was pre-trained (paper and released scripts).
-        label_smoothing: share of the target spread over all classes.
+        label_smoothing: share of the target spread over all classes, where targets are classes.
         mix: mixup and CutMix, for images, or None.
     """
 
@@ -107,19 +111,25 @@ class Classifier(nn.Module):
 
     Args:
         backbone: the pre-trained network.
-        head: features [B, T, D] -> logits [B, classes].
+        head: features [B, T, D] -> outputs.
+        goal: what the outputs say.
     """
 
-    def __init__(self, backbone: NEPA, head: MeanHead | LastHead) -> None:
+    def __init__(self, backbone: NEPA, head: MeanHead | LastHead | RegressionHead | DenseHead, goal: Goal) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.goal = goal
 
     def forward(self, tokens: Tokens, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
-        """Logits [B, classes]."""
+        """Logits [B, C], numbers [B, K] or, per token and in canonical order, logits [B, N, C]."""
         out = self.backbone(tokens, causal=causal, coord_scale=coord_scale)
-        logits: Tensor = self.head(out.predictions, out.mask, bos=self.backbone.config.bos)
-        return logits
+        bos = self.backbone.config.bos
+        if isinstance(self.head, DenseHead):
+            outputs: Tensor = self.head(canonical_tokens(out.predictions, tokens, bos=bos))
+        else:
+            outputs = self.head(out.predictions, out.mask, bos=bos)
+        return outputs
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
@@ -177,8 +187,8 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
     if (finished := opened(config, run, ranks)) is not None:
         return finished
-    names = class_names(config.data)
-    model, new = build_classifier(config, len(names))
+    goal = find_goal(config.data)
+    model, new = build_classifier(config, goal)
     model = model.to(ranks.device)
     result, _ = train(
         model,
@@ -186,7 +196,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
         config,
         run,
         ranks,
-        step_function=make_step(config, len(names)),
+        step_function=make_step(config, goal),
         evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks),
         show=show,
     )
@@ -197,40 +207,36 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
         **{name: value for name, value in last.items() if name != "step"},
         "init": config.init,
         "new_weights": new,
-        "classes": list(names),
+        "classes": None if goal.names is None else list(goal.names),
         "causal": config.causal,
         **cost(result, model),
     }
-    write_report(run, summary)
+    write_report(run, summary, goal)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
 
 
-def class_names(data: Modality) -> tuple[str, ...]:
-    """Names of the classes of an adapter's labels.
+def build_classifier(config: FinetuneConfig, goal: Goal) -> tuple[Classifier, list[str]]:
+    """The network with the weights of `init` (or the seed's) under a head that gives zeros; and its new weights.
 
-    Raises:
-        UserError: its samples have no class labels.
+    Numbers start at their mean over the training labels instead.
     """
-    names = data.classes()
-    if not names:
-        raise UserError(
-            f"{type(data).__name__} gives no class to train on; add an integer 'label' to its samples, or a classes()"
-        )
-    return names
-
-
-def build_classifier(config: FinetuneConfig, classes: int) -> tuple[Classifier, list[str]]:
-    """The network with the weights of `init` (or the seed's) under a head that gives zeros; and its new weights."""
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
     backbone = NEPA(config.model, config.data.embedder(config.model.dim))
     new = [] if config.init is None else load_backbone(backbone, config.model, read_weights(config.init))
-    if config.readout == "mean":
-        head: MeanHead | LastHead = MeanHead(config.model.dim, classes, config.model.norm_eps)
-    else:
-        head = LastHead(config.model.dim, classes)
     backbone.embed.requires_grad_(not config.freeze_embedder)
-    return Classifier(backbone, head), new
+    return Classifier(backbone, build_head(config, goal), goal), new
+
+
+def build_head(config: FinetuneConfig, goal: Goal) -> MeanHead | LastHead | RegressionHead | DenseHead:
+    """The read-out for a goal."""
+    if goal.per_token:
+        return DenseHead(config.model.dim, goal.outputs)
+    if config.readout == "mean":
+        pooled: MeanHead | LastHead = MeanHead(config.model.dim, goal.outputs, config.model.norm_eps)
+    else:
+        pooled = LastHead(config.model.dim, goal.outputs)
+    return RegressionHead(pooled, goal.mean, goal.std) if isinstance(goal, Regression) else pooled
 
 
 def load_classifier(config: FinetuneConfig, weights: Weights) -> Classifier:
@@ -241,8 +247,7 @@ def load_classifier(config: FinetuneConfig, weights: Weights) -> Classifier:
     """
     if not weights.head:
         raise UserError(f"{weights.source} was pre-trained only and has no head; fine-tune it first")
-    classes = len(weights.head["classifier.bias"])
-    model, _ = build_classifier(config.model_copy(update={"init": None}), classes)
+    model, _ = build_classifier(config.model_copy(update={"init": None}), goal_of(weights.head))
     load_backbone(model.backbone, config.model, weights)
     try:
         model.head.load_state_dict(weights.head)
@@ -251,21 +256,32 @@ def load_classifier(config: FinetuneConfig, weights: Weights) -> Classifier:
     return model.eval()
 
 
-def make_step(config: FinetuneConfig, classes: int) -> StepFunction:
-    """The step function of fine-tuning: batch -> cross-entropy, with mixing and label smoothing where asked for."""
-    mix = None if config.mix is None else make_mix(config.mix, classes, config.label_smoothing)
+def goal_of(head: dict[str, Tensor]) -> Goal:
+    """What a stored head was trained to say, told by its tensors; classes are numbered."""
+    if "mean" in head:
+        return Regression(head["mean"], head["std"])
+    per_token = "linear.bias" in head
+    bias = head["linear.bias" if per_token else "classifier.bias"]
+    return numbered(len(bias), per_token=per_token)
+
+
+def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
+    """The step function of fine-tuning: batch -> loss of the goal, with mixing and label smoothing where asked for."""
+    if config.mix is not None and (goal.per_token or isinstance(goal, Regression)):
+        raise UserError("mix is for one class a sample, and this adapter's samples hold other targets; set mix=null")
+    mix = None if config.mix is None else make_mix(config.mix, goal.outputs, config.label_smoothing)
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
-        labels = batch["label"]
-        smoothing = config.label_smoothing
+        mixed, smoothing = None, config.label_smoothing
         if mix is not None:
-            batch, labels = mix(batch)
+            batch, mixed = mix(batch)
             smoothing = 0.0  # it is in the mixed labels
         tokens = config.data.read(batch)
-        logits = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
-        with torch.autocast(logits.device.type, enabled=False):
-            loss = F.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        return StepOutput(loss, float(len(logits)), tokens.values.shape[0] * tokens.values.shape[1])
+        outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
+        truth = goal.truth(batch, tokens) if mixed is None else mixed
+        with torch.autocast(outputs.device.type, enabled=False):
+            loss, weight = goal.loss(outputs.float(), truth, smoothing=smoothing)
+        return StepOutput(loss, weight, tokens.values.shape[0] * tokens.values.shape[1])
 
     return step
 
@@ -292,21 +308,22 @@ def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Bat
 
 
 def raw_and_averaged(config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World) -> dict[str, float]:
-    """Held-out accuracy of the weights as they are and, under names with "_ema", of their average."""
-    figures = accuracy(config, model, ranks)
+    """Held-out figures of the weights as they are and, under names with "_ema", of their average."""
+    figures = measure(config, model, ranks)
     if ema is not None:
         with applied(ema):
-            figures |= {f"{name}_ema": value for name, value in accuracy(config, model, ranks).items()}
+            figures |= {f"{name}_ema": value for name, value in measure(config, model, ranks).items()}
     return figures
 
 
 @torch.no_grad()
-def accuracy(config: FinetuneConfig, model: Classifier, ranks: World) -> dict[str, float]:
-    """Top-1, top-5 and mean cross-entropy over all held-out samples, the same on every rank.
+def measure(config: FinetuneConfig, model: Classifier, ranks: World) -> dict[str, float]:
+    """The figures of the model's goal over all held-out samples, the same on every rank.
 
-    Every rank takes its share of the batches and the counts are summed, so the number of processes changes nothing.
+    Every rank takes its share of the batches and the sums are added up, so the number of processes changes nothing.
     """
-    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)  # correct, in the first five, loss, samples
+    goal = model.goal
+    sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
     dtype = autocast_dtype(config.train.precision, ranks.device)
     data, was_training = config.data.plain(), model.training
     model.eval()
@@ -318,24 +335,24 @@ def accuracy(config: FinetuneConfig, model: Classifier, ranks: World) -> dict[st
         rank=ranks.rank,
         ranks=ranks.size,
     ):
+        tokens = data.read(batch)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
-            logits = model(data.read(batch), causal=config.causal).float()
-        labels = batch["label"]
-        first = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="none").double()
-        sums += torch.stack((first[:, 0].sum(), first.sum(), loss.sum(), torch.tensor(len(labels)).to(loss)))
+            outputs = model(tokens, causal=config.causal).float()
+        sums += goal.sums(outputs, goal.truth(batch, tokens))
     model.train(was_training)
-    correct, among, loss, samples = ranks.sum(sums).tolist()
-    return {"accuracy": correct / samples, "top5": among / samples, "held_out_loss": loss / samples}
+    return goal.figures(ranks.sum(sums))
 
 
 def render(summary: dict[str, Any], run: Run) -> str:
     """The result as text."""
-    lines = [f"{'':<18}  {'top-1':>7}  {'top-5':>7}", f"{'raw weights':<18}  {_percents(summary, '')}"]
-    if "accuracy_ema" in summary:
-        lines.append(f"{'averaged weights':<18}  {_percents(summary, '_ema')}")
+    shown = [figure for figure in FIGURES if figure.key in summary]
+    rows = {"raw weights": ""} | ({"averaged weights": "_ema"} if f"{shown[0].key}_ema" in summary else {})
+    lines = [f"{'':<18}" + "".join(f"  {figure.title:>7}" for figure in shown)]
+    for name, suffix in rows.items():
+        cells = (f"  {format(summary[figure.key + suffix], figure.form):>7}" for figure in shown)
+        lines.append(f"{name:<18}" + "".join(cells))
     start = "random weights" if summary["init"] is None else summary["init"]
-    lines += ["", f"Held-out accuracy after the last of {summary['steps']} steps, started from {start}."]
+    lines += ["", f"Held-out figures after the last of {summary['steps']} steps, started from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
     if summary["unreadable_samples"]:
@@ -343,34 +360,33 @@ def render(summary: dict[str, Any], run: Run) -> str:
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
 
 
-def _percents(summary: dict[str, Any], suffix: str) -> str:
-    return f"{summary['accuracy' + suffix]:>7.2%}  {summary['top5' + suffix]:>7.2%}"
-
-
-def write_report(run: Run, summary: dict[str, Any]) -> None:
-    """report/: accuracy and loss over training, and a page that holds them."""
+def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:
+    """report/: the goal's first figure and the loss over training, and a page that holds them."""
     metrics = run.metrics()
-    tested = [line for line in metrics if "accuracy" in line]
+    key = goal.headline
+    tested = [line for line in metrics if key in line]
     trained = [line for line in metrics if "loss" in line]
     steps = [line["step"] for line in tested]
-    curves = {"accuracy": "raw weights", "accuracy_ema": "averaged weights"}
+    curves = {key: "raw weights", f"{key}_ema": "averaged weights"}
     losses = {"held_out_loss": "held out", "held_out_loss_ema": "held out, averaged weights"}
+    title = next(figure.title for figure in goal.shown if figure.key == key)
     figures = [
         Figure(
-            "accuracy.png",
-            "Held-out top-1 accuracy over training.",
+            f"{key}.png",
+            f"Held-out {title} over training.",
             line_plot(
                 {name: (steps, [line[key] for line in tested]) for key, name in curves.items() if key in summary},
-                x="step", y="accuracy", from_zero=True,
+                x="step", y=title, from_zero=key == "accuracy",
             ),
         ),
         Figure(
             "loss.png",
-            "Cross-entropy over training; that of the training batches includes mixing and label smoothing.",
+            f"{goal.loss_name.capitalize()} over training; "
+            "that of the training batches includes mixing and label smoothing.",
             line_plot(
                 {"training batches": ([line["step"] for line in trained], [line["loss"] for line in trained])}
                 | {name: (steps, [line[key] for line in tested]) for key, name in losses.items() if key in summary},
-                x="step", y="cross-entropy",
+                x="step", y=goal.loss_name,
             ),
         ),
     ]  # fmt: skip

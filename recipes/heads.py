@@ -64,6 +64,29 @@ class LastHead(nn.Module):
         return logits
 
 
+class RegressionHead(nn.Module):
+    """A pooling head whose outputs are standardised numbers, brought to the unit of the targets.
+
+    Args:
+        head: features -> [B, K].
+        mean, std: [K] of the training targets; they are stored with the weights.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, head: MeanHead | LastHead, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
+        """[B, T, D] -> numbers [B, K] float32."""
+        numbers: Tensor = self.head(features, mask, bos=bos).float()
+        return numbers * self.std + self.mean
+
+
 class AttentiveHead(nn.Module):
     """Attentive probe: one learned query attends over the tokens (cross-attention), then one linear map.
 

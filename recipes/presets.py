@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from modalities.features import Features
 from nepa_core.modality import Modality
 from nepa_core.objective import ObjectiveConfig
 from nepa_core.predictor import PredictorConfig
@@ -44,3 +45,13 @@ def small(data: Modality) -> PretrainConfig:
         ),
         verdict=VerdictConfig(fit_samples=20_000, test_samples=4096, health_samples=256),
     )
+
+
+def features() -> PretrainConfig:
+    """Sequences of vectors computed before, in data.root=DIR (`modalities.features_data` has the layouts).
+
+    `nepa pretrain recipes.presets:features data.root=DIR`: the network of `small`, packed, so that sequences of unequal
+    length cost no padding.
+    """
+    config = small(Features())
+    return config.model_copy(update={"model": config.model.model_copy(update={"pack": True})})

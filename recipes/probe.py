@@ -8,6 +8,9 @@ otherwise; they are kept in features/ beside probe.json and found again by the n
   knn     20 nearest neighbours by cosine, as DINO weighs them
   lars    the linear-probe protocol of MAE
 
+Where "label" holds float numbers, linear is a ridge regression and knn the mean over the neighbours, and the figures
+are R2 instead of accuracies; there is no lars and no attentive row.
+
 An attentive row is a learned pooling trained together with its linear layer, and stands in the column "linear". The
 best row is the one the first classifier reads best on a fifth of the training samples held back, never on the test
 samples. Standardised features hide collapse, so the effective rank stands beside the accuracies.
@@ -60,6 +63,7 @@ CLASSIFIERS: dict[Name, Classifier] = {
     "knn": classifiers.knn,
     "lars": classifiers.lars,
 }
+REGRESSIONS: dict[Name, Classifier] = {"linear": classifiers.ridge, "knn": classifiers.knn_regression}
 TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
 PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}
 """The paper's linear probe: name -> row."""
@@ -169,9 +173,9 @@ def probe(
         show: progress on the screen.
 
     Returns:
-        `layers`: a list of rows {name, accuracy, validation, scores, effective_rank}, where scores has accuracy and
-        validation of every classifier and the plain two are those of the first; `best`: the row with the best
-        validation accuracy; `random_init`: the same two for the untrained network; `raw_tokens`: its row, and
+        `layers`: a list of rows {name, accuracy (r2 for numbers), validation, scores, effective_rank}, where scores has
+        accuracy and validation of every classifier and the plain two are those of the first; `best`: the row with the
+        best validation; `random_init`: the same two for the untrained network; `raw_tokens`: its row, and
         `raw_tokens_attentive` where asked for; `paper`: the rows of `PAPER` that were read; `notes`: what was left
         out, and why. Empty on the other ranks.
     """
@@ -193,6 +197,7 @@ def probe(
         if not ranks.is_main:
             return {}
         splits = [Split.of(*pair, device) for pair in zip(train, test, strict=True)]
+        check_regression(splits[0], options)
         layers, random_init, raw = (score_rows(split, options.classifiers) for split in splits)
     return {
         "layers": layers,
@@ -207,6 +212,18 @@ def probe(
         "seed": config.train.seed,
         "notes": notes,
     }
+
+
+def check_regression(split: Split, options: Options) -> None:
+    """Whether numbers can be read as the options say.
+
+    Raises:
+        UserError: they can't.
+    """
+    wrong = [f"classifiers={name}" for name in options.classifiers if name not in REGRESSIONS]
+    wrong += ["poolings=attentive"] * ("attentive" in options.poolings)
+    if split.metric == "r2" and wrong:
+        raise UserError(f"{wrong[0]} is for classes, and 'label' holds numbers here; leave it out")
 
 
 def chosen_rows(options: Options, *, depth: int, bos: bool, causal: bool) -> tuple[list[Row], list[str]]:
@@ -237,7 +254,8 @@ def _layer(name: int | str, depth: int) -> int:
 
 
 class Split(NamedTuple):
-    """Features of the training and the test samples of one reader, and their labels numbered from 0 [S] int64."""
+    """Features of the training and the test samples of one reader, and their labels: numbered from 0 [S] int64, or the
+    numbers of a regression [S, K] float32."""
 
     train: Features
     test: Features
@@ -246,18 +264,33 @@ class Split(NamedTuple):
 
     @classmethod
     def of(cls, train: Features, test: Features, device: torch.device) -> Split:
-        """Number the labels; they end on the device.
+        """Number the classes; the labels end on the device.
 
         Raises:
-            UserError: a label is not one class index a sample.
+            UserError: a label is neither a class index nor finite numbers.
         """
         both = np.concatenate((train["labels"], test["labels"]))
+        if both.dtype.kind == "f" and both.ndim <= 2:
+            if not np.isfinite(both).all():
+                raise UserError("the key 'label' holds NaN or infinity; leave such samples out")
+            numbers = torch.from_numpy(both.astype(np.float32).reshape(len(both), -1)).to(device)
+            return cls(train, test, numbers[: len(train["labels"])], numbers[len(train["labels"]) :])
         if both.ndim != 1 or both.dtype.kind not in "iub":
             raise UserError(
-                f"the key 'label' holds {both.dtype} of shape {both.shape[1:]}; a probe needs one class index a sample"
+                f"the key 'label' holds {both.dtype} of shape {both.shape[1:]}; a probe needs one class index a "
+                "sample, or float numbers to predict"
+            )
+        if both.dtype.kind == "i" and both.min() < 0:
+            raise UserError(
+                "the key 'label' holds negative classes, which are none; leave such samples out of the probe"
             )
         labels = torch.from_numpy(np.unique(both, return_inverse=True)[1]).long().to(device)
         return cls(train, test, labels[: len(train["labels"])], labels[len(train["labels"]) :])
+
+    @property
+    def metric(self) -> str:
+        """What its rows are scored by: accuracy, or r2 of a regression."""
+        return "r2" if self.labels.is_floating_point() else "accuracy"
 
 
 def score_rows(split: Split, names: Sequence[Name]) -> list[dict[str, Any]]:
@@ -278,25 +311,31 @@ def score_rows(split: Split, names: Sequence[Name]) -> list[dict[str, Any]]:
 
 def score_row(split: Split, name: str, *, names: Sequence[Name]) -> dict[str, Any]:
     """Fit every classifier on all training samples, and on four fifths of them to choose rows by."""
-    parts, y, y_test = (split.train, split.test), split.labels, split.test_labels
+    parts = split.train, split.test
     if name.endswith(", attentive"):
         tokens, tokens_test = (TokenFeatures(part[name], part["mask"]) for part in parts)
-        scores = {"linear": scores_of(classifiers.attentive, tokens, y, tokens_test, y_test)}
+        scores = {"linear": scores_of(split, classifiers.attentive, tokens, tokens_test)}
         rank = None
     else:
-        x, x_test = (torch.from_numpy(np.array(part[name])).to(y.device) for part in parts)
-        scores = {key: scores_of(CLASSIFIERS[key], x, y, x_test, y_test) for key in names}
+        x, x_test = (torch.from_numpy(np.array(part[name])).to(split.labels.device) for part in parts)
+        kinds = CLASSIFIERS if split.metric == "accuracy" else REGRESSIONS
+        scores = {key: scores_of(split, kinds[key], x, x_test) for key in names}
         rank = effective_rank(x_test)
     return {"name": name, **(scores.get(names[0]) or scores["linear"]), "scores": scores, "effective_rank": rank}
 
 
-def scores_of(fit_and_score: Callable[..., float], x: Any, y: Tensor, x_test: Any, y_test: Tensor) -> dict[str, float]:
-    """`accuracy` on the test samples, and `validation` on the last fifth of the training samples by the others."""
-    kept = len(x) - len(x) // 5  # the training samples come in random order
+def scores_of(split: Split, fit_and_score: Callable[..., float], x: Any, x_test: Any) -> dict[str, float]:
+    """`accuracy` (or `r2`) on the test samples; `validation` on the last fifth of the training samples by the rest."""
+    y, kept = split.labels, len(x) - len(x) // 5  # the training samples come in random order
     return {
-        "accuracy": fit_and_score(x, y, x_test, y_test),
+        split.metric: fit_and_score(x, y, x_test, split.test_labels),
         "validation": fit_and_score(x[:kept], y[:kept], x[kept:], y[kept:]),
     }
+
+
+def metric_of(row: dict[str, Any]) -> str:
+    """What a row is scored by, see `Split.metric`."""
+    return "r2" if "r2" in row else "accuracy"
 
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -307,6 +346,7 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def render(summary: dict[str, Any]) -> str:
     """The table as text: each classifier, its random-weights twin beside it."""
     names = list(dict.fromkeys(key for row in summary["layers"] for key in row["scores"]))
+    metric = metric_of(summary["raw_tokens"])
     raw, best, best_random = summary["raw_tokens"], summary["best"], summary["random_init"]["best"]
     twins = {row["name"]: row for row in summary["random_init"]["layers"]}
     rows = [(row["name"], row, twins[row["name"]]) for row in summary["layers"]]
@@ -319,17 +359,18 @@ def render(summary: dict[str, Any]) -> str:
         lines.append(f"{name:<{width}}" + "".join(cells) + _rank(row, 6) + _rank(twin, 6))
     of_paper = [f"{name} is {PAPER[name]}" for name in summary["paper"]]
     notes = [f"The paper's probe: {'; '.join(of_paper)}."] if of_paper else []
+    notes += ["The figures are R2: 1 is perfect, 0 the mean of the labels."] if metric == "r2" else []
     notes += summary["notes"]
     chosen = (
-        f"Chosen on held-back training samples: {best['name']} {best['accuracy']:.3f}; "
-        f"random weights {best_random['name']} {best_random['accuracy']:.3f}; raw tokens {raw['accuracy']:.3f}."
+        f"Chosen on held-back training samples: {best['name']} {best[metric]:.3f}; "
+        f"random weights {best_random['name']} {best_random[metric]:.3f}; raw tokens {raw[metric]:.3f}."
     )
     return "\n".join([*(line.rstrip() for line in lines), "", *notes, chosen])
 
 
 def _cell(row: dict[str, Any] | None, classifier: str, width: int) -> str:
     found = row is not None and row["scores"].get(classifier)
-    return "  " + (f"{found['accuracy']:>{width}.3f}" if found else " " * width)
+    return "  " + (f"{found[metric_of(found)]:>{width}.3f}" if found else " " * width)
 
 
 def _rank(row: dict[str, Any] | None, width: int) -> str:

@@ -16,9 +16,9 @@ from nepa_core.runtime.run import Run
 from recipes.released import NetworkState, State, digests, find, new_weights, read_released
 from recipes.targets import is_run
 
-FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "mask_token")
+FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "pack", "mask_token")
 """Keys of the network that may differ between the weights and the recipe that starts from them: they are starts,
-training-time noise, or of pre-training alone."""
+training-time noise, ways to compute the same, or of pre-training alone."""
 
 HEAD, BACKBONE = "head.", "backbone."
 

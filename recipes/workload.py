@@ -12,6 +12,7 @@ from nepa_core.predictor import Predictor
 from nepa_core.runtime.fit import StepFunction
 from recipes import finetune, pretrain, segment
 from recipes.finetune import FinetuneConfig
+from recipes.goals import find_goal
 from recipes.pretrain import PretrainConfig
 from recipes.segment import SegmentConfig
 from recipes.targets import is_run, read_target, task_of
@@ -42,7 +43,7 @@ def network(config: Trained) -> nn.Module:
         return pretrain.build_model(config)
     start = config.model_copy(update={"init": None})
     if isinstance(start, FinetuneConfig):
-        return finetune.build_classifier(start, len(finetune.class_names(start.data)))[0]
+        return finetune.build_classifier(start, find_goal(start.data))[0]
     return segment.build_segmenter(start)[0]
 
 
@@ -56,5 +57,5 @@ def step_function(config: Trained) -> StepFunction:
     if isinstance(config, PretrainConfig):
         return pretrain.make_step(config)
     if isinstance(config, FinetuneConfig):
-        return finetune.make_step(config, len(finetune.class_names(config.data)))
+        return finetune.make_step(config, find_goal(config.data))
     return segment.make_step(config)

@@ -53,6 +53,7 @@ def check_modality(modality: Modality) -> None:
         check_values,
         check_coords,
         check_mask,
+        check_targets,
         check_tokenize_is_deterministic,
         check_plain_is_repeatable,
         check_samples_do_not_mix,
@@ -144,6 +145,20 @@ def check_mask(modality: Modality) -> None:
         "Tokens.mask leaves a sample with fewer than two real tokens: nothing can be predicted; True must mean "
         "real, and such samples should be left out of the dataset"
     )
+
+
+def check_targets(modality: Modality) -> None:
+    for split in ("train", "test"):
+        batch = _batch(modality, split)
+        label, target = batch.get("label"), batch.get("target")
+        assert label is None or label.ndim == 1 or (label.is_floating_point() and label.ndim == 2), (
+            f"sample['label'] of dataset({split!r}) has shape {_shape(label[0])}: make it one integer, the class, or "
+            "float32 [] or [K], numbers to predict; classes per token belong in 'target'"
+        )
+        count = modality.tokenize(batch).values.shape[1]
+        assert target is None or target.ndim != 2 or target.shape[1] == count, (
+            f"sample['target'] of dataset({split!r}) has {_shape(target[0])} classes for {count} tokens: make it [N]"
+        )
 
 
 def check_tokenize_is_deterministic(modality: Modality) -> None:

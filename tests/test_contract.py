@@ -164,6 +164,37 @@ def test_defects_of_a_data_set_are_told(data: Any, words: str) -> None:
     refuses(Given(train=data), words)
 
 
+class Targeted(Signals):
+    """With a target of any shape."""
+
+    def __init__(self, key: str, value: Tensor) -> None:
+        self.more = {key: value}
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index) | self.more
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (Targeted("label", torch.zeros(4, dtype=torch.int64)), r"'label'\] .* has shape \[4\]: make it one integer"),
+        (Targeted("label", torch.zeros(4, 2)), r"'label'\] .* has shape \[4, 2\]"),
+        (Targeted("target", torch.zeros(4, dtype=torch.int64)), r"'target'\] .* has \[4\] classes for 9 tokens"),
+    ],
+)
+def test_defects_of_targets_are_told(data: Any, words: str) -> None:
+    refuses(Given(train=data), words)
+
+
+def test_sound_targets_pass() -> None:
+    for data in (
+        Targeted("label", torch.tensor(1)),
+        Targeted("label", torch.zeros(4)),
+        Targeted("target", torch.zeros(LENGTH, dtype=torch.int64)),
+    ):
+        check_modality(Given(train=data))
+
+
 def test_the_held_out_split_is_checked_as_well() -> None:
     refuses(Given(train=Signals(), test=Empty()), r"dataset\('test'\) is empty")
     refuses(Given(train=Signals(), test=Pairs()), r"dataset\('test'\) is a tuple")

@@ -18,7 +18,8 @@ from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
-from recipes.finetune import accuracy, build_classifier, finetune, short
+from recipes.finetune import build_classifier, finetune, measure, short
+from recipes.goals import numbered
 from recipes.pretrain import PretrainConfig, pretrain
 from recipes.targets import read_target
 from tests import tiny
@@ -80,9 +81,9 @@ def finetune_and_count(folder: Path, ranks: World) -> dict[str, Any]:
     """Fine-tune the tiny recipe; then the figures of a network given by its seed, over an uneven number of batches."""
     finetune(short(tiny.recipe()).model_copy(update={"recipe": "tests.tiny:recipe"}), Run(folder), ranks, show=False)
     config = short(override(tiny.ragged(), {"data.samples": 53, "data.unreadable": [3, 11]}))
-    model, _ = build_classifier(config, 2)
+    model, _ = build_classifier(config, numbered(2))
     torch.nn.init.normal_(model.head.classifier.weight)
-    figures = accuracy(config, model, ranks)
+    figures = measure(config, model, ranks)
     if ranks.is_main:
         Run(folder).write_summary(figures, "counted.json")
     return figures

@@ -22,15 +22,16 @@ from recipes.cli import main
 from recipes.finetune import (
     FinetuneConfig,
     MixConfig,
-    accuracy,
     build_classifier,
     finetune,
     load_classifier,
     make_mix,
     make_step,
+    measure,
     read_config,
     short,
 )
+from recipes.goals import numbered
 from recipes.pretrain import pretrain
 from recipes.weights import load_backbone, read_weights
 from tests import tiny
@@ -73,11 +74,11 @@ def test_a_run_is_recipe_and_start_at_once(pretrained: str, tmp_path: Path, caps
 
 
 def test_every_start_of_a_fine_tuning_is_the_averaged_network_of_the_run(pretrained: str) -> None:
-    start, _ = build_classifier(tuning(init=pretrained), 2)
+    start, _ = build_classifier(tuning(init=pretrained), numbered(2))
     averages = read_weights(pretrained).model
     for name, value in start.backbone.state_dict().items():
         assert torch.equal(value, averages[name]), name
-    other, _ = build_classifier(tuning(), 2)
+    other, _ = build_classifier(tuning(), numbered(2))
     assert not torch.equal(start.backbone.embed.weight, other.backbone.embed.weight)
 
 
@@ -89,10 +90,10 @@ def test_two_classes_that_differ_in_speed_are_learned(tmp_path: Path) -> None:
 
 
 def test_the_head_gives_zeros_at_the_start() -> None:
-    model, _ = build_classifier(tuning(), 5)
+    model, _ = build_classifier(tuning(), numbered(5))
     tokens = tiny.Waves().read(_batch())
     assert torch.equal(model(tokens, causal=False), torch.zeros(8, 5))
-    out = make_step(tuning(label_smoothing=0.0), 5)(model, _batch())
+    out = make_step(tuning(label_smoothing=0.0), numbered(5))(model, _batch())
     assert out.loss.item() == pytest.approx(math.log(5))
     assert out.weight == 8
 
@@ -100,7 +101,7 @@ def test_the_head_gives_zeros_at_the_start() -> None:
 @pytest.mark.parametrize("readout", ["mean", "last"])
 def test_a_frozen_embedder_stays_and_all_else_moves(pretrained: str, tmp_path: Path, readout: str) -> None:
     config = tuning(init=pretrained, freeze_embedder=True, readout=readout, optim__warmup__steps=0)
-    before, _ = build_classifier(config, 2)
+    before, _ = build_classifier(config, numbered(2))
     finetune(config, Run(tmp_path / "run"), ALONE, show=False)
     after = load_classifier(config, read_weights(str(tmp_path / "run")))
     still = [n for n, v in after.state_dict().items() if torch.equal(v, before.state_dict()[n])]
@@ -109,7 +110,7 @@ def test_a_frozen_embedder_stays_and_all_else_moves(pretrained: str, tmp_path: P
 
 def test_causal_fine_tuning_reads_no_later_token() -> None:
     """With the last-token read-out of a shorter sequence, what follows it must not matter under a causal mask."""
-    model, _ = build_classifier(tuning(), 3)
+    model, _ = build_classifier(tuning(), numbered(3))
     torch.nn.init.normal_(model.head.classifier.weight)
     model.eval()
     batch = _batch()
@@ -124,7 +125,7 @@ def test_causal_fine_tuning_reads_no_later_token() -> None:
 def test_padding_does_not_reach_the_logits() -> None:
     data = tiny.Waves(ragged=True)
     config = override(short(tiny.ragged()), {})
-    model, _ = build_classifier(config, 3)
+    model, _ = build_classifier(config, numbered(3))
     torch.nn.init.normal_(model.head.classifier.weight)
     model.eval()
     batch = _batch(data)
@@ -156,27 +157,27 @@ def test_mixing_is_that_of_timm_and_follows_the_seed_of_the_step(smoothing: floa
 
 
 def test_label_smoothing_without_mixing_is_the_formula() -> None:
-    model, _ = build_classifier(tuning(), 4)
+    model, _ = build_classifier(tuning(), numbered(4))
     torch.nn.init.normal_(model.head.classifier.weight)
     batch = _batch()
     logits = model(tiny.Waves().read(batch), causal=False).double()
     soft = 0.8 * F.one_hot(batch["label"], 4) + 0.2 / 4
     expected = -(soft * logits.log_softmax(1)).sum(1).mean()
-    found = make_step(tuning(label_smoothing=0.2), 4)(model, batch).loss
+    found = make_step(tuning(label_smoothing=0.2), numbered(4))(model, batch).loss
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_accuracy_counts_every_sample_once_whatever_the_batch_and_the_ranks() -> None:
     data = tiny.Waves(samples=45, unreadable=(3, 4))
     config = tuning().model_copy(update={"data": data})
-    model, _ = build_classifier(config, 2)
+    model, _ = build_classifier(config, numbered(2))
     torch.nn.init.normal_(model.head.classifier.weight)
-    alone = accuracy(config, model, ALONE)
+    alone = measure(config, model, ALONE)
     assert alone["accuracy"] * 43 == pytest.approx(round(alone["accuracy"] * 43))
     assert alone["top5"] == 1.0
     by_hand = _by_hand(config, model)
     assert alone["accuracy"] == pytest.approx(by_hand)
-    assert accuracy(override(config, {"train.batch": 5}), model, ALONE)["accuracy"] == alone["accuracy"]
+    assert measure(override(config, {"train.batch": 5}), model, ALONE)["accuracy"] == alone["accuracy"]
 
 
 def _by_hand(config: FinetuneConfig, model: torch.nn.Module) -> float:
@@ -210,14 +211,14 @@ def _all(data: Any) -> list[dict[str, Tensor]]:
 )
 def test_a_start_that_does_not_fit_is_told_key_by_key(pretrained: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as raised:
-        build_classifier(tuning(**{"init": pretrained} | changes), 2)
+        build_classifier(tuning(**{"init": pretrained} | changes), numbered(2))
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 def test_only_qk_norm_weights_may_be_new(pretrained: str) -> None:
     config = tuning(init=pretrained, model__qk_norm="affine")
-    model, new = build_classifier(config, 2)
+    model, new = build_classifier(config, numbered(2))
     assert new == [
         f"predictor.blocks.{block}.attention.{kind}_norm.weight" for block in range(2) for kind in ("k", "q")
     ]
@@ -237,7 +238,7 @@ def test_a_fine_tuned_run_can_start_another_and_keeps_its_head_for_itself(pretra
     weights = read_weights(str(tmp_path / "run"))
     assert set(weights.head) == {"norm.weight", "norm.bias", "classifier.weight", "classifier.bias"}
     assert weights.causal is False
-    again, _ = build_classifier(tuning(init=str(tmp_path / "run")), 7)
+    again, _ = build_classifier(tuning(init=str(tmp_path / "run")), numbered(7))
     assert torch.equal(again.backbone.embed.weight, weights.model["embed.weight"])
     with pytest.raises(UserError, match="has no head"):
         load_classifier(config, read_weights(pretrained))

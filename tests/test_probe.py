@@ -130,10 +130,42 @@ def test_labels_are_numbered_over_both_splits() -> None:
     split = probe.Split.of(train, {"labels": np.array([10, 11, 3] * 3 + [3]), "x": ten}, CPU)
     assert split.labels.tolist() == [0, 1] * 5
     assert split.test_labels.tolist() == [1, 2, 0] * 3 + [0]
-    with pytest.raises(UserError, match="'label' holds float32"):
-        probe.Split.of({"labels": np.zeros(10, np.float32)}, {"labels": np.zeros(10, np.float32)}, CPU)
     with pytest.raises(UserError, match=r"'label' holds int64 of shape \(4,\)"):
         probe.Split.of({"labels": np.zeros((10, 4), np.int64)}, {"labels": np.zeros((10, 4), np.int64)}, CPU)
+
+
+def test_numbers_are_read_by_regressions_of_their_own() -> None:
+    draw = np.random.default_rng(0)
+    x = draw.normal(size=(200, 5)).astype(np.float32)
+    told = np.stack((1e3 + 7 * x[:, 0], x[:, 1] - x[:, 2], np.full(200, 4)), 1).astype(np.float32)
+    noise = draw.normal(size=(200, 5)).astype(np.float32)
+    split = probe.Split.of(
+        {"labels": told[:150], "told": x[:150], "noise": noise[:150]},
+        {"labels": told[150:], "told": x[150:], "noise": noise[150:]},
+        CPU,
+    )
+    rows = {row["name"]: row["scores"] for row in probe.score_rows(split, ["linear", "knn"])}
+    assert rows["told"]["linear"]["r2"] == pytest.approx(2 / 3, abs=1e-3), "the number that never varies gives 0"
+    assert 0.2 < rows["told"]["knn"]["r2"] < 2 / 3
+    assert rows["noise"]["linear"]["r2"] < 0.05
+    assert rows["noise"]["linear"]["validation"] < 0.05
+    half = {"labels": told[:, 0], "told": x}
+    assert probe.Split.of(half, half, CPU).labels.shape == (200, 1)
+    with pytest.raises(UserError, match="NaN or infinity"):
+        probe.Split.of(half | {"labels": told[:, 0] * np.inf}, half, CPU)
+    for options in (QUICK.model_copy(update={"classifiers": ("lars",)}), probe.Options(poolings=("attentive",))):
+        with pytest.raises(UserError, match="is for classes, and 'label' holds numbers here"):
+            probe.check_regression(split, options)
+
+
+def test_ridge_is_that_of_the_normal_equations() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y, x_test = (torch.randn(shape, generator=draw) for shape in ((40, 3), (40, 2), (9, 3)))
+    found = classifiers._ridge(x, y, x_test)[0.1]
+    mean, std = x.mean(0), x.std(0, correction=0)
+    a, b = (x - mean) / std, (x_test - mean) / std
+    weights = torch.linalg.solve(a.T @ a / 40 + 0.1 * torch.eye(3), a.T @ (y - y.mean(0)) / 40)
+    torch.testing.assert_close(found.float(), b @ weights + y.mean(0))
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,36 @@ def test_the_readme_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert main(["inspect", "runs/base", "samples=2"]) == 0
 
 
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
+    """The recipe of the point clouds, its file copied to an empty folder, which is the current one."""
+    shutil.copy(ROOT / "examples" / "my_points.py", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config: PretrainConfig = load_object("my_points:base")()
+    return config
+
+
+def test_the_example_of_point_clouds_is_short_and_sound(example: PretrainConfig) -> None:
+    assert len(Path("my_points.py").read_text().splitlines()) <= 60
+    for morton in (True, False):
+        check_modality(override(example, {"data.morton": morton, "data.samples": 20}).data)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("example")
+def test_every_task_takes_the_example_of_point_clouds_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["data.samples=80", "train.batch=16"]
+    assert main(["pretrain", "my_points:base", "train.length.steps=3", *few]) == 0
+    assert "Next group identified among" in capsys.readouterr().out
+    assert main(["probe", "runs/base", "layers=2", "poolings=mean"]) == 0
+    assert main(["finetune", "runs/base", "train.length.steps=2"]) == 0
+    assert main(["inspect", "runs/base", "samples=2"]) == 0
+    capsys.readouterr()
+    assert main(["bench", "my_points:base", *few, "steps=2", "repeats=1", "against=padding"]) == 0
+    assert "packed / padded rows, real tokens/s" in capsys.readouterr().out
+
+
 def test_every_recipe_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
     named = set(re.findall(r"recipes\.\w+:\w+", (ROOT / "README.md").read_text()))
     assert main(["recipes"]) == 0

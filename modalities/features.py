@@ -1,0 +1,122 @@
+"""Sequences of vectors computed before: CNN features, patch vectors of a foundation model, embeddings of sensors.
+
+Shapes: B samples, N tokens, P numbers in a token, A coordinate axes.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from modalities.features_data import Sequences, Stored, open_split
+from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.modality import Modality, Tokens
+
+_MEASURED = 1024  # training sequences that the scale of the features is measured on
+
+
+class Features(Modality):
+    """Vectors from disk, a token each; sequences may differ in length.
+
+    Attributes:
+        root: a folder in one of the layouts of `modalities.features_data`.
+        standardise: shift and scale every feature by its mean and deviation over (1,024) training sequences.
+        coord_scale: multiplies stored coordinates. Neighbours should be about a quarter apart, for one unit is the
+            wavelength of the fastest rotary angle; without stored coordinates they are: token i lies at i / 4.
+    """
+
+    token_name: ClassVar[str] = "vector"
+
+    root: str | None = None
+    standardise: bool = True
+    coord_scale: float = Field(default=1.0, gt=0)
+
+    def dataset(self, split: str) -> Dataset[Batch]:
+        return Sequences(self._stored(split), self._tokens())
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        values: Tensor = batch["values"]
+        if self.standardise:
+            mean, std = statistics(self)
+            values = (values - mean.to(values.device)) / std.to(values.device)
+        stored, count = self._stored("train"), values.shape[1]
+        mask = None
+        if self._ragged():
+            mask = torch.arange(count, device=values.device) < batch["length"][:, None]
+            values = torch.where(mask[..., None], values, 0.0)
+        if "coords" in batch:
+            coords = batch["coords"] * self.coord_scale
+        elif stored.shared is not None:
+            coords = torch.as_tensor(np.array(stored.shared[:count], np.float32)) * self.coord_scale
+        else:
+            coords = torch.arange(count)[:, None] / 4
+        return Tokens(values, coords, mask)
+
+    def classes(self) -> tuple[str, ...] | None:
+        """The numbers that occur in the training labels."""
+        labels = self._stored("train").labels
+        if labels is None or labels.dtype.kind == "f" or labels.ndim > 1:
+            return None
+        return tuple(str(number) for number in range(int(labels.max()) + 1))
+
+    def token_dim(self) -> int:
+        return self._stored("train").width
+
+    def _stored(self, split: str) -> Stored:
+        """A split, once both are known to fit together."""
+        if self.root is None:
+            raise UserError("data.root=DIR is wanted: the folder that holds train.npy and test.npy, or the like")
+        both = {name: open_split(self.root, name) for name in ("train", "test")}
+        train, test = both["train"], both["test"]
+        for what, mine, others in (
+            ("numbers in a token", train.width, test.width),
+            ("coordinate axes", train.axes, test.axes),
+            ("coordinates per sequence", train.coords is not None, test.coords is not None),
+            ("labels", train.labels is not None, test.labels is not None),
+        ):
+            if mine != others:
+                raise UserError(f"{train.path} and {test.path} differ in {what}: {mine} and {others}")
+        if train.shared is not None and len(train.shared) < max(train.longest, test.longest):
+            raise UserError(f"{test.path} has longer sequences than {train.path} has coordinates for")
+        return both[split]
+
+    def _tokens(self) -> int:
+        """N, the longest sequence of both splits."""
+        return max(self._stored(split).longest for split in ("train", "test"))
+
+    def _ragged(self) -> bool:
+        return any(self._stored(split).lengths.min() < self._tokens() for split in ("train", "test"))
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def statistics(features: Features) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [P] float32 of the tokens of training sequences drawn by a seed; 1 for a constant.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    samples = Sequences(features._stored("train"), features._tokens())
+    total, squares = torch.zeros(2, samples.stored.width, dtype=torch.float64)
+    count = 0
+    draw = torch.Generator().manual_seed(0)
+    first = ""
+    for index in torch.randperm(len(samples), generator=draw)[:_MEASURED].tolist():
+        try:
+            sample = samples[index]
+        except UnreadableSample as error:
+            first = first or str(error)
+            continue
+        rows = sample["values"][: sample["length"]].double()
+        total, squares, count = total + rows.sum(0), squares + rows.square().sum(0), count + len(rows)
+    if not count:
+        raise UserError(f"no training sequence can be read; the first: {first}")
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float()

@@ -1,0 +1,297 @@
+"""Where sequences of vectors lie: npy, a folder of npy files, safetensors or parquet, a split each.
+
+Under the root, SPLIT being `train`, and `test`, `val` or `validation`:
+
+  SPLIT.npy           values [S, N, P]; beside it, where there is one: SPLIT.lengths.npy [S], SPLIT.label.npy [S] or
+                      [S, K], SPLIT.coords.npy [N, A] or [S, N, A]
+  SPLIT/*.npy         a file [n, P] for each sequence, in the order of their names; NAME.coords.npy [n, A] beside
+                      NAME.npy, and SPLIT.label.npy beside the folder
+  SPLIT.safetensors   the keys values, lengths, label, coords, as above
+  SPLIT.parquet       the columns values and coords (lists of lists) and label
+
+npy and safetensors stay on the disk and are read a sequence at a time.
+
+Shapes: S sequences, N tokens in the longest, n in one of them, P numbers in a token, A = 1 to 3 axes, K numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nepa_core.basics import Batch, UnreadableSample, UserError
+
+SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
+"""What a split may be called; the first name found is taken."""
+
+Array = np.ndarray[Any, Any]
+Read = Callable[[int], Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One split.
+
+    Attributes:
+        path: the file or folder. name: number of a sequence -> how errors call it.
+        values: number of a sequence -> [>= n, P].
+        lengths: [S] int64, the n of each. width: P.
+        coords: number of a sequence -> [>= n, A], or None. shared: [N, A] that all sequences share, or None.
+        axes: A, 0 without coordinates.
+        labels: [S] int64, or [S] or [S, K] float32, or None.
+    """
+
+    path: Path
+    name: Callable[[int], str]
+    values: Read
+    lengths: Array
+    width: int
+    coords: Read | None
+    shared: Array | None
+    axes: int
+    labels: Array | None
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+
+class Sequences(Dataset[Batch]):
+    """Sequences padded with zeros to `tokens`: "values" [N, P] float32 and "length", "coords" and "label" if any."""
+
+    def __init__(self, stored: Stored, tokens: int) -> None:
+        self.stored, self.tokens = stored, tokens
+
+    def __len__(self) -> int:
+        return len(self.stored.lengths)
+
+    def __getitem__(self, index: int) -> Batch:
+        """Raises UnreadableSample where values or coordinates are NaN, infinite, or not of the shape of the others."""
+        stored, length = self.stored, int(self.stored.lengths[index])
+        sample: Batch = {
+            "values": self._padded(stored.values, index, (length, stored.width)),
+            "length": torch.tensor(length),
+        }
+        if stored.coords is not None:
+            sample["coords"] = self._padded(stored.coords, index, (length, stored.axes))
+        if stored.labels is not None:
+            sample["label"] = torch.from_numpy(np.array(stored.labels[index]))
+        return sample
+
+    def _padded(self, read: Read, index: int, shape: tuple[int, int]) -> Tensor:
+        name = self.stored.name(index)
+        try:
+            rows = np.asarray(read(index)[: shape[0]], np.float32)
+        except (OSError, ValueError, AttributeError) as error:
+            raise UnreadableSample(f"{name}: {error}") from error
+        if rows.shape != shape:
+            raise UnreadableSample(f"{name}: an array of shape {list(rows.shape)} where {list(shape)} is wanted")
+        if not np.isfinite(rows).all():
+            raise UnreadableSample(f"{name}: NaN or infinity in token {_first_bad(rows)}")
+        return torch.from_numpy(np.pad(rows, ((0, self.tokens - shape[0]), (0, 0))))
+
+
+def _first_bad(rows: Array) -> int:
+    return int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
+
+
+@lru_cache(maxsize=4)
+def open_split(root: str, split: str) -> Stored:
+    """A split of the layout at the head of this file.
+
+    Raises:
+        UserError: it is not there, is damaged, or its parts do not fit together; the file and the row are named.
+    """
+    folder = Path(root)
+    for name in SPLITS[split]:
+        for suffix, opener in _OPENERS.items():
+            path = folder / f"{name}{suffix}"
+            if path.exists():
+                stored = _opened(opener, path)
+                _check(stored)
+                return stored
+    wanted = ", ".join(f"{SPLITS[split][0]}{suffix or '/'}" for suffix in _OPENERS)
+    raise UserError(f"data.root={root} has no {split} split: one of {wanted} is wanted there")
+
+
+def _opened(opener: Callable[[Path], Stored], path: Path) -> Stored:
+    try:
+        return opener(path)
+    except (OSError, ValueError, EOFError, KeyError, SafetensorError, pa.ArrowException) as error:
+        raise UserError(f"{path} can't be read: {error}") from error
+
+
+def _npy(path: Path) -> Stored:
+    values = _array(path)
+    beside = {key: path.with_suffix(f".{key}.npy") for key in ("lengths", "coords", "label")}
+    return _of_arrays(path, values, {key: _array(file) for key, file in beside.items() if file.exists()})
+
+
+def _safetensors(path: Path) -> Stored:
+    with safe_open(path, "pt") as file:
+        names = set(file.keys())
+        if "values" not in names:
+            raise UserError(f"{path} has no tensor 'values', only {', '.join(sorted(names))}")
+        shape = tuple(file.get_slice("values").get_shape())
+        rest = {key: file.get_tensor(key).numpy() for key in names & {"lengths", "coords", "label"}}
+
+    def read(index: int) -> Array:
+        with safe_open(path, "pt") as file:
+            found: Array = file.get_slice("values")[index].float().numpy()
+        return found
+
+    return _of_arrays(path, np.broadcast_to(np.float32(0), shape), rest, read)
+
+
+def _of_arrays(path: Path, values: Array, rest: dict[str, Array], read: Read | None = None) -> Stored:
+    """Of whole arrays: values [S, N, P] (its shape alone, where `read` gives a sequence)."""
+    if values.ndim != 3:
+        raise UserError(f"{path}: values have shape {list(values.shape)}; make them [S, N, P]")
+    lengths, coords = rest.get("lengths"), rest.get("coords")
+    lengths = np.full(len(values), values.shape[1]) if lengths is None else lengths
+    if lengths.shape != (len(values),) or lengths.dtype.kind not in "iu":
+        kind = f"{lengths.dtype} {list(lengths.shape)}"
+        raise UserError(f"{path}: lengths are {kind}; make them integers [{len(values)}]")
+    if (over := np.flatnonzero(lengths > values.shape[1])).size:
+        row = int(over[0])
+        raise UserError(f"{path}: row {row} has length {lengths[row]}, and the array holds {values.shape[1]} tokens")
+    if coords is not None and coords.shape[:-1] not in (values.shape[:1] + values.shape[1:2], values.shape[1:2]):
+        raise UserError(
+            f"{path}: coords have shape {list(coords.shape)} for values of {list(values.shape)}; make them [N, A] or "
+            "[S, N, A]"
+        )
+    shared = coords if coords is not None and coords.ndim == 2 else None
+    return Stored(
+        path,
+        lambda index: f"{path}, row {index}",
+        read or values.__getitem__,
+        lengths.astype(np.int64),
+        values.shape[2],
+        None if coords is None or shared is not None else coords.__getitem__,
+        shared,
+        0 if coords is None else coords.shape[-1],
+        rest.get("label"),
+    )
+
+
+def _folder(path: Path) -> Stored:
+    files = sorted(file for file in path.glob("*.npy") if not file.name.endswith(".coords.npy"))
+    if not files:
+        raise UserError(f"{path} holds no npy file")
+    shapes = [_array(file).shape for file in files]
+    for file, shape in zip(files, shapes, strict=True):
+        if len(shape) != 2 or shape[1] != shapes[0][-1]:
+            raise UserError(f"{file} has shape {list(shape)}; make it [n, {shapes[0][-1]}], as {files[0].name}")
+    beside = [file.with_suffix(".coords.npy") for file in files]
+    given = [file.exists() for file in beside]
+    if any(given) and not all(given):
+        raise UserError(f"{beside[given.index(False)]} is missing, and other sequences have coordinates")
+    axes = 0
+    if all(given):
+        kinds = [_array(file).shape for file in beside]
+        axes = kinds[0][-1]
+        for file, kind, shape in zip(beside, kinds, shapes, strict=True):
+            if kind != (shape[0], axes):
+                raise UserError(f"{file} has shape {list(kind)}; make it [{shape[0]}, {axes}]")
+    labels = path.with_name(f"{path.name}.label.npy")
+    return Stored(
+        path,
+        lambda index: str(files[index]),
+        lambda index: _array(files[index]),
+        np.array([shape[0] for shape in shapes]),
+        shapes[0][1],
+        (lambda index: _array(beside[index])) if axes else None,
+        None,
+        axes,
+        _array(labels) if labels.exists() else None,
+    )
+
+
+def _parquet(path: Path) -> Stored:
+    table = pq.read_table(path, memory_map=True)
+    if "values" not in table.column_names:
+        raise UserError(f"{path} has no column 'values', only {', '.join(table.column_names)}")
+
+    def reader(column: str) -> Read:
+        rows = table[column].combine_chunks()
+
+        def read(index: int) -> Array:
+            tokens = rows[index].values
+            numbers: Array = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+            return numbers.reshape(len(tokens), -1)
+
+        return read
+
+    if table["values"].null_count:
+        raise UserError(f"{path}: row {table['values'].to_pylist().index(None)} has no values")
+    lengths = table["values"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    values, coords = reader("values"), reader("coords") if "coords" in table.column_names else None
+    labels = None
+    if "label" in table.column_names:
+        labels = np.array(table["label"].to_pylist())
+    return Stored(
+        path,
+        lambda index: f"{path}, row {index}",
+        values,
+        lengths,
+        values(0).shape[1] if len(lengths) else 0,
+        coords,
+        None,
+        0 if coords is None or not len(lengths) else coords(0).shape[1],
+        labels,
+    )
+
+
+_OPENERS: dict[str, Callable[[Path], Stored]] = {
+    ".npy": _npy,
+    ".safetensors": _safetensors,
+    ".parquet": _parquet,
+    "": _folder,
+}
+
+
+def _array(path: Path) -> Array:
+    """A memory map of an npy file; ValueError where it is damaged or holds no numbers."""
+    array: Array = np.load(path, mmap_mode="r")
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"it holds {array.dtype}, and numbers are wanted")
+    return array
+
+
+def _check(stored: Stored) -> None:
+    """What all layouts must hold.
+
+    Raises:
+        UserError: they do not.
+    """
+    path, count = stored.path, len(stored.lengths)
+    if not count:
+        raise UserError(f"{path} holds no sequence")
+    if stored.lengths.min() < 2:
+        row = int(stored.lengths.argmin())
+        raise UserError(
+            f"{stored.name(row)} has {stored.lengths[row]} tokens, and a prediction needs 2; leave such sequences out"
+        )
+    if (stored.coords is not None or stored.shared is not None) and not 1 <= stored.axes <= 3:
+        raise UserError(f"{path}: coordinates have {stored.axes} axes; 1 to 3 are supported")
+    if stored.shared is not None and not np.isfinite(stored.shared).all():
+        raise UserError(f"{path}: the shared coordinates of token {_first_bad(stored.shared)} are NaN or infinite")
+    labels = stored.labels
+    if labels is None:
+        return
+    if len(labels) != count or labels.dtype.kind not in "iuf":
+        raise UserError(f"{path}: label holds {labels.dtype} of shape {list(labels.shape)} for {count} sequences")
+    if not np.isfinite(labels).all():
+        row = int(np.flatnonzero(~np.isfinite(labels.reshape(count, -1)).all(1))[0])
+        raise UserError(f"{stored.name(row)} has a label that is NaN or infinite")

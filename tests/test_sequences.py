@@ -1,0 +1,211 @@
+"""Vectors from disk: every layout gives the same samples, whatever is wrong is named by file and row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from modalities.features import Features
+from nepa_core.basics import UnreadableSample, UserError
+from nepa_core.runtime.run import Run
+from recipes.cli import main
+from tests.contract import check_modality
+
+SHAPE = (24, 7, 3)
+LAYOUTS = ("npy", "safetensors", "parquet", "folder")
+
+
+def arrays(split: str, axes: int | None = 2, label: str = "class") -> dict[str, np.ndarray]:
+    """Values [S, N, P], lengths [S], coords [S, N, A], label: class 1 has the larger first feature."""
+    draw = np.random.default_rng(len(split))
+    lengths = np.array([7, 2, *draw.integers(2, 8, SHAPE[0] - 2)])
+    label_ = draw.integers(0, 2, SHAPE[0])
+    values = draw.normal(size=SHAPE).astype(np.float32)
+    values[..., 0] += 3 * label_[:, None]
+    found = {"values": 5 + 100 * values, "lengths": lengths}
+    if axes is not None:
+        found["coords"] = draw.uniform(size=(*SHAPE[:2], axes)).astype(np.float32)
+    return found | {"class": {"label": label_}, "number": {"label": values.mean((1, 2))}, "none": {}}[label]
+
+
+def write(root: Path, split: str, layout: str, data: dict[str, np.ndarray]) -> None:
+    root.mkdir(exist_ok=True)
+    rows = range(len(data["values"]))
+    if layout == "npy":
+        for key, array in data.items():
+            np.save(root / (f"{split}.npy" if key == "values" else f"{split}.{key}.npy"), array)
+        return
+    if layout == "safetensors":
+        save_file(data, root / f"{split}.safetensors")
+        return
+    keys = [key for key in ("values", "coords") if key in data]
+    real = {key: [data[key][i, : data["lengths"][i]] for i in rows] for key in keys}
+    label = {"label": data["label"]} if "label" in data else {}
+    if layout == "parquet":
+        lists: dict[str, Any] = {key: [part.tolist() for part in parts] for key, parts in real.items()}
+        pq.write_table(pa.table(lists | label), root / f"{split}.parquet")
+    else:
+        (root / split).mkdir()
+        for i in rows:
+            np.save(root / split / f"{i:03}.npy", real["values"][i])
+            if "coords" in real:
+                np.save(root / split / f"{i:03}.coords.npy", real["coords"][i])
+        if "label" in data:
+            np.save(root / f"{split}.label.npy", data["label"])
+
+
+def written(root: Path, layout: str, **options: Any) -> Features:
+    for split in ("train", "test"):
+        write(root, split, layout, arrays(split, **options))
+    return Features(root=str(root))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("axes", "label"), [(3, "class"), (None, "number"), (1, "none")])
+def test_every_layout_is_sound_and_holds_the_same(tmp_path: Path, layout: str, axes: int | None, label: str) -> None:
+    features = written(tmp_path / layout, layout, axes=axes, label=label)
+    check_modality(features)
+    assert features.classes() == (("0", "1") if label == "class" else None)
+    data = arrays("test", axes=axes, label=label)
+    for sample, values, length in zip(
+        features.dataset("test"),
+        data["values"],
+        data["lengths"],
+        strict=True,  # type: ignore[call-overload]
+    ):
+        np.testing.assert_allclose(sample["values"][:length], values[:length], rtol=1e-6)
+        assert not sample["values"][length:].any()
+        assert ("coords" in sample, "label" in sample) == (axes is not None, label != "none")
+        if label != "none":
+            assert sample["label"].is_floating_point() == (label == "number")
+
+
+def test_tokens_are_standardised_masked_and_placed(tmp_path: Path) -> None:
+    features = written(tmp_path / "data", "npy", axes=2).model_copy(update={"coord_scale": 0.5})
+    samples = features.dataset("train")
+    batch = torch.utils.data.default_collate([samples[i] for i in range(24)])
+    tokens = features.read(batch)
+    assert tokens.mask is not None
+    assert torch.equal(tokens.mask.sum(1), batch["length"])
+    torch.testing.assert_close(tokens.values[tokens.mask].mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(tokens.values[tokens.mask].std(0, correction=0), torch.ones(3), atol=1e-4, rtol=0)
+    assert torch.equal(tokens.coords, batch["coords"] / 2)
+    raw = features.model_copy(update={"standardise": False}).read(batch)
+    assert torch.equal(raw.values, batch["values"])
+
+
+def test_shared_coordinates_stay_shared_and_whole_sequences_need_no_mask(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        data = arrays(split, axes=None)
+        shared = np.arange(14, dtype=np.float32).reshape(7, 2)
+        write(tmp_path, split, "npy", {"values": data["values"], "coords": shared})
+    features = Features(root=str(tmp_path))
+    samples = features.dataset("train")
+    tokens = features.read(torch.utils.data.default_collate([samples[0], samples[1]]))
+    assert tokens.mask is None
+    assert tokens.coords.tolist() == shared.tolist()
+
+
+def spoil(data: dict[str, np.ndarray], key: str, value: Any) -> dict[str, np.ndarray]:
+    return data | {key: value(data[key])}
+
+
+def long(lengths: np.ndarray) -> np.ndarray:
+    return np.where(np.arange(len(lengths)) == 3, 9, lengths)
+
+
+@pytest.mark.parametrize(
+    ("layout", "change", "said"),
+    [
+        ("npy", lambda d: spoil(d, "lengths", long), "train.npy: row 3 has length 9, and the array holds 7 tokens"),
+        ("npy", lambda d: spoil(d, "lengths", lambda x: 0 * x), "train.npy, row 0 has 0 tokens"),
+        ("npy", lambda d: spoil(d, "lengths", lambda x: x * 0.5), "lengths are float64"),
+        ("npy", lambda d: spoil(d, "lengths", lambda x: x[:5]), "make them integers [24]"),
+        ("npy", lambda d: spoil(d, "coords", lambda x: np.repeat(x, 2, 2)), "coordinates have 4 axes; 1 to 3"),
+        ("npy", lambda d: spoil(d, "coords", lambda x: x[:, :5]), "coords have shape [24, 5, 2] for values of"),
+        ("npy", lambda d: spoil(d, "coords", lambda x: x[0] / 0), "shared coordinates of token 0 are NaN"),
+        ("npy", lambda d: spoil(d, "values", lambda x: x[0]), "values have shape [7, 3]; make them [S, N, P]"),
+        ("npy", lambda d: spoil(d, "values", lambda x: x.astype(str)), "numbers are wanted"),
+        ("npy", lambda d: spoil(d, "label", lambda x: x[1:]), "for 24 sequences"),
+        ("npy", lambda d: spoil(d, "label", lambda x: x / (x - x)), "train.npy, row 0 has a label that is NaN"),
+        ("folder", lambda d: spoil(d, "coords", lambda x: np.repeat(x, 2, 2)), "coordinates have 4 axes; 1 to 3"),
+        ("parquet", lambda d: spoil(d, "coords", lambda x: np.repeat(x, 2, 2)), "coordinates have 4 axes; 1 to 3"),
+        ("safetensors", lambda d: spoil(d, "lengths", long), "train.safetensors: row 3 has length 9"),
+        ("safetensors", lambda d: {"vectors": d["values"], "values": d["values"][0]}, "make them [S, N, P]"),
+        ("npy", lambda d: {"values": d["values"], "lengths": d["lengths"]}, "differ in coordinate axes: 0 and 2"),
+        ("npy", lambda d: spoil(d, "values", lambda x: x[..., :2]), "differ in numbers in a token: 2 and 3"),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_what_does_not_fit_is_named(tmp_path: Path, layout: str, change: Any, said: str) -> None:
+    write(tmp_path, "test", layout, arrays("test"))
+    write(tmp_path, "train", layout, change(arrays("train")))
+    with pytest.raises(UserError) as raised:
+        Features(root=str(tmp_path)).dataset("train")
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("key", ["values", "coords"])
+def test_a_sequence_with_nan_is_skipped_and_named(tmp_path: Path, layout: str, key: str) -> None:
+    data = arrays("train")
+    data[key][0, 4, 0] = np.nan
+    write(tmp_path, "train", layout, data)
+    write(tmp_path, "test", layout, arrays("test"))
+    features = Features(root=str(tmp_path))
+    with pytest.raises(UnreadableSample, match="NaN or infinity in token 4") as raised:
+        features.dataset("train")[0]
+    assert ("000.npy" if layout == "folder" else "row 0") in str(raised.value)
+    check_modality(features)
+
+
+def test_files_that_are_damaged_missing_or_of_another_width_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.root=DIR is wanted"):
+        Features().dataset("train")
+    with pytest.raises(UserError, match=r"has no train split: one of train\.npy"):
+        Features(root=str(tmp_path)).dataset("train")
+    features = written(tmp_path / "data", "folder")
+    (tmp_path / "data" / "train" / "005.npy").write_bytes(b"torn")
+    with pytest.raises(UserError, match=r"train.* can't be read"):
+        features.dataset("train")
+    np.save(tmp_path / "data" / "train" / "005.npy", np.zeros((4, 9)))
+    with pytest.raises(UserError, match=r"005\.npy has shape \[4, 9\]; make it \[n, 3\]"):
+        features.dataset("train")
+    (tmp_path / "data" / "train" / "005.npy").unlink()
+    (tmp_path / "data" / "train" / "006.coords.npy").unlink()
+    with pytest.raises(UserError, match=r"006\.coords\.npy is missing"):
+        features.dataset("train")
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    pq.write_table(pa.table({"values": [[[1.0, 2.0], [3.0]], [[1.0, 2.0], [3.0, 4.0]]]}), torn / "train.parquet")
+    pq.write_table(pa.table({"values": [[[1.0, 2.0], [3.0, 4.0]]]}), torn / "test.parquet")
+    with pytest.raises(UserError, match=r"parquet can't be read"):
+        Features(root=str(torn)).dataset("train")
+
+
+def test_the_preset_trains_packed_and_is_probed_and_fine_tuned(tmp_path: Path) -> None:
+    written(tmp_path / "data", "safetensors", axes=3)
+    keys = ["train.length.steps=3", "train.batch=8", "model.dim=24", "model.heads=2"]
+    run = str(tmp_path / "run")
+    words = ["pretrain", "recipes.presets:features", f"data.root={tmp_path / 'data'}", f"out={run}", *keys]
+    assert main(words) == 0
+    assert Run(Path(run)).load_config(type(load())).model.pack
+    assert main(["probe", run]) == 0
+    assert main(["finetune", run, "train.length.steps=2", f"out={tmp_path / 'tuned'}"]) == 0
+    summary = Run(tmp_path / "tuned").summary()
+    assert summary is not None
+    assert summary["classes"] == ["0", "1"]
+
+
+def load() -> Any:
+    from recipes.presets import features
+
+    return features()
