@@ -34,9 +34,10 @@ from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, fit
 from nepa_core.runtime.optim import Duration, OptimConfig
 from nepa_core.runtime.run import Run
 from recipes.heads import canonical_tokens, last_token
-from recipes.pretrain import PretrainConfig, build_model, load_pretrained, provenance
+from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.probe import FREE
 from recipes.targets import is_run
+from recipes.training import provenance
 from recipes.weights import load_backbone, read_weights
 
 READOUTS = ("flattened tokens", "last token")
