@@ -44,6 +44,8 @@ from recipes.weights import Weights, load_backbone, read_weights
 class MixConfig(BaseModel):
     """Mixup and CutMix of the images of a batch, as timm defines them (`timm.data.mixup.Mixup`, mode "batch").
 
+    Rectangles of `data.erase` are filled after it, in the mixed image; timm's loader fills them before.
+
     Attributes:
         mixup, cutmix: alpha of the Beta distribution that the share of an image is drawn from; 0 is off. Where both
             are on, each batch takes one of them with equal chance.

@@ -162,7 +162,7 @@ def test_a_class_per_token_counts_real_tokens_alone_whatever_the_order(causal: b
     for target in (batch["target"], unsure):
         real = ~padding & (target >= 0)
         out = make_step(config, goal)(model, batch | {"target": target})
-        assert float(out.loss) == pytest.approx(float(F.cross_entropy(logits[real], target[real])), rel=1e-5)
+        assert out.loss.item() == pytest.approx(F.cross_entropy(logits[real], target[real]).item(), rel=1e-5)
         assert int(out.weight) == int(real.sum())
     other = batch | {
         "values": torch.where(padding[..., None], -55.0, batch["values"]),
