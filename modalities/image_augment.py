@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
 from torchvision.transforms import v2
@@ -69,6 +70,11 @@ class CentreCrop:
         return cropped
 
 
+def _posterize(posterize: Callable[..., Image.Image], image: Image.Image, bits: int, **settings: Any) -> Image.Image:
+    """timm's posterize, also where it asks to keep 0 bits: black, as in the Pillow it was written for; 13 refuses."""
+    return Image.new(image.mode, image.size) if bits < 1 else posterize(image, bits, **settings)
+
+
 class RandAugment:
     """RandAugment(9, 0.5) as timm makes it for an image of this size, with bicubic interpolation."""
 
@@ -83,6 +89,9 @@ class RandAugment:
                 "interpolation": Resampling.BICUBIC,
             },
         )
+        for op in self.transform.ops:
+            if op.name.startswith("Posterize"):
+                op.aug_fn = partial(_posterize, op.aug_fn)
 
     def __call__(self, image: Tensor) -> Tensor:
         seed_libraries()

@@ -250,3 +250,12 @@ def test_a_crop_is_taken_before_randaugment() -> None:
         "RandAugment",
     ]
     assert to_pil_image(images[0]["image"]).size == (12, 8)
+
+
+def test_posterize_to_no_bits_is_black() -> None:
+    """timm's magnitude noise asks for it now and then, and Pillow 13 refuses."""
+    transform = RandAugment((8, 8), (0.5, 0.5, 0.5)).transform
+    op = next(op for op in transform.ops if op.name.startswith("Posterize"))
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    assert op.aug_fn(image, 0).getextrema() == ((0, 0),) * 3
+    assert op.aug_fn(image, 1).getextrema() == ((128, 128), (0, 0), (0, 0))
