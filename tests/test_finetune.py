@@ -294,3 +294,10 @@ def test_a_recipe_of_pre_training_gives_data_and_network() -> None:
 def _batch(data: tiny.Waves | None = None) -> dict[str, Tensor]:
     samples = (data or tiny.Waves()).dataset("train")
     return torch.utils.data.default_collate([samples[i] for i in range(8)])
+
+
+def test_a_group_that_may_be_left_out_is_switched_off_by_null() -> None:
+    config = read_config("recipes.vision:base_in1k_finetune", {"mix": None, "optim.layer_decay": None})
+    assert (config.mix, config.optim.layer_decay) == (None, None)
+    with pytest.raises(UserError, match="optim=None"):
+        read_config("recipes.vision:base_in1k_finetune", {"optim": None})

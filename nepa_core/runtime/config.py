@@ -99,7 +99,7 @@ def _check_key(config: BaseModel, key: str, value: Any) -> None:
         if part not in type(node).model_fields:
             raise UserError(f"unknown key {key}{nearest(key, keys(config))}")
         node = getattr(node, part)
-    if isinstance(node, BaseModel) and not isinstance(value, BaseModel):
+    if isinstance(node, BaseModel) and value is not None and not isinstance(value, BaseModel):
         first = next(iter(keys(node, f"{key}.")), key)
         raise UserError(f"{key} holds several keys: set them one by one, such as {first}=VALUE")
 
