@@ -272,6 +272,22 @@ def _ratio(name: str, ratios: list[float]) -> dict[str, float]:
     return {name: statistics.median(ratios), f"{name}, lowest": min(ratios), f"{name}, highest": max(ratios)}
 
 
+def by_turns(
+    one: Callable[[Batch], None], other: Callable[[Batch], None], batch: Batch, repeats: int, ranks: World
+) -> list[float]:
+    """Time of one side over that of the other, each turn by turn after a first that warms up."""
+    ratios = []
+    for turn in range(repeats + 1):
+        seconds = []
+        for run in (one, other):
+            began = _now(ranks.device)
+            run(batch)
+            seconds.append(_now(ranks.device) - began)
+        if turn:
+            ratios.append(seconds[0] / seconds[1])
+    return ratios
+
+
 def against_bare_transformer(config: Trained, options: Options, ranks: World) -> dict[str, float]:
     """Time and peak memory of a training step of this predictor over those of a bare Transformer.
 
@@ -285,16 +301,7 @@ def against_bare_transformer(config: Trained, options: Options, ranks: World) ->
         "nepa": bare_step(config, _model(config, ranks).train(), ranks),
         "bare": bare_step(config, _bare(config, ranks).train(), ranks),
     }
-    for run in sides.values():
-        run(batch)
-    ratios = []
-    for _ in range(options.repeats):
-        seconds = {}
-        for name, run in sides.items():
-            began = _now(ranks.device)
-            run(batch)
-            seconds[name] = _now(ranks.device) - began
-        ratios.append(seconds["nepa"] / seconds["bare"])
+    ratios = by_turns(sides["nepa"], sides["bare"], batch, options.repeats, ranks)
     memory = {name: _memory_alone(config, name) for name in sides}
     return {
         **_ratio("predictor / bare Transformer, time", ratios),
@@ -318,16 +325,7 @@ def against_padding(config: Trained, options: Options, ranks: World) -> dict[str
     }
     losses = {name: _first_loss(each, batch, ranks) for name, each in configs.items()}
     sides = {name: bare_step(each, _model(each, ranks).train(), ranks) for name, each in configs.items()}
-    for run in sides.values():
-        run(batch)
-    ratios = []
-    for _ in range(options.repeats):
-        seconds = {}
-        for name, run in sides.items():
-            began = _now(ranks.device)
-            run(batch)
-            seconds[name] = _now(ranks.device) - began
-        ratios.append(seconds["padded"] / seconds["packed"])
+    ratios = by_turns(sides["padded"], sides["packed"], batch, options.repeats, ranks)
     return {
         "real tokens %": 100 * float(mask.float().mean()),
         **_ratio("packed / padded rows, real tokens/s", ratios),

@@ -37,7 +37,7 @@ from recipes.heads import canonical_tokens, last_token
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.probe import FREE
 from recipes.targets import is_run
-from recipes.training import provenance
+from recipes.training import opened, provenance
 from recipes.weights import load_backbone, read_weights
 
 READOUTS = ("flattened tokens", "last token")
@@ -396,10 +396,7 @@ def build(config: ForecastConfig) -> Forecaster | DLinear:
 
 def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
     """Train through `fit` and score the averaged weights after the last step; a finished run is not trained again."""
-    run.open(config, write=ranks.is_main)
-    ranks.barrier()
-    finished = run.summary()
-    if finished is not None:
+    if (finished := opened(config, run, ranks)) is not None:
         return finished
     model = build(config).to(ranks.device)
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
