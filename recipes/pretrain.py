@@ -115,9 +115,11 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     if not ranks.is_main:
         return {}
     with applied(ema):
-        verdict, objective = verdict_of(config, model, ranks.device)
+        verdict, objective, unreadable = verdict_of(config, model, ranks.device)
         optimum = best_possible(config, model)
-    summary = summarise(verdict, objective, config, model, result) | ({} if optimum is None else {"optimum": optimum})
+    summary = summarise(verdict, objective, config, model, result) | {"unreadable_held_out": len(unreadable)}
+    if optimum is not None:
+        summary["optimum"] = optimum
     card.write_report(run, summary, config.data)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
@@ -176,9 +178,18 @@ def draw_hidden(tokens: Tokens, share: float) -> Tensor | None:
     return torch.rand(tokens.values.shape[:2], device=tokens.values.device) < share
 
 
-def held_out(config: PretrainConfig, device: torch.device, limit: int) -> Iterator[Batch]:
-    """The first held-out samples."""
-    return plain_batches(config.data.plain().dataset("test"), batch=_eval_batch(config), device=device, limit=limit)
+def held_out(
+    config: PretrainConfig, device: torch.device, limit: int, unreadable: set[str] | None = None
+) -> Iterator[Batch]:
+    """The first held-out samples; those left out are named in `unreadable`."""
+    return plain_batches(
+        config.data.plain().dataset("test"),
+        batch=_eval_batch(config),
+        device=device,
+        limit=limit,
+        unreadable=unreadable,
+        max_unreadable=config.train.max_unreadable,
+    )
 
 
 def _eval_batch(config: PretrainConfig) -> int:
@@ -209,12 +220,13 @@ def objective_of(config: PretrainConfig, gathered: Gathered) -> float:
     return float(next_embedding_loss(gathered.predictions, gathered.embeddings, gathered.mask, shift=shift))
 
 
-def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float]:
-    """Judge a trained model on held-out data; also the value of its own objective there."""
+def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float, set[str]]:
+    """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
     data, causal, sizes = config.data.plain(), config.objective.causal, config.verdict
+    unreadable: set[str] = set()
 
     def test(network: NEPA) -> Gathered:
-        return gather(network, data, held_out(config, device, sizes.test_samples), causal=causal)
+        return gather(network, data, held_out(config, device, sizes.test_samples, unreadable), causal=causal)
 
     train = gather(
         model,
@@ -223,7 +235,7 @@ def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tup
         causal=causal,
     )
     trained = test(model)
-    return judge(train, trained, test(build_model(config).to(device))), objective_of(config, trained)
+    return judge(train, trained, test(build_model(config).to(device))), objective_of(config, trained), unreadable
 
 
 def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
