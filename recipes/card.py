@@ -32,10 +32,7 @@ def judgement(verdict: Verdict) -> str:
         return "LEARNED, BUT NO MORE THAN LINEAR. A ridge regression on the previous tokens does as well or better."
     if not verdict.beats_copy:
         return "LEARNED, BUT NO MORE THAN COPYING. The current token itself identifies the next as well or better."
-    return (
-        "LEARNED. The predictor identifies the next token better than before training, than a linear regression "
-        "and than a copy."
-    )
+    return "LEARNED. The predictor identifies the next token better than an untrained one, a linear one and a copy."
 
 
 def headline(verdict: Verdict, noun: str) -> str:
@@ -67,7 +64,7 @@ def remarks(summary: dict[str, Any], noun: str) -> list[str]:
         f"NEPA minus linear: {100 * verdict.margin_linear:+.1f} ± {100 * verdict.margin_linear_ci95:.1f} points; "
         f"minus copy: {100 * verdict.margin_copy:+.1f} ± {100 * verdict.margin_copy_ci95:.1f}; "
         f"minus untrained: {100 * verdict.margin_untrained:+.1f} ± {100 * verdict.margin_untrained_ci95:.1f} "
-        "(95 %, paired over held-out samples).",
+        "(95 %, paired over samples).",
         f"Effective rank of the embeddings {verdict.effective_rank_embedding:.1f} "
         f"(before training {verdict.effective_rank_embedding_start:.1f}), of the predictions "
         f"{verdict.effective_rank_prediction:.1f} ({verdict.effective_rank_prediction_start:.1f}).",
