@@ -14,7 +14,7 @@ from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
 from nepa_core.runtime.run import Run
 from recipes.released import NetworkState, State, digests, find, new_weights, read_released
-from recipes.targets import is_run
+from recipes.targets import RECORD, is_run, task_of
 
 FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "pack", "mask_token")
 """Keys of the network that may differ between the weights and the recipe that starts from them: they are starts,
@@ -35,6 +35,7 @@ class Weights(NamedTuple):
         model: state dict of `NEPA`, averaged where there is an average.
         head: state dict of the read-out on it; empty after pre-training.
         digest: what tells this checkpoint from others.
+        averaged: whether `model` and `head` are averages.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Weights(NamedTuple):
     model: dict[str, Tensor]
     head: dict[str, Tensor]
     digest: str
+    averaged: bool
 
 
 def read_weights(name: str) -> Weights:
@@ -59,16 +61,15 @@ def read_weights(name: str) -> Weights:
     released = read_released(folder)
     model, head = released.averaged or (released.model, released.head)
     digest = ", ".join(digests(folder).values())
-    return Weights(name, released.config, released.causal, None, 0, model, head, digest)
+    averaged = released.averaged is not None
+    return Weights(name, released.config, released.causal, None, 0, model, head, digest, averaged)
 
 
 def _of_run(name: str) -> Weights:
     run = Run(Path(name))
     file = run.path / "config.json"
     saved = read_saved(file)
-    checkpoint, notes = load_latest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(notes[-1] if notes else f"{run.checkpoints} holds no checkpoint; finish that run first")
+    checkpoint = newest(run)
     try:
         config = validated(PredictorConfig, _part(saved, "model"), "model.")
         data = load_adapter(saved)
@@ -77,7 +78,33 @@ def _of_run(name: str) -> Weights:
     model, head = split(current_weights(checkpoint))
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))
-    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest)
+    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest, "ema" in checkpoint.tensors)
+
+
+def newest(run: Run) -> Checkpoint:
+    """The newest undamaged checkpoint of a run.
+
+    Raises:
+        UserError: there is none; the message has the command that makes one.
+    """
+    checkpoint, notes = load_latest(run.checkpoints)
+    if checkpoint is not None:
+        return checkpoint
+    record = run.summary(RECORD)
+    command = f"nepa {task_of(str(run.path))} {run.path}"
+    if record is not None:
+        command = f"nepa import {record['source']} out={run.path}"
+    what = "undamaged checkpoint" if notes else "checkpoint"
+    cause = f" ({notes[0].removesuffix('; passing over it')})" if notes else ""
+    raise UserError(f"{run.checkpoints} holds no {what}; run `{command}` {'again' if notes else 'first'}{cause}")
+
+
+def class_names(run: Run) -> tuple[str, ...]:
+    """Names of the classes that a finished or an imported run tells apart; none where nothing has been written down."""
+    rows = (run.summary() or {}).get("classes") or ()
+    labels = (run.summary(RECORD) or {}).get("config", {}).get("id2label", {})
+    names = tuple(row["name"] if isinstance(row, dict) else row for row in rows)
+    return names or tuple(labels[str(number)] for number in range(len(labels)))
 
 
 def split(state: State) -> NetworkState:
