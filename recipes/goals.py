@@ -101,11 +101,12 @@ class Classification:
         return torch.stack((among[:, 0].sum(), among.sum(), loss, torch.tensor(len(labels)).to(loss)))
 
     def figures(self, sums: Tensor) -> dict[str, float]:
-        """Top-1, top-5 and mean cross-entropy."""
+        """Top-1, top-5 (of six classes or more, for it says nothing of fewer) and mean cross-entropy."""
         correct, among, loss, count = sums.tolist()
         if not count:
             raise UserError("no held-out sample has a class; every 'label' or 'target' there is negative or padding")
-        return {"accuracy": correct / count, "top5": among / count, "held_out_loss": loss / count}
+        five = {"top5": among / count} if self.outputs > 5 else {}
+        return {"accuracy": correct / count, **five, "held_out_loss": loss / count}
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, Batch
 from nepa_core.diagnostics import Gathered, Verdict, gather, health, judge
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens

@@ -191,6 +191,7 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
         ranks,
         step_function=make_step(config),
         evaluate=lambda ema: headline(held_out(ema, config.evaluation.images)),
+        untrained=False,
         show=show,
     )
     measured = held_out(ema, None)

@@ -63,6 +63,7 @@ def train(
     *,
     step_function: StepFunction,
     evaluate: Callable[[Ema | None], Mapping[str, Any]],
+    untrained: bool = True,
     show: bool,
 ) -> tuple[FitResult, Ema | None]:
     """`fit` with what the config asks for around the model: compiled or recomputed blocks, an average, layer decay.
@@ -70,6 +71,7 @@ def train(
     Args:
         predictor: the one inside `model`.
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
+        untrained: evaluate before the first step, too.
     """
     if config.train.compile:
         predictor.compile_blocks()
@@ -86,6 +88,7 @@ def train(
         world=ranks,
         ema=ema,
         evaluate=lambda: evaluate(ema),
+        untrained=untrained,
         height=height(config),
         show=show,
     )

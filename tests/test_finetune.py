@@ -58,17 +58,23 @@ def test_a_run_is_recipe_and_start_at_once(pretrained: str, tmp_path: Path, caps
     out = tmp_path / "tuned"
     words = ["finetune", pretrained, f"out={out}", "train.length.steps=12"]
     assert main(words) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert told == f"Fine-tuning from {pretrained} with the preset recipes.finetune:short.\n"
     assert f"started from {pretrained}" in said
+    assert "Figures on 48 held-out samples after the last of 12 steps" in said
     summary = Run(out).summary()
     assert summary is not None
-    assert set(summary) >= {"accuracy", "accuracy_ema", "top5", "new_weights", "classes", "init", "steps"}
+    assert set(summary) >= {"accuracy", "accuracy_ema", "samples", "new_weights", "classes", "init", "steps"}
     assert summary["classes"] == ["0", "1"]
     assert json.loads((out / "config.json").read_text())["task"] == "finetune"
     assert (out / "report" / "index.html").read_text().count("data:image/png;base64,") == 2
     assert main(words) == 0, "a finished run only shows its result"
     assert capsys.readouterr().out == said
     assert main(["finetune", str(out)]) == 0, "and can be named itself"
+    assert [line["step"] for line in Run(out).metrics() if "accuracy" in line] == [12], "nothing is measured untrained"
+    capsys.readouterr()
+    assert main(["finetune", str(out), f"out={tmp_path / 'again'}"]) == 0
+    assert capsys.readouterr().err == f"Fine-tuning from {pretrained}.\n", "its own start, and its own settings"
     assert main(["pretrain", str(out)]) == 2
     assert "is of a run of `nepa finetune`" in capsys.readouterr().err
 
@@ -174,7 +180,8 @@ def test_accuracy_counts_every_sample_once_whatever_the_batch_and_the_ranks() ->
     torch.nn.init.normal_(model.head.classifier.weight)
     alone = measure(config, model, ALONE)
     assert alone["accuracy"] * 43 == pytest.approx(round(alone["accuracy"] * 43))
-    assert alone["top5"] == 1.0
+    assert alone["samples"] == 43
+    assert "top5" not in alone, "of two classes both are among the first five"
     by_hand = _by_hand(config, model)
     assert alone["accuracy"] == pytest.approx(by_hand)
     assert measure(override(config, {"train.batch": 5}), model, ALONE)["accuracy"] == alone["accuracy"]
@@ -251,7 +258,7 @@ def test_evaluate_finds_the_averaged_accuracy_of_the_run(
 ) -> None:
     summary = finetune(tuning(init=pretrained), Run(tmp_path / "run"), ALONE, show=False)
     assert main(["evaluate", str(tmp_path / "run")]) == 0
-    assert f"top-1 {summary['accuracy_ema']:.2%}" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"Held out: top-1 {summary['accuracy_ema']:.2%}, 48 samples, averaged weights.\n"
     found = Run(tmp_path / "run").summary("evaluate.json")
     assert found is not None
     assert {name: found[name] for name in ("accuracy", "held_out_loss")} == {
@@ -280,6 +287,14 @@ def test_what_a_user_can_mend_is_one_line(
     assert main(["finetune", "tests.tiny:recipe", f"out={tmp_path / 'run'}", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error
+
+
+def test_a_setting_for_many_accelerators_is_cut_to_one_for_a_laptop() -> None:
+    config = read_config("recipes.vision:base_in1k", {})
+    assert (config.train.batch, config.train.micro_batch) == (64, 16)
+    assert config.train.evaluate == config.train.checkpoint == 200
+    own = read_config("tests.tiny:recipe", {}).train
+    assert (own.batch, own.micro_batch, own.checkpoint) == (8, None, 4), "a small recipe keeps its own"
 
 
 def test_a_recipe_of_pre_training_gives_data_and_network() -> None:

@@ -365,7 +365,7 @@ def test_a_shard_that_shrinks_while_it_is_used_is_an_unreadable_sample(tmp_path:
 
 def test_many_shards_are_listed_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_shards, "WORTH_A_PROCESS", 1)
-    monkeypatch.setattr(image_shards, "cpus", lambda: 2)
+    monkeypatch.setattr(image_shards, "cores", lambda: 2)
     for shard in range(5):
         write_shard(tmp_path / f"train-{shard}.tar", [sample("a", b"x", shard), sample("b", b"yz", shard)])
     write_shard(tmp_path / "val-0.tar", [sample("a", b"x", 0)])
