@@ -23,8 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from modalities.hub import one_line
 from modalities.image_augment import Augment, CentreCrop, ErasedBox, Transform, augmentation
-from modalities.image_sources import Files, Pixels, Size, Source, SourceName, one_line, open_source
+from modalities.image_sources import Files, Pixels, Size, Source, SourceName, open_source
 from nepa_core.basics import Batch, UnreadableSample, cores
 
 Channels = Literal[1, 3]

@@ -26,10 +26,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize as resize_image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from modalities.hub import one_line
 from modalities.image import Images
 from modalities.image_data import JPEG, Channels, decode
 from modalities.image_shards import CLASS_NAMES
-from modalities.image_sources import SPLITS, Pixels, Source, one_line, open_source
+from modalities.image_sources import SPLITS, Pixels, Source, open_source
 from nepa_core.basics import FROZEN, UserError, cores
 from nepa_core.runtime.checkpoint import disk_errors, write_whole
 from recipes.pretrain import PretrainConfig
