@@ -16,8 +16,9 @@ ANSWER = 5.0  # seconds that the hub has to say whether it has a name
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message without line breaks and without the file that the caller names, or its type."""
+    told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(told.split()) or type(error).__name__
 
 
 def load_hub(name: str) -> DatasetDict:

@@ -41,7 +41,7 @@ from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
 from recipes.targets import default_out, is_imported, is_of, is_run, read_target, task_of
 from recipes.training import cost, opened, train
-from recipes.weights import Weights, load_backbone, read_weights
+from recipes.weights import Weights, load_backbone, start_from
 
 
 class MixConfig(BaseModel):
@@ -250,7 +250,7 @@ def build_classifier(config: FinetuneConfig, goal: Goal) -> tuple[Classifier, li
     """
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
     backbone = NEPA(config.model, config.data.embedder(config.model.dim))
-    new = [] if config.init is None else load_backbone(backbone, config.model, read_weights(config.init))
+    new = [] if config.init is None else start_from(config.init, backbone, config)
     backbone.embed.requires_grad_(not config.freeze_embedder)
     return Classifier(backbone, build_head(config, goal), goal), new
 
@@ -392,7 +392,7 @@ def render(summary: dict[str, Any], run: Run) -> str:
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
     if summary["unreadable_samples"]:
-        lines.append(f"{summary['unreadable_samples']} samples could not be read and were skipped.")
+        lines.append(f"Training samples that could not be read and were skipped: {summary['unreadable_samples']}.")
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
 
 

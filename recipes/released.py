@@ -314,7 +314,9 @@ def new_weights(expected: Shapes, given: Mapping[str, Tensor], source: str) -> l
     if new & given.keys():
         new = set()
     if complaint := mismatch({name: shape for name, shape in expected.items() if name not in new}, given):
-        raise UserError(f"{source} is not of the network that this config builds: {complaint}; set model.* to fit it")
+        raise UserError(
+            f"{source} is not of the network that this config builds: {complaint}; set data.* and model.* to fit"
+        )
     return sorted(new)
 
 

@@ -42,7 +42,7 @@ from recipes.segment_report import Picture, render, write_report
 from recipes.targets import default_out, read_target
 from recipes.training import cost, opened, train
 from recipes.upernet import UPerNet, UPerNetConfig, resize
-from recipes.weights import Weights, load_backbone, read_weights
+from recipes.weights import Weights, load_backbone, start_from
 
 
 class SegmentConfig(BaseModel):
@@ -231,7 +231,7 @@ def build_segmenter(config: SegmentConfig) -> tuple[Segmenter, list[str]]:
     """The network with the weights of `init` (or the seed's) under a new head; and the names of its new weights."""
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
     backbone = NEPA(config.model, config.data.embedder(config.model.dim))
-    new = [] if config.init is None else load_backbone(backbone, config.model, read_weights(config.init))
+    new = [] if config.init is None else start_from(config.init, backbone, config)
     head: UPerNet | DenseHead
     if config.head == "upernet":
         head = UPerNet(config.upernet, config.model.dim, config.data.class_count)

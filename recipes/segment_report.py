@@ -60,7 +60,7 @@ def render(summary: dict[str, Any], run: Run) -> str:
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
     if summary["unreadable_samples"]:
-        lines.append(f"{summary['unreadable_samples']} training scenes could not be read and were skipped.")
+        lines.append(f"Training scenes that could not be read and were skipped: {summary['unreadable_samples']}.")
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
 
 

@@ -77,7 +77,8 @@ def task_of(run: str) -> str:
 def is_run(target: str) -> bool:
     """A folder with a config.json that is not one of the Hugging Face layout."""
     file = Path(target) / "config.json"
-    return file.is_file() and "model_type" not in read_saved(file)
+    released = (Path(target) / "model.safetensors").is_file()  # runs keep theirs in checkpoints/
+    return file.is_file() and not released and "model_type" not in read_saved(file)
 
 
 def is_imported(target: str) -> bool:

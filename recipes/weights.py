@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -19,6 +19,9 @@ from recipes.targets import RECORD, is_run, task_of
 FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "pack", "mask_token")
 """Keys of the network that may differ between the weights and the recipe that starts from them: they are starts,
 training-time noise, ways to compute the same, or of pre-training alone."""
+
+TOKEN_KEYS = ("patch", "channels", "patch_order", "order_seed")
+"""Keys of data that decide what a token of an image is, and which one comes next."""
 
 HEAD, BACKBONE = "head.", "backbone."
 
@@ -36,6 +39,7 @@ class Weights(NamedTuple):
         head: state dict of the read-out on it; empty after pre-training.
         digest: what tells this checkpoint from others.
         averaged: whether `model` and `head` are averages.
+        tokens: the keys of images that decide what a token is, `TOKEN_KEYS`, with their values.
     """
 
     source: str
@@ -47,6 +51,18 @@ class Weights(NamedTuple):
     head: dict[str, Tensor]
     digest: str
     averaged: bool
+    tokens: dict[str, Any]
+
+
+class Start(Protocol):
+    """The part of a config that says what a network is made for."""
+
+    @property
+    def data(self) -> Modality: ...
+    @property
+    def model(self) -> PredictorConfig: ...
+    @property
+    def causal(self) -> bool: ...
 
 
 def read_weights(name: str) -> Weights:
@@ -62,7 +78,9 @@ def read_weights(name: str) -> Weights:
     model, head = released.averaged or (released.model, released.head)
     digest = ", ".join(digests(folder).values())
     averaged = released.averaged is not None
-    return Weights(name, released.config, released.causal, None, 0, model, head, digest, averaged)
+    tokens = {"patch": (released.patch, released.patch), "channels": released.facts.num_channels}
+    tokens |= {"patch_order": "raster", "order_seed": 0}
+    return Weights(name, released.config, released.causal, None, 0, model, head, digest, averaged, tokens)
 
 
 def _of_run(name: str) -> Weights:
@@ -78,7 +96,12 @@ def _of_run(name: str) -> Weights:
     model, head = split(current_weights(checkpoint))
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))
-    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest, "ema" in checkpoint.tensors)
+    averaged = "ema" in checkpoint.tensors
+    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest, averaged, _token_keys(data))
+
+
+def _token_keys(data: Modality | None) -> dict[str, Any]:
+    return {key: getattr(data, key) for key in TOKEN_KEYS if hasattr(data, key)}
 
 
 def newest(run: Run) -> Checkpoint:
@@ -130,6 +153,28 @@ def _part(saved: dict[str, Any], key: str) -> dict[str, Any]:
 def current_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The model's tensors, averaged where there is an average (of parameters only: buffers have none)."""
     return checkpoint.tensors["model"] | checkpoint.tensors.get("ema", {})
+
+
+def start_from(init: str, model: nn.Module, config: Start) -> list[str]:
+    """Load what `init=` names into a `NEPA` built by `config.model`, see `load_backbone`.
+
+    Returns:
+        The names of the weights that are new.
+
+    Raises:
+        UserError: the tokens, their order (where attention is causal) or the networks differ; all keys are listed.
+    """
+    weights = read_weights(init)
+    mine, theirs = _token_keys(config.data), weights.tokens
+    looked = ["patch", "channels"]
+    if config.causal:
+        looked += ["patch_order", *(["order_seed"] if mine.get("patch_order") == "random" else [])]
+    differing = [name for name in looked if name in mine and name in theirs and mine[name] != theirs[name]]
+    if differing:
+        told = "; ".join(f"data.{name} is {mine[name]} in the recipe and {theirs[name]} there" for name in differing)
+        mend = "set the recipe's keys to fit" + (", or causal=false" if "order" in differing[0] else "")
+        raise UserError(f"init={init} was trained on other tokens: {told}; {mend}")
+    return load_backbone(model, config.model, weights)
 
 
 def load_backbone(model: nn.Module, config: PredictorConfig, weights: Weights) -> list[str]:

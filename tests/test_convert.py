@@ -348,6 +348,19 @@ def test_names_of_classes_are_compared_as_far_as_they_go(tmp_path: Path, capsys:
     assert (status, err) == (0, "")
 
 
+def test_a_broken_config_of_a_released_folder_is_fetched_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_release(tmp_path / "source", FACTS, random_release(FACTS))
+    (tmp_path / "source" / "config.json").write_text('{"model_type": ')
+    for words in (
+        ["import", tmp_path / "source"],
+        ["finetune", "recipes.vision:digits", f"init={tmp_path / 'source'}"],
+    ):
+        assert "config.json is not JSON" in (said := complaint(capsys, *words, f"out={tmp_path / 'run'}"))
+        assert said.endswith("; fetch it again\n")
+
+
 def test_help_lists_the_keys_of_the_run_to_be(capsys: pytest.CaptureFixture[str]) -> None:
     convert("import", FIXTURES / "classify", "data.root=here", "--help")
     said = capsys.readouterr().out

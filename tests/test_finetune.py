@@ -15,9 +15,11 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 
 from nepa_core.basics import UserError
+from nepa_core.runtime.checkpoint import Checkpoint, save_checkpoint
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+from recipes import vision
 from recipes.cli import main
 from recipes.finetune import (
     FinetuneConfig,
@@ -32,7 +34,8 @@ from recipes.finetune import (
     short,
 )
 from recipes.goals import numbered
-from recipes.pretrain import pretrain
+from recipes.pretrain import build_model, pretrain
+from recipes.targets import default_out
 from recipes.weights import load_backbone, read_weights
 from tests import tiny
 from tests.tiny import CPU
@@ -86,6 +89,15 @@ def test_every_start_of_a_fine_tuning_is_the_averaged_network_of_the_run(pretrai
         assert torch.equal(value, averages[name]), name
     other, _ = build_classifier(tuning(), numbered(2))
     assert not torch.equal(start.backbone.embed.weight, other.backbone.embed.weight)
+
+
+def test_a_recipe_that_is_named_after_its_task_gives_a_folder_of_its_name(pretrained: str, tmp_path: Path) -> None:
+    assert default_out("recipes.vision:base_in1k_finetune", "finetune") == "runs/base_in1k_finetune"
+    assert default_out("recipes.vision:large_in1k_finetune_paper", "finetune") == "runs/large_in1k_finetune_paper"
+    assert default_out("recipes.vision:camvid_segment", "segment") == "runs/camvid_segment"
+    assert default_out("recipes.vision:digits", "finetune") == "runs/digits-finetune"
+    assert default_out("recipes.vision:digits", "pretrain") == "runs/digits"
+    assert default_out(f"{pretrained}/", "finetune") == f"{pretrained}-finetune"
 
 
 def test_two_classes_that_differ_in_speed_are_learned(tmp_path: Path) -> None:
@@ -221,6 +233,39 @@ def test_a_start_that_does_not_fit_is_told_key_by_key(pretrained: str, changes: 
         build_classifier(tuning(**{"init": pretrained} | changes), numbered(2))
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.patch": (4, 4)}, "data.patch is (4, 4) in the recipe and (2, 4) there; set the recipe's keys to fit"),
+        (
+            {"data.channels": 3, "data.mean": (0.5,) * 3, "data.std": (0.5,) * 3},
+            "data.channels is 3 in the recipe and 1 there; set",
+        ),
+        (
+            {"data.patch_order": "hilbert", "causal": True},
+            "data.patch_order is hilbert in the recipe and raster there; set the recipe's keys to fit, or causal=false",
+        ),
+        ({"data.patch_order": "hilbert"}, None),
+        ({"model.dim": 32}, "model.dim is 32 in the recipe and 64 in the weights"),
+    ],
+)
+def test_a_start_on_other_patches_is_told_by_the_keys_of_the_data(
+    tmp_path: Path, changes: dict[str, Any], said: str | None
+) -> None:
+    """Without causal attention the order of the patches says nothing: their places do."""
+    config = vision.digits()
+    run = Run(tmp_path / "run")
+    run.open(config)
+    save_checkpoint(run.checkpoints, Checkpoint(0, {"model": build_model(config).state_dict()}, {}), keep=1)
+    tuned = override(short(config, str(run.path)), changes)
+    if said is None:
+        build_classifier(tuned, numbered(10))
+        return
+    with pytest.raises(UserError) as raised:
+        build_classifier(tuned, numbered(10))
+    assert said in str(raised.value)
 
 
 def test_only_qk_norm_weights_may_be_new(pretrained: str) -> None:

@@ -254,6 +254,16 @@ def test_a_hub_name_is_read_through_the_datasets_library(monkeypatch: pytest.Mon
         open_images("hub", "train", root="some/insects", size=(8, 8), channels=3)
 
 
+def test_a_missing_file_is_named_once(tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"{split}/a/{k}.png": encoded(picture(k)) for split in ("train", "val") for k in range(2)})
+    samples = open_folder(tmp_path)
+    file = tmp_path / "train/a/1.png"
+    file.unlink()
+    with pytest.raises(UnreadableSample) as raised:
+        samples[1]
+    assert str(raised.value) == f"{file}: No such file or directory"
+
+
 def test_without_network_the_cache_is_read_or_the_mend_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The library is not let loose on a hub that does not answer: it tries for half a minute and prints every trial."""
     asked: list[tuple[bool, bool]] = []

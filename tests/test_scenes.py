@@ -126,9 +126,7 @@ def test_folder_parquet_datasets_and_hub_give_the_same_scenes(tmp_path: Path, mo
         assert len(data) == count
         assert all(torch.equal(data[index]["target"], arrays[index][1]) for index in range(count))
     assert open_pairs("owner/scenes", "test", "hub").name(1) == "owner/scenes/validation:1"
-    with pytest.raises(
-        UserError, match=r"owner/bare: needs a split val or validation or test; it has train$"
-    ):
+    with pytest.raises(UserError, match=r"owner/bare: needs a split val or validation or test; it has train$"):
         open_pairs("owner/bare", "test", "hub")
     assert open_pairs(str(tmp_path / "parquet"), "train").name(4).endswith("train-00001-of-00002.parquet:1")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -40,9 +42,30 @@ def load_object(path: str) -> Any:
             f"{path}: no module {module_name!r} here; run the command from the folder that holds it"
         ) from error
     if not hasattr(module, name):
-        public = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, public)}")
+        named = [*recipe_functions(module), *_adapters(module)]
+        raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, named)}")
     return getattr(module, name)
+
+
+def recipe_functions(module: ModuleType) -> dict[str, Callable[[], BaseModel]]:
+    """The public functions of a module that take nothing and, by their annotation, return a config."""
+    found = {}
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        signature = inspect.signature(function)
+        gives = signature.return_annotation  # a string, under `from __future__ import annotations`
+        gives = gives if isinstance(gives, str) else getattr(gives, "__name__", "")
+        own = function.__module__ == module.__name__ and not name.startswith("_")
+        if own and gives.endswith("Config") and not signature.parameters:
+            found[name] = function
+    return found
+
+
+def _adapters(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, Modality) and kind.__module__ == module.__name__
+    ]
 
 
 def import_path(thing: type) -> str:

@@ -150,7 +150,7 @@ class TrainingBatches:
         self.unreadable |= set(skipped)
         if len(self.unreadable) > self._limit:
             raise UserError(
-                f"{len(self.unreadable)} unreadable samples are more than train.max_unreadable="
+                f"unreadable samples: {len(self.unreadable)}, more than train.max_unreadable="
                 f"{self._max_unreadable} of the data; the first is {min(self.unreadable)}; "
                 "mend or remove the files, or allow a larger share"
             )
