@@ -18,6 +18,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.checkpoint import Checkpoint, save_checkpoint
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
 from recipes import vision
 from recipes.cli import main
@@ -89,6 +90,22 @@ def test_every_start_of_a_fine_tuning_is_the_averaged_network_of_the_run(pretrai
         assert torch.equal(value, averages[name]), name
     other, _ = build_classifier(tuning(), numbered(2))
     assert not torch.equal(start.backbone.embed.weight, other.backbone.embed.weight)
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_stopped_fine_tuning_goes_on_to_the_same_bytes(
+    step: int, pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after the first line of metrics: none is written before the first step."""
+    config = tuning(init=pretrained, train__evaluate=5, data__jitter=0.2)
+    finetune(config, Run(tmp_path / "whole"), ALONE, show=False)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr("recipes.finetune.make_step", lambda *a: tiny.interrupted_at({step}, make_step(*a)))
+        finetune(config, Run(tmp_path / "parts"), ALONE, show=False)
+    finetune(config, Run(tmp_path / "parts"), ALONE, show=False)
+    whole, parts = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts"))
+    assert parts == whole
+    assert [line["step"] for line in Run(tmp_path / "whole").metrics() if "accuracy" in line] == [5, 10, 12]
 
 
 def test_a_recipe_that_is_named_after_its_task_gives_a_folder_of_its_name(pretrained: str, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def load_object(path: str) -> Any:
 
 def recipe_functions(module: ModuleType) -> dict[str, Callable[[], BaseModel]]:
     """The public functions of a module that take nothing and, by their annotation, return a config."""
-    found = {}
+    found: dict[str, Callable[[], BaseModel]] = {}
     for name, function in inspect.getmembers(module, inspect.isfunction):
         signature = inspect.signature(function)
         gives = signature.return_annotation  # a string, under `from __future__ import annotations`
@@ -240,7 +240,8 @@ def load_config(kind: type[Config], path: Path) -> Config:
     wanted = _task(kind).get("task")
     task = saved.pop("task", wanted)
     if task != wanted:
-        raise UserError(f"{path} is of a run of `nepa {task}`, and a run of `nepa {wanted}` is wanted here")
+        mend = f"; name one, or a recipe with init={path.parent}" if "init" in kind.model_fields else "; name one"
+        raise UserError(f"{path} is of a run of `nepa {task}`, and a run of `nepa {wanted}` is wanted here{mend}")
     try:
         adapter = load_adapter(saved)
         saved.pop("adapter", None)
