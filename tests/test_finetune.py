@@ -99,9 +99,10 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bytes(
     """Before and after the first line of metrics: none is written before the first step."""
     config = tuning(init=pretrained, train__evaluate=5, data__jitter=0.2)
     finetune(config, Run(tmp_path / "whole"), ALONE, show=False)
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr("recipes.finetune.make_step", lambda *a: tiny.interrupted_at({step}, make_step(*a)))
-        finetune(config, Run(tmp_path / "parts"), ALONE, show=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.finetune.make_step", lambda *given: tiny.interrupted_at({step}, make_step(*given)))
+        with pytest.raises(Interrupted):
+            finetune(config, Run(tmp_path / "parts"), ALONE, show=False)
     finetune(config, Run(tmp_path / "parts"), ALONE, show=False)
     whole, parts = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts"))
     assert parts == whole
