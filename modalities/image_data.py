@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from modalities.hub import one_line
 from modalities.image_augment import Augment, CentreCrop, ErasedBox, Transform, augmentation
-from modalities.image_shards import cpus
-from modalities.image_sources import Files, Pixels, Size, Source, SourceName, one_line, open_source
-from nepa_core.basics import Batch, UnreadableSample
+from modalities.image_sources import Files, Pixels, Size, Source, SourceName, open_source
+from nepa_core.basics import Batch, UnreadableSample, cores
 
 Channels = Literal[1, 3]
 
@@ -238,7 +238,7 @@ def _in_memory(stored: Source, size: Size, channels: Channels, limit: int | None
         DecodedShares(lazy),
         batch_size=None,
         collate_fn=_as_is,
-        num_workers=min(cpus(), len(lazy) // WORTH_A_PROCESS),
+        num_workers=min(cores(), len(lazy) // WORTH_A_PROCESS),
         generator=torch.Generator(),  # a loader draws a seed, which must not come from the global generator
     )
     for share, (pixels, bad) in enumerate(loader):

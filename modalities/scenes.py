@@ -22,6 +22,7 @@ from modalities.scene_data import (
     Augmentation,
     CroppedScenes,
     Numbering,
+    SceneSource,
     StoredScenes,
     open_pairs,
     scene_tree,
@@ -41,6 +42,7 @@ class Scenes(Modality):
 
     Attributes:
         root: the folder, see `modalities.scene_data.open_pairs`; `ADEChallengeData2016` or the folder it lies in.
+        source: "folder", or "hub", where `root` is the name of a data set on the Hugging Face hub.
         crop: (height, width) of a training crop and of an evaluation window, in pixels.
         patch: (height, width) of a patch in pixels; it divides the crop.
         short_side: pixels to which the shorter side of a scene is scaled: scale 1 in training and evaluation.
@@ -59,6 +61,7 @@ class Scenes(Modality):
     token_name: ClassVar[str] = "patch"
 
     root: str
+    source: SceneSource = "folder"
     crop: tuple[PositiveInt, PositiveInt]
     patch: tuple[PositiveInt, PositiveInt]
     short_side: PositiveInt
@@ -106,7 +109,7 @@ class Scenes(Modality):
 
     def _stored(self, split: str) -> StoredScenes:
         numbering = Numbering(self.class_count, self.first_label, self.ignored_labels)
-        return StoredScenes(open_pairs(self.root, split), numbering)
+        return StoredScenes(open_pairs(self.root, split, self.source), numbering)
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their numbers in a target."""

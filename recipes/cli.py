@@ -111,16 +111,15 @@ def list_recipes() -> str:
     import inspect
 
     import recipes
+    from nepa_core.runtime.config import recipe_functions
 
     rows = []
     for info in pkgutil.iter_modules(recipes.__path__):
         module = importlib.import_module(f"recipes.{info.name}")
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            signature = inspect.signature(function)
-            gives = str(signature.return_annotation)  # a string, under `from __future__ import annotations`
-            if function.__module__ == module.__name__ and gives.endswith("Config") and not signature.parameters:
-                line = (function.__doc__ or "").strip().splitlines()[0]
-                rows.append((f"{module.__name__}:{name}", gives.removesuffix("Config").lower(), line))
+        for name, function in recipe_functions(module).items():
+            line = (function.__doc__ or "").strip().splitlines()[0]
+            task = str(inspect.signature(function).return_annotation).removesuffix("Config").lower()
+            rows.append((f"{module.__name__}:{name}", task, line))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {task:<{widths[1]}}  {line}" for name, task, line in rows)
 

@@ -14,16 +14,15 @@ from pydantic import BaseModel, Field
 
 from modalities.image import Images
 from nepa_core.basics import FROZEN, UserError
-from nepa_core.runtime.checkpoint import Checkpoint, disk_errors, load_latest
+from nepa_core.runtime.checkpoint import Checkpoint, disk_errors
 from nepa_core.runtime.config import load_config
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.run import Run
 from recipes.finetune import FinetuneConfig
-from recipes.import_released import RECORD
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, RAW, NetworkState, State, folded, layout, mismatch, to_released, write_released
-from recipes.targets import is_run, task_of
-from recipes.weights import current_weights, split
+from recipes.targets import RECORD, is_run, task_of
+from recipes.weights import class_names, current_weights, newest, split
 
 HEADED, HEADLESS = "ViTNepaForImageClassification", "ViTNepaForPreTraining"
 CONFIG_DEFAULTS = {"pos_embed_shift": None, "pos_embed_jitter": None, "add_pooling_layer": True}
@@ -93,10 +92,7 @@ def export_released(run: Run, out: Path, options: Options) -> str:
     """
     config = read_config(str(run.path), {})
     data = images_of(config, run)
-    checkpoint, notes = load_latest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(notes[-1] if notes else f"{run.checkpoints} holds no checkpoint; finish that run first")
-    states = network_states(checkpoint)
+    states = network_states(newest(run))
     if options.weights == "ema":
         if AVERAGED not in states:
             raise UserError(f"weights=ema: {run.path} has no averages; leave it out")
@@ -113,7 +109,7 @@ def export_released(run: Run, out: Path, options: Options) -> str:
             raise UserError(f"{run.path} is not of a network in the released layout: {complaint}")
     record = run.summary(RECORD) or {}
     imported: dict[str, Any] = record.get("config", {})
-    facts = released_facts(config, data, model.layer_scale, labels_of(run, imported, classes))
+    facts = released_facts(config, data, model.layer_scale, labels_of(run, classes))
     if not imported or options.fold_layer_scale:  # folded maps are float32
         facts["dtype"] = str(states[RAW].model["predictor.blocks.0.mlp.down.weight"].dtype).removeprefix("torch.")
     if imported.get("id2label") == facts.get("id2label"):
@@ -164,12 +160,10 @@ def network_states(checkpoint: Checkpoint) -> dict[str, NetworkState]:
     return states
 
 
-def labels_of(run: Run, imported: dict[str, Any], classes: int) -> list[str]:
-    """Names of the classes: those of the finished run, else those that were imported, else numbers."""
-    names = (run.summary() or {}).get("classes")
-    labels = imported.get("id2label", {})
-    found = names or [labels[str(i)] for i in range(len(labels))]
-    return found if len(found) == classes else [f"LABEL_{i}" for i in range(classes)]
+def labels_of(run: Run, classes: int) -> list[str]:
+    """Names of the classes, numbers where the run holds none."""
+    found = class_names(run)
+    return list(found) if len(found) == classes else [f"LABEL_{i}" for i in range(classes)]
 
 
 def released_facts(config: Trained, data: Images, layer_scale: float | None, labels: list[str]) -> dict[str, Any]:

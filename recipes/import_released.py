@@ -24,10 +24,10 @@ from recipes import vision
 from recipes.finetune import FinetuneConfig
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
+from recipes.targets import RECORD
 from recipes.training import provenance
 from recipes.weights import joined
 
-RECORD = "import.json"
 DECIDED = ("data.patch", "data.channels", "causal", "objective.causal", "readout")
 """Keys that come with the weights, as all of the network's do."""
 
@@ -53,7 +53,9 @@ def read_config(target: str, changes: Mapping[str, Any]) -> PretrainConfig | Fin
 
 
 def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
-    """Write the run of a released checkpoint; what was imported before stays as it is.
+    """Write the run of a released checkpoint; what was imported before stays as it is, and what was damaged is mended.
+
+    Without changes a run that was imported before keeps the settings it has.
 
     Returns:
         What to tell the user.
@@ -76,7 +78,7 @@ def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
         raise UserError(f"{run.path} holds a run that was trained here; name another folder with out=DIR")
     if before is not None and before["sha256"] != record["sha256"]:
         raise UserError(f"{run.path} holds other weights, from {before['source']}; name another folder with out=DIR")
-    run.open(config)
+    run.open(config if before is None or changes else run.load_config(type(config)))
     if before is None:
         run.write_summary(record, RECORD)
     if load_latest(run.checkpoints)[0] is None:

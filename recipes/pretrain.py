@@ -10,14 +10,13 @@ import torch
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, Batch
 from nepa_core.diagnostics import Gathered, Verdict, gather, health, judge
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.objective import ObjectiveConfig, next_embedding_loss, pair_count
 from nepa_core.predictor import PredictorConfig
-from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
@@ -27,6 +26,7 @@ from nepa_core.runtime.run import Run
 from recipes import card
 from recipes.targets import default_out, read_target
 from recipes.training import cost, opened, train
+from recipes.weights import newest
 
 
 class VerdictConfig(BaseModel):
@@ -137,9 +137,7 @@ def load_pretrained(
         UserError: the folder holds no run, or a run without an undamaged checkpoint, or a change does not fit.
     """
     config = override(run.load_config(PretrainConfig), changes or {})
-    checkpoint, _ = load_latest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{run.checkpoints} holds no undamaged checkpoint; run `nepa pretrain {run.path}` first")
+    checkpoint = newest(run)
     model = build_model(config)
     averaged = checkpoint.tensors.get("ema", {})  # parameters only: an embedder's buffers come with the model
     model.load_state_dict(checkpoint.tensors["model"] | averaged)

@@ -13,6 +13,7 @@ from torch import Tensor
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
 from recipes.report import Figure, line_plot, page, picture_table
+from recipes.training import unreadable
 
 MEASURES = ("mIoU", "mAcc", "aAcc")
 WEIGHTS = {"": "raw weights", "_ema": "averaged weights"}
@@ -59,8 +60,7 @@ def render(summary: dict[str, Any], run: Run) -> str:
     lines += ["", f"On {summary['images']} held-out images after the last of {summary['steps']} steps, from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
-    if summary["unreadable_samples"]:
-        lines.append(f"{summary['unreadable_samples']} training scenes could not be read and were skipped.")
+    lines += unreadable(summary)
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
 
 

@@ -153,6 +153,14 @@ BAD = {
     "no recipe": (["pretrain", "tests.tiny:CPU"], "tests.tiny:CPU must be a function without arguments"),
     "recipe with arguments": (["pretrain", "recipes.presets:small"], "must be a function without arguments"),
     "recipe of something else": (["pretrain", "recipes.cli:list_recipes"], "recipes.cli:list_recipes gives a str"),
+    "recipe of another task": (
+        ["segment", "recipes.vision:digits"],
+        "recipes.vision:digits is a recipe of `nepa pretrain`; name a recipe of `nepa segment`, as `nepa recipes`",
+    ),
+    "no decoding to time": (
+        ["bench", TINY, "against=decode"],
+        "against=decode times Images whose files are decoded on access; a recipe of Waves can't be timed so",
+    ),
     "no run": (["pretrain", "runs/mine"], "'runs/mine' is neither a run folder nor a recipe"),
     "no run to probe": (["probe", "runs/mine"], "runs/mine is not a run folder; run `nepa pretrain` first"),
     "missing data": (["pretrain", "recipes.vision:cifar10", "data.root=/nope"], "data.root=/nope: there is no such"),

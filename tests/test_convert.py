@@ -26,6 +26,7 @@ from recipes.pretrain import PretrainConfig, build_model, load_pretrained, pretr
 from recipes.released import read_released
 from recipes.weights import read_weights
 from tests.conftest import ROOT
+from tests.pictures import encoded, picture, write_tree
 from tests.release import FACTS, FIXTURES, random_release, write_release
 from tests.tiny import CPU
 
@@ -224,6 +225,36 @@ def test_an_imported_run_trains_on_from_its_weights(tmp_path: Path) -> None:
     assert not torch.equal(untrained["embed.weight"], last["embed.weight"])
 
 
+@pytest.mark.parametrize("classes", [0, 3])
+def test_tuning_an_imported_run_starts_from_it_and_leaves_it_as_it_came(
+    classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = FACTS | (LABELS if classes else {})
+    write_release(
+        tmp_path / "source",
+        facts,
+        random_release(facts, classes=classes),
+        random_release(facts, classes=classes, seed=1),
+    )
+    run, tuned = tmp_path / "run", tmp_path / "run-finetune"
+    convert("import", tmp_path / "source", f"out={run}", "data.source=noise", 'data.augment="none"', "data.limit=64")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    words = ["train.length.steps=1", "train.workers=0", "optim.lr=1e-30", "train.batch=32"]
+    convert("finetune", run, *words)
+    said = capsys.readouterr()
+    assert said.err == f"Fine-tuning from {run} with the preset recipes.finetune:short.\n"
+    assert f"started from {run}." in said.out
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    config = load_config(FinetuneConfig, tuned / "config.json")
+    assert config.init == str(run)
+    assert (config.train.micro_batch, config.mix, config.causal) == (16, None, bool(classes))
+    start, end = (read_weights(str(folder)) for folder in (run, tuned))
+    assert all(torch.equal(end.model[name], start.model[name]) for name in start.model), "at no rate they stay"
+    if classes:
+        assert "was imported and stays as it came" in complaint(capsys, "finetune", run, f"out={run}", "init=null")
+
+
 def test_a_released_folder_is_a_start_and_its_averages_go_first(tmp_path: Path) -> None:
     source, run, plain = tmp_path / "source", tmp_path / "run", FACTS | {"qk_norm_affine": False}
     averaged = random_release(plain, seed=1)
@@ -266,6 +297,68 @@ def test_the_same_import_again_is_fine_and_another_is_refused(
     monkeypatch.chdir(tmp_path)
     convert("import", source)
     assert (tmp_path / "runs" / "source" / "config.json").exists()
+
+
+def test_damaged_weights_of_an_import_are_imported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    convert("import", FIXTURES / "pretrain", f"out={run}", "data.source=noise")
+    damaged = run / "checkpoints/step_00000000/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    again = f"run `nepa import {FIXTURES / 'pretrain'} out={run}` again ("
+    words = [["probe", run], ["inspect", run], ["export", run, f"out={tmp_path / 'out'}"], ["pretrain", run]]
+    for line in words:
+        assert again in complaint(capsys, *line)
+    convert("import", FIXTURES / "pretrain", f"out={run}")
+    assert load_config(PretrainConfig, run / "config.json").data.source == "noise", "the settings are kept"
+    convert("export", run, f"out={tmp_path / 'out'}")
+
+
+def test_names_of_classes_are_compared_as_far_as_they_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ImageNet's id2label and its folders are two ways to name the same; another order is an error."""
+    labels = ("ant, emmet", "Honey bee", "cat")
+    facts = FACTS | {"id2label": dict(enumerate(labels))}
+    write_release(tmp_path / "source", facts, random_release(facts, classes=3))
+    convert("import", tmp_path / "source", f"out={tmp_path / 'run'}", "train.workers=0")
+
+    image = encoded(picture(6, 6))
+
+    def on(*folders: str) -> tuple[int, str, str]:
+        root = tmp_path / "-".join(folders)
+        write_tree(root, {f"{split}/{name}/0.png": image for split in ("train", "val") for name in folders})
+        capsys.readouterr()
+        return main(["evaluate", str(tmp_path / "run"), f"data.root={root}"]), *capsys.readouterr()
+
+    status, out, err = on("ant", "honey_bee", "zcat")
+    assert (status, out) == (2, "")
+    assert "differ: 2 is 'cat' there and 'zcat' here; name the data" in err
+    status, out, err = on("Cat", "ant", "honey_bee")
+    assert status == 2
+    assert "0 is 'ant, emmet' there and 'Cat' here, 1 is " in err
+    status, out, err = on("n01", "n02", "n03")
+    assert status == 0
+    assert out.endswith(", 3 samples, raw weights.\n")
+    assert err.startswith(
+        "The classes are named in two ways, and taken to be the same by number: 0 is 'ant, emmet' there"
+    )
+    assert err.count("\n") == 1
+    status, out, err = on("ant", "bee")
+    assert status == 2
+    assert "was trained on 3 classes and this data has 2 classes" in err
+    status, out, err = on("ANT", "Honey_Bee", "cat")
+    assert (status, err) == (0, "")
+
+
+def test_a_broken_config_of_a_released_folder_is_fetched_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_release(tmp_path / "source", FACTS, random_release(FACTS))
+    (tmp_path / "source" / "config.json").write_text('{"model_type": ')
+    for words in (
+        ["import", tmp_path / "source"],
+        ["finetune", "recipes.vision:digits", f"init={tmp_path / 'source'}"],
+    ):
+        assert "config.json is not JSON" in (said := complaint(capsys, *words, f"out={tmp_path / 'run'}"))
+        assert said.endswith("; fetch it again\n")
 
 
 def test_help_lists_the_keys_of_the_run_to_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -207,7 +207,7 @@ def test_wrong_targets_are_one_line() -> None:
     goal, tokens, batch = goals.find_goal(data), data.read(batch_of(data)), batch_of(data)
     with pytest.raises(UserError, match=r"'target' has shape \[5\] for 6 tokens"):
         goal.truth(batch | {"target": batch["target"][:, :5]}, tokens)
-    with pytest.raises(UserError, match="class 5 occurs and there are 2"):
+    with pytest.raises(UserError, match="data holds class 5 and the network tells 2 apart"):
         goal.sums(torch.zeros(1, 2, 2), torch.tensor([[0, 5]]))
     with pytest.raises(UserError, match="no held-out sample has a class"):
         goal.figures(goal.sums(torch.zeros(1, 2, 2), torch.tensor([[-100, -100]])))
