@@ -28,8 +28,8 @@ from recipes.training import provenance
 from recipes.weights import joined
 
 RECORD = "import.json"
-DECIDED = ("data.patch", "data.channels", "causal", "objective.causal", "readout")
-"""Keys that come with the weights, as all of the network's do."""
+DECIDED = ("model.", "data.patch", "data.channels", "causal", "objective.causal", "readout")
+"""Keys that come with the weights; of the network all do."""
 
 
 class Options(BaseModel):

@@ -407,7 +407,7 @@ def write_page(
     maps = Figure(
         "maps.png",
         f"Attention of the query {noun} ({QUERY} frame), {layer}, {head}{blind}.{'' if silent else similarity}",
-        panel_plot([(reading.name, _map_panels(reading, noun, silent)) for reading in readings], across=3),
+        panel_plot([(reading.name, map_panels(reading, noun, silent)) for reading in readings], across=3),
     )
     layers = Figure(
         "layers.png",
@@ -431,7 +431,8 @@ def write_page(
     page(folder, title=title, body=_body(readings, noun, silent), figures=figures, foot=foot)
 
 
-def _map_panels(reading: Reading, noun: str, silent: str) -> list[Panel]:
+def map_panels(reading: Reading, noun: str, silent: str = "") -> list[Panel]:
+    """The sample, the attention of the query and, unless `silent` says why not, its similarity map, side by side."""
     query = {QUERY: reading.query}
     both = query if reading.next is None or silent else query | {NEXT: reading.next}
     found = "" if reading.next is None else f", next {noun} ranked {reading.rank:g} of {int(reading.real.sum())}"

@@ -108,10 +108,12 @@ class Options(BaseModel):
         default=None, description="such as 0,3,final: embedding, third block, final norm; default: all", min_length=1
     )
     poolings: Annotated[tuple[Pooling, ...], BeforeValidator(_listed)] = Field(
-        default=("mean", "last", "bos"), description="of mean,last,bos,attentive (slower)", min_length=1
+        default=("mean", "last", "bos"),
+        description="how the tokens of a layer become one vector; attentive is slower",
+        min_length=1,
     )
     classifiers: Annotated[tuple[Name, ...], BeforeValidator(_listed)] = Field(
-        default=("linear", "knn"), description="of linear,knn,lars; the first chooses the best row", min_length=1
+        default=("linear", "knn"), description="what reads the rows; the first chooses the best one", min_length=1
     )
     train_samples: int = Field(default=5000, gt=4, description="most training samples the classifiers are fitted on")
     test_samples: int = Field(default=10_000, gt=0, description="most held-out samples they are scored on")
@@ -214,7 +216,7 @@ def probe(
     readers = [
         network_reader(config, model, rows, causal=causal),
         network_reader(config, untrained, rows, causal=causal),
-        raw_reader(attentive="attentive" in options.poolings, per_token=per_sample > 0),
+        raw_reader(attentive="attentive" in options.poolings and not per_sample, per_token=per_sample > 0),
     ]
     with nullcontext(str(store)) if store is not None else tempfile.TemporaryDirectory() as folder:
         train, test = (
@@ -289,12 +291,10 @@ def token_rows(options: Options, *, depth: int, per_sample: int) -> tuple[list[R
     """The rows that read single tokens, and a note that says so.
 
     Raises:
-        UserError: a layer that the network hasn't, or poolings are named.
+        UserError: a layer that the network hasn't.
     """
-    if "poolings" in options.model_fields_set:
-        raise UserError(f"poolings={','.join(options.poolings)}: every token has a class here, so none is pooled")
     layers = range(depth + 2) if options.layers is None else [_layer(name, depth) for name in options.layers]
-    note = f"Single tokens are read, {per_sample} of each sample, drawn from those that have a class."
+    note = f"Single tokens are read, not pooled: {per_sample} of each sample, drawn from those that have a class."
     return [Row(layer, "token") for layer in layers], [note]
 
 

@@ -111,8 +111,9 @@ def test_where_tokens_have_classes_single_tokens_are_read(tiny_recipe: PretrainC
     assert result["majority"] == pytest.approx(float((test == train.mode().values).double().mean()))
     assert result["raw_tokens"]["scores"]["linear"]["accuracy"] > 0.9, "the class is told by the token itself"
     assert "always the most frequent class" in probe.render(result)
-    with pytest.raises(UserError, match="poolings=mean: every token has a class here"):
-        probe.probe(config, build_model(config), probe.Options(poolings=("mean",)))
+    pooled = probe.probe(config, build_model(config), probe.Options(poolings=("attentive",), layers=(1,)))
+    assert names(pooled["layers"]) == ["layer 1, token"]
+    assert "read, not pooled" in pooled["notes"][0]
 
 
 def test_a_run_on_scenes_is_probed_by_the_classes_of_its_patches(
@@ -126,7 +127,7 @@ def test_a_run_on_scenes_is_probed_by_the_classes_of_its_patches(
     assert result is not None
     assert names(result["layers"]) == ["embedding, token", "layer 1, token"]
     assert result["layers"][0]["accuracy"] > 0.9 > result["majority"], "patches of one colour each"
-    assert "Single tokens are read, 16 of each sample" in shown
+    assert "Single tokens are read, not pooled: 16 of each sample" in shown
     again = probe.probe(config, build_model(config), probe.Options(layers=(0,)), store=tmp_path / "run/features")
     assert again["raw_tokens"]["scores"]["knn"] == result["raw_tokens"]["scores"]["knn"]
 
