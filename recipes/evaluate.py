@@ -83,5 +83,5 @@ def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | Segmen
         raise UserError(f"{target} is not a run folder; name one of `nepa finetune`, `nepa import` or `nepa segment`")
     for key in changes:
         if not key.startswith(FREE):
-            raise UserError(f"nepa evaluate trains nothing, and {key} is no key for it; it takes {', '.join(FREE)}")
+            raise UserError(f"{key} can't be set for nepa evaluate, which trains nothing; what can: {', '.join(FREE)}")
     return read_target(SegmentConfig if task_of(target) == SegmentConfig.task else FinetuneConfig, target, changes)

@@ -142,7 +142,7 @@ def test_help_lists_the_keys_that_the_task_takes_and_no_others(nepa: Nepa) -> No
     assert listed["evaluate"] == [
         *data, "model.attention", "causal", "train.batch", "train.micro_batch", "train.precision", "train.workers",
     ]  # fmt: skip
-    assert "optim.lr is no key for it" in nepa.fails("evaluate", "tuned", "optim.lr=1")
+    assert "optim.lr can't be set for nepa evaluate" in nepa.fails("evaluate", "tuned", "optim.lr=1")
 
 
 def test_options_show_their_choices_and_defaults() -> None:
