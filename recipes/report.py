@@ -27,6 +27,9 @@ figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } foo
 """
 
 
+HEADROOM = 0.08  # of the height, between what is plotted and the frame
+
+
 class Figure(NamedTuple):
     """A finished plot: its file name, what to see in it, and the PNG."""
 
@@ -56,9 +59,9 @@ def line_plot(
         axes.plot(xs, ys, marker="o" if markers else None, markersize=3, linewidth=1.6, label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    axes.margins(y=0.08)
+    axes.margins(y=HEADROOM)
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(axes.dataLim.y1, 1e-12) * (1 + HEADROOM) if np.isfinite(axes.dataLim.y1) else None)
     axes.grid(alpha=0.3)
     canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
     return _png(canvas)
@@ -74,6 +77,7 @@ def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mappin
     for place, (name, value) in enumerate((reference or {}).items()):
         axes.axhline(value, linestyle="--", color=f"C{place + 1}", linewidth=1.2, label=name)
     axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
+    axes.margins(y=HEADROOM)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3, axis="y")
     if reference:

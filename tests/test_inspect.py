@@ -34,7 +34,7 @@ from recipes.maps import (
     uniform_attention,
 )
 from recipes.pretrain import PretrainConfig
-from recipes.report import Panel, panel_plot, spread
+from recipes.report import Panel, line_plot, panel_plot, spread
 from recipes.segment import SegmentConfig, load_segmenter, predict_image
 from recipes.segment_report import palette
 from recipes.weights import read_weights
@@ -208,6 +208,16 @@ def test_curves_with_gaps_and_maps_over_them_are_drawn(grid: tuple[int, int]) ->
     assert (plain == blue).all(-1).any()
     assert (mapped == blue).all(-1).any()
     assert (mapped == (255, 0, 0)).all(-1).any()
+
+
+@pytest.mark.parametrize("values", [[55.0, 20.0], [0.76, 0.74], [0.0, 0.0], []])
+def test_lines_that_start_at_zero_do_not_touch_the_frame(values: list[float]) -> None:
+    pixels = _pixels(line_plot({"a": (list(range(len(values))), values)}, x="x", y="y", from_zero=True))
+    plot = pixels[:, : pixels.shape[1] * 3 // 4]  # without the legend
+    rows = (abs(plot - (31, 119, 180)).sum(-1) < 30).any(1).nonzero()[0]
+    frame = (plot.sum(-1) < 60).sum(1).argmax()  # the longest dark line is the top or the bottom
+    if any(values):
+        assert rows.min() > min(frame, 20) + 15
 
 
 # --------------------------------------------------------------------------------------------------- reading
