@@ -174,7 +174,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
     (rows, columns), canvas = panel.sketch.grid, panel.sketch.canvas[0].float().cpu()
     whole: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
     heat = None
-    axes.set_title(panel.title, fontsize=7, pad=2, loc="left")
+    axes.set_title(panel.title, fontsize=7, pad=4, loc="left")  # a frame may stand out by 2
     if panel.colours is not None:
         axes.imshow(panel.colours.nan_to_num(1.0).view(rows, columns, 3).numpy(), **whole)
     elif not panel.sketch.curves:
