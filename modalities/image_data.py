@@ -124,6 +124,10 @@ class DecodedImages(Dataset[Batch]):
         pixels = self.transform(self._decode(int(self.rows[index])))
         return _with_box({"image": pixels, "label": self.labels[index]}, self.erase)
 
+    def name(self, index: int) -> str:
+        """What a message calls that image: its file, or where it lies."""
+        return self.source.name(int(self.rows[index]))
+
     def _decode(self, row: int) -> Tensor:
         try:
             return decode(self.source.read(row), self.channels)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -83,6 +83,10 @@ class StoredScenes(Dataset[Batch]):
             )
         return {"image": image, "target": self._target(annotation, index)}
 
+    def name(self, index: int) -> str:
+        """What a message calls that scene."""
+        return self.source.name(index)
+
     def _decoded(self, index: int) -> tuple[Tensor, Image.Image]:
         """The image, uint8 [3, H, W], and the annotation as it is stored."""
         try:
@@ -114,6 +118,27 @@ class StoredScenes(Dataset[Batch]):
         return torch.from_numpy(self._targets[stored])
 
 
+class SceneFiles(Dataset[Batch]):
+    """Image files without annotations, in the form of `StoredScenes`: every pixel is IGNORED."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Batch:
+        try:
+            image = decode(Path(self.paths[index]).read_bytes(), 3)
+        except Exception as error:  # PIL raises a dozen kinds for a damaged file
+            raise UnreadableSample(f"{self.paths[index]}: {one_line(error)}") from error
+        return {"image": image, "target": torch.full(image.shape[-2:], IGNORED, dtype=torch.uint8)}
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return self.paths[index]
+
+
 class CroppedScenes(Dataset[Batch]):
     """Scenes of one size: {"image": uint8 [3, h, w], "target": uint8 [h, w]}, and "real" where crops may be padded.
 
@@ -126,7 +151,11 @@ class CroppedScenes(Dataset[Batch]):
     """
 
     def __init__(
-        self, scenes: StoredScenes, crop: Size, short_side: int, augmentation: Augmentation | None = None
+        self,
+        scenes: StoredScenes | SceneFiles,
+        crop: Size,
+        short_side: int,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.scenes, self.crop, self.short_side, self.augmentation = scenes, crop, short_side, augmentation
         smallest = 1.0 if augmentation is None else augmentation.scales[0]
@@ -146,6 +175,10 @@ class CroppedScenes(Dataset[Batch]):
         real = torch.tensor(target.shape)
         sample = {"image": padded(image, self.crop), "target": padded(target, self.crop, IGNORED)}
         return sample | {"real": real} if self.may_pad else sample
+
+    def name(self, index: int) -> str:
+        """What a message calls that scene."""
+        return self.scenes.name(index)
 
 
 def augmented(

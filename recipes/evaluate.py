@@ -26,6 +26,18 @@ from recipes.targets import is_run, read_target, task_of
 from recipes.training import provenance, unreadable
 from recipes.weights import Weights, class_names, read_weights
 
+FREE = (
+    "data.",
+    "causal",
+    "evaluation.",
+    "model.attention",
+    "train.batch",
+    "train.micro_batch",
+    "train.workers",
+    "train.precision",
+)
+"""Keys of a run, or beginnings of keys, that may be changed: they say what is measured, and how it is computed."""
+
 
 class Options(BaseModel):
     """Options of `nepa evaluate`: none."""
@@ -132,4 +144,7 @@ def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | Segmen
     """The settings of a fine-tuned or segmentation run, with changes."""
     if not is_run(target):
         raise UserError(f"{target} is not a run folder; name one of `nepa finetune`, `nepa import` or `nepa segment`")
+    for key in changes:
+        if not key.startswith(FREE):
+            raise UserError(f"{key} can't be set for nepa evaluate, which trains nothing; what can: {', '.join(FREE)}")
     return read_target(SegmentConfig if task_of(target) == SegmentConfig.task else FinetuneConfig, target, changes)

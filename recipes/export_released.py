@@ -1,5 +1,7 @@
 """nepa export: a run of pretrain or finetune on images becomes a folder in the released Hugging Face layout.
 
+A pre-training run on scenes is one, too: its crop is the image.
+
 Written are config.json, preprocessor_config.json, model.safetensors and, where the run has averages,
 ema.safetensors. What `nepa import` read comes out again byte for byte, unknown fields of config.json included.
 """
@@ -13,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from modalities.image import Images
+from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.checkpoint import Checkpoint, disk_errors
 from nepa_core.runtime.config import load_config
@@ -37,6 +40,8 @@ PREPROCESSOR_DEFAULTS = {
 """What no setting of a run says: of an imported one the original's stays."""
 
 Trained = PretrainConfig | FinetuneConfig
+FREE = ()
+"""Keys of the run that may be changed: none, it is written as it is."""
 
 
 class Options(BaseModel):
@@ -115,7 +120,7 @@ def export_released(run: Run, out: Path, options: Options) -> str:
     if imported.get("id2label") == facts.get("id2label"):
         facts.pop("label2id", None)  # the original's stays: some number the classes by strings
     seen = preprocessor_of(data)
-    if imported.get("image_size") != data.size[0]:
+    if imported.get("image_size") != facts["image_size"]:
         seen["size"] = {"height": data.size[0], "width": data.size[1]}
     kind = HEADED if classes else HEADLESS
     write_whole_folder(
@@ -133,11 +138,12 @@ def images_of(config: Trained, run: Run) -> Images:
     Raises:
         UserError: it has none; all the keys that stand in the way are listed.
     """
-    if not isinstance(config.data, Images):
-        raise UserError(f"{run.path}: the released layout holds images, not {type(config.data).__name__}")
     data, model = config.data, config.model
+    if isinstance(data, Scenes):
+        data = data.images()
+    if not isinstance(data, Images):
+        raise UserError(f"{run.path}: the released layout holds images, not {type(data).__name__}")
     wrong = {
-        f"data.size={data.size}": data.size[0] != data.size[1],
         f"data.patch={data.patch}": data.patch[0] != data.patch[1],
         f"data.patch_order={data.patch_order}": data.patch_order != "raster",
         f"model.rope_theta={model.rope_theta}": model.rope_theta is None,
@@ -177,7 +183,7 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
         "num_attention_heads": model.heads,
         "intermediate_size": model.mlp_dim,
         "hidden_act": model.activation,
-        "image_size": data.size[0],
+        "image_size": data.size[0] if data.size[0] == data.size[1] else list(data.size),
         "patch_size": data.patch[0],
         "num_channels": data.channels,
         "layer_norm_eps": model.norm_eps,

@@ -182,9 +182,16 @@ def find_goal(data: Modality) -> Goal:
     Raises:
         UserError: nothing; or numbers that are not finite.
     """
-    kind = kind_of(_first_sample(data))
+    sample = _first_sample(data)
+    kind = kind_of(sample)
     if kind == "numbers":
         return Regression(*label_statistics(data))
+    target = sample.get("target")
+    if kind is None and target is not None and target.ndim == 2:
+        raise UserError(
+            f"{type(data).__name__} has a class for every pixel: train on them with `nepa segment`, such as "
+            "recipes.vision:camvid_segment init=RUN"
+        )
     names = data.classes()
     if kind is None or not names:
         raise UserError(

@@ -76,7 +76,7 @@ class ReleasedConfig(BaseModel):
     num_attention_heads: PositiveInt
     intermediate_size: PositiveInt
     hidden_act: Literal["gelu", "silu"]
-    image_size: PositiveInt
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt]  # a pair is (height, width), as `transformers` has it
     patch_size: PositiveInt
     num_channels: PositiveInt
     layer_norm_eps: PositiveFloat
@@ -100,6 +100,11 @@ class ReleasedConfig(BaseModel):
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(f"id2label must number its {len(self.id2label)} classes from 0 without gaps")
         return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of an image."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def labels(self) -> tuple[str, ...]:

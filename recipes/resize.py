@@ -39,6 +39,10 @@ from recipes.targets import default_out, read_target
 DONE = "shards"  # folder of finished shards while others are missing
 
 
+FREE = ("data.",)
+"""The keys of a recipe that matter here."""
+
+
 class Options(BaseModel):
     """Options of `nepa resize`."""
 

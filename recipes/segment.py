@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocas
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
 from recipes.heads import DenseHead, canonical_tokens
+from recipes.report import spread
 from recipes.segment_metrics import Scores, confusion, scores
 from recipes.segment_predict import EvaluationConfig, WindowLogits, predict
 from recipes.segment_report import Picture, render, write_report
@@ -405,15 +406,15 @@ def class_rows(names: tuple[str, ...], measured: dict[str, Measured]) -> list[di
 
 @torch.no_grad()
 def pictures(config: SegmentConfig, model: Segmenter, device: torch.device) -> list[Picture]:
-    """Held-out images at equal distances through the split, with truth and prediction; unreadable ones left out."""
-    scenes = cast(Any, config.data.whole("test"))
-    count = min(config.evaluation.pictures, len(scenes))
+    """Held-out images from the first to the last of the split, equally far apart; unreadable ones are left out."""
+    scenes = config.data.whole("test")
     was_training, shown = model.training, []
     model.eval()
-    for place in range(count):
+    for index in spread(len(scenes), config.evaluation.pictures):
         with suppress(UnreadableSample):
-            scene = scenes[place * len(scenes) // count]
+            scene = scenes[index]
             predicted = predict_image(config, model, scene["image"].to(device))
-            shown.append(Picture(scene["image"], scene["target"], predicted.cpu()))
+            name = Path(scenes.name(index)).name
+            shown.append(Picture(scene["image"], scene["target"], predicted.cpu(), name))
     model.train(was_training)
     return shown

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import Config, explain, load_config, load_object, override, read_saved
@@ -100,7 +104,35 @@ def default_out(target: str, task: str) -> str:
 
 
 def describe_fields(kind: type[BaseModel]) -> str:
-    """The options of a task, a line each, for its --help."""
-    rows = {name: field.description or "" for name, field in kind.model_fields.items()}
+    """The options of a task, a line each with what can be chosen and the default, for its --help."""
+    rows = {name: _described(field) for name, field in kind.model_fields.items()}
     width = max(map(len, rows), default=0)
     return "\n".join(f"  {name + '=':<{width + 1}}  {text}" for name, text in rows.items())
+
+
+def _described(field: FieldInfo) -> str:
+    text, several = field.description or "", "tuple" in str(field.annotation)
+    said = []
+    if choices := _choices(field.annotation):
+        said.append(f"{'some' if several else 'one'} of {', '.join(choices)}")
+    if field.default not in (None, PydanticUndefined, ()) and "default" not in text:
+        said.append(f"default {_as_given(field.default)}")
+    return f"{text} ({'; '.join(said)})" if said else text
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The values of a type that has few: of `Literal`, `bool`, either or None, or a tuple of one."""
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if annotation is bool:
+        return "true", "false"
+    inner = [each for each in get_args(annotation) if each not in (NoneType, Ellipsis)]
+    return _choices(inner[0]) if len(inner) == 1 else ()
+
+
+def _as_given(value: Any) -> str:
+    """A default as it would be given on the command line."""
+    if isinstance(value, tuple):
+        words = ",".join(map(_as_given, value))
+        return words if all(isinstance(each, str) for each in value) else f"[{words}]"
+    return value if isinstance(value, str) else json.dumps(value)

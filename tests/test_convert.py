@@ -25,10 +25,12 @@ from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained, pretrain
 from recipes.released import read_released
 from recipes.weights import read_weights
+from tests import tiny
 from tests.conftest import ROOT
 from tests.pictures import encoded, picture, write_tree
 from tests.release import FACTS, FIXTURES, random_release, write_release
 from tests.tiny import CPU
+from tests.tiny_scenes import scenes, write_scenes
 
 ALONE = World(0, 1, CPU)
 LABELS = {"id2label": {"0": "ant", "1": "bee", "2": "cat"}, "label2id": {"ant": "0", "bee": "1", "cat": "2"}}
@@ -195,6 +197,28 @@ def test_a_run_of_our_own_goes_out_and_comes_back(tmp_path: Path) -> None:
         one, other = map(load_file, stored)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one), group
+
+
+def test_a_run_on_scenes_goes_out_as_one_of_images_and_comes_back_byte_for_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path / "scenes")
+    config = image_recipe().model_copy(update={"data": scenes(tmp_path / "scenes")})
+    tiny.training(config, tmp_path / "run", evaluate=lambda _: {})
+    convert("export", tmp_path / "run", f"out={tmp_path / 'out'}")
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (facts["image_size"], facts["patch_size"], facts["num_channels"]) == ([16, 24], 4, 3)
+    capsys.readouterr()
+    convert("import", tmp_path / "out", f"out={tmp_path / 'back'}")
+    assert "image 16 x 24" in capsys.readouterr().out
+    again = Run(tmp_path / "back").load_config(PretrainConfig)
+    assert again.model == config.model
+    assert isinstance(again.data, Images)
+    for name, mine in (("size", "crop"), ("patch", "patch"), ("mean", "mean"), ("std", "std")):
+        assert getattr(again.data, name) == getattr(config.data, mine)
+    convert("export", tmp_path / "back", f"out={tmp_path / 'again'}")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
 def test_a_fine_tuned_run_takes_the_names_of_its_classes_along(tmp_path: Path) -> None:
@@ -403,7 +427,7 @@ def test_what_the_layout_has_no_place_for_is_listed(tmp_path: Path, capsys: pyte
     run = Run(tmp_path / "run")
     run.open(config)
     said = complaint(capsys, "export", run.path, f"out={tmp_path / 'out'}")
-    for key in ("data.patch=(2, 4)", "data.size=(4, 8)", "data.patch_order=random", "model.learned_positions=16"):
+    for key in ("data.patch=(2, 4)", "data.patch_order=random", "model.learned_positions=16"):
         assert key in said
     assert "model.bos=False" in said
     assert "model.rope_theta=None" in said

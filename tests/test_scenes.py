@@ -365,3 +365,21 @@ def test_parquet_without_the_columns_lists_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 broken")
     with pytest.raises(UserError, match="not a readable parquet file"):
         stored(tmp_path / ".." / tmp_path.name)
+
+
+def test_a_patch_has_the_class_of_most_of_its_labelled_pixels() -> None:
+    target = torch.full((2, 4, 8), 255, dtype=torch.uint8)
+    target[0, 0, :3], target[0, 1, 0] = torch.tensor([2, 2, 1], dtype=torch.uint8), 1  # two and two: the first
+    target[0, 0, 4] = 2  # one labelled pixel against fifteen
+    target[1, :, :4] = 0
+    data = scenes("nowhere", crop=(4, 8))
+    assert data.patch_classes(target).tolist() == [[1, 2], [0, -1]]
+
+
+def test_own_files_are_brought_to_the_crop_as_held_out_scenes_are(tmp_path: Path) -> None:
+    data = scenes(write_scenes(tmp_path))
+    file = tmp_path / "images/validation/ADE_0001.jpg"
+    stored, own = data.dataset("test"), data.files([str(file)])
+    assert torch.equal(own[0]["image"], stored[1]["image"])
+    assert (own[0]["target"] == 255).all()
+    assert torch.equal(data.whole_files([str(file)])[0]["image"], data.whole("test")[1]["image"])

@@ -277,7 +277,7 @@ def test_the_command_leaves_a_whole_run_folder(root: Path, tmp_path: Path, capsy
     assert (again["evaluation"]["scales"], again["evaluation"]["flip"]) == ([0.75, 1.25], True)
     assert again["images"] == 5
     capsys.readouterr()
-    assert main(["evaluate", str(out), "head=linear"]) == 2
+    assert main(["evaluate", str(out), "data.class_count=4", "data.names=null"]) == 2
     assert "does not fit" in capsys.readouterr().err
 
 
