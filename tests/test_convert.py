@@ -292,10 +292,12 @@ def test_the_same_import_again_is_fine_and_another_is_refused(
     assert (tmp_path / "runs" / "source" / "config.json").exists()
 
 
-def test_help_lists_the_keys_of_the_run_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_keys_of_the_run_to_be_that_the_weights_leave_open(capsys: pytest.CaptureFixture[str]) -> None:
     convert("import", FIXTURES / "classify", "data.root=here", "--help")
     said = capsys.readouterr().out
-    assert "model.dim=64" in said
+    for decided in ("  model.", "  data.patch=", "  causal="):
+        assert decided not in said
+    assert "  data.patch_order=raster" in said
     assert "data.root=here" in said
 
 
