@@ -62,7 +62,7 @@ class Gathered(NamedTuple):
         return self.embeddings[:, 1:]
 
     def by_target(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lay what belongs to the last Q predictions but one, [S, Q, ...], where their targets lie, by `order`: [S, N, ...].
+        """Lay what belongs to the predictions but the last, [S, Q, ...], where their targets lie: [S, N, ...].
 
         Returns:
             That, zero where nothing belongs, and where something does and counts, [S, N] bool.
@@ -194,7 +194,7 @@ def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
     Returns:
         [S, T - 1, D] predictions for `test`.
     """
-    x_train, x_test = _features(train, test)
+    x_train, x_test = _features(train, test, most=_RIDGE_FEATURES)
     size = x_train.shape[-1]
     first = 1 - train.bos  # the token that the first prediction is about
     unit = F.normalize(train.targets, dim=-1)
@@ -255,7 +255,7 @@ def linear_from_seen(train: Gathered, test: Gathered) -> Tensor:
     assert test.order is not None
     unit, counts = train.by_target(F.normalize(train.targets, dim=-1))
     laid = [_canonical(part) for part in (train, test)]
-    x_train, x_test = _features(laid[0], laid[1], keep=_SEEN_FEATURES)
+    x_train, x_test = _features(laid[0], laid[1], most=_SEEN_FEATURES)
     place_train, place_test = train.order.argsort(1), test.order.argsort(1)
     split = max(1, len(unit) - max(1, len(unit) // 10))
     found = []
@@ -299,10 +299,10 @@ def _factor(gram: Tensor, strength: Tensor) -> Tensor:
     return factor
 
 
-def _features(train: Gathered, test: Gathered, keep: int = _RIDGE_FEATURES) -> tuple[Tensor, Tensor]:
+def _features(train: Gathered, test: Gathered, *, most: int) -> tuple[Tensor, Tensor]:
     """Raw tokens, centred per place on the training mean, reduced where there are too many; padding is 0."""
     mean = _position_mean(train.values, None if train.mask is None else train.mask[:, train.bos :])
-    keep = max(1, keep // train.values.shape[1])
+    keep = max(1, most // train.values.shape[1])
     basis = None
     centred = []
     for part in (train, test):

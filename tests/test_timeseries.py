@@ -179,7 +179,15 @@ def test_window_normalisation_is_undone_by_its_scale(tmp_path: Path) -> None:
     assert torch.allclose(values * std + mean, batch["series"], atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"channels": "independent"}, {"normalise": "window"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"patch_order": "reverse"},
+        {"channels": "independent", "patch_order": "random_per_sample"},
+        {"normalise": "window"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("gaps", [False, True])
 def test_the_contract_holds(tmp_path: Path, settings: dict[str, Any], gaps: bool) -> None:
     values = walk()
