@@ -61,7 +61,7 @@ def known_order(name: str) -> str:
         if not Path(name).expanduser().is_file():
             raise UserError(f"patch_order={name}: there is no such file here")
     elif name not in ORDERS:
-        raise ValueError(f"there is no such order{nearest(name, ORDERS)}; or one of your own as module:function")
+        raise ValueError(f"neither an order's name nor module:function{nearest(name, ORDERS)}")
     return name
 
 

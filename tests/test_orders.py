@@ -126,7 +126,10 @@ def test_random_is_drawn_from_its_seed_alone() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"^data\.patch_order=hilbrt: there is no such order; did you mean hilbert\?"):
+    with pytest.raises(
+        UserError,
+        match=r"^data\.patch_order=hilbrt: neither an order's name nor module:function; did you mean hilbert\?",
+    ):
         override(digits_2x2(), {"data.patch_order": "hilbrt"})
     with pytest.raises(ValueError, match="no static patch order 'zigzag'"):
         grid_order("zigzag", (4, 6))
