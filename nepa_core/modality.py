@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 import torch
 from pydantic import BaseModel
@@ -102,7 +102,11 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
 
 def _take_coords(coords: Tensor, order: Tensor) -> Tensor:
     """The same for coordinates, whose token axis comes first when all samples share them."""
-    return coords[order.to(coords.device)] if coords.ndim == 2 else _take(coords, order)
+    if coords.ndim == 3:
+        return _take(coords, order)
+    if order.ndim == 1:
+        return coords[order.to(coords.device)]
+    return coords.to(order.device, non_blocking=True)[order]  # where the order is: fetching that would wait for it
 
 
 class Modality(BaseModel, ABC):
@@ -156,6 +160,18 @@ class Modality(BaseModel, ABC):
     def plain(self) -> Modality:
         """This adapter without augmentation: what probes and baselines read. Default: itself."""
         return self
+
+    def at(self, progress: float) -> Self:
+        """This adapter as pre-training reads it when this share of the run is done, 0 to 1. Default: itself.
+
+        For an `order` that is drawn for each sample: here it may draw from torch's global generator, which is seeded
+        for every step; outside `at` it must be a function of the sample.
+        """
+        return self
+
+    def draws_order(self) -> bool:
+        """Whether `order` is drawn anew for each sample, so that nothing seen tells which token comes next."""
+        return False
 
     def token_dim(self) -> int:
         """P, the size of a raw token. Default: measured on the first training sample that can be read.

@@ -62,6 +62,7 @@ def train(
     ranks: World,
     *,
     step_function: StepFunction,
+    step_at: Callable[[float], StepFunction] | None = None,
     evaluate: Callable[[Ema | None], Mapping[str, Any]],
     untrained: bool = True,
     show: bool,
@@ -70,6 +71,7 @@ def train(
 
     Args:
         predictor: the one inside `model`.
+        step_at: see `fit`.
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
         untrained: evaluate before the first step, too.
     """
@@ -81,6 +83,7 @@ def train(
     result = fit(
         model=model,
         step_function=step_function,
+        step_at=step_at,
         dataset=config.data.dataset("train"),
         config=config.train,
         optim=config.optim,

@@ -425,12 +425,14 @@ def test_averages_in_a_pickle_are_left_behind_and_named(tmp_path: Path, capsys: 
 
 def test_what_the_layout_has_no_place_for_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"data__patch": (2, 4), "data__size": (4, 8), "model__learned_positions": 16, "model__bos": False}
+    changes |= {"model__predict_position": "add"}
     config = image_recipe(**changes, data__patch_order="random", model__rope_theta=None)
     run = Run(tmp_path / "run")
     run.open(config)
     said = complaint(capsys, "export", run.path, f"out={tmp_path / 'out'}")
     for key in ("data.patch=(2, 4)", "data.patch_order=random", "model.learned_positions=16"):
         assert key in said
+    assert "model.predict_position=add" in said
     assert "model.bos=False" in said
     assert "model.rope_theta=None" in said
     assert "model.mask_token" not in said

@@ -220,8 +220,10 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
 
 def test_the_example_of_point_clouds_is_short_and_sound(example: PretrainConfig) -> None:
     assert len(Path("my_points.py").read_text().splitlines()) <= 60
-    for morton in (True, False):
-        check_modality(override(example, {"data.morton": morton, "data.samples": 20}).data)
+    for order in ("morton", "hilbert", "random"):
+        check_modality(override(example, {"data.patch_order": order, "data.samples": 20}).data)
+    drawn = {"data.patch_order": "random_per_sample", "model.predict_position": "add"}
+    check_modality(override(example, drawn | {"data.samples": 20}).data)
 
 
 @pytest.mark.slow
