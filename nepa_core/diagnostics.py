@@ -9,7 +9,7 @@ the rank of the embeddings, not by the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from nepa_core.basics import FROZEN, Batch
 from nepa_core.modality import Modality
-from nepa_core.model import NEPA
+from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import masked_mean, negative_cosine, pair_up
+from nepa_core.pretrainer import Pretrainer
 
 CANDIDATES = 64
 """Next-token identification is a choice among this many samples."""
@@ -38,14 +39,16 @@ class Gathered(NamedTuple):
 
     Attributes:
         values: [S, N, P] raw tokens in the order of prediction.
-        embeddings, predictions: [S, T, D].
+        embeddings, predictions: [S, T, D], in the space where the objective compares them (`Pretrainer.judged`).
         mask: [S, T] bool or None.
+        encoded: [S, T, D'], the network's own embeddings where `embeddings` are a projection of them, else None.
     """
 
     values: Tensor
     embeddings: Tensor
     predictions: Tensor
     mask: Tensor | None
+    encoded: Tensor | None = None
 
     @property
     def bos(self) -> int:
@@ -65,9 +68,19 @@ class Gathered(NamedTuple):
 
 @torch.no_grad()
 def gather(
-    model: NEPA, modality: Modality, batches: Iterable[Batch], *, causal: bool, limit: int | None = None
+    model: NEPA,
+    modality: Modality,
+    batches: Iterable[Batch],
+    *,
+    causal: bool,
+    limit: int | None = None,
+    watch: Callable[[Prediction], None] | None = None,
 ) -> Gathered:
-    """Run the model over batches (already on its device), in evaluation mode, for up to `limit` samples."""
+    """Run the model over batches (already on its device), in evaluation mode, for up to `limit` samples.
+
+    Args:
+        watch: shown what the model gives for every batch.
+    """
     parts: list[tuple[Tensor, ...]] = []
     count, was_training = 0, model.training
     model.eval()
@@ -75,15 +88,21 @@ def gather(
         for batch in batches:
             tokens = modality.read(batch)
             out = model(tokens, causal=causal)
+            if watch is not None:
+                watch(out)
             real = torch.ones(out.embeddings.shape[:2], dtype=torch.bool) if out.mask is None else out.mask.cpu()
-            parts.append((*(x.float().cpu() for x in (tokens.values, out.embeddings, out.predictions)), real))
+            predictions, embeddings = model.judged(out) if isinstance(model, Pretrainer) else (out.predictions, None)
+            kept = [tokens.values, out.embeddings, predictions]
+            if embeddings is not None and embeddings is not out.embeddings:
+                kept = [tokens.values, embeddings, predictions, out.embeddings]
+            parts.append((real, *(x.float().cpu() for x in kept)))
             count += len(real)
             if limit is not None and count >= limit:
                 break
     finally:
         model.train(was_training)
-    values, embeddings, predictions, mask = (_stack(list(x))[:limit] for x in zip(*parts, strict=True))
-    return Gathered(values, embeddings, predictions, None if mask.all() else mask)
+    mask, values, embeddings, predictions, *encoded = (_stack(list(x))[:limit] for x in zip(*parts, strict=True))
+    return Gathered(values, embeddings, predictions, None if mask.all() else mask, *encoded)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
@@ -118,8 +137,9 @@ def shared_direction(rows: Tensor) -> float:
 
 
 def health(gathered: Gathered) -> dict[str, float]:
-    """Rank, spread and shared direction of the embeddings (without BOS) and of the predictions."""
-    embeddings, predictions = gathered.embeddings[:, gathered.bos :], gathered.predictions[:, :-1]
+    """Rank, spread and shared direction of the network's embeddings (without BOS) and of the predictions."""
+    own = gathered.embeddings if gathered.encoded is None else gathered.encoded
+    embeddings, predictions = own[:, gathered.bos :], gathered.predictions[:, :-1]
     mask, counted = gathered.mask, gathered.counted
     rows = {
         "embedding": embeddings.flatten(0, 1) if mask is None else embeddings[mask[:, gathered.bos :]],
@@ -280,6 +300,20 @@ def identification(predictions: Tensor, targets: Tensor, counted: Tensor | None 
             asks = real.any(0)
             credits_.append(((credit * real).sum(0) / real.sum(0))[asks])
     return torch.cat(credits_)
+
+
+def learning(gathered: Gathered) -> dict[str, float]:
+    """How much is learned, without baselines that need fitting: `copy_gap` and `retrieval_top1`.
+
+    copy_gap: cos(prediction, target) minus cos(current embedding, target), the mean over all places. retrieval_top1:
+    `identification` where a token precedes.
+    """
+    loss = negative_cosine(gathered.predictions[:, :-1], gathered.targets)
+    copied = negative_cosine(gathered.embeddings[:, :-1], gathered.targets)
+    return {
+        "copy_gap": float(masked_mean(copied - loss, gathered.counted)),
+        "retrieval_top1": float(_identified(gathered.predictions[:, :-1], gathered).mean()),
+    }
 
 
 # ----------------------------------------------------------------------------------------------- verdict

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from modalities.features import Features
 from nepa_core.modality import Modality
-from nepa_core.objective import ObjectiveConfig
 from nepa_core.predictor import PredictorConfig
+from nepa_core.pretrainer import ObjectiveConfig
 from nepa_core.runtime.fit import TrainConfig
 from nepa_core.runtime.optim import Duration, OptimConfig
 from recipes.pretrain import PretrainConfig, VerdictConfig

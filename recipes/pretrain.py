@@ -11,22 +11,25 @@ from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from nepa_core.basics import FROZEN, Batch, UserError
-from nepa_core.diagnostics import Gathered, Verdict, gather, health, judge
+from nepa_core.diagnostics import COLLAPSE_SHARE, Gathered, Verdict, gather, health, judge, learning
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens
-from nepa_core.model import NEPA, draw_coord_scale
-from nepa_core.objective import ObjectiveConfig, next_embedding_loss, pair_count
+from nepa_core.model import NEPA, Prediction, draw_coord_scale
+from nepa_core.objective import pair_count
 from nepa_core.predictor import PredictorConfig
+from nepa_core.pretrainer import ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
 from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
-from nepa_core.runtime.data import fold_seed, plain_batches
-from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.data import fold_seed, plain_batches, seed_step
+from nepa_core.runtime.distributed import World, gather_samples, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
 from recipes import card
 from recipes.targets import default_out, read_target
 from recipes.training import cost, opened, train
+
+RANK = "effective_rank_embedding"
 
 
 class VerdictConfig(BaseModel):
@@ -69,6 +72,16 @@ class PretrainConfig(BaseModel):
             raise ValueError("model.mask_token=true needs an objective.input_mask above 0, which alone trains it")
         return self
 
+    @model_validator(mode="after")
+    def _objective_fits(self) -> Self:
+        held = self.train.micro_batch or self.train.batch
+        for name in ACROSS_SAMPLES:
+            if name in self.objective.terms and min(held, self.train.batch) < 2:
+                raise ValueError(f"objective.terms.{name} compares samples: train.batch and train.micro_batch above 1")
+        if wrong := [block for block in self.objective.layers if not 0 < block <= self.model.depth]:
+            raise ValueError(f"objective.layers={wrong[0]} is no block: they are 1 to model.depth={self.model.depth}")
+        return self
+
 
 class Options(BaseModel):
     """Options of `nepa pretrain`."""
@@ -93,6 +106,14 @@ def build_model(config: PretrainConfig) -> NEPA:
     return NEPA(config.model, config.data.embedder(config.model.dim))
 
 
+def build_pretrainer(config: PretrainConfig) -> NEPA:
+    """What is trained: the network of `build_model`, with the heads that its objective needs, if any."""
+    if not config.objective.has_heads:
+        return build_model(config)
+    torch.manual_seed(fold_seed(config.train.seed, "weights"))
+    return Pretrainer(config.model, config.data.embedder(config.model.dim), config.objective)
+
+
 def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
     """Train, judge, write summary.json and report/; a finished run is not trained again.
 
@@ -104,10 +125,11 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     """
     if (finished := opened(config, run, ranks)) is not None:
         return finished
-    model = build_model(config).to(ranks.device)
+    model = build_pretrainer(config).to(ranks.device)
 
-    def health(ema: Ema | None) -> dict[str, float]:
-        return held_out_health(config, model, ranks, ema)
+    def health(ema: Ema | None) -> dict[str, Any]:
+        figures = held_out_health(config, model, ranks, ema)
+        return figures | rank_warning(run, figures) if ranks.is_main else {}
 
     result, ema = train(
         model, model.predictor, config, run, ranks, step_function=make_step(config), evaluate=health, show=show
@@ -156,13 +178,7 @@ def make_step(config: PretrainConfig) -> StepFunction:
             hidden=draw_hidden(tokens, objective.input_mask),
             coord_scale=draw_coord_scale(rescale),
         )
-        loss = next_embedding_loss(
-            out.predictions,
-            out.embeddings,
-            out.mask,
-            shift=objective.shift,
-            stop_gradient=objective.stop_gradient,
-        )
+        loss = objective_loss(objective, out, gather=gather_samples)
         count = pair_count(out.predictions, out.mask, shift=objective.shift)
         return StepOutput(loss, count, tokens.values.shape[0] * tokens.values.shape[1])
 
@@ -186,35 +202,57 @@ def _eval_batch(config: PretrainConfig) -> int:
 
 
 def held_out_health(config: PretrainConfig, model: NEPA, ranks: World, ema: Ema | None) -> dict[str, float]:
-    """The held-out objective, and rank, spread and shared direction: a line of metrics.jsonl.
+    """The held-out objective, rank, spread, shared direction, copy gap and identification: a line of metrics.jsonl.
 
     Of the averaged weights, where there are any. A few hundred samples: the main process takes them all.
     """
     if not ranks.is_main:
         return {}
     with applied(ema):
-        gathered = gather(
-            model,
-            config.data,
-            held_out(config, ranks.device, config.verdict.health_samples),
-            causal=config.objective.causal,
-            limit=config.verdict.health_samples,
+        gathered, objective = gather_held_out(
+            config, config.data, model, ranks.device, config.verdict.health_samples, limit=config.verdict.health_samples
         )
-    return {"held_out_objective": objective_of(config, gathered), **health(gathered)}
+    return {"held_out_objective": objective, **health(gathered), **learning(gathered)}
 
 
-def objective_of(config: PretrainConfig, gathered: Gathered) -> float:
-    """The value of the run's own objective (no gradient, no hidden inputs)."""
-    shift = config.objective.shift
-    return float(next_embedding_loss(gathered.predictions, gathered.embeddings, gathered.mask, shift=shift))
+def rank_warning(run: Run, figures: Mapping[str, float]) -> dict[str, str]:
+    """A line of warning where the rank of the embeddings has just fallen below `COLLAPSE_SHARE` of its start."""
+    ranks = [line[RANK] for line in run.metrics() if RANK in line]
+    if not ranks or not figures[RANK] < COLLAPSE_SHARE * ranks[0] <= ranks[-1]:
+        return {}
+    return {
+        "warning": f"the effective rank of the embeddings fell to {figures[RANK]:.1f}, below {COLLAPSE_SHARE:.0%} of "
+        f"the {ranks[0]:.1f} before training: lower optim.lr or start with a larger model.layer_scale"
+    }
+
+
+def gather_held_out(
+    config: PretrainConfig, data: Modality, model: NEPA, device: torch.device, samples: int, limit: int | None = None
+) -> tuple[Gathered, float]:
+    """What a model makes of held-out samples, and the value of the run's own objective there.
+
+    The objective is the mean over batches of a micro-batch each (256 samples at most), without gradient and without
+    hidden inputs: terms that compare samples compare those of a batch.
+    """
+    sums = [0.0, 0.0]
+    seed_step(fold_seed(config.train.seed, "held out"), device)  # of what an objective draws
+
+    def add(out: Prediction) -> None:
+        count = float(pair_count(out.predictions, out.mask, shift=config.objective.shift))
+        sums[0] += count * float(objective_loss(config.objective, out))
+        sums[1] += count
+
+    batches, causal = held_out(config, device, samples), config.objective.causal
+    gathered = gather(model, data, batches, causal=causal, limit=limit, watch=add)
+    return gathered, sums[0] / max(sums[1], 1.0)
 
 
 def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float]:
     """Judge a trained model on held-out data; also the value of its own objective there."""
     data, causal, sizes = config.data.plain(), config.objective.causal, config.verdict
 
-    def test(network: NEPA) -> Gathered:
-        return gather(network, data, held_out(config, device, sizes.test_samples), causal=causal)
+    def test(network: NEPA) -> tuple[Gathered, float]:
+        return gather_held_out(config, data, network, device, sizes.test_samples)
 
     train = gather(
         model,
@@ -222,13 +260,17 @@ def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tup
         plain_batches(data.dataset("train"), batch=_eval_batch(config), device=device, limit=sizes.fit_samples, seed=0),
         causal=causal,
     )
-    trained = test(model)
-    return judge(train, trained, test(build_model(config).to(device))), objective_of(config, trained)
+    trained, objective = test(model)
+    return judge(train, trained, test(build_pretrainer(config).to(device))[0]), objective
 
 
 def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
-    """The loss that no predictor can beat where the adapter knows it; it counts BOS, and holds for causal attention."""
-    return config.data.known_optimum(model.embed) if config.model.bos and config.objective.causal else None
+    """The loss that no predictor can beat where the adapter knows it; it counts BOS, and holds for causal attention.
+
+    And for the embeddings themselves, not for what a projector makes of them.
+    """
+    applies = config.model.bos and config.objective.causal and not config.objective.is_projected
+    return config.data.known_optimum(model.embed) if applies else None
 
 
 def summarise(
@@ -240,5 +282,7 @@ def summarise(
         "objective": objective,
         "causal": config.objective.causal,
         "weights": "raw" if config.train.ema is None else "ema",
+        "space": "projected" if config.objective.is_projected else "embedding",
         **cost(result, model),
+        "parameters": sum(x.numel() for name, x in model.named_parameters() if not name.startswith(HEADS)),
     }

@@ -94,6 +94,8 @@ def _check_key(config: BaseModel, key: str, value: Any) -> None:
     node: Any = config
     parts = key.split(".")
     for depth, part in enumerate(parts):
+        if isinstance(node, dict) and depth == len(parts) - 1:
+            return  # the config that holds the dictionary says which entries it takes
         if not isinstance(node, BaseModel):
             raise UserError(f"unknown key {key}: {'.'.join(parts[:depth])} is a single value")
         if part not in type(node).model_fields:
@@ -114,7 +116,10 @@ def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
         else:
             values[head] = value
     for head, inner in nested.items():
-        values[head] = _override(values[head], inner, f"{prefix}{head}.")
+        if isinstance(values[head], dict):
+            values[head] = values[head] | inner
+        else:
+            values[head] = _override(values[head], inner, f"{prefix}{head}.")
     if isinstance(node, Duration):  # it holds one unit: naming one replaces the other
         values = changes
     return validated(type(node), values, prefix)
