@@ -90,6 +90,13 @@ Features = dict[str, np.ndarray]
 """Name of an array -> memory map [S, ...]; the labels [S], or numbers [S, K], are under "labels"."""
 
 
+class Kept(NamedTuple):
+    """The features of a split, one for each reader, and how many of its samples could not be read."""
+
+    features: list[Features]
+    unreadable: int
+
+
 def network_reader(config: PretrainConfig, model: NEPA, rows: Sequence[Row], *, causal: bool) -> Reader:
     """Reads the hidden states of a network.
 
@@ -185,9 +192,7 @@ def _tensor_digest(tensors: dict[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def kept_features(
-    source: Source, readers: Sequence[Reader], store: Path, ranks: World, *, show: bool = False
-) -> list[Features]:
+def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks: World, *, show: bool = False) -> Kept:
     """The features of a split for each reader: found in `store`, or computed in one pass over the data.
 
     Args:
@@ -195,14 +200,21 @@ def kept_features(
         show: progress on the screen, and what was found.
 
     Raises:
-        UserError: the samples have no label or differ in shape, none can be read, or the disk is full.
+        UserError: the samples have no label or differ in shape, too few can be read, or the disk is full.
     """
     data = source.config.data.plain()
     samples = data.dataset(source.split)
     total = min(source.limit, len(cast(Sized, samples)))
     size = min(source.config.train.micro_batch or source.config.train.batch, 256)
     seed = 0 if source.split == "train" else None
-    batches = partial(plain_batches, samples, batch=size, device=ranks.device, seed=seed)
+    batches = partial(
+        plain_batches,
+        samples,
+        batch=size,
+        device=ranks.device,
+        seed=seed,
+        max_unreadable=source.config.train.max_unreadable,
+    )
     first = next(batches(limit=min(FIRST, total)))
     if "label" not in first:
         raise UserError(f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples")
@@ -223,7 +235,8 @@ def kept_features(
             share = batches(limit=total, workers=source.config.train.workers, rank=ranks.rank, ranks=ranks.size)
             _compute(share, data, readers, folders, missing, ranks, meter)
             _join(folders, keys, missing, ranks)
-    return [_open(folder, (*reader.names, "labels")) for folder, reader in zip(folders, readers, strict=True)]
+    features = [_open(folder, (*reader.names, "labels")) for folder, reader in zip(folders, readers, strict=True)]
+    return Kept(features, total - len(features[0]["labels"]))
 
 
 def _first_digest(tokens: Tokens, labels: Tensor) -> str:

@@ -20,7 +20,7 @@ from nepa_core.predictor import PredictorConfig
 from nepa_core.pretrainer import ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
 from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
-from nepa_core.runtime.data import fold_seed, plain_batches, seed_step
+from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, gather_samples, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig
 from nepa_core.runtime.optim import OptimConfig
@@ -137,9 +137,11 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     if not ranks.is_main:
         return {}
     with applied(ema):
-        verdict, objective = verdict_of(config, model, ranks.device)
+        verdict, objective, unreadable = verdict_of(config, model, ranks.device)
         optimum = best_possible(config, model)
-    summary = summarise(verdict, objective, config, model, result) | ({} if optimum is None else {"optimum": optimum})
+    summary = summarise(verdict, objective, config, model, result) | {"unreadable_held_out": len(unreadable)}
+    if optimum is not None:
+        summary["optimum"] = optimum
     card.write_report(run, summary, config.data)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
@@ -192,9 +194,18 @@ def draw_hidden(tokens: Tokens, share: float) -> Tensor | None:
     return torch.rand(tokens.values.shape[:2], device=tokens.values.device) < share
 
 
-def held_out(config: PretrainConfig, device: torch.device, limit: int) -> Iterator[Batch]:
-    """The first held-out samples."""
-    return plain_batches(config.data.plain().dataset("test"), batch=_eval_batch(config), device=device, limit=limit)
+def held_out(
+    config: PretrainConfig, device: torch.device, limit: int, unreadable: set[str] | None = None
+) -> Iterator[Batch]:
+    """The first held-out samples; those left out are named in `unreadable`."""
+    return plain_batches(
+        config.data.plain().dataset("test"),
+        batch=_eval_batch(config),
+        device=device,
+        limit=limit,
+        unreadable=unreadable,
+        max_unreadable=config.train.max_unreadable,
+    )
 
 
 def _eval_batch(config: PretrainConfig) -> int:
@@ -208,10 +219,9 @@ def held_out_health(config: PretrainConfig, model: NEPA, ranks: World, ema: Ema 
     """
     if not ranks.is_main:
         return {}
+    samples = config.verdict.health_samples
     with applied(ema):
-        gathered, objective = gather_held_out(
-            config, config.data, model, ranks.device, config.verdict.health_samples, limit=config.verdict.health_samples
-        )
+        gathered, objective = gather_held_out(config, model, held_out(config, ranks.device, samples))
     return {"held_out_objective": objective, **health(gathered), **learning(gathered)}
 
 
@@ -226,33 +236,31 @@ def rank_warning(run: Run, figures: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def gather_held_out(
-    config: PretrainConfig, data: Modality, model: NEPA, device: torch.device, samples: int, limit: int | None = None
-) -> tuple[Gathered, float]:
-    """What a model makes of held-out samples, and the value of the run's own objective there.
+def gather_held_out(config: PretrainConfig, model: NEPA, batches: Iterator[Batch]) -> tuple[Gathered, float]:
+    """What a model makes of held-out batches, and the value of the run's own objective there.
 
-    The objective is the mean over batches of a micro-batch each (256 samples at most), without gradient and without
-    hidden inputs: terms that compare samples compare those of a batch.
+    That is the mean over the batches, without gradient and without hidden inputs: terms that compare samples compare
+    those of a batch, which is a micro-batch or 256 samples, where that is less.
     """
     sums = [0.0, 0.0]
-    seed_step(fold_seed(config.train.seed, "held out"), device)  # of what an objective draws
 
     def add(out: Prediction) -> None:
+        torch.manual_seed(fold_seed(config.train.seed, "held out"))  # SIGReg draws directions
         count = float(pair_count(out.predictions, out.mask, shift=config.objective.shift))
         sums[0] += count * float(objective_loss(config.objective, out))
         sums[1] += count
 
-    batches, causal = held_out(config, device, samples), config.objective.causal
-    gathered = gather(model, data, batches, causal=causal, limit=limit, watch=add)
+    gathered = gather(model, config.data.plain(), batches, causal=config.objective.causal, watch=add)
     return gathered, sums[0] / max(sums[1], 1.0)
 
 
-def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float]:
-    """Judge a trained model on held-out data; also the value of its own objective there."""
+def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float, set[str]]:
+    """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
     data, causal, sizes = config.data.plain(), config.objective.causal, config.verdict
+    unreadable: set[str] = set()
 
     def test(network: NEPA) -> tuple[Gathered, float]:
-        return gather_held_out(config, data, network, device, sizes.test_samples)
+        return gather_held_out(config, network, held_out(config, device, sizes.test_samples, unreadable))
 
     train = gather(
         model,
@@ -261,7 +269,7 @@ def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tup
         causal=causal,
     )
     trained, objective = test(model)
-    return judge(train, trained, test(build_pretrainer(config).to(device))[0]), objective
+    return judge(train, trained, test(build_pretrainer(config).to(device))[0]), objective, unreadable
 
 
 def best_possible(config: PretrainConfig, model: NEPA) -> float | None:

@@ -52,7 +52,7 @@ from recipes.finetune import FinetuneConfig
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.targets import default_out, is_run, read_target, task_of
-from recipes.training import provenance
+from recipes.training import provenance, unreadable
 from recipes.weights import load_backbone, read_weights
 
 Pooling = Literal["mean", "last", "bos", "attentive"]
@@ -196,7 +196,7 @@ def probe(
         )
         if not ranks.is_main:
             return {}
-        splits = [Split.of(*pair, device) for pair in zip(train, test, strict=True)]
+        splits = [Split.of(*pair, device) for pair in zip(train.features, test.features, strict=True)]
         check_regression(splits[0], options)
         layers, random_init, raw = (score_rows(split, options.classifiers) for split in splits)
     return {
@@ -210,6 +210,8 @@ def probe(
         "train_samples": len(splits[0].labels),
         "test_samples": len(splits[0].test_labels),
         "seed": config.train.seed,
+        "unreadable_samples": train.unreadable,
+        "unreadable_held_out": test.unreadable,
         "notes": notes,
     }
 
@@ -360,7 +362,7 @@ def render(summary: dict[str, Any]) -> str:
     of_paper = [f"{name} is {PAPER[name]}" for name in summary["paper"]]
     notes = [f"The paper's probe: {'; '.join(of_paper)}."] if of_paper else []
     notes += ["The figures are R2: 1 is perfect, 0 the mean of the labels."] if metric == "r2" else []
-    notes += summary["notes"]
+    notes += [*summary["notes"], *unreadable(summary)]
     chosen = (
         f"Chosen on held-back training samples: {best['name']} {best[metric]:.3f}; "
         f"random weights {best_random['name']} {best_random[metric]:.3f}; raw tokens {raw[metric]:.3f}."

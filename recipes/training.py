@@ -103,6 +103,16 @@ def cost(result: FitResult, model: nn.Module) -> dict[str, Any]:
     }
 
 
+def unreadable(summary: dict[str, Any]) -> list[str]:
+    """A line on the samples that could not be read, where there are any."""
+    counts = {"training": summary.get("unreadable_samples", 0), "held-out": summary.get("unreadable_held_out", 0)}
+    told = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    if not told:
+        return []
+    one = sum(counts.values()) == 1
+    return [f"{told} sample{'' if one else 's'} could not be read and {'was' if one else 'were'} skipped."]
+
+
 def provenance() -> dict[str, Any]:
     """Command, commit, device and versions: what a number needs beside it."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()

@@ -162,7 +162,7 @@ BAD = {
         "data.patch=(3, 3) does not divide data.size=(8, 8); the nearest sizes that it divides: (6, 6) and (9, 9)",
     ),
     "batch too large": (["pretrain", TINY, "train.batch=99"], "train.batch=99 is more than the 48 training samples"),
-    "too many unreadable": (["pretrain", TINY, "data.unreadable=[1]"], "more than train.max_unreadable=0.01 of the"),
+    "too many unreadable": (["pretrain", TINY, "data.unreadable=[1]"], "more than train.max_unreadable=0.01 of them"),
 }  # fmt: skip
 
 

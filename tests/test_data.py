@@ -179,6 +179,15 @@ def test_a_batch_of_unreadable_samples_is_left_out() -> None:
     assert [batch["index"].tolist() for batch in found] == [[0, 1], [4, 5]]
 
 
+def test_held_out_samples_left_out_are_named_and_too_many_are_an_error() -> None:
+    data = Waves(samples=10, unreadable=(2, 7)).dataset("test")
+    named: set[str] = set()
+    assert len(_indices(plain_batches(data, batch=4, device=CPU, unreadable=named, max_unreadable=0.2))) == 8
+    assert named == {"sample 2: torn", "sample 7: torn"}
+    with pytest.raises(UserError, match=r"2 unreadable held-out samples of 10: .*train.max_unreadable=0.1 .*sample 2"):
+        _indices(plain_batches(data, batch=4, device=CPU, max_unreadable=0.1))
+
+
 def test_a_limit_takes_the_first_samples_or_a_random_choice() -> None:
     data = Waves(samples=20).dataset("test")
     first = _indices(plain_batches(data, batch=4, device=CPU, limit=6))

@@ -55,7 +55,7 @@ class TrainConfig(BaseModel):
         workers: processes that load data, for each rank; 0 loads in the main process.
         log, evaluate, checkpoint: steps between lines of metrics, held-out measurements, checkpoints.
         keep: checkpoints that are kept.
-        max_unreadable: share of the training samples that may be unreadable before the run stops.
+        max_unreadable: share of the training samples, and of the held-out ones, that may be unreadable.
     """
 
     model_config = FROZEN
