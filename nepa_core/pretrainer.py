@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -16,8 +16,9 @@ from nepa_core.model import NEPA, HeadOutputs, Prediction
 from nepa_core.objective import Gather, pair_up
 from nepa_core.predictor import PredictorConfig, Trace, init_weights
 
-PLAIN = ("cosine", "mse", "mse_normalised", "standardised", "infonce_sample", "infonce_position", "barlow")
-"""Terms that compare the predictor's output with the embeddings themselves."""
+AS_THEY_ARE = ("cosine", "mse", "mse_normalised", "infonce_sample", "infonce_position", "horizons")
+STANDARDISED = ("standardised", "barlow")
+"""Terms that compare what is standardised over the batch first."""
 
 PROJECTED = ("projected_cosine", "projected_mse")
 """Terms that compare them behind the projector."""
@@ -25,7 +26,7 @@ PROJECTED = ("projected_cosine", "projected_mse")
 SIGREG = ("sigreg_tokens", "sigreg_batch")
 """Terms that shape the projected embeddings and know no prediction."""
 
-PREDICTIVE = (*PLAIN, *PROJECTED, "horizons")
+PREDICTIVE = (*AS_THEY_ARE, *STANDARDISED, *PROJECTED)
 TERMS = (*PREDICTIVE, *SIGREG, "intermediate")
 ACROSS_SAMPLES = ("standardised", "infonce_position", "barlow", "sigreg_batch")
 """Terms that compare the samples of a batch, and so need two."""
@@ -100,9 +101,11 @@ class ObjectiveConfig(BaseModel):
         return any(name in self.terms for name in names)
 
     @property
-    def is_projected(self) -> bool:
-        """Whether prediction and target are brought together behind the projector only."""
-        return self.has(PROJECTED) and not self.has(PLAIN)
+    def space(self) -> Literal["embedding", "standardised", "projected"]:
+        """Where prediction and target meet: as they are, where one of the terms compares them so."""
+        if self.has(AS_THEY_ARE):
+            return "embedding"
+        return "standardised" if self.has(STANDARDISED) else "projected"
 
     @property
     def has_heads(self) -> bool:
@@ -211,12 +214,12 @@ class Pretrainer(NEPA):
     def judged(self, out: Prediction) -> tuple[Tensor, Tensor]:
         """Predictions and embeddings in the space where the objective brings them together, [B, T, D or less].
 
-        The predictor's output and the embeddings where a term compares these; else both behind the projector; else
-        what the head of the next place predicts.
+        Both behind the projector, where that is the space of the objective; what the head of the first horizon
+        predicts, where no other term compares with embeddings; else the predictor's output and the embeddings.
         """
         assert out.heads is not None
-        if self.objective.is_projected and out.heads.projected is not None:
+        if self.objective.space == "projected" and out.heads.projected is not None:
             return out.heads.projected
-        if not self.objective.has(PLAIN):
+        if not self.objective.has(tuple(name for name in (*AS_THEY_ARE, *STANDARDISED) if name != "horizons")):
             return out.heads.horizons[0], out.embeddings
         return out.predictions, out.embeddings

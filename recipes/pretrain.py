@@ -277,7 +277,7 @@ def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
 
     And for the embeddings themselves, not for what a projector makes of them.
     """
-    applies = config.model.bos and config.objective.causal and not config.objective.is_projected
+    applies = config.model.bos and config.objective.causal and config.objective.space != "projected"
     return config.data.known_optimum(model.embed) if applies else None
 
 
@@ -290,7 +290,7 @@ def summarise(
         "objective": objective,
         "causal": config.objective.causal,
         "weights": "raw" if config.train.ema is None else "ema",
-        "space": "projected" if config.objective.is_projected else "embedding",
+        "space": config.objective.space,
         **cost(result, model),
         "parameters": sum(x.numel() for name, x in model.named_parameters() if not name.startswith(HEADS)),
     }
