@@ -47,12 +47,14 @@ def test_pretrain_leaves_a_whole_run_folder(finished: Run) -> None:
     assert summary is not None
     assert set(summary) >= PROMISED
     assert summary["steps"] == 12
-    for name in ("rank.png", "spread.png", "position.png", "loss.png"):
+    for name in ("rank.png", "spread.png", "learning.png", "position.png", "loss.png"):
         assert (finished.report / name).read_bytes().startswith(b"\x89PNG")
     page = (finished.report / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert "identified among" in page
-    assert [line["step"] for line in finished.metrics() if "effective_rank_embedding" in line] == [0, 5, 10, 12]
+    measured = [line for line in finished.metrics() if "effective_rank_embedding" in line]
+    assert [line["step"] for line in measured] == [0, 5, 10, 12]
+    assert all({"retrieval_top1", "copy_gap", "held_out_objective"} <= line.keys() for line in measured)
 
 
 def test_a_finished_run_is_not_trained_again(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +84,10 @@ def test_collapse_is_called_by_its_name(tmp_path: Path, tiny_recipe: PretrainCon
     assert summary["collapsed"]
     assert summary["loss"] < -0.9
     assert (tmp_path / "run/report/card.txt").read_text().strip().startswith("COLLAPSED")
+    warnings = {line["step"]: line["warning"] for line in Run(tmp_path / "run").metrics() if "warning" in line}
+    assert list(warnings) == [150]
+    assert "below 50% of" in warnings[150]
+    assert warnings[150] in (tmp_path / "run/report/index.html").read_text()
 
 
 def test_ablation_arms_change_what_they_name(tiny_recipe: PretrainConfig) -> None:

@@ -116,8 +116,8 @@ def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
         else:
             values[head] = value
     for head, inner in nested.items():
-        if isinstance(values[head], dict):
-            values[head] = values[head] | inner
+        if isinstance(getattr(node, head), dict):
+            values[head] = (values[head] or {}) | inner
         else:
             values[head] = _override(values[head], inner, f"{prefix}{head}.")
     if isinstance(node, Duration):  # it holds one unit: naming one replaces the other
