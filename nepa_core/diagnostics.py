@@ -27,7 +27,10 @@ CANDIDATES = 64
 """Next-token identification is a choice among this many samples."""
 
 COLLAPSE_SHARE = 0.5
-"""Collapsed = the effective rank of the embeddings fell below this share of its value before training."""
+"""Collapsed = the effective rank of the embeddings fell below this share of its value before training.
+
+Training warns when it does.
+"""
 
 _RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean variance of a feature
 _RIDGE_FEATURES = 4096  # most features of the linear autoregression; above, each token is reduced by PCA

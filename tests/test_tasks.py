@@ -18,6 +18,7 @@ from recipes import ablate, bench, compare
 from recipes.bench import read_config
 from recipes.cli import main
 from recipes.finetune import finetune, short
+from recipes.objectives import NAMED
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
 from recipes.workload import network
 from tests.conftest import ROOT
@@ -170,6 +171,13 @@ def test_bench_measures_against_references(against: str, capsys: pytest.CaptureF
     found = re.search(rf"bare {against}, time +(\d+\.\d+)", capsys.readouterr().out, re.IGNORECASE)
     assert found is not None
     assert 0.2 < float(found[1]) < 5
+
+
+def test_bench_measures_every_objective_against_the_cosine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tests.tiny:recipe", "steps=2", "repeats=1", "against=objectives"]) == 0
+    ratios = dict(re.findall(r"^(\w+) / cosine, time +(\d+\.\d+)$", capsys.readouterr().out, re.MULTILINE))
+    assert ["cosine", *ratios] == list(NAMED)
+    assert all(float(ratio) > 0.1 for ratio in ratios.values())
 
 
 def test_bench_measures_loading_against_bare_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
