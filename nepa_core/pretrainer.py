@@ -13,18 +13,19 @@ from nepa_core import objective
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.modality import Tokens
 from nepa_core.model import NEPA, HeadOutputs, Prediction
-from nepa_core.objective import Gather, pair_up
+from nepa_core.objective import Gather, Term, pair_up
 from nepa_core.predictor import PredictorConfig, Trace, init_weights
 
+# Names of terms, by what they compare. A term over several heads is the mean over them.
 AS_THEY_ARE = ("cosine", "mse", "mse_normalised", "infonce_sample", "infonce_position", "horizons")
 STANDARDISED = ("standardised", "barlow")
-"""Terms that compare what is standardised over the batch first."""
+"""Terms whose targets are standardised over the batch first."""
 
 PROJECTED = ("projected_cosine", "projected_mse")
-"""Terms that compare them behind the projector."""
+"""Terms that compare prediction and target behind the projector."""
 
 SIGREG = ("sigreg_tokens", "sigreg_batch")
-"""Terms that shape the projected embeddings and know no prediction."""
+"""Terms that shape the projected embeddings, and know no prediction."""
 
 PREDICTIVE = (*AS_THEY_ARE, *STANDARDISED, *PROJECTED)
 TERMS = (*PREDICTIVE, *SIGREG, "intermediate")
@@ -116,6 +117,9 @@ class ObjectiveConfig(BaseModel):
 def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather = lambda x: x) -> Tensor:
     """The loss of one batch: the sum of the terms times their weights, a float32 scalar.
 
+    Every term is a mean over its own pairs; where masks leave micro-batches or processes with unequal shares of the
+    pairs, they are weighed by those of neighbouring places.
+
     Args:
         gather: brings the samples of all processes together, for `infonce_position`.
 
@@ -123,35 +127,36 @@ def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather =
         UserError: a horizon lies beyond the end of every sequence.
     """
     embeddings, predictions, mask, heads = out
-    heads = heads or HeadOutputs()
-    behind = heads.projected or (predictions, embeddings)
+    formulas, heads = _formulas(config, gather), heads or HeadOutputs()
+    if "horizons" in config.terms and config.horizons >= embeddings.shape[1]:
+        raise UserError(
+            f"objective.horizons={config.horizons} reaches beyond sequences of {embeddings.shape[1]} places; lower it"
+        )
 
-    def compare(term: objective.Term, predictions: Tensor, embeddings: Tensor, ahead: int = 1) -> Tensor:
-        prediction, target, counted = pair_up(predictions, embeddings, mask, shift=config.shift, ahead=ahead)
-        return term(prediction, target.detach() if config.stop_gradient else target, counted)
-
-    def mean_cosine(made: tuple[Tensor, ...], aheads: range | list[int]) -> Tensor:
-        losses = [compare(objective.cosine, x, embeddings, ahead) for x, ahead in zip(made, aheads, strict=True)]
-        return torch.stack(losses).mean()
+    def compared(name: str) -> list[tuple[Tensor, Tensor, int]]:
+        """What a term compares: predictions, embeddings and the places between a prediction and its target."""
+        if name == "horizons":
+            return [(made, embeddings, ahead) for ahead, made in enumerate(heads.horizons, 1)]
+        if name == "intermediate":
+            return [(made, embeddings, 1) for made in heads.layers]
+        if name in (*PROJECTED, *SIGREG) and heads.projected is not None:
+            return [(*heads.projected, 1)]
+        return [(predictions, embeddings, 1)]
 
     def value(name: str) -> Tensor:
-        match name:
-            case "horizons":
-                if config.horizons >= embeddings.shape[1]:
-                    raise UserError(
-                        f"objective.horizons={config.horizons} reaches beyond sequences of {embeddings.shape[1]} places"
-                    )
-                return mean_cosine(heads.horizons, range(1, config.horizons + 1))
-            case "intermediate":
-                return mean_cosine(heads.layers, [1] * len(heads.layers))
-            case "projected_cosine" | "projected_mse":
-                return compare(objective.cosine if name == "projected_cosine" else objective.mse, *behind)
-            case "sigreg_tokens" | "sigreg_batch":
-                over = "tokens" if name == "sigreg_tokens" else "batch"
-                return compare(partial(objective.sigreg, over=over, slices=config.slices), *behind)
-        return compare(plain[name], predictions, embeddings)
+        losses = []
+        for made, source, ahead in compared(name):
+            prediction, target, counted = pair_up(made, source, mask, shift=config.shift, ahead=ahead)
+            losses.append(formulas[name](prediction, target.detach() if config.stop_gradient else target, counted))
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
-    plain: dict[str, objective.Term] = {
+    weighted = [weight * value(name) for name, weight in config.terms.items()]
+    return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
+
+
+def _formulas(config: ObjectiveConfig, gather: Gather) -> dict[str, Term]:
+    sigreg = partial(objective.sigreg, slices=config.slices)
+    return {
         "cosine": objective.cosine,
         "mse": objective.mse,
         "mse_normalised": objective.mse_normalised,
@@ -159,9 +164,13 @@ def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather =
         "infonce_sample": partial(objective.infonce_sample, temperature=config.temperature),
         "infonce_position": partial(objective.infonce_position, temperature=config.temperature, gather=gather),
         "barlow": partial(objective.barlow, redundancy=config.redundancy),
+        "projected_cosine": objective.cosine,
+        "projected_mse": objective.mse,
+        "sigreg_tokens": partial(sigreg, over="tokens"),
+        "sigreg_batch": partial(sigreg, over="batch"),
+        "horizons": objective.cosine,
+        "intermediate": objective.cosine,
     }
-    weighted = [weight * value(name) for name, weight in config.terms.items()]
-    return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
 
 
 class Heads(nn.Module):

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, Batch
 from nepa_core.diagnostics import COLLAPSE_SHARE, Gathered, Verdict, gather, health, judge, learning
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens
@@ -18,7 +18,6 @@ from nepa_core.model import NEPA, Prediction, draw_coord_scale
 from nepa_core.objective import pair_count
 from nepa_core.predictor import PredictorConfig
 from nepa_core.pretrainer import ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
-from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, gather_samples, world
@@ -28,6 +27,7 @@ from nepa_core.runtime.run import Run
 from recipes import card
 from recipes.targets import default_out, read_target
 from recipes.training import cost, opened, train
+from recipes.weights import newest
 
 RANK = "effective_rank_embedding"
 
@@ -159,9 +159,7 @@ def load_pretrained(
         UserError: the folder holds no run, or a run without an undamaged checkpoint, or a change does not fit.
     """
     config = override(run.load_config(PretrainConfig), changes or {})
-    checkpoint, _ = load_latest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{run.checkpoints} holds no undamaged checkpoint; run `nepa pretrain {run.path}` first")
+    checkpoint = newest(run)
     model = build_model(config)
     averaged = checkpoint.tensors.get("ema", {})  # parameters only: an embedder's buffers come with the model
     model.load_state_dict(checkpoint.tensors["model"] | averaged)

@@ -23,6 +23,8 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
+from recipes.targets import is_imported
+from recipes.weights import newest
 
 
 class Recipe(Protocol):
@@ -39,9 +41,16 @@ class Recipe(Protocol):
 
 
 def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
-    """Open the run's folder on every rank; the summary if it was finished before, else None."""
+    """Open the run's folder on every rank; the summary if it was finished before, else None.
+
+    Raises:
+        UserError: the folder can't be used, or the run was imported and its weights are damaged: those of the seed
+            would take their place.
+    """
     run.open(config, write=ranks.is_main)
     ranks.barrier()
+    if is_imported(str(run.path)):
+        newest(run)
     return run.summary()
 
 
@@ -54,6 +63,7 @@ def train(
     *,
     step_function: StepFunction,
     evaluate: Callable[[Ema | None], Mapping[str, Any]],
+    untrained: bool = True,
     show: bool,
 ) -> tuple[FitResult, Ema | None]:
     """`fit` with what the config asks for around the model: compiled or recomputed blocks, an average, layer decay.
@@ -61,6 +71,7 @@ def train(
     Args:
         predictor: the one inside `model`.
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
+        untrained: evaluate before the first step, too.
     """
     if config.train.compile:
         predictor.compile_blocks()
@@ -77,6 +88,7 @@ def train(
         world=ranks,
         ema=ema,
         evaluate=lambda: evaluate(ema),
+        untrained=untrained,
         height=height(config),
         show=show,
     )

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.runtime import data
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, plain_batches
 from tests.contract import check_modality
 from tests.tiny import CPU, Waves
@@ -135,6 +137,23 @@ def test_more_unreadable_samples_than_allowed_stop_the_run_with_the_key_and_a_fi
     with pytest.raises(UserError, match=r"2 unreadable samples .*train.max_unreadable=0.1 .*sample 4: torn"):
         list(batches(data, max_unreadable=0.1))
     assert len(list(batches(data, max_unreadable=0.125))) == 6, "two of sixteen are an eighth"
+
+
+def test_more_workers_than_cores_are_not_started_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    def loader(dataset: Any, *, num_workers: int, **settings: Any) -> DataLoader[Batch]:
+        started.append(num_workers)
+        return DataLoader(dataset, num_workers=0, **settings)
+
+    monkeypatch.setattr(data, "DataLoader", loader)
+    monkeypatch.setattr(data, "cores", lambda: 2)
+    waves = Waves(jitter=0.2)
+    expected = list(batches(waves))
+    for workers, used in ((1, 1), (2, 2), (64, 2)):
+        assert all(map(same, batches(waves, workers=workers), expected))
+        list(plain_batches(waves.dataset("test"), batch=8, device=CPU, workers=workers))
+        assert started[-2:] == [used, used]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.basics import Batch, UnreadableSample, UserError, cores
 
 _SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
 _ERROR = "_error"  # key of a batch that is a user's error instead
@@ -218,7 +218,7 @@ def plain_batches(
 def _loader_settings(workers: int, device: torch.device) -> dict[str, Any]:
     return {
         "batch_size": None,  # a draw is a whole batch already
-        "num_workers": workers,
+        "num_workers": min(workers, cores()),  # more only take turns; batches are the same from any number
         "worker_init_fn": _ignore_ctrl_c,
         "pin_memory": device.type == "cuda",
         "generator": torch.Generator(),  # or the loader would draw from the global one
