@@ -385,10 +385,12 @@ def test_a_broken_config_of_a_released_folder_is_fetched_again(
         assert said.endswith("; fetch it again\n")
 
 
-def test_help_lists_the_keys_of_the_run_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_keys_of_the_run_to_be_that_the_weights_leave_open(capsys: pytest.CaptureFixture[str]) -> None:
     convert("import", FIXTURES / "classify", "data.root=here", "--help")
     said = capsys.readouterr().out
-    assert "model.dim=64" in said
+    for decided in ("  model.", "  data.patch=", "  causal="):
+        assert decided not in said
+    assert "  data.patch_order=raster" in said
     assert "data.root=here" in said
 
 

@@ -343,9 +343,10 @@ def test_measuring_leaves_the_mode_alone_and_repeats_itself(root: Path) -> None:
 def test_an_unreadable_held_out_scene_is_left_out_and_counted(root: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(root, tmp_path / "copy")
     (copy / "images/validation/ADE_0001.jpg").write_bytes(b"")
-    config = recipe(copy)
+    config = recipe(copy, train__max_unreadable=0.2)
     model, _ = build_segmenter(config)
-    assert measure(config, model, ALONE).images == 4
+    found = measure(config, model, ALONE)
+    assert (found.images, found.unreadable) == (4, 1)
 
 
 # ---- several processes
