@@ -141,7 +141,7 @@ def test_assignments_are_json_where_they_parse_and_else_text() -> None:
         ("tests.no_such:recipe", "no module 'tests.no_such' here"),
         (".tiny:recipe", "not of the form module:function"),
         ("tests.tiny:recip", "tests.tiny has no 'recip'; did you mean recipe?"),
-        ("tests.tiny:zzz", "tests.tiny has no 'zzz'; known: Waves, ragged, random, recipe"),
+        ("tests.tiny:zzz", "tests.tiny has no 'zzz'; known: Series, Waves, interrupted_at, ragged, random"),
         ("recipes.vision:digit", "did you mean digits?"),
     ],
 )

@@ -42,8 +42,7 @@ def load_object(path: str) -> Any:
             f"{path}: no module {module_name!r} here; run the command from the folder that holds it"
         ) from error
     if not hasattr(module, name):
-        named = [*recipe_functions(module), *_adapters(module)]
-        raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, named)}")
+        raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, _own(module))}")
     return getattr(module, name)
 
 
@@ -60,11 +59,12 @@ def recipe_functions(module: ModuleType) -> dict[str, Callable[[], BaseModel]]:
     return found
 
 
-def _adapters(module: ModuleType) -> list[str]:
+def _own(module: ModuleType) -> list[str]:
+    """The public functions and classes that a module defines itself."""
     return [
         name
-        for name, kind in inspect.getmembers(module, inspect.isclass)
-        if issubclass(kind, Modality) and kind.__module__ == module.__name__
+        for name, value in vars(module).items()
+        if not name.startswith("_") and callable(value) and getattr(value, "__module__", "") == module.__name__
     ]
 
 
