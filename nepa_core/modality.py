@@ -40,6 +40,10 @@ class Tokens:
     mask: Tensor | None = None
     order: Tensor | None = None
 
+    def real_count(self) -> Tensor | int:
+        """Tokens of the batch that are real; a scalar on their device where there is a mask."""
+        return self.values.shape[0] * self.values.shape[1] if self.mask is None else self.mask.sum()
+
     def reordered(self, order: Tensor | None) -> Tokens:
         """Apply one permutation to values, coordinates and mask together.
 

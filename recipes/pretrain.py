@@ -164,7 +164,7 @@ def make_step(config: PretrainConfig) -> StepFunction:
             stop_gradient=objective.stop_gradient,
         )
         count = pair_count(out.predictions, out.mask, shift=objective.shift)
-        return StepOutput(loss, count, tokens.values.shape[0] * tokens.values.shape[1])
+        return StepOutput(loss, count, tokens.real_count())
 
     return step
 
