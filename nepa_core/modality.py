@@ -213,6 +213,15 @@ class Modality(BaseModel, ABC):
         return None
 
     def read(self, batch: Batch) -> Tokens:
-        """Tokenize a batch and put the tokens into this adapter's order."""
+        """Tokenize a batch and put the tokens into this adapter's order.
+
+        Raises:
+            UserError: the coordinates have no axis, or more than 3.
+        """
         tokens = self.tokenize(batch)
+        if not 1 <= tokens.coords.shape[-1] <= 3:
+            raise UserError(
+                f"{type(self).__name__}.tokenize gives coords of shape {list(tokens.coords.shape)}; the last axis holds "
+                "1 to 3 numbers"
+            )
         return tokens.reordered(self.order(tokens))
