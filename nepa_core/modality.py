@@ -221,7 +221,7 @@ class Modality(BaseModel, ABC):
         tokens = self.tokenize(batch)
         if not 1 <= tokens.coords.shape[-1] <= 3:
             raise UserError(
-                f"{type(self).__name__}.tokenize gives coords of shape {list(tokens.coords.shape)}; the last axis holds "
-                "1 to 3 numbers"
+                f"{type(self).__name__}.tokenize gives coords of shape {list(tokens.coords.shape)}; their last axis "
+                "holds 1 to 3 numbers"
             )
         return tokens.reordered(self.order(tokens))
