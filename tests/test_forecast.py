@@ -16,6 +16,7 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes.cli import main
+from recipes.forecast import Options
 from recipes.forecasters import (
     DLinear,
     Moments,
@@ -207,6 +208,13 @@ def test_ridge_and_networks_are_fitted_on_the_same_windows(tmp_path: Path, monke
     arm = short(config, None, "dlinear", 4, steps=3, samples=40)
     train(arm, Run(tmp_path / "dlinear"), World(0, 1, CPU), show=False)
     assert seen == picked
+
+
+def test_the_embedded_series_can_be_forecast_at_the_default_horizons() -> None:
+    data = demo().data
+    assert isinstance(data, TimeSeries)
+    for split in ("train", "validation", "test"):
+        assert len(data.forecasts(split, max(Options().horizons)))
 
 
 def test_what_forecast_cannot_do_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
