@@ -59,6 +59,8 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
     kinds = {name: pa.float32() for name in names}
     rows, chunks, last = 0, deque[np.ndarray](), None
     for batch in _batches(path, schema, kinds, time):
+        if not rows and len(batch) and not any(_reads_as_number(batch[name][0].as_py()) for name in names):
+            raise UserError(f"{path}: no numeric column among {', '.join(names)}; a series needs at least one")
         chunk = np.empty((len(batch), len(names)), np.float32)
         for i, name in enumerate(names):
             chunk[:, i] = _numbers(path, name, batch[name], rows)
@@ -66,6 +68,8 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
             last = _check_times(path, time, batch[time], rows, last)
         rows += len(batch)
         chunks.append(chunk)
+    if not rows:
+        raise UserError(f"{path}: no rows below its head; a series needs at least a window")
     values, start = np.empty((rows, len(names)), np.float32), 0
     while chunks:  # each is freed once it is copied
         chunk = chunks.popleft()
@@ -126,19 +130,26 @@ def _batches(path: str, schema: pa.Schema, kinds: dict[str, Any], time: str | No
         raise UserError(f"{path}: {_one_line(error)}") from error
 
 
+def _reads_as_number(value: Any) -> bool:
+    """A number, its text, or nothing, which is a missing value."""
+    try:
+        float(value or 0)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def _numbers(path: str, name: str, column: pa.Array, before: int) -> np.ndarray:
     """One column of a block as float32 with NaN; `before` rows of the file lie above."""
     try:
         values = column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
     except pa.ArrowException as error:
         for row, value in enumerate(column.to_pylist(), before + 1):
-            try:
-                float(value or 0)
-            except (TypeError, ValueError):
+            if not _reads_as_number(value):
                 raise UserError(
                     f"{path}: row {row} of column {name!r} is {value!r}, which is no number; mend it, or leave the "
                     "column out by data.columns"
-                ) from None
+                ) from error
         raise UserError(
             f"{path}: column {name!r} holds {column.type}, not numbers; leave it out by data.columns"
         ) from error

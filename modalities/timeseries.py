@@ -107,6 +107,10 @@ class TimeSeries(Ordered, Modality):
             raise UserError("data.source=labelled has nothing to forecast; use nepa finetune or nepa probe")
         series = _series(self)
         start, end = series.borders[split]
+        if start == end:
+            raise UserError(
+                f"data.parts={list(self.parts)} leaves no {split} rows, which forecasting needs; give it some"
+            )
         first = max(start, self.window)  # of the steps to forecast
         if end - first < horizon:
             raise UserError(

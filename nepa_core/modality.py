@@ -40,6 +40,10 @@ class Tokens:
     mask: Tensor | None = None
     order: Tensor | None = None
 
+    def real_count(self) -> Tensor | int:
+        """Tokens of the batch that are real; a scalar on their device where there is a mask."""
+        return self.values.shape[0] * self.values.shape[1] if self.mask is None else self.mask.sum()
+
     def reordered(self, order: Tensor | None) -> Tokens:
         """Apply one permutation to values, coordinates and mask together.
 
@@ -226,6 +230,15 @@ class Modality(BaseModel, ABC):
         return None
 
     def read(self, batch: Batch) -> Tokens:
-        """Tokenize a batch and put the tokens into this adapter's order."""
+        """Tokenize a batch and put the tokens into this adapter's order.
+
+        Raises:
+            UserError: the coordinates have no axis, or more than 3.
+        """
         tokens = self.tokenize(batch)
+        if not 1 <= tokens.coords.shape[-1] <= 3:
+            raise UserError(
+                f"{type(self).__name__}.tokenize gives coords of shape {list(tokens.coords.shape)}; their last axis "
+                "holds 1 to 3 numbers"
+            )
         return tokens.reordered(self.order(tokens))

@@ -308,7 +308,7 @@ def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
         truth = goal.truth(batch, tokens) if mixed is None else mixed
         with torch.autocast(outputs.device.type, enabled=False):
             loss, weight = goal.loss(outputs.float(), truth, smoothing=smoothing)
-        return StepOutput(loss, weight, tokens.values.shape[0] * tokens.values.shape[1])
+        return StepOutput(loss, weight, tokens.real_count())
 
     return step
 

@@ -3,49 +3,56 @@
 RUN is a run of `nepa pretrain` on an adapter for series. For every horizon: a ridge regression on the frozen features
 of the layer and read-out that validate best, the same from random weights, and on the raw look-back window; and the
 last value repeated. `finetune=[96]` also trains, through `fit`, the whole network from these weights and from random
-ones, and DLinear (arXiv 2205.13504). Ridge strength, layer and read-out are chosen on the validation split; the
-trained networks are taken after their last step. MSE and MAE are of z-scored values over every test window, in the
-window's own units where it was normalised. A test window may look back into the validation rows for its input.
+ones, and DLinear (arXiv 2205.13504). All of them are fitted on the same `fit_samples` windows. Ridge strength, layer
+and read-out are chosen on the validation split; the trained networks are taken after their last step. MSE and MAE are
+of z-scored values over every test window, in the window's own units where it was normalised. A test window may look
+back into the validation rows for its input.
 
-Shapes: B samples, L steps of look-back, H to forecast, C channels in a sample, F features, Y = H * C.
+Every finished row is kept in RUN/forecast/ and found again by what it depends on (weights, data, samples, steps), so
+a stopped command goes on where it was, and another horizon costs only itself. `also=[RUN2,RUN3]` names runs of the
+same recipe with other seeds: the table is then mean ± standard deviation over all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from einops import rearrange
-from pydantic import BaseModel, Field, PositiveInt, SerializeAsAny
-from torch import Tensor, nn
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
 
 from modalities.timeseries import TimeSeries
-from nepa_core.basics import FROZEN, Batch, UserError
-from nepa_core.ema import Ema, applied
-from nepa_core.model import NEPA, draw_coord_scale, layers_above
-from nepa_core.predictor import PredictorConfig, Trace
-from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.model import NEPA
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.config import differences
 from nepa_core.runtime.distributed import World, world
-from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, fit
-from nepa_core.runtime.optim import Duration, OptimConfig
 from nepa_core.runtime.run import Run
-from recipes.heads import canonical_tokens, last_token
+from recipes.compare import spread
+from recipes.features import weights_digest
+from recipes.forecasters import (
+    Network,
+    Reader,
+    best_ridge,
+    network_features,
+    raw_features,
+    repeat_last,
+    score,
+    short,
+    train,
+)
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
-from recipes.probe import FREE
+from recipes.probe import FREE, listed
 from recipes.targets import is_run
-from recipes.training import opened, provenance
-from recipes.weights import load_backbone, read_weights
+from recipes.training import provenance
 
-READOUTS = ("flattened tokens", "last token")
-STRENGTHS = tuple(10.0**power for power in range(-4, 4))  # of the ridge, times the mean variance of a feature
-BATCH = 256
-TREND = 25  # steps of DLinear's moving average
-
-Network = Literal["predictor", "dlinear"]
+SEED_KEYS = ("recipe", "train.seed", "train.workers", "data.root")
+"""Keys in which runs may differ to stand in one table."""
 
 
 class Options(BaseModel):
@@ -53,59 +60,87 @@ class Options(BaseModel):
 
     model_config = FROZEN
 
-    horizons: tuple[PositiveInt, ...] = Field(
+    horizons: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = Field(
         default=(96, 192, 336, 720), min_length=1, description="steps to forecast"
     )
-    finetune: tuple[PositiveInt, ...] = Field(default=(), description="horizons to train whole networks for, too")
+    finetune: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = Field(
+        default=(), description="horizons to train whole networks for, too"
+    )
     steps: PositiveInt = Field(default=800, description="training steps of each of these networks")
     fit_samples: PositiveInt = Field(
-        default=20_000, description="most samples (windows, times channels where independent) each ridge is fitted on"
+        default=20_000, description="most samples (windows, times channels where independent) each row is fitted on"
+    )
+    also: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        default=(), description="runs with other seeds, for mean ± standard deviation"
     )
 
 
-class ForecastConfig(BaseModel):
-    """A network trained to forecast.
+class Row(NamedTuple):
+    """One row of the table at one horizon.
 
     Attributes:
-        init: a run to start from; None for random weights.
-        network: "predictor" under one linear map of its flattened tokens, or "dlinear".
-        causal: attend backwards only.
-        horizon: steps to forecast.
+        depends: what its figures depend on, plain values: its key.
+        measure: given a folder of its own -> the figures.
     """
 
-    model_config = FROZEN
+    name: str
+    horizon: int
+    depends: dict[str, Any]
+    measure: Callable[[Run], dict[str, Any]]
 
-    task: ClassVar[str] = "forecast"
-
-    init: str | None
-    data: SerializeAsAny[TimeSeries]
-    model: PredictorConfig
-    network: Network
-    causal: bool
-    horizon: PositiveInt
-    optim: OptimConfig
-    train: TrainConfig
+    @property
+    def folder(self) -> str:
+        """Such as "96_fine-tuned_1f3a5b7c9d"."""
+        key = hashlib.sha256(json.dumps(self.depends | {"horizon": self.horizon}, sort_keys=True).encode()).hexdigest()
+        return f"{self.horizon}_{self.name.replace(',', '').replace(' ', '_')}_{key[:10]}"
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    if not is_run(target):
-        raise UserError(f"{target} is not a run folder; pre-train first and name the run")
     refused = [key for key in changes if not key.startswith(FREE)]
     if refused:
         raise UserError(f"nepa forecast reads a finished run; {refused[0]} is not one of its options")
-    run = Run(Path(target))
+    targets = [target, *options.also]
+    check_runs(targets)
     with world() as ranks:
-        config, model = load_pretrained(run, ranks.device, changes)
-        summary = forecast(config, model, run, options, ranks)
+        summaries = []
+        for path in targets:
+            run = Run(Path(path))
+            config, model = load_pretrained(run, ranks.device, changes)
+            summary = forecast(config, model, run, options, ranks, show=True)
+            if ranks.is_main:
+                run.write_summary(summary, "forecast.json")
+            summaries.append(summary)
         if ranks.is_main:
-            run.write_summary(summary, "forecast.json")
-            print(render(summary))
+            if options.also:
+                Run(Path(target)).write_summary(over_seeds(targets, summaries), "forecast_seeds.json")
+            print(render(summaries))
 
 
-def forecast(config: PretrainConfig, model: NEPA, run: Run, options: Options, ranks: World) -> dict[str, Any]:
-    """All rows of all horizons: what forecast.json holds.
+def check_runs(targets: Sequence[str]) -> None:
+    """Whether all targets are runs of one recipe.
 
-    Networks are trained in RUN/forecast/, where a finished one is found again.
+    Raises:
+        UserError: one is no run folder, is named twice, or differs in more than its seed.
+    """
+    for place, target in enumerate(targets):
+        if not is_run(target):
+            raise UserError(f"{target} is not a run folder; pre-train first and name the run")
+        if target in targets[:place]:
+            raise UserError(f"also: {target} stands twice; name runs with different seeds")
+    first, *rest = (Run(Path(target)).load_config(PretrainConfig) for target in targets)
+    for target, config in zip(targets[1:], rest, strict=True):
+        other = [key for key in differences(first, config) if not key.startswith(SEED_KEYS)]
+        if other:
+            raise UserError(f"also: {target} differs from {targets[0]} in {', '.join(other)}, not in train.seed alone")
+
+
+def forecast(
+    config: PretrainConfig, model: NEPA, run: Run, options: Options, ranks: World, *, show: bool = False
+) -> dict[str, Any]:
+    """All rows of all horizons: what forecast.json holds. Finished rows are found again in RUN/forecast/.
+
+    Args:
+        show: a line on the screen for every row.
 
     Raises:
         UserError: the adapter is none for series, or a horizon does not fit in a split.
@@ -114,28 +149,25 @@ def forecast(config: PretrainConfig, model: NEPA, run: Run, options: Options, ra
     if not isinstance(data, TimeSeries):
         raise UserError(f"forecast is for series; the data of {run.path} is {type(data).__name__}")
     horizons = sorted({*options.horizons, *options.finetune})
-    for horizon in horizons:
-        for split in ("train", "validation", "test"):
-            data.forecasts(split, horizon)
-    causal = config.objective.causal
-    untrained = build_model(config).to(ranks.device).eval()
-    reads: dict[str, Reader] = {
-        "frozen": partial(network_features, model, causal=causal),
-        "frozen, random weights": partial(network_features, untrained, causal=causal),
-        "linear on the raw window": raw_features,
+    windows = {
+        horizon: {split: len(data.forecasts(split, horizon)) for split in ("train", "validation", "test")}
+        for horizon in horizons
     }
-    rows: dict[int, list[dict[str, Any]]] = {horizon: [] for horizon in horizons}
-    for name, read in reads.items():
-        for horizon in horizons:
-            rows[horizon].append({"name": name, **best_ridge(data, read, horizon, options.fit_samples, ranks.device)})
-    for horizon in horizons:
-        persistence = score(data, "test", horizon, ranks.device, lambda batch: repeat_last(data, batch))
-        rows[horizon].append({"name": "persistence", **persistence})
-        if horizon in options.finetune:
-            rows[horizon] += trained_rows(config, data, run, horizon, options.steps, ranks)
+    rows = table_rows(config, data, model, run, options, ranks, show=show)
+    found: dict[str, list[dict[str, Any]]] = {str(horizon): [] for horizon in horizons}
+    for number, row in enumerate(rows, 1):
+        place, start = Run(run.path / "forecast" / row.folder), time.perf_counter()
+        kept = place.summary()
+        figures = kept or row.measure(place)
+        if show and ranks.is_main:
+            took = "kept" if kept else f"{time.perf_counter() - start:.0f} s"
+            cells = f"MSE {figures['mse']:.4f}, MAE {figures['mae']:.4f}"
+            print(f"{number}/{len(rows)}  horizon {row.horizon}, {row.name}: {cells} ({took})", file=sys.stderr)
+        found[str(row.horizon)].append({"name": row.name, **figures})
     return {
-        "horizons": {str(horizon): found for horizon, found in rows.items()},
-        "windows": {str(horizon): len(data.forecasts("test", horizon)) for horizon in horizons},
+        "horizons": found,
+        "windows": {str(horizon): counts["test"] for horizon, counts in windows.items()},
+        "fitted_on": {str(horizon): min(counts["train"], options.fit_samples) for horizon, counts in windows.items()},
         "look_back": data.window,
         "patch": data.patch,
         "channels": data.channels,
@@ -147,316 +179,116 @@ def forecast(config: PretrainConfig, model: NEPA, run: Run, options: Options, ra
     }
 
 
-# ----------------------------------------------------------------------------------- ridge on frozen features
+def table_rows(
+    config: PretrainConfig, data: TimeSeries, model: NEPA, run: Run, options: Options, ranks: World, *, show: bool
+) -> list[Row]:
+    """The rows of the table; the networks that are trained come last, as they take longest."""
+    samples, device, causal = options.fit_samples, ranks.device, config.objective.causal
+    horizons = sorted({*options.horizons, *options.finetune})
+    untrained = build_model(config).to(device).eval()
+    about = {
+        "data": data.model_dump(mode="json", exclude={"root"}),
+        "series": hashlib.sha256(data.forecasts("test", horizons[0]).values.numpy().tobytes()).hexdigest(),
+    }
+    fitted = about | {"samples": samples, "causal": causal}
+    weights = {"pre-trained": weights_digest(model), "random": weights_digest(untrained)}
+    reads: dict[str, tuple[Reader, dict[str, str]]] = {
+        "frozen": (partial(network_features, model, causal=causal), {"weights": weights["pre-trained"]}),
+        "frozen, random weights": (partial(network_features, untrained, causal=causal), {"weights": weights["random"]}),
+        "linear on the raw window": (raw_features, {}),
+    }
+    arms: dict[str, tuple[str | None, Network, str]] = {
+        "fine-tuned": (str(run.path), "predictor", weights["pre-trained"]),
+        "fine-tuned, random weights": (None, "predictor", weights["random"]),
+        "DLinear": (None, "dlinear", ""),
+    }
 
-Reader = Callable[[TimeSeries, Batch], dict[str, Tensor]]
-"""(adapter, batch) -> name of a read-out -> features [B, F]."""
+    def ridge(name: str, horizon: int) -> Row:
+        read, own = reads[name]
+        measure = kept(lambda: best_ridge(data, read, horizon, samples, device), ranks)
+        return Row(name, horizon, fitted | own, measure)
 
+    def persistence(horizon: int) -> Row:
+        measure = kept(lambda: score(data, "test", horizon, device, lambda batch: repeat_last(data, batch)), ranks)
+        return Row("persistence", horizon, about, measure)
 
-def raw_features(data: TimeSeries, batch: Batch) -> dict[str, Tensor]:
-    """The look-back window as the network sees it: normalised, missing tokens as zeros."""
-    tokens = data.tokenize(batch)
-    values = tokens.values if tokens.mask is None else tokens.values * tokens.mask[..., None]
-    return {"raw": values.flatten(1)}
+    def trained(name: str, horizon: int) -> Row:
+        init, network, start = arms[name]
+        arm = short(config, init, network, horizon, steps=options.steps, samples=samples)
+        settings = arm.model_dump(mode="json", exclude={"init", "data"})
+        measure = partial(train, arm, ranks=ranks, show=show)
+        return Row(name, horizon, fitted | {"weights": start, "settings": settings}, measure)
 
-
-def network_features(model: NEPA, data: TimeSeries, batch: Batch, *, causal: bool) -> dict[str, Tensor]:
-    """Every layer's tokens, flattened in canonical order, and its last real token; BOS left out."""
-    tokens, trace, bos = data.read(batch), Trace(), model.config.bos
-    mask = model(tokens, causal=causal, trace=trace).mask
-    found = {}
-    for layer, hidden in enumerate(trace.hidden):
-        name = {0: "embedding", len(trace.hidden) - 1: "final norm"}.get(layer, f"layer {layer}")
-        found[f"{name}, {READOUTS[0]}"] = canonical_tokens(hidden, tokens, bos=bos).flatten(1)
-        found[f"{name}, {READOUTS[1]}"] = last_token(hidden, mask)
-    return found
-
-
-class Moments(NamedTuple):
-    """Sums over samples, float64 on the device: of 1, x, y, x x^T, x y^T and |y|^2."""
-
-    samples: int
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: Tensor
-
-
-class Ridge(NamedTuple):
-    """y = x @ weights [F, Y] + offset [Y]."""
-
-    weights: Tensor
-    offset: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x @ self.weights + self.offset
-
-
-@torch.no_grad()
-def best_ridge(data: TimeSeries, read: Reader, horizon: int, samples: int, device: torch.device) -> dict[str, Any]:
-    """Fit a ridge on every read-out, take the one (and the strength) that validates best, and score it on the test."""
-    train, held = (
-        _moments(data, read, split, horizon, samples if split == "train" else samples // 4, device)
-        for split in ("train", "validation")
-    )
-    fitted = {name: fit_ridge(train[name], held[name]) for name in train}
-    name = min(fitted, key=lambda name: fitted[name][1])
-    ridge, validation = fitted[name]
-
-    def predict(batch: Batch) -> Tensor:
-        mean, std = data.scale(batch)
-        return rearrange(ridge(read(data, batch)[name].float()), "b (h c) -> b h c", h=horizon) * std + mean
-
-    return {**score(data, "test", horizon, device, predict), "readout": name, "validation_scaled_mse": validation}
+    return [
+        *(ridge(name, horizon) for name in reads for horizon in horizons),
+        *(persistence(horizon) for horizon in horizons),
+        *(trained(name, horizon) for horizon in sorted(set(options.finetune)) for name in arms),
+    ]
 
 
-def _moments(
-    data: TimeSeries, read: Reader, split: str, horizon: int, samples: int, device: torch.device
-) -> dict[str, Moments]:
-    """The moments of every read-out with the future, over a random choice of a split's windows."""
-    sums: dict[str, list[Any]] = {}
-    dataset = data.forecasts(split, horizon)
-    for batch in plain_batches(dataset, batch=BATCH, device=device, limit=samples, seed=0):
-        y = scaled_future(data, batch).flatten(1)
-        for name, x in read(data, batch).items():
-            x = x.float()
-            parts = (len(x), *(part.double() for part in (x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum())))
-            if name in sums:
-                sums[name] = [total + part for total, part in zip(sums[name], parts, strict=True)]
-            else:
-                sums[name] = list(parts)
-    return {name: Moments(*parts) for name, parts in sums.items()}
+def kept(measure: Callable[[], dict[str, Any]], ranks: World) -> Callable[[Run], dict[str, Any]]:
+    """A measurement that leaves its figures in a row's folder, as `train` does."""
+
+    def measured(place: Run) -> dict[str, Any]:
+        figures = measure()
+        if ranks.is_main:
+            with disk_errors(place.path):
+                place.path.mkdir(parents=True, exist_ok=True)
+            place.write_summary(figures)
+        return figures
+
+    return measured
 
 
-def fit_ridge(train: Moments, held: Moments) -> tuple[Ridge, float]:
-    """The ridge whose strength serves `held` best, and its mean squared error there, in the scale it was fitted in.
-
-    In the eigenbasis of the covariance a strength scales the rows of one matrix, so all of them cost one product.
-    """
-    x, y = train.x / train.samples, train.y / train.samples
-    cov, cross = _about(train, x, y)
-    values, vectors = torch.linalg.eigh(cov)
-    turned = vectors.T @ cross
-    held_cov, held_cross = _about(held, x, y)
-    held_cov = (vectors.T @ held_cov @ vectors) * (turned @ turned.T)
-    held_cross = (turned * (vectors.T @ held_cross)).sum(1)
-    energy = held.yy / held.samples - 2 * (held.y / held.samples) @ y + y @ y
-    shrink = [1 / (values.clamp(min=0) + power * values.mean().clamp(min=1e-12)) for power in STRENGTHS]
-    errors = [float(energy - 2 * held_cross @ d + d @ held_cov @ d) / len(y) for d in shrink]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    weights = vectors @ (turned * shrink[best][:, None])
-    return Ridge(weights.float(), (y - x @ weights).float()), errors[best]
+def over_seeds(targets: Sequence[str], summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What forecast_seeds.json holds: the figures of every row with mean and deviation over the runs."""
+    first = summaries[0]
+    return {
+        **first,
+        "horizons": {
+            horizon: [
+                {"name": row["name"], **{key: spread(_figures(summaries, horizon, number, key)) for key in ERRORS}}
+                for number, row in enumerate(rows)
+            ]
+            for horizon, rows in first["horizons"].items()
+        },
+        "runs": list(targets),
+        "seed": [summary["seed"] for summary in summaries],
+    }
 
 
-def _about(moments: Moments, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of (x' - x)(x' - x)^T [F, F] and of (x' - x)(y' - y)^T [F, Y] over the samples x', y'."""
-    mean, target = moments.x / moments.samples, moments.y / moments.samples
-    cov = moments.xx / moments.samples - torch.outer(mean, x) - torch.outer(x, mean - x)
-    cross = moments.xy / moments.samples - torch.outer(mean, y) - torch.outer(x, target - y)
-    return cov, cross
+ERRORS = ("mse", "mae")
 
 
-def scaled_future(data: TimeSeries, batch: Batch) -> Tensor:
-    """The future [B, H, C] in the window's own units."""
-    mean, std = data.scale(batch)
-    scaled: Tensor = (batch["future"] - mean) / std
-    return scaled
+def _figures(summaries: Sequence[dict[str, Any]], horizon: str, row: int, key: str) -> list[float]:
+    return [float(summary["horizons"][horizon][row][key]) for summary in summaries]
 
 
-def repeat_last(data: TimeSeries, batch: Batch) -> Tensor:
-    """The last value of each channel that is not missing, at every step to come, [B, H, C]."""
-    series: Tensor = batch["series"]
-    observed = batch.get("observed", torch.ones_like(series, dtype=torch.bool))
-    steps = torch.arange(series.shape[1], device=series.device)[None, :, None]
-    last = torch.where(observed, steps, 0).amax(1, keepdim=True)
-    return series.gather(1, last).expand_as(batch["future"])
-
-
-@torch.no_grad()
-def score(
-    data: TimeSeries, split: str, horizon: int, device: torch.device, predict: Callable[[Batch], Tensor]
-) -> dict[str, float]:
-    """MSE and MAE of z-scored values over every window of a split; `predict` gives [B, H, C]."""
-    squared, absolute, count = 0.0, 0.0, 0
-    for batch in plain_batches(data.forecasts(split, horizon), batch=BATCH, device=device):
-        error = predict(batch).float() - batch["future"]
-        squared += float(error.double().square().sum())
-        absolute += float(error.double().abs().sum())
-        count += error.numel()
-    return {"mse": squared / count, "mae": absolute / count}
-
-
-# ------------------------------------------------------------------------------------------ trained networks
-
-
-class Forecaster(nn.Module):
-    """The predictor and one linear map, which starts at zero, of its flattened output to the future."""
-
-    def __init__(self, backbone: NEPA, tokens: int, outputs: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(tokens * backbone.config.dim, outputs)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, data: TimeSeries, batch: Batch, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
-        """The future [B, H, C] in the window's own units."""
-        tokens = data.read(batch)
-        out = self.backbone(tokens, causal=causal, coord_scale=coord_scale)
-        features = canonical_tokens(out.predictions, tokens, bos=self.backbone.config.bos)
-        future: Tensor = rearrange(self.head(features.flatten(1)), "b (h c) -> b h c", c=batch["series"].shape[2])
-        return future
-
-
-class DLinear(nn.Module):
-    """A linear map of the moving average and one of the rest, shared by the channels; both start as the mean.
-
-    Sees the window as the adapter normalises it. The function is linear in the window, as the ridge's.
-    """
-
-    def __init__(self, window: int, horizon: int) -> None:
-        super().__init__()
-        self.trend, self.rest = nn.Linear(window, horizon), nn.Linear(window, horizon)
-        for layer in (self.trend, self.rest):
-            nn.init.constant_(layer.weight, 1 / window)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, data: TimeSeries, batch: Batch, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
-        """The future [B, H, C] in the window's own units; it looks at the whole window, whatever `causal` says."""
-        mean, std = data.scale(batch)
-        series = (batch["series"] - mean) / std
-        series = torch.where(batch["observed"], series, 0.0) if "observed" in batch else series
-        series = series.transpose(1, 2)  # [B, C, L]
-        trend = F.avg_pool1d(F.pad(series, (TREND // 2, TREND // 2), mode="replicate"), TREND, stride=1)
-        future: Tensor = self.trend(trend) + self.rest(series - trend)
-        return future.transpose(1, 2)
-
-
-def trained_rows(
-    config: PretrainConfig, data: TimeSeries, run: Run, horizon: int, steps: int, ranks: World
-) -> Iterator[dict[str, Any]]:
-    """Train and score DLinear, and the predictor from the run's weights and from random ones."""
-    arms: tuple[tuple[str, str | None, Network], ...] = (
-        ("fine-tuned", str(run.path), "predictor"),
-        ("fine-tuned, random weights", None, "predictor"),
-        ("DLinear", None, "dlinear"),
-    )
-    for name, init, network in arms:
-        arm = short(config, data, init, network, horizon, steps)
-        folder = run.path / "forecast" / f"{horizon}_{'random' if init is None and network == 'predictor' else network}"
-        yield {"name": name, **train(arm, Run(folder), ranks)}
-
-
-def short(
-    config: PretrainConfig, data: TimeSeries, init: str | None, network: Network, horizon: int, steps: int
-) -> ForecastConfig:
-    """The setting of all trained networks, chosen here: batch 128, averaged weights, lr 5e-4 (DLinear 1e-3)."""
-    return ForecastConfig(
-        init=init,
-        data=data,
-        model=config.model.model_copy(update={"mask_token": False, "rope_rescale": 1.0}),
-        network=network,
-        causal=config.objective.causal,
-        horizon=horizon,
-        optim=OptimConfig(
-            lr=1e-3 if network == "dlinear" else 5e-4,
-            lr_batch=None,
-            betas=(0.9, 0.999),
-            weight_decay=0.05,
-            warmup=Duration(fraction=0.1),
-            clip=1.0,
-        ),
-        train=config.train.model_copy(
-            update={
-                "length": Duration(steps=steps),
-                "batch": 128,
-                "micro_batch": None,
-                "ema": 0.99,
-                "evaluate": steps,
-                "checkpoint": steps,
-                "compile": False,
-            }
-        ),
-    )
-
-
-def build(config: ForecastConfig) -> Forecaster | DLinear:
-    """The network with the weights of `init`, or the seed's."""
-    torch.manual_seed(fold_seed(config.train.seed, "weights"))
-    data = config.data
-    if config.network == "dlinear":
-        return DLinear(data.window, config.horizon)
-    backbone = NEPA(config.model, data.embedder(config.model.dim))
-    if config.init is not None:
-        load_backbone(backbone, config.model, read_weights(config.init))
-    outputs = config.horizon * (1 if data.channels == "independent" else data.channel_count())
-    return Forecaster(backbone, data.window // data.patch, outputs)
-
-
-def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
-    """Train through `fit` and score the averaged weights after the last step; a finished run is not trained again."""
-    if (finished := opened(config, run, ranks)) is not None:
-        return finished
-    model = build(config).to(ranks.device)
-    ema = None if config.train.ema is None else Ema(model, config.train.ema)
-    result = fit(
-        model=model,
-        step_function=make_step(config),
-        dataset=config.data.forecasts("train", config.horizon),
-        config=config.train,
-        optim=config.optim,
-        run=run,
-        world=ranks,
-        ema=ema,
-        height=lambda name: layers_above(name, config.model.depth),
-        show=show,
-    )
-    if not ranks.is_main:
-        return {}
-    model.eval()
-    with applied(ema):
-        test, held = (
-            score(config.data, split, config.horizon, ranks.device, partial(_predict, config, model))
-            for split in ("test", "validation")
-        )
-    summary = {**test, "validation_mse": held["mse"], "steps": result.steps, "seconds": round(result.seconds, 2)}
-    run.write_summary(summary)
-    return summary
-
-
-def make_step(config: ForecastConfig) -> StepFunction:
-    """The step function: batch -> mean squared error in the window's own units."""
-
-    def step(model: nn.Module, batch: Batch) -> StepOutput:
-        scale = draw_coord_scale(config.model.rope_rescale)
-        future = model(config.data, batch, causal=config.causal, coord_scale=scale)
-        with torch.autocast(future.device.type, enabled=False):
-            loss = F.mse_loss(future.float(), scaled_future(config.data, batch))
-        return StepOutput(loss, float(len(future)), len(future) * (config.data.window // config.data.patch))
-
-    return step
-
-
-def _predict(config: ForecastConfig, model: nn.Module, batch: Batch) -> Tensor:
-    """The future [B, H, C], z-scored: normalisation undone."""
-    mean, std = config.data.scale(batch)
-    future: Tensor = model(config.data, batch, causal=config.causal) * std + mean
-    return future
-
-
-def render(summary: dict[str, Any]) -> str:
-    """The table as text."""
-    names: Sequence[str] = list(dict.fromkeys(row["name"] for rows in summary["horizons"].values() for row in rows))
-    width = max(map(len, names))
-    lines = [f"{'MSE / MAE':<{width}}" + "".join(f"  {horizon:>13}" for horizon in summary["horizons"])]
+def render(summaries: Sequence[dict[str, Any]]) -> str:
+    """The table as text: of one run, or mean ± standard deviation over several."""
+    first = summaries[0]
+    names = list(dict.fromkeys(row["name"] for rows in first["horizons"].values() for row in rows))
+    cells = {
+        (row["name"], horizon): " / ".join(_cell(_figures(summaries, horizon, number, key)) for key in ERRORS)
+        for horizon, rows in first["horizons"].items()
+        for number, row in enumerate(rows)
+    }
+    width, column = max(map(len, names)), max(map(len, cells.values()))
+    lines = [f"{'MSE / MAE':<{width}}" + "".join(f"  {horizon:>{column}}" for horizon in first["horizons"])]
     for name in names:
-        found = [next((r for r in rows if r["name"] == name), None) for rows in summary["horizons"].values()]
-        cells = [f"{row['mse']:.3f} / {row['mae']:.3f}" if row else "" for row in found]
-        lines.append((f"{name:<{width}}" + "".join(f"  {cell:>13}" for cell in cells)).rstrip())
-    chosen = [f"{h}: {row['readout']}" for h, rows in summary["horizons"].items() for row in rows[:1]]
-    foot = (
-        f"z-scored values, look-back {summary['look_back']}, every test window. Frozen read-out chosen on validation "
-        f"data: {'; '.join(chosen)}."
-    )
-    return "\n".join([*lines, "", foot])
+        line = f"{name:<{width}}" + "".join(f"  {cells.get((name, h), ''):>{column}}" for h in first["horizons"])
+        lines.append(line.rstrip())
+    chosen = [f"{h}: {row['readout']}" for h, rows in first["horizons"].items() for row in rows[:1]]
+    seeds = ", ".join(str(summary["seed"]) for summary in summaries)
+    foot = [
+        f"z-scored values, look-back {first['look_back']}, every test window; fitted on at most "
+        f"{first['fit_samples']} training windows, networks for {first['finetune_steps']} steps.",
+        f"Mean ± standard deviation over seeds {seeds}." if len(summaries) > 1 else f"Seed {seeds}.",
+        f"Frozen read-out chosen on validation data (seed {first['seed']}): {'; '.join(chosen)}.",
+    ]
+    return "\n".join([*lines, "", *foot])
+
+
+def _cell(values: Sequence[float]) -> str:
+    found = spread(values)
+    return f"{found['mean']:.3f}" + (f" ± {found['std']:.3f}" if len(values) > 1 else "")

@@ -204,7 +204,7 @@ def make_step(config: PretrainConfig, progress: float = 0.0) -> StepFunction:
         )
         loss = objective_loss(objective, out, gather=gather_samples)
         count = pair_count(out.predictions, out.mask, shift=objective.shift)
-        return StepOutput(loss, count, tokens.values.shape[0] * tokens.values.shape[1])
+        return StepOutput(loss, count, tokens.real_count())
 
     return step
 

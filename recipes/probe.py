@@ -87,7 +87,7 @@ _SMALL = 2**24
 """Rows of fewer numbers are fitted side by side on the CPU, each on one thread: threads within one don't pay."""
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """`a,b` on the command line, or a single value, as a list."""
     if isinstance(value, str):
         return tuple(value.strip("[]").replace(" ", "").split(","))
@@ -104,15 +104,15 @@ class Options(BaseModel):
         default=None, description="folder of probe.json and features/; default the run, or runs/RECIPE-probe"
     )
     causal: bool | None = Field(default=None, description="attention of the read-out; default: as in pre-training")
-    layers: Annotated[tuple[int | Literal["final"], ...] | None, BeforeValidator(_listed)] = Field(
+    layers: Annotated[tuple[int | Literal["final"], ...] | None, BeforeValidator(listed)] = Field(
         default=None, description="such as 0,3,final: embedding, third block, final norm; default: all", min_length=1
     )
-    poolings: Annotated[tuple[Pooling, ...], BeforeValidator(_listed)] = Field(
+    poolings: Annotated[tuple[Pooling, ...], BeforeValidator(listed)] = Field(
         default=("mean", "last", "bos"),
         description="how the tokens of a layer become one vector; attentive is slower",
         min_length=1,
     )
-    classifiers: Annotated[tuple[Name, ...], BeforeValidator(_listed)] = Field(
+    classifiers: Annotated[tuple[Name, ...], BeforeValidator(listed)] = Field(
         default=("linear", "knn"), description="what reads the rows; the first chooses the best one", min_length=1
     )
     train_samples: int = Field(default=5000, gt=4, description="most training samples the classifiers are fitted on")

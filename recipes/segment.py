@@ -288,7 +288,7 @@ def make_step(config: SegmentConfig) -> StepFunction:
             loss = pixel_loss(out.logits, target, labelled)
             if out.auxiliary is not None:
                 loss = loss + config.upernet.auxiliary_weight * pixel_loss(out.auxiliary, target, labelled)
-        return StepOutput(loss, labelled, tokens.values.shape[0] * tokens.values.shape[1])
+        return StepOutput(loss, labelled, tokens.real_count())
 
     return step
 

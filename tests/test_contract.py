@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from modalities.image import Images
-from nepa_core.basics import Batch, UnreadableSample
+from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, Sketch, Tokens
 from tests.contract import check_modality
 
@@ -310,6 +310,17 @@ class Reversed(Sound):
     def read(self, batch: Batch) -> Tokens:
         tokens = self.tokenize(batch)
         return Tokens(tokens.values.flip(1), tokens.coords, tokens.mask)
+
+
+@pytest.mark.parametrize("axes", [0, 4])
+def test_coordinates_of_the_wrong_axis_count_are_told_while_training_too(axes: int) -> None:
+    class Skewed(Sound):
+        def tokenize(self, batch: Batch) -> Tokens:
+            tokens = super().tokenize(batch)
+            return replace(tokens, coords=tokens.coords.repeat(1, 1, axes))
+
+    with pytest.raises(UserError, match=rf"Skewed.tokenize gives coords of shape \[6, 9, {axes}\]"):
+        Skewed().read(default_collate([Signals()[index] for index in range(6)]))
 
 
 def test_an_order_that_can_not_be_undone_is_told() -> None:

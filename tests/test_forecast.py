@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from modalities.timeseries import TimeSeries
-from nepa_core.basics import UserError
+from modalities.timeseries import TimeSeries, Windows
+from nepa_core.basics import Batch, UserError
 from nepa_core.runtime.config import override
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
 from recipes.cli import main
-from recipes.forecast import (
+from recipes.forecast import Options
+from recipes.forecasters import (
     DLinear,
     Moments,
     best_ridge,
+    chosen,
     fit_ridge,
     raw_features,
     repeat_last,
     scaled_future,
     score,
+    short,
+    train,
 )
 from recipes.pretrain import PretrainConfig
 from recipes.timeseries import demo
@@ -96,26 +103,118 @@ def test_dlinear_is_linear_in_the_window_and_starts_as_its_mean(tmp_path: Path) 
     assert scaled_future(data, batch).shape == out.shape
 
 
-def test_forecast_writes_every_row_and_finds_trained_networks_again(
+WORDS = ("horizons=[4,8]", "finetune=[4]", "steps=3", "fit_samples=200")
+
+
+def pretrained(folder: Path, seed: int = 0) -> str:
+    assert main(["pretrain", "tests.test_forecast:recipe", f"out={folder}", f"train.seed={seed}"]) == 0
+    return str(folder)
+
+
+def table(run: str, name: str = "forecast.json") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(run) / name).read_text())
+    return found
+
+
+def test_forecast_writes_every_row_and_finds_finished_ones_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = str(tmp_path / "run")
-    assert main(["pretrain", "tests.test_forecast:recipe", f"out={run}"]) == 0
-    words = ["forecast", run, "horizons=[4,8]", "finetune=[4]", "steps=3", "fit_samples=200"]
-    assert main(words) == 0
-    found = json.loads((tmp_path / "run" / "forecast.json").read_text())
+    run = pretrained(tmp_path / "run")
+    assert main(["forecast", run, *WORDS]) == 0
+    found = table(run)
     names = ["frozen", "frozen, random weights", "linear on the raw window", "persistence"]
     trained = ["fine-tuned", "fine-tuned, random weights", "DLinear"]
     assert [row["name"] for row in found["horizons"]["4"]] == names + trained
     assert [row["name"] for row in found["horizons"]["8"]] == names
     assert found["windows"] == {"4": 4 * 77, "8": 4 * 73}
-    assert "persistence" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "persistence" in said.out
+    assert "11/11  horizon 4, DLinear: MSE" in said.err
+    assert "(kept)" not in said.err
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "forecast").rglob("*")}
-    assert main(words) == 0
+    assert main(["forecast", run, *WORDS]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert json.loads((tmp_path / "run" / "forecast.json").read_text())["horizons"] == found["horizons"]
-    assert main(["bench", f"{run}/forecast/4_predictor"]) == 2
+    assert table(run)["horizons"] == found["horizons"]
+    assert capsys.readouterr().err.count("(kept)") == 11
+    assert main(["forecast", run, *WORDS[:3], "fit_samples=100"]) == 0
+    assert capsys.readouterr().err.count("(kept)") == 2, "persistence is fitted on nothing"
+    assert table(run)["horizons"]["4"][:3] != found["horizons"]["4"][:3]
+    tuned = next((tmp_path / "run" / "forecast").glob("4_fine-tuned_[0-9a-f]*"))
+    assert main(["bench", str(tuned)]) == 2
     assert "is a run of `nepa forecast`" in capsys.readouterr().err
+
+
+def test_a_stopped_forecast_goes_on_with_the_next_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls, words = pretrained(tmp_path / "run"), 0, ("horizons=[4,8]", "fit_samples=200")
+
+    def counted(*given: Any) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return best_ridge(*given)
+
+    monkeypatch.setattr("recipes.forecast.best_ridge", counted)
+    assert main(["forecast", run, *words]) == 130
+    assert not (tmp_path / "run" / "forecast.json").exists()
+    assert main(["forecast", run, *words]) == 0
+    assert calls == 7, "two of the six ridges were there, one was begun"
+    monkeypatch.undo()
+    whole = pretrained(tmp_path / "whole")
+    assert main(["forecast", whole, *words]) == 0
+    assert table(run)["horizons"] == table(whole)["horizons"]
+
+
+def test_runs_with_other_seeds_stand_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (pretrained(tmp_path / str(seed), seed) for seed in (0, 1))
+    assert main(["forecast", one, *WORDS, f"also=[{two}]"]) == 0
+    assert "Mean ± standard deviation over seeds 0, 1." in capsys.readouterr().out
+    both = table(one, "forecast_seeds.json")
+    for number, row in enumerate(both["horizons"]["4"]):
+        values = [table(run)["horizons"]["4"][number]["mse"] for run in (one, two)]
+        assert row["mse"]["values"] == values
+        assert row["mse"]["mean"] == pytest.approx(sum(values) / 2)
+        same = row["name"] in ("linear on the raw window", "persistence")
+        assert (values[0] == values[1]) == same, "everything else draws from the seed"
+    assert main(["forecast", one, f"also=[{one}]"]) == 2
+    assert "stands twice" in capsys.readouterr().err
+    narrow = str(tmp_path / "narrow")
+    assert main(["pretrain", "tests.test_forecast:recipe", f"out={narrow}", "data.patch=8", "train.seed=1"]) == 0
+    capsys.readouterr()
+    assert main(["forecast", one, f"also=[{narrow}]"]) == 2
+    assert f"{narrow} differs from {one} in data.patch, not in train.seed alone" in capsys.readouterr().err
+
+
+def test_ridge_and_networks_are_fitted_on_the_same_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = recipe()
+    assert isinstance(config.data, TimeSeries)
+    every = config.data.forecasts("train", 4)
+    some = chosen(config.data, "train", 4, 40)
+    picked = {tuple(some[place]["series"].flatten().tolist()) for place in range(40)}
+    assert len(picked) == 40
+    seen: set[tuple[float, ...]] = set()
+    batches = Windows.__getitems__
+
+    def watched(self: Windows, indices: list[int]) -> Batch:
+        batch = batches(self, indices)
+        if self.starts[0] == every.starts[0]:
+            seen.update(tuple(row.flatten().tolist()) for row in batch["series"])
+        return batch
+
+    monkeypatch.setattr(Windows, "__getitems__", watched)
+    best_ridge(config.data, raw_features, 4, 40, CPU)
+    assert seen == picked
+    seen.clear()
+    arm = short(config, None, "dlinear", 4, steps=3, samples=40)
+    train(arm, Run(tmp_path / "dlinear"), World(0, 1, CPU), show=False)
+    assert seen == picked
+
+
+def test_the_embedded_series_can_be_forecast_at_the_default_horizons() -> None:
+    data = demo().data
+    assert isinstance(data, TimeSeries)
+    for split in ("train", "validation", "test"):
+        assert len(data.forecasts(split, max(Options().horizons)))
 
 
 def test_what_forecast_cannot_do_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +222,8 @@ def test_what_forecast_cannot_do_is_one_line(tmp_path: Path, capsys: pytest.Capt
     assert isinstance(data, TimeSeries)
     with pytest.raises(UserError, match=r"81 steps after data.window=16 do not fit in the 80 rows of the test part"):
         data.forecasts("test", 81)
+    with pytest.raises(UserError, match=r"data.parts=\[400, 0, 80\] leaves no validation rows"):
+        data.model_copy(update={"parts": (400, 0, 80)}).forecasts("validation", 4)
     assert main(["pretrain", "tests.tiny:recipe", f"out={tmp_path / 'run'}"]) == 0
     assert main(["forecast", str(tmp_path / "run")]) == 2
     assert "forecast is for series" in capsys.readouterr().err

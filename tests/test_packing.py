@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nepa_core.basics import UserError
+from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Tokens
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.packing import pack_rows
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import StepOutput
 from recipes import bench
 from recipes.pretrain import build_model, make_step
 from tests import tiny
@@ -148,3 +151,22 @@ def test_bench_measures_packing_against_padding() -> None:
     assert abs(figures["packed - padded rows, loss"]) < 1e-5
     with pytest.raises(UserError, match="no token of a batch is padding here"):
         bench.against_padding(tiny.recipe(), bench.Options(), ranks)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_the_rate_counts_real_tokens_only(tmp_path: Path, pack: bool) -> None:
+    config = override(tiny.ragged(), {"model.pack": pack, "train.micro_batch": 4})
+    masks: list[Tensor] = []
+    step = make_step(config)
+
+    def watched(model: nn.Module, samples: Batch) -> StepOutput:
+        mask = config.data.read(samples).mask
+        assert mask is not None
+        masks.append(mask)
+        return step(model, samples)
+
+    result = tiny.training(config, tmp_path / "run", step=watched)[2]
+    assert result.tokens == sum(int(mask.sum()) for mask in masks)
+    assert result.tokens < sum(mask.numel() for mask in masks)
+    timing = [json.loads(line) for line in (tmp_path / "run" / "timing.jsonl").read_text().splitlines()]
+    assert timing[-1]["tokens"] == result.tokens

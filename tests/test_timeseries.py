@@ -66,6 +66,9 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
     ("text", "message"),
     [
         ("date\n2020-01-01\n", "no numeric column"),
+        ("date,a,b\n2020-01-01,x,y\n2020-01-02,z,1\n", "no numeric column among a, b"),
+        ("date,a,b\n2020-01-01,x,1\n", "row 1 of column 'a' is 'x', which is no number"),
+        ("date,a\n", "no rows below its head"),
         ("date,a\n2020-01-01,1\n2020-01-02,x\n", "row 2 of column 'a' is 'x', which is no number"),
         ("date,a\n2020-01-01,1\n2020-01-02,inf\n", "row 2 of column 'a' is infinite"),
         ("date,a\n2020-01-02,1\n2020-01-01,2\n", "row 2 (2020-01-01) is earlier than the row above"),

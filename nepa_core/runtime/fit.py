@@ -84,12 +84,12 @@ class StepOutput(NamedTuple):
         loss: float32 scalar, a mean.
         weight: of how many things (predictions, labels) the loss is a mean: a batch's loss is the mean over
             all of them, however they fall on micro-batches and ranks.
-        tokens: input tokens seen, for the rate.
+        tokens: real input tokens seen, padding not counted, for the rate.
     """
 
     loss: Tensor
     weight: Tensor | float
-    tokens: int
+    tokens: Tensor | int
 
 
 StepFunction = Callable[[nn.Module, Batch], StepOutput]
@@ -268,7 +268,8 @@ def fit(
         sitting = restore(
             run, world, model=model, optimizer=optimizer, names=names, ema=ema, tally=tally, say=meter.say
         )
-        start, tokens = sitting.step, sitting.tokens
+        start = sitting.step
+        tokens = torch.tensor(sitting.tokens, device=world.device)  # stays there: reading it would wait for the device
         if start == 0 and untrained:
             measure(0)
         meter.resume(start)
@@ -281,10 +282,10 @@ def fit(
         watch.lap("start")
         for step in range(start, steps.total):
             run_step = step_function if step_at is None else step_at(step / steps.total)
-            sums, seen = _accumulate(shared, run_step, stream, step, steps.accumulate, config, world, watch)
-            tokens += seen * world.size
+            sums = _accumulate(shared, run_step, stream, step, steps.accumulate, config, world, watch)
             lr = set_rates(optimizer, optim, peak=steps.peak_lr, step=step, total=steps.total, warmup=steps.warmup)
-            loss, weight = world.sum(sums)
+            loss, weight, seen = world.sum(sums)
+            tokens += seen.long()
             norm, skipped = update(optimizer, parameters, weight=weight / world.size, clip=optim.clip)
             watch.lap("optimizer")
             if ema is not None:
@@ -299,7 +300,7 @@ def fit(
                 if world.is_main:
                     run.log(line)
                     elapsed = time.perf_counter() - began
-                    run.log_timing({"step": done, "seconds": sitting.seconds + elapsed, "tokens": tokens})
+                    run.log_timing({"step": done, "seconds": sitting.seconds + elapsed, "tokens": int(tokens)})
                     meter.note(f"loss {line['loss']:.4f}")
                 if line["skipped_steps"]:
                     meter.say(
@@ -310,7 +311,7 @@ def fit(
             stopping = stop.wanted if world.size == 1 else done % config.log == 0 and world.any(stop.wanted)
             watch.lap("rest")
             if done % config.checkpoint == 0 or last or stopping:
-                save(done, sitting.seconds + time.perf_counter() - began, tokens)
+                save(done, sitting.seconds + time.perf_counter() - began, int(tokens))
                 watch.lap("checkpoint")
             if stopping and not last:
                 raise Interrupted(
@@ -321,7 +322,7 @@ def fit(
     return FitResult(
         steps.total,
         sitting.seconds + seconds,
-        tokens,
+        int(tokens),
         watch.seconds.get("data", 0.0) / max(working, 1e-9),
         len(batches.unreadable),
     )
@@ -423,13 +424,13 @@ def _accumulate(
     config: TrainConfig,
     world: World,
     watch: Stopwatch,
-) -> tuple[Tensor, int]:
+) -> Tensor:
     """Forward and backward over the micro-batches of a step; gradients are left as sums over all that was weighed.
 
     Returns:
-        [2] float32, the sum of loss times weight and the sum of the weights on this rank; and its tokens.
+        [3] float32, sums on this rank: of loss times weight, of the weights, and of the tokens.
     """
-    sums, tokens = torch.zeros(2, device=world.device), 0
+    sums = torch.zeros(3, device=world.device)
     dtype = autocast_dtype(config.precision, world.device)
     for part in range(parts):
         batch = next(stream)
@@ -444,9 +445,9 @@ def _accumulate(
             weighted.backward()  # type: ignore[no-untyped-call]
         sums[0] += weighted.detach()
         sums[1] += out.weight
-        tokens += out.tokens
+        sums[2] += out.tokens
         watch.lap("backward")
-    return sums, tokens
+    return sums
 
 
 def update(
