@@ -51,7 +51,7 @@ from recipes.features import Features, Row, Source, kept_features, network_reade
 from recipes.finetune import FinetuneConfig
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
-from recipes.targets import default_out, is_run, read_target, task_of
+from recipes.targets import default_out, is_run, listed, read_target, task_of
 from recipes.training import provenance
 from recipes.weights import load_backbone, read_weights
 
@@ -73,13 +73,6 @@ _SMALL = 2**24
 """Rows of fewer numbers are fitted side by side on the CPU, each on one thread: threads within one don't pay."""
 
 
-def _listed(value: Any) -> Any:
-    """`a,b` on the command line, or a single value, as a list."""
-    if isinstance(value, str):
-        return tuple(value.strip("[]").replace(" ", "").split(","))
-    return (value,) if isinstance(value, int) else value
-
-
 class Options(BaseModel):
     """Options of `nepa probe`."""
 
@@ -90,13 +83,13 @@ class Options(BaseModel):
         default=None, description="folder of probe.json and features/; default the run, or runs/RECIPE-probe"
     )
     causal: bool | None = Field(default=None, description="attention of the read-out; default: as in pre-training")
-    layers: Annotated[tuple[int | Literal["final"], ...] | None, BeforeValidator(_listed)] = Field(
+    layers: Annotated[tuple[int | Literal["final"], ...] | None, BeforeValidator(listed)] = Field(
         default=None, description="such as 0,3,final: embedding, third block, final norm; default: all", min_length=1
     )
-    poolings: Annotated[tuple[Pooling, ...], BeforeValidator(_listed)] = Field(
+    poolings: Annotated[tuple[Pooling, ...], BeforeValidator(listed)] = Field(
         default=("mean", "last", "bos"), description="of mean,last,bos,attentive (slower)", min_length=1
     )
-    classifiers: Annotated[tuple[Name, ...], BeforeValidator(_listed)] = Field(
+    classifiers: Annotated[tuple[Name, ...], BeforeValidator(listed)] = Field(
         default=("linear", "knn"), description="of linear,knn,lars; the first chooses the best row", min_length=1
     )
     train_samples: int = Field(default=5000, gt=4, description="most training samples the classifiers are fitted on")

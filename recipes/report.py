@@ -54,7 +54,7 @@ def line_plot(
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mapping[str, float] | None = None) -> bytes:
@@ -71,7 +71,7 @@ def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mappin
     axes.grid(alpha=0.3, axis="y")
     if reference:
         axes.legend(frameon=False, fontsize="small")
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def picture_table(
@@ -87,7 +87,7 @@ def picture_table(
             axes.set_title(head if y == 0 else "")
     patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
     canvas.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
-    return _png(canvas)
+    return png_of(canvas)
 
 
 class Panel(NamedTuple):
@@ -141,7 +141,7 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
                 beside = axes_at(left + wide + 0.04, above, 0.07, high)
                 canvas.colorbar(heat, cax=beside).ax.tick_params(labelsize=6, length=2, pad=1)
         top += line * -(-len(row) // across)
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def _aspect(sketch: Sketch) -> float:
@@ -196,22 +196,31 @@ def _draw_curves(axes: Axes, curves: Tensor, rows: int, columns: int) -> None:
 
 def page(folder: Path, *, title: str, body: str, figures: Sequence[Figure], foot: str) -> None:
     """Write every PNG and an index.html that needs no other file. `body` is HTML, the rest is text."""
+    compose(folder, title=title, parts=[body, *figures], foot=foot)
+
+
+def compose(folder: Path, *, title: str, parts: Sequence[str | Figure], foot: str) -> None:
+    """The same with HTML and figures in any order."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
-    for figure in figures:
-        (folder / figure.name).write_bytes(figure.png)
-        data = base64.b64encode(figure.png).decode()
-        caption = html.escape(figure.caption)
+    for part in parts:
+        if isinstance(part, str):
+            shown.append(part)
+            continue
+        (folder / part.name).write_bytes(part.png)
+        data = base64.b64encode(part.png).decode()
+        caption = html.escape(part.caption)
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         shown.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     (folder / "index.html").write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}{''.join(shown)}"
+        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{''.join(shown)}"
         f"<footer>{html.escape(foot)}</footer></body></html>\n"
     )
 
 
-def _png(canvas: Canvas) -> bytes:
+def png_of(canvas: Canvas) -> bytes:
+    """A drawing as PNG bytes."""
     stream = io.BytesIO()
     canvas.savefig(stream, format="png")
     return stream.getvalue()

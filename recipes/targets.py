@@ -77,3 +77,10 @@ def describe_fields(kind: type[BaseModel]) -> str:
     rows = {name: field.description or "" for name, field in kind.model_fields.items()}
     width = max(map(len, rows), default=0)
     return "\n".join(f"  {name + '=':<{width + 1}}  {text}" for name, text in rows.items())
+
+
+def listed(value: Any) -> Any:
+    """A list option as it comes from the command line: `a,b`, `[a,b]` (a shell takes the quotes out) or one value."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.strip("[] ").split(","))
+    return (value,) if isinstance(value, int | float) else value
