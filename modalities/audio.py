@@ -8,12 +8,12 @@ it is drawn.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, Self
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from modalities.audio_data import (
@@ -29,12 +29,10 @@ from modalities.audio_data import (
     open_source,
 )
 from modalities.image import patchify, unpatchify
-from modalities.orders import OrderName, grid_order
+from modalities.orders import Ordered, grid_order, is_static, known_order, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.predictor import init_weights
-
-PatchOrder = Literal["time"] | OrderName
 
 UNIT = 8
 """Tokens to one unit of a coordinate, on both axes."""
@@ -42,7 +40,7 @@ STATISTICS_CLIPS = 1000
 OPTIMUM_CLIPS, OPTIMUM_DRAWS = 64, 16
 
 
-class Audio(Modality):
+class Audio(Ordered, Modality):
     """Clips of unequal length, padded and masked.
 
     A token holds log-mel energies as they are (0 is silence); the embedder standardises them by mean and std of the
@@ -55,10 +53,9 @@ class Audio(Modality):
         bands, window_ms, hop_ms: mel bands, length of the Hann window and distance of two frames in milliseconds.
         frames: frames in a token.
         patch: (bands, frames) of a patch instead, or None for frame tokens. It divides `bands`.
-        patch_order: "time" (column by column, each from the highest band: no patch lies before those of an earlier
-            time), "raster" (row by row: all of the highest bands first), or another of `modalities.orders`. It is that
-            of the longest clip; a shorter one reads its own patches in the same order.
-        order_seed: of patch_order="random".
+        patch_order, order_seed: "time" (column by column, each from the highest band: no patch lies before those of an
+            earlier time), "raster" (row by row: all of the highest bands first), or another of `modalities.orders`. A
+            static one is that of the longest clip; a shorter one reads its own patches in the same order.
         padding: "batch" pads to the longest clip of a batch, "full" to `seconds`.
         in_memory: keep log-mel frames once computed.
         limit: at most this many training clips.
@@ -74,8 +71,7 @@ class Audio(Modality):
     hop_ms: PositiveFloat = 10.0
     frames: PositiveInt = 4
     patch: tuple[PositiveInt, PositiveInt] | None = None
-    patch_order: PatchOrder = "time"
-    order_seed: int = Field(default=0, ge=0)
+    patch_order: Annotated[str, AfterValidator(lambda name: name if name == "time" else known_order(name))] = "time"
     padding: Padding = "batch"
     in_memory: bool = False
     limit: PositiveInt | None = None
@@ -178,12 +174,15 @@ class Audio(Modality):
         if self.patch is None:
             return None
         columns = tokens.values.shape[1] // self.rows
-        longest = self.front_end.longest // self.patch[1]
-        order = shortened_order(self.patch_order, self.rows, longest, columns, self.order_seed)
-        if self.patch_order == "time" or tokens.mask is None:
-            return order
-        order = order.to(tokens.mask.device)
-        return order[(~tokens.mask[:, order]).int().argsort(dim=1, stable=True)]
+        here = (self.rows, columns)
+        if self.patch_order == "time":
+            return grid_order("column", here)
+        if is_static(self.patch_order):
+            longest = self.front_end.longest // self.patch[1]
+            order: Tensor | None = shortened_order(self.patch_order, self.rows, longest, columns, self.order_seed)
+        else:
+            order = self.ordered(tokens, here)
+        return padding_behind(grid_order("raster", here) if order is None else order, tokens.mask)
 
     def describe(self, tokens: Tokens) -> Sketch:
         """The spectrogram, low frequencies at the bottom, each clip up to its loudest; padding is black."""
@@ -295,11 +294,9 @@ def places(rows: int, columns: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 @torch.inference_mode(False)
-def shortened_order(name: PatchOrder, rows: int, longest: int, columns: int, seed: int) -> Tensor:
+def shortened_order(name: str, rows: int, longest: int, columns: int, seed: int) -> Tensor:
     """The order of a grid of rows x longest, without the patches beyond `columns`: [rows * columns] int64."""
-    if name == "time":
-        return torch.arange(rows * columns).view(rows, columns).T.flatten()
-    whole = grid_order(name, rows, longest, seed)
+    whole = grid_order(name, (rows, longest), seed)
     row, column = whole // longest, whole % longest
     inside = column < columns
     return row[inside] * columns + column[inside]

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.features_data import Sequences, Stored, open_split
+from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, Tokens
 
 _MEASURED = 1024  # training sequences that the scale of the features is measured on
 
 
-class Features(Modality):
+class Features(Ordered, Modality):
     """Vectors from disk, a token each; sequences may differ in length.
 
     Attributes:
@@ -29,6 +30,8 @@ class Features(Modality):
         standardise: shift and scale every feature by its mean and deviation over (1,024) training sequences.
         coord_scale: multiplies stored coordinates. Neighbours should be about a quarter apart, for one unit is the
             wavelength of the fastest rotary angle; without stored coordinates they are: token i lies at i / 4.
+        patch_order, order_seed: the order in which vectors are predicted, see `modalities.orders`; "raster" is that in
+            which they are stored, whatever their coordinates. One that would scatter padding gets it behind the rest.
     """
 
     token_name: ClassVar[str] = "vector"
@@ -43,7 +46,7 @@ class Features(Modality):
     def tokenize(self, batch: Batch) -> Tokens:
         values: Tensor = batch["values"]
         if self.standardise:
-            mean, std = statistics(self)
+            mean, std = statistics(self.root)
             values = (values - mean.to(values.device)) / std.to(values.device)
         stored, count = self._stored("train"), values.shape[1]
         mask = None
@@ -57,6 +60,9 @@ class Features(Modality):
         else:
             coords = torch.arange(count)[:, None] / 4
         return Tokens(values, coords, mask)
+
+    def order(self, tokens: Tokens) -> Tensor | None:
+        return padding_behind(self.ordered(tokens, (tokens.values.shape[1],)), tokens.mask)
 
     def classes(self) -> tuple[str, ...] | None:
         """The numbers that occur in the training labels."""
@@ -96,12 +102,13 @@ class Features(Modality):
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
-def statistics(features: Features) -> tuple[Tensor, Tensor]:
+def statistics(root: str | None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [P] float32 of the tokens of training sequences drawn by a seed; 1 for a constant.
 
     Raises:
         UserError: none of them can be read.
     """
+    features = Features(root=root)
     samples = Sequences(features._stored("train"), features._tokens())
     total, squares = torch.zeros(2, samples.stored.width, dtype=torch.float64)
     count = 0

@@ -18,12 +18,12 @@ from torch.utils.data import Dataset
 from modalities.image_augment import Augment, erase
 from modalities.image_data import Channels, open_files, open_images
 from modalities.image_sources import SourceName, open_source
-from modalities.orders import OrderName, grid_order
+from modalities.orders import Ordered
 from nepa_core.basics import Batch
 from nepa_core.modality import Modality, Sketch, Tokens
 
 
-class Images(Modality):
+class Images(Ordered, Modality):
     """Images of one size; a token holds the standardised pixels of one patch.
 
     Attributes:
@@ -32,8 +32,7 @@ class Images(Modality):
         size: (height, width) in pixels, to which every image is brought.
         patch: (height, width) of a patch in pixels; it divides the size.
         mean, std: of each channel, pixels being between 0 and 1.
-        patch_order: the order in which patches are predicted, see `modalities.orders`.
-        order_seed: of patch_order="random".
+        patch_order, order_seed: the order in which patches are predicted, see `modalities.orders`.
     """
 
     token_name: ClassVar[str] = "patch"
@@ -45,8 +44,6 @@ class Images(Modality):
     mean: tuple[float, ...]
     std: tuple[PositiveFloat, ...]
     root: str | None = None
-    patch_order: OrderName = "raster"
-    order_seed: int = 0
     augment: Augment = "none"
     crop_ratio: float = Field(default=1.0, gt=0, le=1)
     erase: float = Field(default=0.0, ge=0, le=1)
@@ -113,9 +110,7 @@ class Images(Modality):
         return self.channels * self.patch[0] * self.patch[1]
 
     def order(self, tokens: Tokens) -> Tensor | None:
-        if self.patch_order == "raster":
-            return None
-        return grid_order(self.patch_order, *self.grid, self.order_seed)
+        return self.ordered(tokens, self.grid)
 
     def describe(self, tokens: Tokens) -> Sketch:
         """The images themselves, their standardisation undone."""

@@ -1,89 +1,255 @@
-"""Patch orders: the sequence in which the patches of a rectangular grid are predicted.
+"""Patch orders: the sequence in which the tokens of a grid are predicted.
 
-Every order is a permutation [rows * columns] of canonical (raster) indices, `row * columns + column`.
-To add one, write a function of `(rows, columns)` that returns it and name it in `OrderName` and `grid_order`.
+An order is a permutation of canonical (raster) indices: [N] where all samples share it, [B, N] where each has its own.
+The static ones are drawn in `modalities.order_curves`. One of your own is a function of (tokens, grid) that returns
+either form, named by its import path: `data.patch_order=my_orders:by_saliency`; or a permutation in a file,
+`data.patch_order=path.npy` (or .txt, numbers apart by white space).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal, Self, get_args
 
+import numpy as np
 import torch
+from pydantic import AfterValidator, BaseModel, Field, PrivateAttr
 from torch import Tensor
 
-OrderName = Literal["raster", "hilbert", "random"]
+from modalities import order_curves as curves
+from modalities.order_curves import Grid
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.modality import Tokens
+from nepa_core.runtime.config import load_object, nearest
+
+OrderName = Literal[
+    "raster",
+    "column",
+    "reverse",
+    "snake",
+    "diagonal",
+    "hilbert",
+    "morton",
+    "spiral_in",
+    "spiral_out",
+    "centre_out",
+    "strided",
+    "blocks",
+    "random",
+    "random_per_sample",
+    "random_annealed",
+]
+
+ORDERS: tuple[str, ...] = get_args(OrderName)
+"""The names of all built-in orders."""
+
+DRAWN = ("random_per_sample", "random_annealed")
+"""Those that draw a permutation for every sample."""
 
 
-@lru_cache(maxsize=64)
+def known_order(name: str) -> str:
+    """The name itself, once it is known to mean something.
+
+    Raises:
+        ValueError: no built-in order has that name.
+        UserError: a function of the user's does not exist, or a file.
+    """
+    if ":" in name:
+        load_object(name)
+    elif _is_file(name):
+        if not Path(name).expanduser().is_file():
+            raise UserError(f"patch_order={name}: there is no such file here")
+    elif name not in ORDERS:
+        raise ValueError(f"there is no such order{nearest(name, ORDERS)}; or one of your own as module:function")
+    return name
+
+
+PatchOrder = Annotated[str, AfterValidator(known_order)]
+"""A name of `ORDERS`, `module:function`, or a .npy or .txt file."""
+
+
+def is_static(name: str) -> bool:
+    """Whether `grid_order` gives this order: it is the same for all samples, and known from the grid alone."""
+    return ":" not in name and name not in DRAWN
+
+
+@lru_cache(maxsize=256)
 @torch.inference_mode(False)  # autograd can't save a tensor made in inference mode; this one outlives it
-def grid_order(name: OrderName, rows: int, columns: int, seed: int = 0) -> Tensor:
-    """The order of that name, [rows * columns] int64 on the CPU: which patch is read at each place.
+def grid_order(name: str, grid: Grid, seed: int = 0) -> Tensor:
+    """The static order of that name over a grid of 1 to 3 axes, [N] int64 on the CPU: the cell read at each place.
 
     The tensor is cached and shared: do not write to it. `seed` matters to "random" only.
+
+    Raises:
+        UserError: a file holds no permutation of the grid, or a spiral is asked for on 3 axes.
+        ValueError: there is no static order of that name.
     """
+    if _is_file(name):
+        return _checked(_read(name), f"patch_order={name}", grid)
     match name:
         case "raster":
-            return raster(rows, columns)
+            return curves.raster(grid)
+        case "column":
+            return curves.column(grid)
+        case "reverse":
+            return curves.reverse(grid)
+        case "snake":
+            return curves.snake(grid)
+        case "diagonal":
+            return curves.diagonal(grid)
         case "hilbert":
-            return hilbert(rows, columns)
+            return curves.hilbert(grid)
+        case "morton":
+            return curves.morton(grid)
+        case "spiral_in":
+            return curves.spiral_in(grid)
+        case "spiral_out":
+            return curves.spiral_out(grid)
+        case "centre_out":
+            return curves.centre_out(grid)
+        case "strided":
+            return curves.strided(grid)
+        case "blocks":
+            return curves.blocks(grid)
         case "random":
-            return seeded_random(rows, columns, seed)
-    raise ValueError(f"there is no patch order {name!r}")
+            return curves.seeded_random(grid, seed)
+    raise ValueError(f"there is no static patch order {name!r}{nearest(name, ORDERS)}")
 
 
-def raster(rows: int, columns: int) -> Tensor:
-    """Row by row, each from the left."""
-    return torch.arange(rows * columns)
+def read_order(name: str, seed: int, tokens: Tokens, grid: Grid, progress: float | None = None) -> Tensor | None:
+    """The order of a batch: what an adapter's `order(tokens)` returns.
 
+    Args:
+        seed: of "random", and of the evaluation of the orders drawn for each sample.
+        tokens: in canonical order, N of them as the raster of `grid`.
+        progress: share of the run that is done, in training: orders are then drawn from torch's global generator.
+            None, in evaluation: "random_annealed" is raster, and "random_per_sample" follows from the content of the
+            sample and the seed, so it is the same in any batch.
 
-def seeded_random(rows: int, columns: int, seed: int) -> Tensor:
-    """One fixed permutation drawn from `seed`; the global generator is left alone."""
-    return torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))
+    Returns:
+        [N] or [B, N] int64, or None for raster. Orders drawn for each sample put masked tokens last.
 
-
-def hilbert(rows: int, columns: int) -> Tensor:
-    """A Hilbert curve on a rectangle of any size, from the top left patch.
-
-    Consecutive patches always share an edge. On a square whose side is a power of two it is the classical
-    curve: every aligned square of side 2^k is left only when all of its patches have been visited.
+    Raises:
+        UserError: an order of the user's is no permutation of the tokens.
     """
-    x, y = _curve(max(rows, columns), min(rows, columns)).unbind(1)
-    return y * columns + x if columns >= rows else x * columns + y
+    if name == "raster" or (name == "random_annealed" and progress is None):
+        return None
+    if ":" in name:
+        return _checked(load_object(name)(tokens, grid), f"patch_order={name}", grid, len(tokens.values))
+    if name not in DRAWN:
+        return grid_order(name, grid, seed)
+    if progress is None:
+        return _padding_last(content_keys(tokens, grid, seed), tokens.mask).argsort(dim=1)
+    keys = _padding_last(torch.rand(tokens.values.shape[:2], device=tokens.values.device), tokens.mask)
+    if name == "random_annealed":
+        shuffled = torch.rand(len(keys), 1, device=keys.device) >= progress
+        keys = torch.where(shuffled, keys, torch.arange(keys.shape[1], device=keys.device).float())
+    return keys.argsort(dim=1, stable=True)
 
 
-def _curve(length: int, width: int) -> Tensor:
-    """The cells (x, y) of a rectangle from (0, 0) on, by unit steps, [length * width, 2]; length >= width."""
-    if length % 2 == 0 or width % 2 == 1:
-        return _walk(length, width)
-    # An odd length and an even width: `_walk` can't end at the far corner of that length by unit steps,
-    # for colours alternate as on a chessboard. The end is free here, so walk an even part of the length
-    # and cross the rest, which is about square, along its even width.
-    head = (length - width) // 2 * 2 if 2 * length > 3 * width else 0
-    rest = _walk(width, length - head).flip(1) + torch.tensor([head, 0])
-    return torch.cat([_walk(head, width), rest])
+def inverse(order: Tensor) -> Tensor:
+    """The place at which each token is read: order.gather(-1, inverse(order)) counts 0, 1, 2, ...; [N] or [B, N]."""
+    return order.argsort(dim=-1)
 
 
-def _walk(length: int, width: int) -> Tensor:
-    """The cells from (0, 0) to (length - 1, 0); by unit steps unless length is odd and width even.
+def padding_behind(order: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The same order with the masked tokens of every sample after the others: [B, N] where there is a mask [B, N]."""
+    if order is None or mask is None:
+        return order
+    order = order.to(mask.device).expand(mask.shape)
+    return order.gather(1, (~mask.gather(1, order)).int().argsort(dim=1, stable=True))
 
-    An elongated rectangle is cut into two that are walked one after the other. Any other is walked up one
-    half of its near side, along the far side, and back down the other half. Cutting at even numbers keeps
-    each part from being the exception.
+
+class Ordered(BaseModel):
+    """What an adapter with a grid inherits beside `Modality`, before it, to take any order.
+
+    Its `order(tokens)` is then one line, `return self.ordered(tokens, grid)`.
+
+    Attributes:
+        patch_order: the order in which tokens are predicted: a name of `ORDERS`, `module:function` or a file.
+        order_seed: of patch_order="random", and of the evaluation of "random_per_sample".
     """
-    if length <= 1 or width <= 1:
-        return torch.cartesian_prod(torch.arange(length), torch.arange(width))
-    if 2 * length > 3 * width:
-        cut = _even_half(length)
-        return torch.cat([_walk(cut, width), _walk(length - cut, width) + torch.tensor([cut, 0])])
-    rise, half = _even_half(width), length // 2
-    up = _walk(rise, half).flip(1)
-    along = _walk(length, width - rise) + torch.tensor([0, rise])
-    down = torch.tensor([length - 1, rise - 1]) - _walk(rise, length - half).flip(1)
-    return torch.cat([up, along, down])
+
+    model_config = FROZEN
+
+    patch_order: PatchOrder = "raster"
+    order_seed: int = Field(default=0, ge=0)
+    _progress: float | None = PrivateAttr(None)  # set by `at` alone: an adapter as configured is that of evaluation
+
+    def ordered(self, tokens: Tokens, grid: Grid) -> Tensor | None:
+        """`read_order` by these settings."""
+        return read_order(self.patch_order, self.order_seed, tokens, grid, self._progress)
+
+    def at(self, progress: float) -> Self:
+        """See `Modality.at`."""
+        if not self.draws_order():
+            return self
+        copy = self.model_copy()
+        copy._progress = progress
+        return copy
+
+    def draws_order(self) -> bool:
+        """See `Modality.draws_order`."""
+        return self.patch_order in DRAWN
 
 
-def _even_half(side: int) -> int:
-    """Half of a side of at least 2, rounded to an even number (1 for a side of 2)."""
-    half = side // 2
-    return half + half % 2 if side > 2 else half
+def content_keys(tokens: Tokens, grid: Grid, seed: int) -> Tensor:
+    """Numbers as good as random that hang on a sample's real values and each token's cell alone: [B, N] int64.
+
+    Neither the other samples nor padding along any axis change them.
+    """
+    values, device = tokens.values, tokens.values.device
+    cell = sum(part << 20 * axis for axis, part in enumerate(curves.cells(grid).unbind(1)))
+    assert isinstance(cell, Tensor)
+    cell = _scrambled(cell + _scrambled(torch.tensor(seed + 1))).to(device)
+    weights = _scrambled(torch.arange(1, values.shape[-1] + 1)).to(device)
+    content = _scrambled((values.float().contiguous().view(torch.int32) * weights).sum(-1) + cell)
+    if tokens.mask is not None:
+        content = torch.where(tokens.mask, content, 0)
+    return _scrambled(content.sum(1, keepdim=True) ^ cell)
+
+
+def _scrambled(x: Tensor) -> Tensor:
+    """Every bit of int64 numbers spread over all others (the finaliser of SplitMix64; products wrap around)."""
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    x = (x ^ (x >> 27)) * -0x6B2FB644ECCEEE15
+    return x ^ (x >> 31)
+
+
+def _padding_last(keys: Tensor, mask: Tensor | None) -> Tensor:
+    """Sort keys [B, N] under which masked tokens come last."""
+    if mask is None:
+        return keys
+    last = torch.inf if keys.is_floating_point() else torch.iinfo(keys.dtype).max
+    return keys.masked_fill(~mask, last)
+
+
+def _is_file(name: str) -> bool:
+    return ":" not in name and name.endswith((".npy", ".txt"))
+
+
+def _read(name: str) -> Tensor:
+    path = Path(name).expanduser()
+    try:
+        return torch.as_tensor(np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"patch_order={name} can't be read as a list of whole numbers: {error}") from error
+
+
+def _checked(order: object, name: str, grid: Grid, samples: int | None = None) -> Tensor:
+    """A user's order as int64, once it is known to be a permutation.
+
+    Raises:
+        UserError: it is none.
+    """
+    count = int(np.prod(grid))
+    wanted = f"[{count}]" if samples is None else f"[{count}] or [{samples}, {count}]"
+    if not isinstance(order, Tensor) or order.is_floating_point() or order.is_complex():
+        raise UserError(f"{name} gives {type(order).__name__}, not a tensor of whole numbers: make it {wanted}")
+    if order.shape not in ((count,), (samples, count)):
+        raise UserError(f"{name} gives the shape {list(order.shape)} on the grid {grid}: make it {wanted}")
+    order = order.detach().long()
+    if not (order.sort(dim=-1).values == torch.arange(count, device=order.device)).all():
+        raise UserError(f"{name} is not a permutation: it must name each of 0 to {count - 1} once")
+    return order

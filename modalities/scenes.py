@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.image import channel_statistics, patch_centres, patchify, unpatchify
-from modalities.orders import OrderName, grid_order
+from modalities.orders import Ordered
 from modalities.scene_data import (
     IGNORED,
     Augmentation,
@@ -30,7 +30,7 @@ from nepa_core.basics import Batch
 from nepa_core.modality import Modality, Sketch, Tokens
 
 
-class Scenes(Modality):
+class Scenes(Ordered, Modality):
     """Images with a class for every pixel; a token holds the standardised pixels of one patch.
 
     `dataset` gives crops of one size, for training and for every task that reads batches; `whole` gives the scenes
@@ -52,8 +52,7 @@ class Scenes(Modality):
         scales: range of the random scale in training, a factor on `short_side`.
         distort: photometric distortion in training.
         augment: False gives centre crops at scale 1 also of the training split.
-        patch_order: the order in which patches are predicted, see `modalities.orders`.
-        order_seed: of patch_order="random".
+        patch_order, order_seed: the order in which patches are predicted, see `modalities.orders`.
     """
 
     token_name: ClassVar[str] = "patch"
@@ -71,8 +70,6 @@ class Scenes(Modality):
     scales: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     distort: bool = True
     augment: bool = True
-    patch_order: OrderName = "raster"
-    order_seed: int = 0
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -141,9 +138,7 @@ class Scenes(Modality):
         return 3 * self.patch[0] * self.patch[1]
 
     def order(self, tokens: Tokens) -> Tensor | None:
-        if self.patch_order == "raster":
-            return None
-        return grid_order(self.patch_order, *_grid_of(tokens.coords), self.order_seed)
+        return self.ordered(tokens, _grid_of(tokens.coords))
 
     def describe(self, tokens: Tokens) -> Sketch:
         """The images themselves, their standardisation undone; padding is black."""

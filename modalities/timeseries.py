@@ -17,6 +17,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from modalities.orders import Ordered
 from modalities.series_data import LabelledSeries, read_labelled, read_table
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, Sketch, Tokens
@@ -28,7 +29,7 @@ OPTIMUM_WINDOWS, OPTIMUM_DRAWS = 256, 256
 """Held-out windows, and futures drawn for each of their tokens, behind `known_optimum`."""
 
 
-class TimeSeries(Modality):
+class TimeSeries(Ordered, Modality):
     """Windows of a series, z-scored by its training rows; a token holds `patch` steps.
 
     A token with a missing value is masked. The splits lie one after the other in time, and no window of `dataset`
@@ -45,6 +46,8 @@ class TimeSeries(Modality):
         channels: "independent" makes every channel a sample of its own, "mixing" puts all of them in each token.
         normalise: "window" also takes mean and standard deviation of its own from every channel of every window
             (RevIN without weights). They are of the whole window, so tokens know a little of those after them.
+        patch_order, order_seed: the order in which patches are predicted, see `modalities.orders`; "raster" is that of
+            time.
         parts: training, validation and test rows, as numbers or as shares; what is left over at the end is unused.
     """
 
@@ -126,6 +129,9 @@ class TimeSeries(Modality):
             mask = rearrange(observed, "b (n p) c -> b n (p c)", p=self.patch).all(-1)
         tokens = rearrange(values, "b (n p) c -> b n (p c)", p=self.patch)
         return Tokens(tokens, places(tokens.shape[1]), mask)
+
+    def order(self, tokens: Tokens) -> Tensor | None:
+        return self.ordered(tokens, (tokens.values.shape[1],))
 
     def scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B, 1, C] that each window is normalised by: 0 and 1 with normalise="none"."""

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar, Self, cast
 
 import torch
 from pydantic import BaseModel
@@ -155,6 +155,18 @@ class Modality(BaseModel, ABC):
     def plain(self) -> Modality:
         """This adapter without augmentation: what probes and baselines read. Default: itself."""
         return self
+
+    def at(self, progress: float) -> Self:
+        """This adapter as pre-training reads it when this share of the run is done, 0 to 1. Default: itself.
+
+        For an `order` that is drawn for each sample: here it may draw from torch's global generator, which is seeded
+        for every step; outside `at` it must be a function of the sample.
+        """
+        return self
+
+    def draws_order(self) -> bool:
+        """Whether `order` is drawn anew for each sample, so that nothing seen tells which token comes next."""
+        return False
 
     def token_dim(self) -> int:
         """P, the size of a raw token. Default: measured on the first training sample that can be read.
