@@ -292,7 +292,7 @@ def write_page(folder: Path, readings: Sequence[Reading], data: Modality, option
         f"Attention of the query {noun} ({QUERY} frame), {layer}, {head}{blind}. Similarity: cosine between the "
         f"embedding predicted at the query's place and every {noun}; the one to be predicted has a {NEXT} "
         f"frame.{told}",
-        panel_plot([(reading.name, _map_panels(reading, noun)) for reading in readings], across=3),
+        panel_plot([(reading.name, map_panels(reading, noun)) for reading in readings], across=3),
     )
     layers = Figure(
         "layers.png",
@@ -309,7 +309,8 @@ def write_page(folder: Path, readings: Sequence[Reading], data: Modality, option
     page(folder, title=f"Inside {folder.parent.resolve().name}", body=_body(readings, noun), figures=figures, foot=foot)
 
 
-def _map_panels(reading: Reading, noun: str) -> list[Panel]:
+def map_panels(reading: Reading, noun: str) -> list[Panel]:
+    """The sample, the attention of the query and its similarity map, side by side."""
     query = {QUERY: reading.query}
     both = query if reading.next is None else query | {NEXT: reading.next}
     found = "" if reading.next is None else f", next {noun} ranked {reading.rank:g} of {int(reading.real.sum())}"

@@ -16,17 +16,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
 from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
-from nepa_core.runtime.distributed import World
+from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import fit
 from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
 from recipes import finetune, probe
+from recipes.features import Row, Source, kept_features, network_reader
 from recipes.goals import Classification, Goal, find_goal
 from recipes.maps import attention_figures, grid_positions, neighbour_share, uniform_attention
-from recipes.pretrain import PretrainConfig
+from recipes.pretrain import PretrainConfig, load_pretrained
 
 PROBE = probe.Options(poolings=("mean", "last"), classifiers=("linear",))
 """The same rows for every variant: BOS can be read in some of them only."""
@@ -225,3 +227,26 @@ def need_labels(config: PretrainConfig) -> None:
         except UnreadableSample:
             continue
     raise UserError("the samples have no 'label'; a comparison by accuracy needs one")
+
+
+# ------------------------------------------------------------------------------- reading by another order
+
+
+def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
+    """Probe of the run in `folder` when its samples are read by another adapter, such as one with another order.
+
+    Of the best layer, means over tokens alone; the layer is chosen on held-back training samples.
+    """
+    with world() as ranks:
+        config, model = load_pretrained(Run(folder), ranks.device)
+        config = config.model_copy(update={"data": reading})
+        rows = [Row(layer, "mean") for layer in range(config.model.depth + 2)]
+        reader = network_reader(config, model, rows, causal=config.objective.causal)
+        with tempfile.TemporaryDirectory() as store:
+            train, test = (
+                kept_features(Source(config, split, limit), [reader], Path(store), ranks)[0]
+                for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
+            )
+            scored = probe.score_rows(probe.Split.of(train, test, ranks.device), PROBE.classifiers)
+    best = probe.best_row(scored)
+    return {"probe": best[probe.metric_of(best)], "probe_row": best["name"]}
