@@ -46,6 +46,7 @@ from nepa_core.runtime.run import FREE_KEYS, Run
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
 
 _POLL = 0.5  # seconds between looks at what other processes have finished
+_SAY = 10.0  # least seconds between two lines of progress
 
 
 class Variant(NamedTuple):
@@ -74,7 +75,7 @@ class Job(NamedTuple):
     """Something to compute once.
 
     Attributes:
-        name: in the lines of progress.
+        name: what a failure is said to be of.
         result: the JSON file that the values are kept in; its presence says that the job is done.
         lock: a file, held by who works on the job. Jobs with one lock are never worked on at once.
         work: gives the values; can be sent to other processes.
@@ -213,7 +214,10 @@ def attempt(job: Job) -> bool:
         return True
     with locked(job.lock) as mine:
         if mine and not job.done:
-            values = job.work()
+            try:
+                values = job.work()
+            except UserError as error:
+                raise UserError(f"{job.name}: {error}") from error
             with disk_errors(job.result):
                 write_whole(job.result, json.dumps(values, indent=1) + "\n")
         return mine
@@ -281,22 +285,21 @@ def _end_with_parent() -> None:
 
 
 def _supervise(jobs: Sequence[Job], team: Sequence[tuple[BaseProcess, Connection]]) -> None:
-    """Wait until all workers are done, with a line for every job that was finished."""
+    """Wait until all workers are done, saying now and then how far they are."""
     working = {hear: process for process, hear in team}
-    shown = {job.name for job in jobs if job.done}
-    before, began = len(shown), time.monotonic()
+    done = before = sum(job.done for job in jobs)
+    began = said = time.monotonic()
     if before and working:
         print(f"{before} of {len(jobs)} were finished before", file=sys.stderr)
     while working:
         for hear in wait(list(working), timeout=_POLL):
             assert isinstance(hear, Connection)
             _heard(hear, working.pop(hear))
-        for job in jobs:
-            if job.name not in shown and job.done:
-                shown.add(job.name)
-                rate = (time.monotonic() - began) / (len(shown) - before)
-                left = (len(jobs) - len(shown)) * rate
-                print(f"{len(shown)}/{len(jobs)}  {job.name}  about {_duration(left)} left", file=sys.stderr)
+        now, count = time.monotonic(), sum(job.done for job in jobs)
+        if count > done and (now - said > _SAY or count == len(jobs)):
+            left = (len(jobs) - count) * (now - began) / (count - before)
+            print(f"{count} of {len(jobs)} finished, about {_duration(left)} left", file=sys.stderr)
+            done, said = count, now
 
 
 def _heard(hear: Connection, process: BaseProcess) -> None:

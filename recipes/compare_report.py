@@ -100,7 +100,7 @@ def interval_plot(
         reference: dashed lines.
     """
     ranked = sorted(values, key=lambda name: -spread(values[name])["mean"])
-    canvas = Canvas(figsize=(8, 0.9 + 0.36 * len(ranked)), dpi=110, layout="constrained")
+    canvas = Canvas(figsize=(8, 0.9 + 0.3 * len(ranked)), dpi=110, layout="constrained")
     axes = canvas.subplots()
     drawn = [(values, "pre-trained", "#08519c", 0.0 if control is None else -0.14, "o")]
     if control is not None:

@@ -86,7 +86,8 @@ def foot(summary: Mapping[str, Any]) -> str:
     interval = f"Mean and 95 % interval over {count} seeds" if count > 1 else "One seed"
     return (
         f"{interval}, held-out {summary['metric']}; the probe's layer is chosen on held-back training samples; raw "
-        f"tokens {summary['raw_tokens']:.3f}; fine-tuning of {summary['finetune_steps']} steps, the same for both starts."
+        f"tokens {summary['raw_tokens']:.3f}; fine-tuning of {summary['finetune_steps']} steps, the same for both starts "
+        "and attending both ways, so random weights know no order."
     )
 
 
@@ -132,7 +133,8 @@ def accuracy_figure(ranked: Rows, summary: Mapping[str, Any]) -> Figure:
     return Figure(
         "accuracy.png",
         f"Linear probe of the best layer, held-out {summary['metric']}: mean and 95 % interval over "
-        f"{len(summary['seeds'])} seeds, a dot a seed. Grey: random weights under the same order.",
+        f"{len(summary['seeds'])} seeds, a dot a seed. Grey: random weights under the same order. "
+        "Losses of different orders are not comparable, so orders are ranked by accuracy.",
         interval_plot(
             groups(ranked, "probe"),
             x=f"probe {summary['metric']}",
@@ -179,8 +181,8 @@ def pictures(summary: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "maps.png",
             f"What the model of each order (seed {summary['seeds'][0]}) makes of one held-out sample: attention of the "
-            f"query {noun} ({inspect.QUERY} frame), averaged over layers and heads, and the cosine between the embedding "
-            f"predicted at its place and every {noun}; the next {noun} has a {inspect.NEXT} frame.",
+            f"query {noun} ({inspect.QUERY} frame), averaged over layers and heads, and the cosine between the "
+            f"embedding predicted at its place and every {noun}; the next {noun} has a {inspect.NEXT} frame.",
             panel_plot(maps, across=3),
         ),
     ]

@@ -22,7 +22,8 @@ from nepa_core.modality import Sketch
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd }
-td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-nums }
+td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-nums; white-space: nowrap }
+pre { overflow-x: auto }
 figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } footer { color: #777; font-size: .8rem }
 """
 
@@ -48,6 +49,7 @@ def line_plot(
     axes = canvas.subplots()
     for name, (xs, ys) in series.items():
         axes.plot(xs, ys, marker="o" if markers else None, markersize=3, linewidth=1.6, label=name)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # steps, places, layers
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     if from_zero:

@@ -111,9 +111,9 @@ def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most
         largest = max(found, key=lambda each: each.mean)
         return (
             f"No difference between {noun} in {of} is larger than the noise ({tested}); the largest, "
-            f"{largest.better} over {largest.worse}, is {points(largest)} (p = {largest.p_holm:.2f})."
+            f"{largest.better} over {largest.worse}, is {points(largest)}, p = {largest.p_holm:.2f}."
         )
-    named = "; ".join(f"{each.better} > {each.worse} by {points(each)} (p = {each.p_holm:.2g})" for each in real[:most])
+    named = "; ".join(f"{each.better} > {each.worse} by {points(each)}, p = {each.p_holm:.2g}" for each in real[:most])
     more = f"; and {len(real) - most} more" if len(real) > most else ""
     rest = len(found) - len(real)
     others = f" The other {rest} difference{'s are' if rest > 1 else ' is'} within the noise." if rest else ""

@@ -89,7 +89,7 @@ def test_a_failed_job_leaves_no_result(tmp_path: Path) -> None:
         raise UserError("no data")
 
     job = Job("x", tmp_path / "r.json", tmp_path / ".lock", fail)
-    with pytest.raises(UserError, match="no data"):
+    with pytest.raises(UserError, match="x: no data"):
         compare.attempt(job)
     assert not job.done
     assert compare.attempt(job._replace(work=dict)), "the lock was let go"
@@ -167,7 +167,7 @@ def test_the_verdict_says_which_differences_are_real() -> None:
     assert verdict(noise, seeds=3, **words).startswith("No difference between orders in probe accuracy is larger than")
     clear = [Difference("hilbert", "raster", 0.021, 0.009, 0.001, 0.003), Difference("b", "a", 0.01, 0.02, 0.4, 0.4)]
     shown = verdict(clear, seeds=5, **words)
-    assert "hilbert > raster by 2.1 ± 0.9 points (p = 0.003)" in shown
+    assert "hilbert > raster by 2.1 ± 0.9 points, p = 0.003 (2 paired" in shown
     assert "other 1 difference is within the noise" in shown
     assert differences({"a": [0.1, 0.2], "b": [0.9, 0.95]}) == []
     assert "give three or more" in verdict([], seeds=2, **words)
