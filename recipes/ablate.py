@@ -87,8 +87,9 @@ def ablate(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
     measured = compare.Measure("ablate", measure, Nothing())
     rows = compare.compare(arms, options.seeds, measured, out, workers=options.workers or compare.default_workers())
     result = summarise(rows, options.seeds) | {"recipe": config.recipe, "made_with": provenance()}
-    write_report(out / "report", f"Ablations: {config.recipe}", result)
-    Run(out).write_summary(result)
+    with compare.reporting(out):
+        write_report(out / "report", f"Ablations: {config.recipe}", result)
+        Run(out).write_summary(result)
     return result
 
 

@@ -115,6 +115,8 @@ def compare(
         UserError: a pair failed, two variants have one name, or the folder is none of a comparison.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and runs under way have a checkpoint.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a comparison is started once, not by torchrun: workers= shares it among the GPUs of a machine")
     names = [variant.name for variant in variants]
     if twice := sorted(
         {name for name in names if names.count(name) > 1} | {str(s) for s in seeds if seeds.count(s) > 1}
@@ -224,18 +226,29 @@ def attempt(job: Job) -> bool:
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[bool]:
-    """Whether this process could take the lock, which it then has in the block. The file stays: it tells nothing."""
+def locked(file: Path, *, patient: bool = False) -> Iterator[bool]:
+    """Whether this process could take the lock, which it then has in the block. The file stays: it tells nothing.
+
+    Args:
+        patient: wait until it can be taken.
+    """
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("w")
     with stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(stream, fcntl.LOCK_EX if patient else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
             return
         yield True
+
+
+@contextmanager
+def reporting(out: Path) -> Iterator[None]:
+    """Within the block no other command writes the report of this folder."""
+    with locked(out / ".report.lock", patient=True):
+        yield
 
 
 def default_workers() -> int:

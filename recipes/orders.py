@@ -30,7 +30,7 @@ from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.run import Run
-from recipes.compare import Job, Measure, Variant, compare, default_workers, digest, run_folder, share
+from recipes.compare import Job, Measure, Variant, compare, default_workers, digest, reporting, run_folder, share
 from recipes.compare_report import Rows, groups, spreads
 from recipes.measures import attention_by_layer, fine_tunings, need_labels, predicted, read_as, read_out
 from recipes.orders_report import render, write_report
@@ -119,8 +119,9 @@ def orders(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
         summary["cross"] = read_across(variants, options.seeds[0], out, workers=workers)
     folders = {v.name: [str(run_folder(v, seed, out)) for seed in options.seeds] for v in variants}
     summary |= {"runs": folders, "made_with": provenance()}
-    write_report(out / "report", rows, summary)
-    Run(out).write_summary(summary)
+    with reporting(out):
+        write_report(out / "report", rows, summary)
+        Run(out).write_summary(summary)
     return summary
 
 

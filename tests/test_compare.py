@@ -118,13 +118,16 @@ def test_a_pair_is_found_by_its_config_under_any_name(tmp_path: Path, tiny_recip
     assert compare.run_folder(Variant("the 1st / arm", tiny_recipe), 4, tmp_path) != folder
 
 
-def test_names_are_given_once(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+def test_names_are_given_once(tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     one = Variant("one", tiny_recipe)
     measure = Measure("tiny", measured, Nothing())
     with pytest.raises(UserError, match="one is given twice"):
         compare.compare([one, one], (0,), measure, tmp_path, workers=1)
     with pytest.raises(UserError, match="7 is given twice"):
         compare.compare([one], (7, 7), measure, tmp_path, workers=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="not by torchrun"):
+        compare.compare([one], (7,), measure, tmp_path, workers=1)
 
 
 # ------------------------------------------------------------------------------------------- significance
