@@ -30,6 +30,7 @@ COLLAPSE_SHARE = 0.5
 
 _RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean variance of a feature
 _RIDGE_FEATURES = 4096  # most features of the linear autoregression; above, each token is reduced by PCA
+_SEEN_FEATURES = 1024  # the same where there is a matrix of its own for every place
 _TIE = 1e-6  # cosines closer than this are equal: identical tokens differ by rounding
 
 
@@ -40,12 +41,15 @@ class Gathered(NamedTuple):
         values: [S, N, P] raw tokens in the order of prediction.
         embeddings, predictions: [S, T, D].
         mask: [S, T] bool or None.
+        order: [S, N] int64, the canonical index of every token, where each sample has an order of its own and the
+            model is told the position that it predicts: baselines are then told it too. Else None.
     """
 
     values: Tensor
     embeddings: Tensor
     predictions: Tensor
     mask: Tensor | None
+    order: Tensor | None = None
 
     @property
     def bos(self) -> int:
@@ -56,6 +60,21 @@ class Gathered(NamedTuple):
     def targets(self) -> Tensor:
         """[S, T - 1, D], the embedding that each prediction but the last is compared with."""
         return self.embeddings[:, 1:]
+
+    def by_target(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Lay what belongs to the last Q predictions but one, [S, Q, ...], where their targets lie, by `order`: [S, N, ...].
+
+        Returns:
+            That, zero where nothing belongs, and where something does and counts, [S, N] bool.
+        """
+        assert self.order is not None
+        samples, count = self.order.shape
+        pairs = torch.ones(x.shape[:2], dtype=torch.bool) if self.counted is None else self.counted[:, -x.shape[1] :]
+        index = self.order[:, -x.shape[1] :].masked_fill(~pairs, count)  # a place for what does not count
+        rows = torch.arange(samples)[:, None]
+        laid, counts = x.new_zeros(samples, count + 1, *x.shape[2:]), pairs.new_zeros(samples, count + 1)
+        laid[rows, index], counts[rows, index] = x, True
+        return laid[:, :count], counts[:, :count]
 
     @property
     def counted(self) -> Tensor | None:
@@ -76,14 +95,16 @@ def gather(
             tokens = modality.read(batch)
             out = model(tokens, causal=causal)
             real = torch.ones(out.embeddings.shape[:2], dtype=torch.bool) if out.mask is None else out.mask.cpu()
-            parts.append((*(x.float().cpu() for x in (tokens.values, out.embeddings, out.predictions)), real))
+            told = model.config.predict_position != "off" and tokens.order is not None and tokens.order.ndim == 2
+            order = (tokens.order.cpu(),) if told and tokens.order is not None else ()
+            parts.append((*(x.float().cpu() for x in (tokens.values, out.embeddings, out.predictions)), real, *order))
             count += len(real)
             if limit is not None and count >= limit:
                 break
     finally:
         model.train(was_training)
-    values, embeddings, predictions, mask = (_stack(list(x))[:limit] for x in zip(*parts, strict=True))
-    return Gathered(values, embeddings, predictions, None if mask.all() else mask)
+    values, embeddings, predictions, mask, *orders = (_stack(list(x))[:limit] for x in zip(*parts, strict=True))
+    return Gathered(values, embeddings, predictions, None if mask.all() else mask, *orders)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
@@ -137,7 +158,8 @@ def baseline_predictions(train: Gathered, test: Gathered) -> dict[str, Tensor]:
 
     copy: the current token's own embedding. mean: the best constant. position_mean: the best constant of each
     place. linear: ridge regression of the target's direction on all previous raw tokens, see
-    `linear_autoregression`.
+    `linear_autoregression`. Where samples have orders of their own and the model is told the position that it
+    predicts, so are these two: one constant for each position of the target, `linear_from_seen`.
     """
     unit = F.normalize(train.targets, dim=-1)
     mean = unit.flatten(0, 1) if train.counted is None else unit[train.counted]
@@ -145,8 +167,12 @@ def baseline_predictions(train: Gathered, test: Gathered) -> dict[str, Tensor]:
     return {
         "copy": test.embeddings[:, :-1],
         "mean": mean.mean(0).expand(shape),
-        "position_mean": _position_mean(unit, train.counted).expand(shape),
-        "linear": linear_autoregression(train, test),
+        "position_mean": (
+            _position_mean(unit, train.counted).expand(shape)
+            if test.order is None
+            else _position_mean(*train.by_target(unit))[test.order[:, -shape[1] :]]
+        ),
+        "linear": linear_autoregression(train, test) if test.order is None else linear_from_seen(train, test),
     }
 
 
@@ -216,6 +242,53 @@ def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
     return predict(x_test, best)
 
 
+def linear_from_seen(train: Gathered, test: Gathered) -> Tensor:
+    """`linear_autoregression` for orders of each sample: one regression for every position of the target.
+
+    Its features are the raw tokens in canonical order, those not read before the target as their mean; they are
+    reduced to 1,024 in all. Each regression chooses its own strength.
+
+    Returns:
+        [S, T - 1, D] predictions for `test`, in the order of prediction.
+    """
+    assert train.order is not None
+    assert test.order is not None
+    unit, counts = train.by_target(F.normalize(train.targets, dim=-1))
+    laid = [_canonical(part) for part in (train, test)]
+    x_train, x_test = _features(laid[0], laid[1], keep=_SEEN_FEATURES)
+    place_train, place_test = train.order.argsort(1), test.order.argsort(1)
+    split = max(1, len(unit) - max(1, len(unit) // 10))
+    found = []
+    for target in range(unit.shape[1]):
+        x, x_new = (
+            (x * (place < place[:, target, None])[..., None]).flatten(1)
+            for x, place in ((x_train, place_train), (x_test, place_test))
+        )
+        rows = counts[:, target]
+        y, fit, held = unit[:, target], rows.clone(), rows.clone()
+        fit[split:], held[:split] = False, False
+        middle, mean = (z[fit].sum(0) / fit.sum().clamp(min=1) for z in (x, y))
+        centred = x[fit] - middle
+        gram, product = (centred.T @ z / max(len(centred), 1) for z in (centred, y[fit]))
+        solved = [
+            torch.cholesky_solve(product, _factor(gram, strength * x.square().mean())) for strength in _RIDGE_STRENGTHS
+        ]
+        best = min(solved, key=lambda w: float(negative_cosine((x[held] - middle) @ w + mean, y[held]).sum()))
+        found.append((x_new - middle) @ best + mean)
+    index = test.order[:, 1 - test.bos :]
+    return torch.stack(found, dim=1)[torch.arange(len(index))[:, None], index]
+
+
+def _canonical(gathered: Gathered) -> Gathered:
+    """Values and mask in canonical order; the rest as it is."""
+    assert gathered.order is not None
+    rows, place = torch.arange(len(gathered.order))[:, None], gathered.order.argsort(1)
+    mask, bos = gathered.mask, gathered.bos
+    if mask is not None:
+        mask = torch.cat((mask[:, :bos], mask[:, bos:][rows, place]), dim=1)
+    return gathered._replace(values=gathered.values[rows, place], mask=mask)
+
+
 def _factor(gram: Tensor, strength: Tensor) -> Tensor:
     """Cholesky factor of gram + strength. A strength that float32 would round away is raised to what it can hold.
 
@@ -226,10 +299,10 @@ def _factor(gram: Tensor, strength: Tensor) -> Tensor:
     return factor
 
 
-def _features(train: Gathered, test: Gathered) -> tuple[Tensor, Tensor]:
+def _features(train: Gathered, test: Gathered, keep: int = _RIDGE_FEATURES) -> tuple[Tensor, Tensor]:
     """Raw tokens, centred per place on the training mean, reduced where there are too many; padding is 0."""
     mean = _position_mean(train.values, None if train.mask is None else train.mask[:, train.bos :])
-    keep = max(1, _RIDGE_FEATURES // train.values.shape[1])
+    keep = max(1, keep // train.values.shape[1])
     basis = None
     centred = []
     for part in (train, test):
@@ -401,6 +474,9 @@ def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
 def _identified(predictions: Tensor, gathered: Gathered) -> Tensor:
     """`identification` where a token precedes: from BOS alone every sample's prediction is the same."""
     first, counted = gathered.bos, gathered.counted
+    if gathered.order is not None:  # candidates lie at one position, or the position alone would tell them apart
+        laid, counts = gathered.by_target(predictions[:, first:])
+        return identification(laid, gathered.by_target(gathered.targets[:, first:])[0], counts)
     return identification(
         predictions[:, first:], gathered.targets[:, first:], None if counted is None else counted[:, first:]
     )

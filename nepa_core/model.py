@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_core.modality import Tokens
-from nepa_core.predictor import Predictor, PredictorConfig, Trace
+from nepa_core.predictor import Predictor, PredictorConfig, Trace, init_weights
+from nepa_core.rope import of_next, rotary_table
 
 
 class Prediction(NamedTuple):
@@ -44,6 +45,8 @@ class NEPA(nn.Module):
         self.mask_token = _learned_vector(1, config.dim) if config.mask_token else None
         self.positions = _learned_vector(config.learned_positions, config.dim) if config.learned_positions else None
         self.predictor = Predictor(config)
+        # Last, so that the other weights are those of the same seed without it.
+        self.next_position = _linear(config.dim) if config.predict_position == "add" else None
 
     def forward(
         self,
@@ -75,6 +78,8 @@ class NEPA(nn.Module):
             x = self._hide(x, hidden)
         if self.positions is not None:
             x = x + self._learned_positions(tokens).to(x.dtype)
+        if self.next_position is not None:
+            x = x + self._next_positions(tokens, mask, coord_scale).to(x.dtype)
         predictions = self.predictor(x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace)
         return Prediction(embeddings, predictions, mask)
 
@@ -94,6 +99,20 @@ class NEPA(nn.Module):
         vectors = self.positions[:count] if tokens.order is None else self.positions[tokens.order]
         return vectors if self.bos is None else F.pad(vectors, (0, 0, 1, 0))
 
+    def _next_positions(self, tokens: Tokens, mask: Tensor | None, coord_scale: float) -> Tensor:
+        """The vector of the next token's coordinates at every place, [T, D] or [B, T, D]; zero where none follows."""
+        assert self.next_position is not None
+        table = rotary_table(
+            tokens.coords,
+            self.config.dim,
+            self.config.rope_theta or 100.0,
+            device=tokens.values.device,
+            scale=coord_scale,
+            bos=self.bos is not None,
+        )
+        vectors = self.next_position(torch.cat(table, dim=-1))
+        return of_next(vectors, mask, missing=torch.zeros_like(vectors))
+
 
 def layers_above(name: str, depth: int) -> int:
     """How many layers lie above a parameter of a network of `depth` blocks, for layer-wise decay.
@@ -107,7 +126,7 @@ def layers_above(name: str, depth: int) -> int:
     parts = name.split(".")
     if "blocks" in parts:
         return depth - int(parts[parts.index("blocks") + 1])
-    return depth + 1 if {"embed", "bos", "mask_token", "positions"} & set(parts) else 0
+    return depth + 1 if {"embed", "bos", "mask_token", "positions", "next_position"} & set(parts) else 0
 
 
 def draw_coord_scale(rescale: float) -> float:
@@ -118,6 +137,12 @@ def draw_coord_scale(rescale: float) -> float:
     if rescale == 1:
         return 1.0
     return math.exp((2 * torch.rand(()).item() - 1) * math.log(rescale))
+
+
+def _linear(dim: int) -> nn.Linear:
+    linear = nn.Linear(dim, dim, bias=False)
+    init_weights(linear)
+    return linear
 
 
 def _learned_vector(count: int, dim: int) -> nn.Parameter:

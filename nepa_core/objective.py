@@ -24,6 +24,8 @@ class ObjectiveConfig(BaseModel):
         causal: attend backwards only while pre-training.
         shift: compare with the next embedding; False compares with the token's own, which is the input.
         stop_gradient: hold the target constant.
+        unknown_target: allow an order that is drawn for each sample without `model.predict_position`, to see that the
+            best prediction is then close to the mean embedding.
         input_mask: share of the input embeddings replaced by the mask token (needs `model.mask_token`).
     """
 
@@ -33,6 +35,7 @@ class ObjectiveConfig(BaseModel):
     shift: bool
     stop_gradient: bool
     input_mask: float = Field(ge=0, lt=1)
+    unknown_target: bool = False
 
 
 def pair_up(

@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.fused import NormRotate, ScaledLinear
 from nepa_core.packing import Packing, pack_rows
-from nepa_core.rope import RotaryTable, rotary_matrices, rotary_table, rotate
+from nepa_core.rope import RotaryPair, RotaryTable, of_next, rotary_matrices, rotary_table, rotate
 
 Backend = Literal["sdpa", "xformers", "eager"]
+Rope = RotaryTable | RotaryPair | Tensor | None
+"""How queries and keys are turned; a tensor holds the matrices of `rotary_matrices`."""
 
 
 class PredictorConfig(BaseModel):
@@ -40,6 +42,11 @@ class PredictorConfig(BaseModel):
             [1/rope_rescale, rope_rescale]; 1 is off, 2 is the released setting.
         learned_positions: number of canonical places with a learned vector added to the input (never to a
             target); 0 is off. The paper's text has it, the released checkpoints don't.
+        predict_position: whether a place is told where the next token lies, as an order that differs between samples
+            needs. "add": a linear map of cos and sin of its coordinates (RoPE's wavelengths, one pair for every two
+            numbers of D) is added to the input, BOS included. "rotate": queries are turned by its coordinates, keys by
+            their own; the first prediction, which attends to BOS alone, learns nothing from it. Never part of a
+            target. A place that no token follows gets nothing, or its own coordinates.
         bos: a learned vector in front of the tokens, from which the first token is predicted.
         mask_token: a learned vector for inputs hidden by `objective.input_mask`.
         drop_path: stochastic depth, rising linearly from 0 to this rate at the last block.
@@ -64,6 +71,7 @@ class PredictorConfig(BaseModel):
     bos: bool
     norm_eps: float = Field(gt=0)
     learned_positions: int = Field(default=0, ge=0)
+    predict_position: Literal["off", "add", "rotate"] = "off"
     mask_token: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     attention: Backend = "sdpa"
@@ -73,6 +81,8 @@ class PredictorConfig(BaseModel):
     def _heads_fit(self) -> Self:
         if self.dim % (2 * self.heads):
             raise ValueError(f"model.dim={self.dim} must be a multiple of 2 * model.heads={2 * self.heads}")
+        if self.predict_position == "rotate" and self.rope_theta is None:
+            raise ValueError("model.predict_position=rotate turns queries by RoPE: set model.rope_theta, or use add")
         return self
 
     @property
@@ -180,7 +190,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: RotaryTable | Tensor | None,
+        rope: Rope,
         scale: Tensor | None,
         *,
         causal: bool,
@@ -194,7 +204,8 @@ class Attention(nn.Module):
             q, k, v = rearrange(qkv, "b t (qkv h k) -> qkv b h t k", qkv=3, h=self.heads)
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
             if rope is not None:
-                q, k = rotate(q, rope), rotate(k, rope)
+                for_q, for_k = rope if isinstance(rope, RotaryPair) else (rope, rope)
+                q, k = rotate(q, for_q), rotate(k, for_k)
         mixed, weights = attend(q, k, v, causal=causal, allowed=allowed, backend=self.backend)
         if trace is not None and weights is not None:
             trace.attention.append(weights)
@@ -254,7 +265,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: RotaryTable | Tensor | None,
+        rope: Rope,
         *,
         causal: bool,
         allowed: Tensor | None,
@@ -327,11 +338,10 @@ class Predictor(nn.Module):
             [B, T, D], the output of the final LayerNorm (with `config.pack`, zero where no token is real).
         """
         packing = pack_rows(mask) if self.config.pack and mask is not None and trace is None else None
-        rope = self._rope(x, coords, coord_scale, matrices=packing is None)
+        rope = self._rope(x, coords, coord_scale, mask, matrices=packing is None)
         if packing is not None:
             allowed: Tensor | None = packing.allowed(causal=causal)
-            if isinstance(rope, RotaryTable):
-                rope = RotaryTable(*(packing.pack(angle.expand(len(x), -1, -1)) for angle in rope))
+            rope = _packed(rope, packing, len(x))
             x = packing.pack(x)
         else:
             allowed = None if mask is None else attention_mask(mask, causal=causal)
@@ -347,12 +357,13 @@ class Predictor(nn.Module):
             trace.hidden += [x, out]
         return out if packing is None else packing.unpack(out)
 
-    def _rope(self, x: Tensor, coords: Tensor, coord_scale: float, *, matrices: bool) -> RotaryTable | Tensor | None:
-        """The rotation in the form `Attention` wants: matrices where the norm can join in, else a table."""
+    def _rope(self, x: Tensor, coords: Tensor, coord_scale: float, mask: Tensor | None, *, matrices: bool) -> Rope:
+        """The rotation in the form `Attention` wants: matrices where the norm can join in, else tables."""
         if self.config.rope_theta is None:
             return None
-        matrices = matrices and self.fused and self.config.qk_norm == "plain" and coords.ndim == 2
-        return (rotary_matrices if matrices else rotary_table)(
+        ahead = self.config.predict_position == "rotate"
+        matrices = matrices and self.fused and self.config.qk_norm == "plain" and coords.ndim == 2 and not ahead
+        rope = (rotary_matrices if matrices else rotary_table)(
             coords,
             self.config.head_dim,
             self.config.rope_theta,
@@ -361,6 +372,18 @@ class Predictor(nn.Module):
             scale=coord_scale,
             bos=x.shape[1] == coords.shape[-2] + 1,
         )
+        if ahead and isinstance(rope, RotaryTable):
+            return RotaryPair(RotaryTable(*(of_next(angle, mask, missing=angle) for angle in rope)), rope)
+        return rope
+
+
+def _packed(rope: Rope, packing: Packing, samples: int) -> Rope:
+    """The tables of a batch as those of its packed rows."""
+    if isinstance(rope, RotaryPair):
+        return RotaryPair(*(RotaryTable(*(packing.pack(x.expand(samples, -1, -1)) for x in table)) for table in rope))
+    if isinstance(rope, RotaryTable):
+        return RotaryTable(*(packing.pack(x.expand(samples, -1, -1)) for x in rope))
+    return rope
 
 
 def init_weights(module: nn.Module) -> None:

@@ -27,6 +27,13 @@ class RotaryTable(NamedTuple):
     sin: Tensor
 
 
+class RotaryPair(NamedTuple):
+    """Tables for queries and keys that are turned by different positions."""
+
+    queries: RotaryTable
+    keys: RotaryTable
+
+
 def rotary_angles(coords: Tensor, head_dim: int, theta: float, *, bos: bool = False) -> Tensor:
     """Angles of every place, in radians.
 
@@ -101,6 +108,23 @@ def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     cos, sin = (t if t.ndim == 2 else t[:, None] for t in table)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def of_next(rows: Tensor, mask: Tensor | None, *, missing: Tensor) -> Tensor:
+    """At every place the row of the next token; where there is none (at the end, before padding) that of `missing`.
+
+    Args:
+        rows, missing: [T, W] or [B, T, W].
+        mask: [B, T] bool, True for a real token, or None.
+
+    Returns:
+        The same shape, or [B, T, W] where there is a mask.
+    """
+    shifted = torch.cat((rows[..., 1:, :], missing[..., -1:, :]), dim=-2)
+    if mask is None:
+        return shifted
+    followed = torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
+    return torch.where(followed[..., None], shifted, missing)
 
 
 def centred_rotation(table: RotaryTable) -> Tensor:

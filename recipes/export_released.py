@@ -148,6 +148,7 @@ def images_of(config: Trained, run: Run) -> Images:
         f"model.bos={model.bos}": not model.bos,
         f"model.mask_token={model.mask_token}": model.mask_token,
         f"model.learned_positions={model.learned_positions}": model.learned_positions > 0,
+        f"model.predict_position={model.predict_position}": model.predict_position != "off",
         "readout=last": isinstance(config, FinetuneConfig) and config.readout != "mean",
     }
     if any(wrong.values()):

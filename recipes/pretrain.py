@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -69,6 +70,17 @@ class PretrainConfig(BaseModel):
             raise ValueError("model.mask_token=true needs an objective.input_mask above 0, which alone trains it")
         return self
 
+    @model_validator(mode="after")
+    def _target_is_known(self) -> Self:
+        known = self.model.predict_position != "off" or not self.objective.shift
+        if self.data.draws_order() and not known and not self.objective.unknown_target:
+            raise ValueError(
+                "an order drawn for each sample needs model.predict_position=add (or rotate): without it the network "
+                "can't know which patch comes next, so the best prediction is close to the mean embedding; "
+                "objective.unknown_target=true trains it all the same"
+            )
+        return self
+
 
 class Options(BaseModel):
     """Options of `nepa pretrain`."""
@@ -110,7 +122,15 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
         return held_out_health(config, model, ranks, ema)
 
     result, ema = train(
-        model, model.predictor, config, run, ranks, step_function=make_step(config), evaluate=health, show=show
+        model,
+        model.predictor,
+        config,
+        run,
+        ranks,
+        step_function=make_step(config),
+        step_at=partial(make_step, config) if config.data.draws_order() else None,
+        evaluate=health,
+        show=show,
     )
     if not ranks.is_main:
         return {}
@@ -144,12 +164,16 @@ def load_pretrained(
     return config, model.to(device).eval()
 
 
-def make_step(config: PretrainConfig) -> StepFunction:
-    """The step function of pre-training: batch -> loss of the configured objective."""
-    objective, rescale = config.objective, config.model.rope_rescale
+def make_step(config: PretrainConfig, progress: float = 0.0) -> StepFunction:
+    """The step function of pre-training: batch -> loss of the configured objective.
+
+    Args:
+        progress: share of the run that is done, see `Modality.at`.
+    """
+    objective, rescale, data = config.objective, config.model.rope_rescale, config.data.at(progress)
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
-        tokens = config.data.read(batch)
+        tokens = data.read(batch)
         out = model(
             tokens,
             causal=objective.causal,

@@ -53,6 +53,7 @@ def train(
     ranks: World,
     *,
     step_function: StepFunction,
+    step_at: Callable[[float], StepFunction] | None = None,
     evaluate: Callable[[Ema | None], Mapping[str, Any]],
     show: bool,
 ) -> tuple[FitResult, Ema | None]:
@@ -60,6 +61,7 @@ def train(
 
     Args:
         predictor: the one inside `model`.
+        step_at: see `fit`.
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
     """
     if config.train.compile:
@@ -70,6 +72,7 @@ def train(
     result = fit(
         model=model,
         step_function=step_function,
+        step_at=step_at,
         dataset=config.data.dataset("train"),
         config=config.train,
         optim=config.optim,

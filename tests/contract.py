@@ -59,6 +59,7 @@ def check_modality(modality: Modality) -> None:
         check_samples_do_not_mix,
         check_order_is_a_permutation,
         check_order_can_be_undone,
+        check_order_is_the_samples_own,
         check_sketch,
         check_embedder,
         check_future_is_hidden,
@@ -214,6 +215,21 @@ def check_order_can_be_undone(modality: Modality) -> None:
         "bringing the tokens of read(batch) back to canonical order does not give tokenize(batch): "
         "don't override read; give the permutation in order(tokens)"
     )
+
+
+def check_order_is_the_samples_own(modality: Modality) -> None:
+    batch = _batch(modality)
+    together, again = modality.read(batch), modality.read(batch)
+    assert torch.equal(together.values, again.values), (
+        "order(tokens) gives two answers for one batch: make it a function of the sample; where training is to have "
+        "random orders, draw it under at(progress) alone"
+    )
+    for row in range(len(together.values)):
+        alone = modality.read({key: value[row : row + 1] for key, value in batch.items()})
+        assert _same_real_tokens(_only(together, row), _only(alone, 0)), (
+            "a sample alone and within a batch is read in different orders: order(tokens) must hang on the sample, not "
+            "on the others or on padding"
+        )
 
 
 def check_sketch(modality: Modality) -> None:

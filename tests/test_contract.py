@@ -49,23 +49,16 @@ class Sound(Modality):
         return tokens.values[..., 0].masked_fill(~tokens.mask, torch.inf).argsort(dim=1)
 
 
-@pytest.mark.parametrize("patch_order", ["raster", "hilbert", "random"])
+def images(**changes: Any) -> Images:
+    settings = {"source": "digits", "size": (8, 8), "patch": (2, 2), "channels": 1, "mean": (0.3,), "std": (0.35,)}
+    return Images(**(settings | changes))
+
+
+@pytest.mark.parametrize("patch_order", ["raster", "hilbert", "random_per_sample"])
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_images_are_sound(patch_order: Any, in_memory: bool) -> None:
     state = torch.get_rng_state()
-    check_modality(
-        Images(
-            source="digits",
-            size=(8, 8),
-            patch=(2, 2),
-            channels=1,
-            mean=(0.3,),
-            std=(0.35,),
-            patch_order=patch_order,
-            in_memory=in_memory,
-            augment="crop",
-        )
-    )
+    check_modality(images(patch_order=patch_order, in_memory=in_memory, augment="crop"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -247,6 +240,26 @@ def test_defects_of_tokens_are_told(change: Any, words: str) -> None:
 
 
 # ---- orders
+
+
+def test_an_order_drawn_outside_at_is_told() -> None:
+    data = images(patch_order="random_per_sample")
+    with pytest.raises(AssertionError, match=r"draw it under at\(progress\) alone"):
+        check_modality(data.at(0.5))
+
+
+class Shuffled(Sound):
+    """Its order hangs on where in a batch a sample stands."""
+
+    def order(self, tokens: Tokens) -> Tensor | None:
+        order = torch.arange(LENGTH).expand(len(tokens.values), -1).clone()
+        order[1:] = order[1:].flip(1)
+        return order
+
+
+def test_an_order_that_hangs_on_the_batch_is_told() -> None:
+    with pytest.raises(AssertionError, match="a sample alone and within a batch is read in different orders"):
+        check_modality(Shuffled())
 
 
 class Ordered(Sound):

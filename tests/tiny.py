@@ -149,9 +149,10 @@ def training(
     folder: Path,
     *,
     step: StepFunction | None = None,
+    step_at: Callable[[float], StepFunction] | None = None,
     evaluate: Callable[[NEPA], dict[str, float]] | None = None,
 ) -> tuple[NEPA, Ema, FitResult]:
-    """The training part of `recipes.pretrain.pretrain` alone, with a step function or an evaluation of its own."""
+    """The training part of `recipes.pretrain.pretrain` alone, with step functions or an evaluation of its own."""
     run = Run(folder)
     run.open(config)
     world = World(0, 1, CPU)
@@ -162,6 +163,7 @@ def training(
     result = fit(
         model=model,
         step_function=step or make_step(config),
+        step_at=step_at,
         dataset=config.data.dataset("train"),
         config=config.train,
         optim=config.optim,

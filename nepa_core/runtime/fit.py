@@ -195,6 +195,7 @@ def fit(
     *,
     model: nn.Module,
     step_function: StepFunction,
+    step_at: Callable[[float], StepFunction] | None = None,
     dataset: Dataset[Batch],
     config: TrainConfig,
     optim: OptimConfig,
@@ -211,6 +212,7 @@ def fit(
     Args:
         model: on `world.device`. All its trainable parameters must take part in every step.
         step_function: (model as the ranks share it, batch) -> StepOutput; called under autocast.
+        step_at: the share of the run that is done -> the step function from there on; for one that changes with it.
         ema: the averages of `model`'s parameters, updated after every step.
         evaluate: held-out figures for metrics.jsonl, called on every rank before the first step, every
             `config.evaluate` steps and after the last; what the main process returns is logged.
@@ -269,7 +271,8 @@ def fit(
         began = time.perf_counter()
         watch.lap("start")
         for step in range(start, steps.total):
-            sums, seen = _accumulate(shared, step_function, stream, step, steps.accumulate, config, world, watch)
+            run_step = step_function if step_at is None else step_at(step / steps.total)
+            sums, seen = _accumulate(shared, run_step, stream, step, steps.accumulate, config, world, watch)
             tokens += seen * world.size
             lr = set_rates(optimizer, optim, peak=steps.peak_lr, step=step, total=steps.total, warmup=steps.warmup)
             loss, weight = world.sum(sums)

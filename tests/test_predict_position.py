@@ -1,0 +1,281 @@
+"""The target's position as an input: what it reaches, what it must not, and that an order of each sample needs it."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from modalities.image import Images
+from nepa_core import NEPA, PredictorConfig, Tokens
+from nepa_core.model import layers_above
+from nepa_core.objective import next_embedding_loss
+from nepa_core.rope import rotary_table, rotate
+from nepa_core.runtime.config import override
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import Interrupted, StepFunction
+from nepa_core.runtime.run import Run
+from recipes.pretrain import PretrainConfig, make_step, pretrain
+from recipes.vision import digits_2x2
+from tests.tiny import CPU, training
+
+SAMPLES, COUNT, RAW, DIM = 3, 6, 4, 16
+LENGTHS = (6, 4, 2)
+SHAPE: dict[str, Any] = {
+    "dim": DIM,
+    "depth": 2,
+    "heads": 2,
+    "mlp_dim": 32,
+    "activation": "gelu",
+    "gated": False,
+    "layer_scale": 1.0,
+    "qk_norm": "plain",
+    "rope_theta": 100.0,
+    "rope_rescale": 1.0,
+    "bos": True,
+    "norm_eps": 1e-6,
+}
+both = pytest.mark.parametrize("how", ["add", "rotate"])
+
+
+def network(**changes: Any) -> NEPA:
+    """A model far from its start, so that every input matters."""
+    torch.manual_seed(0)
+    model = NEPA(PredictorConfig(**(SHAPE | changes)), nn.Linear(RAW, DIM))
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def batch(*, padded: bool = False) -> Tokens:
+    draw = torch.Generator().manual_seed(1)
+    values, coords = torch.randn(SAMPLES, COUNT, RAW, generator=draw), torch.rand(COUNT, 2, generator=draw)
+    mask = torch.arange(COUNT) < torch.tensor(LENGTHS)[:, None] if padded else None
+    return Tokens(values, coords, mask)
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """[T], the largest difference at every place."""
+    return (a - b).abs().amax((0, 2))
+
+
+# ---- what a place is told
+
+
+@both
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_place_is_told_where_the_next_token_lies_and_nothing_of_those_after(how: str, bos: bool) -> None:
+    model, tokens = network(predict_position=how, bos=bos), batch()
+    before = model(tokens, causal=True)
+    for token in range(1, COUNT):
+        coords = tokens.coords.clone()
+        coords[token] += 0.2
+        after = model(Tokens(tokens.values, coords), causal=True)
+        assert torch.equal(after.embeddings, before.embeddings)
+        moved = distance(after.predictions, before.predictions)
+        place = token - 1 + bos  # predicts this token
+        assert (moved[:place] < 1e-6).all()
+        assert moved[place] > 1e-2
+
+
+def test_added_the_position_also_reaches_the_first_prediction_and_rotated_it_can_not() -> None:
+    tokens, coords = batch(), batch().coords.clone()
+    coords[0] += 0.2
+    first = {}
+    for how in ("off", "add", "rotate"):
+        model = network(predict_position=how)
+        outs = [
+            model(Tokens(tokens.values, where), causal=True).predictions[:, :1] for where in (tokens.coords, coords)
+        ]
+        first[how] = float((outs[0] - outs[1]).abs().max())
+    assert first["add"] > 1e-2
+    assert first["off"] == first["rotate"] == 0
+
+
+@both
+def test_the_content_of_the_next_token_stays_unseen(how: str) -> None:
+    model, tokens = network(predict_position=how), batch()
+    before = model(tokens, causal=True).predictions
+    for token in range(COUNT):
+        values = tokens.values.clone()
+        values[:, token] += 1
+        moved = distance(model(Tokens(values, tokens.coords), causal=True).predictions, before)
+        assert (moved[: token + 1] < 1e-6).all()
+        assert moved[token + 1] > 1e-2
+
+
+def test_queries_are_turned_by_the_next_position_and_keys_by_their_own() -> None:
+    """One layer without BOS against the scores written out."""
+    model, tokens = network(predict_position="rotate", bos=False, depth=1, heads=1, attention="eager"), batch()
+    attention = model.predictor.blocks[0].attention
+    x = model.predictor.blocks[0].norm1(model.embed(tokens.values))
+    q, k, v = attention.qkv(x).unflatten(-1, (3, 1, DIM)).permute(2, 0, 3, 1, 4)
+    ahead = torch.cat((tokens.coords[1:], tokens.coords[-1:]))
+    q = rotate(attention.q_norm(q), rotary_table(ahead, DIM, 100.0, device=CPU))
+    k = rotate(attention.k_norm(k), rotary_table(tokens.coords, DIM, 100.0, device=CPU))
+    scores = (q @ k.transpose(-2, -1) / DIM**0.5).masked_fill(~torch.ones(COUNT, COUNT).tril().bool(), -torch.inf)
+    expected = attention.out((scores.softmax(-1) @ v)[:, 0])
+    table = rotary_table(tokens.coords, DIM, 100.0, device=CPU)
+    rope = model.predictor._rope(x, tokens.coords, 1.0, None, matrices=True)
+    found = attention(x, rope, None, causal=True, allowed=None, trace=None)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    own = attention(x, table, None, causal=True, allowed=None, trace=None)
+    assert (own - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"bos": False}, {"pack": True}, {"attention": "eager"}, {"qk_norm": "off"}])
+@both
+def test_padding_changes_nothing(how: str, settings: dict[str, Any], causal: bool) -> None:
+    model, tokens = network(predict_position=how, **settings), batch(padded=True)
+    together = model(tokens, causal=causal).predictions
+    for row, length in enumerate(LENGTHS):
+        alone = Tokens(tokens.values[row : row + 1, :length], tokens.coords[:length])
+        expected = model(alone, causal=causal).predictions[0]
+        torch.testing.assert_close(together[row, : len(expected)], expected, rtol=0, atol=1e-5)
+
+
+@both
+def test_an_order_of_each_sample_is_that_sample_in_its_own_order(how: str) -> None:
+    model, tokens = network(predict_position=how), batch()
+    orders = torch.stack([torch.randperm(COUNT, generator=torch.Generator().manual_seed(i)) for i in range(SAMPLES)])
+    together = model(tokens.reordered(orders), causal=True, coord_scale=1.3).predictions
+    for row, order in enumerate(orders):
+        alone = Tokens(tokens.values[row : row + 1], tokens.coords * 1.3).reordered(order)
+        torch.testing.assert_close(together[row], model(alone, causal=True).predictions[0], rtol=0, atol=1e-5)
+
+
+# ---- weights
+
+
+@both
+def test_every_parameter_takes_part_also_where_activations_are_recomputed(how: str) -> None:
+    gradients = []
+    for recompute in (False, True):
+        model = network(predict_position=how)
+        if recompute:
+            model.predictor.recompute_blocks()
+        out = model(batch(padded=True), causal=True)
+        next_embedding_loss(out.predictions, out.embeddings, out.mask).backward()
+        gradients.append({name: value.grad for name, value in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=0, atol=1e-6)
+
+
+def test_the_other_weights_are_those_of_the_same_seed_without_it() -> None:
+    def start(how: str) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        return NEPA(PredictorConfig(**SHAPE, predict_position=how), nn.Linear(RAW, DIM)).state_dict()
+
+    off, add = start("off"), start("add")
+    assert add.keys() - off.keys() == {"next_position.weight"}
+    assert start("rotate").keys() == off.keys()
+    assert all(torch.equal(add[name], value) for name, value in off.items())
+    assert layers_above("backbone.next_position.weight", depth=4) == 5
+
+
+@pytest.mark.slow
+@both
+def test_compiled_blocks_agree(how: str) -> None:
+    model, tokens = network(predict_position=how), batch(padded=True)
+    expected = model(tokens, causal=True).predictions[
+        tokens.mask is None or nn.functional.pad(tokens.mask, (1, 0), value=True)
+    ]
+    model.predictor.compile_blocks()
+    found = model(tokens, causal=True).predictions[
+        tokens.mask is None or nn.functional.pad(tokens.mask, (1, 0), value=True)
+    ]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# ---- settings
+
+
+def test_settings_from_before_are_off_and_rotating_needs_rope() -> None:
+    assert PredictorConfig(**SHAPE).predict_position == "off"
+    with pytest.raises(ValidationError, match="model.predict_position=rotate turns queries by RoPE"):
+        PredictorConfig(**(SHAPE | {"rope_theta": None}), predict_position="rotate")
+    network(predict_position="add", rope_theta=None)(batch(), causal=True)
+
+
+@pytest.mark.parametrize("order", ["random_per_sample", "random_annealed"])
+def test_an_order_drawn_for_each_sample_needs_the_position_unless_it_is_forced(order: str) -> None:
+    changes = {"data.patch_order": order}
+    with pytest.raises(Exception, match="can't know which patch comes next.*objective.unknown_target=true"):
+        override(digits_2x2(), changes)
+    for mend in ({"model.predict_position": "add"}, {"objective.unknown_target": True}):
+        config = override(digits_2x2(), changes | mend)
+        assert isinstance(config.data, Images)
+        assert config.data.patch_order == order
+
+
+# ---- training
+
+
+def tiny_digits(**changes: Any) -> PretrainConfig:
+    short = {
+        "data.limit": 400,
+        "model.dim": 32,
+        "model.depth": 2,
+        "model.mlp_dim": 64,
+        "optim.lr": 4e-3,
+        "train.batch": 32,
+        "train.ema": None,
+        "train.evaluate": 1000,
+        "verdict.fit_samples": 400,
+        "verdict.test_samples": 320,
+    }
+    return override(digits_2x2(), short | changes)
+
+
+def lift(folder: Path, **changes: Any) -> float:
+    """How far the loss lies below that of the better mean: one for all, or one for each position of the target."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    config = tiny_digits(**changes, **{"train.length.steps": 150, "data.patch_order": "random_per_sample"})
+    found = pretrain(config, Run(folder), World(0, 1, CPU), show=False)
+    return float(min(found["baseline_mean"], found["baseline_position_mean"]) - found["loss"])
+
+
+def test_per_sample_random_order_learns_with_the_targets_position_and_not_without(tmp_path: Path) -> None:
+    blind = lift(tmp_path / "off", objective__unknown_target=True)
+    for how in ("add", "rotate"):
+        assert lift(tmp_path / how, model__predict_position=how) > 0.1 + blind
+    assert blind < 0.1
+
+
+def annealed() -> PretrainConfig:
+    return tiny_digits(
+        **{
+            "data.patch_order": "random_annealed",
+            "model.predict_position": "add",
+            "train.length.steps": 8,
+            "train.checkpoint": 3,
+            "verdict.health_samples": 16,
+        }
+    )
+
+
+def test_an_annealed_run_in_two_sittings_is_the_uninterrupted_run(tmp_path: Path) -> None:
+    config, shares = annealed(), []
+
+    def interrupted(progress: float) -> StepFunction:
+        shares.append(progress)
+        if len(shares) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return make_step(config, progress)
+
+    step_at = partial(make_step, config)
+    whole, *_ = training(config, tmp_path / "whole", step_at=step_at)
+    with pytest.raises(Interrupted, match="after step 5"):
+        training(config, tmp_path / "parts", step_at=interrupted)
+    parts, *_ = training(config, tmp_path / "parts", step_at=interrupted)
+    assert shares == [step / 8 for step in range(8)]
+    assert all(torch.equal(value, parts.state_dict()[name]) for name, value in whole.state_dict().items())
+    constant, *_ = training(config, tmp_path / "constant", step_at=lambda progress: make_step(config, 0.0))
+    assert any(not torch.equal(value, constant.state_dict()[name]) for name, value in whole.state_dict().items())
