@@ -86,8 +86,7 @@ def foot(summary: Mapping[str, Any]) -> str:
     interval = f"Mean and 95 % interval over {count} seeds" if count > 1 else "One seed"
     return (
         f"{interval}, held-out {summary['metric']}. The probe's layer is chosen on held-back training samples; raw "
-        f"tokens have {summary['raw_tokens']:.3f}. Fine-tuning, {summary['finetune_steps']} steps for both, attends both "
-        "ways, so that random weights know no order."
+        f"tokens have {summary['raw_tokens']:.3f}. Fine-tuning: {summary['finetune_steps']} steps, attention both ways."
     )
 
 

@@ -142,6 +142,13 @@ def test_an_order_is_a_name_a_seed_or_a_function() -> None:
         ordered(digits_2x2(), "hilbrt", None)
 
 
+def test_every_order_is_told_the_same_of_the_next_position() -> None:
+    with pytest.raises(UserError, match="needs model"):
+        ordered(digits_2x2(), "random_per_sample", None)
+    for name in ("random_per_sample", "raster"):
+        assert ordered(digits_2x2(), name, "add").model.predict_position == "add"
+
+
 def backwards(tokens: Any, grid: tuple[int, ...]) -> torch.Tensor:
     return torch.arange(tokens.values.shape[1]).flip(0)
 
