@@ -147,6 +147,10 @@ class Clips(Dataset[Batch]):
         frames = torch.tensor([len(clip) for clip in clips])
         return {"mel": mel, "frames": frames, "label": self.labels[torch.as_tensor(indices)]}
 
+    def name(self, index: int) -> str:
+        """What a message calls that clip: its file, or where it lies."""
+        return self.source.name(int(self.rows[index]))
+
     def _frames(self, index: int) -> Tensor:
         """[T, F] of one clip, T its own."""
         row = int(self.rows[index])

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from modalities.hub import one_line
 from modalities.image_augment import Augment, CentreCrop, ErasedBox, Transform, augmentation
-from modalities.image_shards import cpus
-from modalities.image_sources import Files, Pixels, Size, Source, SourceName, one_line, open_source
-from nepa_core.basics import Batch, UnreadableSample
+from modalities.image_sources import Files, Pixels, Size, Source, SourceName, open_source
+from nepa_core.basics import Batch, UnreadableSample, cores
 
 Channels = Literal[1, 3]
 
@@ -123,6 +123,10 @@ class DecodedImages(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         pixels = self.transform(self._decode(int(self.rows[index])))
         return _with_box({"image": pixels, "label": self.labels[index]}, self.erase)
+
+    def name(self, index: int) -> str:
+        """What a message calls that image: its file, or where it lies."""
+        return self.source.name(int(self.rows[index]))
 
     def _decode(self, row: int) -> Tensor:
         try:
@@ -238,7 +242,7 @@ def _in_memory(stored: Source, size: Size, channels: Channels, limit: int | None
         DecodedShares(lazy),
         batch_size=None,
         collate_fn=_as_is,
-        num_workers=min(cpus(), len(lazy) // WORTH_A_PROCESS),
+        num_workers=min(cores(), len(lazy) // WORTH_A_PROCESS),
         generator=torch.Generator(),  # a loader draws a seed, which must not come from the global generator
     )
     for share, (pixels, bad) in enumerate(loader):

@@ -8,7 +8,6 @@ is repeated or lost, whatever the number of ranks and workers, and a resumed run
 from __future__ import annotations
 
 import json
-import os
 import re
 import tarfile
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, cores
 
 IMAGE_KINDS = ("jpg", "jpeg", "png", "webp")
 CLASS_NAMES = "classnames.txt"
@@ -89,7 +88,7 @@ def open_shards(files: Sequence[Path], folder: Path) -> Shards:
     Raises:
         UserError: a shard is damaged or cut short, a sample has no label, or two images share a key.
     """
-    processes = min(cpus(), len(files) // WORTH_A_PROCESS)
+    processes = min(cores(), len(files) // WORTH_A_PROCESS)
     if processes > 1:
         with ProcessPoolExecutor(processes) as pool:
             found = list(pool.map(index_shard, files))
@@ -161,11 +160,6 @@ def _check_end(tar: tarfile.TarFile) -> None:
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
         raise tarfile.ReadError(f"no member and no end mark at byte {tar.offset}")
-
-
-def cpus() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _class_names(folder: Path) -> tuple[str, ...] | None:

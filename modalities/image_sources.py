@@ -22,6 +22,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from modalities.hub import load_hub, one_line
 from modalities.image_shards import open_shards, shard_files
 from nepa_core.basics import UserError
 
@@ -363,17 +364,7 @@ def _open_saved(places: Mapping[str, Path], split: str) -> Rows:
 
 @lru_cache(maxsize=4)
 def _open_hub(root: str, split: str) -> Source:
-    import datasets
-
-    if Path(root).expanduser().exists():
-        raise UserError(f"data.source=hub data.root={root}: that is a folder here; read it with data.source=folder")
-    try:
-        stored = datasets.load_dataset(root)
-    except Exception as error:  # the clients of the hub raise a dozen kinds: no network, no such name, no access
-        raise UserError(
-            f"data.source=hub data.root={root}: can't be had from the hub ({one_line(error)}); check the name "
-            "(OWNER/NAME), your access and the network, or download it and give its folder with data.source=folder"
-        ) from error
+    stored = load_hub(root)
     found = {each: next((name for name in names if name in stored), None) for each, names in SPLITS.items()}
     if None in found.values():
         raise UserError(
@@ -428,8 +419,3 @@ def _class_names(features: Any) -> Classes | None:
     """The names that the feature of the labels carries."""
     names = next((getattr(features[name], "names", None) for name in LABEL_COLUMNS if name in features), None)
     return None if names is None else tuple(names)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's message without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

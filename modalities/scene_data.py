@@ -1,4 +1,4 @@
-"""Where scenes come from: images in which every pixel has a class, as folders, parquet or a `datasets` folder.
+"""Where scenes come from: images in which every pixel has a class, in folders, parquet, `datasets` folders or the hub.
 
 Shapes: H x W pixels of an image as it is stored, h x w of a crop. A source (second half of the file) knows undecoded
 pairs of an image and its annotation; `Scenes` in `modalities.scenes` turns them into samples.
@@ -9,11 +9,11 @@ from __future__ import annotations
 import io
 import os
 from bisect import bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -27,12 +27,14 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as image_ops
 
+from modalities.hub import load_hub, one_line
 from modalities.image_data import decode
-from modalities.image_sources import Size, one_line
+from modalities.image_sources import Size
 from nepa_core.basics import Batch, UnreadableSample, UserError
 
 IGNORED = 255
 """The target of a pixel that no loss and no metric counts."""
+SceneSource = Literal["folder", "hub"]
 SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}
 """What a split may be called on disk; the first name found is taken. ADE20K's own `test` has no annotations."""
 CROP_TRIALS = 10  # of mmsegmentation's RandomCrop
@@ -77,9 +79,13 @@ class StoredScenes(Dataset[Batch]):
         if annotation.size != (width, height):
             raise UserError(
                 f"{self.source.name(index)}: the image has {width} x {height} pixels, its annotation "
-                f"{annotation.width} x {annotation.height}; they must agree"
+                f"{self.source.annotation(index)} {annotation.width} x {annotation.height}; they must agree"
             )
         return {"image": image, "target": self._target(annotation, index)}
+
+    def name(self, index: int) -> str:
+        """What a message calls that scene."""
+        return self.source.name(index)
 
     def _decoded(self, index: int) -> tuple[Tensor, Image.Image]:
         """The image, uint8 [3, H, W], and the annotation as it is stored."""
@@ -93,11 +99,11 @@ class StoredScenes(Dataset[Batch]):
 
     def _target(self, annotation: Image.Image, index: int) -> Tensor:
         """Stored values (of a palette image its indices, not its colours) to classes, uint8 [H, W]."""
-        stored = np.asarray(annotation)
+        stored, name = np.asarray(annotation), self.source.annotation(index)
         if stored.ndim != 2:
             raise UserError(
-                f"{self.source.name(index)}: the annotation is in mode {annotation.mode}, which has several channels; "
-                "it must hold class numbers in one"
+                f"{name}: the annotation is in mode {annotation.mode}, which has several channels; it must hold class "
+                "numbers in one"
             )
         present = np.unique(stored)
         inside = (present >= 0) & (present <= 255)
@@ -105,11 +111,32 @@ class StoredScenes(Dataset[Batch]):
         if wrong:
             count, first, ignored = self.numbering
             raise UserError(
-                f"{self.source.name(index)}: label {wrong[0]} is outside the {count} classes, stored as {first} to "
+                f"{name}: label {wrong[0]} is outside the {count} classes, stored as {first} to "
                 f"{first + count - 1} (ignored: {', '.join(map(str, (*ignored, IGNORED)))}); see data.class_count, "
                 "data.first_label and data.ignored_labels"
             )
         return torch.from_numpy(self._targets[stored])
+
+
+class SceneFiles(Dataset[Batch]):
+    """Image files without annotations, in the form of `StoredScenes`: every pixel is IGNORED."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Batch:
+        try:
+            image = decode(Path(self.paths[index]).read_bytes(), 3)
+        except Exception as error:  # PIL raises a dozen kinds for a damaged file
+            raise UnreadableSample(f"{self.paths[index]}: {one_line(error)}") from error
+        return {"image": image, "target": torch.full(image.shape[-2:], IGNORED, dtype=torch.uint8)}
+
+    def name(self, index: int) -> str:
+        """The path."""
+        return self.paths[index]
 
 
 class CroppedScenes(Dataset[Batch]):
@@ -124,7 +151,11 @@ class CroppedScenes(Dataset[Batch]):
     """
 
     def __init__(
-        self, scenes: StoredScenes, crop: Size, short_side: int, augmentation: Augmentation | None = None
+        self,
+        scenes: StoredScenes | SceneFiles,
+        crop: Size,
+        short_side: int,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.scenes, self.crop, self.short_side, self.augmentation = scenes, crop, short_side, augmentation
         smallest = 1.0 if augmentation is None else augmentation.scales[0]
@@ -144,6 +175,10 @@ class CroppedScenes(Dataset[Batch]):
         real = torch.tensor(target.shape)
         sample = {"image": padded(image, self.crop), "target": padded(target, self.crop, IGNORED)}
         return sample | {"real": real} if self.may_pad else sample
+
+    def name(self, index: int) -> str:
+        """What a message calls that scene."""
+        return self.scenes.name(index)
 
 
 def augmented(
@@ -271,6 +306,9 @@ class Pairs(Hashable, Protocol):
     def name(self, row: int) -> str:
         """What a message calls that row."""
 
+    def annotation(self, row: int) -> str:
+        """What a message calls the annotation of that row."""
+
 
 @dataclass(frozen=True, eq=False)
 class PairFiles:
@@ -287,6 +325,9 @@ class PairFiles:
 
     def name(self, row: int) -> str:
         return str(self.images[row])
+
+    def annotation(self, row: int) -> str:
+        return str(self.annotations[row])
 
 
 @dataclass(frozen=True, eq=False)
@@ -312,6 +353,9 @@ class PairRows:
         file = bisect_right(self.starts, row) - 1
         return f"{self.files[file]}:{row - self.starts[file]}"
 
+    def annotation(self, row: int) -> str:
+        return self.name(row)
+
 
 def _encoded(value: pa.Scalar) -> bytes:
     stored = value.as_py() or {}
@@ -323,22 +367,26 @@ def _encoded(value: pa.Scalar) -> bytes:
 
 
 @lru_cache(maxsize=4)
-def open_pairs(root: str, split: str) -> Pairs:
-    """Tell the layout of a folder by what it holds, and open a split of it.
+def open_pairs(root: str, split: str, source: SceneSource = "folder") -> Pairs:
+    """Tell the layout of a folder by what it holds, and open a split of it; or one of a data set of the hub.
 
     Layouts: `images/<split>/` beside `annotations/<split>/`, files at any depth that agree but for their suffix
     (ADE20K SceneParsing, CamVid), there or in the one subfolder that has both; a `datasets` folder as
     `save_to_disk` writes it; parquet files `<split>-*.parquet`, there or in data/, which are read whole into memory,
-    still encoded. The last two with the columns `image` and `annotation`.
+    still encoded. The last two and the hub's (`owner/name`, see `modalities.hub`) with the columns `image` and
+    `annotation`.
 
     Args:
-        split: "train" or "test"; on disk SPLITS tells its names.
+        split: "train" or "test"; as stored SPLITS tells its names.
+        source: "folder", or "hub" where `root` is a name there.
 
     Raises:
         UserError: the folder is missing or has none of the layouts; an image has no annotation.
     """
     if split not in SPLITS:
         raise ValueError(f'split is "train" or "test", not {split!r}')
+    if source == "hub":
+        return _open_hub(root, split)
     folder = Path(root).expanduser()
     if not folder.is_dir():
         raise UserError(f"data.root={root}: there is no such folder; give the one that holds images and annotations")
@@ -403,6 +451,18 @@ def _open_saved(folder: Path) -> PairRows:
     except Exception as error:  # whatever the library makes of a damaged folder
         raise UserError(f"{folder}: not a readable datasets folder ({one_line(error)}); save it again") from error
     return _open_tables([folder], [_with_columns(table, folder)])
+
+
+def _open_hub(root: str, split: str) -> PairRows:
+    """A split of a data set of the hub; its Arrow files are mapped, not read."""
+    stored = load_hub(root)
+    name = next((name for name in SPLITS[split] if name in stored), None)
+    if name is None:
+        raise UserError(
+            f"data.source=hub data.root={root}: needs a split {' or '.join(SPLITS[split])}; it has {', '.join(stored)}"
+        )
+    place = Path(root) / name
+    return _open_tables([place], [_with_columns(stored[name].data.table, place)])
 
 
 def _parquet(file: Path) -> pa.Table:

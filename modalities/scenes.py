@@ -6,22 +6,26 @@ C classes. Targets are class numbers from 0; `IGNORED` (255) marks pixels that d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
+from einops import rearrange
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.image import channel_statistics, patch_centres, patchify, unpatchify
+from modalities.image import Images, channel_statistics, patch_centres, patchify, unpatchify
 from modalities.orders import Ordered
 from modalities.scene_data import (
     IGNORED,
     Augmentation,
     CroppedScenes,
     Numbering,
+    SceneFiles,
+    SceneSource,
     StoredScenes,
     open_pairs,
     scene_tree,
@@ -41,6 +45,7 @@ class Scenes(Ordered, Modality):
 
     Attributes:
         root: the folder, see `modalities.scene_data.open_pairs`; `ADEChallengeData2016` or the folder it lies in.
+        source: "folder", or "hub", where `root` is the name of a data set on the Hugging Face hub.
         crop: (height, width) of a training crop and of an evaluation window, in pixels.
         patch: (height, width) of a patch in pixels; it divides the crop.
         short_side: pixels to which the shorter side of a scene is scaled: scale 1 in training and evaluation.
@@ -58,6 +63,7 @@ class Scenes(Ordered, Modality):
     token_name: ClassVar[str] = "patch"
 
     root: str
+    source: SceneSource = "folder"
     crop: tuple[PositiveInt, PositiveInt]
     patch: tuple[PositiveInt, PositiveInt]
     short_side: PositiveInt
@@ -97,13 +103,39 @@ class Scenes(Ordered, Modality):
             Augmentation(self.scales, self.distort) if random else None,
         )
 
-    def whole(self, split: str) -> Dataset[Batch]:
+    def whole(self, split: str) -> StoredScenes:
         """{"image": uint8 [3, H, W], "target": uint8 [H, W]} of a split as stored: sizes differ, so one to a batch."""
         return self._stored(split)
 
+    def files(self, paths: Sequence[str]) -> Dataset[Batch]:
+        """Image files by name, as `dataset` gives held-out scenes; no pixel has a class.
+
+        Raises:
+            UnreadableSample: from the data set, on access to a file that is no image.
+        """
+        return CroppedScenes(self.whole_files(paths), self.crop, self.short_side)
+
+    def whole_files(self, paths: Sequence[str]) -> SceneFiles:
+        """Image files by name, as `whole` gives scenes; no pixel has a class."""
+        return SceneFiles(paths)
+
+    def images(self) -> Images:
+        """The adapter of images whose tokens are those of a crop: what remains without the classes of pixels."""
+        return Images(
+            source="folder",
+            root=self.root,
+            size=self.crop,
+            patch=self.patch,
+            channels=3,
+            mean=self.mean,
+            std=self.std,
+            patch_order=self.patch_order,
+            order_seed=self.order_seed,
+        )
+
     def _stored(self, split: str) -> StoredScenes:
         numbering = Numbering(self.class_count, self.first_label, self.ignored_labels)
-        return StoredScenes(open_pairs(self.root, split), numbering)
+        return StoredScenes(open_pairs(self.root, split, self.source), numbering)
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their numbers in a target."""
@@ -113,6 +145,18 @@ class Scenes(Ordered, Modality):
 
     def classes(self) -> None:
         """None: the classes are those of pixels, not of a "label"; `class_names` has them."""
+
+    def patch_classes(self, target: Tensor) -> Tensor:
+        """The class that most labelled pixels of a patch have (the first among equals), -1 where none is labelled.
+
+        target uint8 [B, h, w] -> int64 [B, N].
+        """
+        rows, columns = self.grid((target.shape[1], target.shape[2]))
+        cells = rearrange(target, "b (r p) (c q) -> b (r c) (p q)", r=rows, c=columns).long()
+        counts = torch.zeros(*cells.shape[:2], IGNORED + 1, device=target.device)
+        counts = counts.scatter_add_(2, cells, torch.ones_like(cells, dtype=counts.dtype))[..., : self.class_count]
+        most, classes = counts.max(-1)
+        return torch.where(most > 0, classes, -1)
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Patches of batch["image"], uint8 [B, 3, H, W] of any size that the patch divides: values [B, N, P] float32.

@@ -1,7 +1,8 @@
-"""What every other file may need: the batch type, the frozen-config setting and the two errors."""
+"""What every other file may need: the batch type, the frozen-config setting, the two errors and the cores."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from pydantic import ConfigDict
@@ -26,3 +27,8 @@ class UnreadableSample(Exception):
 
     The message names the file (or row) and the cause.
     """
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -372,6 +372,7 @@ class Verdict(BaseModel):
             by the network before training, where at least one token precedes. Chance is 1 / retrieval_candidates.
         margin_linear, margin_linear_ci95: retrieval_top1 minus that of the linear autoregression, and the
             half-width of its 95 % interval (paired over samples).
+        margin_copy, margin_copy_ci95: the same against the copy of the current token.
         margin_untrained, margin_untrained_ci95: the same against the network before training.
         effective_rank_*, spread_*, shared_direction_*: see the functions of those names; `*_start` is the
             network before training on the same samples.
@@ -398,6 +399,8 @@ class Verdict(BaseModel):
     retrieval_top1_untrained: float
     margin_linear: float
     margin_linear_ci95: float
+    margin_copy: float
+    margin_copy_ci95: float
     margin_untrained: float
     margin_untrained_ci95: float
     effective_rank_embedding: float
@@ -424,6 +427,10 @@ class Verdict(BaseModel):
     def beats_linear(self) -> bool:
         return self.margin_linear > self.margin_linear_ci95
 
+    @property
+    def beats_copy(self) -> bool:
+        return self.margin_copy > self.margin_copy_ci95
+
 
 def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
     """Measure the trained model.
@@ -440,7 +447,7 @@ def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
     found["untrained"] = _identified(untrained.predictions[:, :-1], untrained)
     mean_loss = {name: float(masked_mean(loss, counted)) for name, loss in losses.items()}
     top1 = {name: float(credit.mean()) for name, credit in found.items()}
-    margins = {name: _mean_and_ci95(found["model"] - found[name]) for name in ("linear", "untrained")}
+    margins = {name: _mean_and_ci95(found["model"] - found[name]) for name in ("linear", "copy", "untrained")}
     now, start = health(test), health(untrained)
     return Verdict(
         samples=len(test.values),
@@ -451,10 +458,8 @@ def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
         retrieval_candidates=min(CANDIDATES, len(test.values)),
         retrieval_top1=top1["model"],
         **{f"retrieval_top1_{name}": value for name, value in top1.items() if name != "model"},
-        margin_linear=margins["linear"][0],
-        margin_linear_ci95=margins["linear"][1],
-        margin_untrained=margins["untrained"][0],
-        margin_untrained_ci95=margins["untrained"][1],
+        **{f"margin_{name}": mean for name, (mean, _) in margins.items()},
+        **{f"margin_{name}_ci95": half for name, (_, half) in margins.items()},
         **now,
         **{
             f"{name}_start": start[name]

@@ -125,7 +125,8 @@ class Modality(BaseModel, ABC):
         `split` is "train" or "test" (held out). Supervised tasks look for the key "label" (an integer is a class,
         float32 [] or [K] are numbers to predict) or "target" (integers [N], the class of every token in canonical
         order); a negative class is none. A dataset may raise `UnreadableSample` for a sample, and may offer
-        `__getitems__(list of int)` that returns a whole batch as one dictionary, which is faster for data in memory.
+        `__getitems__(list of int)` that returns a whole batch as one dictionary, which is faster for data in memory,
+        and `name(int)`, what a picture of that sample is called, such as its file.
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.

@@ -10,6 +10,7 @@ from nepa_core.modality import Modality
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
 from recipes.report import Figure, line_plot, page
+from recipes.training import unreadable
 
 
 def verdict_in(summary: dict[str, Any]) -> Verdict:
@@ -18,7 +19,7 @@ def verdict_in(summary: dict[str, Any]) -> Verdict:
 
 
 def judgement(verdict: Verdict) -> str:
-    """One sentence: collapsed, nothing learned, no more than linear, or more than linear."""
+    """One sentence: collapsed, nothing learned, no more than linear, no more than copying, or more than those."""
     if verdict.collapsed:
         return (
             f"COLLAPSED. The embeddings span {verdict.effective_rank_embedding:.1f} effective dimensions, "
@@ -29,7 +30,9 @@ def judgement(verdict: Verdict) -> str:
         return "NOTHING LEARNED. The predictor identifies the next token no better than before training."
     if not verdict.beats_linear:
         return "LEARNED, BUT NO MORE THAN LINEAR. A ridge regression on the previous tokens does as well or better."
-    return "LEARNED. The predictor identifies the next token better than before training and than a linear regression."
+    if not verdict.beats_copy:
+        return "LEARNED, BUT NO MORE THAN COPYING. The current token itself identifies the next as well or better."
+    return "LEARNED. The predictor identifies the next token better than an untrained one, a linear one and a copy."
 
 
 def headline(verdict: Verdict, noun: str) -> str:
@@ -59,8 +62,9 @@ def remarks(summary: dict[str, Any], noun: str) -> list[str]:
     verdict = verdict_in(summary)
     found = [
         f"NEPA minus linear: {100 * verdict.margin_linear:+.1f} ± {100 * verdict.margin_linear_ci95:.1f} points; "
+        f"minus copy: {100 * verdict.margin_copy:+.1f} ± {100 * verdict.margin_copy_ci95:.1f}; "
         f"minus untrained: {100 * verdict.margin_untrained:+.1f} ± {100 * verdict.margin_untrained_ci95:.1f} "
-        "(95 %, paired over held-out samples).",
+        "(95 %, paired over samples).",
         f"Effective rank of the embeddings {verdict.effective_rank_embedding:.1f} "
         f"(before training {verdict.effective_rank_embedding_start:.1f}), of the predictions "
         f"{verdict.effective_rank_prediction:.1f} ({verdict.effective_rank_prediction_start:.1f}).",
@@ -79,9 +83,7 @@ def remarks(summary: dict[str, Any], noun: str) -> list[str]:
         )
     if not summary["causal"]:
         found.append("Attention was bidirectional: each prediction could see its target, so these figures flatter it.")
-    if summary["unreadable_samples"]:
-        found.append(f"{summary['unreadable_samples']} samples could not be read and were skipped.")
-    return found
+    return found + unreadable(summary)
 
 
 def render(summary: dict[str, Any], data: Modality, run: Run) -> str:

@@ -22,14 +22,18 @@ class Task(NamedTuple):
 TASKS = {
     "pretrain": Task("recipes.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
     "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
-    "finetune": Task("recipes.finetune", "RECIPE", "accuracy after training on labels, from init= or random weights"),
+    "finetune": Task(
+        "recipes.finetune", "RUN or RECIPE", "accuracy after training on labels, from init= or random weights"
+    ),
     "segment": Task("recipes.segment", "RECIPE", "mIoU after training on pixel labels, from init= or random weights"),
     "forecast": Task("recipes.forecast", "RUN", "the next steps of a series, beside linear models and persistence"),
     "evaluate": Task("recipes.evaluate", "RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
     "inspect": Task("recipes.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"),
     "orders": Task("recipes.orders", "RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
-    "import": Task("recipes.import_released", "DIR", "a run of a released checkpoint: a folder or a hub name"),
+    "import": Task(
+        "recipes.import_released", "DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"
+    ),
     "export": Task("recipes.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
     "resize": Task("recipes.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"),
     "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
@@ -40,10 +44,9 @@ HELP = """usage: nepa TASK RECIPE-or-RUN [key=value ...]
 Next-embedding prediction on any data, with an honest verdict on what was learned.
 
 {tasks}
-  recipes                 the built-in recipes, a line each
 
-A RECIPE is module:function, such as recipes.vision:digits or one of your own; a RUN is the folder that
-pretrain wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 data.root=DIR.
+A RECIPE is module:function, such as recipes.vision:digits or one of your own; a RUN is the folder that a task
+wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 data.root=DIR.
 
   nepa pretrain recipes.vision:digits         train on the embedded digits, about half a minute
   nepa probe runs/digits                      read out every layer of that run
@@ -112,28 +115,29 @@ def list_recipes() -> str:
     import inspect
 
     import recipes
+    from nepa_core.runtime.config import recipe_functions
 
     rows = []
     for info in pkgutil.iter_modules(recipes.__path__):
         module = importlib.import_module(f"recipes.{info.name}")
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            signature = inspect.signature(function)
-            gives = str(signature.return_annotation)  # a string, under `from __future__ import annotations`
-            if function.__module__ == module.__name__ and gives.endswith("Config") and not signature.parameters:
-                line = (function.__doc__ or "").strip().splitlines()[0]
-                rows.append((f"{module.__name__}:{name}", gives.removesuffix("Config").lower(), line))
+        for name, function in recipe_functions(module).items():
+            line = (function.__doc__ or "").strip().splitlines()[0]
+            task = str(inspect.signature(function).return_annotation).removesuffix("Config").lower()
+            rows.append((f"{module.__name__}:{name}", task, line))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {task:<{widths[1]}}  {line}" for name, task, line in rows)
 
 
 def _help() -> str:
-    rows = [f"  {name + ' ' + task.takes:<22}  {task.gives}" for name, task in TASKS.items()]
-    return HELP.format(tasks="\n".join(rows))
+    rows = {f"{name} {task.takes}": task.gives for name, task in TASKS.items()}
+    rows["recipes"] = "the built-in recipes, a line each"
+    width = max(map(len, rows))
+    return HELP.format(tasks="\n".join(f"  {usage:<{width}}  {gives}" for usage, gives in rows.items()))
 
 
 def _task_help(name: str, task: Any, rest: list[str]) -> str:
     from nepa_core.runtime.config import keys
-    from recipes.targets import describe_fields, read_target
+    from recipes.targets import describe_fields, is_run, read_target
 
     lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
     if fields := describe_fields(task.Options):
@@ -143,10 +147,29 @@ def _task_help(name: str, task: Any, rest: list[str]) -> str:
 
         read = getattr(task, "read_config", partial(read_target, PretrainConfig))
         config = read(rest[0], split_options(task.Options, rest[1:])[1])
-        lines += [f"keys of {rest[0]}:", *(f"  {key}={value}" for key, value in keys(config).items())]
+        free, fixed = getattr(task, "FREE", ("",)), getattr(task, "DECIDED", ())
+        found = {key: value for key, value in keys(config).items() if key.startswith(free) and not _among(key, fixed)}
+        if not is_run(rest[0]) and (doc := _docstring(rest[0])):
+            lines += [f"{rest[0]}:", *(f"  {line}".rstrip() for line in doc.splitlines()), ""]
+        told = f"keys of {rest[0]}:" if found else f"nepa {name} takes {rest[0]} as it is: no key of it can be set."
+        lines += [told, *(f"  {key}={value}" for key, value in found.items())]
     else:
         lines += [f"nepa {name} {TASKS[name].takes} --help lists every key that can be set, with its value."]
     return "\n".join(lines)
+
+
+def _among(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a key is one of these, or of a group among them ("model.")."""
+    return key in names or f"{key.partition('.')[0]}." in names
+
+
+def _docstring(target: str) -> str | None:
+    """What a recipe says of itself: commands, hours, what to expect; None of what is no recipe."""
+    import inspect
+
+    from nepa_core.runtime.config import load_object
+
+    return inspect.getdoc(load_object(target)) if ":" in target else None
 
 
 def _fail(message: str, status: int) -> int:

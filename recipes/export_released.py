@@ -1,5 +1,7 @@
 """nepa export: a run of pretrain or finetune on images becomes a folder in the released Hugging Face layout.
 
+A pre-training run on scenes is one, too: its crop is the image.
+
 Written are config.json, preprocessor_config.json, model.safetensors and, where the run has averages,
 ema.safetensors. What `nepa import` read comes out again byte for byte, unknown fields of config.json included.
 """
@@ -13,17 +15,17 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from modalities.image import Images
+from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, UserError
-from nepa_core.runtime.checkpoint import Checkpoint, disk_errors, load_latest
+from nepa_core.runtime.checkpoint import Checkpoint, disk_errors
 from nepa_core.runtime.config import load_config
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.run import Run
 from recipes.finetune import FinetuneConfig
-from recipes.import_released import RECORD
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, RAW, NetworkState, State, folded, layout, mismatch, to_released, write_released
-from recipes.targets import is_run, task_of
-from recipes.weights import current_weights, split
+from recipes.targets import RECORD, is_run, task_of
+from recipes.weights import class_names, current_weights, newest, split
 
 HEADED, HEADLESS = "ViTNepaForImageClassification", "ViTNepaForPreTraining"
 CONFIG_DEFAULTS = {"pos_embed_shift": None, "pos_embed_jitter": None, "add_pooling_layer": True}
@@ -38,6 +40,8 @@ PREPROCESSOR_DEFAULTS = {
 """What no setting of a run says: of an imported one the original's stays."""
 
 Trained = PretrainConfig | FinetuneConfig
+FREE = ()
+"""Keys of the run that may be changed: none, it is written as it is."""
 
 
 class Options(BaseModel):
@@ -93,10 +97,7 @@ def export_released(run: Run, out: Path, options: Options) -> str:
     """
     config = read_config(str(run.path), {})
     data = images_of(config, run)
-    checkpoint, notes = load_latest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(notes[-1] if notes else f"{run.checkpoints} holds no checkpoint; finish that run first")
-    states = network_states(checkpoint)
+    states = network_states(newest(run))
     if options.weights == "ema":
         if AVERAGED not in states:
             raise UserError(f"weights=ema: {run.path} has no averages; leave it out")
@@ -113,13 +114,13 @@ def export_released(run: Run, out: Path, options: Options) -> str:
             raise UserError(f"{run.path} is not of a network in the released layout: {complaint}")
     record = run.summary(RECORD) or {}
     imported: dict[str, Any] = record.get("config", {})
-    facts = released_facts(config, data, model.layer_scale, labels_of(run, imported, classes))
+    facts = released_facts(config, data, model.layer_scale, labels_of(run, classes))
     if not imported or options.fold_layer_scale:  # folded maps are float32
         facts["dtype"] = str(states[RAW].model["predictor.blocks.0.mlp.down.weight"].dtype).removeprefix("torch.")
     if imported.get("id2label") == facts.get("id2label"):
         facts.pop("label2id", None)  # the original's stays: some number the classes by strings
     seen = preprocessor_of(data)
-    if imported.get("image_size") != data.size[0]:
+    if imported.get("image_size") != facts["image_size"]:
         seen["size"] = {"height": data.size[0], "width": data.size[1]}
     kind = HEADED if classes else HEADLESS
     write_whole_folder(
@@ -137,11 +138,12 @@ def images_of(config: Trained, run: Run) -> Images:
     Raises:
         UserError: it has none; all the keys that stand in the way are listed.
     """
-    if not isinstance(config.data, Images):
-        raise UserError(f"{run.path}: the released layout holds images, not {type(config.data).__name__}")
     data, model = config.data, config.model
+    if isinstance(data, Scenes):
+        data = data.images()
+    if not isinstance(data, Images):
+        raise UserError(f"{run.path}: the released layout holds images, not {type(data).__name__}")
     wrong = {
-        f"data.size={data.size}": data.size[0] != data.size[1],
         f"data.patch={data.patch}": data.patch[0] != data.patch[1],
         f"data.patch_order={data.patch_order}": data.patch_order != "raster",
         f"model.rope_theta={model.rope_theta}": model.rope_theta is None,
@@ -165,12 +167,10 @@ def network_states(checkpoint: Checkpoint) -> dict[str, NetworkState]:
     return states
 
 
-def labels_of(run: Run, imported: dict[str, Any], classes: int) -> list[str]:
-    """Names of the classes: those of the finished run, else those that were imported, else numbers."""
-    names = (run.summary() or {}).get("classes")
-    labels = imported.get("id2label", {})
-    found = names or [labels[str(i)] for i in range(len(labels))]
-    return found if len(found) == classes else [f"LABEL_{i}" for i in range(classes)]
+def labels_of(run: Run, classes: int) -> list[str]:
+    """Names of the classes, numbers where the run holds none."""
+    found = class_names(run)
+    return list(found) if len(found) == classes else [f"LABEL_{i}" for i in range(classes)]
 
 
 def released_facts(config: Trained, data: Images, layer_scale: float | None, labels: list[str]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
         "num_attention_heads": model.heads,
         "intermediate_size": model.mlp_dim,
         "hidden_act": model.activation,
-        "image_size": data.size[0],
+        "image_size": data.size[0] if data.size[0] == data.size[1] else list(data.size),
         "patch_size": data.patch[0],
         "num_channels": data.channels,
         "layer_norm_eps": model.norm_eps,

@@ -9,7 +9,10 @@ themselves. Delete the folder to get the space back.
 Arrays are written batch by batch and read through memory maps: no more than a batch is held. Under torchrun every
 rank computes its share of the batches and the main process joins them, in the order that one process would give.
 
-Shapes: S samples, B of them in a batch, T places, D width of a feature.
+Where every token has a class of its own ("target" [N], or the majority class of a patch of `Scenes`), a row holds
+single tokens: PER_SAMPLE of each sample, drawn from those with a class.
+
+Shapes: S samples (or single tokens), B samples in a batch, T places, N tokens, D width of a feature.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modalities.scenes import Scenes
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA
@@ -39,7 +43,7 @@ from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import autocast_dtype
 from nepa_core.runtime.run import Meter
-from recipes.heads import last_token, mean_of_tokens
+from recipes.heads import canonical_tokens, last_token, mean_of_tokens
 from recipes.pretrain import PretrainConfig
 
 POOLINGS = ("mean", "last", "bos", "attentive")
@@ -47,12 +51,17 @@ RAW = "raw tokens"
 RAW_WIDTH = 4096
 """Raw samples of more numbers than this are projected to as many, at random: a linear read-out of 150,528 pixels
 would take longer than all layers together."""
+PER_SAMPLE = 16
+"""Tokens that are read of a sample whose tokens have classes: those of one sample are much alike."""
 FIRST = 32
 """Samples whose tokens and labels are part of the key, so that edited data or an edited adapter is noticed."""
 
 
 class Row(NamedTuple):
-    """One read-out: a layer (0 is the embedding, i the output of block i, depth + 1 the final norm) and a pooling."""
+    """One read-out: a layer (0 is the embedding, i the output of block i, depth + 1 the final norm) and a pooling.
+
+    The pooling "token" is none: single tokens are read.
+    """
 
     layer: int
     pooling: str
@@ -70,7 +79,8 @@ class Reader(NamedTuple):
         key: what the features depend on beside the data; plain values.
         names: the arrays that `read` can give.
         read: tokens in the order of prediction, names of arrays -> name -> [B, ...]. Attentive rows are tokens
-            [B, T, D], in float16, with their "mask" [B, T]; all others are vectors [B, D] float32.
+            [B, T, D], in float16, with their "mask" [B, T]; rows of single tokens are [B, N, D] float32 in canonical
+            order; all others are vectors [B, D] float32.
     """
 
     key: dict[str, Any]
@@ -90,6 +100,13 @@ Features = dict[str, np.ndarray]
 """Name of an array -> memory map [S, ...]; the labels [S], or numbers [S, K], are under "labels"."""
 
 
+class Kept(NamedTuple):
+    """The features of a split, one for each reader, and how many of its samples could not be read."""
+
+    features: list[Features]
+    unreadable: int
+
+
 def network_reader(config: PretrainConfig, model: NEPA, rows: Sequence[Row], *, causal: bool) -> Reader:
     """Reads the hidden states of a network.
 
@@ -104,10 +121,14 @@ def network_reader(config: PretrainConfig, model: NEPA, rows: Sequence[Row], *, 
         trace = Trace()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             mask = model(tokens, causal=causal, trace=trace).mask
+        bos = config.model.bos
         found = {
-            name: pool(trace.hidden[row.layer], mask, row.pooling, bos=config.model.bos)
+            name: canonical_tokens(hidden.float(), tokens, bos=bos)
+            if row.pooling == "token"
+            else pool(hidden, mask, row.pooling, bos=bos)
             for name, row in named.items()
             if name in names
+            for hidden in [trace.hidden[row.layer]]
         }
         return found | ({"mask": _real(mask, trace.hidden[0])} if "mask" in names else {})
 
@@ -121,8 +142,12 @@ def network_reader(config: PretrainConfig, model: NEPA, rows: Sequence[Row], *, 
     return Reader(key, (*named, *masked), read)
 
 
-def raw_reader(*, attentive: bool) -> Reader:
-    """Reads the raw tokens in canonical order, those that are not real as zeros; see `RAW_WIDTH`."""
+def raw_reader(*, attentive: bool, per_token: bool = False) -> Reader:
+    """Reads the raw tokens in canonical order, those that are not real as zeros; see `RAW_WIDTH`.
+
+    Args:
+        per_token: keep them apart, [B, N, P], instead of one vector for a sample.
+    """
 
     def read(tokens: Tokens, names: Collection[str]) -> dict[str, Tensor]:
         values = tokens.canonical(tokens.values).float()
@@ -131,14 +156,15 @@ def raw_reader(*, attentive: bool) -> Reader:
             values = torch.where(mask[..., None], values, 0.0)
         found: dict[str, Tensor] = {}
         if RAW in names:
-            found[RAW] = project(values.flatten(1), RAW_WIDTH)
+            found[RAW] = values if per_token else project(values.flatten(1), RAW_WIDTH)
         if f"{RAW}, attentive" in names:
             found[f"{RAW}, attentive"] = values
         if "mask" in names:
             found["mask"] = _real(mask, values)
         return found
 
-    return Reader({"raw": RAW_WIDTH}, (RAW, f"{RAW}, attentive", "mask") if attentive else (RAW,), read)
+    key = {"raw": "tokens" if per_token else RAW_WIDTH}
+    return Reader(key, (RAW, f"{RAW}, attentive", "mask") if attentive else (RAW,), read)
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: str, *, bos: bool) -> Tensor:
@@ -184,10 +210,43 @@ def _tensor_digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def read_labels(data: Modality, batch: Batch) -> tuple[Tensor, bool]:
+    """What a probe predicts, and whether tokens have it: "label" [B] or [B, K], else classes of tokens [B, N] int64.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if "label" in batch:
+        return batch["label"], False
+    if isinstance(data, Scenes):
+        return data.patch_classes(batch["target"]), True
+    target: Tensor | None = batch.get("target")
+    if target is None or target.is_floating_point() or target.ndim != 2:
+        raise UserError(f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples")
+    return target.long(), True
+
+
+def tokens_per_sample(data: Modality) -> int:
+    """How many single tokens a probe reads of each sample; 0 where samples have the labels, see `read_labels`."""
+    first = next(plain_batches(data.dataset("train"), batch=1, device=torch.device("cpu")))
+    labels, per_token = read_labels(data, first)
+    return min(PER_SAMPLE, labels.shape[1]) if per_token else 0
+
+
+def drawn_tokens(labels: Tensor, mask: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
+    """(sample, token) of the tokens to read, at most PER_SAMPLE of each: classes [B, N], below 0 for none.
+
+    mask [B, N], of the real tokens in canonical order, or None.
+    """
+    counted = (labels >= 0 if mask is None else (labels >= 0) & mask).cpu()
+    keys = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed))
+    tokens = keys.masked_fill(~counted, 2.0).argsort(1)[:, :PER_SAMPLE]
+    samples, places = counted.gather(1, tokens).nonzero(as_tuple=True)
+    return samples, tokens[samples, places]
+
+
 @torch.no_grad()
-def kept_features(
-    source: Source, readers: Sequence[Reader], store: Path, ranks: World, *, show: bool = False
-) -> list[Features]:
+def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks: World, *, show: bool = False) -> Kept:
     """The features of a split for each reader: found in `store`, or computed in one pass over the data.
 
     Args:
@@ -195,24 +254,30 @@ def kept_features(
         show: progress on the screen, and what was found.
 
     Raises:
-        UserError: the samples have no label or differ in shape, none can be read, or the disk is full.
+        UserError: the samples have no label or differ in shape, too few can be read, or the disk is full.
     """
     data = source.config.data.plain()
     samples = data.dataset(source.split)
     total = min(source.limit, len(cast(Sized, samples)))
     size = min(source.config.train.micro_batch or source.config.train.batch, 256)
     seed = 0 if source.split == "train" else None
-    batches = partial(plain_batches, samples, batch=size, device=ranks.device, seed=seed)
+    batches = partial(
+        plain_batches,
+        samples,
+        batch=size,
+        device=ranks.device,
+        seed=seed,
+        max_unreadable=source.config.train.max_unreadable,
+    )
     first = next(batches(limit=min(FIRST, total)))
-    if "label" not in first:
-        raise UserError(f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples")
+    labels, per_token = read_labels(data, first)
     of = {
         "adapter": import_path(type(data)),
         "data": data.model_dump(mode="json"),
         "split": source.split,
         "samples": [total, len(cast(Sized, samples))],
-        "first": _first_digest(data.read(first), first["label"]),
-    }
+        "first": _first_digest(data.read(first), labels),
+    } | ({"tokens": [PER_SAMPLE, size]} if per_token else {})  # the draw is one for each batch
     keys = [of | reader.key for reader in readers]
     folders = [store / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16] for key in keys]
     missing = _missing(folders, readers, ranks)
@@ -223,7 +288,8 @@ def kept_features(
             share = batches(limit=total, workers=source.config.train.workers, rank=ranks.rank, ranks=ranks.size)
             _compute(share, data, readers, folders, missing, ranks, meter)
             _join(folders, keys, missing, ranks)
-    return [_open(folder, (*reader.names, "labels")) for folder, reader in zip(folders, readers, strict=True)]
+    features = [_open(folder, (*reader.names, "labels")) for folder, reader in zip(folders, readers, strict=True)]
+    return Kept(features, total - len(features[0]["labels"]))
 
 
 def _first_digest(tokens: Tokens, labels: Tensor) -> str:
@@ -282,9 +348,15 @@ def _compute(
                 stack.enter_context(part)
         for done, batch in enumerate(batches, 1):
             tokens = data.read(batch)
+            labels, per_token = read_labels(data, batch)
+            chosen = None
+            if per_token:
+                mask = None if tokens.mask is None else tokens.canonical(tokens.mask)
+                chosen = drawn_tokens(labels, mask, seed=(done - 1) * ranks.size + ranks.rank)
             for reader, names, part in zip(readers, missing, parts, strict=True):
                 if part is not None:
-                    part.append({"labels": batch["label"], **reader.read(tokens, names)})
+                    arrays = {"labels": labels, **reader.read(tokens, names)}
+                    part.append(arrays if chosen is None else {name: x[chosen] for name, x in arrays.items()})
             meter.advance(done)
 
 

@@ -4,14 +4,16 @@ What is taught follows from the samples: an integer "label" is a class, a float 
 of integers is a class per token (see `recipes.goals`).
 
 RECIPE is a fine-tuning recipe, or a pre-training one, which then gives the data and the network to a short general
-setting; a RUN of `nepa pretrain` is both recipe and `init=`. `init=` takes a run, a folder in the released layout
-or a hub name; null starts from random weights, the control that every figure needs beside it. Reported are the raw
-and the averaged weights after the last step, never the best step on the held-out data.
+setting; a RUN of `nepa pretrain` or `nepa import` is both recipe and `init=`, and one of `nepa finetune` is trained
+to its end or, with out=DIR, once more from its own start. `init=` takes a run, a folder in the released layout or a
+hub name; null starts from random weights, the control that every figure needs beside it. Reported are the raw and
+the averaged weights after the last step, never the best step on the held-out data.
 """
 
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -27,6 +29,7 @@ from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype
@@ -36,9 +39,9 @@ from recipes.goals import FIGURES, Goal, Regression, find_goal, numbered
 from recipes.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonical_tokens
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
-from recipes.targets import default_out, read_target
-from recipes.training import cost, opened, train
-from recipes.weights import Weights, load_backbone, read_weights
+from recipes.targets import default_out, is_imported, is_of, is_run, read_target, task_of
+from recipes.training import cost, opened, train, unreadable
+from recipes.weights import Weights, load_backbone, start_from
 
 
 class MixConfig(BaseModel):
@@ -137,29 +140,41 @@ class Classifier(nn.Module):
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_config(target, changes)
     run = Run(Path(options.out or default_out(target, "finetune")))
+    own = is_of(FinetuneConfig, target) and not is_imported(target)
     with world() as ranks:
-        summary = finetune(config, run, ranks)
+        summary = finetune(config, run, ranks, setting="" if own else SHORT)
         if ranks.is_main:
             print(render(summary, run))
 
 
 def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig:
-    """The fine-tuning that a recipe or a run stands for; see `presets.finetuning` for one of pre-training."""
+    """The fine-tuning that a recipe or a run stands for; see `short` for one of pre-training and an imported one."""
+    if is_run(target) and is_imported(target) and task_of(target) == FinetuneConfig.task:
+        return override(short(load_config(FinetuneConfig, Path(target) / "config.json"), target), changes)
     return read_target(FinetuneConfig, target, changes, convert={PretrainConfig: short})
 
 
-def short(recipe: PretrainConfig, init: str | None = None) -> FinetuneConfig:
-    """The preset for the data and network of a pre-training recipe: 20 epochs, seconds to minutes on small data.
+SHORT = "the preset recipes.finetune:short"
+LARGE_BATCH = 256
+"""A larger batch than this, as those of the paper, belongs to a setting for many accelerators."""
 
-    Bidirectional, mean over tokens, no mixing. Meant for LayerScale 1.0. Chosen here and not tuned, neither for
-    pre-trained nor for random weights.
+
+def short(recipe: PretrainConfig | FinetuneConfig, init: str | None = None) -> FinetuneConfig:
+    """The preset for the data and network of another recipe: 20 epochs, seconds to minutes on small data.
+
+    Bidirectional (an imported classifier stays causal if it was), mean over tokens, no mixing. Batches are the
+    recipe's, but 64 in parts of 16 where those are larger than 256. Meant for LayerScale 1.0. Chosen here and not
+    tuned, neither for pre-trained nor for random weights.
     """
+    values: dict[str, Any] = {"length": Duration(epochs=20), "ema": 0.99, "evaluate": 200, "compile": False}
+    if recipe.train.batch > LARGE_BATCH:
+        values |= {"batch": 64, "micro_batch": 16, "log": 20, "checkpoint": 200, "keep": 2}
     return FinetuneConfig(
         recipe=recipe.recipe,
         init=init,
         data=recipe.data,
         model=recipe.model.model_copy(update={"mask_token": False, "rope_rescale": 1.0}),
-        causal=False,
+        causal=isinstance(recipe, FinetuneConfig) and recipe.causal,
         readout="mean",
         freeze_embedder=False,
         label_smoothing=0.1,
@@ -173,18 +188,25 @@ def short(recipe: PretrainConfig, init: str | None = None) -> FinetuneConfig:
             clip=1.0,
             layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False),
         ),
-        train=recipe.train.model_copy(
-            update={"length": Duration(epochs=20), "ema": 0.99, "evaluate": 200, "compile": False}
-        ),
+        train=recipe.train.model_copy(update=values),
     )
 
 
-def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
+def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "", show: bool = True) -> dict[str, Any]:
     """Train, measure, write summary.json and report/; a finished run is not trained again.
+
+    Args:
+        setting: what the line at the start calls the settings, where they are not those of the recipe.
+        show: that line and progress on the screen.
 
     Returns:
         The summary (empty on the other ranks).
+
+    Raises:
+        UserError: the run was imported: its weights stay as they came.
     """
+    if is_imported(str(run.path)):
+        raise UserError(f"{run.path} was imported and stays as it came; name another folder with out=DIR")
     if config.freeze_embedder and config.init is None:
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
     if (finished := opened(config, run, ranks)) is not None:
@@ -192,6 +214,8 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
     goal = find_goal(config.data)
     model, new = build_classifier(config, goal)
     model = model.to(ranks.device)
+    if show and ranks.is_main and not run.metrics_path.exists():
+        print(f"Fine-tuning from {start_of(config.init)}{f' with {setting}' if setting else ''}.", file=sys.stderr)
     result, _ = train(
         model,
         model.backbone.predictor,
@@ -200,6 +224,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, show: bool = Tru
         ranks,
         step_function=make_step(config, goal),
         evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks),
+        untrained=False,
         show=show,
     )
     if not ranks.is_main:
@@ -225,7 +250,7 @@ def build_classifier(config: FinetuneConfig, goal: Goal) -> tuple[Classifier, li
     """
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
     backbone = NEPA(config.model, config.data.embedder(config.model.dim))
-    new = [] if config.init is None else load_backbone(backbone, config.model, read_weights(config.init))
+    new = [] if config.init is None else start_from(config.init, backbone, config)
     backbone.embed.requires_grad_(not config.freeze_embedder)
     return Classifier(backbone, build_head(config, goal), goal), new
 
@@ -314,18 +339,25 @@ def raw_and_averaged(config: FinetuneConfig, model: Classifier, ema: Ema | None,
     figures = measure(config, model, ranks)
     if ema is not None:
         with applied(ema):
-            figures |= {f"{name}_ema": value for name, value in measure(config, model, ranks).items()}
+            averaged = measure(config, model, ranks)
+        figures |= {f"{name}_ema": value for name, value in averaged.items() if name not in COUNTS}
     return figures
+
+
+COUNTS = ("samples", "unreadable_held_out")
+"""What `measure` counts, the same for raw and for averaged weights."""
 
 
 @torch.no_grad()
 def measure(config: FinetuneConfig, model: Classifier, ranks: World) -> dict[str, float]:
-    """The figures of the model's goal over all held-out samples, the same on every rank.
+    """The figures of the model's goal over all held-out samples and the `COUNTS`, the same on every rank.
 
     Every rank takes its share of the batches and the sums are added up, so the number of processes changes nothing.
     """
     goal = model.goal
     sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
+    samples = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    unreadable: set[str] = set()
     dtype = autocast_dtype(config.train.precision, ranks.device)
     data, was_training = config.data.plain(), model.training
     model.eval()
@@ -336,13 +368,23 @@ def measure(config: FinetuneConfig, model: Classifier, ranks: World) -> dict[str
         workers=config.train.workers,
         rank=ranks.rank,
         ranks=ranks.size,
+        unreadable=unreadable,
+        max_unreadable=config.train.max_unreadable,
     ):
         tokens = data.read(batch)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
             outputs = model(tokens, causal=config.causal).float()
         sums += goal.sums(outputs, goal.truth(batch, tokens))
+        samples += len(outputs)
     model.train(was_training)
-    return goal.figures(ranks.sum(sums))
+    left_out = torch.tensor(len(unreadable), device=ranks.device)
+    counts = (int(ranks.sum(value)) for value in (samples, left_out))
+    return {**goal.figures(ranks.sum(sums)), **dict(zip(COUNTS, counts, strict=True))}
+
+
+def start_of(init: str | None) -> str:
+    """Where the weights come from, in words."""
+    return "random weights" if init is None else init
 
 
 def render(summary: dict[str, Any], run: Run) -> str:
@@ -353,12 +395,12 @@ def render(summary: dict[str, Any], run: Run) -> str:
     for name, suffix in rows.items():
         cells = (f"  {format(summary[figure.key + suffix], figure.form):>7}" for figure in shown)
         lines.append(f"{name:<18}" + "".join(cells))
-    start = "random weights" if summary["init"] is None else summary["init"]
-    lines += ["", f"Held-out figures after the last of {summary['steps']} steps, started from {start}."]
+    where = f"on {summary.get('samples', 'all')} held-out samples"
+    start = start_of(summary["init"])
+    lines += ["", f"Figures {where} after the last of {summary['steps']} steps, started from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
-    if summary["unreadable_samples"]:
-        lines.append(f"{summary['unreadable_samples']} samples could not be read and were skipped.")
+    lines += unreadable(summary)
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
 
 

@@ -95,17 +95,21 @@ class Classification:
         logits, labels = outputs.flatten(0, -2), truth.flatten()
         logits, labels = logits[labels >= 0], labels[labels >= 0]
         if len(labels) and labels.max() >= self.outputs:
-            raise UserError(f"class {int(labels.max())} occurs and there are {self.outputs}; number them from 0")
+            raise UserError(
+                f"the held-out data holds class {int(labels.max())} and the network tells {self.outputs} apart, from 0 "
+                "on; mend its labels, or name other data with data.root=DIR"
+            )
         among = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum").double()
         return torch.stack((among[:, 0].sum(), among.sum(), loss, torch.tensor(len(labels)).to(loss)))
 
     def figures(self, sums: Tensor) -> dict[str, float]:
-        """Top-1, top-5 and mean cross-entropy."""
+        """Top-1, top-5 (of six classes or more, for it says nothing of fewer) and mean cross-entropy."""
         correct, among, loss, count = sums.tolist()
         if not count:
             raise UserError("no held-out sample has a class; every 'label' or 'target' there is negative or padding")
-        return {"accuracy": correct / count, "top5": among / count, "held_out_loss": loss / count}
+        five = {"top5": among / count} if self.outputs > 5 else {}
+        return {"accuracy": correct / count, **five, "held_out_loss": loss / count}
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,9 +182,16 @@ def find_goal(data: Modality) -> Goal:
     Raises:
         UserError: nothing; or numbers that are not finite.
     """
-    kind = kind_of(_first_sample(data))
+    sample = _first_sample(data)
+    kind = kind_of(sample)
     if kind == "numbers":
         return Regression(*label_statistics(data))
+    target = sample.get("target")
+    if kind is None and target is not None and target.ndim == 2:
+        raise UserError(
+            f"{type(data).__name__} has a class for every pixel: train on them with `nepa segment`, such as "
+            "recipes.vision:camvid_segment init=RUN"
+        )
     names = data.classes()
     if kind is None or not names:
         raise UserError(

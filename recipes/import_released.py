@@ -24,12 +24,12 @@ from recipes import vision
 from recipes.finetune import FinetuneConfig
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
+from recipes.targets import RECORD
 from recipes.training import provenance
 from recipes.weights import joined
 
-RECORD = "import.json"
-DECIDED = ("data.patch", "data.channels", "causal", "objective.causal", "readout")
-"""Keys that come with the weights, as all of the network's do."""
+DECIDED = ("model.", "data.patch", "data.channels", "causal", "objective.causal", "readout")
+"""Keys that come with the weights; of the network all do."""
 
 
 class Options(BaseModel):
@@ -53,7 +53,9 @@ def read_config(target: str, changes: Mapping[str, Any]) -> PretrainConfig | Fin
 
 
 def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
-    """Write the run of a released checkpoint; what was imported before stays as it is.
+    """Write the run of a released checkpoint; what was imported before stays as it is, and what was damaged is mended.
+
+    Without changes a run that was imported before keeps the settings it has.
 
     Returns:
         What to tell the user.
@@ -76,7 +78,7 @@ def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
         raise UserError(f"{run.path} holds a run that was trained here; name another folder with out=DIR")
     if before is not None and before["sha256"] != record["sha256"]:
         raise UserError(f"{run.path} holds other weights, from {before['source']}; name another folder with out=DIR")
-    run.open(config)
+    run.open(config if before is None or changes else run.load_config(type(config)))
     if before is None:
         run.write_summary(record, RECORD)
     if load_latest(run.checkpoints)[0] is None:
@@ -96,7 +98,7 @@ def run_config(released: Released, changes: Mapping[str, Any]) -> PretrainConfig
     found: dict[str, Any] = {
         "recipe": "",
         "model": released.config,
-        "data.size": (facts.image_size, facts.image_size),
+        "data.size": facts.size,
         "data.patch": (facts.patch_size, facts.patch_size),
         "data.channels": facts.num_channels,
         "data.mean": released.statistics("image_mean"),
@@ -126,11 +128,12 @@ def first_checkpoint(released: Released) -> Checkpoint:
 def describe(released: Released, folder: Path, run: Run) -> str:
     """What the run is, and what was left behind, in a few lines."""
     facts, config = released.facts, released.config
+    shown = facts.image_size if isinstance(facts.image_size, int) else " x ".join(map(str, facts.size))
     count = sum(value.numel() for value in (*released.model.values(), *released.head.values()))
     kind = f"fine-tuned for {len(released.labels)} classes" if released.head else "pre-trained"
     lines = [
         f"{run.path}: {kind}, {'causal' if facts.is_causal else 'bidirectional'}, {config.depth} layers of width "
-        f"{config.dim}, {count / 1e6:.1f} million parameters, patch {facts.patch_size}, image {facts.image_size}, "
+        f"{config.dim}, {count / 1e6:.1f} million parameters, patch {facts.patch_size}, image {shown}, "
         f"{'with' if released.averaged else 'without'} averaged weights"
     ]
     averages = [path.name for path in pickles(folder) if "ema" in path.stem]

@@ -5,23 +5,34 @@ predicted at the query's place and every token of the sample; and the tokens in 
 principal components of each layer, taken over all samples shown. Below stands how far and how wide each layer
 looks. RUN/inspect/ gets the PNGs and one page that holds them. The adapter's `describe` says how its samples
 are drawn. Keys that begin with data. may be changed, such as data.root=DIR.
+
+The similarity map and the ranks of the next token are of networks that predict it: they are left out for one that
+has been trained on labels, and where attention is bidirectional.
+
+Of a segmentation run the page also has the classes that it gives to the whole images, beside the truth where there is
+one. Those of images=[a.jpg] are written as masks/a.png, too: palette images numbered as the annotations are.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, SerializeAsAny, field_validator
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from modalities.image import Images
+from modalities.scene_data import IGNORED
+from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.model import NEPA
@@ -40,12 +51,17 @@ from recipes.maps import (
     pca_colours,
     uniform_attention,
 )
-from recipes.report import Figure, Panel, page, panel_plot
-from recipes.targets import is_run
+from recipes.report import Figure, Panel, page, panel_plot, spread
+from recipes.segment import SegmentConfig, load_segmenter, predict_image
+from recipes.segment_report import Picture, palette, picture_grid
+from recipes.targets import is_run, read_target, task_of
 from recipes.training import provenance
 from recipes.weights import Weights, load_backbone, read_weights
 
 QUERY, NEXT = "red", "white"  # frames
+PLACE = "place in the split"  # a key of samples
+FREE = ("data.",)
+"""Keys of a run that may be changed here."""
 
 
 class Options(BaseModel):
@@ -56,7 +72,7 @@ class Options(BaseModel):
     images: tuple[str, ...] = Field(
         default=(), description="image files to show, [a.jpg,b.png]; default: the data's own"
     )
-    samples: int = Field(default=4, gt=0, description="how many samples of the data to show, the first of the split")
+    samples: int = Field(default=4, gt=0, description="how many samples to show, spread over the split")
     split: Literal["train", "test"] = Field(default="test", description="the split they are taken from")
     query: tuple[NonNegativeInt, ...] | None = Field(
         default=None,
@@ -119,11 +135,29 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             return
         data, weights = read_config(target, changes).data.plain(), read_weights(target)
         causal = weights.causal if options.causal is None else options.causal
+        silent = why_silent(target, weights, data.token_name, causal=causal)
         readings = inspect(load_network(weights, data, ranks.device), data, options, causal=causal)
+        pictures = []
+        if task_of(target) == SegmentConfig.task:
+            pictures = segmented(read_target(SegmentConfig, target, changes), weights, options, ranks.device)
         folder = Path(target) / "inspect"
         with disk_errors(folder):
-            write_page(folder, readings, data, options, causal=causal)
-        print(f"{render(readings, data.token_name)}\n\n{folder / 'index.html'}")
+            write_page(folder, readings, data, options, causal=causal, silent=silent, pictures=pictures)
+            if pictures and options.images:
+                write_masks(folder / "masks", pictures, cast(Scenes, data))
+        print(f"{render(readings, data.token_name, silent)}\n\nReport: {folder / 'index.html'}")
+
+
+def why_silent(target: str, weights: Weights, noun: str, *, causal: bool) -> str:
+    """Why the output of this network says nothing about the next token, as a sentence; "" where it does."""
+    left_out = f"No similarity map and no ranks of the next {noun}:"
+    if weights.head:
+        return f"{left_out} this network was trained on labels, and its output no longer predicts a {noun}."
+    if not causal:
+        return f"{left_out} attention is bidirectional, so that a place sees the {noun} that it would predict."
+    if not read_saved(Path(target) / "config.json").get("objective", {}).get("shift", True):
+        return f"{left_out} this network was trained to give back the {noun} that it sees (objective.shift=false)."
+    return ""
 
 
 class InspectConfig(BaseModel):
@@ -147,7 +181,7 @@ def read_config(target: str, changes: Mapping[str, Any]) -> InspectConfig:
         raise UserError(f"{Path(target) / 'config.json'} names no adapter; it is of a task that trains nothing")
     config = InspectConfig(data=data)
     for key in changes:
-        if not key.startswith("data."):
+        if not key.startswith(FREE):
             raise UserError(f"unknown key {key}{nearest(key, [*Options.model_fields, *keys(config)])}")
     return override(config, changes)
 
@@ -186,11 +220,12 @@ def inspect(model: NEPA, data: Modality, options: Options, *, causal: bool) -> l
 def chosen_samples(data: Modality, options: Options, device: torch.device) -> Iterator[tuple[str, Batch]]:
     """Name and batch of one of every sample to show."""
     if not options.images:
-        dataset = data.dataset(options.split)
-        for index, batch in enumerate(plain_batches(dataset, batch=1, device=device, limit=options.samples)):
-            yield f"{options.split} {index}", batch
+        samples = data.dataset(options.split)
+        places = spread(len(cast(Sized, samples)), options.samples)
+        for batch in plain_batches(_Placed(samples, places), batch=1, device=device):
+            yield sample_name(data, samples, options.split, int(batch.pop(PLACE)), batch.get("label")), batch
         return
-    if not isinstance(data, Images):
+    if not isinstance(data, Images | Scenes):
         raise UserError(f"images= are for runs on images; {type(data).__name__} shows samples= of a split=")
     files = data.files(options.images)
     for index, path in enumerate(options.images):
@@ -198,6 +233,72 @@ def chosen_samples(data: Modality, options: Options, device: torch.device) -> It
             yield Path(path).name, to_device(default_collate([files[index]]), device)
         except UnreadableSample as error:
             raise UserError(f"images: {error}; name image files") from error
+
+
+class _Placed(Dataset[Batch]):
+    """Samples at these places of a split, each with its place under PLACE.
+
+    Unreadable ones are left out on the way, so that counting them would name the others wrong.
+    """
+
+    def __init__(self, samples: Dataset[Batch], places: Sequence[int]) -> None:
+        self.samples, self.places = samples, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Batch:
+        return {**self.samples[self.places[index]], PLACE: torch.as_tensor(self.places[index])}
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A batch in the data set's own form, where it has one: clips, for instance, then carry no padding."""
+        places = [self.places[index] for index in indices]
+        together = getattr(self.samples, "__getitems__", None)
+        batch = default_collate([self.samples[i] for i in places]) if together is None else together(places)
+        return {**batch, PLACE: torch.as_tensor(places)}
+
+
+def sample_name(data: Modality, samples: Any, split: str, index: int, label: Tensor | None) -> str:
+    """ "test 3, cat, 0004.png": the place in the split, and the class and the file where they are known."""
+    parts = [f"{split} {index}"]
+    if label is not None and not label.is_floating_point() and label.numel() == 1 and int(label) >= 0:
+        named = type(data).classes is not Modality.classes  # by default classes are found by reading all samples
+        classes = (data.classes() if named else None) or ()
+        word = classes[int(label)] if int(label) < len(classes) else str(int(label))
+        parts.append(f"class {word}" if word.isdigit() else word)
+    if hasattr(samples, "name"):
+        parts.append(Path(samples.name(index)).name)
+    return ", ".join(parts)
+
+
+@torch.no_grad()
+def segmented(config: SegmentConfig, weights: Weights, options: Options, device: torch.device) -> list[Picture]:
+    """The classes of the pixels of the same samples, each at its stored size; unreadable ones are left out.
+
+    Raises:
+        UserError: the weights don't fit the config.
+    """
+    data, model, pictures = config.data, load_segmenter(config, weights).to(device), []
+    scenes = data.whole_files(options.images) if options.images else data.whole(options.split)
+    for index in spread(len(scenes), len(options.images) or options.samples):
+        with suppress(UnreadableSample):
+            scene = scenes[index]
+            predicted = predict_image(config, model, scene["image"].to(device)).cpu()
+            truth = None if options.images else scene["target"]
+            pictures.append(Picture(scene["image"], truth, predicted, Path(scenes.name(index)).name))
+    return pictures
+
+
+def write_masks(folder: Path, pictures: Sequence[Picture], data: Scenes) -> None:
+    """A palette image for every picture, of the same size: class k is stored as data.first_label + k."""
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = np.zeros((IGNORED + 1, 3), dtype=np.uint8)
+    colours[data.first_label : data.first_label + data.class_count] = palette(data.class_count)
+    stems = [Path(picture.name).stem for picture in pictures]
+    for place, (stem, picture) in enumerate(zip(stems, pictures, strict=True)):
+        mask = Image.fromarray((picture.prediction + data.first_label).to(torch.uint8).numpy())
+        mask.putpalette(colours.flatten().tolist())
+        mask.save(folder / (f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{place}.png"))
 
 
 @torch.no_grad()
@@ -280,19 +381,33 @@ def chosen_query(given: tuple[int, ...] | None, grid: tuple[int, int], real: Ten
 # --------------------------------------------------------------------------------------------------- page
 
 
-def write_page(folder: Path, readings: Sequence[Reading], data: Modality, options: Options, *, causal: bool) -> None:
-    """index.html, maps.png, layers.png, and order.png unless the order is the canonical one."""
+def write_page(
+    folder: Path,
+    readings: Sequence[Reading],
+    data: Modality,
+    options: Options,
+    *,
+    causal: bool,
+    silent: str,
+    pictures: Sequence[Picture],
+) -> None:
+    """index.html, maps.png, layers.png, order.png unless the order is the canonical one, and classes.png of `pictures`.
+
+    Args:
+        silent: see `why_silent`. pictures: see `segmented`.
+    """
     noun = data.token_name
     layer = "averaged over layers" if options.layer is None else f"layer {options.layer}"
     head = "averaged over heads" if options.head is None else f"head {options.head}"
     blind = "; whitened: what it may not see" if causal else ""
-    told = "" if causal else " Attention is bidirectional here: the prediction has seen what it is to predict."
+    similarity = (
+        f" Similarity: cosine between the embedding predicted at the query's place and every {noun}; the one to be "
+        f"predicted has a {NEXT} frame."
+    )
     maps = Figure(
         "maps.png",
-        f"Attention of the query {noun} ({QUERY} frame), {layer}, {head}{blind}. Similarity: cosine between the "
-        f"embedding predicted at the query's place and every {noun}; the one to be predicted has a {NEXT} "
-        f"frame.{told}",
-        panel_plot([(reading.name, map_panels(reading, noun)) for reading in readings], across=3),
+        f"Attention of the query {noun} ({QUERY} frame), {layer}, {head}{blind}.{'' if silent else similarity}",
+        panel_plot([(reading.name, map_panels(reading, noun, silent)) for reading in readings], across=3),
     )
     layers = Figure(
         "layers.png",
@@ -305,21 +420,30 @@ def write_page(folder: Path, readings: Sequence[Reading], data: Modality, option
     if orders := _order_panels(readings):
         plot = panel_plot([("", orders)], across=4)
         figures.append(Figure("order.png", "The order of prediction, from the dot on.", plot))
+    (folder / "classes.png").unlink(missing_ok=True)
+    if pictures:
+        plot = picture_grid(pictures, cast(Scenes, data).class_names())
+        figures.insert(
+            0, Figure("classes.png", "The class of every pixel, by the averaged weights if there are any.", plot)
+        )
     foot = ", ".join(f"{name} {value}" for name, value in provenance().items())
-    page(folder, title=f"Inside {folder.parent.resolve().name}", body=_body(readings, noun), figures=figures, foot=foot)
+    title = f"Inside {folder.parent.resolve().name}"
+    page(folder, title=title, body=_body(readings, noun, silent), figures=figures, foot=foot)
 
 
-def map_panels(reading: Reading, noun: str) -> list[Panel]:
-    """The sample, the attention of the query and its similarity map, side by side."""
+def map_panels(reading: Reading, noun: str, silent: str = "") -> list[Panel]:
+    """The sample, the attention of the query and, unless `silent` says why not, its similarity map, side by side."""
     query = {QUERY: reading.query}
-    both = query if reading.next is None else query | {NEXT: reading.next}
+    both = query if reading.next is None or silent else query | {NEXT: reading.next}
     found = "" if reading.next is None else f", next {noun} ranked {reading.rank:g} of {int(reading.real.sum())}"
     on_bos = f", {reading.on_bos:.0%} on BOS" if reading.on_bos else ""
-    return [
+    panels = [
         Panel("input", reading.sketch, marks=both),
         Panel(f"attention{on_bos}", reading.sketch, heat=reading.attention, marks=query),
-        Panel(f"similarity{found}", reading.sketch, heat=reading.similarity, marks=both),
     ]
+    if silent:
+        return panels
+    return [*panels, Panel(f"similarity{found}", reading.sketch, heat=reading.similarity, marks=both)]
 
 
 def _layer_panels(readings: Sequence[Reading]) -> list[tuple[str, list[Panel]]]:
@@ -372,20 +496,20 @@ def next_token_line(readings: Sequence[Reading], noun: str) -> str:
 HEADER = ("", "distance", "entropy", "on BOS")
 
 
-def _body(readings: Sequence[Reading], noun: str) -> str:
+def _body(readings: Sequence[Reading], noun: str, silent: str) -> str:
     cells = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in layer_table(readings)
     )
     heads = "".join(f"<th>{name}</th>" for name in HEADER)
     return (
-        f"<p>{html.escape(next_token_line(readings, noun))}</p><table><tr>{heads}</tr>{cells}</table>"
+        f"<p>{html.escape(silent or next_token_line(readings, noun))}</p><table><tr>{heads}</tr>{cells}</table>"
         f"<p>Means over heads and the samples shown. Distance: from a {noun} to those it attends to, in units of the "
         f"{noun} grid, BOS left out. Entropy in nats. The last line is equal attention wherever it may look.</p>"
     )
 
 
-def render(readings: Sequence[Reading], noun: str) -> str:
-    """The table and the line about the next token as text."""
+def render(readings: Sequence[Reading], noun: str, silent: str) -> str:
+    """The table and the line about the next token, or why there is none, as text."""
     rows = [HEADER, *layer_table(readings)]
     lines = [f"{row[0]:<18}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
-    return "\n".join([*lines, "", next_token_line(readings, noun)])
+    return "\n".join([*lines, "", silent or next_token_line(readings, noun)])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.basics import Batch, UnreadableSample
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
@@ -25,7 +25,7 @@ from nepa_core.runtime.fit import fit
 from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
 from recipes import finetune, probe
-from recipes.features import Row, Source, kept_features, network_reader
+from recipes.features import Row, Source, kept_features, network_reader, tokens_per_sample
 from recipes.goals import Classification, Goal, find_goal
 from recipes.maps import attention_figures, grid_positions, neighbour_share, uniform_attention
 from recipes.pretrain import PretrainConfig, load_pretrained
@@ -42,24 +42,24 @@ def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
     Returns:
         `probe`, `probe_row`; `probe_final`, of the mean after the final norm; `probe_random`, `probe_random_row`;
         `raw_tokens`; `metric`, accuracy or r2; `layers`: names, accuracies and effective ranks of the means over
-        tokens, layer by layer, with and without pre-training.
+        tokens (of single tokens where these have the classes), layer by layer, with and without pre-training.
     """
     found = probe.probe(config, model, PROBE)
     metric = probe.metric_of(found["best"])
     means, random_means = (
-        [row for row in rows if row["name"].endswith(", mean")]
+        [row for row in rows if row["name"].endswith((", mean", ", token"))]  # tokens where these have the classes
         for rows in (found["layers"], found["random_init"]["layers"])
     )
     return {
         "metric": metric,
         "probe": found["best"][metric],
         "probe_row": found["best"]["name"],
-        "probe_final": next(row[metric] for row in means if row["name"] == "final norm, mean"),
+        "probe_final": means[-1][metric],
         "probe_random": found["random_init"]["best"][metric],
         "probe_random_row": found["random_init"]["best"]["name"],
         "raw_tokens": found["raw_tokens"][metric],
         "layers": {
-            "name": [row["name"].removesuffix(", mean") for row in means],
+            "name": [row["name"].partition(",")[0] for row in means],
             "probe": [row[metric] for row in means],
             "probe_random": [row[metric] for row in random_means],
             "rank": [row["effective_rank"] for row in means],
@@ -212,23 +212,6 @@ def attention_by_layer(
     return figures_by_layer | {"uniform": means[:, -1].mean(-1).tolist()}
 
 
-def need_labels(config: PretrainConfig) -> None:
-    """Whether accuracies can be measured at all: said before hours of training, not after.
-
-    Raises:
-        UserError: the samples hold no target.
-    """
-    samples = config.data.dataset("train")
-    for index in range(len(cast(Any, samples))):
-        try:
-            if {"label", "target"} & set(samples[index]):
-                return
-            break
-        except UnreadableSample:
-            continue
-    raise UserError("the samples have no 'label'; a comparison by accuracy needs one")
-
-
 # ------------------------------------------------------------------------------- reading by another order
 
 
@@ -240,13 +223,15 @@ def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
     with world() as ranks:
         config, model = load_pretrained(Run(folder), ranks.device)
         config = config.model_copy(update={"data": reading})
-        rows = [Row(layer, "mean") for layer in range(config.model.depth + 2)]
+        per_token = tokens_per_sample(config.data.plain())
+        rows = [Row(layer, "token" if per_token else "mean") for layer in range(config.model.depth + 2)]
         reader = network_reader(config, model, rows, causal=config.objective.causal)
         with tempfile.TemporaryDirectory() as store:
             train, test = (
-                kept_features(Source(config, split, limit), [reader], Path(store), ranks)[0]
+                kept_features(Source(config, split, -(-limit // max(per_token, 1))), [reader], Path(store), ranks)
                 for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
             )
-            scored = probe.score_rows(probe.Split.of(train, test, ranks.device), PROBE.classifiers)
+            split = probe.Split.of(train.features[0], test.features[0], ranks.device)
+            scored = probe.score_rows(split, PROBE.classifiers)
     best = probe.best_row(scored)
     return {"probe": best[probe.metric_of(best)], "probe_row": best["name"]}

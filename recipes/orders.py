@@ -32,7 +32,8 @@ from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.run import Run
 from recipes.compare import Job, Measure, Variant, compare, default_workers, digest, reporting, run_folder, share
 from recipes.compare_report import Rows, groups, spreads
-from recipes.measures import attention_by_layer, fine_tunings, need_labels, predicted, read_as, read_out
+from recipes.goals import find_goal
+from recipes.measures import attention_by_layer, fine_tunings, predicted, read_as, read_out
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig
 from recipes.significance import Difference, differences, verdict
@@ -106,10 +107,10 @@ def orders(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
         The summary, see `summarise`.
 
     Raises:
-        UserError: an order is not known or the adapter has none, or the samples have no labels.
+        UserError: an order is not known or the adapter has none, or the samples have nothing to train on.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    need_labels(config)
+    find_goal(config.data)  # says what is wrong before hours of training, not after
     variants = [Variant(name, ordered(config, name, options.predict_position)) for name in options.orders]
     workers = options.workers or default_workers()
     measured = Measure("orders", measure, MeasureOptions(labels=options.labels, finetune_steps=options.finetune_steps))

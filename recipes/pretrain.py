@@ -11,14 +11,13 @@ import torch
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, Batch
 from nepa_core.diagnostics import Gathered, Verdict, gather, health, judge
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.objective import ObjectiveConfig, next_embedding_loss, pair_count
 from nepa_core.predictor import PredictorConfig
-from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
@@ -28,6 +27,7 @@ from nepa_core.runtime.run import Run
 from recipes import card
 from recipes.targets import default_out, read_target
 from recipes.training import cost, opened, train
+from recipes.weights import newest
 
 
 class VerdictConfig(BaseModel):
@@ -135,9 +135,11 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     if not ranks.is_main:
         return {}
     with applied(ema):
-        verdict, objective = verdict_of(config, model, ranks.device)
+        verdict, objective, unreadable = verdict_of(config, model, ranks.device)
         optimum = best_possible(config, model)
-    summary = summarise(verdict, objective, config, model, result) | ({} if optimum is None else {"optimum": optimum})
+    summary = summarise(verdict, objective, config, model, result) | {"unreadable_held_out": len(unreadable)}
+    if optimum is not None:
+        summary["optimum"] = optimum
     card.write_report(run, summary, config.data)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
@@ -155,9 +157,7 @@ def load_pretrained(
         UserError: the folder holds no run, or a run without an undamaged checkpoint, or a change does not fit.
     """
     config = override(run.load_config(PretrainConfig), changes or {})
-    checkpoint, _ = load_latest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{run.checkpoints} holds no undamaged checkpoint; run `nepa pretrain {run.path}` first")
+    checkpoint = newest(run)
     model = build_model(config)
     averaged = checkpoint.tensors.get("ema", {})  # parameters only: an embedder's buffers come with the model
     model.load_state_dict(checkpoint.tensors["model"] | averaged)
@@ -200,9 +200,18 @@ def draw_hidden(tokens: Tokens, share: float) -> Tensor | None:
     return torch.rand(tokens.values.shape[:2], device=tokens.values.device) < share
 
 
-def held_out(config: PretrainConfig, device: torch.device, limit: int) -> Iterator[Batch]:
-    """The first held-out samples."""
-    return plain_batches(config.data.plain().dataset("test"), batch=_eval_batch(config), device=device, limit=limit)
+def held_out(
+    config: PretrainConfig, device: torch.device, limit: int, unreadable: set[str] | None = None
+) -> Iterator[Batch]:
+    """The first held-out samples; those left out are named in `unreadable`."""
+    return plain_batches(
+        config.data.plain().dataset("test"),
+        batch=_eval_batch(config),
+        device=device,
+        limit=limit,
+        unreadable=unreadable,
+        max_unreadable=config.train.max_unreadable,
+    )
 
 
 def _eval_batch(config: PretrainConfig) -> int:
@@ -233,12 +242,13 @@ def objective_of(config: PretrainConfig, gathered: Gathered) -> float:
     return float(next_embedding_loss(gathered.predictions, gathered.embeddings, gathered.mask, shift=shift))
 
 
-def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float]:
-    """Judge a trained model on held-out data; also the value of its own objective there."""
+def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float, set[str]]:
+    """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
     data, causal, sizes = config.data.plain(), config.objective.causal, config.verdict
+    unreadable: set[str] = set()
 
     def test(network: NEPA) -> Gathered:
-        return gather(network, data, held_out(config, device, sizes.test_samples), causal=causal)
+        return gather(network, data, held_out(config, device, sizes.test_samples, unreadable), causal=causal)
 
     train = gather(
         model,
@@ -247,7 +257,7 @@ def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tup
         causal=causal,
     )
     trained = test(model)
-    return judge(train, trained, test(build_model(config).to(device))), objective_of(config, trained)
+    return judge(train, trained, test(build_model(config).to(device))), objective_of(config, trained), unreadable
 
 
 def best_possible(config: PretrainConfig, model: NEPA) -> float | None:

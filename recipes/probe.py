@@ -15,9 +15,14 @@ An attentive row is a learned pooling trained together with its linear layer, an
 best row is the one the first classifier reads best on a fifth of the training samples held back, never on the test
 samples. Standardised features hide collapse, so the effective rank stands beside the accuracies.
 
+Where tokens have classes of their own ("target" [N]; of scenes the class that most pixels of a patch have), a row reads
+single tokens of a layer, without pooling, beside the share of the most frequent class; the samples that are counted are
+tokens, 16 of each image or sequence.
+
 The rows "last embedding" and "average embedding" are the paper's linear probe: the output of the final norm, at the
-last token and as the mean over the tokens, of the frozen network with the attention it was pre-trained with. The paper
-gives 11.3 % and 14.1 % for them (ImageNet-1k); all training samples there:
+last token and as the mean over the tokens, of the frozen network. They are named so where the network has been
+pre-trained with causal attention, and no more, and is read with it. The paper gives 11.3 % and 14.1 % for them
+(ImageNet-1k); all training samples there:
 `nepa probe RUN layers=final poolings=last,mean classifiers=lars train_samples=1300000 test_samples=50000`.
 
 A run takes changes to its data (`data.root=DIR`) and to train.workers. A recipe with `init=` gives the data of the
@@ -47,12 +52,21 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes import classifiers
 from recipes.classifiers import Classifier, TokenFeatures
-from recipes.features import Features, Row, Source, kept_features, network_reader, raw_reader
+from recipes.features import (
+    Features,
+    Row,
+    Source,
+    kept_features,
+    network_reader,
+    raw_reader,
+    tokens_per_sample,
+)
 from recipes.finetune import FinetuneConfig
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
+from recipes.segment import SegmentConfig
 from recipes.targets import default_out, is_run, listed, read_target, task_of
-from recipes.training import provenance
+from recipes.training import provenance, unreadable
 from recipes.weights import load_backbone, read_weights
 
 Pooling = Literal["mean", "last", "bos", "attentive"]
@@ -87,10 +101,12 @@ class Options(BaseModel):
         default=None, description="such as 0,3,final: embedding, third block, final norm; default: all", min_length=1
     )
     poolings: Annotated[tuple[Pooling, ...], BeforeValidator(listed)] = Field(
-        default=("mean", "last", "bos"), description="of mean,last,bos,attentive (slower)", min_length=1
+        default=("mean", "last", "bos"),
+        description="how the tokens of a layer become one vector; attentive is slower",
+        min_length=1,
     )
     classifiers: Annotated[tuple[Name, ...], BeforeValidator(listed)] = Field(
-        default=("linear", "knn"), description="of linear,knn,lars; the first chooses the best row", min_length=1
+        default=("linear", "knn"), description="what reads the rows; the first chooses the best one", min_length=1
     )
     train_samples: int = Field(default=5000, gt=4, description="most training samples the classifiers are fitted on")
     test_samples: int = Field(default=10_000, gt=0, description="most held-out samples they are scored on")
@@ -112,25 +128,31 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         )
     run = Run(Path(options.out or (target if is_run(target) else default_out(target, "probe"))))
     with world() as ranks:
-        config, model = subject(target, options.init, changes, ranks.device)
-        summary = probe(config, model, options, store=run.path / "features", ranks=ranks, show=True)
+        config, model, tuned = subject(target, options.init, changes, ranks.device)
+        summary = probe(config, model, options, tuned=tuned, store=run.path / "features", ranks=ranks, show=True)
         if ranks.is_main:
             summary |= {"made_with": provenance()}
             run.write_summary(summary, "probe.json")
             print(render(summary))
 
 
-def subject(
-    target: str, init: str | None, changes: dict[str, Any], device: torch.device
-) -> tuple[PretrainConfig, NEPA]:
+class Subject(NamedTuple):
+    """What is probed; `tuned` tells whether its network has been trained on labels since it was pre-trained."""
+
+    config: PretrainConfig
+    model: NEPA
+    tuned: bool
+
+
+def subject(target: str, init: str | None, changes: dict[str, Any], device: torch.device) -> Subject:
     """What is probed: a run with its own weights, or the data of a recipe (or run) with the weights of `init`.
 
     Raises:
         UserError: there is no such run, recipe or checkpoint, or the weights do not fit the data.
     """
     if init is None and task_of(target) == PretrainConfig.task:
-        return load_pretrained(Run(Path(target)), device, changes)
-    config = read_target(PretrainConfig, target, changes, convert={FinetuneConfig: _around})
+        return Subject(*load_pretrained(Run(Path(target)), device, changes), tuned=False)
+    config = read_target(PretrainConfig, target, changes, convert={FinetuneConfig: _around, SegmentConfig: _around})
     weights = read_weights(init or target)
     config = config.model_copy(
         update={
@@ -141,11 +163,11 @@ def subject(
     )
     model = build_model(config)
     load_backbone(model, weights.config, weights)
-    return config, model.to(device).eval()
+    return Subject(config, model.to(device).eval(), tuned=bool(weights.head))
 
 
-def _around(tuned: FinetuneConfig, _: str | None) -> PretrainConfig:
-    """A fine-tuned run's data and network, in the form in which a probe reads those of a pre-trained one."""
+def _around(tuned: FinetuneConfig | SegmentConfig, _: str | None) -> PretrainConfig:
+    """Data and network of a run on labels, in the form in which a probe reads those of a pre-trained one."""
     return small(tuned.data).model_copy(update={"recipe": tuned.recipe, "model": tuned.model, "train": tuned.train})
 
 
@@ -154,6 +176,7 @@ def probe(
     model: NEPA,
     options: Options,
     *,
+    tuned: bool = False,
     store: Path | None = None,
     ranks: World | None = None,
     show: bool = False,
@@ -161,6 +184,7 @@ def probe(
     """Score every layer x pooling of a network, of the same network with random weights, and the raw tokens.
 
     Args:
+        tuned: the network has been trained on labels since; the paper's rows are then not named.
         store: folder that keeps the features; a temporary one where there is none.
         ranks: all processes, which share the features out among them and need a `store`; default: this one alone.
         show: progress on the screen.
@@ -169,27 +193,34 @@ def probe(
         `layers`: a list of rows {name, accuracy (r2 for numbers), validation, scores, effective_rank}, where scores has
         accuracy and validation of every classifier and the plain two are those of the first; `best`: the row with the
         best validation; `random_init`: the same two for the untrained network; `raw_tokens`: its row, and
-        `raw_tokens_attentive` where asked for; `paper`: the rows of `PAPER` that were read; `notes`: what was left
-        out, and why. Empty on the other ranks.
+        `raw_tokens_attentive` where asked for; `paper`: the rows of `PAPER` that were read, where they are the
+        paper's; `majority`: where tokens have classes, the accuracy of the most frequent one of the training samples;
+        `notes`: what was left out, and why. Empty on the other ranks.
     """
     device = next(model.parameters()).device
     ranks = ranks or World(0, 1, device)
     causal = config.objective.causal if options.causal is None else options.causal
-    rows, notes = chosen_rows(options, depth=config.model.depth, bos=config.model.bos, causal=causal)
+    per_sample = tokens_per_sample(config.data.plain())
+    if per_sample:
+        rows, notes = token_rows(options, depth=config.model.depth, per_sample=per_sample)
+    else:
+        rows, notes = chosen_rows(options, depth=config.model.depth, bos=config.model.bos, causal=causal)
     untrained = build_model(config).to(device).eval()
     readers = [
         network_reader(config, model, rows, causal=causal),
         network_reader(config, untrained, rows, causal=causal),
-        raw_reader(attentive="attentive" in options.poolings),
+        raw_reader(attentive="attentive" in options.poolings and not per_sample, per_token=per_sample > 0),
     ]
     with nullcontext(str(store)) if store is not None else tempfile.TemporaryDirectory() as folder:
         train, test = (
-            kept_features(Source(config, split, limit), readers, Path(folder), ranks, show=show)
+            kept_features(
+                Source(config, split, -(-limit // max(per_sample, 1))), readers, Path(folder), ranks, show=show
+            )
             for split, limit in (("train", options.train_samples), ("test", options.test_samples))
         )
         if not ranks.is_main:
             return {}
-        splits = [Split.of(*pair, device) for pair in zip(train, test, strict=True)]
+        splits = [Split.of(*pair, device) for pair in zip(train.features, test.features, strict=True)]
         check_regression(splits[0], options)
         layers, random_init, raw = (score_rows(split, options.classifiers) for split in splits)
     return {
@@ -198,13 +229,26 @@ def probe(
         "random_init": {"layers": random_init, "best": best_row(random_init)},
         "raw_tokens": raw[0],
         **({"raw_tokens_attentive": raw[1]} if len(raw) > 1 else {}),
-        "paper": {name: row for name, wanted in PAPER.items() for row in layers if row["name"] == wanted},
+        "paper": {} if tuned or not (causal and config.objective.causal) else paper_rows(layers),
+        **({"majority": majority_share(splits[0])} if per_sample else {}),
         "causal": causal,
         "train_samples": len(splits[0].labels),
         "test_samples": len(splits[0].test_labels),
         "seed": config.train.seed,
+        "unreadable_samples": train.unreadable,
+        "unreadable_held_out": test.unreadable,
         "notes": notes,
     }
+
+
+def paper_rows(layers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those that are the paper's linear probe, by its names."""
+    return {name: row for name, wanted in PAPER.items() for row in layers if row["name"] == wanted}
+
+
+def majority_share(split: Split) -> float:
+    """Accuracy on the test samples of always naming the most frequent class of the training samples."""
+    return float((split.test_labels == split.labels.bincount().argmax()).double().mean())
 
 
 def check_regression(split: Split, options: Options) -> None:
@@ -238,6 +282,17 @@ def chosen_rows(options: Options, *, depth: int, bos: bool, causal: bool) -> tup
     return rows, notes
 
 
+def token_rows(options: Options, *, depth: int, per_sample: int) -> tuple[list[Row], list[str]]:
+    """The rows that read single tokens, and a note that says so.
+
+    Raises:
+        UserError: a layer that the network hasn't.
+    """
+    layers = range(depth + 2) if options.layers is None else [_layer(name, depth) for name in options.layers]
+    note = f"Single tokens are read, not pooled: {per_sample} of each sample, drawn from those that have a class."
+    return [Row(layer, "token") for layer in layers], [note]
+
+
 def _layer(name: int | str, depth: int) -> int:
     if isinstance(name, str):
         return depth + 1
@@ -260,9 +315,11 @@ class Split(NamedTuple):
         """Number the classes; the labels end on the device.
 
         Raises:
-            UserError: a label is neither a class index nor finite numbers.
+            UserError: a label is neither a class index nor finite numbers, or there is none.
         """
         both = np.concatenate((train["labels"], test["labels"]))
+        if not len(train["labels"]) or not len(test["labels"]):
+            raise UserError("no sample of a split has a class; every 'target' there is negative or padding")
         if both.dtype.kind == "f" and both.ndim <= 2:
             if not np.isfinite(both).all():
                 raise UserError("the key 'label' holds NaN or infinity; leave such samples out")
@@ -353,10 +410,11 @@ def render(summary: dict[str, Any]) -> str:
     of_paper = [f"{name} is {PAPER[name]}" for name in summary["paper"]]
     notes = [f"The paper's probe: {'; '.join(of_paper)}."] if of_paper else []
     notes += ["The figures are R2: 1 is perfect, 0 the mean of the labels."] if metric == "r2" else []
-    notes += summary["notes"]
+    notes += [*summary["notes"], *unreadable(summary)]
     chosen = (
         f"Chosen on held-back training samples: {best['name']} {best[metric]:.3f}; "
-        f"random weights {best_random['name']} {best_random[metric]:.3f}; raw tokens {raw[metric]:.3f}."
+        f"random weights {best_random['name']} {best_random[metric]:.3f}; raw tokens {raw[metric]:.3f}"
+        + (f"; always the most frequent class {summary['majority']:.3f}." if "majority" in summary else ".")
     )
     return "\n".join([*(line.rstrip() for line in lines), "", *notes, chosen])
 

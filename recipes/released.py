@@ -76,7 +76,7 @@ class ReleasedConfig(BaseModel):
     num_attention_heads: PositiveInt
     intermediate_size: PositiveInt
     hidden_act: Literal["gelu", "silu"]
-    image_size: PositiveInt
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt]  # a pair is (height, width), as `transformers` has it
     patch_size: PositiveInt
     num_channels: PositiveInt
     layer_norm_eps: PositiveFloat
@@ -100,6 +100,11 @@ class ReleasedConfig(BaseModel):
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(f"id2label must number its {len(self.id2label)} classes from 0 without gaps")
         return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of an image."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -282,6 +287,11 @@ def mismatch(expected: Shapes, given: Mapping[str, Tensor]) -> str:
     return "; ".join(f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; its extremes tell, and need no room of its size."""
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
+
+
 def listed(names: Iterable[str]) -> str:
     """The names, of many only the first and the number of the others."""
     names = list(names)
@@ -309,7 +319,9 @@ def new_weights(expected: Shapes, given: Mapping[str, Tensor], source: str) -> l
     if new & given.keys():
         new = set()
     if complaint := mismatch({name: shape for name, shape in expected.items() if name not in new}, given):
-        raise UserError(f"{source} is not of the network that this config builds: {complaint}; set model.* to fit it")
+        raise UserError(
+            f"{source} is not of the network that this config builds: {complaint}; set data.* and model.* to fit"
+        )
     return sorted(new)
 
 
@@ -349,7 +361,7 @@ def read_released(folder: Path | str) -> Released:
 
     Raises:
         UserError: a file is missing, damaged or a pickle; config.json lacks a key or holds a setting this model has
-            no place for; tensors are missing, extra or misshapen (all are listed).
+            no place for; tensors are missing, extra or misshapen, or not finite (all are listed).
     """
     folder = Path(folder)
     facts = _read_config(folder / CONFIG)
@@ -365,6 +377,11 @@ def read_released(folder: Path | str) -> Released:
     def translated(state: State, file: str) -> NetworkState:
         if complaint := mismatch(places.shapes, state):
             raise UserError(f"{folder / file} is not the network of its {CONFIG}: {complaint}; fetch both again")
+        if broken := [name for name, tensor in state.items() if not all_finite(tensor)]:
+            raise UserError(
+                f"{folder / file}: {len(broken)} tensors hold NaN or infinite numbers: {listed(sorted(broken))}; fetch "
+                "it again, or ask who trained it for sound weights"
+            )
         return from_released(state, places)
 
     averages = folder / AVERAGED

@@ -28,12 +28,21 @@ figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } foo
 """
 
 
+HEADROOM = 0.08  # of the height, between what is plotted and the frame
+
+
 class Figure(NamedTuple):
     """A finished plot: its file name, what to see in it, and the PNG."""
 
     name: str
     caption: str
     png: bytes
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` indices, from the first to the last, equally far apart: neighbours are often alike."""
+    shown = min(count, most)
+    return [place * (count - 1) // max(shown - 1, 1) for place in range(shown)]
 
 
 def line_plot(
@@ -52,8 +61,9 @@ def line_plot(
     axes.xaxis.get_major_locator().set_params(integer=True)  # steps, places, layers
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    axes.margins(y=HEADROOM)
     if from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(axes.dataLim.y1, 1e-12) * (1 + HEADROOM) if np.isfinite(axes.dataLim.y1) else None)
     axes.grid(alpha=0.3)
     canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
     return png_of(canvas)
@@ -69,6 +79,7 @@ def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mappin
     for place, (name, value) in enumerate((reference or {}).items()):
         axes.axhline(value, linestyle="--", color=f"C{place + 1}", linewidth=1.2, label=name)
     axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
+    axes.margins(y=HEADROOM)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3, axis="y")
     if reference:
@@ -77,16 +88,23 @@ def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mappin
 
 
 def picture_table(
-    rows: Sequence[Sequence[np.ndarray]], *, heads: Sequence[str], legend: Mapping[str, Sequence[float]]
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, heads: Sequence[str], legend: Mapping[str, Sequence[float]]
 ) -> bytes:
-    """Pictures [H, W, 3] in rows and columns under their heads, over a legend of named colours (0 to 1); PNG bytes."""
+    """Named rows of pictures [H, W, 3] over a legend of named colours (0 to 1); PNG bytes.
+
+    The name stands above the first picture of its row, `heads` above the others of the first row.
+    """
     lines = -(-len(legend) // 6)
-    canvas = Canvas(figsize=(11, 2.9 * len(rows) + 0.25 * lines + 0.4), dpi=90, layout="constrained")
-    for y, line in enumerate(canvas.subplots(len(rows), len(heads), squeeze=False)):
-        for axes, picture, head in zip(line, rows[y], heads, strict=True):
+    wide = 11 / (len(heads) + 1)
+    high = sum(wide * min(max(row[0].shape[0] / row[0].shape[1], 0.3), 1.5) + 0.25 for _, row in rows)
+    canvas = Canvas(figsize=(11, high + 0.25 * lines + 0.3), dpi=90, layout="constrained")
+    for y, line in enumerate(canvas.subplots(len(rows), len(heads) + 1, squeeze=False)):
+        name, pictures = rows[y]
+        titles = (name, *(heads if y == 0 else [""] * len(heads)))
+        for axes, picture, title in zip(line, pictures, titles, strict=True):
             axes.imshow(picture)
             axes.set_axis_off()
-            axes.set_title(head if y == 0 else "")
+            axes.set_title(title, fontsize="medium", parse_math=False)
     patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
     canvas.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
     return png_of(canvas)
@@ -158,7 +176,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
     (rows, columns), canvas = panel.sketch.grid, panel.sketch.canvas[0].float().cpu()
     whole: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
     heat = None
-    axes.set_title(panel.title, fontsize=7, pad=2, loc="left")
+    axes.set_title(panel.title, fontsize=7, pad=4, loc="left")  # a frame may stand out by 2
     if panel.colours is not None:
         axes.imshow(panel.colours.nan_to_num(1.0).view(rows, columns, 3).numpy(), **whole)
     elif not panel.sketch.curves:

@@ -26,16 +26,21 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize as resize_image
 from torchvision.transforms.v2.functional import to_pil_image
 
+from modalities.hub import one_line
 from modalities.image import Images
 from modalities.image_data import JPEG, Channels, decode
-from modalities.image_shards import CLASS_NAMES, cpus
-from modalities.image_sources import SPLITS, Pixels, Source, one_line, open_source
-from nepa_core.basics import FROZEN, UserError
+from modalities.image_shards import CLASS_NAMES
+from modalities.image_sources import SPLITS, Pixels, Source, open_source
+from nepa_core.basics import FROZEN, UserError, cores
 from nepa_core.runtime.checkpoint import disk_errors, write_whole
 from recipes.pretrain import PretrainConfig
 from recipes.targets import default_out, read_target
 
 DONE = "shards"  # folder of finished shards while others are missing
+
+
+FREE = ("data.",)
+"""The keys of a recipe that matter here."""
 
 
 class Options(BaseModel):
@@ -93,7 +98,7 @@ def resize(data: Images, options: Options, out: Path) -> list[str]:
     shards = [shard for split, source in sources.items() for shard in _shards(split, len(source.labels), options)]
     _claim(out, _settings(data, options), sources["train"])
     missing = [shard for shard in shards if not any((place / shard.file).exists() for place in (out, out / DONE))]
-    workers = min(options.workers or cpus(), max(1, len(missing)))
+    workers = min(options.workers or cores(), max(1, len(missing)))
     with ProcessPoolExecutor(workers, initializer=_quiet) as pool:
         try:
             for count, shard in enumerate(pool.map(partial(write_shard, data, options, out), missing), 1):

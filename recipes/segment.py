@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self, cast
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -36,13 +36,14 @@ from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocas
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
 from recipes.heads import DenseHead, canonical_tokens
+from recipes.report import spread
 from recipes.segment_metrics import Scores, confusion, scores
 from recipes.segment_predict import EvaluationConfig, WindowLogits, predict
 from recipes.segment_report import Picture, render, write_report
 from recipes.targets import default_out, read_target
 from recipes.training import cost, opened, train
 from recipes.upernet import UPerNet, UPerNetConfig, resize
-from recipes.weights import Weights, load_backbone, read_weights
+from recipes.weights import Weights, load_backbone, start_from
 
 
 class SegmentConfig(BaseModel):
@@ -191,6 +192,7 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
         ranks,
         step_function=make_step(config),
         evaluate=lambda ema: headline(held_out(ema, config.evaluation.images)),
+        untrained=False,
         show=show,
     )
     measured = held_out(ema, None)
@@ -200,6 +202,7 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
         **headline(measured),
         "classes": class_rows(config.data.class_names(), measured),
         "images": measured[""].images,
+        "unreadable_held_out": measured[""].unreadable,
         "init": config.init,
         "new_weights": new,
         "head": config.head,
@@ -230,7 +233,7 @@ def build_segmenter(config: SegmentConfig) -> tuple[Segmenter, list[str]]:
     """The network with the weights of `init` (or the seed's) under a new head; and the names of its new weights."""
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
     backbone = NEPA(config.model, config.data.embedder(config.model.dim))
-    new = [] if config.init is None else load_backbone(backbone, config.model, read_weights(config.init))
+    new = [] if config.init is None else start_from(config.init, backbone, config)
     head: UPerNet | DenseHead
     if config.head == "upernet":
         head = UPerNet(config.upernet, config.model.dim, config.data.class_count)
@@ -262,6 +265,7 @@ def evaluate(config: SegmentConfig, weights: Weights, ranks: World) -> dict[str,
         **headline(measured),
         "classes": class_rows(config.data.class_names(), measured),
         "images": measured[""].images,
+        "unreadable_held_out": measured[""].unreadable,
         "evaluation": config.evaluation.model_dump(),
     }
 
@@ -296,10 +300,11 @@ def pixel_loss(logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """Scores on held-out images, and how many could be read."""
+    """Scores on held-out images, how many could be read, and how many not."""
 
     scores: Scores
     images: int
+    unreadable: int
 
 
 def raw_and_averaged(
@@ -324,6 +329,7 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
     """
     counts = torch.zeros(config.data.class_count, config.data.class_count, dtype=torch.int64, device=ranks.device)
     images = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    unreadable: set[str] = set()
     was_training = model.training
     model.eval()
     for batch in plain_batches(
@@ -335,12 +341,15 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
         seed=None if limit is None else 0,
         rank=ranks.rank,
         ranks=ranks.size,
+        unreadable=unreadable,
+        max_unreadable=config.train.max_unreadable,
     ):
         predicted = predict_image(config, model, batch["image"][0])
         counts += confusion(predicted, batch["target"][0], config.data.class_count)
         images += 1
     model.train(was_training)
-    return Measured(scores(ranks.sum(counts)), int(ranks.sum(images)))
+    left_out = torch.tensor(len(unreadable), device=ranks.device)
+    return Measured(scores(ranks.sum(counts)), int(ranks.sum(images)), int(ranks.sum(left_out)))
 
 
 def predict_image(config: SegmentConfig, model: Segmenter, image: Tensor) -> Tensor:
@@ -397,15 +406,15 @@ def class_rows(names: tuple[str, ...], measured: dict[str, Measured]) -> list[di
 
 @torch.no_grad()
 def pictures(config: SegmentConfig, model: Segmenter, device: torch.device) -> list[Picture]:
-    """Held-out images at equal distances through the split, with truth and prediction; unreadable ones left out."""
-    scenes = cast(Any, config.data.whole("test"))
-    count = min(config.evaluation.pictures, len(scenes))
+    """Held-out images from the first to the last of the split, equally far apart; unreadable ones are left out."""
+    scenes = config.data.whole("test")
     was_training, shown = model.training, []
     model.eval()
-    for place in range(count):
+    for index in spread(len(scenes), config.evaluation.pictures):
         with suppress(UnreadableSample):
-            scene = scenes[place * len(scenes) // count]
+            scene = scenes[index]
             predicted = predict_image(config, model, scene["image"].to(device))
-            shown.append(Picture(scene["image"], scene["target"], predicted.cpu()))
+            name = Path(scenes.name(index)).name
+            shown.append(Picture(scene["image"], scene["target"], predicted.cpu(), name))
     model.train(was_training)
     return shown

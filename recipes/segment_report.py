@@ -13,6 +13,7 @@ from torch import Tensor
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
 from recipes.report import Figure, line_plot, page, picture_table
+from recipes.training import unreadable
 
 MEASURES = ("mIoU", "mAcc", "aAcc")
 WEIGHTS = {"": "raw weights", "_ema": "averaged weights"}
@@ -20,11 +21,12 @@ WEIGHTS = {"": "raw weights", "_ema": "averaged weights"}
 
 
 class Picture(NamedTuple):
-    """One held-out image: uint8 [3, H, W]; truth and prediction, integers [H, W], where values from C on are black."""
+    """One image, uint8 [3, H, W]; its truth, if known, and prediction, integers [H, W], black from C on."""
 
     image: Tensor
-    truth: Tensor
+    truth: Tensor | None
     prediction: Tensor
+    name: str
 
 
 def palette(classes: int) -> np.ndarray:
@@ -40,14 +42,16 @@ def palette(classes: int) -> np.ndarray:
 
 
 def picture_grid(pictures: Sequence[Picture], names: Sequence[str]) -> bytes:
-    """Rows of image, truth and prediction over a legend of the classes that occur; PNG bytes."""
+    """Rows of image, truth where it is known, and prediction over a legend of the classes that occur; PNG bytes."""
     colours = np.concatenate([palette(len(names)), np.zeros((256 - len(names), 3), dtype=np.uint8)])
-    rows = [
-        [shown.image.permute(1, 2, 0).numpy(), colours[shown.truth], colours[shown.prediction]] for shown in pictures
-    ]
-    present = sorted({int(k) for shown in pictures for k in (*shown.truth.unique(), *shown.prediction.unique())})
-    legend = {names[k]: colours[k] / 255 for k in present if k < len(names)}
-    return picture_table(rows, heads=("image", "truth (black: not labelled)", "prediction"), legend=legend)
+    rows, present = [], set()
+    for shown in pictures:
+        maps = [shown.prediction] if shown.truth is None else [shown.truth, shown.prediction]
+        rows.append((shown.name, [shown.image.permute(1, 2, 0).numpy(), *(colours[each] for each in maps)]))
+        present |= {int(k) for each in maps for k in each.unique()}
+    heads = ["prediction"] if pictures[0].truth is None else ["truth (black: not labelled)", "prediction"]
+    legend = {names[k]: colours[k] / 255 for k in sorted(present) if k < len(names)}
+    return picture_table(rows, heads=heads, legend=legend)
 
 
 def render(summary: dict[str, Any], run: Run) -> str:
@@ -59,8 +63,7 @@ def render(summary: dict[str, Any], run: Run) -> str:
     lines += ["", f"On {summary['images']} held-out images after the last of {summary['steps']} steps, from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
-    if summary["unreadable_samples"]:
-        lines.append(f"{summary['unreadable_samples']} training scenes could not be read and were skipped.")
+    lines += unreadable(summary)
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
 
 

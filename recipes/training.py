@@ -23,6 +23,8 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
+from recipes.targets import is_imported
+from recipes.weights import newest
 
 
 class Recipe(Protocol):
@@ -39,9 +41,16 @@ class Recipe(Protocol):
 
 
 def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
-    """Open the run's folder on every rank; the summary if it was finished before, else None."""
+    """Open the run's folder on every rank; the summary if it was finished before, else None.
+
+    Raises:
+        UserError: the folder can't be used, or the run was imported and its weights are damaged: those of the seed
+            would take their place.
+    """
     run.open(config, write=ranks.is_main)
     ranks.barrier()
+    if is_imported(str(run.path)):
+        newest(run)
     return run.summary()
 
 
@@ -55,6 +64,7 @@ def train(
     step_function: StepFunction,
     step_at: Callable[[float], StepFunction] | None = None,
     evaluate: Callable[[Ema | None], Mapping[str, Any]],
+    untrained: bool = True,
     show: bool,
 ) -> tuple[FitResult, Ema | None]:
     """`fit` with what the config asks for around the model: compiled or recomputed blocks, an average, layer decay.
@@ -63,6 +73,7 @@ def train(
         predictor: the one inside `model`.
         step_at: see `fit`.
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
+        untrained: evaluate before the first step, too.
     """
     if config.train.compile:
         predictor.compile_blocks()
@@ -80,6 +91,7 @@ def train(
         world=ranks,
         ema=ema,
         evaluate=lambda: evaluate(ema),
+        untrained=untrained,
         height=height(config),
         show=show,
     )
@@ -104,6 +116,16 @@ def cost(result: FitResult, model: nn.Module) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in model.parameters()),
         "made_with": provenance(),
     }
+
+
+def unreadable(summary: dict[str, Any]) -> list[str]:
+    """A line on the samples that could not be read, where there are any."""
+    counts = {"training": summary.get("unreadable_samples", 0), "held-out": summary.get("unreadable_held_out", 0)}
+    told = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    if not told:
+        return []
+    one = sum(counts.values()) == 1
+    return [f"{told} sample{'' if one else 's'} could not be read and {'was' if one else 'were'} skipped."]
 
 
 def provenance() -> dict[str, Any]:

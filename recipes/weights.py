@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -14,11 +14,14 @@ from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
 from nepa_core.runtime.run import Run
 from recipes.released import NetworkState, State, digests, find, new_weights, read_released
-from recipes.targets import is_run
+from recipes.targets import RECORD, is_run, task_of
 
 FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "pack", "mask_token")
 """Keys of the network that may differ between the weights and the recipe that starts from them: they are starts,
 training-time noise, ways to compute the same, or of pre-training alone."""
+
+TOKEN_KEYS = ("patch", "channels", "patch_order", "order_seed")
+"""Keys of data that decide what a token of an image is, and which one comes next."""
 
 HEAD, BACKBONE = "head.", "backbone."
 
@@ -35,6 +38,8 @@ class Weights(NamedTuple):
         model: state dict of `NEPA`, averaged where there is an average.
         head: state dict of the read-out on it; empty after pre-training.
         digest: what tells this checkpoint from others.
+        averaged: whether `model` and `head` are averages.
+        tokens: the keys of images that decide what a token is, `TOKEN_KEYS`, with their values.
     """
 
     source: str
@@ -45,6 +50,19 @@ class Weights(NamedTuple):
     model: dict[str, Tensor]
     head: dict[str, Tensor]
     digest: str
+    averaged: bool
+    tokens: dict[str, Any]
+
+
+class Start(Protocol):
+    """The part of a config that says what a network is made for."""
+
+    @property
+    def data(self) -> Modality: ...
+    @property
+    def model(self) -> PredictorConfig: ...
+    @property
+    def causal(self) -> bool: ...
 
 
 def read_weights(name: str) -> Weights:
@@ -59,16 +77,17 @@ def read_weights(name: str) -> Weights:
     released = read_released(folder)
     model, head = released.averaged or (released.model, released.head)
     digest = ", ".join(digests(folder).values())
-    return Weights(name, released.config, released.causal, None, 0, model, head, digest)
+    averaged = released.averaged is not None
+    tokens = {"patch": (released.patch, released.patch), "channels": released.facts.num_channels}
+    tokens |= {"patch_order": "raster", "order_seed": 0}
+    return Weights(name, released.config, released.causal, None, 0, model, head, digest, averaged, tokens)
 
 
 def _of_run(name: str) -> Weights:
     run = Run(Path(name))
     file = run.path / "config.json"
     saved = read_saved(file)
-    checkpoint, notes = load_latest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(notes[-1] if notes else f"{run.checkpoints} holds no checkpoint; finish that run first")
+    checkpoint = newest(run)
     try:
         config = validated(PredictorConfig, _part(saved, "model"), "model.")
         data = load_adapter(saved)
@@ -77,7 +96,38 @@ def _of_run(name: str) -> Weights:
     model, head = split(current_weights(checkpoint))
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))
-    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest)
+    averaged = "ema" in checkpoint.tensors
+    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest, averaged, _token_keys(data))
+
+
+def _token_keys(data: Modality | None) -> dict[str, Any]:
+    return {key: getattr(data, key) for key in TOKEN_KEYS if hasattr(data, key)}
+
+
+def newest(run: Run) -> Checkpoint:
+    """The newest undamaged checkpoint of a run.
+
+    Raises:
+        UserError: there is none; the message has the command that makes one.
+    """
+    checkpoint, notes = load_latest(run.checkpoints)
+    if checkpoint is not None:
+        return checkpoint
+    record = run.summary(RECORD)
+    command = f"nepa {task_of(str(run.path))} {run.path}"
+    if record is not None:
+        command = f"nepa import {record['source']} out={run.path}"
+    what = "undamaged checkpoint" if notes else "checkpoint"
+    cause = f" ({notes[0].removesuffix('; passing over it')})" if notes else ""
+    raise UserError(f"{run.checkpoints} holds no {what}; run `{command}` {'again' if notes else 'first'}{cause}")
+
+
+def class_names(run: Run) -> tuple[str, ...]:
+    """Names of the classes that a finished or an imported run tells apart; none where nothing has been written down."""
+    rows = (run.summary() or {}).get("classes") or ()
+    labels = (run.summary(RECORD) or {}).get("config", {}).get("id2label", {})
+    names = tuple(row["name"] if isinstance(row, dict) else row for row in rows)
+    return names or tuple(labels[str(number)] for number in range(len(labels)))
 
 
 def split(state: State) -> NetworkState:
@@ -103,6 +153,28 @@ def _part(saved: dict[str, Any], key: str) -> dict[str, Any]:
 def current_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The model's tensors, averaged where there is an average (of parameters only: buffers have none)."""
     return checkpoint.tensors["model"] | checkpoint.tensors.get("ema", {})
+
+
+def start_from(init: str, model: nn.Module, config: Start) -> list[str]:
+    """Load what `init=` names into a `NEPA` built by `config.model`, see `load_backbone`.
+
+    Returns:
+        The names of the weights that are new.
+
+    Raises:
+        UserError: the tokens, their order (where attention is causal) or the networks differ; all keys are listed.
+    """
+    weights = read_weights(init)
+    mine, theirs = _token_keys(config.data), weights.tokens
+    looked = ["patch", "channels"]
+    if config.causal:
+        looked += ["patch_order", *(["order_seed"] if mine.get("patch_order") == "random" else [])]
+    differing = [name for name in looked if name in mine and name in theirs and mine[name] != theirs[name]]
+    if differing:
+        told = "; ".join(f"data.{name} is {mine[name]} in the recipe and {theirs[name]} there" for name in differing)
+        mend = "set the recipe's keys to fit" + (", or causal=false" if "order" in differing[0] else "")
+        raise UserError(f"init={init} was trained on other tokens: {told}; {mend}")
+    return load_backbone(model, config.model, weights)
 
 
 def load_backbone(model: nn.Module, config: PredictorConfig, weights: Weights) -> list[str]:

@@ -6,18 +6,23 @@ import errno
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
+from pydantic import BaseModel, Field
 
 from nepa_core.runtime import checkpoint
+from recipes import vision
 from recipes.cli import TASKS, main
+from recipes.targets import describe_fields
 from tests.conftest import ROOT, largest_file
+from tests.tiny import Waves
 
 TINY = "tests.tiny:recipe"
 
@@ -100,6 +105,65 @@ def test_the_help_of_a_recipe_lists_every_key_with_its_value(nepa: Nepa) -> None
     assert list(Path().iterdir()) == [], "asking for help writes nothing"
 
 
+def test_the_help_of_a_recipe_prints_what_the_recipe_says_of_itself(nepa: Nepa) -> None:
+    said = nepa("pretrain", "recipes.vision:base_in1k", "--help").out
+    assert "torchrun --nproc-per-node 8 -m recipes pretrain recipes.vision:base_in1k data.root=DIR" in said
+    assert "83.8 % top-1" in said
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, function in vars(vision).items() if re.match("(base|large)_(in1k|ade20k)", name)]
+)
+def test_every_preset_for_eight_gpus_says_how_it_is_run_how_long_it_takes_and_what_was_published(name: str) -> None:
+    said = " ".join((vars(vision)[name].__doc__ or "").split())
+    task = "segment" if "ade20k" in name else "finetune" if "finetune" in name else "pretrain"
+    for command in ("torchrun --nproc-per-node 8 -m recipes", "nepa"):
+        assert f"`{command} {task} recipes.vision:{name} data.root=DIR" in said
+    assert re.search(r"Time.* on 8|on eight", said)
+    assert re.search(r"derived|[Bb]y arithmetic", said)
+    assert re.search(r"\d\d\.\d\d? (%|mIoU)", said)
+    assert re.search(r"[Nn]ot published", said) or "Nothing else is" in said
+
+
+def test_help_lists_the_keys_that_the_task_takes_and_no_others(nepa: Nepa) -> None:
+    assert nepa("pretrain", TINY, "out=run", "train.length.steps=2").status == 0
+    assert nepa("finetune", "run", "out=tuned", "train.length.steps=2").status == 0
+    listed = {}
+    for task, run in (("probe", "run"), ("export", "run"), ("inspect", "tuned"), ("evaluate", "tuned")):
+        lines = nepa(task, run, "--help").out.splitlines()
+        start = next(
+            i for i, line in enumerate(lines) if line.startswith((f"keys of {run}:", f"nepa {task} takes {run}"))
+        )
+        listed[task] = [line.strip().partition("=")[0] for line in lines[start + 1 :]]
+    data = [f"data.{key}" for key in Waves.model_fields]
+    assert listed["probe"] == [*data, "train.workers"]
+    assert listed["export"] == []
+    assert listed["inspect"] == data
+    assert listed["evaluate"] == [
+        *data, "model.attention", "causal", "train.batch", "train.micro_batch", "train.precision", "train.workers",
+    ]  # fmt: skip
+    assert "optim.lr can't be set for nepa evaluate" in nepa.fails("evaluate", "tuned", "optim.lr=1")
+
+
+def test_options_show_their_choices_and_defaults() -> None:
+    class Some(BaseModel):
+        kind: Literal["a", "b"] = Field(default="b", description="which one")
+        kinds: tuple[Literal["a", "b"], ...] | None = Field(default=None, description="which ones")
+        sizes: tuple[int, ...] = Field(default=(1, 2), description="some sizes")
+        on: bool = Field(default=False, description="or off")
+        told: int = Field(default=3, description="a number; default three")
+        out: str | None = Field(default=None, description="a folder")
+
+    assert [line.split(maxsplit=1)[1] for line in describe_fields(Some).splitlines()] == [
+        "which one (one of a, b; default b)",
+        "which ones (some of a, b)",
+        "some sizes (default [1,2])",
+        "or off (one of true, false; default false)",
+        "a number; default three",
+        "a folder",
+    ]
+
+
 def test_every_built_in_recipe_is_listed_with_a_line_and_can_be_read(nepa: Nepa) -> None:
     listed = nepa("recipes").out.splitlines()
     assert any(line.startswith("recipes.vision:digits ") for line in listed)
@@ -153,6 +217,14 @@ BAD = {
     "no recipe": (["pretrain", "tests.tiny:CPU"], "tests.tiny:CPU must be a function without arguments"),
     "recipe with arguments": (["pretrain", "recipes.presets:small"], "must be a function without arguments"),
     "recipe of something else": (["pretrain", "recipes.cli:list_recipes"], "recipes.cli:list_recipes gives a str"),
+    "recipe of another task": (
+        ["segment", "recipes.vision:digits"],
+        "recipes.vision:digits is a recipe of `nepa pretrain`; name a recipe of `nepa segment`, as `nepa recipes`",
+    ),
+    "no decoding to time": (
+        ["bench", TINY, "against=decode"],
+        "against=decode times Images whose files are decoded on access; a recipe of Waves can't be timed so",
+    ),
     "no run": (["pretrain", "runs/mine"], "'runs/mine' is neither a run folder nor a recipe"),
     "no run to probe": (["probe", "runs/mine"], "runs/mine is not a run folder; run `nepa pretrain` first"),
     "missing data": (["pretrain", "recipes.vision:cifar10", "data.root=/nope"], "data.root=/nope: there is no such"),
@@ -162,7 +234,7 @@ BAD = {
         "data.patch=(3, 3) does not divide data.size=(8, 8); the nearest sizes that it divides: (6, 6) and (9, 9)",
     ),
     "batch too large": (["pretrain", TINY, "train.batch=99"], "train.batch=99 is more than the 48 training samples"),
-    "too many unreadable": (["pretrain", TINY, "data.unreadable=[1]"], "more than train.max_unreadable=0.01 of the"),
+    "too many unreadable": (["pretrain", TINY, "data.unreadable=[1]"], "more than train.max_unreadable=0.01 of them"),
 }  # fmt: skip
 
 

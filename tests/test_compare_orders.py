@@ -157,7 +157,7 @@ def test_what_can_not_be_compared_is_refused(tiny_recipe: PretrainConfig, capsys
     with pytest.raises(UserError, match="Waves takes no"):
         ordered(tiny_recipe, "raster", None)
     assert main(["orders", "recipes.timeseries:demo", "orders=raster,reverse"]) == 2
-    assert "no 'label'" in capsys.readouterr().err
+    assert "gives no class to train on" in capsys.readouterr().err
 
 
 def test_the_summary_ranks_by_accuracy_and_names_what_is_real() -> None:

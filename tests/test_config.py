@@ -16,7 +16,7 @@ from nepa_core.runtime.config import (
     parse_assignments,
     save_config,
 )
-from nepa_core.runtime.optim import Duration
+from nepa_core.runtime.optim import Duration, LayerDecay
 from recipes.pretrain import PretrainConfig
 from tests import tiny
 
@@ -75,6 +75,45 @@ def test_a_bad_override_is_one_line_that_names_the_key(
     assert "\n" not in str(raised.value)
 
 
+DECAY = {"optim.layer_decay.start": 0.5, "optim.layer_decay.end": 1, "optim.layer_decay.staggered_warmup": False}
+
+
+def test_the_keys_of_a_group_that_is_null_make_it(tiny_recipe: PretrainConfig) -> None:
+    assert tiny_recipe.optim.layer_decay is None
+    changed = override(tiny_recipe, {**DECAY, "optim.lr": 0.5})
+    assert changed.optim.layer_decay == LayerDecay(start=0.5, end=1.0, staggered_warmup=False)
+    assert changed.optim.lr == 0.5
+    again = override(changed, {"optim.layer_decay.end": 0.75})
+    assert again.optim.layer_decay == LayerDecay(start=0.5, end=0.75, staggered_warmup=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"optim.layer_decay.end": 1},
+            "optim.layer_decay is null here: give optim.layer_decay.start, optim.layer_decay.staggered_warmup, too",
+        ),
+        (DECAY | {"optim.layer_decay.start": 2}, "optim.layer_decay.start=2: input should be less than or equal to 1"),
+        (
+            DECAY | {"optim.layer_decay.strat": 2},
+            "unknown key optim.layer_decay.strat; did you mean optim.layer_decay.start?",
+        ),
+        (
+            DECAY | {"optim.layer_decay.start.x": 2},
+            "unknown key optim.layer_decay.start.x: optim.layer_decay.start is a single value",
+        ),
+        ({"train.micro_batch.x": 2}, "unknown key train.micro_batch.x: train.micro_batch is a single value"),
+    ],
+)
+def test_half_a_group_and_wrong_keys_of_it_are_told(
+    tiny_recipe: PretrainConfig, changes: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UserError) as raised:
+        override(tiny_recipe, changes)
+    assert str(raised.value) == said
+
+
 @pytest.mark.parametrize(("word", "said"), [("lr", "'lr' is not of the form"), ("=1", "'=1' is not of the form")])
 def test_assignments_need_a_key_and_a_value(word: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
@@ -102,6 +141,8 @@ def test_assignments_are_json_where_they_parse_and_else_text() -> None:
         ("tests.no_such:recipe", "no module 'tests.no_such' here"),
         (".tiny:recipe", "not of the form module:function"),
         ("tests.tiny:recip", "tests.tiny has no 'recip'; did you mean recipe?"),
+        ("tests.tiny:zzz", "tests.tiny has no 'zzz'; known: Waves, ragged, random, recipe"),
+        ("recipes.vision:digit", "did you mean digits?"),
     ],
 )
 def test_a_bad_import_path_says_what_is_missing(path: str, said: str) -> None:

@@ -25,9 +25,12 @@ from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained, pretrain
 from recipes.released import read_released
 from recipes.weights import read_weights
+from tests import tiny
 from tests.conftest import ROOT
+from tests.pictures import encoded, picture, write_tree
 from tests.release import FACTS, FIXTURES, random_release, write_release
 from tests.tiny import CPU
+from tests.tiny_scenes import scenes, write_scenes
 
 ALONE = World(0, 1, CPU)
 LABELS = {"id2label": {"0": "ant", "1": "bee", "2": "cat"}, "label2id": {"ant": "0", "bee": "1", "cat": "2"}}
@@ -196,6 +199,28 @@ def test_a_run_of_our_own_goes_out_and_comes_back(tmp_path: Path) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one), group
 
 
+def test_a_run_on_scenes_goes_out_as_one_of_images_and_comes_back_byte_for_byte(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scenes(tmp_path / "scenes")
+    config = image_recipe().model_copy(update={"data": scenes(tmp_path / "scenes")})
+    tiny.training(config, tmp_path / "run", evaluate=lambda _: {})
+    convert("export", tmp_path / "run", f"out={tmp_path / 'out'}")
+    facts = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (facts["image_size"], facts["patch_size"], facts["num_channels"]) == ([16, 24], 4, 3)
+    capsys.readouterr()
+    convert("import", tmp_path / "out", f"out={tmp_path / 'back'}")
+    assert "image 16 x 24" in capsys.readouterr().out
+    again = Run(tmp_path / "back").load_config(PretrainConfig)
+    assert again.model == config.model
+    assert isinstance(again.data, Images)
+    for name, mine in (("size", "crop"), ("patch", "patch"), ("mean", "mean"), ("std", "std")):
+        assert getattr(again.data, name) == getattr(config.data, mine)
+    convert("export", tmp_path / "back", f"out={tmp_path / 'again'}")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
 def test_a_fine_tuned_run_takes_the_names_of_its_classes_along(tmp_path: Path) -> None:
     words = ["train.length.steps=2", "train.batch=32", "model.dim=16", "model.depth=1", "train.ema=null"]
     convert("finetune", "recipes.vision:digits", f"out={tmp_path / 'run'}", "data.patch=[4,4]", *words)
@@ -222,6 +247,36 @@ def test_an_imported_run_trains_on_from_its_weights(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], last[name]) for name in first), "at no rate the weights are those imported"
     untrained = build_model(load_config(PretrainConfig, run / "config.json")).state_dict()
     assert not torch.equal(untrained["embed.weight"], last["embed.weight"])
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_tuning_an_imported_run_starts_from_it_and_leaves_it_as_it_came(
+    classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = FACTS | (LABELS if classes else {})
+    write_release(
+        tmp_path / "source",
+        facts,
+        random_release(facts, classes=classes),
+        random_release(facts, classes=classes, seed=1),
+    )
+    run, tuned = tmp_path / "run", tmp_path / "run-finetune"
+    convert("import", tmp_path / "source", f"out={run}", "data.source=noise", 'data.augment="none"', "data.limit=64")
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    words = ["train.length.steps=1", "train.workers=0", "optim.lr=1e-30", "train.batch=32"]
+    convert("finetune", run, *words)
+    said = capsys.readouterr()
+    assert said.err == f"Fine-tuning from {run} with the preset recipes.finetune:short.\n"
+    assert f"started from {run}." in said.out
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+    config = load_config(FinetuneConfig, tuned / "config.json")
+    assert config.init == str(run)
+    assert (config.train.micro_batch, config.mix, config.causal) == (16, None, bool(classes))
+    start, end = (read_weights(str(folder)) for folder in (run, tuned))
+    assert all(torch.equal(end.model[name], start.model[name]) for name in start.model), "at no rate they stay"
+    if classes:
+        assert "was imported and stays as it came" in complaint(capsys, "finetune", run, f"out={run}", "init=null")
 
 
 def test_a_released_folder_is_a_start_and_its_averages_go_first(tmp_path: Path) -> None:
@@ -268,6 +323,68 @@ def test_the_same_import_again_is_fine_and_another_is_refused(
     assert (tmp_path / "runs" / "source" / "config.json").exists()
 
 
+def test_damaged_weights_of_an_import_are_imported_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    convert("import", FIXTURES / "pretrain", f"out={run}", "data.source=noise")
+    damaged = run / "checkpoints/step_00000000/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    again = f"run `nepa import {FIXTURES / 'pretrain'} out={run}` again ("
+    words = [["probe", run], ["inspect", run], ["export", run, f"out={tmp_path / 'out'}"], ["pretrain", run]]
+    for line in words:
+        assert again in complaint(capsys, *line)
+    convert("import", FIXTURES / "pretrain", f"out={run}")
+    assert load_config(PretrainConfig, run / "config.json").data.source == "noise", "the settings are kept"
+    convert("export", run, f"out={tmp_path / 'out'}")
+
+
+def test_names_of_classes_are_compared_as_far_as_they_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ImageNet's id2label and its folders are two ways to name the same; another order is an error."""
+    labels = ("ant, emmet", "Honey bee", "cat")
+    facts = FACTS | {"id2label": dict(enumerate(labels))}
+    write_release(tmp_path / "source", facts, random_release(facts, classes=3))
+    convert("import", tmp_path / "source", f"out={tmp_path / 'run'}", "train.workers=0")
+
+    image = encoded(picture(6, 6))
+
+    def on(*folders: str) -> tuple[int, str, str]:
+        root = tmp_path / "-".join(folders)
+        write_tree(root, {f"{split}/{name}/0.png": image for split in ("train", "val") for name in folders})
+        capsys.readouterr()
+        return main(["evaluate", str(tmp_path / "run"), f"data.root={root}"]), *capsys.readouterr()
+
+    status, out, err = on("ant", "honey_bee", "zcat")
+    assert (status, out) == (2, "")
+    assert "differ: 2 is 'cat' there and 'zcat' here; name the data" in err
+    status, out, err = on("Cat", "ant", "honey_bee")
+    assert status == 2
+    assert "0 is 'ant, emmet' there and 'Cat' here, 1 is " in err
+    status, out, err = on("n01", "n02", "n03")
+    assert status == 0
+    assert out.endswith(", 3 samples, raw weights.\n")
+    assert err.startswith(
+        "The classes are named in two ways, and taken to be the same by number: 0 is 'ant, emmet' there"
+    )
+    assert err.count("\n") == 1
+    status, out, err = on("ant", "bee")
+    assert status == 2
+    assert "was trained on 3 classes and this data has 2 classes" in err
+    status, out, err = on("ANT", "Honey_Bee", "cat")
+    assert (status, err) == (0, "")
+
+
+def test_a_broken_config_of_a_released_folder_is_fetched_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_release(tmp_path / "source", FACTS, random_release(FACTS))
+    (tmp_path / "source" / "config.json").write_text('{"model_type": ')
+    for words in (
+        ["import", tmp_path / "source"],
+        ["finetune", "recipes.vision:digits", f"init={tmp_path / 'source'}"],
+    ):
+        assert "config.json is not JSON" in (said := complaint(capsys, *words, f"out={tmp_path / 'run'}"))
+        assert said.endswith("; fetch it again\n")
+
+
 def test_help_lists_the_keys_of_the_run_to_be(capsys: pytest.CaptureFixture[str]) -> None:
     convert("import", FIXTURES / "classify", "data.root=here", "--help")
     said = capsys.readouterr().out
@@ -310,7 +427,7 @@ def test_what_the_layout_has_no_place_for_is_listed(tmp_path: Path, capsys: pyte
     run = Run(tmp_path / "run")
     run.open(config)
     said = complaint(capsys, "export", run.path, f"out={tmp_path / 'out'}")
-    for key in ("data.patch=(2, 4)", "data.size=(4, 8)", "data.patch_order=random", "model.learned_positions=16"):
+    for key in ("data.patch=(2, 4)", "data.patch_order=random", "model.learned_positions=16"):
         assert key in said
     assert "model.bos=False" in said
     assert "model.rope_theta=None" in said

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.runtime import data
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, plain_batches
 from tests.contract import check_modality
 from tests.tiny import CPU, Waves
@@ -137,6 +139,23 @@ def test_more_unreadable_samples_than_allowed_stop_the_run_with_the_key_and_a_fi
     assert len(list(batches(data, max_unreadable=0.125))) == 6, "two of sixteen are an eighth"
 
 
+def test_more_workers_than_cores_are_not_started_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    def loader(dataset: Any, *, num_workers: int, **settings: Any) -> DataLoader[Batch]:
+        started.append(num_workers)
+        return DataLoader(dataset, num_workers=0, **settings)
+
+    monkeypatch.setattr(data, "DataLoader", loader)
+    monkeypatch.setattr(data, "cores", lambda: 2)
+    waves = Waves(jitter=0.2)
+    expected = list(batches(waves))
+    for workers, used in ((1, 1), (2, 2), (64, 2)):
+        assert all(map(same, batches(waves, workers=workers), expected))
+        list(plain_batches(waves.dataset("test"), batch=8, device=CPU, workers=workers))
+        assert started[-2:] == [used, used]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_data_set_without_one_readable_sample_is_one_line(workers: int) -> None:
     data = Waves(samples=8, unreadable=tuple(range(8)))
@@ -177,6 +196,15 @@ def test_plain_batches_hold_every_readable_sample_once_in_order() -> None:
 def test_a_batch_of_unreadable_samples_is_left_out() -> None:
     found = list(plain_batches(Waves(samples=6, unreadable=(2, 3)).dataset("test"), batch=2, device=CPU))
     assert [batch["index"].tolist() for batch in found] == [[0, 1], [4, 5]]
+
+
+def test_held_out_samples_left_out_are_named_and_too_many_are_an_error() -> None:
+    data = Waves(samples=10, unreadable=(2, 7)).dataset("test")
+    named: set[str] = set()
+    assert len(_indices(plain_batches(data, batch=4, device=CPU, unreadable=named, max_unreadable=0.2))) == 8
+    assert named == {"sample 2: torn", "sample 7: torn"}
+    with pytest.raises(UserError, match=r"2 unreadable held-out samples of 10: .*train.max_unreadable=0.1 .*sample 2"):
+        _indices(plain_batches(data, batch=4, device=CPU, max_unreadable=0.1))
 
 
 def test_a_limit_takes_the_first_samples_or_a_random_choice() -> None:

@@ -317,7 +317,7 @@ def test_the_verdict_on_a_healthy_model() -> None:
     for name in ("copy", "mean", "position_mean", "linear"):
         assert getattr(verdict, f"baseline_{name}") > -0.5
         assert getattr(verdict, f"retrieval_top1_{name}") < 0.1
-    for name in ("linear", "untrained"):
+    for name in ("linear", "copy", "untrained"):
         margin = verdict.retrieval_top1 - getattr(verdict, f"retrieval_top1_{name}")
         assert getattr(verdict, f"margin_{name}") == pytest.approx(margin)
         assert 0 < getattr(verdict, f"margin_{name}_ci95") < 0.05

@@ -46,7 +46,7 @@ def keep(
     causal: bool = True,
 ) -> Features:
     reader = network_reader(config, model, rows, causal=causal)
-    return kept_features(Source(config, split, limit), [reader], store, ALONE)[0]
+    return kept_features(Source(config, split, limit), [reader], store, ALONE).features[0]
 
 
 @pytest.fixture
@@ -71,7 +71,8 @@ def same(a: Features, b: Features) -> bool:
 
 
 def test_kept_features_are_what_the_network_gives(tiny_recipe: PretrainConfig, model: NEPA, tmp_path: Path) -> None:
-    config = override(tiny_recipe, {"data.ragged": True, "data.unreadable": [0, 9, 10], "data.samples": 30})
+    unreadable = {"data.unreadable": [0, 9, 10], "train.max_unreadable": 0.2}
+    config = override(tiny_recipe, {"data.ragged": True, "data.samples": 30} | unreadable)
     rows = [Row(0, "mean"), Row(2, "last"), Row(3, "bos"), Row(2, "attentive")]
     kept = keep(config, model, tmp_path, rows, split="test", limit=20, causal=False)
     dataset = config.data.dataset("test")
@@ -99,7 +100,7 @@ def test_kept_features_are_what_the_network_gives(tiny_recipe: PretrainConfig, m
 def test_raw_tokens_are_canonical_and_blank_where_none_is(tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
     config = override(tiny_recipe, {"data.ragged": True})
     source = Source(config, "test", 48)
-    kept = kept_features(source, [raw_reader(attentive=True)], tmp_path, ALONE)[0]
+    kept = kept_features(source, [raw_reader(attentive=True)], tmp_path, ALONE).features[0]
     batch = next(plain_batches(config.data.dataset("test"), batch=48, device=CPU))
     values = np.where(kept["mask"][..., None], batch["values"].numpy(), 0)
     assert np.array_equal(kept["raw tokens, attentive"], values)
@@ -246,7 +247,7 @@ def test_the_same_weights_twice_are_computed_once(
     tiny_recipe: PretrainConfig, model: NEPA, tmp_path: Path, computed: list[list[str]]
 ) -> None:
     reader = network_reader(tiny_recipe, model, ROWS, causal=True)
-    one, two = kept_features(Source(tiny_recipe, "test", 9), [reader, reader], tmp_path, ALONE)
+    one, two = kept_features(Source(tiny_recipe, "test", 9), [reader, reader], tmp_path, ALONE).features
     assert computed == [BOTH]
     assert same(one, two)
 

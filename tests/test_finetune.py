@@ -15,9 +15,12 @@ from timm.data.mixup import Mixup
 from torch import Tensor
 
 from nepa_core.basics import UserError
+from nepa_core.runtime.checkpoint import Checkpoint, save_checkpoint
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
+from recipes import vision
 from recipes.cli import main
 from recipes.finetune import (
     FinetuneConfig,
@@ -32,7 +35,8 @@ from recipes.finetune import (
     short,
 )
 from recipes.goals import numbered
-from recipes.pretrain import pretrain
+from recipes.pretrain import build_model, pretrain
+from recipes.targets import default_out
 from recipes.weights import load_backbone, read_weights
 from tests import tiny
 from tests.tiny import CPU
@@ -58,17 +62,23 @@ def test_a_run_is_recipe_and_start_at_once(pretrained: str, tmp_path: Path, caps
     out = tmp_path / "tuned"
     words = ["finetune", pretrained, f"out={out}", "train.length.steps=12"]
     assert main(words) == 0
-    said = capsys.readouterr().out
+    said, told = capsys.readouterr()
+    assert told == f"Fine-tuning from {pretrained} with the preset recipes.finetune:short.\n"
     assert f"started from {pretrained}" in said
+    assert "Figures on 48 held-out samples after the last of 12 steps" in said
     summary = Run(out).summary()
     assert summary is not None
-    assert set(summary) >= {"accuracy", "accuracy_ema", "top5", "new_weights", "classes", "init", "steps"}
+    assert set(summary) >= {"accuracy", "accuracy_ema", "samples", "new_weights", "classes", "init", "steps"}
     assert summary["classes"] == ["0", "1"]
     assert json.loads((out / "config.json").read_text())["task"] == "finetune"
     assert (out / "report" / "index.html").read_text().count("data:image/png;base64,") == 2
     assert main(words) == 0, "a finished run only shows its result"
     assert capsys.readouterr().out == said
     assert main(["finetune", str(out)]) == 0, "and can be named itself"
+    assert [line["step"] for line in Run(out).metrics() if "accuracy" in line] == [12], "nothing is measured untrained"
+    capsys.readouterr()
+    assert main(["finetune", str(out), f"out={tmp_path / 'again'}"]) == 0
+    assert capsys.readouterr().err == f"Fine-tuning from {pretrained}.\n", "its own start, and its own settings"
     assert main(["pretrain", str(out)]) == 2
     assert "is of a run of `nepa finetune`" in capsys.readouterr().err
 
@@ -80,6 +90,32 @@ def test_every_start_of_a_fine_tuning_is_the_averaged_network_of_the_run(pretrai
         assert torch.equal(value, averages[name]), name
     other, _ = build_classifier(tuning(), numbered(2))
     assert not torch.equal(start.backbone.embed.weight, other.backbone.embed.weight)
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_a_stopped_fine_tuning_goes_on_to_the_same_bytes(
+    step: int, pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after the first line of metrics: none is written before the first step."""
+    config = tuning(init=pretrained, train__evaluate=5, data__jitter=0.2)
+    finetune(config, Run(tmp_path / "whole"), ALONE, show=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.finetune.make_step", lambda *given: tiny.interrupted_at({step}, make_step(*given)))
+        with pytest.raises(Interrupted):
+            finetune(config, Run(tmp_path / "parts"), ALONE, show=False)
+    finetune(config, Run(tmp_path / "parts"), ALONE, show=False)
+    whole, parts = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts"))
+    assert parts == whole
+    assert [line["step"] for line in Run(tmp_path / "whole").metrics() if "accuracy" in line] == [5, 10, 12]
+
+
+def test_a_recipe_that_is_named_after_its_task_gives_a_folder_of_its_name(pretrained: str, tmp_path: Path) -> None:
+    assert default_out("recipes.vision:base_in1k_finetune", "finetune") == "runs/base_in1k_finetune"
+    assert default_out("recipes.vision:large_in1k_finetune_paper", "finetune") == "runs/large_in1k_finetune_paper"
+    assert default_out("recipes.vision:camvid_segment", "segment") == "runs/camvid_segment"
+    assert default_out("recipes.vision:digits", "finetune") == "runs/digits-finetune"
+    assert default_out("recipes.vision:digits", "pretrain") == "runs/digits"
+    assert default_out(f"{pretrained}/", "finetune") == f"{pretrained}-finetune"
 
 
 def test_two_classes_that_differ_in_speed_are_learned(tmp_path: Path) -> None:
@@ -169,12 +205,13 @@ def test_label_smoothing_without_mixing_is_the_formula() -> None:
 
 def test_accuracy_counts_every_sample_once_whatever_the_batch_and_the_ranks() -> None:
     data = tiny.Waves(samples=45, unreadable=(3, 4))
-    config = tuning().model_copy(update={"data": data})
+    config = override(tuning().model_copy(update={"data": data}), {"train.max_unreadable": 0.05})
     model, _ = build_classifier(config, numbered(2))
     torch.nn.init.normal_(model.head.classifier.weight)
     alone = measure(config, model, ALONE)
     assert alone["accuracy"] * 43 == pytest.approx(round(alone["accuracy"] * 43))
-    assert alone["top5"] == 1.0
+    assert (alone["samples"], alone["unreadable_held_out"]) == (43, 2)
+    assert "top5" not in alone, "of two classes both are among the first five"
     by_hand = _by_hand(config, model)
     assert alone["accuracy"] == pytest.approx(by_hand)
     assert measure(override(config, {"train.batch": 5}), model, ALONE)["accuracy"] == alone["accuracy"]
@@ -216,6 +253,39 @@ def test_a_start_that_does_not_fit_is_told_key_by_key(pretrained: str, changes: 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"data.patch": (4, 4)}, "data.patch is (4, 4) in the recipe and (2, 4) there; set the recipe's keys to fit"),
+        (
+            {"data.channels": 3, "data.mean": (0.5,) * 3, "data.std": (0.5,) * 3},
+            "data.channels is 3 in the recipe and 1 there; set",
+        ),
+        (
+            {"data.patch_order": "hilbert", "causal": True},
+            "data.patch_order is hilbert in the recipe and raster there; set the recipe's keys to fit, or causal=false",
+        ),
+        ({"data.patch_order": "hilbert"}, None),
+        ({"model.dim": 32}, "model.dim is 32 in the recipe and 64 in the weights"),
+    ],
+)
+def test_a_start_on_other_patches_is_told_by_the_keys_of_the_data(
+    tmp_path: Path, changes: dict[str, Any], said: str | None
+) -> None:
+    """Without causal attention the order of the patches says nothing: their places do."""
+    config = vision.digits()
+    run = Run(tmp_path / "run")
+    run.open(config)
+    save_checkpoint(run.checkpoints, Checkpoint(0, {"model": build_model(config).state_dict()}, {}), keep=1)
+    tuned = override(short(config, str(run.path)), changes)
+    if said is None:
+        build_classifier(tuned, numbered(10))
+        return
+    with pytest.raises(UserError) as raised:
+        build_classifier(tuned, numbered(10))
+    assert said in str(raised.value)
+
+
 def test_only_qk_norm_weights_may_be_new(pretrained: str) -> None:
     config = tuning(init=pretrained, model__qk_norm="affine")
     model, new = build_classifier(config, numbered(2))
@@ -251,7 +321,7 @@ def test_evaluate_finds_the_averaged_accuracy_of_the_run(
 ) -> None:
     summary = finetune(tuning(init=pretrained), Run(tmp_path / "run"), ALONE, show=False)
     assert main(["evaluate", str(tmp_path / "run")]) == 0
-    assert f"top-1 {summary['accuracy_ema']:.2%}" in capsys.readouterr().out
+    assert capsys.readouterr().out == f"Held out: top-1 {summary['accuracy_ema']:.2%}, 48 samples, averaged weights.\n"
     found = Run(tmp_path / "run").summary("evaluate.json")
     assert found is not None
     assert {name: found[name] for name in ("accuracy", "held_out_loss")} == {
@@ -280,6 +350,14 @@ def test_what_a_user_can_mend_is_one_line(
     assert main(["finetune", "tests.tiny:recipe", f"out={tmp_path / 'run'}", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error
+
+
+def test_a_setting_for_many_accelerators_is_cut_to_one_for_a_laptop() -> None:
+    config = read_config("recipes.vision:base_in1k", {})
+    assert (config.train.batch, config.train.micro_batch) == (64, 16)
+    assert config.train.evaluate == config.train.checkpoint == 200
+    own = read_config("tests.tiny:recipe", {}).train
+    assert (own.batch, own.micro_batch, own.checkpoint) == (8, None, 4), "a small recipe keeps its own"
 
 
 def test_a_recipe_of_pre_training_gives_data_and_network() -> None:

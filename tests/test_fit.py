@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
 import math
 import os
 import pickle
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.model import layers_above
+from nepa_core.runtime import run as runtime_run
 from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
@@ -31,7 +36,7 @@ from nepa_core.runtime.optim import (
     parameter_groups,
     set_rates,
 )
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Meter, Run
 from recipes.pretrain import PretrainConfig, build_model, held_out_health, make_step
 from tests import tiny
 from tests.tiny import interrupted_at, training
@@ -579,6 +584,20 @@ def test_a_summary_is_none_until_it_is_written_whole(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"loss"')
     with pytest.raises(UserError, match=r"summary.json is not JSON .* delete it"):
         run.summary()
+
+
+def test_the_bar_says_that_held_out_data_is_read_and_then_the_loss_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    console = functools.partial(Console, file=screen, force_terminal=True, width=120)
+    monkeypatch.setattr(runtime_run, "Console", lambda **_: console())
+    with Meter(10, enabled=True) as meter:
+        meter.note("loss 0.5")
+        for busy in (True, False):
+            screen.truncate(0)
+            with meter.busy("held-out data") if busy else nullcontext():
+                meter._bar.refresh()
+            assert ("loss 0.5  held-out data" in screen.getvalue()) is busy
+            assert "loss 0.5" in screen.getvalue()
 
 
 def test_metrics_hold_no_wall_clock(uninterrupted: dict[str, bytes]) -> None:

@@ -26,6 +26,7 @@ from recipes.pretrain import PretrainConfig, build_model
 from recipes.weights import read_weights
 from tests import tiny
 from tests.tiny import CPU
+from tests.tiny_scenes import scenes, write_scenes
 
 ALONE = World(0, 1, CPU)
 
@@ -105,6 +106,11 @@ def test_the_scale_of_a_regression_is_that_of_the_training_labels() -> None:
 def test_what_can_not_be_taught_is_one_line(teach: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         goals.find_goal(Taught(teach=teach))
+
+
+def test_classes_of_pixels_are_for_another_task(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^Scenes has a class for every pixel: train on them with `nepa segment`"):
+        goals.find_goal(scenes(write_scenes(tmp_path)))
 
 
 @pytest.mark.parametrize("readout", ["mean", "last"])
@@ -207,7 +213,7 @@ def test_wrong_targets_are_one_line() -> None:
     goal, tokens, batch = goals.find_goal(data), data.read(batch_of(data)), batch_of(data)
     with pytest.raises(UserError, match=r"'target' has shape \[5\] for 6 tokens"):
         goal.truth(batch | {"target": batch["target"][:, :5]}, tokens)
-    with pytest.raises(UserError, match="class 5 occurs and there are 2"):
+    with pytest.raises(UserError, match="data holds class 5 and the network tells 2 apart"):
         goal.sums(torch.zeros(1, 2, 2), torch.tensor([[0, 5]]))
     with pytest.raises(UserError, match="no held-out sample has a class"):
         goal.figures(goal.sums(torch.zeros(1, 2, 2), torch.tensor([[-100, -100]])))

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 
 from modalities import image_shards, image_sources
+from modalities.hub import load_hub
 from modalities.image import Images
 from modalities.image_data import open_images
 from modalities.image_shards import Shards
@@ -236,6 +239,7 @@ def test_a_label_that_is_no_class_is_named_with_its_row(
 
 def test_a_hub_name_is_read_through_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
     stored = {**{split: table(split) for split in STORED}, "test": table("validation").select([])}
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name, **settings: None)
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"some/insects": stored}[name])
     found: Any = open_images("hub", "test", root="some/insects", size=(8, 8), channels=3)
     assert [int(found[row]["label"]) for row in range(2)] == [0, 1]
@@ -248,6 +252,38 @@ def test_a_hub_name_is_read_through_the_datasets_library(monkeypatch: pytest.Mon
     image_sources._open_hub.cache_clear()
     with pytest.raises(UserError, match=r"data\.root=some/insects: needs a split train and .*; it has train$"):
         open_images("hub", "train", root="some/insects", size=(8, 8), channels=3)
+
+
+def test_a_missing_file_is_named_once(tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"{split}/a/{k}.png": encoded(picture(k)) for split in ("train", "val") for k in range(2)})
+    samples = open_folder(tmp_path)
+    file = tmp_path / "train/a/1.png"
+    file.unlink()
+    with pytest.raises(UnreadableSample) as raised:
+        samples[1]
+    assert str(raised.value) == f"{file}: No such file or directory"
+
+
+def test_without_network_the_cache_is_read_or_the_mend_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is not let loose on a hub that does not answer: it tries for half a minute and prints every trial."""
+    asked: list[tuple[bool, bool]] = []
+
+    def unreachable(self: HfApi, name: str, *, timeout: float) -> None:
+        assert timeout < 10
+        raise OSError("name or service\nnot known")
+
+    def cached(name: str) -> Any:
+        asked.append((huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE))
+        return {"in/cache": {"train": table("train")}}[name]
+
+    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", cached)
+    before = (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+    assert list(load_hub("in/cache")) == ["train"]
+    with pytest.raises(UserError, match=r"can't be had from the hub \(name or service not known\); check the name"):
+        load_hub("not/there")
+    assert asked == [(True, True)] * 2
+    assert before == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
 
 
 def test_a_folder_is_no_hub_name(tmp_path: Path) -> None:
@@ -365,7 +401,7 @@ def test_a_shard_that_shrinks_while_it_is_used_is_an_unreadable_sample(tmp_path:
 
 def test_many_shards_are_listed_by_several_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_shards, "WORTH_A_PROCESS", 1)
-    monkeypatch.setattr(image_shards, "cpus", lambda: 2)
+    monkeypatch.setattr(image_shards, "cores", lambda: 2)
     for shard in range(5):
         write_shard(tmp_path / f"train-{shard}.tar", [sample("a", b"x", shard), sample("b", b"yz", shard)])
     write_shard(tmp_path / "val-0.tar", [sample("a", b"x", 0)])

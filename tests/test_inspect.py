@@ -20,6 +20,7 @@ from nepa_core.basics import UserError
 from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig, Trace
+from nepa_core.runtime.config import load_config
 from nepa_core.runtime.data import plain_batches
 from recipes.cli import main
 from recipes.inspect import Options, chosen_samples, inspect, load_network, read_config
@@ -33,11 +34,14 @@ from recipes.maps import (
     uniform_attention,
 )
 from recipes.pretrain import PretrainConfig
-from recipes.report import Panel, panel_plot
+from recipes.report import Panel, line_plot, panel_plot, spread
+from recipes.segment import SegmentConfig, load_segmenter, predict_image
+from recipes.segment_report import palette
 from recipes.weights import read_weights
 from tests import tiny
 from tests.test_image import adapter, encoded, picture
 from tests.tiny import CPU, Waves
+from tests.tiny_scenes import scene, write_scenes
 
 RAGGED = torch.tensor([[True] * 5, [True, True, True, False, False]])
 
@@ -206,6 +210,16 @@ def test_curves_with_gaps_and_maps_over_them_are_drawn(grid: tuple[int, int]) ->
     assert (mapped == (255, 0, 0)).all(-1).any()
 
 
+@pytest.mark.parametrize("values", [[55.0, 20.0], [0.76, 0.74], [0.0, 0.0], []])
+def test_lines_that_start_at_zero_do_not_touch_the_frame(values: list[float]) -> None:
+    pixels = _pixels(line_plot({"a": (list(range(len(values))), values)}, x="x", y="y", from_zero=True))
+    plot = pixels[:, : pixels.shape[1] * 3 // 4]  # without the legend
+    rows = (abs(plot - (31, 119, 180)).sum(-1) < 30).any(1).nonzero()[0]
+    top = ((plot.sum(-1) < 60).sum(1) > 200).nonzero()[0].min()
+    if any(values):
+        assert rows.min() > top + 15
+
+
 # --------------------------------------------------------------------------------------------------- reading
 
 
@@ -245,11 +259,9 @@ def _network(data: Modality, **changes: Any) -> NEPA:
 def test_maps_are_canonical_and_the_target_is_the_next_in_the_order_of_prediction(bos: bool, ragged: bool) -> None:
     data = Backwards(ragged=ragged)
     model = _network(data, bos=bos)
-    options = Options(samples=12, query=None if ragged else (2,), layer=2, head=1)
+    options = Options(samples=48, query=None if ragged else (2,), layer=2, head=1)
     readings = inspect(model, data, options, causal=True)
-    for reading, batch in zip(
-        readings, plain_batches(data.dataset("test"), batch=1, device=CPU, limit=12), strict=True
-    ):
+    for reading, batch in zip(readings, plain_batches(data.dataset("test"), batch=1, device=CPU), strict=True):
         tokens, trace = data.read(batch), Trace()
         out = model(tokens, causal=True, trace=trace)
         count = int(batch["length"])
@@ -322,12 +334,82 @@ def test_inspect_writes_pictures_and_one_page(runs: Path, name: str, capsys: pyt
     page = (folder / "index.html").read_text()
     assert page.count("data:image/png;base64,") == len(pictures)
     assert "http" not in page
-    assert str(folder / "index.html") in shown
-    for word in ("layer 1", "layer 2", "uniform attention", "mean rank"):
+    assert shown.splitlines()[-1] == f"Report: {folder / 'index.html'}"
+    for word in ("layer 1", "layer 2", "uniform attention"):
         assert word in page
         assert word in shown
-    assert ("bidirectional" in page) == (name == "tuned")
+    for word in ("mean rank", "Similarity:"):
+        assert (word in page) == (name != "tuned"), word
+    assert ("was trained on labels" in page) == ("was trained on labels" in shown) == (name == "tuned")
     assert {path: path.read_bytes() for path in report} == report
+
+
+def test_what_predicts_no_next_token_is_not_asked_for_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wide = {}
+    for words in ((), ("causal=false",)):
+        assert main(["inspect", str(runs / "images"), "samples=1", *words]) == 0
+        shown = capsys.readouterr().out
+        with Image.open(runs / "images/inspect/maps.png") as picture:
+            wide[words] = picture.width
+        assert ("attention is bidirectional" in shown) == bool(words)
+        assert ("mean rank" in shown) != bool(words)
+    assert wide[("causal=false",)] == pytest.approx(wide[()] * 2 / 3, abs=1), "no panel with the similarity map"
+
+
+def test_samples_are_spread_over_the_split_and_named_by_place_class_and_file(tmp_path: Path) -> None:
+    assert [spread(9, most) for most in (1, 3, 20)] == [[0], [0, 4, 8], list(range(9))]
+    for split in ("train", "val"):
+        for name in ("ant", "bee"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(3):
+                (tmp_path / split / name / f"{name}{k}.png").write_bytes(encoded(picture(k)))
+    (tmp_path / "val/ant/ant2.png").write_bytes(b"torn")
+    data = adapter(source="folder", root=str(tmp_path))
+    found = dict(chosen_samples(data, Options(samples=6), CPU))
+    assert list(found) == [
+        "test 0, ant, ant0.png", "test 1, ant, ant1.png",
+        "test 3, bee, bee0.png", "test 4, bee, bee1.png", "test 5, bee, bee2.png",
+    ]  # fmt: skip
+    for name, batch in found.items():
+        assert torch.equal(batch["image"][0], data.dataset("test")[int(name.split()[1].strip(","))]["image"])
+    label = int(Waves().dataset("test")[47]["label"])
+    assert next(iter(chosen_samples(Waves(), Options(samples=1), CPU)))[0].startswith("test 0, class ")
+    assert [name for name, _ in chosen_samples(Waves(), Options(samples=2), CPU)][1] == f"test 47, class {label}"
+
+
+def test_a_segmentation_run_colours_the_pixels_of_our_own_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = write_scenes(tmp_path / "scenes"), tmp_path / "run"
+    words = ["segment", "tests.tiny_scenes:recipe", f"data.root={root}", f"out={run}", "train.length.steps=2"]
+    assert main(words) == 0
+    assert main(["inspect", str(run), "samples=2"]) == 0
+    files = {path.name for path in (run / "inspect").iterdir()}
+    assert files == {"classes.png", "index.html", "layers.png", "maps.png"}
+    with Image.open(run / "inspect/classes.png") as picture:
+        wide, high = picture.size
+    image, _ = scene(7, (12, 40))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(image).save(tmp_path / folder / "own.png")
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    own = f"images=[{tmp_path / 'a/own.png'},{tmp_path / 'b/own.png'}]"
+    assert main(["inspect", str(run), own]) == 0
+    config = load_config(SegmentConfig, run / "config.json")
+    model = load_segmenter(config, read_weights(str(run)))
+    expected = predict_image(config, model, torch.from_numpy(image).permute(2, 0, 1))
+    for name in ("own_0.png", "own_1.png"):
+        with Image.open(run / "inspect/masks" / name) as mask:
+            assert mask.mode == "P"
+            assert (np.asarray(mask) == expected.numpy() + config.data.first_label).all()
+            first = int(expected[0, 0])
+            assert np.asarray(mask.convert("RGB"))[0, 0].tolist() == palette(3)[first].tolist()
+    capsys.readouterr()
+    assert main(["inspect", str(run), f"images={tmp_path / 'torn.png'}"]) == 2
+    assert "name image files" in capsys.readouterr().err
+    with Image.open(run / "inspect/classes.png") as picture:
+        assert picture.width == wide
+        assert picture.height != high, "no truth: two pictures in a row"
 
 
 def test_files_are_brought_to_the_size_of_the_run(runs: Path, tmp_path: Path) -> None:

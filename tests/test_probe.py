@@ -16,7 +16,9 @@ from nepa_core.runtime.run import Run
 from recipes import classifiers, probe
 from recipes.cli import main
 from recipes.pretrain import PretrainConfig, build_model
-from tests.tiny import CPU
+from tests import tiny
+from tests.tiny import CPU, Waves
+from tests.tiny_scenes import scenes, write_scenes
 
 LAYERS = ("embedding", "layer 1", "layer 2", "final norm")
 QUICK = probe.Options(layers=(1,), poolings=("mean", "last"), classifiers=("knn",))
@@ -65,6 +67,69 @@ def test_the_rows_of_the_paper_are_named_as_in_the_paper(finished: Run, capsys: 
         assert line.removeprefix(name).split() == next(
             line.removeprefix(row["name"]).split() for line in lines if line.startswith(row["name"])
         )
+
+
+def test_no_other_rows_are_named_as_in_the_paper(finished: Run, tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
+    options = probe.Options(layers=("final",), poolings=("mean",), classifiers=("knn",))
+    model, both = build_model(tiny_recipe), override(tiny_recipe, {"objective.causal": False})
+    assert list(probe.probe(tiny_recipe, model, options)["paper"]) == ["average embedding"]
+    for config, causal, tuned in ((tiny_recipe, None, True), (tiny_recipe, False, False), (both, True, False)):
+        changed = options.model_copy(update={"causal": causal})
+        assert probe.probe(config, model, changed, tuned=tuned)["paper"] == {}
+    words = [str(finished.path), f"out={tmp_path / 'tuned'}", "train.length.steps=2", "causal=true"]
+    assert main(["finetune", *words]) == 0
+    assert probe.subject(str(tmp_path / "tuned"), None, {}, CPU).tuned
+    assert probe.subject("tests.tiny:recipe", str(tmp_path / "tuned"), {}, CPU).tuned
+    assert not probe.subject(str(finished.path), None, {}, CPU).tuned
+    assert not probe.subject("tests.tiny:recipe", str(finished.path), {}, CPU).tuned
+
+
+class Phases(Waves):
+    """Every token has a class, 0 or 1 by the sign of its first number; every third one has none."""
+
+    def dataset(self, split: str) -> Any:
+        found = []
+        for sample in super().dataset(split):  # type: ignore[attr-defined]
+            target = (sample["values"][:, 0] > 0).long().index_fill(0, torch.tensor([1, 4]), -1)
+            found.append({**{key: value for key, value in sample.items() if key != "label"}, "target": target})
+        return found
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_where_tokens_have_classes_single_tokens_are_read(tiny_recipe: PretrainConfig, ragged: bool) -> None:
+    config = tiny_recipe.model_copy(update={"data": Phases(ragged=ragged)})
+    result = probe.probe(config, build_model(config), probe.Options(test_samples=64))
+    assert names(result["layers"]) == [f"{layer}, token" for layer in LAYERS]
+    assert result["paper"] == {}
+
+    def counted(split: str, samples: int) -> torch.Tensor:
+        found = [s["target"][: s["length"]] for s in config.data.dataset(split)][:samples]
+        return torch.cat([target[target >= 0] for target in found])
+
+    train, test = counted("train", 48), counted("test", 11)  # 64 tokens at 6 a sample
+    assert (result["train_samples"], result["test_samples"]) == (len(train), len(test))
+    assert result["majority"] == pytest.approx(float((test == train.mode().values).double().mean()))
+    assert result["raw_tokens"]["scores"]["linear"]["accuracy"] > 0.9, "the class is told by the token itself"
+    assert "always the most frequent class" in probe.render(result)
+    pooled = probe.probe(config, build_model(config), probe.Options(poolings=("attentive",), layers=(1,)))
+    assert names(pooled["layers"]) == ["layer 1, token"]
+    assert "read, not pooled" in pooled["notes"][0]
+
+
+def test_a_run_on_scenes_is_probed_by_the_classes_of_its_patches(
+    tiny_recipe: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_recipe.model_copy(update={"data": scenes(write_scenes(tmp_path / "scenes"))})
+    tiny.training(config, tmp_path / "run", evaluate=lambda _: {})
+    assert main(["probe", str(tmp_path / "run"), "layers=0,1", "classifiers=knn"]) == 0
+    shown = capsys.readouterr().out
+    result = Run(tmp_path / "run").summary("probe.json")
+    assert result is not None
+    assert names(result["layers"]) == ["embedding, token", "layer 1, token"]
+    assert result["layers"][0]["accuracy"] > 0.9 > result["majority"], "patches of one colour each"
+    assert "Single tokens are read, not pooled: 16 of each sample" in shown
+    again = probe.probe(config, build_model(config), probe.Options(layers=(0,)), store=tmp_path / "run/features")
+    assert again["raw_tokens"]["scores"]["knn"] == result["raw_tokens"]["scores"]["knn"]
 
 
 def test_layers_poolings_and_classifiers_are_chosen(

@@ -159,6 +159,21 @@ def test_missing_extra_and_misshapen_tensors_are_all_listed(file: str, tmp_path:
     assert "1 misshapen: vit_nepa.embeddings.cls_token [1, 1, 8] instead of [1, 1, 32]" in message
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_tensors_that_are_not_finite_are_named(dtype: torch.dtype, bad: float, tmp_path: Path) -> None:
+    state = {name: value.to(dtype) for name, value in random_release(FACTS).items()}
+    sick = {name: value.clone() for name, value in state.items()}
+    names = ("vit_nepa.embeddings.cls_token", "vit_nepa.encoder.layer.1.output.dense.weight")
+    for name in names:
+        sick[name].view(-1)[7] = bad
+    write_release(tmp_path, FACTS, state, sick)
+    message = _complaint(tmp_path)
+    assert f"ema.safetensors: 2 tensors hold NaN or infinite numbers: {', '.join(names)}; fetch" in message
+    write_release(tmp_path, FACTS, sick)
+    assert "model.safetensors: 2 tensors" in _complaint(tmp_path)
+
+
 def test_a_long_list_ends_with_the_number_of_the_others(tmp_path: Path) -> None:
     write_release(tmp_path, FACTS | {"num_hidden_layers": 4}, random_release(FACTS))
     message = _complaint(tmp_path)

@@ -92,7 +92,7 @@ def test_the_parent_of_the_unpacked_zip_and_class_names_beside_the_images(tmp_pa
     assert scenes(scene_root, names=("a", "b", "c")).class_names() == ("a", "b", "c")
 
 
-def test_folder_parquet_and_datasets_give_the_same_scenes(tmp_path: Path) -> None:
+def test_folder_parquet_datasets_and_hub_give_the_same_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = write_scenes(tmp_path / "tree")
     for file in tree.rglob("*.jpg"):  # lossless, so that the rows below can hold the same pixels
         Image.open(file).save(file.with_suffix(".png"))
@@ -119,6 +119,15 @@ def test_folder_parquet_and_datasets_give_the_same_scenes(tmp_path: Path) -> Non
         for index, (image, target) in enumerate(arrays):
             assert torch.equal(data[index]["image"], image)
             assert torch.equal(data[index]["target"], target)
+    hub = datasets.DatasetDict({"train": saved, "validation": saved.select(range(2)), "test": saved.select(range(1))})
+    monkeypatch.setattr(scene_data, "load_hub", {"owner/scenes": hub, "owner/bare": {"train": saved}}.__getitem__)
+    for split, count in (("train", len(arrays)), ("test", 2)):
+        data = scenes("owner/scenes", source="hub").whole(split)
+        assert len(data) == count
+        assert all(torch.equal(data[index]["target"], arrays[index][1]) for index in range(count))
+    assert open_pairs("owner/scenes", "test", "hub").name(1) == "owner/scenes/validation:1"
+    with pytest.raises(UserError, match=r"owner/bare: needs a split val or validation or test; it has train$"):
+        open_pairs("owner/bare", "test", "hub")
     assert open_pairs(str(tmp_path / "parquet"), "train").name(4).endswith("train-00001-of-00002.parquet:1")
 
 
@@ -285,11 +294,17 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: 
         scenes("x", **changes)
 
 
+def annotation_of(image: Path) -> Path:
+    return Path(str(image).replace("images", "annotations")).with_suffix(".png")
+
+
 def test_a_label_outside_the_classes_names_file_and_label(tree: Path, tmp_path: Path) -> None:
     labels = np.full((30, 26), 1, dtype=np.uint8)
     labels[3, 4] = 9
     name = replace_annotation(tree, tmp_path / "copy", Image.fromarray(labels))
-    with pytest.raises(UserError, match=rf"^{name}: label 9 is outside the 3 classes, stored as 1 to 3") as caught:
+    with pytest.raises(
+        UserError, match=rf"^{annotation_of(name)}: label 9 is outside the 3 classes, stored as 1 to 3"
+    ) as caught:
         stored(tmp_path / "copy")[1]
     assert "\n" not in str(caught.value)
     assert stored(tmp_path / "copy")[0]["target"].shape == (24, 32)
@@ -300,10 +315,12 @@ def test_a_label_outside_the_classes_names_file_and_label(tree: Path, tmp_path: 
 
 def test_an_annotation_of_another_size_or_in_colour_is_named(tree: Path, tmp_path: Path) -> None:
     name = replace_annotation(tree, tmp_path / "size", Image.new("L", (25, 30), 1))
-    with pytest.raises(UserError, match=rf"^{name}: the image has 26 x 30 pixels, its annotation 25 x 30"):
+    with pytest.raises(
+        UserError, match=rf"^{name}: the image has 26 x 30 pixels, its annotation {annotation_of(name)} 25 x 30"
+    ):
         stored(tmp_path / "size")[1]
     name = replace_annotation(tree, tmp_path / "colour", Image.new("RGB", (26, 30)))
-    with pytest.raises(UserError, match=rf"^{name}: the annotation is in mode RGB"):
+    with pytest.raises(UserError, match=rf"^{annotation_of(name)}: the annotation is in mode RGB"):
         stored(tmp_path / "colour")[1]
 
 
@@ -348,3 +365,21 @@ def test_parquet_without_the_columns_lists_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 broken")
     with pytest.raises(UserError, match="not a readable parquet file"):
         stored(tmp_path / ".." / tmp_path.name)
+
+
+def test_a_patch_has_the_class_of_most_of_its_labelled_pixels() -> None:
+    target = torch.full((2, 4, 8), 255, dtype=torch.uint8)
+    target[0, 0, :3], target[0, 1, 0] = torch.tensor([2, 2, 1], dtype=torch.uint8), 1  # two and two: the first
+    target[0, 0, 4] = 2  # one labelled pixel against fifteen
+    target[1, :, :4] = 0
+    data = scenes("nowhere", crop=(4, 8))
+    assert data.patch_classes(target).tolist() == [[1, 2], [0, -1]]
+
+
+def test_own_files_are_brought_to_the_crop_as_held_out_scenes_are(tmp_path: Path) -> None:
+    data = scenes(write_scenes(tmp_path))
+    file = tmp_path / "images/validation/ADE_0001.jpg"
+    stored, own = data.dataset("test"), data.files([str(file)])
+    assert torch.equal(own[0]["image"], stored[1]["image"])
+    assert (own[0]["target"] == 255).all()
+    assert torch.equal(data.whole_files([str(file)])[0]["image"], data.whole("test")[1]["image"])

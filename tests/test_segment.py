@@ -259,18 +259,25 @@ def test_the_command_leaves_a_whole_run_folder(root: Path, tmp_path: Path, capsy
     assert "a&lt;b" in page
     assert (out / "report/predictions.png").read_bytes().startswith(b"\x89PNG")
     tested = [line for line in Run(out).metrics() if "mIoU" in line]
-    assert [line["step"] for line in tested] == [0, 6]
+    assert [line["step"] for line in tested] == [6]
     assert main(words) == 0, "a finished run only shows its result"
     assert capsys.readouterr().out == said
     assert main(["evaluate", str(out)]) == 0
-    assert capsys.readouterr().out.startswith(f"Held out: mIoU {summary['mIoU_ema']:.2%}")
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith(f"Held out: mIoU {summary['mIoU_ema']:.2%}")
+    assert told[0].endswith(", 5 images, averaged weights.")
+    assert told[1].split() == ["class", "IoU"]
+    ious = ["does not occur" if row["iou_ema"] is None else f"{row['iou_ema']:.1%}" for row in summary["classes"]]
+    assert [line.split(maxsplit=1) for line in told[2:]] == [
+        [row["name"], iou] for row, iou in zip(summary["classes"], ious, strict=True)
+    ]
     assert main(["evaluate", str(out), "evaluation.scales=[0.75,1.25]", "evaluation.flip=true"]) == 0
     again = Run(out).summary("evaluate.json")
     assert again is not None
     assert (again["evaluation"]["scales"], again["evaluation"]["flip"]) == ([0.75, 1.25], True)
     assert again["images"] == 5
     capsys.readouterr()
-    assert main(["evaluate", str(out), "head=linear"]) == 2
+    assert main(["evaluate", str(out), "data.class_count=4", "data.names=null"]) == 2
     assert "does not fit" in capsys.readouterr().err
 
 
@@ -336,9 +343,10 @@ def test_measuring_leaves_the_mode_alone_and_repeats_itself(root: Path) -> None:
 def test_an_unreadable_held_out_scene_is_left_out_and_counted(root: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(root, tmp_path / "copy")
     (copy / "images/validation/ADE_0001.jpg").write_bytes(b"")
-    config = recipe(copy)
+    config = recipe(copy, train__max_unreadable=0.2)
     model, _ = build_segmenter(config)
-    assert measure(config, model, ALONE).images == 4
+    found = measure(config, model, ALONE)
+    assert (found.images, found.unreadable) == (4, 1)
 
 
 # ---- several processes
@@ -375,7 +383,7 @@ def test_two_processes_count_the_same_to_the_last_digit(root: Path, tmp_path: Pa
     assert summary["images"] == 5
     assert summary["made_with"]["processes"] == 2
     lines = [line for line in Run(tmp_path / "run").metrics() if "mIoU" in line]
-    assert [line["step"] for line in lines] == [0, 6]
+    assert [line["step"] for line in lines] == [6]
     stored = load_file(tmp_path / "run/checkpoints/step_00000006/model.safetensors")
     config = recipe(root)
     model, _ = build_segmenter(config)
@@ -428,7 +436,7 @@ def test_a_wrong_annotation_ends_the_command_with_one_line(
     assert "label 3 is outside the 2 classes" in said
     assert "ADE_0" in said
     assert main(["segment", "recipes.vision:digits", f"out={tmp_path / 'other'}"]) == 2
-    assert "wants a SegmentConfig" in capsys.readouterr().err
+    assert "is a recipe of `nepa pretrain`; name a recipe of `nepa segment`" in capsys.readouterr().err
 
 
 # ---- presets and colours

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -40,9 +42,30 @@ def load_object(path: str) -> Any:
             f"{path}: no module {module_name!r} here; run the command from the folder that holds it"
         ) from error
     if not hasattr(module, name):
-        public = [n for n in vars(module) if not n.startswith("_")]
-        raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, public)}")
+        named = [*recipe_functions(module), *_adapters(module)]
+        raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, named)}")
     return getattr(module, name)
+
+
+def recipe_functions(module: ModuleType) -> dict[str, Callable[[], BaseModel]]:
+    """The public functions of a module that take nothing and, by their annotation, return a config."""
+    found: dict[str, Callable[[], BaseModel]] = {}
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        signature = inspect.signature(function)
+        gives = signature.return_annotation  # a string, under `from __future__ import annotations`
+        gives = gives if isinstance(gives, str) else getattr(gives, "__name__", "")
+        own = function.__module__ == module.__name__ and not name.startswith("_")
+        if own and gives.endswith("Config") and not signature.parameters:
+            found[name] = function
+    return found
+
+
+def _adapters(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, Modality) and kind.__module__ == module.__name__
+    ]
 
 
 def import_path(thing: type) -> str:
@@ -82,8 +105,10 @@ def parse_assignments(words: Iterable[str]) -> dict[str, Any]:
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy of a config with dotted keys replaced, validated anew.
 
+    Keys of a group that is null make the group; all that it has no default for must then be given.
+
     Raises:
-        UserError: a key is unknown (the nearest valid one is named) or a value does not fit.
+        UserError: a key is unknown (the nearest valid one is named) or missing, or a value does not fit.
     """
     for key, value in changes.items():
         _check_key(config, key, value)
@@ -92,13 +117,18 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def _check_key(config: BaseModel, key: str, value: Any) -> None:
     node: Any = config
+    kind: type[BaseModel] | None = type(config)  # of a group, be it null
+    known = list(keys(config))
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if not isinstance(node, BaseModel):
+        if kind is None:
             raise UserError(f"unknown key {key}: {'.'.join(parts[:depth])} is a single value")
-        if part not in type(node).model_fields:
-            raise UserError(f"unknown key {key}{nearest(key, keys(config))}")
-        node = getattr(node, part)
+        if node is None:
+            known += [".".join((*parts[:depth], name)) for name in kind.model_fields]
+        if part not in kind.model_fields:
+            raise UserError(f"unknown key {key}{nearest(key, known)}")
+        node = getattr(node, part, None)
+        kind = type(node) if isinstance(node, BaseModel) else _group(kind, part)
     if isinstance(node, BaseModel) and value is not None and not isinstance(value, BaseModel):
         first = next(iter(keys(node, f"{key}.")), key)
         raise UserError(f"{key} holds several keys: set them one by one, such as {first}=VALUE")
@@ -114,10 +144,28 @@ def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
         else:
             values[head] = value
     for head, inner in nested.items():
-        values[head] = _override(values[head], inner, f"{prefix}{head}.")
+        group = _group(type(node), head)
+        if values[head] is None and group is not None:
+            values[head] = _made(group, inner, f"{prefix}{head}.")
+        else:
+            values[head] = _override(values[head], inner, f"{prefix}{head}.")
     if isinstance(node, Duration):  # it holds one unit: naming one replaces the other
         values = changes
     return validated(type(node), values, prefix)
+
+
+def _group(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The class of a group that may be null, told by the annotation of its field; None for a single value."""
+    allowed = get_args(kind.model_fields[name].annotation)
+    return next((each for each in allowed if isinstance(each, type) and issubclass(each, BaseModel)), None)
+
+
+def _made(kind: type[Config], values: dict[str, Any], prefix: str) -> Config:
+    """A group that was null, of the keys that were given."""
+    missing = [prefix + name for name, field in kind.model_fields.items() if field.is_required() and name not in values]
+    if missing:
+        raise UserError(f"{prefix.removesuffix('.')} is null here: give {', '.join(missing)}, too")
+    return validated(kind, values, prefix)
 
 
 def validated(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -> Config:
@@ -192,7 +240,8 @@ def load_config(kind: type[Config], path: Path) -> Config:
     wanted = _task(kind).get("task")
     task = saved.pop("task", wanted)
     if task != wanted:
-        raise UserError(f"{path} is of a run of `nepa {task}`, and a run of `nepa {wanted}` is wanted here")
+        mend = f"; name one, or a recipe with init={path.parent}" if "init" in kind.model_fields else "; name one"
+        raise UserError(f"{path} is of a run of `nepa {task}`, and a run of `nepa {wanted}` is wanted here{mend}")
     try:
         adapter = load_adapter(saved)
         saved.pop("adapter", None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.basics import Batch, UnreadableSample, UserError, cores
 
 _SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
 _ERROR = "_error"  # key of a batch that is a user's error instead
@@ -136,8 +136,7 @@ class TrainingBatches:
         device: torch.device,
     ) -> None:
         self.unreadable: set[str] = set()
-        self._limit = max_unreadable * sampler.samples
-        self._max_unreadable = max_unreadable
+        self._samples, self._max_unreadable = sampler.samples, max_unreadable
         self._device = device
         self._loader = DataLoader(_Batches(dataset, replace=True), sampler=sampler, **_loader_settings(workers, device))
 
@@ -148,12 +147,17 @@ class TrainingBatches:
 
     def _note(self, skipped: list[str]) -> None:
         self.unreadable |= set(skipped)
-        if len(self.unreadable) > self._limit:
-            raise UserError(
-                f"{len(self.unreadable)} unreadable samples are more than train.max_unreadable="
-                f"{self._max_unreadable} of the data; the first is {min(self.unreadable)}; "
-                "mend or remove the files, or allow a larger share"
-            )
+        _refuse_many(self.unreadable, self._samples, self._max_unreadable)
+
+
+def _refuse_many(unreadable: set[str], samples: int, share: float, of: str = "") -> None:
+    """Stop where more than this share of the samples can't be read."""
+    if len(unreadable) > share * samples:
+        what = f"1 unreadable {of}sample" if len(unreadable) == 1 else f"{len(unreadable)} unreadable {of}samples"
+        raise UserError(
+            f"{what} of {samples}: more than train.max_unreadable={share} of them; the first is {min(unreadable)}; "
+            "mend or remove the files, or allow a larger share"
+        )
 
 
 def _ignore_ctrl_c(_: int) -> None:
@@ -175,6 +179,8 @@ def plain_batches(
     seed: int | None = None,
     rank: int = 0,
     ranks: int = 1,
+    unreadable: set[str] | None = None,
+    max_unreadable: float = 1.0,
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
@@ -182,9 +188,11 @@ def plain_batches(
         limit: most samples. seed: take a random choice of them instead of the first.
         rank, ranks: every `ranks`-th batch, from this one on. The batches are those of one process, so sums over all
             ranks are too, to the last digit.
+        unreadable: gets name and cause of every sample left out.
+        max_unreadable: share of the samples that may be.
 
     Raises:
-        UserError: no sample could be read.
+        UserError: no sample could be read, or too few.
     """
     count = len(cast(Sized, dataset))
     indices = list(range(count)) if seed is None else epoch_order(count, seed, 0).tolist()
@@ -192,21 +200,25 @@ def plain_batches(
     draws = [Draw(indices[i : i + batch], fold_seed(seed or 0, "plain", i)) for i in range(0, len(indices), batch)]
     draws = draws[rank::ranks]
     loader = DataLoader(_Batches(dataset, replace=False), sampler=draws, **_loader_settings(workers, device))
-    skipped: list[str] = []
+    skipped: set[str] = set()
     empty = True
     for loaded in loader:
-        skipped += _raise_error(loaded).pop(_SKIPPED, [])
+        found = _raise_error(loaded).pop(_SKIPPED, [])
+        skipped.update(found)
+        if unreadable is not None:
+            unreadable.update(found)
+        _refuse_many(skipped, len(indices), max_unreadable, "held-out ")
         if loaded:
             empty = False
             yield to_device(loaded, device)
     if empty and (draws or rank == 0):
-        raise UserError(f"no held-out sample can be read: {skipped[0] if skipped else 'the split is empty'}")
+        raise UserError(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
 def _loader_settings(workers: int, device: torch.device) -> dict[str, Any]:
     return {
         "batch_size": None,  # a draw is a whole batch already
-        "num_workers": workers,
+        "num_workers": min(workers, cores()),  # more only take turns; batches are the same from any number
         "worker_init_fn": _ignore_ctrl_c,
         "pin_memory": device.type == "cuda",
         "generator": torch.Generator(),  # or the loader would draw from the global one

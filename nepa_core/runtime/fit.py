@@ -51,10 +51,11 @@ class TrainConfig(BaseModel):
         precision: "auto" is bfloat16 autocast on CUDA devices that have it and float32 elsewhere.
         compile: run the predictor's blocks through torch.compile.
         recompute: activation checkpointing, see `Predictor.recompute_blocks`: less memory for more time.
-        workers: processes that load data, for each rank; 0 loads in the main process.
+        workers: processes that load data, for each rank, and at most as many as it has cores; 0 loads in the main
+            process.
         log, evaluate, checkpoint: steps between lines of metrics, held-out measurements, checkpoints.
         keep: checkpoints that are kept.
-        max_unreadable: share of the training samples that may be unreadable before the run stops.
+        max_unreadable: share of the training samples, and of the held-out ones, that may be unreadable.
     """
 
     model_config = FROZEN
@@ -203,6 +204,7 @@ def fit(
     world: World,
     ema: Ema | None = None,
     evaluate: Callable[[], Mapping[str, Any]] | None = None,
+    untrained: bool = True,
     height: Callable[[str], int] = lambda name: 0,
     watch: Stopwatch | None = None,
     show: bool = True,
@@ -216,6 +218,7 @@ def fit(
         ema: the averages of `model`'s parameters, updated after every step.
         evaluate: held-out figures for metrics.jsonl, called on every rank before the first step, every
             `config.evaluate` steps and after the last; what the main process returns is logged.
+        untrained: False leaves out the evaluation before the first step, as where a new head gives only zeros.
         height: parameter name -> number of layers above its own, for `optim.layer_decay`.
         watch: told where the time of every step goes.
         show: progress on the screen.
@@ -236,7 +239,8 @@ def fit(
     def measure(done: int) -> None:
         if evaluate is None:
             return
-        figures = evaluate()
+        with meter.busy("held-out data"):
+            figures = evaluate()
         if world.is_main:
             run.log({"step": done, **figures})
 
@@ -260,9 +264,9 @@ def fit(
             run, world, model=model, optimizer=optimizer, names=names, ema=ema, tally=tally, say=meter.say
         )
         start, tokens = sitting.step, sitting.tokens
-        meter.resume(start)
-        if start == 0:
+        if start == 0 and untrained:
             measure(0)
+        meter.resume(start)
         batches = _batches(dataset, config, world, accumulate=steps.accumulate, start=start, stop=steps.total)
         batches.unreadable.update(sitting.unreadable)
         stream = iter(batches)

@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -144,6 +145,7 @@ class Meter:
         self._plain = enabled and not self._live
         self._interval, self._last = interval, time.monotonic()
         self._total, self._first, self._start = total, 0, time.monotonic()
+        self._note = ""
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -181,8 +183,20 @@ class Meter:
 
     def note(self, text: str) -> None:
         """Show the latest figures beside the bar."""
+        self._note = text
         if self._live:
             self._bar.update(self._task, note=text)
+
+    @contextmanager
+    def busy(self, text: str) -> Iterator[None]:
+        """Say what is done instead of steps; its time does not count for the time that is left."""
+        began, before = time.monotonic(), self._note
+        self.note(f"{before}  {text}".strip())
+        try:
+            yield
+        finally:
+            self.note(before)
+            self._start += time.monotonic() - began
 
     def say(self, text: str) -> None:
         """A line that stays, above the bar."""
