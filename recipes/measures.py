@@ -223,12 +223,12 @@ def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
     with world() as ranks:
         config, model = load_pretrained(Run(folder), ranks.device)
         config = config.model_copy(update={"data": reading})
-        per_token = tokens_per_sample(config.data.plain())
-        rows = [Row(layer, "token" if per_token else "mean") for layer in range(config.model.depth + 2)]
+        per_sample = tokens_per_sample(config.data.plain())
+        rows = [Row(layer, "token" if per_sample else "mean") for layer in range(config.model.depth + 2)]
         reader = network_reader(config, model, rows, causal=config.objective.causal)
         with tempfile.TemporaryDirectory() as store:
             train, test = (
-                kept_features(Source(config, split, -(-limit // max(per_token, 1))), [reader], Path(store), ranks)
+                kept_features(Source(config, split, -(-limit // max(per_sample, 1))), [reader], Path(store), ranks)
                 for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
             )
             split = probe.Split.of(train.features[0], test.features[0], ranks.device)

@@ -85,14 +85,38 @@ def test_the_job_of_a_killed_process_is_taken_up(tmp_path: Path) -> None:
 
 
 def test_a_failed_job_leaves_no_result(tmp_path: Path) -> None:
-    def fail() -> dict[str, Any]:
-        raise UserError("no data")
-
     job = Job("x", tmp_path / "r.json", tmp_path / ".lock", fail)
     with pytest.raises(UserError, match="x: no data"):
         compare.attempt(job)
     assert not job.done
     assert compare.attempt(job._replace(work=dict)), "the lock was let go"
+
+
+def fail() -> dict[str, Any]:
+    raise UserError("no data")
+
+
+def die() -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+@pytest.mark.distributed
+def test_workers_tell_what_stopped_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = make_jobs(tmp_path, 2)
+    compare.share([first, second], workers=2)
+    assert first.done
+    assert second.done
+    assert "2 of 2 finished" in capsys.readouterr().err
+    failing = Job("raster, seed 3", tmp_path / "failing.json", tmp_path / ".failing", fail)
+    with pytest.raises(UserError, match="raster, seed 3: no data"):
+        compare.share([first, failing], workers=4)
+    dying = Job("dying", tmp_path / "dying.json", tmp_path / ".dying", die)
+    with pytest.raises(UserError, match="worker 0 was killed"):
+        compare.share([dying], workers=1)
+    before = len(lines(tmp_path))
+    compare.share([first, second], workers=2)  # nothing is left: no process is started
+    assert len(lines(tmp_path)) == before == 2
 
 
 def measured(config: PretrainConfig, model: Any, run: Any, options: Any) -> dict[str, Any]:
