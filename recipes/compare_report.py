@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import MaxNLocator
 
 from recipes.report import png_of
 from recipes.significance import Difference, points, spread
@@ -120,6 +121,21 @@ def interval_plot(
     axes.set_xlabel(x)
     axes.grid(alpha=0.3, axis="x")
     canvas.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    return png_of(canvas)
+
+
+def strip_plot(strips: Mapping[str, Sequence[float]], *, x: str) -> bytes:
+    """A row of coloured cells a variant, their colours on one scale; rows may differ in length; PNG bytes."""
+    grid = np.full((len(strips), max(map(len, strips.values()))), np.nan)
+    for row, values in zip(grid, strips.values(), strict=True):
+        row[: len(values)] = values
+    canvas = Canvas(figsize=(8, 0.8 + 0.26 * len(strips)), dpi=110, layout="constrained")
+    axes = canvas.subplots()
+    shown = axes.imshow(grid, cmap="viridis", aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(strips)), list(strips))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set_xlabel(x)
+    canvas.colorbar(shown, ax=axes, pad=0.02).ax.tick_params(labelsize=8)
     return png_of(canvas)
 
 

@@ -36,7 +36,7 @@ from recipes.goals import find_goal
 from recipes.measures import attention_by_layer, fine_tunings, predicted, read_as, read_out
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig
-from recipes.significance import Difference, differences, verdict
+from recipes.significance import Difference, differences, spread, verdict
 from recipes.targets import default_out, is_run, listed, read_target
 from recipes.training import provenance
 
@@ -191,24 +191,30 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
 
     Returns:
         `orders`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std` and `ci95`; the same
-        four of every other measure under its name; `order`, what the order is like; attention of the first seed.
-        `ranking`: names by mean accuracy. `verdict`: the plain sentences. `differences`, `against_random`: the paired
-        tests behind the first two. `raw_tokens`: the probe of the raw tokens.
+        four of every other measure under its name, and `probe_gain` over random weights; `order`, what the order is
+        like; attention of the first seed. `ranking`: names by mean accuracy. `verdict`: the plain sentences.
+        `differences`, `against_random`: the paired tests behind the first and the third. `raw_tokens`: the probe of the
+        raw tokens.
     """
     keys = [key for key, value in next(iter(rows.values()))[0].items() if isinstance(value, float | int)]
     found = {key: spreads(rows, key) for key in keys}
     accuracy, random = groups(rows, "probe"), groups(rows, "probe_random")
+    gain = {name: [a - b for a, b in zip(accuracy[name], random[name], strict=True)] for name in rows}
     apart = differences(accuracy)
     paired = differences(
         accuracy | {control(name): random[name] for name in random}, [(n, control(n)) for n in accuracy]
     )
     first = next(iter(rows.values()))[0]
     words: dict[str, Any] = {"noun": "orders", "seeds": len(options.seeds)}
-    sentences = [verdict(apart, of=f"probe {first['metric']}", **words), pretraining(paired, list(rows))]
+    sentences = [
+        verdict(apart, of=f"probe {first['metric']}", **words),
+        verdict(differences(gain), of="what pre-training adds to the probe of random weights", brief=True, **words),
+        pretraining(paired, list(rows)),
+    ]
     for labels in options.labels:
         name = f"finetuned_{'all' if labels is None else labels}"
         of = "fine-tuning on all labels" if labels is None else f"fine-tuning on {labels} labels a class"
-        sentences.append(verdict(differences(groups(rows, name)), of=of, **words))
+        sentences.append(verdict(differences(groups(rows, name)), of=of, brief=True, **words))
     return {
         "seeds": list(options.seeds),
         "metric": first["metric"],
@@ -222,6 +228,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
                 "accuracies": found["probe"][name]["values"],
                 **{key: found["probe"][name][key] for key in ("mean", "std", "ci95")},
                 **{key: found[key][name] for key in keys},
+                "probe_gain": spread(gain[name]),
                 **{key: each[0][key] for key in ("order", "attention", "layers", "loss_per_position")},
                 "probe_rows": [row["probe_row"] for row in each],
             }

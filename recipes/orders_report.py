@@ -23,6 +23,7 @@ from recipes.compare_report import (
     interval_plot,
     matrix_plot,
     spread_table,
+    strip_plot,
     text_table,
 )
 from recipes.pretrain import load_pretrained
@@ -196,16 +197,15 @@ def order_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 def position_figure(ranked: Rows) -> Figure:
     """Loss at each place, mean over seeds."""
-    curves = {}
-    for name, seeds in ranked.items():
-        losses = [row["loss_per_position"]["model"] for row in seeds]
-        shortest = min(map(len, losses))
-        means = np.mean([each[:shortest] for each in losses], axis=0)
-        curves[name] = (list(range(shortest)), means.tolist())
+    losses = {
+        name: np.mean([row["loss_per_position"]["model"] for row in seeds], axis=0).tolist()
+        for name, seeds in ranked.items()
+    }
     return Figure(
         "position.png",
-        "Loss at each place of the order (0 is predicted from what comes first), mean over seeds.",
-        line_plot(curves, x="place in the order", y="loss"),
+        "Loss at each place of the order (place 0 is predicted from what comes first), mean over seeds: dark is well "
+        "predicted.",
+        strip_plot(losses, x="place in the order"),
     )
 
 

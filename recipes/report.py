@@ -15,6 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from nepa_core.modality import Sketch
@@ -58,7 +59,7 @@ def line_plot(
     axes = canvas.subplots()
     for name, (xs, ys) in series.items():
         axes.plot(xs, ys, marker="o" if markers else None, markersize=3, linewidth=1.6, label=name)
-    axes.xaxis.get_major_locator().set_params(integer=True)  # steps, places, layers
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps, places, layers
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.margins(y=HEADROOM)

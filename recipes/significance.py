@@ -93,12 +93,13 @@ def differences(
     return sorted(found, key=lambda each: (each.p_holm, each.p, -each.mean))
 
 
-def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most: int = 4) -> str:
+def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most: int = 4, brief: bool = False) -> str:
     """One plain sentence on which differences are real.
 
     Args:
         of: what was measured, such as "probe accuracy". noun: what differs, in the plural, such as "orders".
         most: differences named one by one.
+        brief: without what the tests are and without the largest difference, for a sentence after another one.
     """
     if seeds < LEAST_SEEDS:
         given = "one seed" if seeds == 1 else f"{seeds} seeds"
@@ -107,6 +108,8 @@ def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most
         return f"There are no two {noun} to compare."
     tested = f"{len(found)} paired comparison{'s' * (len(found) > 1)} over {seeds} seeds, Holm-corrected"
     real = [each for each in found if each.real]
+    if not real and brief:
+        return f"No difference between {noun} in {of} is larger than the noise."
     if not real:
         largest = max(found, key=lambda each: each.mean)
         return (
@@ -117,7 +120,7 @@ def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most
     more = f"; and {len(real) - most} more" if len(real) > most else ""
     rest = len(found) - len(real)
     others = f" The other {rest} difference{'s are' if rest > 1 else ' is'} within the noise." if rest else ""
-    return f"In {of}: {named}{more} ({tested}).{others}"
+    return f"In {of}: {named}{more}{'' if brief else f' ({tested})'}.{others}"
 
 
 def points(difference: Difference) -> str:

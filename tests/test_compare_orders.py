@@ -173,9 +173,11 @@ def test_the_summary_ranks_by_accuracy_and_names_what_is_real() -> None:
     summary = orders.summarise(rows, Options(labels=(50,)))
     assert summary["ranking"] == ["high", "low"]
     assert summary["verdict"][0].startswith("In probe accuracy: high > low by 40.3 ± 1.4 points")
-    assert "better than random weights under high." in summary["verdict"][1]
-    assert "worse than random weights under low." in summary["verdict"][1]
-    assert summary["verdict"][2].startswith("No difference between orders in fine-tuning on 50 labels a class")
+    assert summary["verdict"][1].startswith("In what pre-training adds to the probe of random weights: high > low by")
+    assert summary["orders"]["high"]["probe_gain"]["values"] == pytest.approx([0.2, 0.22, 0.25])
+    assert "better than random weights under high." in summary["verdict"][2]
+    assert "worse than random weights under low." in summary["verdict"][2]
+    assert summary["verdict"][3].startswith("No difference between orders in fine-tuning on 50 labels a class")
 
 
 def test_few_labels_are_so_many_of_every_class_and_the_same_for_every_variant() -> None:
