@@ -4,6 +4,7 @@ from functools import cache
 
 import torch
 
+from modalities.orders import Ordered, PatchOrder
 from nepa_core import Modality, Tokens
 from recipes.presets import small
 
@@ -26,10 +27,10 @@ def clouds(split, samples):
     return [cloud(i % 5, draw) for i in range(samples)]
 
 
-class Points(Modality):
+class Points(Ordered, Modality):
     token_name = "group"
     samples: int = 2000
-    morton: bool = True  # else one random order
+    patch_order: PatchOrder = "morton"
 
     def dataset(self, split):
         return clouds(split, self.samples)
@@ -46,11 +47,8 @@ class Points(Modality):
         groups = points[row[:, None, None], distance.topk(16, largest=False).indices] - coords[:, :, None]
         return Tokens(4 * groups.flatten(2), coords, torch.arange(32, device=points.device) < count // 16)
 
-    def order(self, tokens):
-        if not self.morton:
-            return torch.randperm(32, generator=torch.Generator().manual_seed(0))
-        cell = ((tokens.coords.clamp(-2, 2) + 2) * 3.99).long()  # of 16 along each axis
-        return sum((cell[..., axis] >> bit) % 2 << 3 * bit + axis for bit in range(4) for axis in range(3)).argsort(1)
+    def order(self, tokens):  # of 16 x 16 x 16 cells of space
+        return self.ordered(tokens, (16, 16, 16), ((tokens.coords.clamp(-2, 2) + 2) * 3.99).long())
 
     def classes(self):
         return SHAPES

@@ -61,7 +61,7 @@ def known_order(name: str) -> str:
         if not Path(name).expanduser().is_file():
             raise UserError(f"patch_order={name}: there is no such file here")
     elif name not in ORDERS:
-        raise ValueError(f"there is no such order{nearest(name, ORDERS)}; or one of your own as module:function")
+        raise ValueError(f"neither an order's name nor module:function{nearest(name, ORDERS)}")
     return name
 
 
@@ -117,15 +117,19 @@ def grid_order(name: str, grid: Grid, seed: int = 0) -> Tensor:
     raise ValueError(f"there is no static patch order {name!r}{nearest(name, ORDERS)}")
 
 
-def read_order(name: str, seed: int, tokens: Tokens, grid: Grid, progress: float | None = None) -> Tensor | None:
+def read_order(
+    name: str, seed: int, tokens: Tokens, grid: Grid, progress: float | None = None, cell: Tensor | None = None
+) -> Tensor | None:
     """The order of a batch: what an adapter's `order(tokens)` returns.
 
     Args:
         seed: of "random", and of the evaluation of the orders drawn for each sample.
-        tokens: in canonical order, N of them as the raster of `grid`.
+        tokens: in canonical order, N of them as the raster of `grid`, or where `cell` says.
         progress: share of the run that is done, in training: orders are then drawn from torch's global generator.
             None, in evaluation: "random_annealed" is raster, and "random_per_sample" follows from the content of the
             sample and the seed, so it is the same in any batch.
+        cell: [B, N, A] int64, the cell of the grid that each token lies on, several on one or none, for tokens that
+            are no grid of their own. Static orders are then those of the cells, and the others see the grid (N,).
 
     Returns:
         [N] or [B, N] int64, or None for raster. Orders drawn for each sample put masked tokens last.
@@ -133,6 +137,11 @@ def read_order(name: str, seed: int, tokens: Tokens, grid: Grid, progress: float
     Raises:
         UserError: an order of the user's is no permutation of the tokens.
     """
+    if cell is not None:
+        if is_static(name):
+            path = inverse(grid_order(name, grid, seed)).to(cell.device)
+            return path[(cell * _strides(grid).to(cell.device)).sum(-1)].argsort(dim=1, stable=True)
+        grid = (tokens.values.shape[1],)
     if name == "raster" or (name == "random_annealed" and progress is None):
         return None
     if ":" in name:
@@ -177,9 +186,9 @@ class Ordered(BaseModel):
     order_seed: int = Field(default=0, ge=0)
     _progress: float | None = PrivateAttr(None)  # set by `at` alone: an adapter as configured is that of evaluation
 
-    def ordered(self, tokens: Tokens, grid: Grid) -> Tensor | None:
+    def ordered(self, tokens: Tokens, grid: Grid, cell: Tensor | None = None) -> Tensor | None:
         """`read_order` by these settings."""
-        return read_order(self.patch_order, self.order_seed, tokens, grid, self._progress)
+        return read_order(self.patch_order, self.order_seed, tokens, grid, self._progress, cell)
 
     def at(self, progress: float) -> Self:
         """See `Modality.at`."""
@@ -208,6 +217,11 @@ def content_keys(tokens: Tokens, grid: Grid, seed: int) -> Tensor:
     if tokens.mask is not None:
         content = torch.where(tokens.mask, content, 0)
     return _scrambled(content.sum(1, keepdim=True) ^ cell)
+
+
+def _strides(grid: Grid) -> Tensor:
+    """Cells from one to the next along every axis, [A]."""
+    return torch.tensor([int(np.prod(grid[axis + 1 :])) for axis in range(len(grid))])
 
 
 def _scrambled(x: Tensor) -> Tensor:

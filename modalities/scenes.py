@@ -197,7 +197,8 @@ class Scenes(Ordered, Modality):
 
 
 def _grid_of(coords: Tensor) -> tuple[int, int]:
-    """(rows, columns) of patches whose centres these are [N, 2], in any order."""
+    """(rows, columns) of patches whose centres these are, [N, 2] or [B, N, 2], in any order."""
+    coords = coords if coords.ndim == 2 else coords[0]
     columns = int((coords[:, 0] == coords[0, 0]).sum())  # patches at the height of the first one
     return len(coords) // columns, columns
 

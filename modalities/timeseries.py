@@ -166,12 +166,17 @@ class TimeSeries(Ordered, Modality):
         return Sketch(curves, (1, values.shape[1]), curves=True)
 
     def known_optimum(self, embed: nn.Module) -> float | None:
-        """Of source="var" with channels="mixing" and normalise="none", by drawing futures; see `Modality`.
+        """Of source="var" with channels="mixing", normalise="none" and the order of time, by drawing futures.
 
         The value before a token says all about it. For draws u of its embedding's direction, the best prediction
         points to E[u], and its expected cosine is |E[u]|. The standard error is below 0.005.
         """
-        if self.source != "var" or self.channels != "mixing" or self.normalise != "none":
+        if (
+            self.source != "var"
+            or self.channels != "mixing"
+            or self.normalise != "none"
+            or self.patch_order != "raster"
+        ):
             return None
         series, windows = _series(self), self.dataset("test")
         assert isinstance(windows, Windows)

@@ -9,7 +9,7 @@ the rank of the embeddings, not by the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -19,14 +19,18 @@ from torch import Tensor
 
 from nepa_core.basics import FROZEN, Batch
 from nepa_core.modality import Modality
-from nepa_core.model import NEPA
+from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import masked_mean, negative_cosine, pair_up
+from nepa_core.pretrainer import Pretrainer
 
 CANDIDATES = 64
 """Next-token identification is a choice among this many samples."""
 
 COLLAPSE_SHARE = 0.5
-"""Collapsed = the effective rank of the embeddings fell below this share of its value before training."""
+"""Collapsed = the effective rank of the embeddings fell below this share of its value before training.
+
+Training warns when it does.
+"""
 
 _RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the mean variance of a feature
 _RIDGE_FEATURES = 4096  # most features of the linear autoregression; above, each token is reduced by PCA
@@ -39,10 +43,11 @@ class Gathered(NamedTuple):
 
     Attributes:
         values: [S, N, P] raw tokens in the order of prediction.
-        embeddings, predictions: [S, T, D].
+        embeddings, predictions: [S, T, D], in the space where the objective compares them (`Pretrainer.judged`).
         mask: [S, T] bool or None.
         order: [S, N] int64, the canonical index of every token, where each sample has an order of its own and the
             model is told the position that it predicts: baselines are then told it too. Else None.
+        encoded: [S, T, D'], the network's own embeddings where `embeddings` are a projection of them, else None.
     """
 
     values: Tensor
@@ -50,6 +55,7 @@ class Gathered(NamedTuple):
     predictions: Tensor
     mask: Tensor | None
     order: Tensor | None = None
+    encoded: Tensor | None = None
 
     @property
     def bos(self) -> int:
@@ -62,7 +68,7 @@ class Gathered(NamedTuple):
         return self.embeddings[:, 1:]
 
     def by_target(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Lay what belongs to the last Q predictions but one, [S, Q, ...], where their targets lie, by `order`: [S, N, ...].
+        """Lay what belongs to the predictions but the last, [S, Q, ...], where their targets lie: [S, N, ...].
 
         Returns:
             That, zero where nothing belongs, and where something does and counts, [S, N] bool.
@@ -84,27 +90,45 @@ class Gathered(NamedTuple):
 
 @torch.no_grad()
 def gather(
-    model: NEPA, modality: Modality, batches: Iterable[Batch], *, causal: bool, limit: int | None = None
+    model: NEPA,
+    modality: Modality,
+    batches: Iterable[Batch],
+    *,
+    causal: bool,
+    limit: int | None = None,
+    watch: Callable[[Prediction], None] | None = None,
 ) -> Gathered:
-    """Run the model over batches (already on its device), in evaluation mode, for up to `limit` samples."""
-    parts: list[tuple[Tensor, ...]] = []
+    """Run the model over batches (already on its device), in evaluation mode, for up to `limit` samples.
+
+    Args:
+        watch: shown what the model gives for every batch.
+    """
+    parts: list[dict[str, Tensor]] = []
     count, was_training = 0, model.training
     model.eval()
     try:
         for batch in batches:
             tokens = modality.read(batch)
             out = model(tokens, causal=causal)
+            if watch is not None:
+                watch(out)
             real = torch.ones(out.embeddings.shape[:2], dtype=torch.bool) if out.mask is None else out.mask.cpu()
-            told = model.config.predict_position != "off" and tokens.order is not None and tokens.order.ndim == 2
-            order = (tokens.order.cpu(),) if told and tokens.order is not None else ()
-            parts.append((*(x.float().cpu() for x in (tokens.values, out.embeddings, out.predictions)), real, *order))
+            predictions, embeddings = model.judged(out) if isinstance(model, Pretrainer) else (out.predictions, None)
+            kept = {"values": tokens.values, "embeddings": out.embeddings, "predictions": predictions}
+            if embeddings is not None and embeddings is not out.embeddings:
+                kept |= {"embeddings": embeddings, "encoded": out.embeddings}
+            part = {name: x.float().cpu() for name, x in kept.items()} | {"mask": real}
+            if model.config.predict_position != "off" and tokens.order is not None and tokens.order.ndim == 2:
+                part["order"] = tokens.order.cpu()
+            parts.append(part)
             count += len(real)
             if limit is not None and count >= limit:
                 break
     finally:
         model.train(was_training)
-    values, embeddings, predictions, mask, *orders = (_stack(list(x))[:limit] for x in zip(*parts, strict=True))
-    return Gathered(values, embeddings, predictions, None if mask.all() else mask, *orders)
+    whole = {name: _stack([part[name] for part in parts])[:limit] for name in parts[0]}
+    mask = whole.pop("mask")
+    return Gathered(**whole, mask=None if mask.all() else mask)
 
 
 def _stack(parts: list[Tensor]) -> Tensor:
@@ -139,8 +163,9 @@ def shared_direction(rows: Tensor) -> float:
 
 
 def health(gathered: Gathered) -> dict[str, float]:
-    """Rank, spread and shared direction of the embeddings (without BOS) and of the predictions."""
-    embeddings, predictions = gathered.embeddings[:, gathered.bos :], gathered.predictions[:, :-1]
+    """Rank, spread and shared direction of the network's embeddings (without BOS) and of the predictions."""
+    own = gathered.embeddings if gathered.encoded is None else gathered.encoded
+    embeddings, predictions = own[:, gathered.bos :], gathered.predictions[:, :-1]
     mask, counted = gathered.mask, gathered.counted
     rows = {
         "embedding": embeddings.flatten(0, 1) if mask is None else embeddings[mask[:, gathered.bos :]],
@@ -194,7 +219,7 @@ def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
     Returns:
         [S, T - 1, D] predictions for `test`.
     """
-    x_train, x_test = _features(train, test)
+    x_train, x_test = _features(train, test, most=_RIDGE_FEATURES)
     size = x_train.shape[-1]
     first = 1 - train.bos  # the token that the first prediction is about
     unit = F.normalize(train.targets, dim=-1)
@@ -255,7 +280,7 @@ def linear_from_seen(train: Gathered, test: Gathered) -> Tensor:
     assert test.order is not None
     unit, counts = train.by_target(F.normalize(train.targets, dim=-1))
     laid = [_canonical(part) for part in (train, test)]
-    x_train, x_test = _features(laid[0], laid[1], keep=_SEEN_FEATURES)
+    x_train, x_test = _features(laid[0], laid[1], most=_SEEN_FEATURES)
     place_train, place_test = train.order.argsort(1), test.order.argsort(1)
     split = max(1, len(unit) - max(1, len(unit) // 10))
     found = []
@@ -299,10 +324,10 @@ def _factor(gram: Tensor, strength: Tensor) -> Tensor:
     return factor
 
 
-def _features(train: Gathered, test: Gathered, keep: int = _RIDGE_FEATURES) -> tuple[Tensor, Tensor]:
+def _features(train: Gathered, test: Gathered, *, most: int) -> tuple[Tensor, Tensor]:
     """Raw tokens, centred per place on the training mean, reduced where there are too many; padding is 0."""
     mean = _position_mean(train.values, None if train.mask is None else train.mask[:, train.bos :])
-    keep = max(1, keep // train.values.shape[1])
+    keep = max(1, most // train.values.shape[1])
     basis = None
     centred = []
     for part in (train, test):
@@ -353,6 +378,20 @@ def identification(predictions: Tensor, targets: Tensor, counted: Tensor | None 
             asks = real.any(0)
             credits_.append(((credit * real).sum(0) / real.sum(0))[asks])
     return torch.cat(credits_)
+
+
+def learning(gathered: Gathered) -> dict[str, float]:
+    """How much is learned, without baselines that need fitting: `copy_gap` and `retrieval_top1`.
+
+    copy_gap: cos(prediction, target) minus cos(current embedding, target), the mean over all places. retrieval_top1:
+    `identification` where a token precedes.
+    """
+    loss = negative_cosine(gathered.predictions[:, :-1], gathered.targets)
+    copied = negative_cosine(gathered.embeddings[:, :-1], gathered.targets)
+    return {
+        "copy_gap": float(masked_mean(copied - loss, gathered.counted)),
+        "retrieval_top1": float(_identified(gathered.predictions[:, :-1], gathered).mean()),
+    }
 
 
 # ----------------------------------------------------------------------------------------------- verdict

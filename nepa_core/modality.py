@@ -102,7 +102,11 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
 
 def _take_coords(coords: Tensor, order: Tensor) -> Tensor:
     """The same for coordinates, whose token axis comes first when all samples share them."""
-    return coords[order.to(coords.device)] if coords.ndim == 2 else _take(coords, order)
+    if coords.ndim == 3:
+        return _take(coords, order)
+    if order.ndim == 1:
+        return coords[order.to(coords.device)]
+    return coords.to(order.device, non_blocking=True)[order]  # where the order is: fetching that would wait for it
 
 
 class Modality(BaseModel, ABC):

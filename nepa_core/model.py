@@ -14,6 +14,20 @@ from nepa_core.predictor import Predictor, PredictorConfig, Trace, init_weights
 from nepa_core.rope import of_next, rotary_table
 
 
+class HeadOutputs(NamedTuple):
+    """What the heads of a `Pretrainer` add to a forward pass.
+
+    Attributes:
+        projected: predictions and embeddings behind the projector, [B, T, P'] each, or None.
+        horizons: [B, T, D] each; the k-th, from 1, predicts k places ahead.
+        layers: [B, T, D] each, predictions of the next embedding from the chosen blocks.
+    """
+
+    projected: tuple[Tensor, Tensor] | None = None
+    horizons: tuple[Tensor, ...] = ()
+    layers: tuple[Tensor, ...] = ()
+
+
 class Prediction(NamedTuple):
     """What one forward pass gives.
 
@@ -22,11 +36,13 @@ class Prediction(NamedTuple):
             positional term has touched them.
         predictions: [B, T, D], the predictor's output; place t predicts the embedding at place t + 1.
         mask: [B, T] bool, True for a real token, or None.
+        heads: what the objective's heads made of it, where there are any.
     """
 
     embeddings: Tensor
     predictions: Tensor
     mask: Tensor | None
+    heads: HeadOutputs | None = None
 
 
 class NEPA(nn.Module):

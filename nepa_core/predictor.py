@@ -350,7 +350,7 @@ class Predictor(nn.Module):
         for block in self.blocks:
             if trace is not None:
                 trace.hidden.append(x)
-            run = partial(block, causal=causal, allowed=allowed, trace=trace, packing=packing)
+            run = partial(block, causal=causal, allowed=allowed, trace=trace if maps else None, packing=packing)
             x = checkpoint(run, x, rope, use_reentrant=False) if recompute else run(x, rope)
         out: Tensor = self.norm(x)
         if trace is not None:

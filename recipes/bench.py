@@ -4,7 +4,8 @@ Tokens and samples a second, model FLOPs utilisation against a matrix product me
 and the share of a step in data, forward, backward, optimiser and EMA. `against=` adds a ratio measured by turns in
 this one process: `loop`, the fit loop over a bare loop with the same model and batches; `transformer`, the
 predictor over a bare pre-norm Transformer of the same shape without RoPE, QK-Norm and LayerScale; `padding`, real
-tokens a second of packed rows (`model.pack=true`) over those of padded ones, and by how much their losses differ.
+tokens a second of packed rows (`model.pack=true`) over those of padded ones, and by how much their losses differ;
+`objectives`, a step with each named objective over one with the cosine, the fastest turn of each.
 `against=decode` trains nothing: it times one core that loads the recipe's training images, over torchvision's bare
 decode_image and RandomResizedCrop of the same ones, and says how many such cores an H100 needs.
 """
@@ -40,6 +41,7 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
 from nepa_core.runtime.optim import Duration, make_optimizer
 from nepa_core.runtime.run import Run
+from recipes.objectives import NAMED, named
 from recipes.pretrain import PretrainConfig
 from recipes.training import height, provenance
 from recipes.workload import Trained, network, predictor_in, read_trained, step_function
@@ -55,10 +57,11 @@ class Options(BaseModel):
     model_config = FROZEN
 
     steps: int = Field(default=20, gt=1, description="optimiser steps that are timed")
-    against: Literal["loop", "transformer", "padding", "decode"] | None = Field(
+    against: Literal["loop", "transformer", "padding", "objectives", "decode"] | None = Field(
         default=None,
         description="also time turns against a bare loop (loop) or Transformer (transformer), or packed against padded "
-        "rows (padding); or loading alone, against bare decoding (decode)",
+        "rows (padding), or other objectives against the cosine (objectives); or loading alone, against bare decoding "
+        "(decode)",
     )
     repeats: int = Field(default=5, gt=0, description="turns of each side in the ratio of against=")
 
@@ -78,6 +81,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             figures |= against_bare_transformer(config, options, ranks)
         if options.against == "padding":
             figures |= against_padding(config, options, ranks)
+        if options.against == "objectives":
+            figures |= against_cosine(config, options, ranks)
         print(render(figures, config))
 
 
@@ -276,16 +281,22 @@ def by_turns(
     one: Callable[[Batch], None], other: Callable[[Batch], None], batch: Batch, repeats: int, ranks: World
 ) -> list[float]:
     """Time of one side over that of the other, each turn by turn after a first that warms up."""
-    ratios = []
-    for turn in range(repeats + 1):
+    return [a / b for a, b in turns(one, other, batch, repeats, ranks)]
+
+
+def turns(
+    one: Callable[[Batch], None], other: Callable[[Batch], None], batch: Batch, repeats: int, ranks: World
+) -> list[tuple[float, float]]:
+    """Seconds of both sides, turn by turn after a first that warms up."""
+    found = []
+    for _ in range(repeats + 1):
         seconds = []
         for run in (one, other):
             began = _now(ranks.device)
             run(batch)
             seconds.append(_now(ranks.device) - began)
-        if turn:
-            ratios.append(seconds[0] / seconds[1])
-    return ratios
+        found.append((seconds[0], seconds[1]))
+    return found[1:]
 
 
 def against_bare_transformer(config: Trained, options: Options, ranks: World) -> dict[str, float]:
@@ -331,6 +342,28 @@ def against_padding(config: Trained, options: Options, ranks: World) -> dict[str
         **_ratio("packed / padded rows, real tokens/s", ratios),
         "packed - padded rows, loss": losses["packed"] - losses["padded"],
     }
+
+
+def against_cosine(config: Trained, options: Options, ranks: World) -> dict[str, float]:
+    """Time of a training step with each named objective over that with the cosine, the fastest turn of each side.
+
+    Raises:
+        UserError: the recipe is not of pre-training.
+    """
+    if not isinstance(config, PretrainConfig):
+        raise UserError("against=objectives compares pre-training steps; name a pre-training recipe")
+    batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
+
+    def side(name: str) -> Callable[[Batch], None]:
+        each = named(name, config)
+        return bare_step(each, _model(each, ranks).train(), ranks)
+
+    cosine, figures = side("cosine"), {}
+    for name in NAMED:
+        if name != "cosine":
+            mine, theirs = zip(*turns(side(name), cosine, batch, options.repeats, ranks), strict=True)
+            figures[f"{name} / cosine, time"] = min(mine) / min(theirs)
+    return figures
 
 
 def _first_loss(config: Trained, batch: Batch, ranks: World) -> float:

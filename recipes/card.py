@@ -5,12 +5,20 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from nepa_core.diagnostics import COLLAPSE_SHARE, Verdict
+from nepa_core.diagnostics import CANDIDATES, COLLAPSE_SHARE, Verdict
 from nepa_core.modality import Modality
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
 from recipes.report import Figure, line_plot, page
 from recipes.training import unreadable
+
+SPACES = {
+    "projected": "Losses and identification, also those before training and of the baselines, are measured behind the "
+    "objective's projector, where prediction and target meet; the rank is that of the embeddings themselves.",
+    "standardised": "The objective compares with standardised targets; these figures compare with the embeddings as "
+    "they are, and so may understate it.",
+}
+"""What to know where prediction and target don't meet in the space of the embeddings."""
 
 
 def verdict_in(summary: dict[str, Any]) -> Verdict:
@@ -81,6 +89,8 @@ def remarks(summary: dict[str, Any], noun: str) -> list[str]:
         found.append(
             f"The run's own objective on held-out data is {summary['objective']:.3f}; it is not the loss above."
         )
+    if summary.get("space") in SPACES:
+        found.append(SPACES[summary["space"]])
     if not summary["causal"]:
         found.append("Attention was bidirectional: each prediction could see its target, so these figures flatter it.")
     return found + unreadable(summary)
@@ -103,10 +113,11 @@ def render(summary: dict[str, Any], data: Modality, run: Run) -> str:
 
 
 def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
-    """report/: health.png, position.png, loss.png and a page that holds them and the card."""
+    """report/: rank.png, spread.png, learning.png, position.png, loss.png and a page that holds them and the card."""
     verdict, noun = verdict_in(summary), data.token_name
     metrics = run.metrics()
     health = [line for line in metrics if "effective_rank_embedding" in line]
+    learning = [line for line in health if "retrieval_top1" in line]
     training = [line for line in metrics if "loss" in line]
     steps = [line["step"] for line in health]
     figures = [
@@ -127,6 +138,18 @@ def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
                     for name in ("spread", "shared_direction") for of in ("embedding", "prediction")
                 },
                 x="step", y="share", from_zero=True,
+            ),
+        ),
+        Figure(
+            "learning.png",
+            f"Share of next {noun}s identified among up to {CANDIDATES} while training, and by how much the cosine of "
+            f"the prediction with the next {noun} exceeds that of the current one.",
+            line_plot(
+                {
+                    name: ([line["step"] for line in learning], [line[key] for line in learning])
+                    for name, key in {"identified": "retrieval_top1", "copy gap": "copy_gap"}.items()
+                },
+                x="step", y="share; cosine",
             ),
         ),
         Figure(
@@ -161,6 +184,9 @@ def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
         )
         + "</table>"
         + "".join(f"<p>{html.escape(text)}</p>" for text in remarks(summary, noun))
+        + "".join(
+            f"<p>Step {line['step']}: {html.escape(line['warning'])}.</p>" for line in health if "warning" in line
+        )
     )
     foot = ", ".join(f"{name} {value}" for name, value in made.items())
     with disk_errors(run.report):

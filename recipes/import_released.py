@@ -2,9 +2,9 @@
 
 DIR is a folder with config.json and model.safetensors (and ema.safetensors, the averaged weights), or a name on the
 Hugging Face hub, OWNER/NAME. A fine-tuned checkpoint becomes a run of `nepa finetune`, a pre-trained one a run of
-`nepa pretrain`, which train on from these weights. The rest of the run's config is that of the released recipe;
-any key of it can be set, data.root=DIR above all, but for those that the weights decide. The source, its SHA-256 and
-its whole config.json are kept in import.json.
+`nepa pretrain`; `nepa finetune RUN` starts from either, in a folder of its own. The rest of the run's config is that
+of the released recipe; any key of it can be set, data.root=DIR above all, but for those that the weights decide. The
+source, its SHA-256 and its whole config.json are kept in import.json.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from modalities.features import Features
 from nepa_core.modality import Modality
-from nepa_core.objective import ObjectiveConfig
 from nepa_core.predictor import PredictorConfig
+from nepa_core.pretrainer import ObjectiveConfig
 from nepa_core.runtime.fit import TrainConfig
 from nepa_core.runtime.optim import Duration, OptimConfig
 from recipes.pretrain import PretrainConfig, VerdictConfig
@@ -41,9 +41,9 @@ def small(data: Modality) -> PretrainConfig:
             lr=1e-3, lr_batch=None, betas=(0.9, 0.95), weight_decay=0.05, warmup=Duration(fraction=0.05), clip=1.0
         ),
         train=TrainConfig(
-            length=Duration(steps=800), batch=64, ema=0.99, workers=0, log=20, evaluate=50, checkpoint=200, keep=2
+            length=Duration(steps=800), batch=64, ema=0.99, workers=0, log=20, evaluate=100, checkpoint=200, keep=2
         ),
-        verdict=VerdictConfig(fit_samples=20_000, test_samples=4096, health_samples=256),
+        verdict=VerdictConfig(fit_samples=20_000, test_samples=4096, health_samples=192),
     )
 
 

@@ -12,15 +12,16 @@ from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
 from nepa_core.basics import FROZEN, Batch
-from nepa_core.diagnostics import Gathered, Verdict, gather, health, judge
+from nepa_core.diagnostics import COLLAPSE_SHARE, Gathered, Verdict, gather, health, judge, learning
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens
-from nepa_core.model import NEPA, draw_coord_scale
-from nepa_core.objective import ObjectiveConfig, next_embedding_loss, pair_count
+from nepa_core.model import NEPA, Prediction, draw_coord_scale
+from nepa_core.objective import pair_count
 from nepa_core.predictor import PredictorConfig
+from nepa_core.pretrainer import ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches
-from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.distributed import World, gather_samples, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
@@ -28,6 +29,8 @@ from recipes import card
 from recipes.targets import default_out, read_target
 from recipes.training import cost, opened, train
 from recipes.weights import newest
+
+RANK = "effective_rank_embedding"
 
 
 class VerdictConfig(BaseModel):
@@ -81,6 +84,16 @@ class PretrainConfig(BaseModel):
             )
         return self
 
+    @model_validator(mode=\"after\")
+    def _objective_fits(self) -> Self:
+        held = self.train.micro_batch or self.train.batch
+        for name in ACROSS_SAMPLES:
+            if name in self.objective.terms and min(held, self.train.batch) < 2:
+                raise ValueError(f"objective.terms.{name} compares samples: train.batch and train.micro_batch above 1")
+        if wrong := [block for block in self.objective.layers if not 0 < block <= self.model.depth]:
+            raise ValueError(f"objective.layers={wrong[0]} is no block: they are 1 to model.depth={self.model.depth}")
+        return self
+
 
 class Options(BaseModel):
     """Options of `nepa pretrain`."""
@@ -105,6 +118,14 @@ def build_model(config: PretrainConfig) -> NEPA:
     return NEPA(config.model, config.data.embedder(config.model.dim))
 
 
+def build_pretrainer(config: PretrainConfig) -> NEPA:
+    """What is trained: the network of `build_model`, with the heads that its objective needs, if any."""
+    if not config.objective.has_heads:
+        return build_model(config)
+    torch.manual_seed(fold_seed(config.train.seed, "weights"))
+    return Pretrainer(config.model, config.data.embedder(config.model.dim), config.objective)
+
+
 def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
     """Train, judge, write summary.json and report/; a finished run is not trained again.
 
@@ -116,10 +137,11 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     """
     if (finished := opened(config, run, ranks)) is not None:
         return finished
-    model = build_model(config).to(ranks.device)
+    model = build_pretrainer(config).to(ranks.device)
 
-    def health(ema: Ema | None) -> dict[str, float]:
-        return held_out_health(config, model, ranks, ema)
+    def health(ema: Ema | None) -> dict[str, Any]:
+        figures = held_out_health(config, model, ranks, ema)
+        return figures | rank_warning(run, figures) if ranks.is_main else {}
 
     result, ema = train(
         model,
@@ -180,13 +202,7 @@ def make_step(config: PretrainConfig, progress: float = 0.0) -> StepFunction:
             hidden=draw_hidden(tokens, objective.input_mask),
             coord_scale=draw_coord_scale(rescale),
         )
-        loss = next_embedding_loss(
-            out.predictions,
-            out.embeddings,
-            out.mask,
-            shift=objective.shift,
-            stop_gradient=objective.stop_gradient,
-        )
+        loss = objective_loss(objective, out, gather=gather_samples)
         count = pair_count(out.predictions, out.mask, shift=objective.shift)
         return StepOutput(loss, count, tokens.values.shape[0] * tokens.values.shape[1])
 
@@ -219,27 +235,45 @@ def _eval_batch(config: PretrainConfig) -> int:
 
 
 def held_out_health(config: PretrainConfig, model: NEPA, ranks: World, ema: Ema | None) -> dict[str, float]:
-    """The held-out objective, and rank, spread and shared direction: a line of metrics.jsonl.
+    """The held-out objective, rank, spread, shared direction, copy gap and identification: a line of metrics.jsonl.
 
     Of the averaged weights, where there are any. A few hundred samples: the main process takes them all.
     """
     if not ranks.is_main:
         return {}
+    samples = config.verdict.health_samples
     with applied(ema):
-        gathered = gather(
-            model,
-            config.data,
-            held_out(config, ranks.device, config.verdict.health_samples),
-            causal=config.objective.causal,
-            limit=config.verdict.health_samples,
-        )
-    return {"held_out_objective": objective_of(config, gathered), **health(gathered)}
+        gathered, objective = gather_held_out(config, model, held_out(config, ranks.device, samples))
+    return {"held_out_objective": objective, **health(gathered), **learning(gathered)}
 
 
-def objective_of(config: PretrainConfig, gathered: Gathered) -> float:
-    """The value of the run's own objective (no gradient, no hidden inputs)."""
-    shift = config.objective.shift
-    return float(next_embedding_loss(gathered.predictions, gathered.embeddings, gathered.mask, shift=shift))
+def rank_warning(run: Run, figures: Mapping[str, float]) -> dict[str, str]:
+    """A line of warning where the rank of the embeddings has just fallen below `COLLAPSE_SHARE` of its start."""
+    ranks = [line[RANK] for line in run.metrics() if RANK in line]
+    if not ranks or not figures[RANK] < COLLAPSE_SHARE * ranks[0] <= ranks[-1]:
+        return {}
+    return {
+        "warning": f"the effective rank of the embeddings fell to {figures[RANK]:.1f}, below {COLLAPSE_SHARE:.0%} of "
+        f"the {ranks[0]:.1f} before training: lower optim.lr or start with a larger model.layer_scale"
+    }
+
+
+def gather_held_out(config: PretrainConfig, model: NEPA, batches: Iterator[Batch]) -> tuple[Gathered, float]:
+    """What a model makes of held-out batches, and the value of the run's own objective there.
+
+    That is the mean over the batches, without gradient and without hidden inputs: terms that compare samples compare
+    those of a batch, which is a micro-batch or 256 samples, where that is less.
+    """
+    sums = [0.0, 0.0]
+
+    def add(out: Prediction) -> None:
+        torch.manual_seed(fold_seed(config.train.seed, "held out"))  # SIGReg draws directions
+        count = float(pair_count(out.predictions, out.mask, shift=config.objective.shift))
+        sums[0] += count * float(objective_loss(config.objective, out))
+        sums[1] += count
+
+    gathered = gather(model, config.data.plain(), batches, causal=config.objective.causal, watch=add)
+    return gathered, sums[0] / max(sums[1], 1.0)
 
 
 def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float, set[str]]:
@@ -247,8 +281,8 @@ def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tup
     data, causal, sizes = config.data.plain(), config.objective.causal, config.verdict
     unreadable: set[str] = set()
 
-    def test(network: NEPA) -> Gathered:
-        return gather(network, data, held_out(config, device, sizes.test_samples, unreadable), causal=causal)
+    def test(network: NEPA) -> tuple[Gathered, float]:
+        return gather_held_out(config, network, held_out(config, device, sizes.test_samples, unreadable))
 
     train = gather(
         model,
@@ -256,13 +290,17 @@ def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tup
         plain_batches(data.dataset("train"), batch=_eval_batch(config), device=device, limit=sizes.fit_samples, seed=0),
         causal=causal,
     )
-    trained = test(model)
-    return judge(train, trained, test(build_model(config).to(device))), objective_of(config, trained), unreadable
+    trained, objective = test(model)
+    return judge(train, trained, test(build_pretrainer(config).to(device))[0]), objective, unreadable
 
 
 def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
-    """The loss that no predictor can beat where the adapter knows it; it counts BOS, and holds for causal attention."""
-    return config.data.known_optimum(model.embed) if config.model.bos and config.objective.causal else None
+    """The loss that no predictor can beat where the adapter knows it; it counts BOS, and holds for causal attention.
+
+    And for the embeddings themselves, not for what a projector makes of them.
+    """
+    applies = config.model.bos and config.objective.causal and config.objective.space != "projected"
+    return config.data.known_optimum(model.embed) if applies else None
 
 
 def summarise(
@@ -274,5 +312,7 @@ def summarise(
         "objective": objective,
         "causal": config.objective.causal,
         "weights": "raw" if config.train.ema is None else "ema",
+        "space": config.objective.space,
         **cost(result, model),
+        "parameters": sum(x.numel() for name, x in model.named_parameters() if not name.startswith(HEADS)),
     }

@@ -40,7 +40,7 @@ def read_trained(target: str, changes: dict[str, Any]) -> Trained:
 def network(config: Trained) -> nn.Module:
     """The network with random weights, whatever `init` says: the time of a step does not hang on it."""
     if isinstance(config, PretrainConfig):
-        return pretrain.build_model(config)
+        return pretrain.build_pretrainer(config)
     start = config.model_copy(update={"init": None})
     if isinstance(start, FinetuneConfig):
         return finetune.build_classifier(start, find_goal(start.data))[0]

@@ -81,7 +81,9 @@ def real_values(tokens: Tokens, row: int) -> torch.Tensor:
     return tokens.values[row, tokens.mask[row]]
 
 
-@pytest.mark.parametrize("order", ["time", "raster", "hilbert", "random"])
+@pytest.mark.parametrize(
+    "order", ["time", "raster", "column", "hilbert", "random", "random_per_sample", "random_annealed"]
+)
 def test_a_clip_is_read_in_one_order_whatever_it_is_padded_to_and_padding_comes_last(order: Any) -> None:
     data, batch = adapter(patch=(4, 4), patch_order=order), mels(12, 32)
     alone = {"mel": batch["mel"][:1, :12], "frames": batch["frames"][:1]}
@@ -101,7 +103,7 @@ def test_time_order_ends_a_column_before_the_next_and_raster_ends_a_row() -> Non
     assert order["raster"].tolist() == [[0, 1, 2, 3]]
 
 
-@pytest.mark.parametrize("settings", [{}, {"patch": (4, 4)}, {"patch": (4, 4), "patch_order": "random"}])
+@pytest.mark.parametrize("settings", [{}, {"patch": (4, 4)}, {"patch": (4, 4), "patch_order": "random_per_sample"}])
 def test_the_adapter_keeps_the_contract(settings: dict[str, Any]) -> None:
     check_modality(adapter(**settings))
 

@@ -321,7 +321,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(nepa: Nepa, monkey
 
 @pytest.mark.parametrize(
     ("size", "file"),
-    [(500, "run"), (1600, "run/metrics.jsonl"), (20_000, "run/checkpoints/step_00000004")],
+    [(500, "run"), (2300, "run/metrics.jsonl"), (20_000, "run/checkpoints/step_00000004")],
 )
 def test_wherever_the_disk_is_full_the_same_command_goes_on(nepa: Nepa, size: int, file: str) -> None:
     words = ["pretrain", TINY, "out=run", "train.length.steps=5", "train.log=1", "train.evaluate=1"]

@@ -385,10 +385,12 @@ def test_a_broken_config_of_a_released_folder_is_fetched_again(
         assert said.endswith("; fetch it again\n")
 
 
-def test_help_lists_the_keys_of_the_run_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_keys_of_the_run_to_be_that_the_weights_leave_open(capsys: pytest.CaptureFixture[str]) -> None:
     convert("import", FIXTURES / "classify", "data.root=here", "--help")
     said = capsys.readouterr().out
-    assert "model.dim=64" in said
+    for decided in ("  model.", "  data.patch=", "  causal="):
+        assert decided not in said
+    assert "  data.patch_order=raster" in said
     assert "data.root=here" in said
 
 
@@ -423,12 +425,14 @@ def test_averages_in_a_pickle_are_left_behind_and_named(tmp_path: Path, capsys: 
 
 def test_what_the_layout_has_no_place_for_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"data__patch": (2, 4), "data__size": (4, 8), "model__learned_positions": 16, "model__bos": False}
+    changes |= {"model__predict_position": "add"}
     config = image_recipe(**changes, data__patch_order="random", model__rope_theta=None)
     run = Run(tmp_path / "run")
     run.open(config)
     said = complaint(capsys, "export", run.path, f"out={tmp_path / 'out'}")
     for key in ("data.patch=(2, 4)", "data.patch_order=random", "model.learned_positions=16"):
         assert key in said
+    assert "model.predict_position=add" in said
     assert "model.bos=False" in said
     assert "model.rope_theta=None" in said
     assert "model.mask_token" not in said

@@ -477,3 +477,67 @@ def test_gather_reads_no_batch_beyond_the_limit() -> None:
     batches = iter([{"x": torch.randn(5, 4, 3)} for _ in range(4)])
     assert len(gather(_model(), Reversed(), batches, causal=True, limit=10).values) == 10
     assert len(list(batches)) == 2
+
+
+# ----------------------------------------------------------------------------- orders of each sample
+
+
+def _shuffled(samples: int, bos: bool, targets: Tensor, noise: float) -> Gathered:
+    """Tokens whose values and embeddings hang on their canonical index and on a number of the sample, in random orders.
+
+    The sample's number moves every embedding along the first axis.
+    """
+    count, dim = targets.shape
+    order = torch.rand(samples, count).argsort(1)
+    own = torch.randn(samples, 1, 1)
+    embeddings = targets[order] + noise * own * torch.eye(1, dim)
+    values = torch.cat((own.expand(-1, count, 1), torch.randn(samples, count, 1)), dim=-1)
+    embeddings = torch.cat((torch.zeros(samples, int(bos), dim), embeddings), dim=1)
+    return Gathered(values, embeddings, torch.randn_like(embeddings), None, order)
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_where_the_model_is_told_the_targets_position_so_are_the_baselines(bos: bool) -> None:
+    targets = 3 * torch.randn(5, 16)
+    train, test = (_shuffled(400, bos, targets, noise=0.0) for _ in range(2))
+    found = baseline_predictions(train, test)
+    loss = {name: float(negative_cosine(x, test.targets).mean()) for name, x in found.items()}
+    assert loss["position_mean"] == pytest.approx(-1, abs=1e-4)
+    assert loss["mean"] > -0.7
+    told, blind = judge(train, test, test), judge(*(x._replace(order=None) for x in (train, test, test)))
+    assert blind.baseline_position_mean > -0.7
+    assert told.retrieval_top1_position_mean < 1.5 * told.chance
+    assert blind.retrieval_top1_position_mean < 0.2
+
+
+def test_the_regression_of_what_was_seen_knows_the_targets_position_and_the_tokens_before_it() -> None:
+    targets = 3 * torch.randn(5, 16)
+    train, test = (_shuffled(600, True, targets, noise=6.0) for _ in range(2))
+    found = baseline_predictions(train, test)
+    loss = {name: negative_cosine(x, test.targets).mean(0) for name, x in found.items()}
+    torch.testing.assert_close(loss["linear"][0], loss["position_mean"][0], atol=0.02, rtol=0)
+    assert (loss["linear"][1:] < loss["position_mean"][1:] - 0.03).all()
+
+
+def test_one_order_for_all_is_judged_the_same_told_or_not() -> None:
+    order = torch.randperm(6)
+    mask = torch.ones(300, 7, dtype=torch.bool)
+    mask[::3, 5:] = False
+    parts = [Gathered(torch.randn(300, 6, 2), *torch.randn(2, 300, 7, 8), mask) for _ in range(3)]
+    told = judge(*(part._replace(order=order.expand(300, -1)) for part in parts))
+    blind = judge(*parts)
+    for name in ("baseline_position_mean", "retrieval_top1", "retrieval_top1_untrained"):
+        assert getattr(told, name) == pytest.approx(getattr(blind, name), abs=1e-6), name
+
+
+def test_gather_keeps_the_orders_of_samples_only_where_the_model_is_told() -> None:
+    class Turned(Reversed):
+        def order(self, tokens: Tokens) -> Tensor:
+            return tokens.values[..., 0].argsort(1)
+
+    batch = {"x": torch.randn(5, 4, 3)}
+    for how, known in (("off", False), ("add", True), ("rotate", True)):
+        gathered = gather(_model(predict_position=how), Turned(), [batch, batch], causal=True)
+        assert (gathered.order is not None) == known
+        if gathered.order is not None:
+            assert torch.equal(gathered.order, batch["x"][..., 0].argsort(1).repeat(2, 1))

@@ -1,8 +1,12 @@
+import math
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nepa_core import NEPA, PredictorConfig, Tokens, next_embedding_loss
+from nepa_core import NEPA, PredictorConfig, Tokens, next_embedding_loss, objective
 from nepa_core.objective import negative_cosine, pair_count, pair_up
 
 
@@ -161,3 +165,141 @@ def test_a_zero_vector_gives_a_finite_loss_and_gradient(zero: str) -> None:
     assert negative_cosine(predictions, embeddings.roll(-1, dims=1))[0, 1] == 0
     assert loss.isfinite()
     assert all(x.grad is not None and x.grad.isfinite().all() for x in (predictions, embeddings))
+
+
+# Each term against a reference written out in float64, one pair at a time.
+
+Terms = dict[str, Callable[..., Tensor]]
+TERMS: Terms = {
+    "cosine": objective.cosine,
+    "mse": objective.mse,
+    "mse_normalised": objective.mse_normalised,
+    "standardised": objective.standardised,
+    "infonce_sample": partial(objective.infonce_sample, temperature=0.3),
+    "infonce_position": partial(objective.infonce_position, temperature=0.3, gather=lambda x: x),
+    "barlow": partial(objective.barlow, redundancy=0.1),
+    "sigreg_tokens": partial(objective.sigreg, over="tokens", slices=7),
+    "sigreg_batch": partial(objective.sigreg, over="batch", slices=7),
+}
+SHAPES_TARGETS = {"sigreg_tokens", "sigreg_batch"}
+
+
+def _cos(a: Tensor, b: Tensor) -> Tensor:
+    if not a.any() or not b.any():  # such as the one sample of a place, standardised
+        return (a * b).sum()
+    return a @ b / (a @ a).sqrt() / (b @ b).sqrt()
+
+
+def _standard(rows: list[Tensor], x: Tensor) -> Tensor:
+    """x less the mean of the rows, over their deviation."""
+    stacked = torch.stack(rows)
+    return (x - stacked.mean(0)) / (stacked.var(0, unbiased=False) + 1e-6).sqrt()
+
+
+def _reference(name: str, p: Tensor, z: Tensor, counted: Tensor) -> Tensor:
+    """The term `name` of TERMS, on [B, Q, D] float64."""
+    samples, places, dim = p.shape
+    pairs = [(b, t) for b in range(samples) for t in range(places) if counted[b, t]]
+    at = {t: [z[b, t] for b in range(samples) if counted[b, t]] for t in range(places)}
+    of = {b: [z[b, t] for t in range(places) if counted[b, t]] for b in range(samples)}
+
+    def one(b: int, t: int) -> Tensor:
+        own, target = p[b, t], z[b, t]
+        match name:
+            case "cosine":
+                return -_cos(own, target)
+            case "mse":
+                return ((own - target) ** 2).sum() / dim
+            case "mse_normalised":
+                scaled = (target - target.mean()) / (target.var(unbiased=False) + 1e-6).sqrt()
+                return ((own - scaled) ** 2).sum() / dim
+            case "standardised":
+                return -_cos(own, _standard(at[t], target))
+            case _:
+                offered = of[b] if name == "infonce_sample" else at[t]
+                total = sum(((_cos(own, other) / 0.3).exp() for other in offered), torch.zeros(()).double())
+                return -((_cos(own, target) / 0.3).exp() / total).log()
+
+    def distance(rows: list[Tensor], direction: Tensor) -> Tensor:
+        """The integral of SIGReg, -3 to 3, along one direction."""
+        knots = [3 * k / 16 for k in range(-16, 17)]
+        heights = []
+        for t in knots:
+            waves = torch.stack([torch.exp(1j * t * (row @ direction)) for row in rows])
+            heights.append((waves.mean() - math.exp(-(t**2) / 2)).abs() ** 2 * math.exp(-(t**2) / 2))
+        return torch.trapezoid(torch.stack(heights), torch.tensor(knots, dtype=torch.float64))
+
+    if name == "barlow":
+        own = torch.stack([_standard([p[pair] for pair in pairs], p[pair]) for pair in pairs])
+        other = torch.stack([_standard([z[pair] for pair in pairs], z[pair]) for pair in pairs])
+        c = own.T @ other / len(pairs)
+        cells = [(1 if i == j else 0.1) * (float(i == j) - c[i, j]) ** 2 for i in range(dim) for j in range(dim)]
+        return torch.stack(cells).sum() / dim
+    if name in SHAPES_TARGETS:
+        torch.manual_seed(3)
+        directions = torch.randn(dim, 7).double()
+        groups = [rows for rows in (of if name == "sigreg_tokens" else at).values() if rows]
+        values = [distance(rows, d / (d @ d).sqrt()) for rows in groups for d in directions.T]
+        return torch.stack(values).mean()
+    return torch.stack([one(*pair) for pair in pairs]).mean()
+
+
+def _value(name: str, prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    torch.manual_seed(3)
+    return TERMS[name](prediction, target, counted)
+
+
+@pytest.mark.parametrize("counted", [None, MASK], ids=["whole", "masked"])
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_and_its_gradients_are_those_of_the_formula(name: str, counted: Tensor | None) -> None:
+    p, z = _sequences()
+    loss = _value(name, p, z, counted)
+    p64, z64 = (x.detach().double().requires_grad_() for x in (p, z))
+    expected = _reference(name, p64, z64, torch.ones_like(MASK) if counted is None else counted)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    asked = [(z, z64)] if name in SHAPES_TARGETS else [(p, p64), (z, z64)]
+    for found, wanted in asked:
+        torch.testing.assert_close(
+            torch.autograd.grad(loss, found, retain_graph=True)[0],
+            torch.autograd.grad(expected, wanted, retain_graph=True)[0].float(),
+            rtol=2e-3,
+            atol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_what_does_not_count_changes_no_term_and_gets_no_gradient(name: str) -> None:
+    p, z = (x.detach() for x in _sequences())
+    garbage = [torch.where(MASK[..., None], x, 1e3 * torch.randn_like(x)).requires_grad_() for x in (p, z)]
+    loss = _value(name, *garbage, MASK)
+    assert loss.item() == pytest.approx(_value(name, p, z, MASK).item(), rel=1e-5)
+    for gradient in torch.autograd.grad(loss, garbage, allow_unused=True):
+        assert gradient is None or not gradient[~MASK].any()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_of_nothing_is_zero_and_finite(name: str) -> None:
+    p, z = _sequences()
+    loss = _value(name, p, z, torch.zeros_like(MASK))
+    gradients = torch.autograd.grad(loss, (p, z), allow_unused=True)
+    assert all(x is None or (x == 0).all() for x in gradients)
+    assert name == "barlow" or loss.item() == 0  # nothing correlates with nothing: 1
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_is_float32_under_bfloat16_autocast(name: str) -> None:
+    p, z = (x.detach().bfloat16() for x in _sequences(6, 20, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = _value(name, p, z, None)
+    assert inside.dtype == torch.float32
+    assert inside.item() == _value(name, p.float(), z.float(), None).item()
+
+
+def test_sigreg_knows_a_standard_normal_from_a_point_and_has_no_factor_of_the_number_of_tokens() -> None:
+    torch.manual_seed(0)
+    normal, point = torch.randn(4, 500, 8), torch.zeros(4, 500, 8)
+    measure = partial(objective.sigreg, counted=None, over="tokens", slices=16)
+    assert measure(normal, normal).item() < 0.01
+    assert measure(point, point).item() > 0.1
+    assert measure(point, point[:, :50]).item() == pytest.approx(measure(point, point).item(), rel=1e-4)

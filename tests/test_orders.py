@@ -126,7 +126,10 @@ def test_random_is_drawn_from_its_seed_alone() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"^data\.patch_order=hilbrt: there is no such order; did you mean hilbert\?"):
+    with pytest.raises(
+        UserError,
+        match=r"^data\.patch_order=hilbrt: neither an order's name nor module:function; did you mean hilbert\?",
+    ):
         override(digits_2x2(), {"data.patch_order": "hilbrt"})
     with pytest.raises(ValueError, match="no static patch order 'zigzag'"):
         grid_order("zigzag", (4, 6))
@@ -139,6 +142,17 @@ def test_an_order_first_asked_for_in_inference_mode_serves_training_too() -> Non
     features = torch.zeros(2, 45, 3, requires_grad=True)
     features[:, order].sum().backward()
     assert features.grad is not None
+
+
+def test_tokens_that_lie_on_cells_of_a_grid_are_read_along_its_path() -> None:
+    cell = torch.tensor([[[1, 0], [0, 1], [1, 1], [0, 1]], [[0, 0], [1, 1], [1, 0], [0, 1]]])
+    tokens = Tokens(torch.randn(2, 4, 3), cell.float())
+    found = read_order("snake", 0, tokens, (2, 2), cell=cell)  # 00, 01, 11, 10
+    assert found is not None
+    assert found.tolist() == [[1, 3, 2, 0], [0, 3, 1, 2]]
+    random = read_order("random_per_sample", 0, tokens, (2, 2), cell=cell)
+    assert random is not None
+    assert torch.equal(random.sort(1).values, torch.arange(4).expand(2, 4))
 
 
 # ---- orders of each sample

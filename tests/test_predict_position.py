@@ -10,9 +10,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from modalities.image import Images
+from modalities.image import Images, patch_centres
+from modalities.orders import Ordered
 from nepa_core import NEPA, PredictorConfig, Tokens
+from nepa_core.basics import Batch, UserError
+from nepa_core.modality import Modality
 from nepa_core.model import layers_above
 from nepa_core.objective import next_embedding_loss
 from nepa_core.rope import rotary_table, rotate
@@ -20,6 +24,7 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted, StepFunction
 from nepa_core.runtime.run import Run
+from recipes.presets import small
 from recipes.pretrain import PretrainConfig, make_step, pretrain
 from recipes.vision import digits_2x2
 from tests.tiny import CPU, training
@@ -80,7 +85,8 @@ def test_a_place_is_told_where_the_next_token_lies_and_nothing_of_those_after(ho
         moved = distance(after.predictions, before.predictions)
         place = token - 1 + bos  # predicts this token
         assert (moved[:place] < 1e-6).all()
-        assert moved[place] > 1e-2
+        if how == "add" or place > 0:  # rotated, a place that attends to one token alone learns nothing
+            assert moved[place] > 1e-2
 
 
 def test_added_the_position_also_reaches_the_first_prediction_and_rotated_it_can_not() -> None:
@@ -89,10 +95,8 @@ def test_added_the_position_also_reaches_the_first_prediction_and_rotated_it_can
     first = {}
     for how in ("off", "add", "rotate"):
         model = network(predict_position=how)
-        outs = [
-            model(Tokens(tokens.values, where), causal=True).predictions[:, :1] for where in (tokens.coords, coords)
-        ]
-        first[how] = float((outs[0] - outs[1]).abs().max())
+        before, after = (model(Tokens(tokens.values, x), causal=True).predictions for x in (tokens.coords, coords))
+        first[how] = distance(before, after)[0].item()
     assert first["add"] > 1e-2
     assert first["off"] == first["rotate"] == 0
 
@@ -199,7 +203,7 @@ def test_compiled_blocks_agree(how: str) -> None:
 
 def test_settings_from_before_are_off_and_rotating_needs_rope() -> None:
     assert PredictorConfig(**SHAPE).predict_position == "off"
-    with pytest.raises(ValidationError, match="model.predict_position=rotate turns queries by RoPE"):
+    with pytest.raises(ValidationError, match=r"model\.predict_position=rotate turns queries by RoPE"):
         PredictorConfig(**(SHAPE | {"rope_theta": None}), predict_position="rotate")
     network(predict_position="add", rope_theta=None)(batch(), causal=True)
 
@@ -207,7 +211,7 @@ def test_settings_from_before_are_off_and_rotating_needs_rope() -> None:
 @pytest.mark.parametrize("order", ["random_per_sample", "random_annealed"])
 def test_an_order_drawn_for_each_sample_needs_the_position_unless_it_is_forced(order: str) -> None:
     changes = {"data.patch_order": order}
-    with pytest.raises(Exception, match="can't know which patch comes next.*objective.unknown_target=true"):
+    with pytest.raises(UserError, match=r"can't know which patch comes next.*objective\.unknown_target=true"):
         override(digits_2x2(), changes)
     for mend in ({"model.predict_position": "add"}, {"objective.unknown_target": True}):
         config = override(digits_2x2(), changes | mend)
@@ -218,46 +222,59 @@ def test_an_order_drawn_for_each_sample_needs_the_position_unless_it_is_forced(o
 # ---- training
 
 
-def tiny_digits(**changes: Any) -> PretrainConfig:
+class Patterns(Ordered, Modality):
+    """Four patterns on a grid of 3 x 3, a random vector a cell, and noise: some tokens tell the pattern, and with the
+    position of the next one that tells the next one."""
+
+    def dataset(self, split: str) -> Dataset[Batch]:
+        draw = torch.Generator().manual_seed(len(split))
+        patterns = torch.randn(4, 9, 8, generator=torch.Generator().manual_seed(0))
+        noise = 0.3 * torch.randn(256, 9, 8, generator=draw)
+        return [{"cells": patterns[i % 4] + noise[i]} for i in range(256)]  # type: ignore[return-value]
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        return Tokens(batch["cells"], patch_centres(3, 3))
+
+    def order(self, tokens: Tokens) -> Tensor | None:
+        return self.ordered(tokens, (3, 3))
+
+
+def patterns(**changes: Any) -> PretrainConfig:
     short = {
-        "data.limit": 400,
-        "model.dim": 32,
+        "model.dim": 48,
         "model.depth": 2,
         "model.mlp_dim": 64,
-        "optim.lr": 4e-3,
+        "optim.lr": 8e-3,
         "train.batch": 32,
         "train.ema": None,
         "train.evaluate": 1000,
-        "verdict.fit_samples": 400,
-        "verdict.test_samples": 320,
+        "verdict.health_samples": 16,
     }
-    return override(digits_2x2(), short | changes)
+    return override(small(Patterns()), short | {key.replace("__", "."): value for key, value in changes.items()})
 
 
 def lift(folder: Path, **changes: Any) -> float:
-    """How far the loss lies below that of the better mean: one for all, or one for each position of the target."""
-    changes = {key.replace("__", "."): value for key, value in changes.items()}
-    config = tiny_digits(**changes, **{"train.length.steps": 150, "data.patch_order": "random_per_sample"})
+    """Share of the way from the better mean (one for all, or one for each position of a target) to a perfect loss."""
+    config = patterns(**changes, data__patch_order="random_per_sample", train__length__steps=300)
     found = pretrain(config, Run(folder), World(0, 1, CPU), show=False)
-    return float(min(found["baseline_mean"], found["baseline_position_mean"]) - found["loss"])
+    baseline = min(found["baseline_mean"], found["baseline_position_mean"])
+    return float((baseline - found["loss"]) / (1 + baseline))
 
 
+@pytest.mark.slow
 def test_per_sample_random_order_learns_with_the_targets_position_and_not_without(tmp_path: Path) -> None:
-    blind = lift(tmp_path / "off", objective__unknown_target=True)
-    for how in ("add", "rotate"):
-        assert lift(tmp_path / how, model__predict_position=how) > 0.1 + blind
-    assert blind < 0.1
+    """Without it a little is left: which pattern it is, which positions are to come. Measured .58, .56, .18."""
+    assert lift(tmp_path / "add", model__predict_position="add") > 0.4
+    assert lift(tmp_path / "rotate", model__predict_position="rotate") > 0.4
+    assert lift(tmp_path / "off", objective__unknown_target=True) < 0.25
 
 
 def annealed() -> PretrainConfig:
-    return tiny_digits(
-        **{
-            "data.patch_order": "random_annealed",
-            "model.predict_position": "add",
-            "train.length.steps": 8,
-            "train.checkpoint": 3,
-            "verdict.health_samples": 16,
-        }
+    return patterns(
+        data__patch_order="random_annealed",
+        model__predict_position="add",
+        train__length__steps=8,
+        train__checkpoint=3,
     )
 
 

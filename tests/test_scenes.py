@@ -50,7 +50,7 @@ def replace_annotation(tree: Path, root: Path, image: Image.Image) -> str:
 # ---- samples
 
 
-@pytest.mark.parametrize(("order", "lowest"), [("raster", 1.0), ("hilbert", 0.5)])
+@pytest.mark.parametrize(("order", "lowest"), [("raster", 1.0), ("hilbert", 0.5), ("random_per_sample", 0.5)])
 def test_the_adapter_keeps_the_contract(tree: Path, order: str, lowest: float) -> None:
     """At a scale below 1 crops are padded and tokens masked."""
     check_modality(scenes(tree, patch_order=order, scales=(lowest, 2.0)))

@@ -72,6 +72,8 @@ def written(root: Path, layout: str, **options: Any) -> Features:
 def test_every_layout_is_sound_and_holds_the_same(tmp_path: Path, layout: str, axes: int | None, label: str) -> None:
     features = written(tmp_path / layout, layout, axes=axes, label=label)
     check_modality(features)
+    for order in ("centre_out", "random_per_sample"):
+        check_modality(features.model_copy(update={"patch_order": order}))
     assert features.classes() == (("0", "1") if label == "class" else None)
     data = arrays("test", axes=axes, label=label)
     for sample, values, length in zip(

@@ -18,6 +18,7 @@ from recipes import ablate, bench
 from recipes.bench import read_config
 from recipes.cli import main
 from recipes.finetune import finetune, short
+from recipes.objectives import NAMED
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
 from recipes.workload import network
 from tests.conftest import ROOT
@@ -47,12 +48,14 @@ def test_pretrain_leaves_a_whole_run_folder(finished: Run) -> None:
     assert summary is not None
     assert set(summary) >= PROMISED
     assert summary["steps"] == 12
-    for name in ("rank.png", "spread.png", "position.png", "loss.png"):
+    for name in ("rank.png", "spread.png", "learning.png", "position.png", "loss.png"):
         assert (finished.report / name).read_bytes().startswith(b"\x89PNG")
     page = (finished.report / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     assert "identified among" in page
-    assert [line["step"] for line in finished.metrics() if "effective_rank_embedding" in line] == [0, 5, 10, 12]
+    measured = [line for line in finished.metrics() if "effective_rank_embedding" in line]
+    assert [line["step"] for line in measured] == [0, 5, 10, 12]
+    assert all({"retrieval_top1", "copy_gap", "held_out_objective"} <= line.keys() for line in measured)
 
 
 def test_a_finished_run_is_not_trained_again(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,6 +85,10 @@ def test_collapse_is_called_by_its_name(tmp_path: Path, tiny_recipe: PretrainCon
     assert summary["collapsed"]
     assert summary["loss"] < -0.9
     assert (tmp_path / "run/report/card.txt").read_text().strip().startswith("COLLAPSED")
+    warnings = {line["step"]: line["warning"] for line in Run(tmp_path / "run").metrics() if "warning" in line}
+    assert list(warnings) == [150]
+    assert "below 50% of" in warnings[150]
+    assert warnings[150] in (tmp_path / "run/report/index.html").read_text()
 
 
 def test_ablation_arms_change_what_they_name(tiny_recipe: PretrainConfig) -> None:
@@ -158,6 +165,13 @@ def test_bench_measures_against_references(against: str, capsys: pytest.CaptureF
     assert 0.2 < float(found[1]) < 5
 
 
+def test_bench_measures_every_objective_against_the_cosine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tests.tiny:recipe", "steps=2", "repeats=1", "against=objectives"]) == 0
+    ratios = dict(re.findall(r"^(\w+) / cosine, time +(\d+\.\d+)$", capsys.readouterr().out, re.MULTILINE))
+    assert ["cosine", *ratios] == list(NAMED)
+    assert all(float(ratio) > 0.1 for ratio in ratios.values())
+
+
 def test_bench_measures_loading_against_bare_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split in ("train", "val"):
         content = encoded(picture(0, 64, 48), "jpeg")
@@ -212,8 +226,10 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
 
 def test_the_example_of_point_clouds_is_short_and_sound(example: PretrainConfig) -> None:
     assert len(Path("my_points.py").read_text().splitlines()) <= 60
-    for morton in (True, False):
-        check_modality(override(example, {"data.morton": morton, "data.samples": 20}).data)
+    for order in ("morton", "hilbert", "random"):
+        check_modality(override(example, {"data.patch_order": order, "data.samples": 20}).data)
+    drawn = {"data.patch_order": "random_per_sample", "model.predict_position": "add"}
+    check_modality(override(example, drawn | {"data.samples": 20}).data)
 
 
 @pytest.mark.slow

@@ -179,7 +179,15 @@ def test_window_normalisation_is_undone_by_its_scale(tmp_path: Path) -> None:
     assert torch.allclose(values * std + mean, batch["series"], atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [{}, {"channels": "independent"}, {"normalise": "window"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"patch_order": "reverse"},
+        {"channels": "independent", "patch_order": "random_per_sample"},
+        {"normalise": "window"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("gaps", [False, True])
 def test_the_contract_holds(tmp_path: Path, settings: dict[str, Any], gaps: bool) -> None:
     values = walk()
@@ -280,7 +288,7 @@ def test_the_true_conditional_mean_direction_reaches_the_optimum_and_nothing_els
 def test_the_optimum_is_known_only_where_it_is() -> None:
     recipe = demo()
     embed = recipe.data.embedder(8)
-    for change in ({"data.channels": "independent"}, {"data.normalise": "window"}):
+    for change in ({"data.patch_order": "reverse"}, {"data.channels": "independent"}, {"data.normalise": "window"}):
         assert override(recipe, change).data.known_optimum(embed) is None
     assert best_possible(recipe, build_model(recipe)) is not None
     unmasked = override(recipe, {"objective.causal": False})

@@ -25,7 +25,7 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, fit
 from nepa_core.runtime.run import Run
 from recipes.presets import small
-from recipes.pretrain import PretrainConfig, build_model, held_out_health, make_step
+from recipes.pretrain import PretrainConfig, build_pretrainer, held_out_health, make_step
 
 CPU = torch.device("cpu")
 
@@ -156,7 +156,7 @@ def training(
     run = Run(folder)
     run.open(config)
     world = World(0, 1, CPU)
-    model = build_model(config)
+    model = build_pretrainer(config)
     if config.train.recompute:
         model.predictor.recompute_blocks()
     ema = Ema(model, config.train.ema or 0.9)

@@ -121,6 +121,8 @@ def _check_key(config: BaseModel, key: str, value: Any) -> None:
     known = list(keys(config))
     parts = key.split(".")
     for depth, part in enumerate(parts):
+        if isinstance(node, dict) and depth == len(parts) - 1:
+            return  # the config that holds the dictionary says which entries it takes
         if kind is None:
             raise UserError(f"unknown key {key}: {'.'.join(parts[:depth])} is a single value")
         if node is None:
@@ -145,7 +147,9 @@ def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
             values[head] = value
     for head, inner in nested.items():
         group = _group(type(node), head)
-        if values[head] is None and group is not None:
+        if isinstance(getattr(node, head), dict):
+            values[head] = (values[head] or {}) | inner
+        elif values[head] is None and group is not None:
             values[head] = _made(group, inner, f"{prefix}{head}.")
         else:
             values[head] = _override(values[head], inner, f"{prefix}{head}.")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -45,6 +46,38 @@ class World(NamedTuple):
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as the fit loop calls it: gradients are averaged over ranks."""
         return model if self.size == 1 else DistributedDataParallel(model)
+
+
+def gather_samples(x: Tensor) -> Tensor:
+    """Samples of all ranks, this one's first: [B, Q, ...] -> [ranks * B, longest Q, ...], padded with zeros.
+
+    B is the same on every rank. Every rank's gradients flow back to the rank that a sample is from. Without other
+    processes: x itself.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    longest = torch.tensor(x.shape[1], device=x.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, int(longest) - x.shape[1]))
+    every: Tensor = _AllGather.apply(x.contiguous())  # type: ignore[no-untyped-call]
+    return every.roll(-dist.get_rank() * len(x), dims=0)
+
+
+class _AllGather(torch.autograd.Function):
+    """[B, ...] -> [ranks * B, ...] in the order of ranks; backward sums what all ranks have for this one's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].contiguous()
+        dist.all_reduce(total)
+        return total.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema
+from nepa_core.pretrainer import HEADS
 from nepa_core.runtime.checkpoint import (
     Checkpoint,
     load_latest,
@@ -217,7 +218,8 @@ def fit(
         step_at: the share of the run that is done -> the step function from there on; for one that changes with it.
         ema: the averages of `model`'s parameters, updated after every step.
         evaluate: held-out figures for metrics.jsonl, called on every rank before the first step, every
-            `config.evaluate` steps and after the last; what the main process returns is logged.
+            `config.evaluate` steps and after the last; what the main process returns is logged, and a "warning" in it
+            is shown, too.
         untrained: False leaves out the evaluation before the first step, as where a new head gives only zeros.
         height: parameter name -> number of layers above its own, for `optim.layer_decay`.
         watch: told where the time of every step goes.
@@ -243,13 +245,16 @@ def fit(
             figures = evaluate()
         if world.is_main:
             run.log({"step": done, **figures})
+            if "warning" in figures:
+                meter.say(f"step {done}: {figures['warning']}")
 
     def save(done: int, seconds: float, tokens: int) -> None:
         if not world.is_main:
             return
-        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizer, names), "tally": tally.sums}
+        tensors = {"optimizer": optimizer_tensors(optimizer, names), "tally": tally.sums}
+        tensors |= _heads_apart("model", model.state_dict())
         if ema is not None:
-            tensors["ema"] = ema.averages
+            tensors |= _heads_apart("ema", ema.averages)
         state = {
             "metrics_bytes": run.metrics_size(),
             "seconds": seconds,
@@ -360,7 +365,7 @@ def restore(
             say("no checkpoint is left: starting from the beginning")
         return Sitting()
     try:
-        model.load_state_dict(checkpoint.tensors["model"])
+        model.load_state_dict(_with_heads("model", checkpoint))
     except RuntimeError as error:
         raise UserError(
             f"the checkpoints of {run.path} are of another network than the recipe builds now: {error}; "
@@ -368,7 +373,7 @@ def restore(
         ) from error
     restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"])
     if ema is not None:
-        for name, value in checkpoint.tensors["ema"].items():
+        for name, value in _with_heads("ema", checkpoint).items():
             ema.averages[name].copy_(value)
     for name, value in checkpoint.tensors["tally"].items():
         tally.sums[name].copy_(value)
@@ -376,6 +381,18 @@ def restore(
     say(f"going on after step {checkpoint.step}")
     state = checkpoint.state
     return Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
+
+
+def _heads_apart(group: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """A group of a checkpoint, and its objective heads as a group of their own, which no reader of weights takes."""
+    heads = {name: value for name, value in tensors.items() if name.startswith(HEADS)}
+    rest = {name: value for name, value in tensors.items() if name not in heads}
+    return {group: rest} | ({f"{group}_heads": heads} if heads else {})
+
+
+def _with_heads(group: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The way back of `_heads_apart`."""
+    return checkpoint.tensors[group] | checkpoint.tensors.get(f"{group}_heads", {})
 
 
 def _batches(

@@ -1,0 +1,314 @@
+"""The mixture of terms, its heads, and every named objective on real digits for a few steps."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nepa_core import NEPA, ObjectiveConfig, Prediction, Pretrainer, UserError, next_embedding_loss
+from nepa_core.diagnostics import gather, health, identification, judge, learning
+from nepa_core.model import HeadOutputs
+from nepa_core.objective import pair_up
+from nepa_core.predictor import Trace
+from nepa_core.pretrainer import TERMS, objective_loss
+from nepa_core.runtime.config import load_config, override, parse_assignments
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
+from recipes import vision
+from recipes.objectives import NAMED, named
+from recipes.presets import PAPER_OBJECTIVE
+from recipes.pretrain import (
+    PretrainConfig,
+    build_model,
+    build_pretrainer,
+    held_out,
+    load_pretrained,
+    make_step,
+    pretrain,
+    rank_warning,
+)
+from recipes.weights import read_weights
+from tests import tiny
+from tests.tiny import CPU
+
+ALONE = World(0, 1, CPU)
+SIGREG = ("sigreg", "sigreg_batch")
+
+
+def objective(**changes: Any) -> ObjectiveConfig:
+    return ObjectiveConfig.model_validate(PAPER_OBJECTIVE.model_dump() | changes)
+
+
+def network(config: PretrainConfig) -> tuple[NEPA, Prediction]:
+    """The network of a recipe with weights that all matter, and what it makes of eight held-out samples."""
+    model = build_pretrainer(config)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    tokens = config.data.read(next(held_out(config, CPU, 8)))
+    return model, model(tokens, causal=True)
+
+
+def loss_of(config: PretrainConfig, out: Prediction) -> Tensor:
+    torch.manual_seed(1)
+    return objective_loss(config.objective, out)
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+@pytest.mark.parametrize(
+    ("words", "terms"),
+    [
+        ([], {"cosine": 1.0}),
+        (["objective.terms.mse=0.5"], {"cosine": 1.0, "mse": 0.5}),
+        (["objective.terms.mse=0.5", "objective.terms.cosine=0"], {"mse": 0.5}),
+        (['objective.terms={"infonce_position":1}'], {"infonce_position": 1.0}),
+        (['objective.terms={"barlow":1}', "objective.terms.cosine=2"], {"barlow": 1.0, "cosine": 2.0}),
+    ],
+)
+def test_terms_are_set_one_by_one_or_all_at_once(words: list[str], terms: dict[str, float]) -> None:
+    assert override(tiny.recipe(), parse_assignments(words)).objective.terms == terms
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective.terms.cosin": 1}, "there is no term cosin; known: cosine, mse,"),
+        ({"objective.terms": 3}, "objective.terms=3: input should be a valid dictionary"),
+        ({"objective.terms.mse": "much"}, "objective.terms.mse=much: input should be a valid number"),
+        ({"objective.terms.mse": -1}, "the weight of mse must be a number from 0"),
+        ({"objective.terms": {}}, "objective.terms needs one that trains the prediction: cosine,"),
+        ({"objective.terms": {"sigreg_batch": 1}, "objective.stop_gradient": False}, "objective.terms needs one that"),
+        ({"objective.terms.sigreg_tokens": 1}, "objective.terms.sigreg_tokens shapes the targets: it needs objective."),
+        ({"objective.terms.horizons": 1, "objective.shift": False}, "objective.terms.horizons looks ahead: it needs"),
+        ({"objective.terms.intermediate": 1}, "objective.terms.intermediate needs objective.layers, such as [2]"),
+        ({"objective.layers": [3]}, "objective.layers=3 is no block: they are 1 to model.depth=2"),
+        ({"objective.projector": [0, 8]}, "objective.projector=[0, 8]: both widths must be above 0"),
+        ({"objective.terms.barlow": 1, "train.micro_batch": 1}, "objective.terms.barlow compares samples: "),
+        (
+            {"objective.terms.infonce_position": 1, "train.batch": 1},
+            "objective.terms.infonce_position compares",
+        ),
+        ({"objective.terms.mse.x": 1}, "unknown key objective.terms.mse.x"),
+    ],
+)
+def test_an_objective_that_does_not_fit_is_one_line(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as raised:
+        override(tiny.recipe(), changes)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_of_before_there_were_terms_is_one_of_the_cosine(tmp_path: Path) -> None:
+    Run(tmp_path).open(tiny.recipe())
+    saved = json.loads((tmp_path / "config.json").read_text())
+    keys = ("causal", "shift", "stop_gradient", "input_mask")
+    saved["objective"] = {key: saved["objective"][key] for key in keys}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    assert load_config(PretrainConfig, tmp_path / "config.json") == tiny.recipe()
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+
+
+def test_the_default_is_the_papers_loss_to_the_last_bit_and_has_no_heads() -> None:
+    model, out = network(tiny.ragged())
+    assert type(model) is NEPA
+    paper = next_embedding_loss(out.predictions, out.embeddings, out.mask)
+    assert torch.equal(objective_loss(PAPER_OBJECTIVE, out), paper)
+
+
+def test_a_mixture_is_the_weighted_sum_of_its_terms() -> None:
+    _, out = network(tiny.ragged())
+    parts = [objective_loss(objective(terms={name: 1.0}), out) for name in ("cosine", "mse", "barlow")]
+    mixed = objective_loss(objective(terms={"cosine": 0.5, "mse": 2.0, "barlow": 3.0}), out)
+    assert mixed.item() == pytest.approx(sum(w * x.item() for w, x in zip((0.5, 2, 3), parts, strict=True)), rel=1e-6)
+
+
+def test_every_term_is_in_a_named_objective() -> None:
+    assert {name for changes in NAMED.values() for name in changes["objective.terms"]} == set(TERMS)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_targets_get_a_gradient_only_without_stop_gradient_and_all_else_takes_part(name: str) -> None:
+    config = named(name, tiny.ragged())
+    assert config.objective.stop_gradient == (name not in SIGREG)
+    model, made = network(config)
+    out = made._replace(
+        embeddings=made.embeddings.detach().requires_grad_(), predictions=made.predictions.detach().requires_grad_()
+    )
+    heads = model.heads if isinstance(model, Pretrainer) else None
+    if heads is not None:
+        out = out._replace(heads=heads(out, [out.predictions] * 3))
+    loss_of(config, out).backward()
+    reached = out.embeddings.grad is not None and bool(out.embeddings.grad.any())
+    assert reached != config.objective.stop_gradient
+    assert out.predictions.grad is not None
+    assert out.predictions.grad.any()
+    assert heads is None or all(p.grad is not None and p.grad.any() for p in heads.parameters())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_no_prediction_sees_beyond_its_place(name: str) -> None:
+    """The loss of the first places stays while later tokens change, and changes with the last target among them."""
+    config = named(name, tiny.recipe())
+    model, _ = network(config)
+    tokens = config.data.read(next(held_out(config, CPU, 8)))
+
+    def first(values: Tensor) -> float:
+        out = model(replace(tokens, values=values), causal=True)
+        heads = out.heads
+        if heads is not None:
+            projected = None if heads.projected is None else (heads.projected[0][:, :6], heads.projected[1][:, :6])
+            heads = HeadOutputs(projected, *(tuple(x[:, :6] for x in made) for made in heads[1:]))
+        return loss_of(config, Prediction(out.embeddings[:, :6], out.predictions[:, :6], None, heads)).item()
+
+    values = tokens.values
+    assert values.shape[1] == 6  # BOS is in front: token 4 is the last target among six places
+    later, target = values.clone(), values.clone()
+    later[:, 5:] = torch.randn_like(later[:, 5:])
+    target[:, 4:] = torch.randn_like(target[:, 4:])
+    assert first(later) == pytest.approx(first(values), abs=1e-5)
+    assert first(target) != pytest.approx(first(values), abs=1e-4)
+
+
+def test_a_horizon_compares_with_the_embedding_that_many_places_ahead() -> None:
+    config = override(tiny.ragged(), {"objective.terms": {"horizons": 1.0}, "objective.horizons": 3})
+    model, out = network(config)
+    assert isinstance(model, Pretrainer)
+    assert out.mask is not None
+    assert out.heads is not None
+    means = []
+    for k, head in enumerate(model.heads.horizons, 1):
+        cosines = [
+            torch.cosine_similarity(head(out.predictions[b, t]), out.embeddings[b, t + k], dim=0).item()
+            for b in range(8) for t in range(out.mask.shape[1] - k) if out.mask[b, t] and out.mask[b, t + k]
+        ]  # fmt: skip
+        means.append(-sum(cosines) / len(cosines))
+    assert loss_of(config, out).item() == pytest.approx(sum(means) / 3, abs=1e-5)
+    assert torch.equal(model.judged(out)[0], out.heads.horizons[0])
+
+
+def test_horizons_beyond_the_sequence_are_one_line() -> None:
+    config = override(tiny.recipe(), {"objective.terms.horizons": 1.0, "objective.horizons": 7})
+    _, out = network(config)
+    with pytest.raises(UserError, match=r"objective\.horizons=7 reaches beyond sequences of 7 places"):
+        loss_of(config, out)
+
+
+def test_an_intermediate_block_is_read_at_its_output() -> None:
+    config = override(tiny.recipe(), {"objective.terms.intermediate": 1.0, "objective.layers": [1, 2]})
+    model, out = network(config)
+    assert isinstance(model, Pretrainer)
+    assert out.heads is not None
+    trace = Trace()
+    model(config.data.read(next(held_out(config, CPU, 8))), causal=True, trace=trace)
+    for block, (head, made) in enumerate(zip(model.heads.layers, out.heads.layers, strict=True), 1):
+        assert torch.allclose(head(trace.hidden[block]), made, atol=1e-6)
+    losses = [next_embedding_loss(made, out.embeddings).item() for made in out.heads.layers]
+    expected = next_embedding_loss(out.predictions, out.embeddings).item() + sum(losses) / 2
+    assert loss_of(config, out).item() == pytest.approx(expected, abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------- the runs
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_named_objective_trains_on_digits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.card.write_report", lambda *_: None)  # its plots take longer than the training
+    changes = {
+        **{"train.length.steps": 3, "train.evaluate": 3, "train.log": 1, "train.checkpoint": 3, "data.limit": 128},
+        **{"verdict.fit_samples": 64, "verdict.test_samples": 64, "verdict.health_samples": 64, "model.depth": 2},
+    }
+    config = named(name, override(vision.digits(), changes))
+    untrained = build_pretrainer(config).state_dict()
+    summary = pretrain(config, Run(tmp_path), ALONE, show=False)
+    assert math.isfinite(summary["objective"])
+    assert 0 <= summary["retrieval_top1"] <= 1
+    assert -1 <= summary["loss"] <= 1
+    assert load_config(PretrainConfig, tmp_path / "config.json") == config
+    checkpoint = tmp_path / "checkpoints/step_00000003"
+    assert (checkpoint / "model_heads.safetensors").exists() == config.objective.has_heads
+    _, model = load_pretrained(Run(tmp_path), CPU)  # strict: the heads are not among what it is given
+    assert type(model) is NEPA
+    assert summary["parameters"] == sum(value.numel() for value in model.parameters())
+    assert read_weights(str(tmp_path)).model.keys() == model.state_dict().keys()
+    first = build_model(config).state_dict()
+    assert all(torch.equal(untrained[key], value) for key, value in first.items())  # heads don't change the start
+
+
+def test_a_run_with_heads_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    terms = {"projected_mse": 1.0, "sigreg_tokens": 20.0, "horizons": 1.0}
+    config = override(tiny.random(), {"objective.terms": terms, "objective.stop_gradient": False})
+    whole, again = Run(tmp_path / "whole"), Run(tmp_path / "again")
+    pretrain(config, whole, ALONE, show=False)
+    shutil.copytree(whole.path, again.path)
+    shutil.rmtree(again.checkpoints / "step_00000012")
+    (again.path / "summary.json").unlink()
+    pretrain(config, again, ALONE, show=False)
+    names = [path.name for path in (whole.checkpoints / "step_00000012").glob("*.safetensors")]
+    assert {"model_heads.safetensors", "ema_heads.safetensors"} <= set(names)
+    for name in names:
+        ours, theirs = ((run.checkpoints / "step_00000012" / name).read_bytes() for run in (whole, again))
+        assert ours == theirs, name
+    assert whole.metrics() == again.metrics()
+
+
+@pytest.mark.parametrize("name", ["infonce_position", "barlow", "sigreg"])
+def test_a_step_weighs_the_pairs_of_its_micro_batch(name: str) -> None:
+    config = named(name, tiny.ragged())
+    model, out = network(config)
+    step = make_step(config)(model, next(held_out(config, CPU, 8)))
+    assert out.mask is not None
+    assert step.weight == (out.mask[:, 1:] & out.mask[:, :-1]).sum()
+    assert step.loss.isfinite()
+
+
+# ----------------------------------------------------------------------------------- what is judged, and where
+
+
+def test_a_projected_objective_is_judged_behind_the_projector_and_its_rank_before_it() -> None:
+    config = named("sigreg", tiny.ragged())
+    model, out = network(config)
+    assert out.heads is not None
+    assert out.heads.projected is not None
+    found = gather(model, config.data, held_out(config, CPU, 8), causal=True)
+    assert found.mask is not None
+    assert found.encoded is not None
+    projected = out.heads.projected
+    assert torch.allclose(found.predictions, projected[0], atol=1e-5)
+    assert torch.allclose(found.embeddings, projected[1], atol=1e-5)
+    bare = found._replace(embeddings=found.encoded, encoded=None)
+    assert health(found)["effective_rank_embedding"] == health(bare)["effective_rank_embedding"]
+    same = gather(network(tiny.ragged())[0], tiny.ragged().data, held_out(config, CPU, 8), causal=True)
+    assert same.encoded is None
+
+
+def test_what_is_measured_while_training_is_what_the_verdict_says() -> None:
+    config = tiny.ragged()
+    model, _ = network(config)
+    train, test = (gather(model, config.data, held_out(config, CPU, 32), causal=True) for _ in range(2))
+    figures, verdict = learning(test), judge(train, test, test)
+    assert figures["retrieval_top1"] == pytest.approx(verdict.retrieval_top1, abs=1e-6)
+    assert figures["copy_gap"] == pytest.approx(verdict.baseline_copy - verdict.loss, abs=1e-6)
+    own, target, counted = pair_up(test.predictions, test.embeddings, test.mask, shift=True)
+    assert counted is not None
+    assert figures["retrieval_top1"] == identification(own[:, 1:], target[:, 1:], counted[:, 1:]).mean()
+
+
+def test_a_falling_rank_is_warned_of_once_each_time_it_falls(tmp_path: Path) -> None:
+    run, warned = Run(tmp_path), []
+    for step, rank in enumerate([10.0, 6.0, 4.9, 3.0, 5.0, 4.0]):
+        figures = {"effective_rank_embedding": rank}
+        warned.append("warning" in rank_warning(run, figures))
+        run.log({"step": step, **figures})
+        run.log({"step": step, "loss": 0.0})
+    assert warned == [False, False, True, False, False, True]
