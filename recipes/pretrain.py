@@ -84,7 +84,7 @@ class PretrainConfig(BaseModel):
             )
         return self
 
-    @model_validator(mode=\"after\")
+    @model_validator(mode="after")
     def _objective_fits(self) -> Self:
         held = self.train.micro_batch or self.train.batch
         for name in ACROSS_SAMPLES:
