@@ -1,22 +1,32 @@
 """nepa ablate: the paper's ablations on your data, as one table and one plot.
 
 Arms: the recipe as it is; shift off; causal mask off; stop-gradient off; 40 % and 60 % of the inputs masked (the
-paper's Table of ablations). Every arm is pre-trained and probed with every seed at the same budget.
+paper's Table of ablations). Every arm is pre-trained and probed with every seed at the same budget. What is finished
+is kept and never run again: the same command goes on where it was stopped, and several may share a folder.
 """
 
 from __future__ import annotations
 
+import html
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from nepa_core.basics import FROZEN, UserError
+from nepa_core.model import NEPA
+from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
 from recipes import compare
+from recipes.compare_report import Column, Rows, groups, html_table, spread_table, spreads, text_table
+from recipes.measures import PROBE
 from recipes.pretrain import PretrainConfig
-from recipes.targets import default_out, is_run, read_target
+from recipes.probe import metric_of, probe
+from recipes.report import Figure, bar_plot, line_plot, page
+from recipes.significance import spread
+from recipes.targets import default_out, is_run, listed, read_target
 from recipes.training import provenance
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -29,6 +39,15 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """Arm -> the keys it changes."""
 
+COLUMNS = (
+    Column("objective", "objective"),
+    Column("loss", "next-token loss"),
+    Column("retrieval_top1", "identified"),
+    Column("effective_rank_embedding", "rank"),
+    Column("probe_best", "probe, best layer"),
+    Column("probe_final", "probe, final norm"),
+)
+
 
 class Options(BaseModel):
     """Options of `nepa ablate`."""
@@ -36,8 +55,16 @@ class Options(BaseModel):
     model_config = FROZEN
 
     out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-ablate")
-    seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1, description="such as [0,1,2]; default [0,1]")
-    workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, one with a GPU")
+    seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
+        default=(0, 1), min_length=1, description="such as 0,1,2; default 0,1"
+    )
+    workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, or one a GPU")
+
+
+class Nothing(BaseModel):
+    """The measure has no options."""
+
+    model_config = FROZEN
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
@@ -45,15 +72,117 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         raise UserError(f"nepa ablate starts from a recipe such as recipes.vision:digits, and {target} is a run folder")
     config = read_target(PretrainConfig, target, changes)
     out = Path(options.out or default_out(target, "ablate"))
-    print(compare.render(ablate(config, options, out)))
+    print(render(ablate(config, options, out)))
     print(f"Report: {out / 'report' / 'index.html'}")
 
 
 def ablate(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any]:
-    """Run all arms and write summary.json and report/ into `out`."""
-    arms = [compare.Arm(name, override(config, changes)) for name, changes in ARMS.items()]
-    result = compare.compare(arms, options.seeds, out, workers=options.workers or compare.default_workers())
-    result |= {"recipe": config.recipe, "made_with": provenance()}
-    compare.write_report(out / "report", f"Ablations: {config.recipe}", result)
-    Run(out).write_summary(result)
+    """Run all arms and write summary.json and report/ into `out`.
+
+    Returns:
+        `arms`: name -> measure -> {"values" per seed, "mean", "std", "ci95"}, plus "collapsed" (number of seeds);
+        `seeds`; `random_init` and `raw_tokens`: probe accuracies without pre-training.
+    """
+    arms = [compare.Variant(name, override(config, changes)) for name, changes in ARMS.items()]
+    measured = compare.Measure("ablate", measure, Nothing())
+    rows = compare.compare(arms, options.seeds, measured, out, workers=options.workers or compare.default_workers())
+    result = summarise(rows, options.seeds) | {"recipe": config.recipe, "made_with": provenance()}
+    with compare.reporting(out):
+        write_report(out / "report", f"Ablations: {config.recipe}", result)
+        Run(out).write_summary(result)
     return result
+
+
+def measure(config: PretrainConfig, model: NEPA, run: Run, _: Nothing) -> dict[str, Any]:
+    """The run's own figures and the probe of every layer."""
+    summary, probed = run.summary(), probe(config, model, PROBE)
+    assert summary is not None
+    health = [line for line in run.metrics() if "effective_rank_embedding" in line]
+    metric = metric_of(probed["best"])
+    return {
+        **{name: summary[name] for name in ("objective", "loss", "retrieval_top1", "effective_rank_embedding")},
+        **{name: summary[name] for name in ("effective_rank_embedding_start", "collapsed")},
+        "probe_best": probed["best"][metric],
+        "probe_final": next(row[metric] for row in probed["layers"] if row["name"] == "final norm, mean"),
+        "probe_random": probed["random_init"]["best"][metric],
+        "probe_raw": probed["raw_tokens"][metric],
+        "rank_over_training": [[line["step"], line["effective_rank_embedding"]] for line in health],
+    }
+
+
+def summarise(rows: Rows, seeds: tuple[int, ...]) -> dict[str, Any]:
+    """summary.json, see `ablate`."""
+    base = rows["base"]
+    found = {column.key: spreads(rows, column.key) for column in COLUMNS}
+    return {
+        "seeds": list(seeds),
+        "arms": {
+            name: {key: by_arm[name] for key, by_arm in found.items()}
+            | {"collapsed": sum(row["collapsed"] for row in each)}
+            | {"rank_over_training": each[0]["rank_over_training"]}
+            for name, each in rows.items()
+        },
+        "effective_rank_embedding_start": base[0]["effective_rank_embedding_start"],
+        "random_init": spread(groups(rows, "probe_random")["base"]),
+        "raw_tokens": base[0]["probe_raw"],
+    }
+
+
+def table(result: dict[str, Any]) -> list[list[str]]:
+    """Head and one row an arm, mean ± standard deviation over seeds."""
+    rows: Rows = {
+        name: [{c.key: arm[c.key]["values"][i] for c in COLUMNS} for i in range(len(result["seeds"]))]
+        for name, arm in result["arms"].items()
+    }
+    head, *lines = spread_table(rows, COLUMNS, half="std")
+    collapsed = [f"{arm['collapsed']} of {len(result['seeds'])}" for arm in result["arms"].values()]
+    return [[*head, "collapsed"], *([*line, cell] for line, cell in zip(lines, collapsed, strict=True))]
+
+
+def render(result: dict[str, Any]) -> str:
+    """The table as text."""
+    return f"{text_table(table(result))}\n\n{_foot(result)}"
+
+
+def _foot(result: dict[str, Any]) -> str:
+    random = result["random_init"]
+    return (
+        f"Mean ± standard deviation over {len(result['seeds'])} seeds, held-out data. Rank is the effective rank of "
+        f"the embeddings, {result['effective_rank_embedding_start']:.1f} before training. Linear probe without "
+        f"pre-training: random weights {random['mean']:.3f} ± {random['std']:.3f}, raw tokens "
+        f"{result['raw_tokens']:.3f}."
+    )
+
+
+def write_report(folder: Path, title: str, result: dict[str, Any]) -> None:
+    """PNGs and a page: the table, probe accuracy by arm, rank over training by arm."""
+    arms = result["arms"]
+    figures = [
+        Figure(
+            "probe.png",
+            "Linear probe of the best layer, chosen on held-back training samples; a dot a seed.",
+            bar_plot(
+                {name: measures["probe_best"]["values"] for name, measures in arms.items()},
+                y="accuracy",
+                reference={"random weights": result["random_init"]["mean"], "raw tokens": result["raw_tokens"]},
+            ),
+        ),
+        Figure(
+            "rank.png",
+            f"Effective rank of the embeddings over training (seed {result['seeds'][0]}).",
+            line_plot(
+                {name: _columns(measures["rank_over_training"]) for name, measures in arms.items()},
+                x="step",
+                y="effective rank",
+                from_zero=True,
+            ),
+        ),
+    ]
+    body = f"{html_table(table(result))}<p>{html.escape(_foot(result))}</p>"
+    made = ", ".join(f"{name} {value}" for name, value in result["made_with"].items())
+    with disk_errors(folder):
+        page(folder, title=title, body=body, figures=figures, foot=made)
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    return [step for step, _ in points], [rank for _, rank in points]

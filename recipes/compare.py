@@ -1,190 +1,351 @@
-"""The comparison engine: several configs ("arms"), each with several seeds, at equal budgets.
+"""The comparison engine: variants of a recipe x seeds, each pre-trained, measured and kept.
 
-Every arm x seed is an ordinary run folder with its own probe. What is finished is kept and not run again, so an
-interrupted comparison goes on where it was. `ablate` is its first user.
+A pair of variant and seed is an ordinary run in `OUT/runs/`, whose folder ends in the hash of its config; what was
+measured of it lies beside its summary, in a file named by the hash of the measure's options. So a pair is found again
+whatever the other variants are, and nothing finished is run twice. (The hash is of the config alone: after a change to
+the code of an adapter or of an order, name another `out=`.)
+
+Who works on a pair holds its lock, which the kernel frees when the process ends, however it ends. So the list may be
+shared by the processes of one command, by several commands in one folder, or by several machines on a file system with
+locks; and a pair whose process was killed is taken up by another, at the run's last checkpoint.
+
+`ablate` and `orders` are presets of it: they give variants and a measure, and make a report of what comes back.
 """
 
 from __future__ import annotations
 
-import html
-import math
+import fcntl
+import hashlib
+import json
 import multiprocessing
 import os
-import statistics
+import re
+import signal
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student_t
+from pydantic import BaseModel
 
-from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.basics import UserError
+from nepa_core.model import NEPA
+from nepa_core.runtime.checkpoint import disk_errors, write_whole
+from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
-from nepa_core.runtime.run import Run
-from recipes import probe
+from nepa_core.runtime.fit import Interrupted
+from nepa_core.runtime.run import FREE_KEYS, Run
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
-from recipes.report import Figure, bar_plot, line_plot, page
 
-COLUMNS = {
-    "objective": "objective",
-    "loss": "next-token loss",
-    "retrieval_top1": "identified",
-    "effective_rank_embedding": "rank",
-    "probe_best": "probe, best layer",
-    "probe_final": "probe, final norm",
-}
-"""Measure -> column head."""
+_POLL = 0.5  # seconds between looks at what other processes have finished
+_SAY = 10.0  # least seconds between two lines of progress
 
 
-PROBE = probe.Options(poolings=("mean", "last"), classifiers=("linear",))
-"""The same rows for every arm: BOS can be read in some of them only."""
-
-
-class Arm(NamedTuple):
-    """One setting under comparison; `name` is also its folder."""
+class Variant(NamedTuple):
+    """One setting under comparison: what it is called, and its whole config."""
 
     name: str
     config: PretrainConfig
 
 
-def compare(arms: Sequence[Arm], seeds: Sequence[int], out: Path, *, workers: int) -> dict[str, Any]:
-    """Run every arm with every seed, in `workers` processes of one thread each.
+class Measure(NamedTuple):
+    """What is measured of a finished run.
+
+    Attributes:
+        name: the results are kept in NAME-HASH.json in the run's folder.
+        function: (config, network with its averaged weights, run, options) -> plain values. A function of a module,
+            so that it can be sent to other processes.
+        options: all that the values depend on beside the run.
+    """
+
+    name: str
+    function: Callable[[PretrainConfig, NEPA, Run, Any], dict[str, Any]]
+    options: BaseModel
+
+
+class Job(NamedTuple):
+    """Something to compute once.
+
+    Attributes:
+        name: what a failure is said to be of.
+        result: the JSON file that the values are kept in; its presence says that the job is done.
+        lock: a file, held by who works on the job. Jobs with one lock are never worked on at once.
+        work: gives the values; can be sent to other processes.
+    """
+
+    name: str
+    result: Path
+    lock: Path
+    work: Callable[[], dict[str, Any]]
+
+    @property
+    def done(self) -> bool:
+        return self.result.exists()
+
+    def values(self) -> dict[str, Any]:
+        """What was kept.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        values = Run(self.result.parent).summary(self.result.name)
+        assert values is not None
+        return values
+
+
+def compare(
+    variants: Sequence[Variant], seeds: Sequence[int], measure: Measure, out: Path, *, workers: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Pre-train and measure every variant with every seed, in `workers` processes.
+
+    With the same seed all variants start from the same random numbers and see the samples in the same order.
 
     Returns:
-        `arms`: name -> measure -> {"values" per seed, "mean", "std", "ci95"}, plus "collapsed" (number of seeds);
-        `seeds`; `random_init` and `raw_tokens`: probe accuracies without pre-training.
+        Variant -> what was measured, a dictionary for each seed.
+
+    Raises:
+        UserError: a pair failed, two variants have one name, or the folder is none of a comparison.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and runs under way have a checkpoint.
     """
-    jobs = [(arm, seed, out / arm.name.replace(" ", "_") / f"seed_{seed}") for seed in seeds for arm in arms]
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_single_thread) as pool:
-        futures = {pool.submit(run_one, arm.config, seed, folder): (arm.name, seed) for arm, seed, folder in jobs}
-        try:
-            for count, future in enumerate(as_completed(futures), 1):
-                name, seed = futures[future]
-                rows[name, seed] = future.result()
-                print(f"{count}/{len(jobs)}  {name}, seed {seed}", file=sys.stderr)
-        except BaseException:  # Ctrl-C reaches the workers too, which stop after a checkpoint; start no further one
-            pool.shutdown(cancel_futures=True)
-            raise
-    first = rows[arms[0].name, seeds[0]]
-    return {
-        "seeds": list(seeds),
-        "arms": {
-            arm.name: {measure: spread([rows[arm.name, seed][measure] for seed in seeds]) for measure in COLUMNS}
-            | {"collapsed": sum(rows[arm.name, seed]["collapsed"] for seed in seeds)}
-            | {"rank_over_training": rows[arm.name, seeds[0]]["rank_over_training"]}
-            for arm in arms
-        },
-        "effective_rank_embedding_start": first["effective_rank_embedding_start"],
-        "random_init": spread([rows[arms[0].name, seed]["probe_random"] for seed in seeds]),
-        "raw_tokens": first["probe_raw"],
-    }
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("a comparison is started once, not by torchrun: workers= shares it among the GPUs of a machine")
+    names = [variant.name for variant in variants]
+    if twice := sorted(
+        {name for name in names if names.count(name) > 1} | {str(s) for s in seeds if seeds.count(s) > 1}
+    ):
+        raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
+    jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in seeds for variant in variants}
+    share(list(jobs.values()), workers=workers)
+    return {name: [jobs[name, seed].values() for seed in seeds] for name in names}
 
 
-def run_one(config: PretrainConfig, seed: int, folder: Path) -> dict[str, Any]:
-    """Pre-train and probe one arm with one seed, or read what an earlier sitting measured."""
-    config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+def pair(variant: Variant, seed: int, measure: Measure, out: Path) -> Job:
+    """The job of one variant and seed: train unless that was done, then measure."""
+    config = seeded(variant.config, seed)
+    folder = run_folder(variant, seed, out)
+    result = folder / f"{measure.name}-{digest(measure.options.model_dump(mode='json'))}.json"
+    return Job(f"{variant.name}, seed {seed}", result, folder / ".lock", partial(run_pair, config, folder, measure))
+
+
+def run_pair(config: PretrainConfig, folder: Path, measure: Measure) -> dict[str, Any]:
+    """Pre-train, or go on with or open what an earlier sitting did; then measure."""
     run = Run(folder)
     with world() as ranks:
-        summary = pretrain(config, run, ranks, show=False)
-        probed = run.summary("probe.json")
-        if probed is None:
-            config, model = load_pretrained(run, ranks.device)
-            probed = probe.probe(config, model, PROBE)
-            run.write_summary(probed, "probe.json")
-    health = [line for line in run.metrics() if "effective_rank_embedding" in line]
-    metric = probe.metric_of(probed["best"])
-    return {
-        **{name: summary[name] for name in ("objective", "loss", "retrieval_top1", "effective_rank_embedding")},
-        **{name: summary[name] for name in ("effective_rank_embedding_start", "collapsed")},
-        "probe_best": probed["best"][metric],
-        "probe_final": next(row[metric] for row in probed["layers"] if row["name"] == "final norm, mean"),
-        "probe_random": probed["random_init"]["best"][metric],
-        "probe_raw": probed["raw_tokens"][metric],
-        "rank_over_training": [[line["step"], line["effective_rank_embedding"]] for line in health],
-    }
+        pretrain(config, run, ranks, show=False)
+        return measure.function(*load_pretrained(run, ranks.device), run, measure.options)
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Values over seeds with mean, standard deviation and the half-width of the 95 % t-interval of the mean."""
-    count = len(values)
-    std = statistics.stdev(values) if count > 1 else 0.0
-    ci95 = float(student_t.ppf(0.975, count - 1)) * std / math.sqrt(count) if count > 1 else None
-    return {"values": list(values), "mean": statistics.fmean(values), "std": std, "ci95": ci95}
+def seeded(config: PretrainConfig, seed: int) -> PretrainConfig:
+    """The config with this seed."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+
+
+def run_folder(variant: Variant, seed: int, out: Path) -> Path:
+    """Where the run of this config lies, under whatever name it was first made; else where it is to lie."""
+    key = config_digest(seeded(variant.config, seed))
+    found = sorted((out / "runs").glob(f"*-{key}"))
+    return found[0] if found else out / "runs" / f"{shell_friendly(variant.name)}-seed{seed}-{key}"
+
+
+def shell_friendly(name: str) -> str:
+    """A name without characters that a shell or a file system would take for something else."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "variant"
+
+
+def config_digest(config: PretrainConfig) -> str:
+    """12 hexadecimal digits that tell a config from others, but for keys that don't touch what is computed."""
+    values = config.model_dump(mode="json", serialize_as_any=True)
+    for key in FREE_KEYS:
+        group, _, name = key.partition(".")
+        values[group].pop(name, None)
+    return digest({"adapter": import_path(type(config.data)), **values})
+
+
+def digest(values: Any) -> str:
+    """12 hexadecimal digits of plain values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# ----------------------------------------------------------------------------------------------- sharing
+
+
+def share(jobs: Sequence[Job], *, workers: int) -> None:
+    """Finish all jobs in `workers` processes, together with other commands that have the same jobs.
+
+    Worker i uses GPU i modulo their number. Progress goes to the error stream. A first failure stops all.
+
+    Raises:
+        UserError: a job failed by something the user can mend, or a worker was killed.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    count = min(workers, sum(not job.done for job in jobs))
+    with _terminable():
+        team: list[tuple[BaseProcess, Connection]] = []
+        try:
+            for number in range(count):
+                team.append(_hired(number, count, jobs))
+            _supervise(jobs, team)
+        finally:
+            for process, _ in team:
+                process.terminate()  # one that trains writes a checkpoint first
+            for process, _ in team:
+                process.join()
+
+
+def work_through(jobs: Sequence[Job]) -> None:
+    """Finish every job in this process, but for those another one holds: wait for them, or do them if it dies."""
+    left = list(jobs)
+    while left:
+        held = [job for job in left if not attempt(job)]
+        if len(held) == len(left):
+            time.sleep(_POLL)
+        left = held
+
+
+def attempt(job: Job) -> bool:
+    """Do a job unless it was done; False if another process holds it."""
+    if job.done:
+        return True
+    with locked(job.lock) as mine:
+        if mine and not job.done:
+            try:
+                values = job.work()
+            except UserError as error:
+                raise UserError(f"{job.name}: {error}") from error
+            with disk_errors(job.result):
+                write_whole(job.result, json.dumps(values, indent=1) + "\n")
+        return mine
+
+
+@contextmanager
+def locked(file: Path, *, patient: bool = False) -> Iterator[bool]:
+    """Whether this process could take the lock, which it then has in the block. The file stays: it tells nothing.
+
+    Args:
+        patient: wait until it can be taken.
+    """
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("w")
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX if patient else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+@contextmanager
+def reporting(out: Path) -> Iterator[None]:
+    """Within the block no other command writes the report of this folder."""
+    with locked(out / ".report.lock", patient=True):
+        yield
 
 
 def default_workers() -> int:
-    """One process a core, or one where there is a GPU to share."""
-    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    """One process a GPU, or a core where there is none."""
+    return torch.cuda.device_count() or os.cpu_count() or 1
 
 
-def table(result: dict[str, Any]) -> list[list[str]]:
-    """Head and one row an arm, mean ± standard deviation over seeds."""
-    rows = [["", *COLUMNS.values(), "collapsed"]]
-    for name, measures in result["arms"].items():
-        cells = [f"{measures[m]['mean']:.3f} ± {measures[m]['std']:.3f}" for m in COLUMNS if m in measures]
-        rows.append([name, *cells, f"{measures['collapsed']} of {len(result['seeds'])}"])
-    return rows
+def _hired(number: int, count: int, jobs: Sequence[Job]) -> tuple[BaseProcess, Connection]:
+    """Start a worker; it says None over the connection when all is done, or the exception that stopped it."""
+    context = multiprocessing.get_context("spawn")
+    hear, say = context.Pipe(duplex=False)
+    process = context.Process(target=_worker, args=(number, count, jobs, say), name=f"worker {number}")
+    before = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # inherited: Ctrl-C is for this process, which tells the others
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    say.close()
+    return process, hear
 
 
-def render(result: dict[str, Any]) -> str:
-    """The table as text."""
-    rows = table(result)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([*lines, "", _foot(result)])
+def _worker(number: int, count: int, jobs: Sequence[Job], say: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    gpus = torch.cuda.device_count()
+    # Two busy single-threaded processes beat one with two threads on small models, and sums come out the same.
+    torch.set_num_threads(max((os.cpu_count() or 1) // count, 1) if gpus else 1)
+    if gpus:
+        os.environ["LOCAL_RANK"] = str(number % gpus)
+    try:
+        work_through(jobs)
+        say.send(None)
+    except (UserError, Interrupted) as error:
+        say.send(error)
+    except Exception as error:
+        traceback.print_exc()
+        say.send(RuntimeError(f"a worker failed, see above: {error!r}"))
 
 
-def _foot(result: dict[str, Any]) -> str:
-    random = result["random_init"]
-    return (
-        f"Mean ± standard deviation over {len(result['seeds'])} seeds, held-out data. Rank is the effective rank of "
-        f"the embeddings, {result['effective_rank_embedding_start']:.1f} before training. Linear probe without "
-        f"pre-training: random weights {random['mean']:.3f} ± {random['std']:.3f}, raw tokens "
-        f"{result['raw_tokens']:.3f}."
-    )
+def _end_with_parent() -> None:
+    """A parent that was killed can't tell; what trains then stops after a checkpoint."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
-def write_report(folder: Path, title: str, result: dict[str, Any]) -> None:
-    """PNGs and a page: the table, probe accuracy by arm, rank over training by arm."""
-    arms = result["arms"]
-    figures = [
-        Figure(
-            "probe.png",
-            "Linear probe of the best layer, chosen on held-back training samples; a dot a seed.",
-            bar_plot(
-                {name: measures["probe_best"]["values"] for name, measures in arms.items()},
-                y="accuracy",
-                reference={"random weights": result["random_init"]["mean"], "raw tokens": result["raw_tokens"]},
-            ),
-        ),
-        Figure(
-            "rank.png",
-            f"Effective rank of the embeddings over training (seed {result['seeds'][0]}).",
-            line_plot(
-                {name: tuple(zip(*measures["rank_over_training"], strict=True)) for name, measures in arms.items()},
-                x="step",
-                y="effective rank",
-                from_zero=True,
-            ),
-        ),
-    ]
-    head, *rows = table(result)
-    body = "<table><tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"
-    body += "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    body += f"</table><p>{html.escape(_foot(result))}</p>"
-    made = ", ".join(f"{name} {value}" for name, value in result.get("made_with", {}).items())
-    with disk_errors(folder):
-        page(folder, title=title, body=body, figures=figures, foot=made)
+def _supervise(jobs: Sequence[Job], team: Sequence[tuple[BaseProcess, Connection]]) -> None:
+    """Wait until all workers are done, saying now and then how far they are."""
+    working = {hear: process for process, hear in team}
+    done = before = sum(job.done for job in jobs)
+    began = said = time.monotonic()
+    if before and working:
+        print(f"{before} of {len(jobs)} were finished before", file=sys.stderr)
+    while working:
+        for hear in wait(list(working), timeout=_POLL):
+            assert isinstance(hear, Connection)
+            _heard(hear, working.pop(hear))
+        now, count = time.monotonic(), sum(job.done for job in jobs)
+        if count > done and (now - said > _SAY or count == len(jobs)):
+            left = (len(jobs) - count) * (now - began) / (count - before)
+            print(f"{count} of {len(jobs)} finished, about {_duration(left)} left", file=sys.stderr)
+            done, said = count, now
 
 
-def _single_thread() -> None:
-    torch.set_num_threads(1)  # two busy single-threaded processes beat one with two threads on small models
+def _heard(hear: Connection, process: BaseProcess) -> None:
+    try:
+        error = hear.recv()
+    except EOFError:
+        process.join()
+        raise UserError(
+            f"{process.name} was killed (exit status {process.exitcode}), perhaps for want of memory; what is finished "
+            "is kept: give the same command again, with fewer workers="
+        ) from None
+    if isinstance(error, Interrupted):
+        raise KeyboardInterrupt
+    if error is not None:
+        raise error
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within the block SIGTERM is what Ctrl-C is."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

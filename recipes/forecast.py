@@ -47,8 +47,8 @@ from recipes.forecasters import (
     train,
 )
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
-from recipes.probe import FREE, listed
-from recipes.targets import is_run
+from recipes.probe import FREE
+from recipes.targets import is_run, listed
 from recipes.training import provenance
 
 SEED_KEYS = ("recipe", "train.seed", "train.workers", "data.root")

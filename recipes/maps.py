@@ -67,6 +67,20 @@ def attention_figures(weights: Tensor, positions: Tensor, mask: Tensor | None = 
     return AttentionFigures(*((x * real).sum(-1) / real.sum(-1).clamp(min=1) for x in (distance, entropy, on_bos)))
 
 
+def neighbour_share(weights: Tensor, positions: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Share of each head's attention on the tokens next to the one that looks, on its 8 neighbours in a grid, [B, H].
+
+    Mean over the real tokens of a sample, BOS left out; itself is none of the neighbours. Arguments as in
+    `attention_figures`.
+    """
+    first = weights.shape[-1] - positions.shape[-2]
+    apart = (positions.unsqueeze(-2) - positions.unsqueeze(-3)).abs().amax(-1)
+    near = ((apart > 0) & (apart < 1.5)).to(weights.dtype).unsqueeze(-3)
+    share = (weights[:, :, first:, first:] * near).sum(-1)
+    real = torch.ones_like(share[:, :1]) if mask is None else mask[:, None].to(share.dtype)
+    return (share * real).sum(-1) / real.sum(-1).clamp(min=1)
+
+
 def grid_positions(grid: tuple[int, int]) -> Tensor:
     """(row, column) of every token of a grid in canonical order, [N, 2] float32: one unit is one token."""
     rows, columns = grid

@@ -65,7 +65,7 @@ from recipes.finetune import FinetuneConfig
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.segment import SegmentConfig
-from recipes.targets import default_out, is_run, read_target, task_of
+from recipes.targets import default_out, is_run, listed, read_target, task_of
 from recipes.training import provenance, unreadable
 from recipes.weights import load_backbone, read_weights
 
@@ -85,13 +85,6 @@ FREE = ("data.", "train.workers")
 """Keys of a run or recipe that a probe may change: they say where the samples lie and how they are loaded."""
 _SMALL = 2**24
 """Rows of fewer numbers are fitted side by side on the CPU, each on one thread: threads within one don't pay."""
-
-
-def listed(value: Any) -> Any:
-    """`a,b` on the command line, or a single value, as a list."""
-    if isinstance(value, str):
-        return tuple(value.strip("[]").replace(" ", "").split(","))
-    return (value,) if isinstance(value, int) else value
 
 
 class Options(BaseModel):

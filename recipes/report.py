@@ -15,6 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from nepa_core.modality import Sketch
@@ -22,7 +23,8 @@ from nepa_core.modality import Sketch
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd }
-td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-nums }
+td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-nums; white-space: nowrap }
+pre { overflow-x: auto }
 figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } footer { color: #777; font-size: .8rem }
 """
 
@@ -57,6 +59,7 @@ def line_plot(
     axes = canvas.subplots()
     for name, (xs, ys) in series.items():
         axes.plot(xs, ys, marker="o" if markers else None, markersize=3, linewidth=1.6, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps, places, layers
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.margins(y=HEADROOM)
@@ -64,7 +67,7 @@ def line_plot(
         axes.set_ylim(0, max(axes.dataLim.y1, 1e-12) * (1 + HEADROOM) if np.isfinite(axes.dataLim.y1) else None)
     axes.grid(alpha=0.3)
     canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mapping[str, float] | None = None) -> bytes:
@@ -82,7 +85,7 @@ def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mappin
     axes.grid(alpha=0.3, axis="y")
     if reference:
         axes.legend(frameon=False, fontsize="small")
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def picture_table(
@@ -105,7 +108,7 @@ def picture_table(
             axes.set_title(title, fontsize="medium", parse_math=False)
     patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
     canvas.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
-    return _png(canvas)
+    return png_of(canvas)
 
 
 class Panel(NamedTuple):
@@ -159,7 +162,7 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
                 beside = axes_at(left + wide + 0.04, above, 0.07, high)
                 canvas.colorbar(heat, cax=beside).ax.tick_params(labelsize=6, length=2, pad=1)
         top += line * -(-len(row) // across)
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def _aspect(sketch: Sketch) -> float:
@@ -214,22 +217,31 @@ def _draw_curves(axes: Axes, curves: Tensor, rows: int, columns: int) -> None:
 
 def page(folder: Path, *, title: str, body: str, figures: Sequence[Figure], foot: str) -> None:
     """Write every PNG and an index.html that needs no other file. `body` is HTML, the rest is text."""
+    compose(folder, title=title, parts=[body, *figures], foot=foot)
+
+
+def compose(folder: Path, *, title: str, parts: Sequence[str | Figure], foot: str) -> None:
+    """The same with HTML and figures in any order."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
-    for figure in figures:
-        (folder / figure.name).write_bytes(figure.png)
-        data = base64.b64encode(figure.png).decode()
-        caption = html.escape(figure.caption)
+    for part in parts:
+        if isinstance(part, str):
+            shown.append(part)
+            continue
+        (folder / part.name).write_bytes(part.png)
+        data = base64.b64encode(part.png).decode()
+        caption = html.escape(part.caption)
         image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
         shown.append(f"<figure>{image}<figcaption>{caption}</figcaption></figure>")
     (folder / "index.html").write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{body}{''.join(shown)}"
+        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{''.join(shown)}"
         f"<footer>{html.escape(foot)}</footer></body></html>\n"
     )
 
 
-def _png(canvas: Canvas) -> bytes:
+def png_of(canvas: Canvas) -> bytes:
+    """A drawing as PNG bytes."""
     stream = io.BytesIO()
     canvas.savefig(stream, format="png")
     return stream.getvalue()

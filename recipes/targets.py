@@ -136,3 +136,10 @@ def _as_given(value: Any) -> str:
         words = ",".join(map(_as_given, value))
         return words if all(isinstance(each, str) for each in value) else f"[{words}]"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def listed(value: Any) -> Any:
+    """A list option as it comes from the command line: `a,b`, `[a,b]` (a shell takes the quotes out) or one value."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.strip("[] ").split(","))
+    return (value,) if isinstance(value, int | float) else value

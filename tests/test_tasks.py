@@ -14,7 +14,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.config import load_object, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from recipes import ablate, bench, compare
+from recipes import ablate, bench
 from recipes.bench import read_config
 from recipes.cli import main
 from recipes.finetune import finetune, short
@@ -115,14 +115,6 @@ def test_ablate_runs_every_arm_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     before = [path.stat().st_mtime_ns for path in metrics]
     assert main(words) == 0  # everything is there: nothing is trained again
     assert [path.stat().st_mtime_ns for path in metrics] == before
-
-
-def test_a_comparison_gives_mean_spread_and_interval() -> None:
-    spread = compare.spread([0.1, 0.2, 0.3])
-    assert spread["mean"] == pytest.approx(0.2)
-    assert spread["std"] == pytest.approx(0.1)
-    assert spread["ci95"] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # Student's t with 2 degrees of freedom
-    assert compare.spread([0.1])["ci95"] is None
 
 
 def test_bench_accounts_for_the_whole_step(tiny_recipe: PretrainConfig) -> None:

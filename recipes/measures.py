@@ -1,0 +1,237 @@
+"""What comparisons measure of a finished run: read-outs, fine-tuning on few labels, attention.
+
+Each stands beside the same figure of the same network with random weights, or of equal attention. Plain values come
+back, so that they can be kept as JSON.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nepa_core.basics import Batch, UnreadableSample
+from nepa_core.modality import Modality
+from nepa_core.model import NEPA
+from nepa_core.predictor import Trace
+from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
+from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.fit import fit
+from nepa_core.runtime.optim import Duration
+from nepa_core.runtime.run import Run
+from recipes import finetune, probe
+from recipes.features import Row, Source, kept_features, network_reader, tokens_per_sample
+from recipes.goals import Classification, Goal, find_goal
+from recipes.maps import attention_figures, grid_positions, neighbour_share, uniform_attention
+from recipes.pretrain import PretrainConfig, load_pretrained
+
+PROBE = probe.Options(poolings=("mean", "last"), classifiers=("linear",))
+"""The same rows for every variant: BOS can be read in some of them only."""
+
+BASELINES = ("copy", "mean", "position_mean", "linear")
+
+
+def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
+    """Linear probe of the layer and pooling that serve held-back training samples best, beside random weights.
+
+    Returns:
+        `probe`, `probe_row`; `probe_final`, of the mean after the final norm; `probe_random`, `probe_random_row`;
+        `raw_tokens`; `metric`, accuracy or r2; `layers`: names, accuracies and effective ranks of the means over
+        tokens (of single tokens where these have the classes), layer by layer, with and without pre-training.
+    """
+    found = probe.probe(config, model, PROBE)
+    metric = probe.metric_of(found["best"])
+    means, random_means = (
+        [row for row in rows if row["name"].endswith((", mean", ", token"))]  # tokens where these have the classes
+        for rows in (found["layers"], found["random_init"]["layers"])
+    )
+    return {
+        "metric": metric,
+        "probe": found["best"][metric],
+        "probe_row": found["best"]["name"],
+        "probe_final": means[-1][metric],
+        "probe_random": found["random_init"]["best"][metric],
+        "probe_random_row": found["random_init"]["best"]["name"],
+        "raw_tokens": found["raw_tokens"][metric],
+        "layers": {
+            "name": [row["name"].partition(",")[0] for row in means],
+            "probe": [row[metric] for row in means],
+            "probe_random": [row[metric] for row in random_means],
+            "rank": [row["effective_rank"] for row in means],
+            "rank_random": [row["effective_rank"] for row in random_means],
+        },
+    }
+
+
+def predicted(run: Run) -> dict[str, Any]:
+    """Loss, lift over the baselines (how much lower the loss is), identification, and loss at each place."""
+    summary = run.summary()
+    assert summary is not None
+    return {
+        "loss": summary["loss"],
+        **{f"lift_{name}": summary[f"baseline_{name}"] - summary["loss"] for name in BASELINES},
+        **{name: value for name, value in summary.items() if name.startswith(("retrieval_top1", "effective_rank_"))},
+        "collapsed": summary["collapsed"],
+        "loss_per_position": summary["loss_per_position"],
+    }
+
+
+# ------------------------------------------------------------------------------------------- fine-tuning
+
+
+class Some(Dataset[Batch]):
+    """Chosen samples of a data set."""
+
+    def __init__(self, whole: Dataset[Batch], indices: list[int]) -> None:
+        self.whole, self.indices = whole, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.whole[self.indices[index]]
+
+
+def few_labels(whole: Dataset[Batch], goal: Goal, labels: int, seed: int) -> Some:
+    """`labels` samples of every class, drawn by `seed`; where targets are not one class a sample, so many in all."""
+    per_class = isinstance(goal, Classification) and not goal.per_token
+    classes = goal.outputs if per_class else 1
+    chosen: list[int] = []
+    counts = [0] * classes
+    for index in epoch_order(len(cast(Any, whole)), fold_seed(seed, "labels"), 0).tolist():
+        try:
+            kind = int(whole[index]["label"]) if per_class else 0
+        except UnreadableSample:
+            continue
+        if kind >= 0 and counts[kind] < labels:
+            counts[kind] += 1
+            chosen.append(index)
+        if min(counts) == labels:
+            break
+    return Some(whole, chosen)
+
+
+def fine_tuned(
+    config: PretrainConfig, init: Path | None, device: torch.device, *, labels: int | None, steps: int
+) -> float:
+    """Held-out accuracy (r2 of numbers) of all weights after a short training on labels.
+
+    The setting of `finetune.short` without layer decay and averages, the same for pre-trained and random weights.
+
+    Args:
+        config: of pre-training; its seed gives the random weights, the labels and the order of the samples.
+        init: the run to start from; None for random weights.
+        labels: training samples a class, or None for all.
+    """
+    goal = find_goal(config.data)
+    tuning = finetune.short(config, None if init is None else str(init))
+    samples = tuning.data.dataset("train")
+    if labels is not None:
+        samples = few_labels(samples, goal, labels, config.train.seed)
+    train = tuning.train.model_copy(
+        update={
+            "length": Duration(steps=steps),
+            "batch": min(tuning.train.batch, len(cast(Any, samples))),
+            "micro_batch": None if labels is not None else tuning.train.micro_batch,
+            "ema": None,
+            "checkpoint": steps,
+        }
+    )
+    optim = tuning.optim.model_copy(update={"layer_decay": None})
+    tuning = tuning.model_copy(update={"train": train, "optim": optim})
+    model, _ = finetune.build_classifier(tuning, goal)
+    model = model.to(device)
+    alone = World(0, 1, device)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            model=model,
+            step_function=finetune.make_step(tuning, goal),
+            dataset=samples,
+            config=train,
+            optim=optim,
+            run=Run(Path(folder)),
+            world=alone,
+            show=False,
+        )
+    return finetune.measure(tuning, model, alone)[goal.headline]
+
+
+def fine_tunings(
+    config: PretrainConfig, run: Run, device: torch.device, *, labels: tuple[int | None, ...], steps: int
+) -> dict[str, float]:
+    """`finetuned_50` and `finetuned_50_random` for every number of labels a class; "all" for None."""
+    found = {}
+    for count in labels:
+        name = f"finetuned_{'all' if count is None else count}"
+        for key, init in ((name, run.path), (f"{name}_random", None)):
+            found[key] = fine_tuned(config, init, device, labels=count, steps=steps)
+    return found
+
+
+# --------------------------------------------------------------------------------------------- attention
+
+ATTENTION = ("distance", "entropy", "on_bos", "on_neighbours")
+
+
+@torch.no_grad()
+def attention_by_layer(
+    config: PretrainConfig, model: NEPA, device: torch.device, samples: int
+) -> dict[str, list[list[float]]]:
+    """Means over held-out samples for every layer and head; distances in units of the grid.
+
+    Returns:
+        distance, entropy, on_bos, on_neighbours (the share on the 8 tokens around): layers x heads; and as `uniform`
+        the same four, one number each, of equal attention wherever a token may look.
+    """
+    eager = config.model.model_copy(update={"attention": "eager"})
+    network = NEPA(eager, config.data.embedder(eager.dim)).to(device).eval()
+    network.load_state_dict(model.state_dict())
+    data, bos, causal = config.data.plain(), int(config.model.bos), config.objective.causal
+    total, count = torch.zeros(4, config.model.depth + 1, config.model.heads, device=device), 0
+    batches = plain_batches(data.dataset("test"), batch=min(samples, 64), device=device, limit=samples)
+    for batch in batches:
+        tokens, trace = data.read(batch), Trace()
+        network(tokens, causal=causal, trace=trace)
+        shape = tokens.values.shape[:2]
+        mask = torch.ones(shape, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask
+        positions = grid_positions(data.describe(tokens).grid).to(device)
+        if tokens.order is not None:
+            positions = positions[tokens.order.to(device)]
+        uniform = uniform_attention(F.pad(mask, (bos, 0), value=True), causal=causal)
+        for layer, weights in enumerate([*trace.attention, uniform]):
+            figures = [*attention_figures(weights, positions, mask), neighbour_share(weights, positions, mask)]
+            total[:, layer] += torch.stack([x.sum(0).expand(config.model.heads) for x in figures])
+        count += len(mask)
+    means: Tensor = total / count
+    figures_by_layer = {name: rows[:-1].tolist() for name, rows in zip(ATTENTION, means, strict=True)}
+    return figures_by_layer | {"uniform": means[:, -1].mean(-1).tolist()}
+
+
+# ------------------------------------------------------------------------------- reading by another order
+
+
+def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
+    """Probe of the run in `folder` when its samples are read by another adapter, such as one with another order.
+
+    Of the best layer, means over tokens alone; the layer is chosen on held-back training samples.
+    """
+    with world() as ranks:
+        config, model = load_pretrained(Run(folder), ranks.device)
+        config = config.model_copy(update={"data": reading})
+        per_sample = tokens_per_sample(config.data.plain())
+        rows = [Row(layer, "token" if per_sample else "mean") for layer in range(config.model.depth + 2)]
+        reader = network_reader(config, model, rows, causal=config.objective.causal)
+        with tempfile.TemporaryDirectory() as store:
+            train, test = (
+                kept_features(Source(config, split, -(-limit // max(per_sample, 1))), [reader], Path(store), ranks)
+                for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
+            )
+            split = probe.Split.of(train.features[0], test.features[0], ranks.device)
+            scored = probe.score_rows(split, PROBE.classifiers)
+    best = probe.best_row(scored)
+    return {"probe": best[probe.metric_of(best)], "probe_row": best["name"]}

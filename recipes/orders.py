@@ -1,0 +1,258 @@
+"""nepa orders: which patch order? Every order pre-trained with every seed at the same budget, measured and compared.
+
+  orders=raster,hilbert,random:1,random:2    built-in orders (NAME:SEED is a drawn one of another seed), orders of your
+                                             own as module:function, or files
+  seeds=0,1,2                                three or more, or no difference can be told from noise
+
+For each: a linear probe of the best layer, chosen on held-back training samples and never on the test samples, and a
+short fine-tuning on labels= a class, both also for the same network with random weights under the same order; the lift
+of the prediction over its baselines; attention; and what the order itself is like. Losses of different orders are not
+comparable, for each asks other questions: orders are ranked by accuracy, with 95 % intervals over seeds and paired
+tests.
+
+predict_position= gives every order, raster included, the same knowledge of where the next token lies; random_per_sample
+needs it. What is finished is kept: the same command goes on where it was stopped, more orders or seeds add to it, and
+several commands may share a folder, each on its own GPU.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field
+
+from modalities.order_measures import order_measures
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.model import NEPA
+from nepa_core.runtime.config import override
+from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.run import Run
+from recipes.compare import Job, Measure, Variant, compare, default_workers, digest, reporting, run_folder, share
+from recipes.compare_report import Rows, groups, spreads
+from recipes.goals import find_goal
+from recipes.measures import attention_by_layer, fine_tunings, predicted, read_as, read_out
+from recipes.orders_report import render, write_report
+from recipes.pretrain import PretrainConfig
+from recipes.significance import Difference, differences, spread, verdict
+from recipes.targets import default_out, is_run, listed, read_target
+from recipes.training import provenance
+
+DEFAULT = (
+    *("raster", "column", "snake", "hilbert", "morton", "spiral_in", "diagonal"),
+    *("random:1", "random:2", "random:3"),
+)
+"""Orders that are compared where none are named."""
+
+_ATTENTION_SAMPLES = 256
+_ORDER_SAMPLES = 16  # whose orders are measured, where each sample has its own
+
+
+def _labels(given: Any) -> Any:
+    """Numbers, and "all" for None."""
+    return tuple(None if str(name) == "all" else name for name in listed(given))
+
+
+class Options(BaseModel):
+    """Options of `nepa orders`."""
+
+    model_config = FROZEN
+
+    orders: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        default=DEFAULT, min_length=1, description=f"such as raster,my_orders:by_saliency; default {','.join(DEFAULT)}"
+    )
+    seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
+        default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
+    )
+    predict_position: Literal["off", "add", "rotate"] | None = Field(
+        default=None, description="of every order: off, add or rotate; default: as in the recipe"
+    )
+    labels: Annotated[tuple[int | None, ...], BeforeValidator(_labels)] = Field(
+        default=(50,),
+        min_length=1,
+        description="training labels a class to fine-tune on, such as 10,50,all; default 50",
+    )
+    finetune_steps: int = Field(default=150, gt=0, description="steps of each fine-tuning; default 150")
+    cross: bool = Field(default=True, description="also read the models of the first seed by every other order")
+    out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-orders")
+    workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, or one a GPU")
+
+
+class MeasureOptions(BaseModel):
+    """What the measured values depend on beside the run."""
+
+    model_config = FROZEN
+
+    labels: tuple[int | None, ...]
+    finetune_steps: int
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    if is_run(target):
+        raise UserError(
+            f"nepa orders starts from a recipe such as recipes.vision:digits_2x2, and {target} is a run folder"
+        )
+    config = read_target(PretrainConfig, target, changes)
+    out = Path(options.out or default_out(target, "orders"))
+    print(render(orders(config, options, out)))
+    print(f"Report: {out / 'report' / 'index.html'}")
+
+
+def orders(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any]:
+    """Run and measure everything that is not yet, and write summary.json and report/ into `out`.
+
+    Returns:
+        The summary, see `summarise`.
+
+    Raises:
+        UserError: an order is not known or the adapter has none, or the samples have nothing to train on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    find_goal(config.data)  # says what is wrong before hours of training, not after
+    variants = [Variant(name, ordered(config, name, options.predict_position)) for name in options.orders]
+    workers = options.workers or default_workers()
+    measured = Measure("orders", measure, MeasureOptions(labels=options.labels, finetune_steps=options.finetune_steps))
+    rows = compare(variants, options.seeds, measured, out, workers=workers)
+    summary = summarise(rows, options) | {"recipe": config.recipe}
+    if options.cross and len(variants) > 1:
+        summary["cross"] = read_across(variants, options.seeds[0], out, workers=workers)
+    folders = {v.name: [str(run_folder(v, seed, out)) for seed in options.seeds] for v in variants}
+    summary |= {"runs": folders, "made_with": provenance()}
+    with reporting(out):
+        write_report(out / "report", rows, summary)
+        Run(out).write_summary(summary)
+    return summary
+
+
+def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> PretrainConfig:
+    """The recipe under an order: a name, NAME:SEED, module:function or a file.
+
+    Raises:
+        UserError: there is no such order, or the adapter takes none.
+    """
+    if "patch_order" not in type(config.data).model_fields:
+        raise UserError(f"{type(config.data).__name__} takes no data.patch_order, so its orders can't be compared")
+    base, _, seed = name.rpartition(":")
+    drawn = {"data.patch_order": base, "data.order_seed": int(seed)} if seed.isdigit() else {"data.patch_order": name}
+    told = {} if predict_position is None else {"model.predict_position": predict_position}
+    return override(config, drawn | told)
+
+
+def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptions) -> dict[str, Any]:
+    """Everything that is compared, of one run."""
+    device = next(model.parameters()).device
+    return {
+        **read_out(config, model),
+        **fine_tunings(config, run, device, labels=options.labels, steps=options.finetune_steps),
+        **predicted(run),
+        "attention": attention_by_layer(config, model, device, _ATTENTION_SAMPLES),
+        "order": measured_order(config, device),
+    }
+
+
+def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, float]:
+    """`order_measures` of the order that held-out samples are read in: a mean where each has its own."""
+    data = config.data.plain()
+    batches = plain_batches(data.dataset("test"), batch=_ORDER_SAMPLES, device=device, limit=_ORDER_SAMPLES)
+    tokens = data.read(next(iter(batches)))
+    count, grid = tokens.values.shape[1], data.describe(tokens).grid
+    order = torch.arange(count) if tokens.order is None else tokens.order.cpu()
+    found = [order_measures(each, grid) for each in order.view(-1, count)]
+    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+
+
+def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) -> dict[str, Any]:
+    """Probe accuracy of the model of every order (a row of `accuracy`) when it is read by every order (a column)."""
+    jobs = {}
+    for trained in variants:
+        folder = run_folder(trained, seed, out)
+        for read in variants:
+            data = read.config.data
+            file = f"read-{digest([read.name, data.model_dump(mode='json')])}.json"
+            lock = folder / f".{file}.lock"
+            name = f"{trained.name} read as {read.name}"
+            jobs[trained.name, read.name] = Job(name, folder / file, lock, partial(read_as, folder, data))
+    share(list(jobs.values()), workers=workers)
+    names = [variant.name for variant in variants]
+    return {
+        "orders": names,
+        "seed": seed,
+        "accuracy": [[jobs[row, column].values()["probe"] for column in names] for row in names],
+    }
+
+
+# ----------------------------------------------------------------------------------------------- summary
+
+
+def summarise(rows: Rows, options: Options) -> dict[str, Any]:
+    """summary.json.
+
+    Returns:
+        `orders`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std` and `ci95`; the same
+        four of every other measure under its name, and `probe_gain` over random weights; `order`, what the order is
+        like; attention of the first seed. `ranking`: names by mean accuracy. `verdict`: the plain sentences.
+        `differences`, `against_random`: the paired tests behind the first and the third. `raw_tokens`: the probe of the
+        raw tokens.
+    """
+    keys = [key for key, value in next(iter(rows.values()))[0].items() if isinstance(value, float | int)]
+    found = {key: spreads(rows, key) for key in keys}
+    accuracy, random = groups(rows, "probe"), groups(rows, "probe_random")
+    gain = {name: [a - b for a, b in zip(accuracy[name], random[name], strict=True)] for name in rows}
+    apart = differences(accuracy)
+    paired = differences(
+        accuracy | {control(name): random[name] for name in random}, [(n, control(n)) for n in accuracy]
+    )
+    first = next(iter(rows.values()))[0]
+    words: dict[str, Any] = {"noun": "orders", "seeds": len(options.seeds)}
+    sentences = [
+        verdict(apart, of=f"probe {first['metric']}", **words),
+        verdict(differences(gain), of="what pre-training adds to the probe of random weights", brief=True, **words),
+        pretraining(paired, list(rows)),
+    ]
+    for labels in options.labels:
+        name = f"finetuned_{'all' if labels is None else labels}"
+        of = "fine-tuning on all labels" if labels is None else f"fine-tuning on {labels} labels a class"
+        sentences.append(verdict(differences(groups(rows, name)), of=of, brief=True, **words))
+    return {
+        "seeds": list(options.seeds),
+        "metric": first["metric"],
+        "labels": ["all" if labels is None else labels for labels in options.labels],
+        "finetune_steps": options.finetune_steps,
+        "verdict": sentences,
+        "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
+        "raw_tokens": first["raw_tokens"],
+        "orders": {
+            name: {
+                "accuracies": found["probe"][name]["values"],
+                **{key: found["probe"][name][key] for key in ("mean", "std", "ci95")},
+                **{key: found[key][name] for key in keys},
+                "probe_gain": spread(gain[name]),
+                **{key: each[0][key] for key in ("order", "attention", "layers", "loss_per_position")},
+                "probe_rows": [row["probe_row"] for row in each],
+            }
+            for name, each in rows.items()
+        },
+        "differences": [each._asdict() for each in apart],
+        "against_random": [each._asdict() for each in paired],
+    }
+
+
+def control(name: str) -> str:
+    """What the same network with random weights is called in the tests."""
+    return f"{name}, random weights"
+
+
+def pretraining(paired: list[Difference], names: list[str]) -> str:
+    """The plain sentence on whether pre-training helps at all."""
+    if not paired:
+        return "Whether pre-training helps can't be told from so few seeds."
+    better = [each.better for each in paired if each.real and each.better in names]
+    worse = [each.worse for each in paired if each.real and each.worse in names]
+    said = [f"Pre-training reads better than random weights under {', '.join(better)}."] if better else []
+    said += [f"Pre-training reads worse than random weights under {', '.join(worse)}."] if worse else []
+    if not said:
+        return "Under no order does pre-training change the probe of random weights by more than the noise."
+    rest = len(names) - len(better) - len(worse)
+    return " ".join([*said, *([f"Under the other {rest} the difference is within the noise."] if rest else [])])

@@ -1,0 +1,210 @@
+"""The comparison engine: every pair once, whatever happens to who works on it; and which differences are real."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from nepa_core.basics import UserError
+from nepa_core.runtime.config import override
+from recipes import compare
+from recipes.ablate import Nothing
+from recipes.compare import Job, Measure, Variant
+from recipes.compare_report import Column, difference_table, html_table, spread_table, text_table
+from recipes.pretrain import PretrainConfig
+from recipes.significance import Difference, differences, holm, paired_test, spread, verdict
+
+FORK = multiprocessing.get_context("fork")  # starts at once; the jobs here need no device
+
+
+def note(log: Path, name: str, seconds: float = 0.0) -> dict[str, Any]:
+    """Work that leaves a line where it was done."""
+    with log.open("a") as stream:
+        stream.write(f"{name} {os.getpid()}\n")
+    time.sleep(seconds)
+    return {"name": name}
+
+
+def make_jobs(folder: Path, count: int, seconds: float = 0.0) -> list[Job]:
+    names = [f"job {i}" for i in range(count)]
+    return [
+        Job(name, folder / name / "r.json", folder / name / ".lock", partial(note, folder / "log", name, seconds))
+        for name in names
+    ]
+
+
+def lines(folder: Path) -> list[str]:
+    return (folder / "log").read_text().splitlines()
+
+
+def test_what_is_kept_is_not_done_again_when_the_list_grows(tmp_path: Path) -> None:
+    compare.work_through(make_jobs(tmp_path, 2))
+    compare.work_through(make_jobs(tmp_path, 3))
+    assert [line[:5] for line in lines(tmp_path)] == ["job 0", "job 1", "job 2"]
+    assert make_jobs(tmp_path, 1)[0].values() == {"name": "job 0"}
+
+
+def test_processes_share_a_list_and_each_job_is_done_once(tmp_path: Path) -> None:
+    jobs = make_jobs(tmp_path, 12, seconds=0.02)
+    team = [FORK.Process(target=compare.work_through, args=(jobs,)) for _ in range(3)]
+    for process in team:
+        process.start()
+    for process in team:
+        process.join(30)
+        assert process.exitcode == 0
+    done = lines(tmp_path)
+    assert sorted(line.rsplit(" ", 1)[0] for line in done) == sorted(job.name for job in jobs)
+    assert len({line.rsplit(" ", 1)[1] for line in done}) > 1, "one process did it all"
+
+
+def test_the_job_of_a_killed_process_is_taken_up(tmp_path: Path) -> None:
+    (slow,) = make_jobs(tmp_path, 1, seconds=60)
+    killed = FORK.Process(target=compare.work_through, args=([slow],))
+    killed.start()
+    while not (tmp_path / "log").exists():
+        time.sleep(0.005)
+    (quick,) = make_jobs(tmp_path, 1)
+    assert not compare.attempt(quick), "it is held, and must not be done twice"
+    assert killed.pid is not None
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert compare.attempt(quick)
+    assert quick.done
+    assert len(lines(tmp_path)) == 2
+
+
+def test_a_failed_job_leaves_no_result(tmp_path: Path) -> None:
+    job = Job("x", tmp_path / "r.json", tmp_path / ".lock", fail)
+    with pytest.raises(UserError, match="x: no data"):
+        compare.attempt(job)
+    assert not job.done
+    assert compare.attempt(job._replace(work=dict)), "the lock was let go"
+
+
+def fail() -> dict[str, Any]:
+    raise UserError("no data")
+
+
+def die() -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+@pytest.mark.distributed
+def test_workers_tell_what_stopped_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = make_jobs(tmp_path, 2)
+    compare.share([first, second], workers=2)
+    assert first.done
+    assert second.done
+    assert "2 of 2 finished" in capsys.readouterr().err
+    failing = Job("raster, seed 3", tmp_path / "failing.json", tmp_path / ".failing", fail)
+    with pytest.raises(UserError, match="raster, seed 3: no data"):
+        compare.share([first, failing], workers=4)
+    dying = Job("dying", tmp_path / "dying.json", tmp_path / ".dying", die)
+    with pytest.raises(UserError, match="worker 0 was killed"):
+        compare.share([dying], workers=1)
+    before = len(lines(tmp_path))
+    compare.share([first, second], workers=2)  # nothing is left: no process is started
+    assert len(lines(tmp_path)) == before == 2
+
+
+def measured(config: PretrainConfig, model: Any, run: Any, options: Any) -> dict[str, Any]:
+    return {"seed": config.train.seed, "training": model.training, "loss": run.summary()["loss"]}
+
+
+def test_a_pair_is_found_by_its_config_under_any_name(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    measure = Measure("tiny", measured, Nothing())
+    job = compare.pair(Variant("the 1st / arm", tiny_recipe), 3, measure, tmp_path)
+    folder = job.result.parent
+    assert folder.name.startswith("the-1st-arm-seed3-")
+    assert compare.attempt(job)
+    assert job.values()["seed"] == 3
+    assert not job.values()["training"]
+    assert json.loads((folder / "config.json").read_text())["train"]["seed"] == 3
+
+    free = override(tiny_recipe, {"train.checkpoint": 5, "train.workers": 1})  # they don't touch what is computed
+    again = compare.pair(Variant("another name", free), 3, measure, tmp_path)
+    assert again.name == "another name, seed 3"
+    assert again.done
+    other = override(tiny_recipe, {"optim.lr": 0.5})
+    assert compare.run_folder(Variant("the 1st / arm", other), 3, tmp_path) != folder
+    assert compare.run_folder(Variant("the 1st / arm", tiny_recipe), 4, tmp_path) != folder
+
+
+def test_names_are_given_once(tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Variant("one", tiny_recipe)
+    measure = Measure("tiny", measured, Nothing())
+    with pytest.raises(UserError, match="one is given twice"):
+        compare.compare([one, one], (0,), measure, tmp_path, workers=1)
+    with pytest.raises(UserError, match="7 is given twice"):
+        compare.compare([one], (7, 7), measure, tmp_path, workers=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="not by torchrun"):
+        compare.compare([one], (7,), measure, tmp_path, workers=1)
+
+
+# ------------------------------------------------------------------------------------------- significance
+
+ROWS = {"a": [0.81, 0.84, 0.80, 0.86], "b": [0.78, 0.80, 0.79, 0.81], "c": [0.80, 0.85, 0.79, 0.85]}
+
+
+def test_a_comparison_gives_mean_spread_and_interval() -> None:
+    found = spread([0.1, 0.2, 0.3])
+    assert found["mean"] == pytest.approx(0.2)
+    assert found["std"] == pytest.approx(0.1)
+    assert found["ci95"] == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-5)  # Student's t with 2 degrees of freedom
+    assert spread([0.1])["ci95"] is None
+
+
+def test_paired_differences_are_those_of_scipy() -> None:
+    found = {(each.better, each.worse): each for each in differences(ROWS)}
+    assert set(found) == {("a", "b"), ("a", "c"), ("c", "b")}
+    for (better, worse), each in found.items():
+        reference = stats.ttest_rel(ROWS[better], ROWS[worse])
+        interval = reference.confidence_interval(0.95)
+        assert each.p == pytest.approx(reference.pvalue)
+        assert each.mean == pytest.approx(np.mean(ROWS[better]) - np.mean(ROWS[worse]))
+        assert each.ci95 == pytest.approx((interval.high - interval.low) / 2)
+
+
+def test_holm_multiplies_step_by_step_and_never_reorders() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # worked by hand
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_equal_differences_are_tested_by_their_signs() -> None:
+    assert paired_test([0.3, 0.5, 0.7], [0.1, 0.3, 0.5]) == 0.25  # scipy would say 0 here
+    assert paired_test([0.3, 0.5], [0.3, 0.5]) == 1.0
+
+
+def test_the_verdict_says_which_differences_are_real() -> None:
+    words: dict[str, Any] = {"of": "probe accuracy", "noun": "orders"}
+    noise = differences({"a": [0.1, 0.5, 0.3], "b": [0.3, 0.1, 0.2]})
+    assert verdict(noise, seeds=3, **words).startswith("No difference between orders in probe accuracy is larger than")
+    clear = [Difference("hilbert", "raster", 0.021, 0.009, 0.001, 0.003), Difference("b", "a", 0.01, 0.02, 0.4, 0.4)]
+    shown = verdict(clear, seeds=5, **words)
+    assert "hilbert > raster by 2.1 ± 0.9 points, p = 0.003 (2 paired" in shown
+    assert "other 1 difference is within the noise" in shown
+    assert differences({"a": [0.1, 0.2], "b": [0.9, 0.95]}) == []
+    assert "give three or more" in verdict([], seeds=2, **words)
+
+
+def test_tables_show_means_and_intervals() -> None:
+    rows = {"a": [{"x": 0.1}, {"x": 0.3}], "<b>": [{"x": 0.5}, {"x": 0.5}]}
+    table = spread_table(rows, [Column("x", "accuracy", ".2f")])
+    assert table[0] == ["", "accuracy"]
+    assert table[1][1].startswith("0.20 ± 1.27")
+    assert text_table(table).splitlines()[1].startswith("a ")
+    assert "&lt;b&gt;" in html_table(table)
+    assert difference_table(differences(ROWS))[1][0] == "a > b"
