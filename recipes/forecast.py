@@ -33,7 +33,6 @@ from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import differences
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
-from recipes.compare import spread
 from recipes.features import weights_digest
 from recipes.forecasters import (
     Network,
@@ -48,6 +47,7 @@ from recipes.forecasters import (
 )
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.probe import FREE
+from recipes.significance import spread
 from recipes.targets import is_run, listed
 from recipes.training import provenance
 
