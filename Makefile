@@ -1,5 +1,5 @@
 # make demo   set up, then the main job on the embedded digits
-# make test   set up, then the tests (make test-slow: the slow and distributed ones)
+# make test   set up, then the tests (make test-slow: the slow, distributed and browser ones)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow or distributed"
+	$(BIN)/python -m pytest -m "slow or distributed or browser"
 
 check: $(READY)
 	$(BIN)/ruff format --check .

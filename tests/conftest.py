@@ -18,10 +18,6 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # several processes share few cores; and sums then come out the same everywhere
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: opens a page in headless Chromium; skipped where there is none")
-
-
 @pytest.fixture
 def tiny_recipe() -> PretrainConfig:
     return tiny.recipe()
