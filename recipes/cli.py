@@ -137,7 +137,7 @@ def _help() -> str:
 
 def _task_help(name: str, task: Any, rest: list[str]) -> str:
     from nepa_core.runtime.config import keys
-    from recipes.targets import describe_fields, is_run, read_target
+    from recipes.targets import describe_fields, given, is_run, read_target
 
     lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
     if fields := describe_fields(task.Options):
@@ -152,7 +152,7 @@ def _task_help(name: str, task: Any, rest: list[str]) -> str:
         if not is_run(rest[0]) and (doc := _docstring(rest[0])):
             lines += [f"{rest[0]}:", *(f"  {line}".rstrip() for line in doc.splitlines()), ""]
         told = f"keys of {rest[0]}:" if found else f"nepa {name} takes {rest[0]} as it is: no key of it can be set."
-        lines += [told, *(f"  {key}={value}" for key, value in found.items())]
+        lines += [told, *(f"  {key}={given(value)}" for key, value in found.items())]
     else:
         lines += [f"nepa {name} {TASKS[name].takes} --help lists every key that can be set, with its value."]
     return "\n".join(lines)

@@ -116,7 +116,7 @@ def _described(field: FieldInfo) -> str:
     if choices := _choices(field.annotation):
         said.append(f"{'some' if several else 'one'} of {', '.join(choices)}")
     if field.default not in (None, PydanticUndefined, ()) and "default" not in text:
-        said.append(f"default {_as_given(field.default)}")
+        said.append(f"default {_as_listed(field.default)}")
     return f"{text} ({'; '.join(said)})" if said else text
 
 
@@ -130,12 +130,15 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return _choices(inner[0]) if len(inner) == 1 else ()
 
 
-def _as_given(value: Any) -> str:
-    """A default as it would be given on the command line."""
-    if isinstance(value, tuple):
-        words = ",".join(map(_as_given, value))
-        return words if all(isinstance(each, str) for each in value) else f"[{words}]"
-    return value if isinstance(value, str) else json.dumps(value)
+def given(value: Any) -> str:
+    """A value as it would be given on the command line."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"), default=str)
+
+
+def _as_listed(value: Any) -> str:
+    """The default of an option, whose lists of words need no quotes."""
+    words = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    return ",".join(value) if words else given(value)
 
 
 def listed(value: Any) -> Any:
