@@ -285,11 +285,19 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
     with Meter(-(-total // (size * ranks.size)), enabled=show and ranks.is_main) as meter:
         meter.say(f"features of the {source.split} split, {total:,} samples: {found} in {store}")
         if any(missing):
-            share = batches(limit=total, workers=source.config.train.workers, rank=ranks.rank, ranks=ranks.size)
+            unreadable: set[str] = set()
+            share = batches(
+                limit=total,
+                workers=source.config.train.workers,
+                rank=ranks.rank,
+                ranks=ranks.size,
+                unreadable=unreadable,
+            )
             _compute(share, data, readers, folders, missing, ranks, meter)
-            _join(folders, keys, missing, ranks)
+            count = int(ranks.sum(torch.tensor(len(unreadable), device=ranks.device)))
+            _join(folders, keys, missing, ranks, unreadable=count)
     features = [_open(folder, (*reader.names, "labels")) for folder, reader in zip(folders, readers, strict=True)]
-    return Kept(features, total - len(features[0]["labels"]))
+    return Kept(features, _facts(folders[0]).get("unreadable", 0))
 
 
 def _first_digest(tokens: Tokens, labels: Tensor) -> str:
@@ -325,10 +333,17 @@ def _intact(folder: Path, names: Collection[str]) -> set[str]:
 
 def _recorded(folder: Path) -> dict[str, str]:
     """SHA-256 of each array in `features.json`; none where it is missing or damaged."""
+    arrays = _facts(folder).get("arrays")
+    return arrays if isinstance(arrays, dict) else {}
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What `features.json` says; nothing where it is missing or damaged."""
     try:
-        return dict(json.loads((folder / "features.json").read_text())["arrays"])
-    except (OSError, ValueError, KeyError, TypeError):
+        facts = json.loads((folder / "features.json").read_text())
+    except (OSError, ValueError):
         return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _compute(
@@ -406,9 +421,14 @@ class _Part:
 
 
 def _join(
-    folders: Sequence[Path], keys: Sequence[dict[str, Any]], missing: Sequence[Sequence[str]], ranks: World
+    folders: Sequence[Path],
+    keys: Sequence[dict[str, Any]],
+    missing: Sequence[Sequence[str]],
+    ranks: World,
+    *,
+    unreadable: int,
 ) -> None:
-    """Make whole arrays of the parts of all ranks, and vouch for them.
+    """Make whole arrays of the parts of all ranks, vouch for them, and note how many samples are left out.
 
     Raises:
         UserError: arrays found before belong to other samples; they are forgotten.
@@ -418,7 +438,7 @@ def _join(
     if ranks.is_main:
         for folder, key, names in zip(folders, keys, missing, strict=True):
             if names:
-                stale |= not _join_parts(folder, key, names, ranks.size)
+                stale |= not _join_parts(folder, key, names, ranks.size, unreadable)
     if ranks.any(stale):
         raise UserError(
             f"{folders[0].parent}: the samples or labels differ from those of an earlier pass over the same data; the "
@@ -426,7 +446,7 @@ def _join(
         )
 
 
-def _join_parts(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: int) -> bool:
+def _join_parts(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: int, unreadable: int) -> bool:
     """Join the parts of one folder in the order of one process, and write `features.json`.
 
     Returns:
@@ -446,7 +466,10 @@ def _join_parts(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: 
             joined[name] = _digest(folder / _file(name))
         same = recorded.get("labels", joined["labels"]) == joined["labels"]
         arrays = (recorded if same else {}) | joined
-        write_whole(folder / "features.json", json.dumps({"of": key, "arrays": arrays}, indent=2) + "\n")
+        write_whole(
+            folder / "features.json",
+            json.dumps({"of": key, "arrays": arrays, "unreadable": unreadable}, indent=2) + "\n",
+        )
         for rest in folder.glob(".writing_*"):
             rest.unlink()
     return same

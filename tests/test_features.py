@@ -75,6 +75,10 @@ def test_kept_features_are_what_the_network_gives(tiny_recipe: PretrainConfig, m
     config = override(tiny_recipe, {"data.ragged": True, "data.samples": 30} | unreadable)
     rows = [Row(0, "mean"), Row(2, "last"), Row(3, "bos"), Row(2, "attentive")]
     kept = keep(config, model, tmp_path, rows, split="test", limit=20, causal=False)
+    again = kept_features(
+        Source(config, "test", 20), [network_reader(config, model, rows, causal=False)], tmp_path, ALONE
+    )
+    assert again.unreadable == 3, "also where features are found"
     dataset = config.data.dataset("test")
     samples = [dataset[i] for i in range(20) if i not in (0, 9, 10)]
     assert kept["labels"].tolist() == [int(sample["label"]) for sample in samples]
