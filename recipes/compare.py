@@ -9,7 +9,8 @@ Who works on a pair holds its lock, which the kernel frees when the process ends
 shared by the processes of one command, by several commands in one folder, or by several machines on a file system with
 locks; and a pair whose process was killed is taken up by another, at the run's last checkpoint.
 
-`ablate`, `orders` and `objectives` are presets of it: they give variants and a measure, and make a report of what comes back.
+`ablate`, `orders` and `objectives` are presets of it: they give variants and a measure, and make a report of what
+comes back.
 """
 
 from __future__ import annotations

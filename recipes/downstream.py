@@ -1,7 +1,7 @@
 """What a start is worth downstream: read-outs, and fine-tuning at its own best learning rate.
 
-The same functions serve pre-trained and random weights. Where samples have targets, these are read by a linear probe and
-taught by fine-tuning; a series without any is forecast instead.
+The same functions serve pre-trained and random weights. Where samples have targets, these are read by a linear probe
+and taught by fine-tuning; a series without any is forecast instead.
 
 The learning rate is chosen for each start, seed and number of labels, by training once with each: the one whose network
 does best on held-back training samples, which none of them is trained on, is the one whose held-out figure counts.
@@ -108,7 +108,7 @@ def finetunings(config: PretrainConfig, care: Care) -> tuple[int | None, ...]:
 def raw_figure(config: PretrainConfig, device: torch.device) -> float:
     """The same read-out of the raw tokens."""
     if is_forecast(config):
-        return _skill(config, forecasters.raw_features, device)["skill"]
+        return float(_skill(config, forecasters.raw_features, device)["skill"])
     reader = raw_reader(attentive=False, per_token=tokens_per_sample(config.data.plain()) > 0)
     ((row,),) = score_readers(config, [reader], World(0, 1, device))
     return float(row[probe.metric_of(row)])

@@ -48,6 +48,7 @@ from recipes.downstream import Care, check, downstream, finetunings, raw_figure
 from recipes.measures import predicted
 from recipes.objective_names import NAMED, named
 from recipes.objectives_report import render, title_of, write_report
+from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import LEAST_SEEDS, Difference, against, differences, spread
 from recipes.targets import default_out, is_run, listed, read_target
@@ -152,7 +153,8 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> dict[s
 
 def control(config: PretrainConfig, seed: int, care: Care, out: Path) -> Job:
     """The job that measures random weights with one seed: whatever the objective, they are the same."""
-    config = seeded(named(REFERENCE, config), seed)
+    neutral = PAPER_OBJECTIVE.model_copy(update={"causal": config.objective.causal})
+    config = seeded(config.model_copy(update={"objective": neutral}), seed)
     key = digest([config_digest(config), care.model_dump(mode="json")])
     folder, name = out / "random", f"seed{seed}-{key}"
     work = partial(untrained, config, care)
@@ -173,11 +175,11 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
     """summary.json.
 
     Returns:
-        `objectives`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std` and `ci95`; the same
-        four of every other figure under its name; `gain`: the same four of what each of `measures` has over random
-        weights; `verdicts` a seed. `random`: the same of random weights. `raw_tokens`: their probe. `ranking`: names by
-        mean probe. `verdict`: the plain sentences. `against_random`, `against_cosine`: measure -> the paired tests
-        behind them, each measure a family.
+        `objectives`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std` and `ci95`; the
+        same four of every other figure under its name; `gain`: the same four of what each of `measures` has over
+        random weights; `verdicts`, a judgement a seed. `random`: the same of random weights. `raw_tokens`: their
+        probe. `ranking`: names by mean probe. `verdict`: the plain sentences. `against_random`, `against_cosine`:
+        measure -> the paired tests behind them, each measure a family.
     """
     measures = ["probe", "probe_final", *random[0]["learning_rates"]]
     first = next(iter(rows.values()))[0]

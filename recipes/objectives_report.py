@@ -17,8 +17,9 @@ from recipes.report import Figure, compose, line_plot, png_of
 from recipes.significance import LEVEL, Difference
 
 NOT_COMPARABLE = (
-    "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that of "
-    "the verdict: behind a projector, where the objective compares there. Rank is the effective rank of the embeddings."
+    "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that "
+    "of the verdict: behind a projector, where the objective compares there. Rank is the effective rank of the "
+    "embeddings."
 )
 PREDICTION = (
     Column("retrieval_top1", "identified"),
@@ -81,8 +82,8 @@ def foot(summary: Mapping[str, Any]) -> list[str]:
     interval = f"Mean and 95 % interval over {count} seeds" if count > 1 else "One seed"
     skill = summary["metric"] == "skill"
     read = (
-        "skill of a forecast 96 steps ahead, 1 - MSE / MSE of repeating the last value. The probe is a ridge regression; "
-        "its layer is chosen on the validation rows; raw tokens are the linear model on the raw window."
+        "skill of a forecast 96 steps ahead, 1 - MSE / MSE of repeating the last value. The probe is a ridge "
+        "regression; its layer is chosen on the validation rows; raw tokens are the linear model on the raw window."
         if skill
         else f"held-out {summary['metric']}. The probe's layer is chosen on held-back training samples."
     )
