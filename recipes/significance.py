@@ -147,7 +147,7 @@ def against(found: Sequence[Difference], rival: str, what: str, *, called: str) 
             named = ", ".join(f"{name} by {by}" for name, by in listed)
             said.append(f"Pre-training {verb} {called} in {what} with {named}.")
     if rest := len(found) - len(real):
-        said.append(f"For the other {rest} the difference is within the noise.")
+        said.append(f"The other {'difference is' if rest == 1 else f'{rest} differences are'} within the noise.")
     return " ".join(said)
 
 

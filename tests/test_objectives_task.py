@@ -12,9 +12,10 @@ import torch
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from recipes import compare, downstream, measures, objectives
+from recipes import compare, downstream, finetune, measures, objectives
 from recipes.cli import main, split_options
 from recipes.downstream import Care, fine_tuned, held_back
+from recipes.objective_names import named
 from recipes.objectives import RANDOM, Options, summarise
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import Difference, against
@@ -106,7 +107,7 @@ def test_the_learning_rate_is_chosen_on_held_back_training_samples(
 ) -> None:
     """What is read while choosing is never trained on and never a test sample."""
     trained_on, chosen_by = [], []
-    train, measure = downstream.trained, downstream.finetune.measure
+    train, measure = measures.trained, finetune.measure
 
     def watched_train(tuning: Any, goal: Any, samples: Any, device: torch.device) -> Any:
         trained_on.append([int(samples[place]["index"]) for place in range(len(samples))])
@@ -115,10 +116,11 @@ def test_the_learning_rate_is_chosen_on_held_back_training_samples(
     def watched_measure(tuning: Any, model: Any, ranks: Any, samples: Any = None) -> dict[str, float]:
         if samples is not None:
             chosen_by.append([int(samples[place]["index"]) for place in range(len(samples))])
-        return measure(tuning, model, ranks, samples)
+        found: dict[str, float] = measure(tuning, model, ranks, samples)
+        return found
 
     monkeypatch.setattr(downstream, "trained", watched_train)
-    monkeypatch.setattr(downstream.finetune, "measure", watched_measure)
+    monkeypatch.setattr(finetune, "measure", watched_measure)
     care = Care(labels=(60,), finetune_steps=60, learning_rates=(1e-9, 1e-2))
     config = override(tiny_recipe, {"data.samples": 400, "train.batch": 32})
     found = fine_tuned(config, None, CPU, 60, care)
@@ -143,7 +145,7 @@ def test_random_weights_are_those_every_objective_starts_from(tiny_recipe: Pretr
     care = Options(seeds=(3,)).care
     key = objectives.control(tiny_recipe, 3, care, tmp_path).result
     for name in ("sigreg", "horizons", "intermediate"):
-        config = objectives.named(name, tiny_recipe)
+        config = named(name, tiny_recipe)
         assert objectives.control(config, 3, care, tmp_path).result == key
         ours, theirs = build_model(tiny_recipe).state_dict(), build_model(config).state_dict()
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
@@ -243,7 +245,7 @@ def test_sentences_name_who_wins_who_loses_and_what_is_noise() -> None:
     assert against(won, RANDOM, "the probe", called=RANDOM) == (
         "Pre-training beats random weights in the probe with a by +3.1 ± 1.2 points, b by +3.1 ± 1.2 points. "
         "Pre-training with c does worse than random weights in the probe by -3.1 ± 1.2 points. "
-        "For the other 1 the difference is within the noise."
+        "The other difference is within the noise."
     )
     assert against(won[3:], RANDOM, "the probe", called="them") == (
         "In the probe no objective differs from them by more than the noise; d differs most, by -3.1 ± 1.2 points."
