@@ -47,7 +47,7 @@ from recipes.compare_report import Rows, groups
 from recipes.downstream import Care, check, downstream, finetunings, raw_figure
 from recipes.measures import predicted
 from recipes.objective_names import NAMED, named
-from recipes.objectives_report import render, title_of, write_report
+from recipes.objectives_report import RANDOM, render, title_of, write_report
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import LEAST_SEEDS, Difference, against, differences, spread
@@ -60,9 +60,8 @@ DEFAULT = ("cosine", "mse_normalised", "infonce_sample", "infonce_position", "si
 REFERENCE = "cosine"
 """The paper's, which the others are tested against."""
 
-RANDOM = "random weights"
 CARE = "tuned random weights"
-"""What they are called where they were fine-tuned at a learning rate of their own."""
+"""What random weights are called where they were fine-tuned at a learning rate of their own."""
 
 
 def labels_given(given: Any) -> Any:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Canvas
 from nepa_core.runtime.checkpoint import disk_errors
 from recipes.compare_report import Column, Rows, difference_table, html_table, spread_table, text_table
 from recipes.report import Figure, compose, line_plot, png_of
-from recipes.significance import LEVEL, Difference
+from recipes.significance import LEVEL, Difference, spread
 
 NOT_COMPARABLE = (
     "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that "
@@ -28,6 +28,7 @@ PREDICTION = (
     Column("effective_rank_embedding", "rank", ".1f"),
     Column("effective_rank_embedding_start", "before training", ".1f"),
 )
+RANDOM = "random weights"
 _GREY = "#666666"
 
 
@@ -59,7 +60,7 @@ def accuracy_table(summary: Mapping[str, Any]) -> list[list[str]]:
     for name in summary["ranking"]:
         found = summary["objectives"][name]
         lines.append([name, *(_cell(found[key]) for key in summary["measures"]), _words(found["verdicts"])])
-    lines.append(["random weights", *(_cell(summary["random"][key]) for key in summary["measures"]), ""])
+    lines.append([RANDOM, *(_cell(summary["random"][key]) for key in summary["measures"]), ""])
     return [*lines, ["raw tokens", f"{summary['raw_tokens']:.3f}", *[""] * len(summary["measures"])]]
 
 
@@ -178,47 +179,49 @@ def label_figures(summary: Mapping[str, Any]) -> list[Figure]:
     tuned = [key for key in summary["measures"] if key.startswith("finetuned_")]
     if len(tuned) < 2:
         return []
-    canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
-    axes = canvas.subplots()
-    every = [
-        *((name, summary["objectives"][name]) for name in summary["ranking"]),
-        ("random weights", summary["random"]),
-    ]
-    for number, (name, found) in enumerate(every):
-        control = number == len(every) - 1
-        beside = (number - (len(every) - 1) / 2) * 0.05
-        halves = [found[key]["ci95"] or 0.0 for key in tuned]
-        axes.errorbar(
-            [place + beside for place in range(len(tuned))], [found[key]["mean"] for key in tuned], yerr=halves,
-            marker="s" if control else "o", markersize=4, capsize=2, linewidth=1.6, elinewidth=1,
-            linestyle="--" if control else "-", color=_GREY if control else f"C{number}", label=name,
-        )  # fmt: skip
-    axes.set_xticks(range(len(tuned)), [_labels(key) for key in tuned])
-    axes.set_ylabel(f"held-out {summary['metric']}")
-    axes.grid(alpha=0.3)
-    canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
+    every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
+    curves = {name: [found[key] for key in tuned] for name, found in every.items()}
     return [
         Figure(
             "labels.png",
             f"Fine-tuned for {summary['finetune_steps']} steps on few and on all labels; mean and 95 % interval.",
-            png_of(canvas),
+            curves_plot(curves, ticks=[_labels(key) for key in tuned], y=f"held-out {summary['metric']}"),
         )
     ]
 
 
 def layer_figure(ranked: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Figure:
     """The probe by layer, mean over seeds."""
-    every = {**ranked, "random weights": random}
     curves = {
-        name: (list(range(len(values))), values.tolist())
-        for name, seeds in every.items()
-        for values in [np.mean([row["layers"]["probe"] for row in seeds], axis=0)]
+        name: [
+            spread(values) | {"ci95": None} for values in zip(*(row["layers"]["probe"] for row in seeds), strict=True)
+        ]
+        for name, seeds in {**ranked, RANDOM: random}.items()
     }
     return Figure(
         "layers.png",
-        f"Held-out {summary['metric']} of the probe from the embedding (0) to the final norm, mean over seeds.",
-        line_plot(curves, x="layer", y=summary["metric"], markers=True),
+        f"Held-out {summary['metric']} of the probe of every layer, mean over seeds.",
+        curves_plot(curves, ticks=random[0]["layers"]["name"], y=f"held-out {summary['metric']}"),
     )
+
+
+def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, ticks: Sequence[str], y: str) -> bytes:
+    """A line of means and intervals (see `spread`) for every start, random weights grey and dashed; PNG bytes."""
+    canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
+    axes = canvas.subplots()
+    for number, (name, found) in enumerate(curves.items()):
+        beside = 0.0 if found[0]["ci95"] is None else (number - (len(curves) - 1) / 2) * 0.05
+        axes.errorbar(
+            [place + beside for place in range(len(found))], [each["mean"] for each in found],
+            yerr=None if found[0]["ci95"] is None else [each["ci95"] for each in found],
+            marker="s" if name == RANDOM else "o", markersize=4, capsize=2, linewidth=1.6, elinewidth=1,
+            linestyle="--" if name == RANDOM else "-", color=_GREY if name == RANDOM else f"C{number}", label=name,
+        )  # fmt: skip
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
+    return png_of(canvas)
 
 
 def rank_figure(ranked: Rows) -> Figure:
@@ -248,7 +251,7 @@ def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]
 def rate_table(summary: Mapping[str, Any]) -> list[list[str]]:
     """The learning rates of every start."""
     tuned = [key for key in summary["measures"] if key.startswith("finetuned_")]
-    every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, "random weights": summary["random"]}
+    every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
     rows = [
         [name, *(", ".join(f"{lr:g}" for lr in found["learning_rates"][key]) for key in tuned)]
         for name, found in every.items()
@@ -265,7 +268,7 @@ def tests(summary: Mapping[str, Any]) -> str:
         f"every step, and are fine-tuned on the same ones. Real is p below {LEVEL} after Holm's correction for the "
         "objectives of one table; the intervals are not corrected.</p>"
     ]
-    for rival, families in (("random weights", "against_random"), ("the cosine", "against_cosine")):
+    for rival, families in ((RANDOM, "against_random"), ("the cosine", "against_cosine")):
         for key, found in summary[families].items():
             table = html_table(difference_table([Difference(**each) for each in found]))
             parts.append(f"<p>Against {rival}, {title_of(key)}:</p>{table}")

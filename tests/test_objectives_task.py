@@ -16,7 +16,8 @@ from recipes import compare, downstream, finetune, measures, objectives
 from recipes.cli import main, split_options
 from recipes.downstream import Care, fine_tuned, held_back
 from recipes.objective_names import named
-from recipes.objectives import RANDOM, Options, summarise
+from recipes.objectives import Options, summarise
+from recipes.objectives_report import RANDOM
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import Difference, against
 from tests.test_forecast import recipe as series_recipe
