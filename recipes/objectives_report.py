@@ -30,6 +30,7 @@ PREDICTION = (
 )
 RANDOM = "random weights"
 _GREY = "#666666"
+_SMALL = 'style="font-size: .85em"'
 
 
 def title_of(measure: str) -> str:
@@ -105,18 +106,19 @@ def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], 
     """
     ranked = {name: rows[name] for name in summary["ranking"]}
     made = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
+    without_words = [line[:-1] for line in accuracy_table(summary)]
     first, *others = (html.escape(line) for line in summary["verdict"])
     parts: list[str | Figure] = [
         f'<div id="answer"><p><strong>{first}</strong></p></div>',
         accuracy_figure(summary),
         "".join(f"<p>{line}</p>" for line in others),
-        f'<h2>Accuracy</h2><div id="accuracy">{html_table(accuracy_table(summary))}</div>'
+        f'<h2>Accuracy</h2><div id="accuracy" {_SMALL}>{html_table(without_words)}</div>'
         + "".join(f"<p>{html.escape(line)}</p>" for line in foot(summary)),
         *label_figures(summary),
         '<h2 id="layers">Layer by layer</h2>',
         layer_figure(ranked, random, summary),
         f'<h2 id="prediction">Prediction</h2><p>{NOT_COMPARABLE}</p>',
-        html_table(prediction_table(ranked, summary)),
+        f"<div {_SMALL}>{html_table(prediction_table(ranked, summary))}</div>",
         rank_figure(ranked),
         f'<h2 id="tests">Paired tests</h2>{tests(summary)}',
         f'<h2 id="rates">Learning rates chosen</h2>{html_table(rate_table(summary))}'
@@ -238,14 +240,10 @@ def rank_figure(ranked: Rows) -> Figure:
 
 
 def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]]:
-    """The figures of the verdict, and its words."""
-    head, *lines = spread_table(ranked, PREDICTION)
-    words = [_words(summary["objectives"][name]["verdicts"]) for name in ranked]
-    collapsed = [f"{sum(row['collapsed'] for row in seeds)} of {len(seeds)}" for seeds in ranked.values()]
-    return [
-        [*head, "collapsed", "verdict"],
-        *([*line, *cells] for line, *cells in zip(lines, collapsed, words, strict=True)),
-    ]
+    """The words of the verdict and its figures."""
+    (corner, *head), *lines = spread_table(ranked, PREDICTION)
+    rows = [[name, _words(summary["objectives"][name]["verdicts"]), *cells] for name, *cells in lines]
+    return [[corner, "verdict", *head], *rows]
 
 
 def rate_table(summary: Mapping[str, Any]) -> list[list[str]]:
