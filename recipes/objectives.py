@@ -51,7 +51,7 @@ from recipes.objectives_report import RANDOM, render, title_of, write_report
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import LEAST_SEEDS, Difference, against, differences, spread
-from recipes.targets import default_out, is_run, listed, read_target
+from recipes.targets import default_out, is_run, listed, listed_or_all, read_target
 from recipes.training import provenance
 
 DEFAULT = ("cosine", "mse_normalised", "infonce_sample", "infonce_position", "sigreg")
@@ -62,11 +62,6 @@ REFERENCE = "cosine"
 
 CARE = "tuned random weights"
 """What random weights are called where they were fine-tuned at a learning rate of their own."""
-
-
-def labels_given(given: Any) -> Any:
-    """Numbers, and None for "all"."""
-    return tuple(None if str(name) == "all" else name for name in listed(given))
 
 
 class Options(BaseModel):
@@ -82,7 +77,7 @@ class Options(BaseModel):
     seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
     )
-    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(labels_given)] = Field(
+    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all)] = Field(
         default=(10, 50, None),
         min_length=1,
         description="training labels a class to fine-tune on; default 10,50,all",
