@@ -43,7 +43,7 @@ from recipes.compare import (
     run_folder,
     seeded,
 )
-from recipes.compare_report import Rows, groups
+from recipes.compare_report import Rows, groups, spreads
 from recipes.downstream import Care, check, downstream, finetunings, raw_figure
 from recipes.measures import predicted
 from recipes.objective_names import NAMED, named
@@ -178,7 +178,7 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
     measures = ["probe", "probe_final", *random[0]["learning_rates"]]
     first = next(iter(rows.values()))[0]
     keys = [key for key, value in first.items() if isinstance(value, float | int)]
-    found = {key: {name: spread(values) for name, values in groups(rows, key).items()} for key in keys}
+    found = {key: spreads(rows, key) for key in keys}
     at_random = {key: [float(row[key]) for row in random] for key in measures}
     gains = {
         name: {

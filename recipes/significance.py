@@ -136,8 +136,10 @@ def against(found: Sequence[Difference], rival: str, what: str, *, called: str) 
 
     real = [each for each in found if each.real]
     if not real:
-        name, by = told(max(found, key=lambda each: each.mean))
-        return f"In {what} no objective differs from {called} by more than the noise; {name} differs most, by {by}."
+        widest = max(found, key=lambda each: each.mean)
+        name, by = told(widest)
+        most = f"{name} differs most, by {by}, p = {widest.p_holm:.2f} after Holm's correction"
+        return f"In {what} no objective differs from {called} by more than the noise; {most}."
     said = []
     for verb, side in (("beats", "worse"), ("does worse than", "better")):
         listed = [told(each) for each in real if getattr(each, side) == rival]

@@ -249,5 +249,6 @@ def test_sentences_name_who_wins_who_loses_and_what_is_noise() -> None:
         "The other difference is within the noise."
     )
     assert against(won[3:], RANDOM, "the probe", called="them") == (
-        "In the probe no objective differs from them by more than the noise; d differs most, by -3.1 ± 1.2 points."
+        "In the probe no objective differs from them by more than the noise; d differs most, by -3.1 ± 1.2 points, "
+        "p = 0.50 after Holm's correction."
     )
