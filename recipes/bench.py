@@ -41,7 +41,7 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
 from nepa_core.runtime.optim import Duration, make_optimizer
 from nepa_core.runtime.run import Run
-from recipes.objectives import NAMED, named
+from recipes.objective_names import NAMED, named
 from recipes.pretrain import PretrainConfig
 from recipes.training import height, provenance
 from recipes.workload import Trained, network, predictor_in, read_trained, step_function

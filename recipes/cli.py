@@ -30,6 +30,7 @@ TASKS = {
     "evaluate": Task("recipes.evaluate", "RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
     "inspect": Task("recipes.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"),
     "orders": Task("recipes.orders", "RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
+    "objectives": Task("recipes.objectives", "RECIPE", "does pre-training pay, and with which objective? as one page"),
     "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
     "import": Task(
         "recipes.import_released", "DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"

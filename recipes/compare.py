@@ -9,7 +9,8 @@ Who works on a pair holds its lock, which the kernel frees when the process ends
 shared by the processes of one command, by several commands in one folder, or by several machines on a file system with
 locks; and a pair whose process was killed is taken up by another, at the run's last checkpoint.
 
-`ablate` and `orders` are presets of it: they give variants and a measure, and make a report of what comes back.
+`ablate`, `orders` and `objectives` are presets of it: they give variants and a measure, and make a report of what
+comes back.
 """
 
 from __future__ import annotations
@@ -102,11 +103,20 @@ class Job(NamedTuple):
 
 
 def compare(
-    variants: Sequence[Variant], seeds: Sequence[int], measure: Measure, out: Path, *, workers: int
+    variants: Sequence[Variant],
+    seeds: Sequence[int],
+    measure: Measure,
+    out: Path,
+    *,
+    workers: int,
+    also: Sequence[Job] = (),
 ) -> dict[str, list[dict[str, Any]]]:
     """Pre-train and measure every variant with every seed, in `workers` processes.
 
     With the same seed all variants start from the same random numbers and see the samples in the same order.
+
+    Args:
+        also: jobs that belong to no pair, shared out first.
 
     Returns:
         Variant -> what was measured, a dictionary for each seed.
@@ -123,7 +133,7 @@ def compare(
     ):
         raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
     jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in seeds for variant in variants}
-    share(list(jobs.values()), workers=workers)
+    share([*also, *jobs.values()], workers=workers)
     return {name: [jobs[name, seed].values() for seed in seeds] for name in names}
 
 

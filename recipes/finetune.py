@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema, applied
@@ -349,20 +350,25 @@ COUNTS = ("samples", "unreadable_held_out")
 
 
 @torch.no_grad()
-def measure(config: FinetuneConfig, model: Classifier, ranks: World) -> dict[str, float]:
+def measure(
+    config: FinetuneConfig, model: Classifier, ranks: World, samples: Dataset[Batch] | None = None
+) -> dict[str, float]:
     """The figures of the model's goal over all held-out samples and the `COUNTS`, the same on every rank.
 
     Every rank takes its share of the batches and the sums are added up, so the number of processes changes nothing.
+
+    Args:
+        samples: read in place of the held-out ones; without augmentation.
     """
     goal = model.goal
     sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
-    samples = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    seen = torch.zeros((), dtype=torch.int64, device=ranks.device)
     unreadable: set[str] = set()
     dtype = autocast_dtype(config.train.precision, ranks.device)
     data, was_training = config.data.plain(), model.training
     model.eval()
     for batch in plain_batches(
-        data.dataset("test"),
+        data.dataset("test") if samples is None else samples,
         batch=min(config.train.micro_batch or config.train.batch, 256),
         device=ranks.device,
         workers=config.train.workers,
@@ -375,10 +381,10 @@ def measure(config: FinetuneConfig, model: Classifier, ranks: World) -> dict[str
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
             outputs = model(tokens, causal=config.causal).float()
         sums += goal.sums(outputs, goal.truth(batch, tokens))
-        samples += len(outputs)
+        seen += len(outputs)
     model.train(was_training)
     left_out = torch.tensor(len(unreadable), device=ranks.device)
-    counts = (int(ranks.sum(value)) for value in (samples, left_out))
+    counts = (int(ranks.sum(value)) for value in (seen, left_out))
     return {**goal.figures(ranks.sum(sums)), **dict(zip(COUNTS, counts, strict=True))}
 
 

@@ -7,6 +7,7 @@ back, so that they can be kept as JSON.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from nepa_core.runtime.fit import fit
 from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
 from recipes import finetune, probe
-from recipes.features import Row, Source, kept_features, network_reader, tokens_per_sample
+from recipes.features import Reader, Row, Source, kept_features, network_reader, tokens_per_sample
 from recipes.goals import Classification, Goal, find_goal
 from recipes.maps import attention_figures, grid_positions, neighbour_share, uniform_attention
 from recipes.pretrain import PretrainConfig, load_pretrained
@@ -81,6 +82,18 @@ def predicted(run: Run) -> dict[str, Any]:
     }
 
 
+def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: World) -> list[list[dict[str, Any]]]:
+    """The rows of every reader, scored as `PROBE` says; see `probe.score_rows`."""
+    per_sample = tokens_per_sample(config.data.plain())
+    with tempfile.TemporaryDirectory() as store:
+        train, test = (
+            kept_features(Source(config, split, -(-limit // max(per_sample, 1))), readers, Path(store), ranks)
+            for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
+        )
+        splits = [probe.Split.of(*pair, ranks.device) for pair in zip(train.features, test.features, strict=True)]
+        return [probe.score_rows(split, PROBE.classifiers) for split in splits]
+
+
 # ------------------------------------------------------------------------------------------- fine-tuning
 
 
@@ -129,36 +142,54 @@ def fine_tuned(
         labels: training samples a class, or None for all.
     """
     goal = find_goal(config.data)
-    tuning = finetune.short(config, None if init is None else str(init))
-    samples = tuning.data.dataset("train")
+    samples = config.data.dataset("train")
     if labels is not None:
         samples = few_labels(samples, goal, labels, config.train.seed)
+    tuning = short_tuning(config, init, samples, whole=labels is None, steps=steps)
+    model = trained(tuning, goal, samples, device)
+    return finetune.measure(tuning, model, World(0, 1, device))[goal.headline]
+
+
+def short_tuning(
+    config: PretrainConfig, init: Path | None, samples: Dataset[Batch], *, whole: bool, steps: int
+) -> finetune.FinetuneConfig:
+    """`finetune.short` without layer decay and averages, for so many steps on these samples.
+
+    Args:
+        whole: they are not so few that a batch fits in memory at once.
+    """
+    tuning = finetune.short(config, None if init is None else str(init))
     train = tuning.train.model_copy(
         update={
             "length": Duration(steps=steps),
             "batch": min(tuning.train.batch, len(cast(Any, samples))),
-            "micro_batch": None if labels is not None else tuning.train.micro_batch,
+            "micro_batch": tuning.train.micro_batch if whole else None,
             "ema": None,
             "checkpoint": steps,
         }
     )
     optim = tuning.optim.model_copy(update={"layer_decay": None})
-    tuning = tuning.model_copy(update={"train": train, "optim": optim})
+    return tuning.model_copy(update={"train": train, "optim": optim})
+
+
+def trained(
+    tuning: finetune.FinetuneConfig, goal: Goal, samples: Dataset[Batch], device: torch.device
+) -> finetune.Classifier:
+    """A classifier after its training on these samples, by this process alone; nothing of the run is kept."""
     model, _ = finetune.build_classifier(tuning, goal)
     model = model.to(device)
-    alone = World(0, 1, device)
     with tempfile.TemporaryDirectory() as folder:
         fit(
             model=model,
             step_function=finetune.make_step(tuning, goal),
             dataset=samples,
-            config=train,
-            optim=optim,
+            config=tuning.train,
+            optim=tuning.optim,
             run=Run(Path(folder)),
-            world=alone,
+            world=World(0, 1, device),
             show=False,
         )
-    return finetune.measure(tuning, model, alone)[goal.headline]
+    return model
 
 
 def fine_tunings(
@@ -226,12 +257,6 @@ def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
         per_sample = tokens_per_sample(config.data.plain())
         rows = [Row(layer, "token" if per_sample else "mean") for layer in range(config.model.depth + 2)]
         reader = network_reader(config, model, rows, causal=config.objective.causal)
-        with tempfile.TemporaryDirectory() as store:
-            train, test = (
-                kept_features(Source(config, split, -(-limit // max(per_sample, 1))), [reader], Path(store), ranks)
-                for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
-            )
-            split = probe.Split.of(train.features[0], test.features[0], ranks.device)
-            scored = probe.score_rows(split, PROBE.classifiers)
+        (scored,) = score_readers(config, [reader], ranks)
     best = probe.best_row(scored)
     return {"probe": best[probe.metric_of(best)], "probe_row": best["name"]}

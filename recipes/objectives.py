@@ -1,39 +1,249 @@
-"""Objectives by name: what each changes in a pre-training recipe."""
+"""nepa objectives: does pre-training pay, and with which objective? Each with every seed at the same budget.
+
+  objectives=cosine,infonce_sample,infonce_position   names of `recipes.objective_names`
+  seeds=0,1,2                                         three or more, or no difference can be told from noise
+  labels=10,50,all                                    training labels a class to fine-tune on
+
+For each: the verdict's figures; a linear probe of the best layer, chosen on held-back training samples, and of the
+last one (final norm, mean over tokens); fine-tuning. All of it stands beside the same network with random weights,
+which are measured once a seed and fine-tuned with the same care: of learning_rates= every start, seed and number of
+labels has the one that serves held-back training samples best, never the test samples. A series without targets is
+forecast instead, 96 steps ahead (see `recipes.downstream`).
+
+Losses of different objectives are not comparable: objectives are ranked by accuracy, with 95 % intervals over seeds and
+paired tests against random weights, which say whether pre-training pays, and against the cosine.
+
+What is finished is kept: the same command goes on where it was stopped, more objectives or seeds add to it, and several
+commands may share a folder, each on its own GPU.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
-from nepa_core.basics import UserError
-from nepa_core.runtime.config import nearest, override
-from recipes.pretrain import PretrainConfig
+from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
-NAMED: dict[str, dict[str, Any]] = {
-    "cosine": {"objective.terms": {"cosine": 1.0}},
-    "mse": {"objective.terms": {"mse": 1.0}},
-    "mse_normalised": {"objective.terms": {"mse_normalised": 1.0}},
-    "standardised": {"objective.terms": {"standardised": 1.0}},
-    "infonce_sample": {"objective.terms": {"infonce_sample": 1.0}, "objective.temperature": 0.1},
-    "infonce_position": {"objective.terms": {"infonce_position": 1.0}, "objective.temperature": 0.1},
-    "barlow": {"objective.terms": {"barlow": 1.0}},
-    "sigreg": {"objective.terms": {"projected_mse": 1.0, "sigreg_tokens": 20.0}, "objective.stop_gradient": False},
-    "sigreg_batch": {"objective.terms": {"projected_mse": 1.0, "sigreg_batch": 1.0}, "objective.stop_gradient": False},
-    "projected_cosine": {"objective.terms": {"projected_cosine": 1.0}},
-    "horizons": {"objective.terms": {"horizons": 1.0}, "objective.horizons": 4},
-    "intermediate": {"objective.terms": {"cosine": 1.0, "intermediate": 1.0}},
-}
-"""Name -> the keys it sets; `intermediate` also chooses the middle block. Shift and attention stay the recipe's."""
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.model import NEPA
+from nepa_core.runtime.distributed import world
+from nepa_core.runtime.run import Run
+from recipes import card
+from recipes.compare import (
+    Job,
+    Measure,
+    Variant,
+    compare,
+    config_digest,
+    default_workers,
+    digest,
+    reporting,
+    run_folder,
+    seeded,
+)
+from recipes.compare_report import Rows, groups, spreads
+from recipes.downstream import Care, check, downstream, finetunings, raw_figure
+from recipes.measures import predicted
+from recipes.objective_names import NAMED, named
+from recipes.objectives_report import RANDOM, render, title_of, write_report
+from recipes.presets import PAPER_OBJECTIVE
+from recipes.pretrain import PretrainConfig, build_model
+from recipes.significance import LEAST_SEEDS, Difference, against, differences, spread
+from recipes.targets import default_out, is_run, listed, listed_or_all, read_target
+from recipes.training import provenance
+
+DEFAULT = ("cosine", "mse_normalised", "infonce_sample", "infonce_position", "sigreg")
+"""Objectives that are compared where none are named."""
+
+REFERENCE = "cosine"
+"""The paper's, which the others are tested against."""
+
+CARE = "tuned random weights"
+"""What random weights are called where they were fine-tuned at a learning rate of their own."""
 
 
-def named(name: str, config: PretrainConfig) -> PretrainConfig:
-    """The recipe with an objective of `NAMED`, whatever objective it had before.
+class Options(BaseModel):
+    """Options of `nepa objectives`."""
+
+    model_config = FROZEN
+
+    objectives: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        default=DEFAULT,
+        min_length=1,
+        description=f"some of {', '.join(NAMED)}; default {','.join(DEFAULT)}",
+    )
+    seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
+        default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
+    )
+    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all)] = Field(
+        default=(10, 50, None),
+        min_length=1,
+        description="training labels a class to fine-tune on; default 10,50,all",
+    )
+    finetune_steps: int = Field(default=100, gt=0, description="steps of each fine-tuning; default 100")
+    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed)] = Field(
+        default=(3e-4, 1e-3, 3e-3),
+        min_length=1,
+        description="to choose from for each fine-tuning; default 3e-4,1e-3,3e-3",
+    )
+    out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-objectives")
+    workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, or one a GPU")
+
+    @property
+    def care(self) -> Care:
+        return Care(labels=self.labels, finetune_steps=self.finetune_steps, learning_rates=self.learning_rates)
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    if is_run(target):
+        raise UserError(
+            f"nepa objectives starts from a recipe such as recipes.vision:digits, and {target} is a run folder"
+        )
+    config = read_target(PretrainConfig, target, changes)
+    out = Path(options.out or default_out(target, "objectives"))
+    print(render(objectives(config, options, out)))
+    print(f"Report: {out / 'report' / 'index.html'}")
+
+
+def objectives(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any]:
+    """Run and measure everything that is not yet, and write summary.json and report/ into `out`.
+
+    Returns:
+        The summary, see `summarise`.
 
     Raises:
-        UserError: there is no objective of this name, or the recipe can't take it.
+        UserError: an objective is not known or does not fit the recipe, or the samples have nothing to be judged by.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    if name not in NAMED:
-        raise UserError(f"there is no objective {name}{nearest(name, NAMED)}")
-    changes = {"objective.stop_gradient": True, **NAMED[name]}
-    if name == "intermediate":
-        changes["objective.layers"] = (max(config.model.depth // 2, 1),)
-    return override(config, changes)
+    variants = [Variant(name, named(name, config)) for name in options.objectives]
+    check(config)
+    controls = [control(config, seed, options.care, out) for seed in options.seeds]
+    measured = Measure("objectives", measure, options.care)
+    workers = options.workers or default_workers()
+    rows = compare(variants, options.seeds, measured, out, workers=workers, also=controls)
+    random = [job.values() for job in controls]
+    summary = summarise(rows, random, options) | {"recipe": config.recipe, "made_with": provenance()}
+    summary["labels"] = ["all" if each is None else each for each in finetunings(config, options.care)]
+    summary["runs"] = {v.name: [str(run_folder(v, seed, out)) for seed in options.seeds] for v in variants}
+    with reporting(out):
+        write_report(out / "report", rows, random, summary)
+        Run(out).write_summary(summary)
+    return summary
+
+
+def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> dict[str, Any]:
+    """Everything that is compared, of one run."""
+    summary, health = run.summary(), [line for line in run.metrics() if "effective_rank_embedding" in line]
+    assert summary is not None
+    return {
+        **downstream(config, model, run.path, care),
+        **predicted(run),
+        "verdict": card.judgement(card.verdict_in(summary)).partition(".")[0],
+        "rank_over_training": [[line["step"], line["effective_rank_embedding"]] for line in health],
+    }
+
+
+def control(config: PretrainConfig, seed: int, care: Care, out: Path) -> Job:
+    """The job that measures random weights with one seed: whatever the objective, they are the same."""
+    neutral = PAPER_OBJECTIVE.model_copy(update={"causal": config.objective.causal})
+    config = seeded(config.model_copy(update={"objective": neutral}), seed)
+    key = digest([config_digest(config), care.model_dump(mode="json")])
+    folder, name = out / "random", f"seed{seed}-{key}"
+    work = partial(untrained, config, care)
+    return Job(f"{RANDOM}, seed {seed}", folder / f"{name}.json", folder / f".{name}.lock", work)
+
+
+def untrained(config: PretrainConfig, care: Care) -> dict[str, Any]:
+    """What `measure` gives of read-outs and fine-tuning, of random weights; and `raw_tokens`, the probe of these."""
+    with world() as ranks:
+        model = build_model(config).to(ranks.device).eval()
+        return {**downstream(config, model, None, care), "raw_tokens": raw_figure(config, ranks.device)}
+
+
+# ----------------------------------------------------------------------------------------------- summary
+
+
+def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options) -> dict[str, Any]:
+    """summary.json.
+
+    Returns:
+        `objectives`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std` and `ci95`; the
+        same four of every other figure under its name; `gain`: the same four of what each of `measures` has over
+        random weights; `verdicts`, a judgement a seed. `random`: the same of random weights. `raw_tokens`: their
+        probe. `ranking`: names by mean probe. `verdict`: the plain sentences. `against_random`, `against_cosine`:
+        measure -> the paired tests behind them, each measure a family.
+    """
+    measures = ["probe", "probe_final", *random[0]["learning_rates"]]
+    first = next(iter(rows.values()))[0]
+    keys = [key for key, value in first.items() if isinstance(value, float | int)]
+    found = {key: spreads(rows, key) for key in keys}
+    at_random = {key: [float(row[key]) for row in random] for key in measures}
+    gains = {
+        name: {
+            key: spread([row[key] - value for row, value in zip(seeds, at_random[key], strict=True)])
+            for key in measures
+        }
+        for name, seeds in rows.items()
+    }
+    pays = {
+        key: differences(groups(rows, key) | {RANDOM: at_random[key]}, [(name, RANDOM) for name in rows])
+        for key in measures
+    }
+    rivals = [(name, REFERENCE) for name in rows if name != REFERENCE and REFERENCE in rows]
+    better = {key: differences(groups(rows, key), rivals) for key in measures} if rivals else {}
+    told = [*measures[2:], *measures[:2]]
+    return {
+        "seeds": list(options.seeds),
+        "metric": first["metric"],
+        "measures": measures,
+        "finetune_steps": options.finetune_steps,
+        "learning_rates": list(options.learning_rates),
+        "verdict": sentences(pays, better, told, seeds=len(options.seeds)),
+        "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
+        "raw_tokens": random[0]["raw_tokens"],
+        "random": {key: spread(values) for key, values in at_random.items()}
+        | {"learning_rates": _chosen(random), "probe_rows": [row["probe_row"] for row in random]},
+        "objectives": {
+            name: {
+                "accuracies": found["probe"][name]["values"],
+                **{key: found["probe"][name][key] for key in ("mean", "std", "ci95")},
+                **{key: found[key][name] for key in keys},
+                "gain": gains[name],
+                "verdicts": [row["verdict"] for row in seeds],
+                "learning_rates": _chosen(seeds),
+                "probe_rows": [row["probe_row"] for row in seeds],
+            }
+            for name, seeds in rows.items()
+        },
+        "against_random": {key: [each._asdict() for each in tests] for key, tests in pays.items()},
+        "against_cosine": {key: [each._asdict() for each in tests] for key, tests in better.items()},
+    }
+
+
+def _chosen(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The learning rate of every fine-tuning, a number for each seed."""
+    return {key: [row["learning_rates"][key] for row in seeds] for key in seeds[0]["learning_rates"]}
+
+
+def sentences(
+    pays: Mapping[str, Sequence[Difference]],
+    better: Mapping[str, Sequence[Difference]],
+    told: Sequence[str],
+    *,
+    seeds: int,
+) -> list[str]:
+    """The answer: for every measure whether pre-training pays, then where an objective differs from the cosine."""
+    if seeds < LEAST_SEEDS:
+        given = "one seed" if seeds == 1 else f"{seeds} seeds"
+        return [f"With {given} nothing can be told from noise: give three or more."]
+    said = [against(pays[key], RANDOM, title_of(key), called=CARE if "finetuned" in key else RANDOM) for key in told]
+    if not better:
+        return said
+    real = [key for key in told if any(each.real for each in better[key])]
+    said += [against(better[key], REFERENCE, title_of(key), called="the cosine") for key in real]
+    if len(real) < len(told):
+        rest = ", ".join(title_of(key) for key in told if key not in real)
+        said.append(f"No objective differs from the cosine by more than the noise in {rest}.")
+    return said

@@ -37,7 +37,7 @@ from recipes.measures import attention_by_layer, fine_tunings, predicted, read_a
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig
 from recipes.significance import Difference, differences, spread, verdict
-from recipes.targets import default_out, is_run, listed, read_target
+from recipes.targets import default_out, is_run, listed, listed_or_all, read_target
 from recipes.training import provenance
 
 DEFAULT = (
@@ -48,11 +48,6 @@ DEFAULT = (
 
 _ATTENTION_SAMPLES = 256
 _ORDER_SAMPLES = 16  # whose orders are measured, where each sample has its own
-
-
-def _labels(given: Any) -> Any:
-    """Numbers, and "all" for None."""
-    return tuple(None if str(name) == "all" else name for name in listed(given))
 
 
 class Options(BaseModel):
@@ -69,7 +64,7 @@ class Options(BaseModel):
     predict_position: Literal["off", "add", "rotate"] | None = Field(
         default=None, description="of every order: off, add or rotate; default: as in the recipe"
     )
-    labels: Annotated[tuple[int | None, ...], BeforeValidator(_labels)] = Field(
+    labels: Annotated[tuple[int | None, ...], BeforeValidator(listed_or_all)] = Field(
         default=(50,),
         min_length=1,
         description="training labels a class to fine-tune on, such as 10,50,all; default 50",

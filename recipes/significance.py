@@ -123,6 +123,36 @@ def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most
     return f"In {of}: {named}{more}{'' if brief else f' ({tested})'}.{others}"
 
 
+def against(found: Sequence[Difference], rival: str, what: str, *, called: str) -> str:
+    """Plain sentences on a family in which objectives are tested against one rival: who beats it, who does worse.
+
+    Args:
+        rival: one side of every test; `called`: what it is called. what: was measured, such as "probe accuracy".
+    """
+
+    def told(each: Difference) -> tuple[str, str]:
+        name, sign = (each.better, "+") if each.worse == rival else (each.worse, "-")
+        return name, f"{sign}{points(each)}"
+
+    real = [each for each in found if each.real]
+    if not real:
+        widest = max(found, key=lambda each: each.mean)
+        name, by = told(widest)
+        most = f"{name} differs most, by {by}, p = {widest.p_holm:.2f} after Holm's correction"
+        return f"In {what} no objective differs from {called} by more than the noise; {most}."
+    said = []
+    for verb, side in (("beats", "worse"), ("does worse than", "better")):
+        listed = [told(each) for each in real if getattr(each, side) == rival]
+        if len(listed) == 1:
+            said.append(f"Pre-training with {listed[0][0]} {verb} {called} in {what} by {listed[0][1]}.")
+        elif listed:
+            named = ", ".join(f"{name} by {by}" for name, by in listed)
+            said.append(f"Pre-training {verb} {called} in {what} with {named}.")
+    if rest := len(found) - len(real):
+        said.append(f"The other {'difference is' if rest == 1 else f'{rest} differences are'} within the noise.")
+    return " ".join(said)
+
+
 def points(difference: Difference) -> str:
     """ "2.1 ± 0.9 points": of a hundred."""
     return f"{100 * difference.mean:.1f} ± {100 * difference.ci95:.1f} points"

@@ -146,3 +146,8 @@ def listed(value: Any) -> Any:
     if isinstance(value, str):
         return tuple(name.strip() for name in value.strip("[] ").split(","))
     return (value,) if isinstance(value, int | float) else value
+
+
+def listed_or_all(value: Any) -> Any:
+    """The same with None for the word "all"."""
+    return tuple(None if str(name) == "all" else name for name in listed(value))

@@ -21,7 +21,7 @@ from nepa_core.runtime.config import load_config, override, parse_assignments
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes import vision
-from recipes.objectives import NAMED, named
+from recipes.objective_names import NAMED, named
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import (
     PretrainConfig,

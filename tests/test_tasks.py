@@ -18,7 +18,7 @@ from recipes import ablate, bench
 from recipes.bench import read_config
 from recipes.cli import main
 from recipes.finetune import finetune, short
-from recipes.objectives import NAMED
+from recipes.objective_names import NAMED
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
 from recipes.workload import network
 from tests.conftest import ROOT

@@ -1,0 +1,254 @@
+"""nepa objectives: tuned alike, random weights measured once a seed, and what the page says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nepa_core.basics import UserError
+from nepa_core.runtime.config import override
+from recipes import compare, downstream, finetune, measures, objectives
+from recipes.cli import main, split_options
+from recipes.downstream import Care, fine_tuned, held_back
+from recipes.objective_names import named
+from recipes.objectives import Options, summarise
+from recipes.objectives_report import RANDOM
+from recipes.pretrain import PretrainConfig, build_model
+from recipes.significance import Difference, against
+from tests.test_forecast import recipe as series_recipe
+from tests.tiny import CPU, Waves
+
+PICTURES = ("accuracy", "labels", "layers", "rank")
+PARTS = ("answer", "accuracy", "layers", "prediction", "tests", "rates", "commands")
+WORDS = ["objectives", "tests.tiny:recipe", "objectives=cosine,sigreg", "seeds=0", "finetune_steps=3"]
+CARE = ["labels=2,all", "learning_rates=1e-3,1e-2"]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All work in this process, on few samples; gives the names of the jobs that were left to do."""
+    return in_this_process(monkeypatch)
+
+
+def in_this_process(patch: pytest.MonkeyPatch) -> list[str]:
+    done: list[str] = []
+
+    def share(jobs: list[compare.Job], *, workers: int) -> None:
+        done.extend(job.name for job in jobs if not job.done)
+        compare.work_through(jobs)
+
+    patch.setattr(compare, "share", share)
+    patch.setattr(measures, "PROBE", measures.PROBE.model_copy(update={"train_samples": 48, "test_samples": 48}))
+    return done
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a comparison of two objectives, one seed."""
+    out = tmp_path_factory.mktemp("objectives")
+    with pytest.MonkeyPatch.context() as patch:
+        in_this_process(patch)
+        assert main([*WORDS, *CARE, f"out={out}"]) == 0
+    return out
+
+
+def test_the_summary_has_every_measure_and_its_gain_over_random_weights(compared: Path) -> None:
+    summary = json.loads((compared / "summary.json").read_text())
+    assert set(summary["objectives"]) == {"cosine", "sigreg"} == set(summary["ranking"])
+    assert summary["measures"] == ["probe", "probe_final", "finetuned_2", "finetuned_all"]
+    assert summary["labels"] == [2, "all"]
+    for figures in summary["objectives"].values():
+        assert figures["accuracies"] == figures["probe"]["values"]
+        assert figures["mean"] == figures["accuracies"][0]
+        assert figures["ci95"] is None
+        for key in summary["measures"]:
+            gain = figures[key]["mean"] - summary["random"][key]["mean"]
+            assert figures["gain"][key]["mean"] == pytest.approx(gain)
+        assert all(len(chosen) == 1 for chosen in figures["learning_rates"].values())
+        assert {"retrieval_top1", "retrieval_top1_linear", "retrieval_top1_copy", "effective_rank_embedding"} <= set(
+            figures
+        )
+        assert figures["verdicts"][0].isupper()
+        assert Path(summary["runs"]["cosine"][0]).is_dir()
+    assert "give three or more" in summary["verdict"][0]
+
+
+def test_the_page_holds_its_pictures_and_needs_no_other_file(compared: Path) -> None:
+    for name in PICTURES:
+        assert (compared / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    page = (compared / "report" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == len(PICTURES)
+    assert [part for part in PARTS if f'id="{part}"' not in page] == []
+    assert page.index('id="answer"') < page.index("data:image/png") < page.index("<table>")
+    assert "not comparable" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_random_weights_are_measured_once_a_seed_for_all_objectives(
+    compared: Path, here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(list((compared / "random").glob("*.json"))) == 1
+    assert main([*WORDS[:2], "objectives=sigreg", *WORDS[3:], *CARE, f"out={compared}"]) == 0
+    assert here == []
+    shown = capsys.readouterr().out
+    assert re.search(r"^random weights +0\.\d+", shown, re.MULTILINE)
+    assert re.search(r"^raw tokens +0\.\d+", shown, re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------------- tuning
+
+
+def test_the_learning_rate_is_chosen_on_held_back_training_samples(
+    tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read while choosing is never trained on and never a test sample."""
+    trained_on, chosen_by = [], []
+    train, measure = measures.trained, finetune.measure
+
+    def watched_train(tuning: Any, goal: Any, samples: Any, device: torch.device) -> Any:
+        trained_on.append([int(samples[place]["index"]) for place in range(len(samples))])
+        return train(tuning, goal, samples, device)
+
+    def watched_measure(tuning: Any, model: Any, ranks: Any, samples: Any = None) -> dict[str, float]:
+        if samples is not None:
+            chosen_by.append([int(samples[place]["index"]) for place in range(len(samples))])
+        found: dict[str, float] = measure(tuning, model, ranks, samples)
+        return found
+
+    monkeypatch.setattr(downstream, "trained", watched_train)
+    monkeypatch.setattr(finetune, "measure", watched_measure)
+    care = Care(labels=(60,), finetune_steps=60, learning_rates=(1e-9, 1e-2))
+    config = override(tiny_recipe, {"data.samples": 400, "train.batch": 32})
+    found = fine_tuned(config, None, CPU, 60, care)
+    assert found.lr == 1e-2, "1e-9 learns nothing"
+    assert found.figure > 0.6
+    assert [len(each) for each in trained_on] == [120, 120]  # sixty of each of two classes
+    assert trained_on[0] == trained_on[1]
+    assert chosen_by[0] == chosen_by[1]
+    assert len(chosen_by[0]) == 400 // 5
+    assert not set(trained_on[0]) & set(chosen_by[0])
+
+
+def test_a_fifth_or_a_thousand_is_held_back_by_seed() -> None:
+    rest, kept = held_back(100, 1)
+    assert sorted([*rest, *kept]) == list(range(100))
+    assert len(kept) == 20
+    assert held_back(100, 1) == (rest, kept) != held_back(100, 2)
+    assert len(held_back(20_000, 0)[1]) == 1000
+
+
+def test_random_weights_are_those_every_objective_starts_from(tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
+    care = Options(seeds=(3,)).care
+    key = objectives.control(tiny_recipe, 3, care, tmp_path).result
+    for name in ("sigreg", "horizons", "intermediate"):
+        config = named(name, tiny_recipe)
+        assert objectives.control(config, 3, care, tmp_path).result == key
+        ours, theirs = build_model(tiny_recipe).state_dict(), build_model(config).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    other = override(tiny_recipe, {"model.layer_scale": 0.5})
+    assert objectives.control(other, 3, care, tmp_path).result != key
+    assert objectives.control(tiny_recipe, 3, Options(finetune_steps=7).care, tmp_path).result != key
+
+
+def test_a_series_without_classes_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downstream, "HORIZON", 4)
+    config = series_recipe()
+    downstream.check(config)
+    care = Care(labels=(10, None), finetune_steps=3, learning_rates=(1e-9, 1e-3))
+    found = downstream.downstream(config, build_model(config).eval(), None, care)
+    assert found["metric"] == "skill"
+    assert 0 < found["probe"] < 1, "a ridge forecast beats repeating the last value"
+    assert found["layers"]["probe"][-1] == found["probe_final"]
+    assert list(found["learning_rates"]) == ["finetuned_all"]
+    assert downstream.raw_figure(config, CPU) > 0
+
+
+# ------------------------------------------------------------------------------------------------ the words
+
+
+def test_options_are_read_as_a_shell_leaves_them() -> None:
+    words = ["objectives=[cosine,barlow]", "seeds=4", "labels=[10,all]", "learning_rates=1e-4,0.01", "workers=1"]
+    options, rest = split_options(Options, [*words, "finetune_steps=7", "out=x", "optim.lr=1"])
+    assert options.objectives == ("cosine", "barlow")
+    assert (options.seeds, options.workers, options.out) == ((4,), 1, "x")
+    assert options.care == Care(labels=(10, None), finetune_steps=7, learning_rates=(1e-4, 0.01))
+    assert rest == {"optim.lr": 1}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["objectives=cosin"], "there is no objective cosin; did you mean cosine"),
+        (["labels=0"], "labels"),
+        (["learning_rates=-1"], "learning_rates"),
+        (["objectives=cosine,cosine"], "cosine is given twice"),
+    ],
+)
+def test_what_can_not_be_compared_is_refused_in_one_line(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["objectives", "tests.tiny:recipe", *words, f"out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert error.count("\n") == 1
+
+
+def test_samples_without_targets_are_refused_before_training(tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
+    config = tiny_recipe.model_copy(update={"data": Waves(labelled=False)})
+    with pytest.raises(UserError, match="gives no class to train on"):
+        objectives.objectives(config, Options(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def row(value: float) -> dict[str, Any]:
+    measured = {"probe": value, "probe_final": value, "finetuned_50": value}
+    return measured | {
+        "metric": "accuracy", "probe_row": "layer 1, mean", "verdict": "LEARNED",
+        "learning_rates": {"finetuned_50": 1e-3},
+    }  # fmt: skip
+
+
+def test_the_verdict_says_whether_pre_training_pays() -> None:
+    noise = (0.0, 0.01, 0.02)
+    rows = {
+        "cosine": [row(0.5 + each) for each in (0.01, 0.0, 0.02)],
+        "good": [row(0.7 + each) for each in noise],
+        "bad": [row(0.3 + each) for each in noise],
+    }
+    rows["good"][2] = row(0.73)
+    random = [row(0.5 + each) | {"raw_tokens": 0.4} for each in noise]
+    summary = summarise(rows, random, Options(objectives=("cosine", "good", "bad"), labels=(50,)))
+    assert summary["ranking"] == ["good", "cosine", "bad"]
+    first = summary["verdict"][0]
+    assert first.startswith(
+        "Pre-training with good beats tuned random weights in fine-tuning on 50 labels a class by +20.3 ± 1.4 points."
+    )
+    assert summary["objectives"]["good"]["gain"]["probe"]["values"] == pytest.approx([0.2, 0.2, 0.21])
+    assert {each["better"] for each in summary["against_random"]["probe"]} >= {"good"}
+    assert all("cosine" in (each["better"], each["worse"]) for each in summary["against_cosine"]["probe"])
+    assert any("with good beats the cosine in" in line for line in summary["verdict"])
+    assert any("beats random weights in the probe of the last layer" in line for line in summary["verdict"])
+    alone = summarise({"good": rows["good"]}, random, Options(objectives=("good",), labels=(50,)))
+    assert alone["against_cosine"] == {}
+    assert not any("cosine" in line for line in alone["verdict"])
+
+
+def test_sentences_name_who_wins_who_loses_and_what_is_noise() -> None:
+    def pair(better: str, worse: str, p: float) -> Difference:
+        return Difference(better, worse, 0.031, 0.012, p, p)
+
+    won = [pair("a", RANDOM, 0.01), pair("b", RANDOM, 0.02), pair(RANDOM, "c", 0.01), pair(RANDOM, "d", 0.5)]
+    assert against(won, RANDOM, "the probe", called=RANDOM) == (
+        "Pre-training beats random weights in the probe with a by +3.1 ± 1.2 points, b by +3.1 ± 1.2 points. "
+        "Pre-training with c does worse than random weights in the probe by -3.1 ± 1.2 points. "
+        "The other difference is within the noise."
+    )
+    assert against(won[3:], RANDOM, "the probe", called="them") == (
+        "In the probe no objective differs from them by more than the noise; d differs most, by -3.1 ± 1.2 points, "
+        "p = 0.50 after Holm's correction."
+    )
