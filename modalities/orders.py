@@ -132,7 +132,8 @@ def read_order(
             are no grid of their own. Static orders are then those of the cells, and the others see the grid (N,).
 
     Returns:
-        [N] or [B, N] int64, or None for raster. Orders drawn for each sample put masked tokens last.
+        [N] or [B, N] int64, or None for raster. Orders drawn for each sample, and those over cells, put masked tokens
+        last: one between two real tokens would cost the pair.
 
     Raises:
         UserError: an order of the user's is no permutation of the tokens.
@@ -140,7 +141,8 @@ def read_order(
     if cell is not None:
         if is_static(name):
             path = inverse(grid_order(name, grid, seed)).to(cell.device)
-            return path[(cell * _strides(grid).to(cell.device)).sum(-1)].argsort(dim=1, stable=True)
+            order = path[(cell * _strides(grid).to(cell.device)).sum(-1)].argsort(dim=1, stable=True)
+            return padding_behind(order, tokens.mask)
         grid = (tokens.values.shape[1],)
     if name == "raster" or (name == "random_annealed" and progress is None):
         return None
@@ -150,11 +152,11 @@ def read_order(
         return grid_order(name, grid, seed)
     if progress is None:
         return _padding_last(content_keys(tokens, grid, seed), tokens.mask).argsort(dim=1)
-    keys = _padding_last(torch.rand(tokens.values.shape[:2], device=tokens.values.device), tokens.mask)
+    keys = torch.rand(tokens.values.shape[:2], device=tokens.values.device)
     if name == "random_annealed":
         shuffled = torch.rand(len(keys), 1, device=keys.device) >= progress
         keys = torch.where(shuffled, keys, torch.arange(keys.shape[1], device=keys.device).float())
-    return keys.argsort(dim=1, stable=True)
+    return _padding_last(keys, tokens.mask).argsort(dim=1, stable=True)
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: 
     try:
         import xformers.ops as xops
     except ImportError as error:
-        raise UserError("model.attention=xformers needs the package: pip install 'nepa[xformers]'") from error
+        raise UserError("model.attention=xformers needs the package: pip install -e '.[xformers]'") from error
     bias: Tensor | xops.LowerTriangularMask | None = xops.LowerTriangularMask() if causal else None
     if allowed is not None:
         batch, heads, places, _ = q.shape

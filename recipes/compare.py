@@ -132,6 +132,10 @@ def compare(
         {name for name in names if names.count(name) > 1} | {str(s) for s in seeds if seeds.count(s) > 1}
     ):
         raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
+    digests = {config_digest(variant.config): variant.name for variant in reversed(variants)}
+    if same := [v.name for v in variants if digests[config_digest(v.config)] != v.name]:
+        other = digests[config_digest(next(v.config for v in variants if v.name == same[0]))]
+        raise UserError(f"{same[0]} is the same setting as {other}; leave one of them out")
     jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in seeds for variant in variants}
     share([*also, *jobs.values()], workers=workers)
     return {name: [jobs[name, seed].values() for seed in seeds] for name in names}

@@ -10,6 +10,7 @@ Every start is given the same learning rates, steps and samples, so random weigh
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -167,7 +168,8 @@ def fine_tuned(
         model = trained(tuning, goal, samples, device)
         return finetune.measure(tuning, model, alone, choosing)[goal.headline], lr, model
 
-    _, lr, model = max(map(at, care.learning_rates), key=lambda found: found[0])
+    tried = list(map(at, care.learning_rates))  # a rate that diverges is never the best
+    _, lr, model = max(tried, key=lambda found: found[0] if math.isfinite(found[0]) else -math.inf)
     return Tuned(finetune.measure(setting, model, alone)[goal.headline], lr)
 
 
@@ -222,5 +224,6 @@ def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.devi
             found = forecasters.train(tuning, Run(Path(folder)), World(0, 1, device), show=False)
         return found["validation_mse"], lr, found["mse"]
 
-    _, lr, error = min(map(at, care.learning_rates))
+    tried = list(map(at, care.learning_rates))
+    _, lr, error = min(tried, key=lambda found: found[0] if math.isfinite(found[0]) else math.inf)
     return Tuned(1 - error / persistence(setting.data, device), lr)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nepa_core.modality import Tokens
 from nepa_core.predictor import attention_mask
 
 # -------------------------------------------------------------------------------------------- attention
@@ -85,6 +86,23 @@ def grid_positions(grid: tuple[int, int]) -> Tensor:
     """(row, column) of every token of a grid in canonical order, [N, 2] float32: one unit is one token."""
     rows, columns = grid
     return torch.cartesian_prod(torch.arange(float(rows)), torch.arange(float(columns)))
+
+
+def token_positions(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
+    """Where the token at each place lies, [N, A] or [B, N, A] float32 in the order of reading, on its own device.
+
+    (row, column) on the grid that it is drawn in; of tokens that have coordinates on several axes and are drawn in one
+    row, as point clouds are, the coordinates, in units of the median distance of a token to the nearest other one.
+    """
+    if grid[0] > 1 or tokens.coords.shape[-1] == 1:
+        cells = grid_positions(grid).to(tokens.values.device)
+        return cells if tokens.order is None else cells[tokens.order.to(cells.device)]
+    coords = tokens.coords.to(tokens.values.device)
+    apart = torch.cdist(coords, coords) + torch.diag(coords.new_full(coords.shape[-2:-1], torch.inf))
+    if tokens.mask is not None:
+        apart = apart.masked_fill(~tokens.mask[:, None], torch.inf)[tokens.mask]
+    nearest = apart.amin(-1)
+    return coords / nearest[nearest.isfinite()].median().clamp(min=1e-12)
 
 
 # ------------------------------------------------------------------------------------------- similarity

@@ -28,7 +28,7 @@ from nepa_core.runtime.run import Run
 from recipes import finetune, probe
 from recipes.features import Reader, Row, Source, kept_features, network_reader, tokens_per_sample
 from recipes.goals import Classification, Goal, find_goal
-from recipes.maps import attention_figures, grid_positions, neighbour_share, uniform_attention
+from recipes.maps import attention_figures, neighbour_share, token_positions, uniform_attention
 from recipes.pretrain import PretrainConfig, load_pretrained
 
 PROBE = probe.Options(poolings=("mean", "last"), classifiers=("linear",))
@@ -213,7 +213,7 @@ ATTENTION = ("distance", "entropy", "on_bos", "on_neighbours")
 def attention_by_layer(
     config: PretrainConfig, model: NEPA, device: torch.device, samples: int
 ) -> dict[str, list[list[float]]]:
-    """Means over held-out samples for every layer and head; distances in units of the grid.
+    """Means over held-out samples for every layer and head; distances in units of the grid, see `token_positions`.
 
     Returns:
         distance, entropy, on_bos, on_neighbours (the share on the 8 tokens around): layers x heads; and as `uniform`
@@ -230,9 +230,7 @@ def attention_by_layer(
         network(tokens, causal=causal, trace=trace)
         shape = tokens.values.shape[:2]
         mask = torch.ones(shape, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask
-        positions = grid_positions(data.describe(tokens).grid).to(device)
-        if tokens.order is not None:
-            positions = positions[tokens.order.to(device)]
+        positions = token_positions(tokens, data.describe(tokens).grid)
         uniform = uniform_attention(F.pad(mask, (bos, 0), value=True), causal=causal)
         for layer, weights in enumerate([*trace.attention, uniform]):
             figures = [*attention_figures(weights, positions, mask), neighbour_share(weights, positions, mask)]

@@ -13,13 +13,13 @@ NAMED: dict[str, dict[str, Any]] = {
     "mse": {"objective.terms": {"mse": 1.0}},
     "mse_normalised": {"objective.terms": {"mse_normalised": 1.0}},
     "standardised": {"objective.terms": {"standardised": 1.0}},
-    "infonce_sample": {"objective.terms": {"infonce_sample": 1.0}, "objective.temperature": 0.1},
-    "infonce_position": {"objective.terms": {"infonce_position": 1.0}, "objective.temperature": 0.1},
+    "infonce_sample": {"objective.terms": {"infonce_sample": 1.0}},
+    "infonce_position": {"objective.terms": {"infonce_position": 1.0}},
     "barlow": {"objective.terms": {"barlow": 1.0}},
     "sigreg": {"objective.terms": {"projected_mse": 1.0, "sigreg_tokens": 20.0}, "objective.stop_gradient": False},
     "sigreg_batch": {"objective.terms": {"projected_mse": 1.0, "sigreg_batch": 1.0}, "objective.stop_gradient": False},
     "projected_cosine": {"objective.terms": {"projected_cosine": 1.0}},
-    "horizons": {"objective.terms": {"horizons": 1.0}, "objective.horizons": 4},
+    "horizons": {"objective.terms": {"horizons": 1.0}},
     "intermediate": {"objective.terms": {"cosine": 1.0, "intermediate": 1.0}},
 }
 """Name -> the keys it sets; `intermediate` also chooses the middle block. Shift and attention stay the recipe's."""

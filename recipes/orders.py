@@ -17,6 +17,7 @@ several commands may share a folder, each on its own GPU.
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,9 +34,10 @@ from nepa_core.runtime.run import Run
 from recipes.compare import Job, Measure, Variant, compare, default_workers, digest, reporting, run_folder, share
 from recipes.compare_report import Rows, groups, spreads
 from recipes.goals import find_goal
+from recipes.maps import token_positions
 from recipes.measures import attention_by_layer, fine_tunings, predicted, read_as, read_out
 from recipes.orders_report import render, write_report
-from recipes.pretrain import PretrainConfig
+from recipes.pretrain import PretrainConfig, try_order
 from recipes.significance import Difference, differences, spread, verdict
 from recipes.targets import default_out, is_run, listed, listed_or_all, read_target
 from recipes.training import provenance
@@ -107,6 +109,8 @@ def orders(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
     """
     find_goal(config.data)  # says what is wrong before hours of training, not after
     variants = [Variant(name, ordered(config, name, options.predict_position)) for name in options.orders]
+    variants = [variant for variant in variants if fits(variant, named=options.orders != DEFAULT)]
+    options = options.model_copy(update={"orders": tuple(variant.name for variant in variants)})
     workers = options.workers or default_workers()
     measured = Measure("orders", measure, MeasureOptions(labels=options.labels, finetune_steps=options.finetune_steps))
     rows = compare(variants, options.seeds, measured, out, workers=workers)
@@ -119,6 +123,22 @@ def orders(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
         write_report(out / "report", rows, summary)
         Run(out).write_summary(summary)
     return summary
+
+
+def fits(variant: Variant, *, named: bool) -> bool:
+    """Whether samples can be read in this order. One that the user has named must; another is left out with a line.
+
+    Raises:
+        UserError: one that was named does not.
+    """
+    try:
+        try_order(variant.config)
+    except UserError as error:
+        if named:
+            raise UserError(f"{variant.name}: {error}") from error
+        print(f"left out: {variant.name}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> PretrainConfig:
@@ -148,13 +168,15 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
 
 
 def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, float]:
-    """`order_measures` of the order that held-out samples are read in: a mean where each has its own."""
+    """`order_measures` of the order that held-out samples are read in, padding left out: a mean over samples."""
     data = config.data.plain()
     batches = plain_batches(data.dataset("test"), batch=_ORDER_SAMPLES, device=device, limit=_ORDER_SAMPLES)
     tokens = data.read(next(iter(batches)))
-    count, grid = tokens.values.shape[1], data.describe(tokens).grid
-    order = torch.arange(count) if tokens.order is None else tokens.order.cpu()
-    found = [order_measures(each, grid) for each in order.view(-1, count)]
+    positions = token_positions(tokens, data.describe(tokens).grid)
+    mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
+    if positions.ndim == 2 and mask.all():
+        return order_measures(positions)
+    found = [order_measures(each[real]) for each, real in zip(positions.expand(*mask.shape, -1), mask, strict=True)]
     return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
 
@@ -209,7 +231,11 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
     for labels in options.labels:
         name = f"finetuned_{'all' if labels is None else labels}"
         of = "fine-tuning on all labels" if labels is None else f"fine-tuning on {labels} labels a class"
-        sentences.append(verdict(differences(groups(rows, name)), of=of, brief=True, **words))
+        tuned, scratch = groups(rows, name), groups(rows, f"{name}_random")
+        sentences.append(verdict(differences(tuned), of=of, brief=True, **words))
+        controls = {control(each): scratch[each] for each in rows}
+        against = differences(tuned | controls, [(each, control(each)) for each in rows])
+        sentences.append(pretraining(against, list(rows), of=of))
     return {
         "seeds": list(options.seeds),
         "metric": first["metric"],
@@ -239,15 +265,15 @@ def control(name: str) -> str:
     return f"{name}, random weights"
 
 
-def pretraining(paired: list[Difference], names: list[str]) -> str:
-    """The plain sentence on whether pre-training helps at all."""
+def pretraining(paired: list[Difference], names: list[str], of: str = "the probe") -> str:
+    """The plain sentence on whether pre-training helps there at all."""
     if not paired:
-        return "Whether pre-training helps can't be told from so few seeds."
+        return f"Whether pre-training helps {of} can't be told from so few seeds."
     better = [each.better for each in paired if each.real and each.better in names]
     worse = [each.worse for each in paired if each.real and each.worse in names]
-    said = [f"Pre-training reads better than random weights under {', '.join(better)}."] if better else []
-    said += [f"Pre-training reads worse than random weights under {', '.join(worse)}."] if worse else []
+    said = [f"Pre-training does better than random weights in {of} under {', '.join(better)}."] if better else []
+    said += [f"Pre-training does worse than random weights in {of} under {', '.join(worse)}."] if worse else []
     if not said:
-        return "Under no order does pre-training change the probe of random weights by more than the noise."
+        return f"Under no order does pre-training change {of} against random weights by more than the noise."
     rest = len(names) - len(better) - len(worse)
     return " ".join([*said, *([f"Under the other {rest} the difference is within the noise."] if rest else [])])

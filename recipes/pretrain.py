@@ -1,4 +1,14 @@
-"""nepa pretrain: next-embedding pre-training, and the verdict that ends it."""
+"""nepa pretrain: next-embedding pre-training, and the verdict that ends it.
+
+RECIPE is module:function, built in (`nepa recipes`) or your own; a RUN is one to go on with. The run goes to
+runs/NAME-OF-THE-RECIPE or out=: config.json, metrics.jsonl, checkpoints/, summary.json with the figures of the
+verdict, and report/ with its plots. Stopped by Ctrl-C, SIGTERM or a crash, it goes on where it was by the same
+command; a finished run is only shown again, and `nepa pretrain RUN out=OTHER` trains its settings anew.
+
+The verdict compares the prediction on held-out data with a linear autoregression, with copying, with mean embeddings
+and with the network before training, and judges collapse by the rank of the embeddings. `nepa probe RUN` is the next
+question.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +21,7 @@ import torch
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
-from nepa_core.basics import FROZEN, Batch
+from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.diagnostics import COLLAPSE_SHARE, Gathered, Verdict, gather, health, judge, learning
 from nepa_core.ema import Ema, applied
 from nepa_core.modality import Modality, Tokens
@@ -31,6 +41,13 @@ from recipes.training import cost, opened, train
 from recipes.weights import newest
 
 RANK = "effective_rank_embedding"
+
+
+UNKNOWN_TARGET = (
+    "an order of each sample's own needs model.predict_position=add (or rotate): without it the network can't know "
+    "which patch comes next, so the best prediction is close to the mean embedding; objective.unknown_target=true "
+    "trains it all the same"
+)
 
 
 class VerdictConfig(BaseModel):
@@ -77,11 +94,7 @@ class PretrainConfig(BaseModel):
     def _target_is_known(self) -> Self:
         known = self.model.predict_position != "off" or not self.objective.shift
         if self.data.draws_order() and not known and not self.objective.unknown_target:
-            raise ValueError(
-                "an order drawn for each sample needs model.predict_position=add (or rotate): without it the network "
-                "can't know which patch comes next, so the best prediction is close to the mean embedding; "
-                "objective.unknown_target=true trains it all the same"
-            )
+            raise ValueError(UNKNOWN_TARGET)
         return self
 
     @model_validator(mode="after")
@@ -112,6 +125,24 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             print(card.render(summary, config.data, run))
 
 
+def try_order(config: PretrainConfig) -> None:
+    """Read a few training samples as they will be read, before hours of training.
+
+    Raises:
+        UserError: the order does not fit the tokens, or is of each sample's own where the network is not told which
+            token comes next. Of a function of the user's neither is known before it is called.
+    """
+    told = config.model.predict_position != "off" or not config.objective.shift or config.objective.unknown_target
+    batches = plain_batches(config.data.dataset("train"), batch=8, device=torch.device("cpu"), limit=8)
+    tokens = config.data.at(0.0).read(next(iter(batches)))
+    if told or tokens.order is None or tokens.order.ndim == 1:
+        return
+    mask = torch.ones_like(tokens.order) if tokens.mask is None else tokens.mask
+    alike = (mask == mask[0]).all(1)  # where padding lies elsewhere, a shared order is read differently, too
+    if (tokens.order != tokens.order[0]).any(1)[alike].any():
+        raise UserError(UNKNOWN_TARGET)
+
+
 def build_model(config: PretrainConfig) -> NEPA:
     """The network with the weights that the run's seed gives: the untrained reference of every verdict."""
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
@@ -137,6 +168,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     """
     if (finished := opened(config, run, ranks)) is not None:
         return finished
+    try_order(config)
     model = build_pretrainer(config).to(ranks.device)
 
     def health(ema: Ema | None) -> dict[str, Any]:

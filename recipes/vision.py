@@ -163,7 +163,7 @@ def base_in1k_finetune() -> FinetuneConfig:
     Time, derived from 990 images/s per H100: 4.5 hours on 8 H100, 36 on one. Published: 83.75 % top-1, bidirectional,
     EMA weights; 82.5 % with causal=true. There the best epoch was chosen on the validation set; here the last one is
     reported. Not published and chosen here: scaling the rate by batch/256, clipping at norm 1, evaluation at crop
-    ratio 0.875, drop path 0.1 as in the paper.
+    ratio 0.875. Drop path 0.1 is the paper's; the scripts do not say.
     """
     return FinetuneConfig(
         init="SixAILab/nepa-base-patch14-224",
@@ -209,8 +209,8 @@ def large_in1k_finetune() -> FinetuneConfig:
 
     Time, derived from 297 images/s per H100: 15 hours on 8 H100, 5 days on one. Published: 85.40 % top-1,
     bidirectional, EMA weights; 84.1 % with causal=true. There the best epoch was chosen on the validation set; here the
-    last one is reported. Not published and chosen here: scaling the rate by batch/256, clipping at norm 1, drop path
-    0.2 as in the paper.
+    last one is reported. Not published and chosen here: scaling the rate by batch/256, clipping at norm 1. Drop path
+    0.2 is the paper's; the scripts do not say.
     """
     base = base_in1k_finetune()
     return base.model_copy(

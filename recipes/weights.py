@@ -117,6 +117,8 @@ def newest(run: Run) -> Checkpoint:
     command = f"nepa {task_of(str(run.path))} {run.path}"
     if record is not None:
         command = f"nepa import {record['source']} out={run.path}"
+    elif run.summary() is not None:  # or the command would only show what was finished
+        command = f"rm {run.path / 'summary.json'} && {command}"
     what = "undamaged checkpoint" if notes else "checkpoint"
     cause = f" ({notes[0].removesuffix('; passing over it')})" if notes else ""
     raise UserError(f"{run.checkpoints} holds no {what}; run `{command}` {'again' if notes else 'first'}{cause}")

@@ -147,6 +147,8 @@ def test_names_are_given_once(tmp_path: Path, tiny_recipe: PretrainConfig, monke
     measure = Measure("tiny", measured, Nothing())
     with pytest.raises(UserError, match="one is given twice"):
         compare.compare([one, one], (0,), measure, tmp_path, workers=1)
+    with pytest.raises(UserError, match="two is the same setting as one"):
+        compare.compare([one, Variant("two", tiny_recipe)], (7,), measure, tmp_path, workers=1)
     with pytest.raises(UserError, match="7 is given twice"):
         compare.compare([one], (7, 7), measure, tmp_path, workers=1)
     monkeypatch.setenv("WORLD_SIZE", "2")

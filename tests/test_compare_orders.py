@@ -166,7 +166,10 @@ def test_the_summary_ranks_by_accuracy_and_names_what_is_real() -> None:
         "attention": {}, "layers": {}, "loss_per_position": {}, "collapsed": False,
     }  # fmt: skip
     rows = {
-        name: [row | {"probe": value + noise, "probe_random": 0.5 - noise} for noise in (0.0, 0.01, 0.02)]
+        name: [
+            row | {"probe": value + noise, "probe_random": 0.5 - noise, "finetuned_50_random": 0.7 + 0.5 * noise}
+            for noise in (0.0, 0.01, 0.02)
+        ]
         for name, value in {"low": 0.3, "high": 0.7}.items()
     }
     rows["high"][2]["probe"] += 0.01  # a spread to test by
@@ -175,9 +178,11 @@ def test_the_summary_ranks_by_accuracy_and_names_what_is_real() -> None:
     assert summary["verdict"][0].startswith("In probe accuracy: high > low by 40.3 ± 1.4 points")
     assert summary["verdict"][1].startswith("In what pre-training adds to the probe of random weights: high > low by")
     assert summary["orders"]["high"]["probe_gain"]["values"] == pytest.approx([0.2, 0.22, 0.25])
-    assert "better than random weights under high." in summary["verdict"][2]
-    assert "worse than random weights under low." in summary["verdict"][2]
+    assert "better than random weights in the probe under high." in summary["verdict"][2]
+    assert "worse than random weights in the probe under low." in summary["verdict"][2]
     assert summary["verdict"][3].startswith("No difference between orders in fine-tuning on 50 labels a class")
+    worse = "worse than random weights in fine-tuning on 50 labels a class under low, high."
+    assert worse in summary["verdict"][4], "told also where it speaks against pre-training"
 
 
 def test_few_labels_are_so_many_of_every_class_and_the_same_for_every_variant() -> None:

@@ -25,7 +25,7 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted, StepFunction
 from nepa_core.runtime.run import Run
 from recipes.presets import small
-from recipes.pretrain import PretrainConfig, make_step, pretrain
+from recipes.pretrain import PretrainConfig, make_step, pretrain, try_order
 from recipes.vision import digits_2x2
 from tests.tiny import CPU, training
 
@@ -217,6 +217,23 @@ def test_an_order_drawn_for_each_sample_needs_the_position_unless_it_is_forced(o
         config = override(digits_2x2(), changes | mend)
         assert isinstance(config.data, Images)
         assert config.data.patch_order == order
+
+
+def by_contrast(tokens: Tokens, grid: tuple[int, ...]) -> Tensor:
+    return tokens.values.var(-1).argsort(dim=1, descending=True)
+
+
+def backwards(tokens: Tokens, grid: tuple[int, ...]) -> Tensor:
+    return torch.arange(tokens.values.shape[1]).flip(0).expand(tokens.values.shape[:2])
+
+
+def test_so_does_a_function_of_ones_own_that_gives_each_sample_another() -> None:
+    changes = {"data.patch_order": "tests.test_predict_position:by_contrast"}
+    with pytest.raises(UserError, match="can't know which patch comes next"):
+        try_order(override(digits_2x2(), changes))
+    try_order(override(digits_2x2(), changes | {"model.predict_position": "add"}))
+    try_order(override(digits_2x2(), changes | {"objective.unknown_target": True}))
+    try_order(override(digits_2x2(), {"data.patch_order": "tests.test_predict_position:backwards"}))
 
 
 # ---- training

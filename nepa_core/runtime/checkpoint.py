@@ -39,10 +39,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(
-            f"{path} can't be written: {reason}; free some space and give the same command again "
-            "(earlier checkpoints are kept)"
-        ) from error
+        elsewhere = isinstance(error, PermissionError | NotADirectoryError)
+        mend = "name another folder with out=DIR" if elsewhere else "free some space and give the same command again"
+        raise UserError(f"{path} can't be written: {reason}; {mend} (earlier checkpoints are kept)") from error
 
 
 def write_whole(file: Path, text: str) -> None:

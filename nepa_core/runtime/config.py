@@ -41,6 +41,8 @@ def load_object(path: str) -> Any:
         raise UserError(
             f"{path}: no module {module_name!r} here; run the command from the folder that holds it"
         ) from error
+    except (SyntaxError, ImportError, NameError) as error:
+        raise UserError(f"{path}: importing {module_name} failed: {error}") from error
     if not hasattr(module, name):
         raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, _own(module))}")
     return getattr(module, name)
