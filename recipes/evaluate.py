@@ -35,6 +35,7 @@ FREE = (
     "train.micro_batch",
     "train.workers",
     "train.precision",
+    "train.max_unreadable",
 )
 """Keys of a run, or beginnings of keys, that may be changed: they say what is measured, and how it is computed."""
 

@@ -129,13 +129,14 @@ def try_order(config: PretrainConfig) -> None:
     """Read a few training samples as they will be read, before hours of training.
 
     Raises:
-        UserError: the order does not fit the tokens, or is of each sample's own where the network is not told which
-            token comes next. Of a function of the user's neither is known before it is called.
+        UserError: the order does not fit the tokens, or is a function of the user's that gives each sample another one
+            where the network is not told which token comes next. Neither is known before the function is called.
     """
     told = config.model.predict_position != "off" or not config.objective.shift or config.objective.unknown_target
     batches = plain_batches(config.data.dataset("train"), batch=8, device=torch.device("cpu"), limit=8)
     tokens = config.data.at(0.0).read(next(iter(batches)))
-    if told or tokens.order is None or tokens.order.ndim == 1:
+    own = ":" in getattr(config.data, "patch_order", "")
+    if told or not own or tokens.order is None or tokens.order.ndim == 1:
         return
     mask = torch.ones_like(tokens.order) if tokens.mask is None else tokens.mask
     alike = (mask == mask[0]).all(1)  # where padding lies elsewhere, a shared order is read differently, too

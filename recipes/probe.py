@@ -81,7 +81,7 @@ REGRESSIONS: dict[Name, Classifier] = {"linear": classifiers.ridge, "knn": class
 TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
 PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}
 """The paper's linear probe: name -> row."""
-FREE = ("data.", "train.workers")
+FREE = ("data.", "train.workers", "train.max_unreadable")
 """Keys of a run or recipe that a probe may change: they say where the samples lie and how they are loaded."""
 _SMALL = 2**24
 """Rows of fewer numbers are fitted side by side on the CPU, each on one thread: threads within one don't pay."""

@@ -91,7 +91,9 @@ def rank_main(out: Path, names: list[str]) -> int:
 def finetune_and_count(folder: Path, ranks: World) -> dict[str, Any]:
     """Fine-tune the tiny recipe; then the figures of a network given by its seed, over an uneven number of batches."""
     finetune(short(tiny.recipe()).model_copy(update={"recipe": "tests.tiny:recipe"}), Run(folder), ranks, show=False)
-    config = short(override(tiny.ragged(), {"data.samples": 53, "data.unreadable": [3, 11]}))
+    config = short(
+        override(tiny.ragged(), {"data.samples": 53, "data.unreadable": [3, 11], "train.max_unreadable": 0.1})
+    )
     model, _ = build_classifier(config, numbered(2))
     torch.nn.init.normal_(model.head.classifier.weight)
     figures = measure(config, model, ranks)

@@ -275,7 +275,15 @@ def test_two_processes_keep_the_features_of_one(tmp_path: Path) -> None:
     """Every file, byte for byte, over uneven batches and an unreadable sample."""
     run = str(tmp_path / "run")
     assert main(["pretrain", "tests.tiny:ragged", "train.length.steps=2", f"out={run}"]) == 0
-    words = ["probe", run, "poolings=mean,attentive", "layers=1", "train_samples=43", "data.unreadable=[3]"]
+    words = [
+        "probe",
+        run,
+        "poolings=mean,attentive",
+        "layers=1",
+        "train_samples=43",
+        "data.unreadable=[3]",
+        "train.max_unreadable=0.1",
+    ]
     assert main([*words, f"out={tmp_path / 'one'}"]) == 0
     done = torchrun("recipes", *words, f"out={tmp_path / 'two'}")
     assert done.returncode == 0, done.stderr
