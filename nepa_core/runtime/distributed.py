@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,4 +99,5 @@ def world() -> Iterator[World]:
     try:
         yield World(rank, size, device)
     finally:
+        gc.collect()  # a wrapped model in a cycle would outlive the group, and its threads then end in an abort at exit
         dist.destroy_process_group()
