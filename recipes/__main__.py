@@ -1,8 +1,7 @@
 """`python -m recipes` and `torchrun -m recipes` are the `nepa` command."""
 
-import sys
-
+from nepa_core.runtime.distributed import leave
 from recipes.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

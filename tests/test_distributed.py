@@ -16,7 +16,7 @@ import torch
 
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override
-from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.distributed import World, leave, world
 from nepa_core.runtime.run import Run
 from recipes.finetune import build_classifier, finetune, measure, short
 from recipes.goals import numbered
@@ -109,7 +109,7 @@ def _writes(event: str, args: tuple[Any, ...], out: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(rank_main(Path(sys.argv[1]), sys.argv[2:]))
+    leave(rank_main(Path(sys.argv[1]), sys.argv[2:]))
 
 
 @pytest.fixture(scope="module")

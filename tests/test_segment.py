@@ -21,7 +21,7 @@ from torch import Tensor
 from modalities.scene_data import IGNORED
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.distributed import World, leave, world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
 from recipes import segment as task
@@ -465,3 +465,4 @@ def test_every_class_has_a_colour_of_its_own() -> None:
 
 if __name__ == "__main__":
     rank_main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave(0)
