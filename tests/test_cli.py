@@ -136,11 +136,12 @@ def test_help_lists_the_keys_that_the_task_takes_and_no_others(nepa: Nepa) -> No
         )
         listed[task] = [line.strip().partition("=")[0] for line in lines[start + 1 :]]
     data = [f"data.{key}" for key in Waves.model_fields]
-    assert listed["probe"] == [*data, "train.workers"]
+    assert listed["probe"] == [*data, "train.workers", "train.max_unreadable"]
     assert listed["export"] == []
     assert listed["inspect"] == data
     assert listed["evaluate"] == [
         *data, "model.attention", "causal", "train.batch", "train.micro_batch", "train.precision", "train.workers",
+        "train.max_unreadable",
     ]  # fmt: skip
     assert "optim.lr can't be set for nepa evaluate" in nepa.fails("evaluate", "tuned", "optim.lr=1")
 
