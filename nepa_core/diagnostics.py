@@ -126,6 +126,11 @@ def gather(
                 break
     finally:
         model.train(was_training)
+    longest = max(part["values"].shape[1] for part in parts)
+    for part in parts:
+        if "order" in part:  # padding keeps the places behind, or an order could not be inverted
+            behind = torch.arange(part["order"].shape[1], longest)
+            part["order"] = torch.cat((part["order"], behind.expand(len(part["order"]), -1)), dim=1)
     whole = {name: _stack([part[name] for part in parts])[:limit] for name in parts[0]}
     mask = whole.pop("mask")
     return Gathered(**whole, mask=None if mask.all() else mask)

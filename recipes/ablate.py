@@ -14,19 +14,18 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
-from nepa_core.basics import FROZEN, UserError
+from nepa_core.basics import FROZEN
 from nepa_core.model import NEPA
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
 from recipes import compare
 from recipes.compare_report import Column, Rows, groups, html_table, spread_table, spreads, text_table
-from recipes.measures import PROBE
+from recipes.measures import rank_over_training, read_out
 from recipes.pretrain import PretrainConfig
-from recipes.probe import metric_of, probe
 from recipes.report import Figure, bar_plot, line_plot, page
 from recipes.significance import spread
-from recipes.targets import default_out, is_run, listed, read_target
+from recipes.targets import default_out, listed
 from recipes.training import provenance
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -68,9 +67,7 @@ class Nothing(BaseModel):
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    if is_run(target):
-        raise UserError(f"nepa ablate starts from a recipe such as recipes.vision:digits, and {target} is a run folder")
-    config = read_target(PretrainConfig, target, changes)
+    config = compare.read_recipe("ablate", target, changes)
     out = Path(options.out or default_out(target, "ablate"))
     print(render(ablate(config, options, out)))
     print(f"Report: {out / 'report' / 'index.html'}")
@@ -95,18 +92,16 @@ def ablate(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
 
 def measure(config: PretrainConfig, model: NEPA, run: Run, _: Nothing) -> dict[str, Any]:
     """The run's own figures and the probe of every layer."""
-    summary, probed = run.summary(), probe(config, model, PROBE)
+    summary, read = run.summary(), read_out(config, model)
     assert summary is not None
-    health = [line for line in run.metrics() if "effective_rank_embedding" in line]
-    metric = metric_of(probed["best"])
     return {
         **{name: summary[name] for name in ("objective", "loss", "retrieval_top1", "effective_rank_embedding")},
         **{name: summary[name] for name in ("effective_rank_embedding_start", "collapsed")},
-        "probe_best": probed["best"][metric],
-        "probe_final": next(row[metric] for row in probed["layers"] if row["name"] == "final norm, mean"),
-        "probe_random": probed["random_init"]["best"][metric],
-        "probe_raw": probed["raw_tokens"][metric],
-        "rank_over_training": [[line["step"], line["effective_rank_embedding"]] for line in health],
+        "probe_best": read["probe"],
+        "probe_final": read["probe_final"],
+        "probe_random": read["probe_random"],
+        "probe_raw": read["raw_tokens"],
+        "rank_over_training": rank_over_training(run),
     }
 
 

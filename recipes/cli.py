@@ -8,6 +8,7 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from functools import partial
+from types import ModuleType
 from typing import Any, NamedTuple
 
 
@@ -116,17 +117,31 @@ def list_recipes() -> str:
     import inspect
 
     import recipes
-    from nepa_core.runtime.config import recipe_functions
 
     rows = []
     for info in pkgutil.iter_modules(recipes.__path__):
         module = importlib.import_module(f"recipes.{info.name}")
-        for name, function in recipe_functions(module).items():
+        for name, function in _recipe_functions(module).items():
             line = (function.__doc__ or "").strip().splitlines()[0]
             task = str(inspect.signature(function).return_annotation).removesuffix("Config").lower()
             rows.append((f"{module.__name__}:{name}", task, line))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {task:<{widths[1]}}  {line}" for name, task, line in rows)
+
+
+def _recipe_functions(module: ModuleType) -> dict[str, Any]:
+    """The public functions of a module that take nothing and, by their annotation, return a config."""
+    import inspect
+
+    found: dict[str, Any] = {}
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        signature = inspect.signature(function)
+        gives = signature.return_annotation  # a string, under `from __future__ import annotations`
+        gives = gives if isinstance(gives, str) else getattr(gives, "__name__", "")
+        own = function.__module__ == module.__name__ and not name.startswith("_")
+        if own and gives.endswith("Config") and not signature.parameters:
+            found[name] = function
+    return found
 
 
 def _help() -> str:

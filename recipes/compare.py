@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import BaseModel
 
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, cores
 from nepa_core.model import NEPA
 from nepa_core.runtime.checkpoint import disk_errors, write_whole
 from nepa_core.runtime.config import import_path
@@ -45,6 +45,7 @@ from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import FREE_KEYS, Run
 from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
+from recipes.targets import is_run, read_target
 
 _POLL = 0.5  # seconds between looks at what other processes have finished
 _SAY = 10.0  # least seconds between two lines of progress
@@ -139,6 +140,17 @@ def compare(
     jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in seeds for variant in variants}
     share([*also, *jobs.values()], workers=workers)
     return {name: [jobs[name, seed].values() for seed in seeds] for name in names}
+
+
+def read_recipe(task: str, target: str, changes: dict[str, Any]) -> PretrainConfig:
+    """The recipe that a comparison starts from, with changes.
+
+    Raises:
+        UserError: it is a run folder, or there is no such recipe.
+    """
+    if is_run(target):
+        raise UserError(f"nepa {task} starts from a recipe such as recipes.vision:digits, and {target} is a run folder")
+    return read_target(PretrainConfig, target, changes)
 
 
 def pair(variant: Variant, seed: int, measure: Measure, out: Path) -> Job:
@@ -267,7 +279,7 @@ def reporting(out: Path) -> Iterator[None]:
 
 def default_workers() -> int:
     """One process a GPU, or a core where there is none."""
-    return torch.cuda.device_count() or os.cpu_count() or 1
+    return torch.cuda.device_count() or cores()
 
 
 def _hired(number: int, count: int, jobs: Sequence[Job]) -> tuple[BaseProcess, Connection]:
@@ -290,7 +302,7 @@ def _worker(number: int, count: int, jobs: Sequence[Job], say: Connection) -> No
     threading.Thread(target=_end_with_parent, daemon=True).start()
     gpus = torch.cuda.device_count()
     # Two busy single-threaded processes beat one with two threads on small models, and sums come out the same.
-    torch.set_num_threads(max((os.cpu_count() or 1) // count, 1) if gpus else 1)
+    torch.set_num_threads(max(cores() // count, 1) if gpus else 1)
     if gpus:
         os.environ["LOCAL_RANK"] = str(number % gpus)
     try:

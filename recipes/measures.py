@@ -46,25 +46,30 @@ def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
         tokens (of single tokens where these have the classes), layer by layer, with and without pre-training.
     """
     found = probe.probe(config, model, PROBE)
-    metric = probe.metric_of(found["best"])
-    means, random_means = (
-        [row for row in rows if row["name"].endswith((", mean", ", token"))]  # tokens where these have the classes
-        for rows in (found["layers"], found["random_init"]["layers"])
-    )
+    own, random = (by_layer(rows) for rows in (found["layers"], found["random_init"]["layers"]))
+    return {
+        **own,
+        "probe_random": random["probe"],
+        "probe_random_row": random["probe_row"],
+        "raw_tokens": found["raw_tokens"][own["metric"]],
+        "layers": own["layers"] | {f"{key}_random": random["layers"][key] for key in ("probe", "rank")},
+    }
+
+
+def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of the rows of a probe: `metric`, `probe`, `probe_row`, `probe_final`, `layers`; see `read_out`."""
+    best = probe.best_row(rows)
+    metric = probe.metric_of(best)
+    means = [row for row in rows if row["name"].endswith((", mean", ", token"))]
     return {
         "metric": metric,
-        "probe": found["best"][metric],
-        "probe_row": found["best"]["name"],
+        "probe": best[metric],
+        "probe_row": best["name"],
         "probe_final": means[-1][metric],
-        "probe_random": found["random_init"]["best"][metric],
-        "probe_random_row": found["random_init"]["best"]["name"],
-        "raw_tokens": found["raw_tokens"][metric],
         "layers": {
             "name": [row["name"].partition(",")[0] for row in means],
             "probe": [row[metric] for row in means],
-            "probe_random": [row[metric] for row in random_means],
             "rank": [row["effective_rank"] for row in means],
-            "rank_random": [row["effective_rank"] for row in random_means],
         },
     }
 
@@ -80,6 +85,12 @@ def predicted(run: Run) -> dict[str, Any]:
         "collapsed": summary["collapsed"],
         "loss_per_position": summary["loss_per_position"],
     }
+
+
+def rank_over_training(run: Run) -> list[list[float]]:
+    """[step, effective rank of the embeddings] at every evaluation of a run."""
+    name = "effective_rank_embedding"
+    return [[line["step"], line[name]] for line in run.metrics() if name in line]
 
 
 def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: World) -> list[list[dict[str, Any]]]:

@@ -31,7 +31,18 @@ from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.run import Run
-from recipes.compare import Job, Measure, Variant, compare, default_workers, digest, reporting, run_folder, share
+from recipes.compare import (
+    Job,
+    Measure,
+    Variant,
+    compare,
+    default_workers,
+    digest,
+    read_recipe,
+    reporting,
+    run_folder,
+    share,
+)
 from recipes.compare_report import Rows, groups, spreads
 from recipes.goals import find_goal
 from recipes.maps import token_positions
@@ -39,7 +50,7 @@ from recipes.measures import attention_by_layer, fine_tunings, predicted, read_a
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig, try_order
 from recipes.significance import Difference, differences, spread, verdict
-from recipes.targets import default_out, is_run, listed, listed_or_all, read_target
+from recipes.targets import default_out, listed, listed_or_all
 from recipes.training import provenance
 
 DEFAULT = (
@@ -87,11 +98,7 @@ class MeasureOptions(BaseModel):
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    if is_run(target):
-        raise UserError(
-            f"nepa orders starts from a recipe such as recipes.vision:digits_2x2, and {target} is a run folder"
-        )
-    config = read_target(PretrainConfig, target, changes)
+    config = read_recipe("orders", target, changes)
     out = Path(options.out or default_out(target, "orders"))
     print(render(orders(config, options, out)))
     print(f"Report: {out / 'report' / 'index.html'}")

@@ -125,6 +125,11 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             print(card.render(summary, config.data, run))
 
 
+def has_own_order(config: PretrainConfig) -> bool:
+    """Whether the order is a function of the user's."""
+    return ":" in getattr(config.data, "patch_order", "")
+
+
 def try_order(config: PretrainConfig) -> None:
     """Read a few training samples as they will be read, before hours of training.
 
@@ -135,8 +140,7 @@ def try_order(config: PretrainConfig) -> None:
     told = config.model.predict_position != "off" or not config.objective.shift or config.objective.unknown_target
     batches = plain_batches(config.data.dataset("train"), batch=8, device=torch.device("cpu"), limit=8)
     tokens = config.data.at(0.0).read(next(iter(batches)))
-    own = ":" in getattr(config.data, "patch_order", "")
-    if told or not own or tokens.order is None or tokens.order.ndim == 1:
+    if told or not has_own_order(config) or tokens.order is None or tokens.order.ndim == 1:
         return
     mask = torch.ones_like(tokens.order) if tokens.mask is None else tokens.mask
     alike = (mask == mask[0]).all(1)  # where padding lies elsewhere, a shared order is read differently, too
@@ -169,7 +173,8 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     """
     if (finished := opened(config, run, ranks)) is not None:
         return finished
-    try_order(config)
+    if has_own_order(config):
+        try_order(config)
     model = build_pretrainer(config).to(ranks.device)
 
     def health(ema: Ema | None) -> dict[str, Any]:

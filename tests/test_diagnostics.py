@@ -23,6 +23,7 @@ from nepa_core.diagnostics import (
     spread,
 )
 from nepa_core.objective import masked_mean, negative_cosine
+from tests.tiny import SHAPE
 
 
 @pytest.fixture(autouse=True)
@@ -414,21 +415,7 @@ class Reversed(Modality):
 
 
 def _model(**changes: Any) -> NEPA:
-    settings = {
-        "dim": 8,
-        "depth": 2,
-        "heads": 2,
-        "mlp_dim": 16,
-        "activation": "gelu",
-        "gated": False,
-        "layer_scale": 1.0,
-        "qk_norm": "plain",
-        "rope_theta": 100.0,
-        "rope_rescale": 1.0,
-        "bos": True,
-        "norm_eps": 1e-6,
-    }
-    model = NEPA(PredictorConfig(**(settings | changes)), nn.Linear(3, 8))
+    model = NEPA(PredictorConfig(**(SHAPE | {"dim": 8, "mlp_dim": 16} | changes)), nn.Linear(3, 8))
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model

@@ -9,6 +9,7 @@ from nepa_core import NEPA, PredictorConfig, Tokens
 from nepa_core.model import draw_coord_scale
 from nepa_core.predictor import Trace
 from tests import tiny
+from tests.tiny import SHAPE
 
 SAMPLES, COUNT, RAW, DIM = 3, 6, 4, 16
 SHARED_ORDER = torch.tensor([3, 0, 5, 1, 4, 2])
@@ -19,21 +20,7 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [0, 1, 1, 0, 1, 1]]
 def _model(**changes: Any) -> NEPA:
     """A model far from its start, so that every input matters."""
     torch.manual_seed(0)
-    settings = {
-        "dim": DIM,
-        "depth": 2,
-        "heads": 2,
-        "mlp_dim": 32,
-        "activation": "gelu",
-        "gated": False,
-        "layer_scale": 1.0,
-        "qk_norm": "plain",
-        "rope_theta": 100.0,
-        "rope_rescale": 1.0,
-        "bos": True,
-        "norm_eps": 1e-6,
-    }
-    model = NEPA(PredictorConfig(**(settings | changes)), nn.Linear(RAW, DIM))
+    model = NEPA(PredictorConfig(**(SHAPE | changes)), nn.Linear(RAW, DIM))
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model

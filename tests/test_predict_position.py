@@ -27,24 +27,10 @@ from nepa_core.runtime.run import Run
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, make_step, pretrain, try_order
 from recipes.vision import digits_2x2
-from tests.tiny import CPU, training
+from tests.tiny import CPU, SHAPE, training
 
-SAMPLES, COUNT, RAW, DIM = 3, 6, 4, 16
+SAMPLES, COUNT, RAW, DIM = 3, 6, 4, SHAPE["dim"]
 LENGTHS = (6, 4, 2)
-SHAPE: dict[str, Any] = {
-    "dim": DIM,
-    "depth": 2,
-    "heads": 2,
-    "mlp_dim": 32,
-    "activation": "gelu",
-    "gated": False,
-    "layer_scale": 1.0,
-    "qk_norm": "plain",
-    "rope_theta": 100.0,
-    "rope_rescale": 1.0,
-    "bos": True,
-    "norm_eps": 1e-6,
-}
 both = pytest.mark.parametrize("how", ["add", "rotate"])
 
 

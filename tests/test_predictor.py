@@ -8,22 +8,10 @@ from torch import Tensor
 from nepa_core import UserError
 from nepa_core.predictor import Predictor, PredictorConfig, Trace
 from nepa_core.runtime.config import validated
+from tests import tiny
 
 PLACES = 7
-SHAPE: dict[str, Any] = {
-    "dim": 24,
-    "depth": 3,
-    "heads": 2,
-    "mlp_dim": 32,
-    "activation": "gelu",
-    "gated": False,
-    "layer_scale": 1.0,
-    "qk_norm": "plain",
-    "rope_theta": 100.0,
-    "rope_rescale": 1.0,
-    "bos": False,
-    "norm_eps": 1e-6,
-}
+SHAPE = tiny.SHAPE | {"dim": 24, "depth": 3, "bos": False}
 COORDS = torch.linspace(-1, 1, PLACES)[:, None]
 HOLES = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
 

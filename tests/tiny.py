@@ -10,7 +10,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,22 @@ from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_pretrainer, held_out_health, make_step
 
 CPU = torch.device("cpu")
+
+SHAPE: dict[str, Any] = {
+    "dim": 16,
+    "depth": 2,
+    "heads": 2,
+    "mlp_dim": 32,
+    "activation": "gelu",
+    "gated": False,
+    "layer_scale": 1.0,
+    "qk_norm": "plain",
+    "rope_theta": 100.0,
+    "rope_rescale": 1.0,
+    "bos": True,
+    "norm_eps": 1e-6,
+}
+"""Settings of a small `PredictorConfig`, for tests that change a few."""
 
 
 class Waves(Modality):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_args
@@ -46,19 +45,6 @@ def load_object(path: str) -> Any:
     if not hasattr(module, name):
         raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, _own(module))}")
     return getattr(module, name)
-
-
-def recipe_functions(module: ModuleType) -> dict[str, Callable[[], BaseModel]]:
-    """The public functions of a module that take nothing and, by their annotation, return a config."""
-    found: dict[str, Callable[[], BaseModel]] = {}
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        signature = inspect.signature(function)
-        gives = signature.return_annotation  # a string, under `from __future__ import annotations`
-        gives = gives if isinstance(gives, str) else getattr(gives, "__name__", "")
-        own = function.__module__ == module.__name__ and not name.startswith("_")
-        if own and gives.endswith("Config") and not signature.parameters:
-            found[name] = function
-    return found
 
 
 def _own(module: ModuleType) -> list[str]:
