@@ -1,19 +1,21 @@
-"""What a start is worth downstream: read-outs, and fine-tuning at its own best learning rate.
+"""What a start is worth downstream: read-outs, and fine-tuning in its own best setting.
 
 The same functions serve pre-trained and random weights. Where samples have targets, these are read by a linear probe
 and taught by fine-tuning; a series without any is forecast instead.
 
-The learning rate is chosen for each start, seed and number of labels, by training once with each: the one whose network
-does best on held-back training samples, which none of them is trained on, is the one whose held-out figure counts.
-Every start is given the same learning rates, steps and samples, so random weights are tuned with the same care.
+Learning rate, number of steps and attention are chosen for each start, seed and number of labels, in this order, each
+by training once with every choice: the network that does best on held-back training samples, which none of them is
+trained on, is the one whose held-out figure counts. Every start is given the same choices and samples, so random
+weights are tuned with the same care.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from pydantic import BaseModel
@@ -28,7 +30,7 @@ from nepa_core.runtime.run import Run
 from recipes import finetune, forecasters, probe
 from recipes.features import network_reader, raw_reader, tokens_per_sample
 from recipes.goals import find_goal
-from recipes.measures import PROBE, Some, few_labels, score_readers, short_tuning, trained
+from recipes.measures import PROBE, Some, by_layer, few_labels, score_readers, short_tuning, trained
 from recipes.pretrain import PretrainConfig
 
 HELD_BACK = 1000
@@ -39,22 +41,39 @@ HORIZON = 96
 
 _WINDOWS = 20_000  # most that forecasts are fitted on
 
+Tuning = TypeVar("Tuning", finetune.FinetuneConfig, forecasters.ForecastConfig)
+Found = TypeVar("Found")
+
 
 class Care(BaseModel):
-    """How a start is fine-tuned: training labels a class (None for all), steps, and learning rates to choose from."""
+    """How a start is fine-tuned: training labels a class (None for all), and the choices of `Setting`."""
 
     model_config = FROZEN
 
     labels: tuple[int | None, ...]
-    finetune_steps: int
     learning_rates: tuple[float, ...]
+    finetune_steps: tuple[int, ...]
+    finetune_causal: tuple[bool, ...]
+
+
+class Setting(NamedTuple):
+    """What is chosen for a fine-tuning: learning rate, steps, and whether attention is causal."""
+
+    lr: float
+    steps: int
+    causal: bool
+
+    def applied(self, config: Tuning) -> Tuning:
+        """A fine-tuning in this setting."""
+        changes = {"optim.lr": self.lr, "train.length.steps": self.steps, "causal": self.causal}
+        return override(config, changes | {"train.checkpoint": self.steps})
 
 
 class Tuned(NamedTuple):
-    """A held-out figure and the learning rate that held-back samples chose for it."""
+    """A held-out figure and the setting that held-back samples chose for it."""
 
     figure: float
-    lr: float
+    setting: Setting
 
 
 def is_forecast(config: PretrainConfig) -> bool:
@@ -84,9 +103,9 @@ def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Car
 
     Returns:
         `probe`, of the layer that held-back samples choose, and its `probe_row`; `probe_final`, of the final norm;
-        `finetuned_50` and so on, "all" for None; `learning_rates`: the chosen one of each; `layers`: names, probes and
-        (but for forecasts) effective ranks, layer by layer; `metric`: accuracy, r2, or skill of a forecast, which is
-        1 - MSE / MSE of repeating the last value.
+        `finetuned_50` and so on, "all" for None; `settings`: the chosen `Setting` of each as a dictionary; `layers`:
+        names, probes and (but for forecasts) effective ranks, layer by layer; `metric`: accuracy, r2, or skill of a
+        forecast, which is 1 - MSE / MSE of repeating the last value.
     """
     device = next(model.parameters()).device
     tuned: dict[str, Tuned] = {}
@@ -98,12 +117,33 @@ def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Car
             tuned[name] = fine_tuned(config, init, device, labels, care)
     read = forecast_layers(config, model) if is_forecast(config) else probed_layers(config, model)
     figures = {name: each.figure for name, each in tuned.items()}
-    return {**read, **figures, "learning_rates": {name: each.lr for name, each in tuned.items()}}
+    return {**read, **figures, "settings": {name: each.setting._asdict() for name, each in tuned.items()}}
 
 
 def finetunings(config: PretrainConfig, care: Care) -> tuple[int | None, ...]:
     """The numbers of labels that can be asked of the data: forecasts have no classes to count."""
     return (None,) if is_forecast(config) else care.labels
+
+
+def best_setting(care: Care, at: Callable[[Setting], tuple[float, Found]]) -> tuple[Setting, Found]:
+    """The best learning rate at the first number of steps and attention, then the best of each of these in its turn.
+
+    Args:
+        at: trains in a setting -> (its score on held-back samples, where more is better; what is kept of the best).
+    """
+    tried: dict[Setting, tuple[float, Found]] = {}
+
+    def best(settings: Iterable[Setting]) -> Setting:
+        for each in settings:
+            if each not in tried:
+                tried[each] = at(each)
+        scores = {each: tried[each][0] for each in settings}  # a setting that diverges is never the best
+        return max(scores, key=lambda each: scores[each] if math.isfinite(scores[each]) else -math.inf)
+
+    chosen = best([Setting(lr, care.finetune_steps[0], care.finetune_causal[0]) for lr in care.learning_rates])
+    chosen = best([chosen, *(chosen._replace(steps=steps) for steps in care.finetune_steps)])
+    chosen = best([chosen, *(chosen._replace(causal=causal) for causal in care.finetune_causal)])
+    return chosen, tried[chosen][1]
 
 
 def raw_figure(config: PretrainConfig, device: torch.device) -> float:
@@ -127,20 +167,7 @@ def probed_layers(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
         rows, _ = probe.chosen_rows(PROBE, depth=depth, bos=config.model.bos, causal=causal)
     device = next(model.parameters()).device
     (scored,) = score_readers(config, [network_reader(config, model, rows, causal=causal)], World(0, 1, device))
-    best = probe.best_row(scored)
-    metric = probe.metric_of(best)
-    means = [row for row in scored if not row["name"].endswith(", last")]
-    return {
-        "metric": metric,
-        "probe": best[metric],
-        "probe_row": best["name"],
-        "probe_final": means[-1][metric],
-        "layers": {
-            "name": [row["name"].partition(",")[0] for row in means],
-            "probe": [row[metric] for row in means],
-            "rank": [row["effective_rank"] for row in means],
-        },
-    }
+    return by_layer(scored)
 
 
 def held_back(count: int, seed: int) -> tuple[list[int], list[int]]:
@@ -161,16 +188,15 @@ def fine_tuned(
     if labels is not None:
         samples = few_labels(samples, goal, labels, seed)
     alone = World(0, 1, device)
-    setting = short_tuning(config, init, samples, whole=labels is None, steps=care.finetune_steps)
+    short = short_tuning(config, init, samples, whole=labels is None, steps=care.finetune_steps[0])
 
-    def at(lr: float) -> tuple[float, float, finetune.Classifier]:
-        tuning = override(setting, {"optim.lr": lr})
+    def at(setting: Setting) -> tuple[float, tuple[finetune.FinetuneConfig, finetune.Classifier]]:
+        tuning = setting.applied(short)
         model = trained(tuning, goal, samples, device)
-        return finetune.measure(tuning, model, alone, choosing)[goal.headline], lr, model
+        return finetune.measure(tuning, model, alone, choosing)[goal.headline], (tuning, model)
 
-    tried = list(map(at, care.learning_rates))  # a rate that diverges is never the best
-    _, lr, model = max(tried, key=lambda found: found[0] if math.isfinite(found[0]) else -math.inf)
-    return Tuned(finetune.measure(setting, model, alone)[goal.headline], lr)
+    setting, (tuning, model) = best_setting(care, at)
+    return Tuned(finetune.measure(tuning, model, alone)[goal.headline], setting)
 
 
 # ------------------------------------------------------------------------------------ series without targets
@@ -213,17 +239,14 @@ def persistence(data: TimeSeries, device: torch.device) -> float:
 
 
 def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.device, care: Care) -> Tuned:
-    """Skill of the whole network after training to forecast; the learning rate is chosen on the validation rows."""
-    setting = forecasters.short(
-        config, None if init is None else str(init), "predictor", HORIZON, steps=care.finetune_steps, samples=_WINDOWS
-    )
+    """Skill of the whole network after training to forecast; its setting is chosen on the validation rows."""
+    start, steps = None if init is None else str(init), care.finetune_steps[0]
+    short = forecasters.short(config, start, "predictor", HORIZON, steps=steps, samples=_WINDOWS)
 
-    def at(lr: float) -> tuple[float, float, float]:
+    def at(setting: Setting) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
-            tuning = override(setting, {"optim.lr": lr})
-            found = forecasters.train(tuning, Run(Path(folder)), World(0, 1, device), show=False)
-        return found["validation_mse"], lr, found["mse"]
+            found = forecasters.train(setting.applied(short), Run(Path(folder)), World(0, 1, device), show=False)
+        return -found["validation_mse"], found["mse"]
 
-    tried = list(map(at, care.learning_rates))
-    _, lr, error = min(tried, key=lambda found: found[0] if math.isfinite(found[0]) else math.inf)
-    return Tuned(1 - error / persistence(setting.data, device), lr)
+    setting, error = best_setting(care, at)
+    return Tuned(1 - error / persistence(short.data, device), setting)

@@ -6,9 +6,9 @@
 
 For each: the verdict's figures; a linear probe of the best layer, chosen on held-back training samples, and of the
 last one (final norm, mean over tokens); fine-tuning. All of it stands beside the same network with random weights,
-which are measured once a seed and fine-tuned with the same care: of learning_rates= every start, seed and number of
-labels has the one that serves held-back training samples best, never the test samples. A series without targets is
-forecast instead, 96 steps ahead (see `recipes.downstream`).
+which are measured once a seed and fine-tuned with the same care: of learning_rates=, then finetune_steps=, then
+finetune_causal= every start, seed and number of labels has what serves held-back training samples best, never the test
+samples. A series without targets is forecast instead, 96 steps ahead (see `recipes.downstream`).
 
 Losses of different objectives are not comparable: objectives are ranked by accuracy, with 95 % intervals over seeds and
 paired tests against random weights, which say whether pre-training pays, and against the cosine.
@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from nepa_core.basics import FROZEN, UserError
+from nepa_core.basics import FROZEN
 from nepa_core.model import NEPA
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.run import Run
@@ -39,19 +39,20 @@ from recipes.compare import (
     config_digest,
     default_workers,
     digest,
+    read_recipe,
     reporting,
     run_folder,
     seeded,
 )
 from recipes.compare_report import Rows, groups, spreads
 from recipes.downstream import Care, check, downstream, finetunings, raw_figure
-from recipes.measures import predicted
+from recipes.measures import predicted, rank_over_training
 from recipes.objective_names import NAMED, named
 from recipes.objectives_report import RANDOM, render, title_of, write_report
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import LEAST_SEEDS, Difference, against, differences, spread
-from recipes.targets import default_out, is_run, listed, listed_or_all, read_target
+from recipes.targets import default_out, listed, listed_or_all
 from recipes.training import provenance
 
 DEFAULT = ("cosine", "mse_normalised", "infonce_sample", "infonce_position", "sigreg")
@@ -82,26 +83,29 @@ class Options(BaseModel):
         min_length=1,
         description="training labels a class to fine-tune on; default 10,50,all",
     )
-    finetune_steps: int = Field(default=100, gt=0, description="steps of each fine-tuning; default 100")
     learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed)] = Field(
         default=(3e-4, 1e-3, 3e-3),
         min_length=1,
         description="to choose from for each fine-tuning; default 3e-4,1e-3,3e-3",
+    )
+    finetune_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = Field(
+        default=(100, 300), min_length=1, description="to choose from, at the best learning rate; default 100,300"
+    )
+    finetune_causal: Annotated[tuple[bool, ...], BeforeValidator(listed)] = Field(
+        default=(False, True),
+        min_length=1,
+        description="attention to choose from, both ways or causal; default false,true",
     )
     out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-objectives")
     workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, or one a GPU")
 
     @property
     def care(self) -> Care:
-        return Care(labels=self.labels, finetune_steps=self.finetune_steps, learning_rates=self.learning_rates)
+        return Care(**self.model_dump(include=set(Care.model_fields)))
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    if is_run(target):
-        raise UserError(
-            f"nepa objectives starts from a recipe such as recipes.vision:digits, and {target} is a run folder"
-        )
-    config = read_target(PretrainConfig, target, changes)
+    config = read_recipe("objectives", target, changes)
     out = Path(options.out or default_out(target, "objectives"))
     print(render(objectives(config, options, out)))
     print(f"Report: {out / 'report' / 'index.html'}")
@@ -135,13 +139,13 @@ def objectives(config: PretrainConfig, options: Options, out: Path) -> dict[str,
 
 def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> dict[str, Any]:
     """Everything that is compared, of one run."""
-    summary, health = run.summary(), [line for line in run.metrics() if "effective_rank_embedding" in line]
+    summary = run.summary()
     assert summary is not None
     return {
         **downstream(config, model, run.path, care),
         **predicted(run),
         "verdict": card.judgement(card.verdict_in(summary)).partition(".")[0],
-        "rank_over_training": [[line["step"], line["effective_rank_embedding"]] for line in health],
+        "rank_over_training": rank_over_training(run),
     }
 
 
@@ -175,7 +179,7 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
         probe. `ranking`: names by mean probe. `verdict`: the plain sentences. `against_random`, `against_cosine`:
         measure -> the paired tests behind them, each measure a family.
     """
-    measures = ["probe", "probe_final", *random[0]["learning_rates"]]
+    measures = ["probe", "probe_final", *random[0]["settings"]]
     first = next(iter(rows.values()))[0]
     keys = [key for key, value in first.items() if isinstance(value, float | int)]
     found = {key: spreads(rows, key) for key in keys}
@@ -198,13 +202,12 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
         "seeds": list(options.seeds),
         "metric": first["metric"],
         "measures": measures,
-        "finetune_steps": options.finetune_steps,
-        "learning_rates": list(options.learning_rates),
+        "choices": options.care.model_dump(mode="json", exclude={"labels"}),
         "verdict": sentences(pays, better, told, seeds=len(options.seeds)),
         "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
         "raw_tokens": random[0]["raw_tokens"],
         "random": {key: spread(values) for key, values in at_random.items()}
-        | {"learning_rates": _chosen(random), "probe_rows": [row["probe_row"] for row in random]},
+        | {"settings": _chosen(random), "probe_rows": [row["probe_row"] for row in random]},
         "objectives": {
             name: {
                 "accuracies": found["probe"][name]["values"],
@@ -212,7 +215,7 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
                 **{key: found[key][name] for key in keys},
                 "gain": gains[name],
                 "verdicts": [row["verdict"] for row in seeds],
-                "learning_rates": _chosen(seeds),
+                "settings": _chosen(seeds),
                 "probe_rows": [row["probe_row"] for row in seeds],
             }
             for name, seeds in rows.items()
@@ -222,9 +225,9 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
     }
 
 
-def _chosen(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The learning rate of every fine-tuning, a number for each seed."""
-    return {key: [row["learning_rates"][key] for row in seeds] for key in seeds[0]["learning_rates"]}
+def _chosen(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The setting of every fine-tuning, one for each seed."""
+    return {key: [row["settings"][key] for row in seeds] for key in seeds[0]["settings"]}
 
 
 def sentences(

@@ -80,7 +80,9 @@ def _words(verdicts: Sequence[str]) -> str:
 
 def foot(summary: Mapping[str, Any]) -> list[str]:
     """What the numbers are."""
-    count, rates = len(summary["seeds"]), ", ".join(f"{lr:g}" for lr in summary["learning_rates"])
+    count, choices = len(summary["seeds"]), summary["choices"]
+    rates, steps = (" or ".join(f"{each:g}" for each in choices[key]) for key in ("learning_rates", "finetune_steps"))
+    attention = " or ".join("causal" if causal else "both ways" for causal in choices["finetune_causal"])
     interval = f"Mean and 95 % interval over {count} seeds" if count > 1 else "One seed"
     skill = summary["metric"] == "skill"
     read = (
@@ -92,8 +94,8 @@ def foot(summary: Mapping[str, Any]) -> list[str]:
     held = "the validation rows" if skill else "held-back training samples"
     return [
         f"{interval}, {read}",
-        f"Fine-tuning: {summary['finetune_steps']} steps at a learning rate among {rates}, chosen on {held} for every "
-        "start, seed and number of labels alike; random weights too.",
+        f"Fine-tuning: learning rate {rates}, then {steps} steps, then attention {attention}, chosen on {held} for "
+        "every start, seed and number of labels alike; random weights too.",
     ]
 
 
@@ -121,8 +123,9 @@ def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], 
         f"<div {_SMALL}>{html_table(prediction_table(ranked, summary))}</div>",
         rank_figure(ranked),
         f'<h2 id="tests">Paired tests</h2>{tests(summary)}',
-        f'<h2 id="rates">Learning rates chosen</h2>{html_table(rate_table(summary))}'
-        "<p>One a seed. Where the least or the greatest of them was chosen, a longer list may serve better.</p>",
+        f'<h2 id="settings">Settings chosen</h2><div {_SMALL}>{html_table(setting_table(summary))}</div>'
+        "<p>Learning rate x steps, one a seed. *: the least or the greatest rate that was tried; a longer list may "
+        "serve better.</p>",
         f'<h2 id="commands">Commands</h2><pre>{html.escape(commands(summary))}</pre>',
     ]
     with disk_errors(folder):
@@ -186,7 +189,7 @@ def label_figures(summary: Mapping[str, Any]) -> list[Figure]:
     return [
         Figure(
             "labels.png",
-            f"Fine-tuned for {summary['finetune_steps']} steps on few and on all labels; mean and 95 % interval.",
+            "Fine-tuned on few and on all labels; mean and 95 % interval.",
             curves_plot(curves, ticks=[_labels(key) for key in tuned], y=f"held-out {summary['metric']}"),
         )
     ]
@@ -246,14 +249,17 @@ def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]
     return [[corner, "verdict", *head], *rows]
 
 
-def rate_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The learning rates of every start."""
+def setting_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The chosen settings of every start; a learning rate at an end of the list is marked."""
     tuned = [key for key in summary["measures"] if key.startswith("finetuned_")]
+    rates = summary["choices"]["learning_rates"]
     every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
-    rows = [
-        [name, *(", ".join(f"{lr:g}" for lr in found["learning_rates"][key]) for key in tuned)]
-        for name, found in every.items()
-    ]
+
+    def cell(setting: Mapping[str, Any]) -> str:
+        at_end = "*" if setting["lr"] in (min(rates), max(rates)) else ""
+        return f"{setting['lr']:g}{at_end} x {setting['steps']}{' causal' if setting['causal'] else ''}"
+
+    rows = [[name, *("; ".join(map(cell, found["settings"][key])) for key in tuned)] for name, found in every.items()]
     return [["", *(_labels(key) for key in tuned)], *rows]
 
 

@@ -14,7 +14,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
 from recipes import compare, downstream, finetune, measures, objectives
 from recipes.cli import main, split_options
-from recipes.downstream import Care, fine_tuned, held_back
+from recipes.downstream import Care, Setting, best_setting, fine_tuned, held_back
 from recipes.objective_names import named
 from recipes.objectives import Options, summarise
 from recipes.objectives_report import RANDOM
@@ -24,9 +24,9 @@ from tests.test_forecast import recipe as series_recipe
 from tests.tiny import CPU, Waves
 
 PICTURES = ("accuracy", "labels", "layers", "rank")
-PARTS = ("answer", "accuracy", "layers", "prediction", "tests", "rates", "commands")
+PARTS = ("answer", "accuracy", "layers", "prediction", "tests", "settings", "commands")
 WORDS = ["objectives", "tests.tiny:recipe", "objectives=cosine,sigreg", "seeds=0", "finetune_steps=3"]
-CARE = ["labels=2,all", "learning_rates=1e-3,1e-2"]
+CARE = ["labels=2,all", "learning_rates=1e-3,1e-2", "finetune_causal=false"]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_the_summary_has_every_measure_and_its_gain_over_random_weights(compared
         for key in summary["measures"]:
             gain = figures[key]["mean"] - summary["random"][key]["mean"]
             assert figures["gain"][key]["mean"] == pytest.approx(gain)
-        assert all(len(chosen) == 1 for chosen in figures["learning_rates"].values())
+        assert all(len(chosen) == 1 for chosen in figures["settings"].values())
         assert {"retrieval_top1", "retrieval_top1_linear", "retrieval_top1_copy", "effective_rank_embedding"} <= set(
             figures
         )
@@ -122,16 +122,32 @@ def test_the_learning_rate_is_chosen_on_held_back_training_samples(
 
     monkeypatch.setattr(downstream, "trained", watched_train)
     monkeypatch.setattr(finetune, "measure", watched_measure)
-    care = Care(labels=(60,), finetune_steps=60, learning_rates=(1e-9, 1e-2))
+    care = Care(labels=(60,), finetune_steps=(60,), learning_rates=(1e-9, 1e-2), finetune_causal=(False,))
     config = override(tiny_recipe, {"data.samples": 400, "train.batch": 32})
     found = fine_tuned(config, None, CPU, 60, care)
-    assert found.lr == 1e-2, "1e-9 learns nothing"
+    assert found.setting.lr == 1e-2, "1e-9 learns nothing"
     assert found.figure > 0.6
     assert [len(each) for each in trained_on] == [120, 120]  # sixty of each of two classes
     assert trained_on[0] == trained_on[1]
     assert chosen_by[0] == chosen_by[1]
     assert len(chosen_by[0]) == 400 // 5
     assert not set(trained_on[0]) & set(chosen_by[0])
+
+
+def test_steps_and_attention_are_chosen_at_the_best_learning_rate() -> None:
+    """Each setting is tried once, and one that diverges is never the best."""
+    care = Care(labels=(), learning_rates=(1.0, 2.0, 3.0), finetune_steps=(10, 20), finetune_causal=(False, True))
+    tried: list[Setting] = []
+
+    def at(setting: Setting) -> tuple[float, str]:
+        tried.append(setting)
+        score = {1.0: 0.5, 2.0: 0.6, 3.0: float("nan")}[setting.lr] + setting.steps / 100 - 0.3 * setting.causal
+        return score, f"kept of {setting.lr:g}, {setting.steps}"
+
+    assert best_setting(care, at) == (Setting(2.0, 20, False), "kept of 2, 20")
+    assert tried == [
+        *(Setting(lr, 10, False) for lr in (1.0, 2.0, 3.0)), Setting(2.0, 20, False), Setting(2.0, 20, True)
+    ]  # fmt: skip
 
 
 def test_a_fifth_or_a_thousand_is_held_back_by_seed() -> None:
@@ -152,19 +168,20 @@ def test_random_weights_are_those_every_objective_starts_from(tiny_recipe: Pretr
         assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     other = override(tiny_recipe, {"model.layer_scale": 0.5})
     assert objectives.control(other, 3, care, tmp_path).result != key
-    assert objectives.control(tiny_recipe, 3, Options(finetune_steps=7).care, tmp_path).result != key
+    assert objectives.control(tiny_recipe, 3, Options(finetune_steps=(7,)).care, tmp_path).result != key
 
 
 def test_a_series_without_classes_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downstream, "HORIZON", 4)
     config = series_recipe()
     downstream.check(config)
-    care = Care(labels=(10, None), finetune_steps=3, learning_rates=(1e-9, 1e-3))
+    care = Care(labels=(10, None), finetune_steps=(3, 2), learning_rates=(1e-9, 1e-3), finetune_causal=(True,))
     found = downstream.downstream(config, build_model(config).eval(), None, care)
     assert found["metric"] == "skill"
     assert 0 < found["probe"] < 1, "a ridge forecast beats repeating the last value"
     assert found["layers"]["probe"][-1] == found["probe_final"]
-    assert list(found["learning_rates"]) == ["finetuned_all"]
+    assert list(found["settings"]) == ["finetuned_all"]
+    assert found["settings"]["finetuned_all"]["causal"]
     assert downstream.raw_figure(config, CPU) > 0
 
 
@@ -173,10 +190,14 @@ def test_a_series_without_classes_is_forecast(monkeypatch: pytest.MonkeyPatch) -
 
 def test_options_are_read_as_a_shell_leaves_them() -> None:
     words = ["objectives=[cosine,barlow]", "seeds=4", "labels=[10,all]", "learning_rates=1e-4,0.01", "workers=1"]
-    options, rest = split_options(Options, [*words, "finetune_steps=7", "out=x", "optim.lr=1"])
+    options, rest = split_options(
+        Options, [*words, "finetune_steps=7,9", "finetune_causal=true", "out=x", "optim.lr=1"]
+    )
     assert options.objectives == ("cosine", "barlow")
     assert (options.seeds, options.workers, options.out) == ((4,), 1, "x")
-    assert options.care == Care(labels=(10, None), finetune_steps=7, learning_rates=(1e-4, 0.01))
+    assert options.care == Care(
+        labels=(10, None), finetune_steps=(7, 9), learning_rates=(1e-4, 0.01), finetune_causal=(True,)
+    )
     assert rest == {"optim.lr": 1}
 
 
@@ -209,7 +230,7 @@ def row(value: float) -> dict[str, Any]:
     measured = {"probe": value, "probe_final": value, "finetuned_50": value}
     return measured | {
         "metric": "accuracy", "probe_row": "layer 1, mean", "verdict": "LEARNED",
-        "learning_rates": {"finetuned_50": 1e-3},
+        "settings": {"finetuned_50": Setting(1e-3, 100, False)._asdict()},
     }  # fmt: skip
 
 
