@@ -41,3 +41,14 @@ def etth1() -> PretrainConfig:
         ),
         {"train.evaluate": 200},
     )
+
+
+def labelled() -> PretrainConfig:
+    """Labelled series in the UCR or UEA layout: 128 steps in 16 tokens of 8, channels together, width 64, 4 layers.
+
+    `nepa pretrain recipes.timeseries:labelled data.root=DIR`, where DIR holds `*_TRAIN` and `*_TEST` as .ts or .tsv;
+    then probe, finetune, inspect. Shorter series are filled up at their end; for longer ones set `data.window` and
+    `data.patch`. `nepa objectives recipes.timeseries:labelled data.root=DIR` says what pre-training is worth.
+    """
+    unused = (0.6, 0.2, 0.2)  # labelled series are split as they are
+    return small(TimeSeries(source="labelled", root="DIR", window=128, patch=8, channels="mixing", parts=unused))
