@@ -56,7 +56,7 @@ class PredictorConfig(BaseModel):
         norm_eps: epsilon of every LayerNorm.
         attention: back-end of `attend`.
         pack: put several short sequences in one row (see `nepa_core.packing`): the same results in less time where
-            much of a batch is padding.
+            much of a batch is padding. Without a mask where `has_varlen_kernel`.
     """
 
     model_config = FROZEN
@@ -184,8 +184,7 @@ def attend_sequences(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the lengths are other constants in every batch
 def _attend_xformers_sequences(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool) -> Tensor:
-    bias = block_diagonal_bias(lengths, causal, q.device)
-    return _attend_xformers_biased(q, k, v, bias)
+    return _attend_xformers_biased(q, k, v, block_diagonal_bias(lengths, causal, q.device))
 
 
 @lru_cache(maxsize=2)  # all blocks share it
