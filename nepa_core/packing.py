@@ -4,15 +4,35 @@ A batch [B, T] that is half padding becomes rows [R, L] with fewer rows; attenti
 outputs go back to where their tokens stood. So everything outside the predictor (BOS, coordinates, targets, masks,
 the loss) is per sequence as before, and the results are those of the padded batch.
 
-Shapes: B samples, T places, R rows of L places, L the longest sequence.
+Where a kernel attends within sequences by their lengths (see `predictor.has_varlen_kernel`), all of them lie in one
+row without a gap; elsewhere rows are as long as the longest sequence, and a dense mask keeps sequences apart.
+
+Shapes: B samples, T places, R rows of L places, S sequences (the samples with any real token).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Sequences(NamedTuple):
+    """The sequences of a single row, one behind the other without a gap.
+
+    Attributes:
+        cu_seqlens: [S + 1] int32, where each begins, and where the last ends.
+        longest: number of tokens of the longest one.
+        lengths: the same as numbers on the host. Compiled code must not look at them: it would be compiled anew for
+            every batch.
+    """
+
+    cu_seqlens: Tensor
+    longest: int
+    lengths: tuple[int, ...]
 
 
 class Packing(NamedTuple):
@@ -21,14 +41,16 @@ class Packing(NamedTuple):
     Attributes:
         source: [R, L] int64, the place among the B * T that each place of a row was taken from (0 for none).
         owner: [R, L] int64, the sample that it belongs to, -1 for none.
-        target: [B, T] int64, the place among the R * L that each real token went to (0 for the others).
+        target: [B, T] int64, the place among the R * L that each real token went to (any for the others).
         mask: [B, T] bool, True for a real token.
+        sequences: what lies in a single flat row; None for rows that need the mask of `allowed`.
     """
 
     source: Tensor
     owner: Tensor
     target: Tensor
     mask: Tensor
+    sequences: Sequences | None
 
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [R, L, D]; places without a token hold some token's content, which nobody looks at."""
@@ -45,26 +67,35 @@ class Packing(NamedTuple):
         return same.tril() if causal else same
 
 
-def pack_rows(mask: Tensor) -> Packing:
+def pack_rows(mask: Tensor, *, flat: bool = False) -> Packing:
     """Share out the real tokens of mask [B, T] bool among rows as long as the longest sequence.
 
-    The longest come first, each goes to the first row that has room for it. The lengths are read on the host, which
-    on CUDA waits for the device once. Tokens missing within a sequence leave no gap.
+    The longest come first, each goes to the row in which it leaves the least room. The lengths are read on the host,
+    which on CUDA waits for the device once. Tokens missing within a sequence leave no gap.
+
+    Args:
+        flat: one row for all, the longest first.
     """
     lengths = mask.sum(1).tolist()
-    width = max(1, *lengths)
-    rows, room = [0] * len(lengths), [width] * len(lengths)
-    starts = [0] * len(lengths)
-    for sample in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        row = next(row for row, left in enumerate(room) if left >= lengths[sample])
-        rows[sample], starts[sample] = row, width - room[row]
-        room[row] -= lengths[sample]
-    count, device = max(rows) + 1, mask.device
-    first = torch.tensor([row * width + start for row, start in zip(rows, starts, strict=True)], device=device)
-    target = torch.where(mask, first[:, None] + mask.cumsum(1) - 1, 0)
-    source = torch.zeros(count * width, dtype=torch.int64, device=device)
-    owner = torch.full_like(source, -1)
-    taken = mask.flatten().nonzero()[:, 0]
-    source[target[mask]] = taken
-    owner[target[mask]] = taken // mask.shape[1]
-    return Packing(source.view(count, width), owner.view(count, width), target, mask)
+    width = max(1, sum(lengths) if flat else max(lengths))
+    order = sorted((sample for sample, length in enumerate(lengths) if length), key=lengths.__getitem__, reverse=True)
+    starts, rows = [0] * len(lengths), list[tuple[int, int]]()  # rows: the room left and the number of each, sorted
+    for sample in order:
+        at = bisect_left(rows, (lengths[sample], 0))
+        room, row = rows.pop(at) if at < len(rows) else (width, len(rows))
+        starts[sample] = (row + 1) * width - room
+        insort(rows, (room - lengths[sample], row))
+    places, device = max(1, len(rows)) * width, mask.device
+    first = torch.tensor(starts, device=device)
+    target = (first[:, None] + mask.cumsum(1) - 1).clamp(min=0)
+    # What is not real goes to a place too many: so the number of real tokens need not be known.
+    source = torch.full((places + 1,), -1, device=device)
+    source.scatter_(0, torch.where(mask, target, places).flatten(), torch.arange(mask.numel(), device=device))
+    source = source[:-1].view(-1, width)
+    sequences = _sequences([lengths[sample] for sample in order] or [1], device) if flat else None
+    return Packing(source.clamp(min=0), source // mask.shape[1], target, mask, sequences)
+
+
+def _sequences(lengths: list[int], device: torch.device) -> Sequences:
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return Sequences(ends, max(lengths), tuple(lengths))

@@ -7,24 +7,27 @@ table): LayerScale, QK-Norm with or without weight, GELU or SwiGLU, RoPE, drop p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Literal, Self
+from functools import lru_cache, partial
+from typing import Any, Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.fused import NormRotate, ScaledLinear
-from nepa_core.packing import Packing, pack_rows
+from nepa_core.packing import Packing, Sequences, pack_rows
 from nepa_core.rope import RotaryPair, RotaryTable, of_next, rotary_matrices, rotary_table, rotate
 
 Backend = Literal["sdpa", "xformers", "eager"]
 Rope = RotaryTable | RotaryPair | Tensor | None
 """How queries and keys are turned; a tensor holds the matrices of `rotary_matrices`."""
+Allowed = Tensor | Sequences | None
+"""Who may look at whom: a mask [B, 1, T, T] bool, or the sequences of one flat row, or no limit but causality."""
 
 
 class PredictorConfig(BaseModel):
@@ -53,7 +56,7 @@ class PredictorConfig(BaseModel):
         norm_eps: epsilon of every LayerNorm.
         attention: back-end of `attend`.
         pack: put several short sequences in one row (see `nepa_core.packing`): the same results in less time where
-            much of a batch is padding.
+            much of a batch is padding. Without a mask where `has_varlen_kernel`.
     """
 
     model_config = FROZEN
@@ -121,14 +124,15 @@ def attention_mask(mask: Tensor, *, causal: bool) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: Tensor | None, backend: Backend
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: Allowed, backend: Backend
 ) -> tuple[Tensor, Tensor | None]:
     """Scaled dot-product attention.
 
     Args:
         q, k, v: [B, H, T, K].
-        causal: attend backwards only. Ignored where `allowed` is given, which then holds it already.
-        allowed: [B, 1, T, T] bool of `attention_mask`, or None when all tokens are real.
+        causal: attend backwards only. Ignored where `allowed` is a mask, which then holds it already.
+        allowed: [B, 1, T, T] bool of `attention_mask`, or None when all tokens are real; or the sequences of the one
+            row of a flat `Packing`, where `has_varlen_kernel`.
 
     Returns:
         The mixed values [B, H, T, K], and the weights [B, H, T, T] with the "eager" back-end.
@@ -136,6 +140,8 @@ def attend(
     Raises:
         UserError: the xformers back-end was asked for where it is not installed or not on CUDA.
     """
+    if isinstance(allowed, Sequences):
+        return attend_sequences(q, k, v, allowed, causal=causal, backend=backend), None
     if backend == "sdpa":
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None)
         return mixed, None
@@ -150,22 +156,70 @@ def attend(
     return weights @ v, weights
 
 
+def has_varlen_kernel(backend: Backend, head_dim: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `attend_sequences` runs here.
+
+    xformers brings kernels for CUDA; torch's own (Flash Attention) wants half precision, a GPU no older than Ampere
+    and heads of 8, 16, ..., 192 numbers, the widest that every such GPU trains.
+    """
+    if backend == "eager" or device.type != "cuda":
+        return False
+    flash = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 192
+    return backend == "xformers" or (flash and torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def attend_sequences(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, *, causal: bool, backend: Backend
+) -> Tensor:
+    """Attention within each sequence of one flat row, without a mask: q, k, v [1, H, L, K] -> [1, H, L, K]."""
+    if backend == "xformers":
+        out: Tensor = _attend_xformers_sequences(q, k, v, sequences.lengths, causal)
+        return out
+    q, k, v = (rearrange(x, "1 h l k -> l h k") for x in (q, k, v))
+    bounds, longest = sequences.cu_seqlens, sequences.longest
+    window = (-1, 0) if causal else (-1, -1)  # how far to look back and ahead; -1 is no limit
+    mixed = cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window))
+    return rearrange(mixed, "l h k -> 1 h l k")
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the lengths are other constants in every batch
+def _attend_xformers_sequences(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool) -> Tensor:
+    return _attend_xformers_biased(q, k, v, block_diagonal_bias(lengths, causal, q.device))
+
+
+@lru_cache(maxsize=2)  # all blocks share it
+@torch.inference_mode(False)  # what is first made in inference mode must serve training too
+def block_diagonal_bias(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Any:
+    """xformers' bias for sequences of these lengths, one behind the other."""
+    masks = _xformers_ops().fmha.attn_bias
+    kind = masks.BlockDiagonalCausalMask if causal else masks.BlockDiagonalMask
+    return kind.from_seqlens(lengths, device=device)
+
+
 def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: Tensor | None) -> Tensor:
     if q.device.type != "cuda":
         raise UserError("model.attention=xformers runs on CUDA only; use model.attention=sdpa here")
-    try:
-        import xformers.ops as xops
-    except ImportError as error:
-        raise UserError("model.attention=xformers needs the package: pip install -e '.[xformers]'") from error
-    bias: Tensor | xops.LowerTriangularMask | None = xops.LowerTriangularMask() if causal else None
+    bias = _xformers_ops().LowerTriangularMask() if causal else None
     if allowed is not None:
         batch, heads, places, _ = q.shape
         padded = -(-places // 8) * 8  # xformers wants the bias' rows aligned to 8 elements
         bias = q.new_full((batch, 1, places, padded), float("-inf"))[..., :places]
         bias = bias.masked_fill(allowed, 0.0).expand(-1, heads, -1, -1)
+    return _attend_xformers_biased(q, k, v, bias)
+
+
+def _attend_xformers_biased(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
     q, k, v = (rearrange(x, "b h t k -> b t h k") for x in (q, k, v))
-    mixed: Tensor = xops.memory_efficient_attention(q, k, v, attn_bias=bias)
+    mixed: Tensor = _xformers_ops().memory_efficient_attention(q, k, v, attn_bias=bias)
     return rearrange(mixed, "b t h k -> b h t k")
+
+
+def _xformers_ops() -> Any:
+    try:
+        import xformers.ops
+    except ImportError as error:
+        raise UserError("model.attention=xformers needs the package: pip install -e '.[xformers]'") from error
+    return xformers.ops
 
 
 class Attention(nn.Module):
@@ -194,7 +248,7 @@ class Attention(nn.Module):
         scale: Tensor | None,
         *,
         causal: bool,
-        allowed: Tensor | None,
+        allowed: Allowed,
         trace: Trace | None,
     ) -> Tensor:
         qkv = self.qkv(x)
@@ -268,7 +322,7 @@ class Block(nn.Module):
         rope: Rope,
         *,
         causal: bool,
-        allowed: Tensor | None,
+        allowed: Allowed,
         trace: Trace | None,
         packing: Packing | None = None,
     ) -> Tensor:
@@ -337,10 +391,10 @@ class Predictor(nn.Module):
         Returns:
             [B, T, D], the output of the final LayerNorm (with `config.pack`, zero where no token is real).
         """
-        packing = pack_rows(mask) if self.config.pack and mask is not None and trace is None else None
+        packing = self._packing(x, mask) if trace is None else None
         rope = self._rope(x, coords, coord_scale, mask, matrices=packing is None)
         if packing is not None:
-            allowed: Tensor | None = packing.allowed(causal=causal)
+            allowed: Allowed = packing.sequences or packing.allowed(causal=causal)
             rope = _packed(rope, packing, len(x))
             x = packing.pack(x)
         else:
@@ -356,6 +410,12 @@ class Predictor(nn.Module):
         if trace is not None:
             trace.hidden += [x, out]
         return out if packing is None else packing.unpack(out)
+
+    def _packing(self, x: Tensor, mask: Tensor | None) -> Packing | None:
+        if not self.config.pack or mask is None:
+            return None
+        flat = has_varlen_kernel(self.config.attention, self.config.head_dim, x.device, compute_dtype(x))
+        return pack_rows(mask, flat=flat)
 
     def _rope(self, x: Tensor, coords: Tensor, coord_scale: float, mask: Tensor | None, *, matrices: bool) -> Rope:
         """The rotation in the form `Attention` wants: matrices where the norm can join in, else tables."""

@@ -367,9 +367,11 @@ def against_cosine(config: Trained, options: Options, ranks: World) -> dict[str,
 
 
 def _first_loss(config: Trained, batch: Batch, ranks: World) -> float:
-    """Of a network with random weights, the same at every call."""
+    """Of a network with random weights, the same at every call, in the precision of training."""
     torch.manual_seed(0)
-    return float(step_function(config)(network(config).to(ranks.device).eval(), batch).loss.detach())
+    model, dtype = network(config).to(ranks.device).eval(), autocast_dtype(config.train.precision, ranks.device)
+    with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
+        return float(step_function(config)(model, batch).loss.detach())
 
 
 def against_bare_decode(config: Trained, options: Options) -> dict[str, float]:
