@@ -14,9 +14,16 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from recipes.report import png_of
-from recipes.significance import Difference, points, spread
+from recipes.significance import LEVEL, Difference, points, spread
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+
+TESTED = (
+    "Differences are paired over seeds. The noise is that of all variants of a table together, and more where a pair "
+    f"shows more. Real is p below {LEVEL} after Holm's correction for the rows of one table; the intervals are not "
+    "corrected. Needed: from how many points on this difference alone would have been real."
+)
+"""How `difference_table` is to be read."""
 
 
 class Column(NamedTuple):
@@ -51,12 +58,13 @@ def spread_table(rows: Rows, columns: Sequence[Column], *, half: str = "ci95") -
 
 
 def difference_table(found: Sequence[Difference]) -> list[list[str]]:
-    """Head and a row a paired test."""
-    head = ["", "difference, 95 % interval", "p", "p, Holm-corrected", ""]
+    """Head and a row a paired test, see `TESTED`."""
+    head = ["", "difference, 95 % interval", "needed", "p", "p, corrected", ""]
     rows = [
         [
             f"{each.better} > {each.worse}",
             points(each),
+            f"{100 * each.needed:.1f}",
             f"{each.p:.2g}",
             f"{each.p_holm:.2g}",
             "real" if each.real else "",

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from nepa_core.runtime.checkpoint import disk_errors
-from recipes.compare_report import Column, Rows, difference_table, html_table, spread_table, text_table
+from recipes.compare_report import TESTED, Column, Rows, difference_table, html_table, spread_table, text_table
 from recipes.report import Figure, compose, line_plot, png_of
-from recipes.significance import LEVEL, Difference, spread
+from recipes.significance import COVERS, Difference, spread
 
 NOT_COMPARABLE = (
     "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that "
@@ -268,9 +268,8 @@ def tests(summary: Mapping[str, Any]) -> str:
     if not any(summary["against_random"].values()):
         return "<p>No tests: they need three seeds or more.</p>"
     parts = [
-        "<p>Paired over seeds: with the same seed all objectives start from the same weights, see the same samples at "
-        f"every step, and are fine-tuned on the same ones. Real is p below {LEVEL} after Holm's correction for the "
-        "objectives of one table; the intervals are not corrected.</p>"
+        "<p>With the same seed all objectives start from the same weights, see the same samples at every step, and are "
+        f"fine-tuned on the same ones. {html.escape(f'{TESTED} {COVERS}')}</p>"
     ]
     for rival, families in ((RANDOM, "against_random"), ("the cosine", "against_cosine")):
         for key, found in summary[families].items():

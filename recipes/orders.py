@@ -49,7 +49,7 @@ from recipes.maps import token_positions
 from recipes.measures import attention_by_layer, fine_tunings, predicted, read_as, read_out
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig, try_order
-from recipes.significance import Difference, differences, spread, verdict
+from recipes.significance import Difference, differences, others, spread, unseen, verdict
 from recipes.targets import default_out, listed, listed_or_all
 from recipes.training import provenance
 
@@ -281,6 +281,6 @@ def pretraining(paired: list[Difference], names: list[str], of: str = "the probe
     said = [f"Pre-training does better than random weights in {of} under {', '.join(better)}."] if better else []
     said += [f"Pre-training does worse than random weights in {of} under {', '.join(worse)}."] if worse else []
     if not said:
-        return f"Under no order does pre-training change {of} against random weights by more than the noise."
-    rest = len(names) - len(better) - len(worse)
-    return " ".join([*said, *([f"Under the other {rest} the difference is within the noise."] if rest else [])])
+        under = "Under no order does pre-training" if len(names) > 1 else f"Under {names[0]} pre-training does not"
+        return f"{under} change {of} against random weights by more than the noise; {unseen(paired)}."
+    return " ".join([*said, others(paired)])

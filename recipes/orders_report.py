@@ -15,6 +15,7 @@ from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
 from recipes import inspect
 from recipes.compare_report import (
+    TESTED,
     Column,
     Rows,
     difference_table,
@@ -28,7 +29,7 @@ from recipes.compare_report import (
 )
 from recipes.pretrain import load_pretrained
 from recipes.report import Figure, Panel, compose, line_plot, panel_plot
-from recipes.significance import LEVEL, Difference
+from recipes.significance import COVERS, Difference
 from recipes.weights import read_weights
 
 NOT_COMPARABLE = (
@@ -276,8 +277,8 @@ def tests(summary: Mapping[str, Any]) -> str:
     more = len(apart) - _SHOWN_DIFFERENCES
     rest = f"<p>The other {more} are in summary.json.</p>" if more > 0 else ""
     return (
-        f"<p>Paired over seeds (the same seed has the same weights at the start and the same samples at every step); "
-        f"real is p below {LEVEL} after Holm's correction for all {len(apart)} pairs.</p>"
+        "<p>With the same seed all orders start from the same weights and see the same samples at every step. "
+        f"{html.escape(f'{TESTED} {COVERS}')}</p><p>Orders against each other, {len(apart)} pairs:</p>"
         f"{html_table(difference_table(apart[:_SHOWN_DIFFERENCES])) if apart else ''}{rest}"
         f"<p>Each order against the same network with random weights:</p>{html_table(difference_table(paired))}"
     )

@@ -175,7 +175,7 @@ def test_the_summary_ranks_by_accuracy_and_names_what_is_real() -> None:
     rows["high"][2]["probe"] += 0.01  # a spread to test by
     summary = orders.summarise(rows, Options(labels=(50,)))
     assert summary["ranking"] == ["high", "low"]
-    assert summary["verdict"][0].startswith("In probe accuracy: high > low by 40.3 ± 1.4 points")
+    assert summary["verdict"][0].startswith("In probe accuracy: high > low by 40.3 ± ")
     assert summary["verdict"][1].startswith("In what pre-training adds to the probe of random weights: high > low by")
     assert summary["orders"]["high"]["probe_gain"]["values"] == pytest.approx([0.2, 0.22, 0.25])
     assert "better than random weights in the probe under high." in summary["verdict"][2]
