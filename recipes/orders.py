@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, BeforeValidator, Field
 
-from modalities.order_measures import order_measures
+from modalities.order_measures import mean_measures, order_measures
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
@@ -174,7 +174,7 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
     }
 
 
-def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, float]:
+def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """`order_measures` of the order that held-out samples are read in, padding left out: a mean over samples."""
     data = config.data.plain()
     batches = plain_batches(data.dataset("test"), batch=_ORDER_SAMPLES, device=device, limit=_ORDER_SAMPLES)
@@ -184,7 +184,7 @@ def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, fl
     if positions.ndim == 2 and mask.all():
         return order_measures(positions)
     found = [order_measures(each[real]) for each, real in zip(positions.expand(*mask.shape, -1), mask, strict=True)]
-    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+    return mean_measures(found)
 
 
 def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) -> dict[str, Any]:
