@@ -25,8 +25,8 @@ def order_measures(positions: Tensor) -> dict[str, Any]:
         step: mean length of a step from a token to the next.
         seen: N shares, for the token read at each place: of its neighbours (less than 1.5 away on every axis; 8 on a
             grid of two axes, fewer at its border) how many were read before it; 0 for one without neighbours.
-        neighbours_seen: mean of these shares over the first half of the places. (Over all places every order has about a half:
-            of two neighbours exactly one comes first.)
+        neighbours_seen: mean of these shares over the first half of the places. (Over all places every order has about
+            a half: of two neighbours exactly one comes first.)
         lone: share of the tokens after the first that have no neighbour before them.
         locality: mean distance of two tokens at most 4 places apart, divided by that of two tokens drawn at random
             (two different ones of the grid): near 0 for an order that stays together, about 1 for a random one.

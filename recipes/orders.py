@@ -49,7 +49,16 @@ from recipes.maps import token_positions
 from recipes.measures import attention_by_layer, fine_tunings, predicted, read_as, read_out
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig, try_order
-from recipes.significance import Difference, differences, others, spread, unseen, verdict
+from recipes.significance import (
+    COVERS,
+    LEAST_SEEDS,
+    Difference,
+    differences,
+    others,
+    spread,
+    unseen,
+    verdict,
+)
 from recipes.targets import default_out, listed, listed_or_all
 from recipes.training import provenance
 
@@ -243,6 +252,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         controls = {control(each): scratch[each] for each in rows}
         against = differences(tuned | controls, [(each, control(each)) for each in rows])
         sentences.append(pretraining(against, list(rows), of=of))
+    sentences += [COVERS] if len(options.seeds) >= LEAST_SEEDS else []
     return {
         "seeds": list(options.seeds),
         "metric": first["metric"],

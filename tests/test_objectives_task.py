@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def test_the_page_holds_its_pictures_and_needs_no_other_file(compared: Path) -> 
     assert page.index('id="answer"') < page.index("data:image/png") < page.index("<table>")
     assert "not comparable" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_answer_on_its_first_screen(compared: Path, browse: Callable[[Path], str]) -> None:
+    shown = browse(compared / "report" / "index.html")
+    assert f'data-images="{len(PICTURES)}"' in shown, "a picture did not load"
+    assert [part for part in PARTS if f'id="{part}"' not in shown] == []
 
 
 def test_random_weights_are_measured_once_a_seed_for_all_objectives(
