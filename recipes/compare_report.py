@@ -20,8 +20,8 @@ Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 TESTED = (
     "Differences are paired over seeds. The noise is that of all variants of a table together, and more where a pair "
-    f"shows more. Real is p below {LEVEL} after Holm's correction for the rows of one table; the intervals are not "
-    "corrected. Needed: from how many points on this difference alone would have been real."
+    f"shows more. Real is p below {LEVEL} after Holm's correction for all differences of a table; the intervals are "
+    "not corrected. Needed: from how many points on this difference alone would have been real."
 )
 """How `difference_table` is to be read."""
 

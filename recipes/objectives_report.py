@@ -125,7 +125,7 @@ def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], 
         f'<h2 id="settings">Settings chosen</h2>{html_table(setting_table(summary))}'
         "<p>Learning rate x steps, one a seed. *: the least or the greatest rate that was tried; a longer list may "
         "serve better.</p>",
-        f'<h2 id="commands">Commands</h2><pre>{html.escape(commands(summary))}</pre>',
+        f'<h2 id="commands">Commands</h2><pre class="long">{html.escape(commands(summary))}</pre>',
     ]
     with disk_errors(folder):
         compose(folder, title=f"Does pre-training pay? {summary['recipe']}", parts=parts, foot=made)
@@ -258,7 +258,8 @@ def setting_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
     def cell(setting: Mapping[str, Any]) -> str:
         at_end = "*" if setting["lr"] in (min(rates), max(rates)) else ""
-        return f"{setting['lr']:g}{at_end} x {setting['steps']}{' causal' if setting['causal'] else ''}"
+        told = f"{setting['lr']:g}{at_end} x {setting['steps']}{' causal' if setting['causal'] else ''}"
+        return told.replace(" ", "\N{NO-BREAK SPACE}")
 
     rows = [[name, *("; ".join(map(cell, found["settings"][key])) for key in tuned)] for name, found in every.items()]
     return [["", *(_labels(key) for key in tuned)], *rows]

@@ -55,6 +55,7 @@ PREDICTION = (
 _SHOWN_DIFFERENCES = 12
 _UNIFORM = {"distance": 0, "entropy": 1, "on_bos": 2, "on_neighbours": 3}  # where each stands in `uniform`
 _BLUE = "#08519c"
+_LINE = {"color": _BLUE, "linewidth": 1}
 
 
 def accuracy_columns(summary: Mapping[str, Any]) -> list[Column]:
@@ -129,7 +130,7 @@ def write_report(folder: Path, rows: Rows, summary: Mapping[str, Any]) -> None:
         *layer_figures(ranked),
         *cross_parts(summary),
         f'<h2 id="tests">Paired tests</h2>{tests(summary)}',
-        f'<h2 id="commands">Commands</h2><pre>{html.escape(commands(summary))}</pre>',
+        f'<h2 id="commands">Commands</h2><pre class="long">{html.escape(commands(summary))}</pre>',
     ]
     with disk_errors(folder):
         compose(folder, title=f"Which order? {summary['recipe']}", parts=parts, foot=made)
@@ -212,7 +213,7 @@ def seen_figures(ranked: Rows) -> list[Figure]:
             "seen.png",
             "Share of a token's neighbours that were read before it, at each place of the order.",
             panels_plot(
-                {name: [Curve(range(len(shares)), shares, {"color": _BLUE})] for name, shares in curves.items()},
+                {name: [Curve(range(len(shares)), shares, _LINE)] for name, shares in curves.items()},
                 x="place in the order",
                 y="share seen",
             ),

@@ -24,7 +24,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd }
 td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-nums; white-space: nowrap }
-td:first-child { white-space: nowrap } td.long { white-space: normal }
+td:first-child { white-space: nowrap } td.long { white-space: normal } pre.long { white-space: pre-wrap }
 .small { font-size: .8em } .small td, .small th { padding: .25rem .4rem } pre { overflow-x: auto }
 figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } footer { color: #777; font-size: .8rem }
 """

@@ -25,6 +25,7 @@ from recipes.goals import Classification
 from recipes.maps import grid_positions, neighbour_share
 from recipes.measures import Some, few_labels
 from recipes.orders import MeasureOptions, Options, ordered
+from recipes.orders_report import head_curves, seen_figures
 from recipes.pretrain import PretrainConfig
 from recipes.vision import digits_2x2
 from tests.conftest import ROOT
@@ -91,6 +92,21 @@ def test_runs_and_pictures_lie_where_they_are_told_to(compared: Path) -> None:
     assert page.count("data:image/png;base64,") == len(PICTURES)
     assert "not comparable" in page
     assert not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
+
+
+def test_runs_measured_before_there_were_curves_still_make_a_page() -> None:
+    shares = {"order": {"seen": [0.0, 0.5, 1.0]}}
+    assert [figure.name for figure in seen_figures({"raster": [shares]})] == ["seen.png"]
+    assert seen_figures({"raster": [shares], "kept": [{"order": {"step": 1.0}}]}) == []
+
+
+def test_every_head_of_every_seed_is_drawn() -> None:
+    attention = {"entropy": [[1.0, 2.0], [3.0, 4.0]], "uniform": [9.0, 5.0, 0.0, 0.0]}  # layers x heads
+    later = attention | {"entropy": [[3.0, 2.0], [1.0, 0.0]]}
+    dots, mean, equal = head_curves([{"attention": attention}, {"attention": later}], "entropy")
+    assert list(zip(dots.x, dots.y, strict=True)) == [(1, 1), (1, 2), (1, 3), (1, 2), (2, 3), (2, 4), (2, 1), (2, 0)]
+    assert (mean.x, mean.y) == ([1, 2], [2.0, 2.0])
+    assert equal.y == [5.0, 5.0]
 
 
 @pytest.mark.browser
@@ -194,6 +210,7 @@ def test_attention_on_neighbours_is_that_on_the_eight_around() -> None:
 def test_what_the_order_is_like_is_told_of_the_samples_that_are_read() -> None:
     straight = orders.measured_order(ordered(digits_2x2(), "snake", None), CPU)
     assert straight["step"] == 1.0
+    assert len(straight["seen"]) == 16
     assert MeasureOptions(labels=(None,), finetune_steps=1).labels == (None,)
 
 
