@@ -54,6 +54,7 @@ from recipes.significance import (
     LEAST_SEEDS,
     Difference,
     differences,
+    gains,
     others,
     spread,
     unseen,
@@ -67,6 +68,9 @@ DEFAULT = (
     *("random:1", "random:2", "random:3"),
 )
 """Orders that are compared where none are named."""
+
+RANDOM = "random weights"
+"""What the same network without pre-training is called in the tests."""
 
 _ATTENTION_SAMPLES = 256
 _ORDER_SAMPLES = 16  # whose orders are measured, where each sample has its own
@@ -234,9 +238,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
     accuracy, random = groups(rows, "probe"), groups(rows, "probe_random")
     gain = {name: [a - b for a, b in zip(accuracy[name], random[name], strict=True)] for name in rows}
     apart = differences(accuracy)
-    paired = differences(
-        accuracy | {control(name): random[name] for name in random}, [(n, control(n)) for n in accuracy]
-    )
+    paired = gains(accuracy, random, called=RANDOM)
     first = next(iter(rows.values()))[0]
     words: dict[str, Any] = {"noun": "orders", "seeds": len(options.seeds)}
     sentences = [
@@ -249,9 +251,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         of = "fine-tuning on all labels" if labels is None else f"fine-tuning on {labels} labels a class"
         tuned, scratch = groups(rows, name), groups(rows, f"{name}_random")
         sentences.append(verdict(differences(tuned), of=of, brief=True, **words))
-        controls = {control(each): scratch[each] for each in rows}
-        against = differences(tuned | controls, [(each, control(each)) for each in rows])
-        sentences.append(pretraining(against, list(rows), of=of))
+        sentences.append(pretraining(gains(tuned, scratch, called=RANDOM), list(rows), of=of))
     sentences += [COVERS] if len(options.seeds) >= LEAST_SEEDS else []
     return {
         "seeds": list(options.seeds),
@@ -275,11 +275,6 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         "differences": [each._asdict() for each in apart],
         "against_random": [each._asdict() for each in paired],
     }
-
-
-def control(name: str) -> str:
-    """What the same network with random weights is called in the tests."""
-    return f"{name}, random weights"
 
 
 def pretraining(paired: list[Difference], names: list[str], of: str = "the probe") -> str:

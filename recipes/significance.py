@@ -88,10 +88,10 @@ def contrasts(groups: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, 
     claim in at most
 
       noise of the variants     rule      3 seeds  5 seeds
-      equal                     this one    2.2 %    2.6 %
-      one has 3 x the std       this one    4.1 %    3.8 %
+      equal                     this one    2.0 %    2.3 %
+      one has 3 x the std       this one    3.6 %    3.8 %
       the rival of all has it   this one    5.7 %    5.0 %
-      any of these              paired t    4.9 %    6.3 %
+      any of these              paired t    4.6 %    6.1 %
       any of these              pooled     22.5 %   22.6 %
 
     and of differences of 4 std between equally noisy variants it finds, all pairs being tested, 41 to 47 % with 3
@@ -163,6 +163,25 @@ def differences(
         ci95, needed = each.half_width(0.05), each.half_width(LEVEL / len(chosen))
         found.append(Difference(better, worse, abs(each.mean), ci95, each.p, p_holm, needed))
     return sorted(found, key=lambda each: (each.p_holm, each.p, -each.mean))
+
+
+def gains(
+    groups: Mapping[str, Sequence[float]], controls: Mapping[str, Sequence[float]], *, called: str
+) -> list[Difference]:
+    """Every variant against a control of its own, which has its name and `called` in the tests; see `differences`.
+
+    What is tested are the gains, against a variant that gains nothing. (In one table of variants and controls, controls
+    that rise and fall together would hide their noise: with 3 x the std of the variants, 13 % of the families have a
+    false claim; this way 5.6 % with 3 seeds and 4.7 % with 5.)
+    """
+    none = f"nothing, {called}"
+    table = {name: [a - b for a, b in zip(values, controls[name], strict=True)] for name, values in groups.items()}
+    found = differences(table | {none: [0.0] * len(next(iter(table.values())))}, [(name, none) for name in table])
+    return [
+        each._replace(better=f"{each.worse}, {called}") if each.better == none
+        else each._replace(worse=f"{each.better}, {called}")
+        for each in found
+    ]  # fmt: skip
 
 
 def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most: int = 4, brief: bool = False) -> str:

@@ -22,7 +22,7 @@ from recipes.ablate import Nothing
 from recipes.compare import Job, Measure, Variant
 from recipes.compare_report import Column, difference_table, html_table, spread_table, text_table
 from recipes.pretrain import PretrainConfig
-from recipes.significance import Difference, contrasts, differences, holm, spread, verdict
+from recipes.significance import Difference, contrasts, differences, gains, holm, spread, verdict
 
 FORK = multiprocessing.get_context("fork")  # starts at once; the jobs here need no device
 
@@ -210,6 +210,21 @@ def test_false_claims_are_rare_and_seeds_are_not_wasted() -> None:
         found += sum(each.real and each.better == "a" for each in differences(table)) / 3
     assert false / 150 < 0.04
     assert found / 150 > 0.35
+
+
+def test_gains_are_tested_against_the_control_of_each() -> None:
+    tuned = {"a": [0.50, 0.62, 0.55], "b": [0.41, 0.50, 0.47]}
+    scratch = {"a": [0.40, 0.50, 0.46], "b": [0.52, 0.62, 0.56]}
+    first, second = gains(tuned, scratch, called="random")
+    assert {(first.better, first.worse), (second.better, second.worse)} == {("a", "a, random"), ("b, random", "b")}
+    assert sorted([first.mean, second.mean]) == pytest.approx([0.31 / 3, 0.32 / 3])
+    together = np.random.default_rng(0)
+    false = 0
+    for _ in range(150):
+        scratch = dict.fromkeys("abcdefgh", (0.7 + 0.03 * together.normal(size=3)).tolist())
+        tuned = {name: (0.7 + 0.01 * together.normal(size=3)).tolist() for name in scratch}
+        false += any(each.real for each in gains(tuned, scratch, called="random"))
+    assert false / 150 < 0.09, "controls that are one network are not so many proofs"
 
 
 def test_holm_multiplies_step_by_step_and_never_reorders() -> None:
