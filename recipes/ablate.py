@@ -20,11 +20,11 @@ from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
 from recipes import compare
-from recipes.compare_report import Column, Rows, groups, html_table, spread_table, spreads, text_table
+from recipes.compare_report import Column, Rows, groups, html_table, interval_plot, spread_table, spreads, text_table
 from recipes.measures import rank_over_training, read_out
 from recipes.pretrain import PretrainConfig
-from recipes.report import Figure, bar_plot, line_plot, page
-from recipes.significance import spread
+from recipes.report import Figure, compose, line_plot
+from recipes.significance import differences, spread, verdict
 from recipes.targets import default_out, listed
 from recipes.training import provenance
 
@@ -42,7 +42,7 @@ COLUMNS = (
     Column("objective", "objective"),
     Column("loss", "next-token loss"),
     Column("retrieval_top1", "identified"),
-    Column("effective_rank_embedding", "rank"),
+    Column("effective_rank_embedding", "rank", ".1f"),
     Column("probe_best", "probe, best layer"),
     Column("probe_final", "probe, final norm"),
 )
@@ -78,7 +78,8 @@ def ablate(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
 
     Returns:
         `arms`: name -> measure -> {"values" per seed, "mean", "std", "ci95"}, plus "collapsed" (number of seeds);
-        `seeds`; `random_init` and `raw_tokens`: probe accuracies without pre-training.
+        `seeds`; `verdict`: which arms differ from the base; `random_init` and `raw_tokens`: probe accuracies without
+        pre-training.
     """
     arms = [compare.Variant(name, override(config, changes)) for name, changes in ARMS.items()]
     measured = compare.Measure("ablate", measure, Nothing())
@@ -107,10 +108,12 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, _: Nothing) -> dict[s
 
 def summarise(rows: Rows, seeds: tuple[int, ...]) -> dict[str, Any]:
     """summary.json, see `ablate`."""
-    base = rows["base"]
+    base, probes = rows["base"], groups(rows, "probe_best")
+    apart = differences(probes, [(name, "base") for name in rows if name != "base"])
     found = {column.key: spreads(rows, column.key) for column in COLUMNS}
     return {
         "seeds": list(seeds),
+        "verdict": verdict(apart, of="the probe of the best layer", noun="an arm and the base", seeds=len(seeds)),
         "arms": {
             name: {key: by_arm[name] for key, by_arm in found.items()}
             | {"collapsed": sum(row["collapsed"] for row in each)}
@@ -136,7 +139,7 @@ def table(result: dict[str, Any]) -> list[list[str]]:
 
 def render(result: dict[str, Any]) -> str:
     """The table as text."""
-    return f"{text_table(table(result))}\n\n{_foot(result)}"
+    return f"{text_table(table(result))}\n\n{_foot(result)}\n\n{result['verdict']}"
 
 
 def _foot(result: dict[str, Any]) -> str:
@@ -150,18 +153,22 @@ def _foot(result: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path, title: str, result: dict[str, Any]) -> None:
-    """PNGs and a page: the table, probe accuracy by arm, rank over training by arm."""
+    """PNGs and a page: the answer, probe accuracy by arm, the table, rank over training by arm."""
     arms = result["arms"]
-    figures = [
+    parts: list[str | Figure] = [
+        f'<div id="answer"><p><strong>{html.escape(result["verdict"])}</strong></p></div>',
         Figure(
             "probe.png",
-            "Linear probe of the best layer, chosen on held-back training samples; a dot a seed.",
-            bar_plot(
+            "Linear probe of the best layer, chosen on held-back training samples, from the best arm down: mean ± "
+            "standard deviation, a dot a seed.",
+            interval_plot(
                 {name: measures["probe_best"]["values"] for name, measures in arms.items()},
-                y="accuracy",
+                x="probe accuracy",
                 reference={"random weights": result["random_init"]["mean"], "raw tokens": result["raw_tokens"]},
+                half="std",
             ),
         ),
+        f"{html_table(table(result))}<p>{html.escape(_foot(result))}</p>",
         Figure(
             "rank.png",
             f"Effective rank of the embeddings over training (seed {result['seeds'][0]}).",
@@ -173,10 +180,9 @@ def write_report(folder: Path, title: str, result: dict[str, Any]) -> None:
             ),
         ),
     ]
-    body = f"{html_table(table(result))}<p>{html.escape(_foot(result))}</p>"
     made = ", ".join(f"{name} {value}" for name, value in result["made_with"].items())
     with disk_errors(folder):
-        page(folder, title=title, body=body, figures=figures, foot=made)
+        compose(folder, title=title, parts=parts, foot=made)
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:

@@ -14,9 +14,19 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from recipes.report import png_of
-from recipes.significance import Difference, points, spread
+from recipes.significance import LEVEL, Difference, points, spread
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+
+TESTED = (
+    "Differences are paired over seeds. The noise is that of all variants of a table together, and more where a pair "
+    f"shows more. Real is p below {LEVEL} after Holm's correction for all differences of a table; the intervals are "
+    "not corrected. Needed: from how many points on this difference alone would have been real."
+)
+"""How `difference_table` is to be read."""
+
+_WIDE, _LONG = 5, 32  # columns, letters
+_ACROSS = 5  # panels
 
 
 class Column(NamedTuple):
@@ -51,12 +61,13 @@ def spread_table(rows: Rows, columns: Sequence[Column], *, half: str = "ci95") -
 
 
 def difference_table(found: Sequence[Difference]) -> list[list[str]]:
-    """Head and a row a paired test."""
-    head = ["", "difference, 95 % interval", "p", "p, Holm-corrected", ""]
+    """Head and a row a paired test, see `TESTED`."""
+    head = ["", "difference, 95 % interval", "needed", "p", "p, corrected", ""]
     rows = [
         [
             f"{each.better} > {each.worse}",
             points(each),
+            f"{100 * each.needed:.1f}",
             f"{each.p:.2g}",
             f"{each.p_holm:.2g}",
             "real" if each.real else "",
@@ -79,11 +90,18 @@ def text_table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def html_table(lines: Sequence[Sequence[str]]) -> str:
-    """As HTML; a wide one scrolls."""
+    """As HTML: a wide one is small, its long cells have several lines, and one that is still too wide scrolls."""
     head, *rows = lines
     shown = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"
-    shown += "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div style="overflow-x:auto"><table>{shown}</table></div>'
+    shown += "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+    wide = len(head) > _WIDE or any(len(cell) > _LONG for row in rows for cell in row)
+    small = ' class="small"' if wide else ""
+    return f'<div style="overflow-x:auto"><table{small}>{shown}</table></div>'
+
+
+def _cell(text: str) -> str:
+    long = ' class="long"' if len(text) > _LONG else ""
+    return f"<td{long}>{html.escape(text)}</td>"
 
 
 def interval_plot(
@@ -93,12 +111,14 @@ def interval_plot(
     control: Mapping[str, Sequence[float]] | None = None,
     control_name: str = "random weights",
     reference: Mapping[str, float] | None = None,
+    half: str = "ci95",
 ) -> bytes:
-    """A line a variant, from the best down: mean and 95 % interval over seeds, a dot a seed; PNG bytes.
+    """A line a variant, from the best down: mean ± `half` over seeds, a dot a seed; PNG bytes.
 
     Args:
         control: the same variants without training, drawn in grey below each.
         reference: dashed lines.
+        half: "ci95" or "std".
     """
     ranked = sorted(values, key=lambda name: -spread(values[name])["mean"])
     canvas = Canvas(figsize=(8, 0.9 + 0.3 * len(ranked)), dpi=110, layout="constrained")
@@ -111,7 +131,7 @@ def interval_plot(
             found = spread(group[name])
             axes.plot(group[name], [place + shift] * len(group[name]), ".", color=colour, alpha=0.35, markersize=5)
             axes.errorbar(
-                found["mean"], place + shift, xerr=found["ci95"], fmt=marker, color=colour, markersize=5, capsize=3,
+                found["mean"], place + shift, xerr=found[half], fmt=marker, color=colour, markersize=5, capsize=3,
                 elinewidth=1.4, label=label if place == 0 else None,
             )  # fmt: skip
     for place, (name, value) in enumerate((reference or {}).items()):
@@ -121,6 +141,34 @@ def interval_plot(
     axes.set_xlabel(x)
     axes.grid(alpha=0.3, axis="x")
     canvas.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    return png_of(canvas)
+
+
+class Curve(NamedTuple):
+    """A line, or markers without one, of `panels_plot`: places, heights, and how matplotlib is to draw them."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    style: Mapping[str, Any]
+
+
+def panels_plot(panels: Mapping[str, Sequence[Curve]], *, x: str, y: str) -> bytes:
+    """A small panel a variant, all on the same scales; PNG bytes."""
+    across = min(len(panels), _ACROSS)
+    down = -(-len(panels) // across)
+    canvas = Canvas(figsize=(max(3.2, 1.75 * across), 0.5 + 1.5 * down), dpi=110, layout="constrained")
+    grid = canvas.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        for curve in curves:
+            axes.plot(curve.x, curve.y, **curve.style)
+        axes.set_title(name if len(name) < 26 else f"...{name[-23:]}", fontsize=8, parse_math=False)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.tick_params(labelsize=7, labelbottom=True)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    canvas.supxlabel(x, fontsize=9)
+    canvas.supylabel(y, fontsize=9)
     return png_of(canvas)
 
 

@@ -51,7 +51,7 @@ from recipes.objective_names import NAMED, named
 from recipes.objectives_report import RANDOM, render, title_of, write_report
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
-from recipes.significance import LEAST_SEEDS, Difference, against, differences, spread
+from recipes.significance import COVERS, LEAST_SEEDS, Difference, against, differences, least, spread
 from recipes.targets import default_out, listed, listed_or_all
 from recipes.training import provenance
 
@@ -243,10 +243,13 @@ def sentences(
         return [f"With {given} nothing can be told from noise: give three or more."]
     said = [against(pays[key], RANDOM, title_of(key), called=CARE if "finetuned" in key else RANDOM) for key in told]
     if not better:
-        return said
+        return [*said, COVERS]
     real = [key for key in told if any(each.real for each in better[key])]
     said += [against(better[key], REFERENCE, title_of(key), called="the cosine") for key in real]
     if len(real) < len(told):
-        rest = ", ".join(title_of(key) for key in told if key not in real)
-        said.append(f"No objective differs from the cosine by more than the noise in {rest}.")
-    return said
+        rest = "; ".join(f"{title_of(key)} ({least(better[key])})" for key in told if key not in real)
+        said.append(
+            f"No objective differs from the cosine by more than the noise in {rest}; in brackets: smaller differences "
+            "can't be seen with these seeds."
+        )
+    return [*said, COVERS]

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from nepa_core.runtime.checkpoint import disk_errors
-from recipes.compare_report import Column, Rows, difference_table, html_table, spread_table, text_table
+from recipes.compare_report import TESTED, Column, Rows, difference_table, html_table, spread_table, text_table
 from recipes.report import Figure, compose, line_plot, png_of
-from recipes.significance import LEVEL, Difference, spread
+from recipes.significance import Difference, spread
 
 NOT_COMPARABLE = (
     "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that "
@@ -30,7 +30,6 @@ PREDICTION = (
 )
 RANDOM = "random weights"
 _GREY = "#666666"
-_SMALL = 'style="font-size: .85em"'
 
 
 def title_of(measure: str) -> str:
@@ -114,19 +113,19 @@ def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], 
         f'<div id="answer"><p><strong>{first}</strong></p></div>',
         accuracy_figure(summary),
         "".join(f"<p>{line}</p>" for line in others),
-        f'<h2>Accuracy</h2><div id="accuracy" {_SMALL}>{html_table(without_words)}</div>'
+        f'<h2>Accuracy</h2><div id="accuracy">{html_table(without_words)}</div>'
         + "".join(f"<p>{html.escape(line)}</p>" for line in foot(summary)),
         *label_figures(summary),
         '<h2 id="layers">Layer by layer</h2>',
         layer_figure(ranked, random, summary),
         f'<h2 id="prediction">Prediction</h2><p>{NOT_COMPARABLE}</p>',
-        f"<div {_SMALL}>{html_table(prediction_table(ranked, summary))}</div>",
+        html_table(prediction_table(ranked, summary)),
         rank_figure(ranked),
         f'<h2 id="tests">Paired tests</h2>{tests(summary)}',
-        f'<h2 id="settings">Settings chosen</h2><div {_SMALL}>{html_table(setting_table(summary))}</div>'
+        f'<h2 id="settings">Settings chosen</h2>{html_table(setting_table(summary))}'
         "<p>Learning rate x steps, one a seed. *: the least or the greatest rate that was tried; a longer list may "
         "serve better.</p>",
-        f'<h2 id="commands">Commands</h2><pre>{html.escape(commands(summary))}</pre>',
+        f'<h2 id="commands">Commands</h2><pre class="long">{html.escape(commands(summary))}</pre>',
     ]
     with disk_errors(folder):
         compose(folder, title=f"Does pre-training pay? {summary['recipe']}", parts=parts, foot=made)
@@ -223,6 +222,8 @@ def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, ticks: Seq
             linestyle="--" if name == RANDOM else "-", color=_GREY if name == RANDOM else f"C{number}", label=name,
         )  # fmt: skip
     axes.set_xticks(range(len(ticks)), ticks)
+    if len(ticks) > 7:
+        axes.tick_params("x", rotation=45, labelsize="small")
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
     canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
@@ -257,7 +258,8 @@ def setting_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
     def cell(setting: Mapping[str, Any]) -> str:
         at_end = "*" if setting["lr"] in (min(rates), max(rates)) else ""
-        return f"{setting['lr']:g}{at_end} x {setting['steps']}{' causal' if setting['causal'] else ''}"
+        told = f"{setting['lr']:g}{at_end} x {setting['steps']}{' causal' if setting['causal'] else ''}"
+        return told.replace(" ", "\N{NO-BREAK SPACE}")
 
     rows = [[name, *("; ".join(map(cell, found["settings"][key])) for key in tuned)] for name, found in every.items()]
     return [["", *(_labels(key) for key in tuned)], *rows]
@@ -268,9 +270,8 @@ def tests(summary: Mapping[str, Any]) -> str:
     if not any(summary["against_random"].values()):
         return "<p>No tests: they need three seeds or more.</p>"
     parts = [
-        "<p>Paired over seeds: with the same seed all objectives start from the same weights, see the same samples at "
-        f"every step, and are fine-tuned on the same ones. Real is p below {LEVEL} after Holm's correction for the "
-        "objectives of one table; the intervals are not corrected.</p>"
+        "<p>With the same seed all objectives start from the same weights, see the same samples at every step, and are "
+        f"fine-tuned on the same ones. {html.escape(TESTED)}</p>"
     ]
     for rival, families in ((RANDOM, "against_random"), ("the cosine", "against_cosine")):
         for key, found in summary[families].items():

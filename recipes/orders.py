@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, BeforeValidator, Field
 
-from modalities.order_measures import order_measures
+from modalities.order_measures import mean_measures, order_measures
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
@@ -49,7 +49,17 @@ from recipes.maps import token_positions
 from recipes.measures import attention_by_layer, fine_tunings, predicted, read_as, read_out
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig, try_order
-from recipes.significance import Difference, differences, spread, verdict
+from recipes.significance import (
+    COVERS,
+    LEAST_SEEDS,
+    Difference,
+    differences,
+    gains,
+    others,
+    spread,
+    unseen,
+    verdict,
+)
 from recipes.targets import default_out, listed, listed_or_all
 from recipes.training import provenance
 
@@ -58,6 +68,9 @@ DEFAULT = (
     *("random:1", "random:2", "random:3"),
 )
 """Orders that are compared where none are named."""
+
+RANDOM = "random weights"
+"""What the same network without pre-training is called in the tests."""
 
 _ATTENTION_SAMPLES = 256
 _ORDER_SAMPLES = 16  # whose orders are measured, where each sample has its own
@@ -174,7 +187,7 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
     }
 
 
-def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, float]:
+def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
     """`order_measures` of the order that held-out samples are read in, padding left out: a mean over samples."""
     data = config.data.plain()
     batches = plain_batches(data.dataset("test"), batch=_ORDER_SAMPLES, device=device, limit=_ORDER_SAMPLES)
@@ -184,7 +197,7 @@ def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, fl
     if positions.ndim == 2 and mask.all():
         return order_measures(positions)
     found = [order_measures(each[real]) for each, real in zip(positions.expand(*mask.shape, -1), mask, strict=True)]
-    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+    return mean_measures(found)
 
 
 def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) -> dict[str, Any]:
@@ -225,9 +238,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
     accuracy, random = groups(rows, "probe"), groups(rows, "probe_random")
     gain = {name: [a - b for a, b in zip(accuracy[name], random[name], strict=True)] for name in rows}
     apart = differences(accuracy)
-    paired = differences(
-        accuracy | {control(name): random[name] for name in random}, [(n, control(n)) for n in accuracy]
-    )
+    paired = gains(accuracy, random, called=RANDOM)
     first = next(iter(rows.values()))[0]
     words: dict[str, Any] = {"noun": "orders", "seeds": len(options.seeds)}
     sentences = [
@@ -240,9 +251,8 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         of = "fine-tuning on all labels" if labels is None else f"fine-tuning on {labels} labels a class"
         tuned, scratch = groups(rows, name), groups(rows, f"{name}_random")
         sentences.append(verdict(differences(tuned), of=of, brief=True, **words))
-        controls = {control(each): scratch[each] for each in rows}
-        against = differences(tuned | controls, [(each, control(each)) for each in rows])
-        sentences.append(pretraining(against, list(rows), of=of))
+        sentences.append(pretraining(gains(tuned, scratch, called=RANDOM), list(rows), of=of))
+    sentences += [COVERS] if len(options.seeds) >= LEAST_SEEDS else []
     return {
         "seeds": list(options.seeds),
         "metric": first["metric"],
@@ -267,11 +277,6 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
     }
 
 
-def control(name: str) -> str:
-    """What the same network with random weights is called in the tests."""
-    return f"{name}, random weights"
-
-
 def pretraining(paired: list[Difference], names: list[str], of: str = "the probe") -> str:
     """The plain sentence on whether pre-training helps there at all."""
     if not paired:
@@ -281,6 +286,6 @@ def pretraining(paired: list[Difference], names: list[str], of: str = "the probe
     said = [f"Pre-training does better than random weights in {of} under {', '.join(better)}."] if better else []
     said += [f"Pre-training does worse than random weights in {of} under {', '.join(worse)}."] if worse else []
     if not said:
-        return f"Under no order does pre-training change {of} against random weights by more than the noise."
-    rest = len(names) - len(better) - len(worse)
-    return " ".join([*said, *([f"Under the other {rest} the difference is within the noise."] if rest else [])])
+        under = "Under no order does pre-training" if len(names) > 1 else f"Under {names[0]} pre-training does not"
+        return f"{under} change {of} against random weights by more than the noise; {unseen(paired)}."
+    return " ".join([*said, others(paired)])

@@ -15,20 +15,23 @@ from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
 from recipes import inspect
 from recipes.compare_report import (
+    TESTED,
     Column,
+    Curve,
     Rows,
     difference_table,
     groups,
     html_table,
     interval_plot,
     matrix_plot,
+    panels_plot,
     spread_table,
     strip_plot,
     text_table,
 )
 from recipes.pretrain import load_pretrained
 from recipes.report import Figure, Panel, compose, line_plot, panel_plot
-from recipes.significance import LEVEL, Difference
+from recipes.significance import Difference
 from recipes.weights import read_weights
 
 NOT_COMPARABLE = (
@@ -50,6 +53,9 @@ PREDICTION = (
     Column("retrieval_top1_linear", "by linear"),
 )
 _SHOWN_DIFFERENCES = 12
+_UNIFORM = {"distance": 0, "entropy": 1, "on_bos": 2, "on_neighbours": 3}  # where each stands in `uniform`
+_BLUE = "#08519c"
+_LINE = {"color": _BLUE, "linewidth": 1}
 
 
 def accuracy_columns(summary: Mapping[str, Any]) -> list[Column]:
@@ -100,11 +106,11 @@ def write_report(folder: Path, rows: Rows, summary: Mapping[str, Any]) -> None:
     """
     ranked = {name: rows[name] for name in summary["ranking"]}
     made = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
-    answer = "".join(f"<p><strong>{html.escape(line)}</strong></p>" for line in summary["verdict"][:1])
-    answer += "".join(f"<p>{html.escape(line)}</p>" for line in summary["verdict"][1:])
+    first, *others = (html.escape(line) for line in summary["verdict"])
     parts: list[str | Figure] = [
-        f'<div id="answer">{answer}</div>',
+        f'<div id="answer"><p><strong>{first}</strong></p></div>',
         accuracy_figure(ranked, summary),
+        "".join(f"<p>{line}</p>" for line in others),
         f'<h2>Accuracy</h2><div id="accuracy">{html_table(spread_table(ranked, accuracy_columns(summary)))}</div>'
         f"<p>{html.escape(foot(summary))}</p>",
         *fine_tuning_figures(ranked, summary),
@@ -112,6 +118,7 @@ def write_report(folder: Path, rows: Rows, summary: Mapping[str, Any]) -> None:
         *pictures(summary),
         html_table(order_table(summary)),
         f"<p>{LEGEND}</p>",
+        *seen_figures(ranked),
         f'<h2 id="prediction">Prediction</h2><p>{NOT_COMPARABLE}</p>',
         html_table(spread_table(ranked, PREDICTION)),
         position_figure(ranked),
@@ -119,10 +126,11 @@ def write_report(folder: Path, rows: Rows, summary: Mapping[str, Any]) -> None:
         html_table(attention_table(ranked)),
         "<p>Means over heads, layers and seeds; distance in cells of the grid, entropy in nats. In brackets equal "
         "attention wherever a token may look under the same order, by which the figures must be read.</p>",
+        *head_figures(ranked),
         *layer_figures(ranked),
         *cross_parts(summary),
         f'<h2 id="tests">Paired tests</h2>{tests(summary)}',
-        f'<h2 id="commands">Commands</h2><pre>{html.escape(commands(summary))}</pre>',
+        f'<h2 id="commands">Commands</h2><pre class="long">{html.escape(commands(summary))}</pre>',
     ]
     with disk_errors(folder):
         compose(folder, title=f"Which order? {summary['recipe']}", parts=parts, foot=made)
@@ -195,6 +203,24 @@ def order_table(summary: Mapping[str, Any]) -> list[list[str]]:
     return [["", *keys.values()], *rows]
 
 
+def seen_figures(ranked: Rows) -> list[Figure]:
+    """Share of neighbours already seen, at each place of each order; nothing of runs measured before there was one."""
+    if not all("seen" in seeds[0]["order"] for seeds in ranked.values()):
+        return []
+    curves = {name: seeds[0]["order"]["seen"] for name, seeds in ranked.items()}
+    return [
+        Figure(
+            "seen.png",
+            "Share of a token's neighbours that were read before it, at each place of the order.",
+            panels_plot(
+                {name: [Curve(range(len(shares)), shares, _LINE)] for name, shares in curves.items()},
+                x="place in the order",
+                y="share seen",
+            ),
+        )
+    ]
+
+
 def position_figure(ranked: Rows) -> Figure:
     """Loss at each place, mean over seeds."""
     losses = {
@@ -212,18 +238,44 @@ def position_figure(ranked: Rows) -> Figure:
 def attention_table(ranked: Rows) -> list[list[str]]:
     """Distance, entropy, share on the neighbours and on BOS, beside equal attention."""
     heads = {"distance": "distance", "entropy": "entropy", "on_neighbours": "on the neighbours", "on_bos": "on BOS"}
-    places = {"distance": 0, "entropy": 1, "on_bos": 2, "on_neighbours": 3}
     lines = [["", *heads.values(), "rank of the last layer", "at random weights"]]
     for name, seeds in ranked.items():
         cells = []
         for key in heads:
             form = ".0%" if key.startswith("on_") else ".2f"
             mean = fmean(float(np.mean(row["attention"][key])) for row in seeds)
-            equal = fmean(row["attention"]["uniform"][places[key]] for row in seeds)
+            equal = fmean(row["attention"]["uniform"][_UNIFORM[key]] for row in seeds)
             cells.append(f"{mean:{form}} ({equal:{form}})")
         ranks = [fmean(row["layers"][key][-1] for row in seeds) for key in ("rank", "rank_random")]
         lines.append([name, *cells, *(f"{rank:.1f}" for rank in ranks)])
     return lines
+
+
+def head_figures(ranked: Rows) -> list[Figure]:
+    """Attention distance and entropy of every head by layer, a panel an order."""
+    told = {"distance": "distance, in cells of the grid", "entropy": "entropy, in nats"}
+    return [
+        Figure(
+            f"heads_{key}.png",
+            f"Attention {told[key]}, by layer under each order: a dot for every head of every seed, the line their "
+            "mean; dashed: equal attention wherever a token may look.",
+            panels_plot({name: head_curves(seeds, key) for name, seeds in ranked.items()}, x="layer", y=key),
+        )
+        for key in told
+    ]
+
+
+def head_curves(seeds: Sequence[Mapping[str, Any]], key: str) -> list[Curve]:
+    """One panel of `head_figures`."""
+    heads = np.concatenate([row["attention"][key] for row in seeds], axis=1)  # [layers, seeds x heads]
+    layers = np.arange(1, len(heads) + 1)
+    equal = fmean(row["attention"]["uniform"][_UNIFORM[key]] for row in seeds)
+    dots = {"color": _BLUE, "alpha": 0.35, "linestyle": "", "marker": ".", "markersize": 5}
+    return [
+        Curve(layers.repeat(heads.shape[1]).tolist(), heads.ravel().tolist(), dots),
+        Curve(layers.tolist(), heads.mean(1).tolist(), {"color": _BLUE, "linewidth": 1.6}),
+        Curve([1, len(heads)], [equal, equal], {"color": "#666666", "linestyle": "--", "linewidth": 1}),
+    ]
 
 
 def layer_figures(ranked: Rows) -> list[Figure]:
@@ -261,8 +313,8 @@ def cross_parts(summary: Mapping[str, Any]) -> list[str | Figure]:
         '<h2 id="cross">Trained with one order, read with another</h2>',
         Figure(
             "cross.png",
-            f"Probe {summary['metric']} (mean over tokens, best layer) of the models of seed {cross['seed']}. "
-            "One seed: differences of a few points are noise.",
+            f"Probe {summary['metric']} (mean over tokens, best layer) of the models of seed {cross['seed']}, of no "
+            "other: its differences are not tested, and those of a few points are noise.",
             matrix_plot(values, summary["ranking"], x="read with", y="trained with"),
         ),
     ]
@@ -276,8 +328,8 @@ def tests(summary: Mapping[str, Any]) -> str:
     more = len(apart) - _SHOWN_DIFFERENCES
     rest = f"<p>The other {more} are in summary.json.</p>" if more > 0 else ""
     return (
-        f"<p>Paired over seeds (the same seed has the same weights at the start and the same samples at every step); "
-        f"real is p below {LEVEL} after Holm's correction for all {len(apart)} pairs.</p>"
+        "<p>With the same seed all orders start from the same weights and see the same samples at every step. "
+        f"{html.escape(TESTED)}</p><p>Orders against each other, {len(apart)} pairs:</p>"
         f"{html_table(difference_table(apart[:_SHOWN_DIFFERENCES])) if apart else ''}{rest}"
         f"<p>Each order against the same network with random weights:</p>{html_table(difference_table(paired))}"
     )

@@ -24,7 +24,8 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd }
 td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-nums; white-space: nowrap }
-pre { overflow-x: auto }
+td:first-child { white-space: nowrap } td.long { white-space: normal } pre.long { white-space: pre-wrap }
+.small { font-size: .8em } .small td, .small th { padding: .25rem .4rem } pre { overflow-x: auto }
 figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } footer { color: #777; font-size: .8rem }
 """
 
@@ -67,24 +68,6 @@ def line_plot(
         axes.set_ylim(0, max(axes.dataLim.y1, 1e-12) * (1 + HEADROOM) if np.isfinite(axes.dataLim.y1) else None)
     axes.grid(alpha=0.3)
     canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
-    return png_of(canvas)
-
-
-def bar_plot(groups: Mapping[str, Sequence[float]], *, y: str, reference: Mapping[str, float] | None = None) -> bytes:
-    """A bar at the mean of each group and a dot for every value; dashed lines at the references; PNG bytes."""
-    canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
-    axes = canvas.subplots()
-    for place, values in enumerate(groups.values()):
-        axes.bar(place, sum(values) / len(values), width=0.6, color="#9ecae1")
-        axes.plot([place] * len(values), values, "o", color="#08519c", markersize=4)
-    for place, (name, value) in enumerate((reference or {}).items()):
-        axes.axhline(value, linestyle="--", color=f"C{place + 1}", linewidth=1.2, label=name)
-    axes.set_xticks(range(len(groups)), list(groups), rotation=20, ha="right")
-    axes.margins(y=HEADROOM)
-    axes.set_ylabel(y)
-    axes.grid(alpha=0.3, axis="y")
-    if reference:
-        axes.legend(frameon=False, fontsize="small")
     return png_of(canvas)
 
 

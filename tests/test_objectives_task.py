@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,13 @@ def test_the_page_holds_its_pictures_and_needs_no_other_file(compared: Path) -> 
     assert page.index('id="answer"') < page.index("data:image/png") < page.index("<table>")
     assert "not comparable" in page
     assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+@pytest.mark.browser
+def test_a_browser_shows_the_answer_on_its_first_screen(compared: Path, browse: Callable[[Path], str]) -> None:
+    shown = browse(compared / "report" / "index.html")
+    assert f'data-images="{len(PICTURES)}"' in shown, "a picture did not load"
+    assert [part for part in PARTS if f'id="{part}"' not in shown] == []
 
 
 def test_random_weights_are_measured_once_a_seed_for_all_objectives(
@@ -247,7 +255,7 @@ def test_the_verdict_says_whether_pre_training_pays() -> None:
     assert summary["ranking"] == ["good", "cosine", "bad"]
     first = summary["verdict"][0]
     assert first.startswith(
-        "Pre-training with good beats tuned random weights in fine-tuning on 50 labels a class by +20.3 ± 1.4 points."
+        "Pre-training with good beats tuned random weights in fine-tuning on 50 labels a class by 20.3 ± "
     )
     assert summary["objectives"]["good"]["gain"]["probe"]["values"] == pytest.approx([0.2, 0.2, 0.21])
     assert {each["better"] for each in summary["against_random"]["probe"]} >= {"good"}
@@ -261,15 +269,26 @@ def test_the_verdict_says_whether_pre_training_pays() -> None:
 
 def test_sentences_name_who_wins_who_loses_and_what_is_noise() -> None:
     def pair(better: str, worse: str, p: float) -> Difference:
-        return Difference(better, worse, 0.031, 0.012, p, p)
+        return Difference(better, worse, 0.031, 0.012, p, p, 0.02 + p)
 
     won = [pair("a", RANDOM, 0.01), pair("b", RANDOM, 0.02), pair(RANDOM, "c", 0.01), pair(RANDOM, "d", 0.5)]
+    needed = "With these seeds the first had to be about 3.0 points to be seen."
     assert against(won, RANDOM, "the probe", called=RANDOM) == (
-        "Pre-training beats random weights in the probe with a by +3.1 ± 1.2 points, b by +3.1 ± 1.2 points. "
-        "Pre-training with c does worse than random weights in the probe by -3.1 ± 1.2 points. "
-        "The other difference is within the noise."
+        "Pre-training beats random weights in the probe with a by 3.1 ± 1.2 points, b by 3.1 ± 1.2 points. "
+        "Pre-training with c does worse than random weights in the probe by 3.1 ± 1.2 points. "
+        f"The other difference is within the noise. {needed}"
     )
-    assert against(won[3:], RANDOM, "the probe", called="them") == (
-        "In the probe no objective differs from them by more than the noise; d differs most, by -3.1 ± 1.2 points, "
-        "p = 0.50 after Holm's correction."
+    assert against(won[:1], RANDOM, "the probe", called=RANDOM) == (
+        f"Pre-training with a beats random weights in the probe by 3.1 ± 1.2 points. {needed}"
+    )
+    noise = [*won[3:], pair("e", RANDOM, 0.6), pair("f", RANDOM, 0.7)]
+    assert "The other 3 differences are within the noise." in against([*won[:2], *noise], RANDOM, "", called=RANDOM)
+    assert against(noise, RANDOM, "the probe", called="them") == (
+        "In the probe no objective differs from them by more than the noise; d, which differs most, is 3.1 ± 1.2 "
+        "points below, p = 0.50 after Holm's correction; differences below about 52.0 points can't be seen with these "
+        "seeds."
+    )
+    assert against(noise[1:2], RANDOM, "the probe", called="them") == (
+        "In the probe e does not differ from them by more than the noise; it is 3.1 ± 1.2 points above, p = 0.60; "
+        "differences below about 62.0 points can't be seen with these seeds."
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from modalities.order_curves import Grid, cells, hilbert
-from modalities.order_measures import order_measures
+from modalities.order_measures import mean_measures, order_measures
 from modalities.orders import ORDERS, grid_order, inverse, is_static, known_order, read_order
 from nepa_core.basics import UserError
 from nepa_core.modality import Tokens
@@ -306,7 +306,20 @@ def test_measures_of_paths_counted_by_hand() -> None:
     assert raster["neighbours_seen"] == pytest.approx((0 + 1 / 5 + 1 / 3) / 3)
     assert raster["lone"] == 0
     line = order_measures(cells((5,))[torch.tensor([0, 2, 4, 1, 3])])
-    assert line == {"step": 2.25, "neighbours_seen": 0.0, "lone": 0.5, "locality": 1.0}
+    seen = [0, 0, 0, 1, 1]
+    assert line == {"step": 2.25, "seen": seen, "neighbours_seen": 0.0, "lone": 0.5, "locality": 1.0}
+    assert raster["seen"] == pytest.approx([0, 1 / 5, 1 / 3, 2 / 3, 4 / 5, 1])
+    assert order_measures(cells((1,)))["seen"] == [0]
+
+
+def test_measures_of_samples_of_unequal_length_are_averaged_where_they_are() -> None:
+    long, short = (order_measures(cells((length,))) for length in (4, 2))
+    assert long["seen"] == [0, 0.5, 0.5, 1]
+    assert short["seen"] == [0, 1]
+    means = mean_measures([long, short])
+    assert means["seen"] == pytest.approx([0, 0.75, 0.5, 1])
+    assert means["step"] == 1
+    assert means["neighbours_seen"] == pytest.approx((0.25 + 0) / 2)
 
 
 def test_local_orders_measure_as_local() -> None:

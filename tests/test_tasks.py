@@ -108,6 +108,7 @@ def test_ablate_runs_every_arm_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     shown = capsys.readouterr().out
     summary = json.loads((tmp_path / "ablation/summary.json").read_text())
     assert list(summary["arms"]) == list(ablate.ARMS)
+    assert "give three or more" in summary["verdict"]
     assert all(len(arm["probe_best"]["values"]) == 2 for arm in summary["arms"].values())
     assert all(name in shown for name in ablate.ARMS)
     assert (tmp_path / "ablation/report/probe.png").exists()
