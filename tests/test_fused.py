@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import nepa_core.predictor as predictor_module
 from nepa_core.fused import NormRotate, ScaledLinear
 from nepa_core.predictor import Predictor, PredictorConfig
-from nepa_core.rope import RotaryTable, centred_rotation, rotary_table, rotate
+from nepa_core.rope import RotaryTable, norm_rotations, rotary_table, rotate
 
 T, B, H, K = 5, 2, 3, 8
 D = H * K
@@ -43,7 +43,7 @@ def test_scaled_linear_gradcheck() -> None:
 def test_norm_rotate_gradcheck_and_plain_formula() -> None:
     torch.manual_seed(0)
     qkv = torch.randn(B, T, 3 * D, dtype=torch.float64, requires_grad=True)
-    matrix = centred_rotation(table())
+    matrix = norm_rotations([table()], torch.float64)
     assert torch.autograd.gradcheck(lambda x: NormRotate.apply(x, matrix, H, EPS), qkv)
     fast, plain = NormRotate.apply(qkv, matrix, H, EPS), plain_norm_rotate(qkv, table())
     grads = [torch.randn_like(y) for y in plain]
