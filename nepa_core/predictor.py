@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -365,7 +365,11 @@ class Predictor(nn.Module):
         ahead = self.config.predict_position == "rotate"
         matrices, dtype = self.fused and self.config.qk_norm == "plain", compute_dtype(x)
         where = (coords, self.config.head_dim, self.config.rope_theta)
-        options = {"device": x.device, "scale": coord_scale, "bos": x.shape[1] == coords.shape[-2] + 1}
+        options: dict[str, Any] = {
+            "device": x.device,
+            "scale": coord_scale,
+            "bos": x.shape[1] == coords.shape[-2] + 1,
+        }
         if matrices and not ahead and packing is None:
             return rotary_matrices(*where, dtype=dtype, **options)
         table = rotary_table(*where, dtype=torch.float32 if matrices else dtype, **options)
