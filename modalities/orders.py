@@ -8,6 +8,7 @@ either form, named by its import path: `data.patch_order=my_orders:by_saliency`;
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -67,6 +68,11 @@ def known_order(name: str) -> str:
 
 PatchOrder = Annotated[str, AfterValidator(known_order)]
 """A name of `ORDERS`, `module:function`, or a .npy or .txt file."""
+
+
+def file_content(name: str) -> str:
+    """12 hexadecimal digits of what an order's file holds; "" for an order that is no file."""
+    return hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()[:12] if _is_file(name) else ""
 
 
 def is_static(name: str) -> bool:

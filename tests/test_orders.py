@@ -325,7 +325,8 @@ def test_padding_is_put_behind_only_where_it_is_not() -> None:
     assert padding_behind(order, None) is padding_behind(order, full) is padding_behind(order, behind) is order
     assert padding_behind(None, between) is None
     moved = padding_behind(order, between)
-    assert moved is not None and moved.tolist() == [[2, 0, 1, 3], [0, 1, 3, 2]]
+    assert moved is not None
+    assert moved.tolist() == [[2, 0, 1, 3], [0, 1, 3, 2]]
     each = order.expand(2, -1)
     assert torch.equal(padding_behind(each, between), moved)
     assert torch.equal(padding_behind(each, full), each)
