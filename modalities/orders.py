@@ -8,6 +8,7 @@ either form, named by its import path: `data.patch_order=my_orders:by_saliency`;
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -67,6 +68,11 @@ def known_order(name: str) -> str:
 
 PatchOrder = Annotated[str, AfterValidator(known_order)]
 """A name of `ORDERS`, `module:function`, or a .npy or .txt file."""
+
+
+def file_content(name: str) -> str:
+    """12 hexadecimal digits of what an order's file holds; "" for an order that is no file."""
+    return hashlib.sha256(Path(name).expanduser().read_bytes()).hexdigest()[:12] if _is_file(name) else ""
 
 
 def is_static(name: str) -> bool:
@@ -165,11 +171,22 @@ def inverse(order: Tensor) -> Tensor:
 
 
 def padding_behind(order: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """The same order with the masked tokens of every sample after the others: [B, N] where there is a mask [B, N]."""
+    """The same order with the masked tokens of every sample after the others.
+
+    Args:
+        order: [N] or [B, N] int64, or None. mask: [B, N] bool, or None.
+
+    Returns:
+        `order` itself where there is no mask, or on the CPU where a shared order moves no masked token (asking a GPU
+        would wait for it); else [B, N].
+    """
     if order is None or mask is None:
         return order
-    order = order.to(mask.device).expand(mask.shape)
-    return order.gather(1, (~mask.gather(1, order)).int().argsort(dim=1, stable=True))
+    each = order.to(mask.device).expand(mask.shape)
+    real = mask.gather(1, each)
+    if order.ndim == 1 and mask.device.type == "cpu" and not (real[:, 1:] & ~real[:, :-1]).any():
+        return order
+    return each.gather(1, (~real).int().argsort(dim=1, stable=True))
 
 
 class Ordered(BaseModel):

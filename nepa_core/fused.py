@@ -43,8 +43,9 @@ class ScaledLinear(Function):
 class NormRotate(Function):
     """Queries, keys and values [B, H, T, K] of a packed projection [B, T, 3D]; q and k normalised and rotated.
 
-    `matrix` [T, K, K] of `rope.centred_rotation` takes off the mean and rotates: one matrix product a place
-    instead of many passes over memory. A rotation keeps the length, so the norm can be taken after it:
+    `matrix` [S, T, W, K, K] of `rope.norm_rotations` takes off the mean and rotates: one matrix product a place instead
+    of many passes over memory. S is 1 where all samples share the positions, else B; W is 1 where queries and keys are
+    turned alike, else 2. A rotation keeps the length, so the norm can be taken after it:
 
         y = z / sqrt(mean(z^2) + eps),    z = x @ matrix
 
@@ -55,21 +56,28 @@ class NormRotate(Function):
     def forward(ctx: Any, qkv: Tensor, matrix: Tensor, heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         batch, places, _ = qkv.shape
         packed = qkv.view(batch, places, 3, heads, -1)
-        y = packed[:, :, :2].transpose(0, 1).reshape(places, batch * 2 * heads, -1) @ matrix
+        rows, matrices = packed[:, :, :2], matrix.flatten(0, 2)
+        if shared := len(matrix) == 1:
+            rows = rows.permute(1, 2, 0, 3, 4)  # what one matrix turns stands together
+        y = rows.reshape(len(matrices), -1, rows.shape[-1]) @ matrices
         length = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         rstd = length.square().div(y.shape[-1]).add(eps).rsqrt()
         y.mul_(rstd)
-        ctx.save_for_backward(y, rstd, matrix)
-        q, k = y.view(places, batch, 2, heads, -1).permute(2, 1, 3, 0, 4).unbind()
+        ctx.save_for_backward(y, rstd, matrices)
+        ctx.shared = shared
+        q, k = y.view(rows.shape).permute((1, 2, 3, 0, 4) if shared else (2, 0, 3, 1, 4)).unbind()
         # A copy of v, because a view would keep all of qkv alive.
         return q, k, packed[:, :, 2].clone().transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:
-        y, rstd, matrix = ctx.saved_tensors
-        batch, heads, places, _ = d_q.shape
-        d_y = torch.stack((d_q.permute(2, 0, 1, 3), d_k.permute(2, 0, 1, 3)), dim=2).view_as(y).mul_(rstd)
+        y, rstd, matrices = ctx.saved_tensors
+        axes, between = ((2, 0, 1, 3), 1) if ctx.shared else ((0, 2, 1, 3), 2)
+        d_rows = torch.stack((d_q.permute(axes), d_k.permute(axes)), dim=between)
+        d_y = d_rows.view_as(y).mul_(rstd)
         d_y.addcmul_(y, torch.linalg.vecdot(d_y, y)[..., None], value=-1 / y.shape[-1])
-        d_qk = (d_y @ matrix.mT).view(places, batch, 2, heads, -1).transpose(0, 1)
+        d_qk = (d_y @ matrices.mT).view_as(d_rows)
+        if ctx.shared:
+            d_qk = d_qk.permute(2, 0, 1, 3, 4)
         return torch.cat((d_qk, d_v.transpose(1, 2)[:, :, None]), dim=2).flatten(2), None, None, None

@@ -21,11 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.fused import NormRotate, ScaledLinear
 from nepa_core.packing import Packing, Sequences, pack_rows
-from nepa_core.rope import RotaryPair, RotaryTable, of_next, rotary_matrices, rotary_table, rotate
+from nepa_core.rope import RotaryPair, RotaryTable, norm_rotations, of_next, rotary_matrices, rotary_table, rotate
 
 Backend = Literal["sdpa", "xformers", "eager"]
 Rope = RotaryTable | RotaryPair | Tensor | None
-"""How queries and keys are turned; a tensor holds the matrices of `rotary_matrices`."""
+"""How queries and keys are turned; a tensor holds the matrices of `norm_rotations`."""
 Allowed = Tensor | Sequences | None
 """Who may look at whom: a mask [B, 1, T, T] bool, or the sequences of one flat row, or no limit but causality."""
 
@@ -392,10 +392,9 @@ class Predictor(nn.Module):
             [B, T, D], the output of the final LayerNorm (with `config.pack`, zero where no token is real).
         """
         packing = self._packing(x, mask) if trace is None else None
-        rope = self._rope(x, coords, coord_scale, mask, matrices=packing is None)
+        rope = self._rope(x, coords, coord_scale, mask, packing)
         if packing is not None:
             allowed: Allowed = packing.sequences or packing.allowed(causal=causal)
-            rope = _packed(rope, packing, len(x))
             x = packing.pack(x)
         else:
             allowed = None if mask is None else attention_mask(mask, causal=causal)
@@ -417,33 +416,36 @@ class Predictor(nn.Module):
         flat = has_varlen_kernel(self.config.attention, self.config.head_dim, x.device, compute_dtype(x))
         return pack_rows(mask, flat=flat)
 
-    def _rope(self, x: Tensor, coords: Tensor, coord_scale: float, mask: Tensor | None, *, matrices: bool) -> Rope:
+    def _rope(
+        self, x: Tensor, coords: Tensor, coord_scale: float, mask: Tensor | None, packing: Packing | None
+    ) -> Rope:
         """The rotation in the form `Attention` wants: matrices where the norm can join in, else tables."""
         if self.config.rope_theta is None:
             return None
         ahead = self.config.predict_position == "rotate"
-        matrices = matrices and self.fused and self.config.qk_norm == "plain" and coords.ndim == 2 and not ahead
-        rope = (rotary_matrices if matrices else rotary_table)(
-            coords,
-            self.config.head_dim,
-            self.config.rope_theta,
-            device=x.device,
-            dtype=compute_dtype(x),
-            scale=coord_scale,
-            bos=x.shape[1] == coords.shape[-2] + 1,
-        )
-        if ahead and isinstance(rope, RotaryTable):
-            return RotaryPair(RotaryTable(*(of_next(angle, mask, missing=angle) for angle in rope)), rope)
-        return rope
+        matrices, dtype = self.fused and self.config.qk_norm == "plain", compute_dtype(x)
+        where = (coords, self.config.head_dim, self.config.rope_theta)
+        options: dict[str, Any] = {
+            "device": x.device,
+            "scale": coord_scale,
+            "bos": x.shape[1] == coords.shape[-2] + 1,
+        }
+        if matrices and not ahead and packing is None:
+            return rotary_matrices(*where, dtype=dtype, **options)
+        table = rotary_table(*where, dtype=torch.float32 if matrices else dtype, **options)
+        tables = [table]
+        if ahead:
+            tables.insert(0, RotaryTable(*(of_next(angle, mask, missing=angle) for angle in table)))
+        if packing is not None:
+            tables = [_packed(each, packing, len(x)) for each in tables]
+        if matrices:
+            return norm_rotations(tables, dtype)
+        return RotaryPair(*tables) if ahead else tables[0]
 
 
-def _packed(rope: Rope, packing: Packing, samples: int) -> Rope:
-    """The tables of a batch as those of its packed rows."""
-    if isinstance(rope, RotaryPair):
-        return RotaryPair(*(RotaryTable(*(packing.pack(x.expand(samples, -1, -1)) for x in table)) for table in rope))
-    if isinstance(rope, RotaryTable):
-        return RotaryTable(*(packing.pack(x.expand(samples, -1, -1)) for x in rope))
-    return rope
+def _packed(table: RotaryTable, packing: Packing, samples: int) -> RotaryTable:
+    """The table of a batch as that of its packed rows."""
+    return RotaryTable(*(packing.pack(x.expand(samples, -1, -1)) for x in table))
 
 
 def init_weights(module: nn.Module) -> None:

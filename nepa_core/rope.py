@@ -8,7 +8,7 @@ Everything is float32; only the finished table is cast to the dtype of the atten
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -66,7 +66,7 @@ def rotary_table(coords: Tensor, head_dim: int, theta: float, **options: Any) ->
 
 
 def rotary_matrices(coords: Tensor, head_dim: int, theta: float, **options: Any) -> Tensor:
-    """The same as matrices [T, K, K] that also take off the mean: see `centred_rotation`.
+    """The same as matrices [1, T, 1, K, K] or [B, T, 1, K, K] that also take off the mean: see `norm_rotations`.
 
     Shared coordinates on the CPU are recognised by their bytes, so what is made of them (or, with a scale that
     changes each step, their angles) is made once and kept on the device.
@@ -127,11 +127,34 @@ def of_next(rows: Tensor, mask: Tensor | None, *, missing: Tensor) -> Tensor:
     return torch.where(followed[..., None], shifted, missing)
 
 
+def norm_rotations(tables: Sequence[RotaryTable], dtype: torch.dtype) -> Tensor:
+    """The matrices that `fused.NormRotate` takes.
+
+    Args:
+        tables: one for queries and keys, or one for each; [T, K/2] or [B, T, K/2], float32.
+
+    Returns:
+        [S, T, W, K, K], with S = 1 where no table tells samples apart, else B, and W the number of tables.
+    """
+    cos, sin = (
+        torch.stack(torch.broadcast_tensors(*each), dim=-2)  # type: ignore[no-untyped-call]
+        for each in zip(*tables, strict=True)
+    )
+    matrices = centred_rotation(RotaryTable(cos, sin)).to(dtype)
+    return matrices[None] if matrices.ndim == 4 else matrices
+
+
 def centred_rotation(table: RotaryTable) -> Tensor:
-    """Matrices [T, K, K] for a table of [T, K/2]: x @ matrix takes off the mean of x [K], then rotates."""
-    places, head_dim = len(table.cos), 2 * table.cos.shape[-1]
-    centred = torch.eye(head_dim, dtype=table.cos.dtype, device=table.cos.device) - 1 / head_dim
-    return rotate(centred[None, :, None].expand(1, -1, places, -1), table)[0].transpose(0, 1).contiguous()
+    """Matrices [..., K, K] for a table of [..., K/2]: x @ matrix takes off the mean of x [K], then rotates."""
+    cos, sin = table
+    pairs = cos.shape[-1]
+    # (I - 1/K) @ rotation: the rotation is four diagonals, and from each column its mean is taken.
+    means = torch.cat((cos - sin, cos + sin), dim=-1) / (2 * pairs)
+    matrix = (-means)[..., None, :].repeat_interleave(2 * pairs, dim=-2)
+    for row, column, entry in ((0, 0, cos), (0, pairs, sin), (pairs, 0, -sin), (pairs, pairs, cos)):
+        block = matrix[..., row : row + pairs, column : column + pairs]
+        block.diagonal(dim1=-2, dim2=-1).add_(entry)
+    return matrix
 
 
 def _table(angles: Tensor, dtype: torch.dtype) -> RotaryTable:
@@ -139,7 +162,7 @@ def _table(angles: Tensor, dtype: torch.dtype) -> RotaryTable:
 
 
 def _matrices(angles: Tensor, dtype: torch.dtype) -> Tensor:
-    return centred_rotation(_table(angles, angles.dtype)).to(dtype)
+    return norm_rotations([_table(angles, angles.dtype)], dtype)
 
 
 @lru_cache(maxsize=16)

@@ -2,8 +2,8 @@
 
 A pair of variant and seed is an ordinary run in `OUT/runs/`, whose folder ends in the hash of its config; what was
 measured of it lies beside its summary, in a file named by the hash of the measure's options. So a pair is found again
-whatever the other variants are, and nothing finished is run twice. (The hash is of the config alone: after a change to
-the code of an adapter or of an order, name another `out=`.)
+whatever the other variants are, and nothing finished is run twice. (The hash is of the config, and of files that a
+variant says it names: after a change to the code of an adapter or of an order, name another `out=`.)
 
 Who works on a pair holds its lock, which the kernel frees when the process ends, however it ends. So the list may be
 shared by the processes of one command, by several commands in one folder, or by several machines on a file system with
@@ -52,10 +52,17 @@ _SAY = 10.0  # least seconds between two lines of progress
 
 
 class Variant(NamedTuple):
-    """One setting under comparison: what it is called, and its whole config."""
+    """One setting under comparison.
+
+    Attributes:
+        name: what it is called.
+        config: the whole of it.
+        content: tells apart what the config names but does not hold, such as a file; "" where there is nothing such.
+    """
 
     name: str
     config: PretrainConfig
+    content: str = ""
 
 
 class Measure(NamedTuple):
@@ -133,10 +140,10 @@ def compare(
         {name for name in names if names.count(name) > 1} | {str(s) for s in seeds if seeds.count(s) > 1}
     ):
         raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
-    digests = {config_digest(variant.config): variant.name for variant in reversed(variants)}
-    if same := [v.name for v in variants if digests[config_digest(v.config)] != v.name]:
-        other = digests[config_digest(next(v.config for v in variants if v.name == same[0]))]
-        raise UserError(f"{same[0]} is the same setting as {other}; leave one of them out")
+    keys = {variant.name: config_digest(variant.config, variant.content) for variant in variants}
+    first = {keys[name]: name for name in reversed(names)}
+    if same := [name for name in names if first[keys[name]] != name]:
+        raise UserError(f"{same[0]} is the same setting as {first[keys[same[0]]]}; leave one of them out")
     jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in seeds for variant in variants}
     share([*also, *jobs.values()], workers=workers)
     return {name: [jobs[name, seed].values() for seed in seeds] for name in names}
@@ -176,7 +183,7 @@ def seeded(config: PretrainConfig, seed: int) -> PretrainConfig:
 
 def run_folder(variant: Variant, seed: int, out: Path) -> Path:
     """Where the run of this config lies, under whatever name it was first made; else where it is to lie."""
-    key = config_digest(seeded(variant.config, seed))
+    key = config_digest(seeded(variant.config, seed), variant.content)
     found = sorted((out / "runs").glob(f"*-{key}"))
     return found[0] if found else out / "runs" / f"{shell_friendly(variant.name)}-seed{seed}-{key}"
 
@@ -186,12 +193,18 @@ def shell_friendly(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "variant"
 
 
-def config_digest(config: PretrainConfig) -> str:
-    """12 hexadecimal digits that tell a config from others, but for keys that don't touch what is computed."""
+def config_digest(config: PretrainConfig, content: str = "") -> str:
+    """12 hexadecimal digits that tell a config from others, but for keys that don't touch what is computed.
+
+    Args:
+        content: of `Variant`.
+    """
     values = config.model_dump(mode="json", serialize_as_any=True)
     for key in FREE_KEYS:
         group, _, name = key.partition(".")
         values[group].pop(name, None)
+    if content:
+        values["content"] = content
     return digest({"adapter": import_path(type(config.data)), **values})
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -22,16 +22,20 @@ from pydantic import BaseModel
 
 from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, Batch
+from nepa_core.diagnostics import effective_rank
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA
+from nepa_core.predictor import Trace
 from nepa_core.runtime.config import override
-from nepa_core.runtime.data import epoch_order, fold_seed
-from nepa_core.runtime.distributed import World
+from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
+from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
-from recipes import finetune, forecasters, probe
-from recipes.features import network_reader, raw_reader, tokens_per_sample
+from recipes import finetune, forecasters, measures, probe
+from recipes.features import Row, network_reader, raw_reader, tokens_per_sample
 from recipes.goals import find_goal
+from recipes.heads import mean_of_tokens
 from recipes.measures import PROBE, Some, by_layer, few_labels, score_readers, short_tuning, trained
-from recipes.pretrain import PretrainConfig
+from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 
 HELD_BACK = 1000
 """Most training samples that the learning rate is chosen on, and never more than a fifth of them."""
@@ -155,6 +159,46 @@ def raw_figure(config: PretrainConfig, device: torch.device) -> float:
     return float(row[probe.metric_of(row)])
 
 
+# --------------------------------------------------------------------- in one setting, beside random weights
+
+
+def compared(config: PretrainConfig, model: NEPA, run: Run, labels: Sequence[int | None], steps: int) -> dict[str, Any]:
+    """What `nepa orders` measures of a run downstream: `measures.read_out` and `measures.fine_tunings`.
+
+    Of a series without targets the same keys hold skills of forecasts, and there are no labels to count: `labels` is
+    (None,).
+    """
+    device = next(model.parameters()).device
+
+    def tuned(init: Path | None, count: int | None) -> float:
+        if is_forecast(config):
+            return forecast_shortly(config, init, device, steps=steps)
+        return measures.fine_tuned(config, init, device, labels=count, steps=steps)
+
+    read = forecast_read_out(config, model) if is_forecast(config) else measures.read_out(config, model)
+    return {**read, **measures.fine_tunings(run, labels, tuned)}
+
+
+def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
+    """Probe of the run in `folder` when its samples are read by another adapter, such as one with another order.
+
+    Of the best layer, means over tokens alone (of a forecast, as `forecast_layers`); the layer is chosen on held-back
+    training samples.
+    """
+    with world() as ranks:
+        config, model = load_pretrained(Run(folder), ranks.device)
+        config = config.model_copy(update={"data": reading})
+        if is_forecast(config):
+            read = forecast_layers(config, model)
+            return {key: read[key] for key in ("probe", "probe_row")}
+        per_sample = tokens_per_sample(config.data.plain())
+        rows = [Row(layer, "token" if per_sample else "mean") for layer in range(config.model.depth + 2)]
+        reader = network_reader(config, model, rows, causal=config.objective.causal)
+        (scored,) = score_readers(config, [reader], ranks)
+    best = probe.best_row(scored)
+    return {"probe": best[probe.metric_of(best)], "probe_row": best["name"]}
+
+
 # --------------------------------------------------------------------------------------------- with targets
 
 
@@ -250,3 +294,36 @@ def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.devi
 
     setting, error = best_setting(care, at)
     return Tuned(1 - error / persistence(short.data, device), setting)
+
+
+def forecast_shortly(config: PretrainConfig, init: Path | None, device: torch.device, *, steps: int) -> float:
+    """`forecast_tuned` in the one setting of `forecasters.short`."""
+    lr = forecasters.short(config, None, "predictor", HORIZON, steps=steps, samples=_WINDOWS).optim.lr
+    causal = config.objective.causal
+    care = Care(labels=(None,), learning_rates=(lr,), finetune_steps=(steps,), finetune_causal=(causal,))
+    return forecast_tuned(config, init, device, care).figure
+
+
+def forecast_read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
+    """`measures.read_out` of a series without targets."""
+    device = next(model.parameters()).device
+
+    def read(network: NEPA) -> dict[str, Any]:
+        found = forecast_layers(config, network)
+        return found | {"layers": found["layers"] | {"rank": layer_ranks(config, network)}}
+
+    random = build_model(config).to(device).eval()
+    return measures.beside_random(read(model), read(random), raw_figure(config, device))
+
+
+@torch.no_grad()
+def layer_ranks(config: PretrainConfig, model: NEPA) -> list[float]:
+    """Effective rank of held-out windows' means over tokens, from the embedding to the final norm."""
+    data, device = config.data.plain(), next(model.parameters()).device
+    means: list[list[torch.Tensor]] = [[] for _ in range(config.model.depth + 2)]
+    for batch in plain_batches(data.dataset("test"), batch=forecasters.BATCH, device=device, limit=PROBE.test_samples):
+        trace = Trace()
+        mask = model(data.read(batch), causal=config.objective.causal, trace=trace).mask
+        for found, hidden in zip(means, trace.hidden, strict=True):
+            found.append(mean_of_tokens(hidden, mask, bos=config.model.bos))
+    return [effective_rank(torch.cat(found)) for found in means]

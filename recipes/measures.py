@@ -7,7 +7,7 @@ back, so that they can be kept as JSON.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,19 +17,18 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UnreadableSample
-from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
 from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
-from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import fit
 from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
 from recipes import finetune, probe
-from recipes.features import Reader, Row, Source, kept_features, network_reader, tokens_per_sample
+from recipes.features import Reader, Source, kept_features, tokens_per_sample
 from recipes.goals import Classification, Goal, find_goal
 from recipes.maps import attention_figures, neighbour_share, token_positions, uniform_attention
-from recipes.pretrain import PretrainConfig, load_pretrained
+from recipes.pretrain import PretrainConfig
 
 PROBE = probe.Options(poolings=("mean", "last"), classifiers=("linear",))
 """The same rows for every variant: BOS can be read in some of them only."""
@@ -47,11 +46,16 @@ def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
     """
     found = probe.probe(config, model, PROBE)
     own, random = (by_layer(rows) for rows in (found["layers"], found["random_init"]["layers"]))
+    return beside_random(own, random, found["raw_tokens"][own["metric"]])
+
+
+def beside_random(own: dict[str, Any], random: dict[str, Any], raw: float) -> dict[str, Any]:
+    """What `read_out` returns, of the two networks and the raw tokens."""
     return {
         **own,
         "probe_random": random["probe"],
         "probe_random_row": random["probe_row"],
-        "raw_tokens": found["raw_tokens"][own["metric"]],
+        "raw_tokens": raw,
         "layers": own["layers"] | {f"{key}_random": random["layers"][key] for key in ("probe", "rank")},
     }
 
@@ -204,14 +208,18 @@ def trained(
 
 
 def fine_tunings(
-    config: PretrainConfig, run: Run, device: torch.device, *, labels: tuple[int | None, ...], steps: int
+    run: Run, labels: Sequence[int | None], tuned: Callable[[Path | None, int | None], float]
 ) -> dict[str, float]:
-    """`finetuned_50` and `finetuned_50_random` for every number of labels a class; "all" for None."""
+    """`finetuned_50` and `finetuned_50_random` for every number of labels a class; "all" for None.
+
+    Args:
+        tuned: (the run to start from, or None for random weights; labels) -> the figure.
+    """
     found = {}
     for count in labels:
         name = f"finetuned_{'all' if count is None else count}"
         for key, init in ((name, run.path), (f"{name}_random", None)):
-            found[key] = fine_tuned(config, init, device, labels=count, steps=steps)
+            found[key] = tuned(init, count)
     return found
 
 
@@ -250,22 +258,3 @@ def attention_by_layer(
     means: Tensor = total / count
     figures_by_layer = {name: rows[:-1].tolist() for name, rows in zip(ATTENTION, means, strict=True)}
     return figures_by_layer | {"uniform": means[:, -1].mean(-1).tolist()}
-
-
-# ------------------------------------------------------------------------------- reading by another order
-
-
-def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
-    """Probe of the run in `folder` when its samples are read by another adapter, such as one with another order.
-
-    Of the best layer, means over tokens alone; the layer is chosen on held-back training samples.
-    """
-    with world() as ranks:
-        config, model = load_pretrained(Run(folder), ranks.device)
-        config = config.model_copy(update={"data": reading})
-        per_sample = tokens_per_sample(config.data.plain())
-        rows = [Row(layer, "token" if per_sample else "mean") for layer in range(config.model.depth + 2)]
-        reader = network_reader(config, model, rows, causal=config.objective.causal)
-        (scored,) = score_readers(config, [reader], ranks)
-    best = probe.best_row(scored)
-    return {"probe": best[probe.metric_of(best)], "probe_row": best["name"]}

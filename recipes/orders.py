@@ -8,11 +8,12 @@ For each: a linear probe of the best layer, chosen on held-back training samples
 short fine-tuning on labels= a class, both also for the same network with random weights under the same order; the lift
 of the prediction over its baselines; attention; and what the order itself is like. Losses of different orders are not
 comparable, for each asks other questions: orders are ranked by accuracy, with 95 % intervals over seeds and paired
-tests.
+tests. A series without targets is forecast instead, 96 steps ahead (see `recipes.downstream`).
 
 predict_position= gives every order, raster included, the same knowledge of where the next token lies; random_per_sample
 needs it. What is finished is kept: the same command goes on where it was stopped, more orders or seeds add to it, and
-several commands may share a folder, each on its own GPU.
+several commands may share a folder, each on its own GPU. An order in a file is known by what the file holds, so a
+changed file is another order; a function is known by its name alone: after changing it, name another out=.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field
 
 from modalities.order_measures import mean_measures, order_measures
+from modalities.orders import file_content
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
@@ -44,9 +46,9 @@ from recipes.compare import (
     share,
 )
 from recipes.compare_report import Rows, groups, spreads
-from recipes.goals import find_goal
+from recipes.downstream import check, compared, is_forecast, read_as
 from recipes.maps import token_positions
-from recipes.measures import attention_by_layer, fine_tunings, predicted, read_as, read_out
+from recipes.measures import attention_by_layer, predicted
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig, try_order
 from recipes.significance import (
@@ -127,10 +129,11 @@ def orders(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
         UserError: an order is not known or the adapter has none, or the samples have nothing to train on.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    find_goal(config.data)  # says what is wrong before hours of training, not after
-    variants = [Variant(name, ordered(config, name, options.predict_position)) for name in options.orders]
+    check(config)
+    variants = [variant_of(config, name, options.predict_position) for name in options.orders]
     variants = [variant for variant in variants if fits(variant, named=options.orders != DEFAULT)]
-    options = options.model_copy(update={"orders": tuple(variant.name for variant in variants)})
+    labels = (None,) if is_forecast(config) else options.labels
+    options = options.model_copy(update={"orders": tuple(variant.name for variant in variants), "labels": labels})
     workers = options.workers or default_workers()
     measured = Measure("orders", measure, MeasureOptions(labels=options.labels, finetune_steps=options.finetune_steps))
     rows = compare(variants, options.seeds, measured, out, workers=workers)
@@ -175,12 +178,17 @@ def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> 
     return override(config, drawn | told)
 
 
+def variant_of(config: PretrainConfig, name: str, predict_position: str | None) -> Variant:
+    """`ordered`; an order in a file is told from others by what the file holds, too."""
+    changed = ordered(config, name, predict_position)
+    return Variant(name, changed, file_content(cast(Any, changed.data).patch_order))
+
+
 def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptions) -> dict[str, Any]:
     """Everything that is compared, of one run."""
     device = next(model.parameters()).device
     return {
-        **read_out(config, model),
-        **fine_tunings(config, run, device, labels=options.labels, steps=options.finetune_steps),
+        **compared(config, model, run, options.labels, options.finetune_steps),
         **predicted(run),
         "attention": attention_by_layer(config, model, device, _ATTENTION_SAMPLES),
         "order": measured_order(config, device),
@@ -207,7 +215,8 @@ def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) 
         folder = run_folder(trained, seed, out)
         for read in variants:
             data = read.config.data
-            file = f"read-{digest([read.name, data.model_dump(mode='json')])}.json"
+            key = [read.name, data.model_dump(mode="json"), *([read.content] if read.content else [])]
+            file = f"read-{digest(key)}.json"
             lock = folder / f".{file}.lock"
             name = f"{trained.name} read as {read.name}"
             jobs[trained.name, read.name] = Job(name, folder / file, lock, partial(read_as, folder, data))

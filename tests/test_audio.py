@@ -100,7 +100,7 @@ def test_time_order_ends_a_column_before_the_next_and_raster_ends_a_row() -> Non
     assert order["time"] is not None
     assert order["raster"] is not None
     assert order["time"].tolist() == [0, 2, 1, 3]
-    assert order["raster"].tolist() == [[0, 1, 2, 3]]
+    assert order["raster"].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("settings", [{}, {"patch": (4, 4)}, {"patch": (4, 4), "patch_order": "random_per_sample"}])

@@ -19,7 +19,7 @@ import torch
 from modalities.orders import grid_order
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from recipes import compare, measures, orders
+from recipes import compare, downstream, measures, orders
 from recipes.cli import main, split_options
 from recipes.goals import Classification
 from recipes.maps import grid_positions, neighbour_share
@@ -29,6 +29,7 @@ from recipes.orders_report import head_curves, seen_figures
 from recipes.pretrain import PretrainConfig
 from recipes.vision import digits_2x2
 from tests.conftest import ROOT
+from tests.test_forecast import recipe as series_recipe
 from tests.tiny import CPU
 
 PARTS = ("answer", "accuracy", "paths", "prediction", "attention", "tests", "commands")
@@ -154,8 +155,43 @@ def backwards(tokens: Any, grid: tuple[int, ...]) -> torch.Tensor:
 def test_what_can_not_be_compared_is_refused(tiny_recipe: PretrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="Waves takes no"):
         ordered(tiny_recipe, "raster", None)
-    assert main(["orders", "recipes.timeseries:demo", "orders=raster,reverse"]) == 2
-    assert "gives no class to train on" in capsys.readouterr().err
+    few = "data.parts=[0.994,0.003,0.003]"
+    assert main(["orders", "recipes.timeseries:demo", "orders=raster,reverse", few]) == 2
+    assert "do not fit in the" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_series_without_targets_is_forecast_under_every_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(downstream, "HORIZON", 4)
+    monkeypatch.setattr(compare, "share", lambda jobs, *, workers: compare.work_through(jobs))
+    monkeypatch.setattr(orders, "share", compare.share)
+    config = override(series_recipe(), {"train.length.steps": 2})
+    options = Options(orders=("raster", "reverse"), seeds=(0,), finetune_steps=2, workers=1)
+    summary = orders.orders(config, options, tmp_path)
+    assert (summary["metric"], summary["labels"]) == ("skill", ["all"])
+    for figures in summary["orders"].values():
+        assert 0 < figures["mean"] < 1, "a ridge forecast beats repeating the last value"
+        assert figures["finetuned_all"]["values"] != figures["finetuned_all_random"]["values"]
+        ranks = figures["layers"]["rank"]
+        assert len(ranks) == len(figures["layers"]["probe"]) == config.model.depth + 2
+        assert all(1 <= rank <= config.model.dim for rank in ranks)
+    assert torch.tensor(summary["cross"]["accuracy"]).shape == (2, 2)
+    assert (tmp_path / "report" / "index.html").exists()
+
+
+def test_an_order_in_a_file_is_known_by_what_the_file_holds(tmp_path: Path) -> None:
+    def key(name: str) -> str:
+        return compare.run_folder(orders.variant_of(digits_2x2(), name, None), 0, tmp_path).name.rpartition("-")[2]
+
+    path = tmp_path / "path.txt"
+    found = []
+    for order in (range(16), range(15, -1, -1), range(16)):
+        path.write_text(" ".join(map(str, order)))
+        found.append(key(str(path)))
+    assert found[0] == found[2] != found[1]
+    assert key("hilbert") == compare.config_digest(compare.seeded(ordered(digits_2x2(), "hilbert", None), 0))
 
 
 def test_the_summary_ranks_by_accuracy_and_names_what_is_real() -> None:

@@ -14,21 +14,32 @@ from torch import Tensor, nn
 import nepa_core.predictor as predictor_module
 from nepa_core.fused import NormRotate, ScaledLinear
 from nepa_core.predictor import Predictor, PredictorConfig
-from nepa_core.rope import RotaryTable, centred_rotation, rotary_table, rotate
+from nepa_core.rope import RotaryTable, norm_rotations, rotary_table, rotate
 
 T, B, H, K = 5, 2, 3, 8
 D = H * K
 EPS = 1e-6
 
 
-def table(dtype: torch.dtype = torch.float64) -> RotaryTable:
-    coords = torch.linspace(-1, 1, 2 * (T - 1)).view(T - 1, 2)
-    return rotary_table(coords, K, 100.0, device=torch.device("cpu"), dtype=dtype, bos=True)
+def table(seed: int = 0, *, samples: int | None = None) -> RotaryTable:
+    """[T, K/2], or of coordinates of each sample's own [B, T, K/2]."""
+    size = (T - 1, 2) if samples is None else (samples, T - 1, 2)
+    coords = 2 * torch.rand(size, generator=torch.Generator().manual_seed(seed)) - 1
+    return rotary_table(coords, K, 100.0, device=torch.device("cpu"), dtype=torch.float64, bos=True)
 
 
-def plain_norm_rotate(qkv: Tensor, rope: RotaryTable) -> tuple[Tensor, ...]:
+TABLES = {
+    "shared": [table()],
+    "own": [table(samples=B)],
+    "shared, two": [table(), table(1)],
+    "own, two": [table(samples=B), table(1, samples=B)],
+    "keys shared": [table(samples=B), table()],
+}
+
+
+def plain_norm_rotate(qkv: Tensor, for_q: RotaryTable, for_k: RotaryTable) -> tuple[Tensor, ...]:
     q, k, v = rearrange(qkv, "b t (qkv h k) -> qkv b h t k", qkv=3, h=H)
-    return rotate(F.layer_norm(q, (K,), eps=EPS), rope), rotate(F.layer_norm(k, (K,), eps=EPS), rope), v
+    return rotate(F.layer_norm(q, (K,), eps=EPS), for_q), rotate(F.layer_norm(k, (K,), eps=EPS), for_k), v
 
 
 def test_scaled_linear_gradcheck() -> None:
@@ -40,12 +51,13 @@ def test_scaled_linear_gradcheck() -> None:
     torch.testing.assert_close(ScaledLinear.apply(*inputs), F.linear(x, weight, bias) * scale)
 
 
-def test_norm_rotate_gradcheck_and_plain_formula() -> None:
+@pytest.mark.parametrize("tables", TABLES.values(), ids=TABLES)
+def test_norm_rotate_gradcheck_and_plain_formula(tables: list[RotaryTable]) -> None:
     torch.manual_seed(0)
     qkv = torch.randn(B, T, 3 * D, dtype=torch.float64, requires_grad=True)
-    matrix = centred_rotation(table())
+    matrix = norm_rotations(tables, torch.float64)
     assert torch.autograd.gradcheck(lambda x: NormRotate.apply(x, matrix, H, EPS), qkv)
-    fast, plain = NormRotate.apply(qkv, matrix, H, EPS), plain_norm_rotate(qkv, table())
+    fast, plain = NormRotate.apply(qkv, matrix, H, EPS), plain_norm_rotate(qkv, tables[0], tables[-1])
     grads = [torch.randn_like(y) for y in plain]
     for a, b in zip(fast, plain, strict=True):
         torch.testing.assert_close(a, b)
@@ -87,6 +99,7 @@ def build(**changes: object) -> Predictor:
 
 INPUT = torch.randn(4, T, D, generator=torch.Generator().manual_seed(1))
 COORDS = torch.linspace(-1, 1, 2 * (T - 1)).view(T - 1, 2)
+OWN_COORDS = torch.stack([COORDS[torch.randperm(T - 1, generator=torch.Generator().manual_seed(i))] for i in range(4)])
 MASK = torch.tensor([[True] * T, [True] * 3 + [False] * (T - 3)] * 2)
 
 
@@ -103,19 +116,23 @@ def assert_all_close(a: list[Tensor], b: list[Tensor], tolerance: float) -> None
         )
 
 
+@pytest.mark.parametrize("settings", [{}, {"predict_position": "rotate"}, {"attention": "eager"}, {"pack": True}])
+@pytest.mark.parametrize("coords", [COORDS, OWN_COORDS], ids=["shared", "own"])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
 @pytest.mark.parametrize("causal", [True, False])
 def test_predictor_equals_the_plain_formulas(
-    monkeypatch: pytest.MonkeyPatch, causal: bool, mask: Tensor | None
+    monkeypatch: pytest.MonkeyPatch, causal: bool, mask: Tensor | None, coords: Tensor, settings: dict[str, object]
 ) -> None:
-    predictor = build()
-    fast = results(predictor, causal=causal, mask=mask)
-    eager = results(build(attention="eager"), causal=causal, mask=mask)
-    # Coordinates of their own for each sample take the plain path of `Attention`.
+    predictor, calls = build(**settings), []
+    run = NormRotate.apply
+    monkeypatch.setattr(NormRotate, "apply", lambda *args: calls.append(1) or run(*args))
+    fast = results(predictor, coords, causal=causal, mask=mask, coord_scale=1.3)
+    assert len(calls) == len(predictor.blocks)
+    predictor.fused = False
     monkeypatch.setattr(predictor_module, "scaled_linear", lambda x, linear, scale: linear(x) * scale)
-    expected = results(predictor, COORDS.expand(4, -1, -1), causal=causal, mask=mask)
+    expected = results(predictor, coords, causal=causal, mask=mask, coord_scale=1.3)
+    assert len(calls) == len(predictor.blocks)
     assert_all_close(fast, expected, 1e-5)
-    assert_all_close(eager, expected, 1e-5)
 
 
 def test_affine_norm_of_ones_is_the_plain_norm() -> None:
@@ -128,15 +145,16 @@ def test_affine_norm_of_ones_is_the_plain_norm() -> None:
     torch.testing.assert_close(affine(INPUT, COORDS, causal=True), fast(INPUT, COORDS, causal=True))
 
 
-@pytest.mark.parametrize("layer_scale", [1e-5, 0.5])
-def test_bfloat16_autocast_stays_near_float32(layer_scale: float) -> None:
-    predictor = build()
+@pytest.mark.parametrize("coords", [COORDS, OWN_COORDS], ids=["shared", "own"])
+@pytest.mark.parametrize(("layer_scale", "told"), [(1e-5, "off"), (0.5, "off"), (0.5, "rotate")])
+def test_bfloat16_autocast_stays_near_float32(layer_scale: float, told: str, coords: Tensor) -> None:
+    predictor = build(predict_position=told)
     for block in predictor.blocks:
         nn.init.constant_(block.scale1, layer_scale)
         nn.init.constant_(block.scale2, layer_scale)
-    expected = results(predictor)
+    expected = results(predictor, coords)
     with torch.autocast("cpu", torch.bfloat16):
-        found = results(predictor)
+        found = results(predictor, coords)
     for left, right in zip(found, expected, strict=True):
         assert (left.float() - right).norm() < 0.03 * right.norm()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modalities.order_curves import Grid, cells, hilbert
 from modalities.order_measures import mean_measures, order_measures
-from modalities.orders import ORDERS, grid_order, inverse, is_static, known_order, read_order
+from modalities.orders import ORDERS, grid_order, inverse, is_static, known_order, padding_behind, read_order
 from nepa_core.basics import UserError
 from nepa_core.modality import Tokens
 from nepa_core.runtime.config import override
@@ -329,3 +329,17 @@ def test_local_orders_measure_as_local() -> None:
     assert found["random"]["locality"] == pytest.approx(1, abs=0.1)
     assert found["strided"]["lone"] > found["raster"]["lone"] == 0
     assert found["strided"]["neighbours_seen"] < 0.35 < found["raster"]["neighbours_seen"]
+
+
+def test_padding_is_put_behind_only_where_it_is_not() -> None:
+    order, full = torch.tensor([2, 0, 1, 3]), torch.ones(2, 4, dtype=torch.bool)
+    behind = torch.tensor([[True, True, True, False], [True, False, True, False]])
+    between = torch.tensor([[True, True, True, True], [True, True, False, True]])
+    assert padding_behind(order, None) is padding_behind(order, full) is padding_behind(order, behind) is order
+    assert padding_behind(None, between) is None
+    moved = padding_behind(order, between)
+    assert moved is not None
+    assert moved.tolist() == [[2, 0, 1, 3], [0, 1, 3, 2]]
+    each = order.expand(2, -1)
+    assert torch.equal(padding_behind(each, between), moved)
+    assert torch.equal(padding_behind(each, full), each)

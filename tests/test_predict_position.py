@@ -111,7 +111,7 @@ def test_queries_are_turned_by_the_next_position_and_keys_by_their_own() -> None
     scores = (q @ k.transpose(-2, -1) / DIM**0.5).masked_fill(~torch.ones(COUNT, COUNT).tril().bool(), -torch.inf)
     expected = attention.out((scores.softmax(-1) @ v)[:, 0])
     table = rotary_table(tokens.coords, DIM, 100.0, device=CPU)
-    rope = model.predictor._rope(x, tokens.coords, 1.0, None, matrices=True)
+    rope = model.predictor._rope(x, tokens.coords, 1.0, None, None)
     found = attention(x, rope, None, causal=True, allowed=None, trace=None)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     own = attention(x, table, None, causal=True, allowed=None, trace=None)

@@ -14,7 +14,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.config import load_object, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from recipes import ablate, bench
+from recipes import ablate, bench, orders
 from recipes.bench import read_config
 from recipes.cli import main
 from recipes.finetune import finetune, short
@@ -233,6 +233,16 @@ def test_the_example_of_point_clouds_is_short_and_sound(example: PretrainConfig)
     check_modality(override(example, drawn | {"data.samples": 20}).data)
 
 
+def test_of_the_default_orders_those_without_sense_on_point_clouds_are_left_out(
+    example: PretrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = override(example, {"data.samples": 20})
+    variants = [orders.variant_of(few, name, None) for name in orders.DEFAULT]
+    kept = [variant.name for variant in variants if orders.fits(variant, named=False)]
+    assert set(orders.DEFAULT) - set(kept) == {"spiral_in"}
+    assert capsys.readouterr().err.startswith("left out: spiral_in: patch_order=spiral_in and spiral_out are for grids")
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("example")
 def test_every_task_takes_the_example_of_point_clouds_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,6 +253,9 @@ def test_every_task_takes_the_example_of_point_clouds_as_it_is(capsys: pytest.Ca
     assert main(["finetune", "runs/base", "train.length.steps=2"]) == 0
     assert main(["inspect", "runs/base", "samples=2"]) == 0
     capsys.readouterr()
+    short = ["train.length.steps=2", "labels=2", "finetune_steps=2", "seeds=0", "workers=1", "cross=false"]
+    assert main(["orders", "my_points:base", "orders=morton,random", *few, *short]) == 0
+    assert "random" in capsys.readouterr().out
     assert main(["bench", "my_points:base", *few, "steps=2", "repeats=1", "against=padding"]) == 0
     assert "packed / padded rows, real tokens/s" in capsys.readouterr().out
 
