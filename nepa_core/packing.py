@@ -4,7 +4,7 @@ A batch [B, T] that is half padding becomes rows [R, L] with fewer rows; attenti
 outputs go back to where their tokens stood. So everything outside the predictor (BOS, coordinates, targets, masks,
 the loss) is per sequence as before, and the results are those of the padded batch.
 
-Where a kernel attends within sequences by their lengths (see `predictor.has_varlen_kernel`), all of them lie in one
+Where a kernel attends within sequences by their lengths (see `attention.has_varlen_kernel`), all of them lie in one
 row without a gap; elsewhere rows are as long as the longest sequence, and a dense mask keeps sequences apart.
 
 Shapes: B samples, T places, R rows of L places, S sequences (the samples with any real token).

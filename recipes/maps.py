@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nepa_core.attention import attention_mask
 from nepa_core.modality import Tokens
-from nepa_core.predictor import attention_mask
 
 # -------------------------------------------------------------------------------------------- attention
 

@@ -16,12 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from nepa_core import predictor
+from nepa_core import attention, predictor
+from nepa_core.attention import Backend, attend_sequences, block_diagonal_bias, has_varlen_kernel
 from nepa_core.modality import Tokens
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.packing import pack_rows
-from nepa_core.predictor import Backend, Trace, attend_sequences, block_diagonal_bias, has_varlen_kernel
+from nepa_core.predictor import Trace
 from tests.test_packing import LENGTHS, batch, network
 
 kernels = pytest.mark.parametrize("kernel", ["sdpa", "xformers"], indirect=True)
@@ -69,8 +70,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     block_diagonal_bias.cache_clear()
     monkeypatch.setattr(predictor, "has_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(predictor.Packing, "allowed", dense)
-    monkeypatch.setattr(predictor, "varlen_attn", stand_in_for_torch)
-    monkeypatch.setattr(predictor, "_xformers_ops", stand_in_for_xformers)
+    monkeypatch.setattr(attention, "varlen_attn", stand_in_for_torch)
+    monkeypatch.setattr(attention, "_xformers_ops", stand_in_for_xformers)
     yield request.param
     block_diagonal_bias.cache_clear()
 
@@ -181,7 +182,7 @@ def test_compiled_blocks_agree_and_are_not_compiled_for_every_batch(
         return out, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 
     varlen._varlen_attn.register_kernel("cpu", on_cpu)  # where there was none
-    monkeypatch.setattr(predictor, "varlen_attn", VARLEN)
+    monkeypatch.setattr(attention, "varlen_attn", VARLEN)
     padded, packed = models(kernel, depth=1)
     packed.predictor.fused = False
     torch._dynamo.reset()
@@ -262,10 +263,10 @@ def test_kernels_agree_with_the_dense_mask(
         calls.append(1)
         return kernel(*args, **options)
 
-    monkeypatch.setattr(predictor, "attend_sequences", watched)
+    monkeypatch.setattr(attention, "attend_sequences", watched)
     found = []
-    for attention, pack in (("sdpa", False), (backend, True)):
-        model = network(attention=attention, pack=pack, dim=64, heads=2, mlp_dim=64, drop_path=drop_path).cuda().train()
+    for used, pack in (("sdpa", False), (backend, True)):
+        model = network(attention=used, pack=pack, dim=64, heads=2, mlp_dim=64, drop_path=drop_path).cuda().train()
         with torch.autocast("cuda", torch.bfloat16):
             found.append([x.float() for x in results(model, tokens, causal=causal)])
     assert len(calls) == 2, "each block of the packed one"
