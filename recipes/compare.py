@@ -123,7 +123,7 @@ def compare(
         Variant -> what was measured, a dictionary for each seed.
 
     Raises:
-        UserError: a pair failed, two variants have one name, a seed is negative, or the folder is none of a comparison.
+        UserError: a pair failed, two variants have one name, a seed is negative, or the folder is that of a run.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and runs under way have a checkpoint.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -135,6 +135,8 @@ def compare(
         raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
     if min(seeds) < 0:
         raise UserError(f"seeds={min(seeds)}: a seed is a whole number from 0")
+    if is_run(str(out)):
+        raise UserError(f"{out} is a run, and its summary and report would be lost; name another folder with out=DIR")
     digests = {config_digest(variant.config): variant.name for variant in reversed(variants)}
     if same := [v.name for v in variants if digests[config_digest(v.config)] != v.name]:
         other = digests[config_digest(next(v.config for v in variants if v.name == same[0]))]

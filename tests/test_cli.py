@@ -316,6 +316,15 @@ def test_what_was_only_pretrained_is_not_evaluated(nepa: Nepa, run: Path) -> Non
     )
 
 
+def test_a_run_is_neither_imported_nor_taken_for_the_folder_of_a_comparison(nepa: Nepa, run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert nepa.fails("import", "run").startswith("run is a run already; name a folder that `nepa export` wrote")
+    for words in (["ablate", TINY], ["orders", "recipes.vision:digits"], ["objectives", TINY]):
+        line = nepa.fails(*words, "seeds=0", "out=run")
+        assert line == "run is a run, and its summary and report would be lost; name another folder with out=DIR"
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
 @pytest.mark.parametrize("words", [["pretrain", TINY, "out=run"], ["pretrain", "run"], ["probe", "run"]])
 @pytest.mark.parametrize("text", ["", '{"recipe": ', "[1, 2]", '{"adapter": "tests.tiny:Waves", "data": {"toks": 1}}'])
 def test_a_corrupt_config_is_named(nepa: Nepa, run: Path, words: list[str], text: str) -> None:
