@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -75,7 +76,9 @@ class ObjectiveConfig(BaseModel):
     def _known(cls, terms: dict[str, float]) -> dict[str, float]:
         for name, weight in terms.items():
             if name not in TERMS:
-                raise ValueError(f"there is no term {name}; known: {', '.join(TERMS)}")
+                close = difflib.get_close_matches(name, TERMS, n=2)
+                near = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(TERMS)}"
+                raise ValueError(f"there is no term {name}; {near}")
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"the weight of {name} must be a number from 0")
         return {name: weight for name, weight in terms.items() if weight > 0}

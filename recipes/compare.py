@@ -130,7 +130,7 @@ def compare(
         Variant -> what was measured, a dictionary for each seed.
 
     Raises:
-        UserError: a pair failed, two variants have one name, or the folder is none of a comparison.
+        UserError: a pair failed, two variants have one name, a seed is negative, or the folder is that of a run.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and runs under way have a checkpoint.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -140,6 +140,10 @@ def compare(
         {name for name in names if names.count(name) > 1} | {str(s) for s in seeds if seeds.count(s) > 1}
     ):
         raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
+    if min(seeds) < 0:
+        raise UserError(f"seeds={min(seeds)}: a seed is a whole number from 0")
+    if is_run(str(out)):
+        raise UserError(f"{out} is a run, and its summary and report would be lost; name another folder with out=DIR")
     keys = {variant.name: config_digest(variant.config, variant.content) for variant in variants}
     first = {keys[name]: name for name in reversed(names)}
     if same := [name for name in names if first[keys[name]] != name]:

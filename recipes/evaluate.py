@@ -21,6 +21,7 @@ from nepa_core.runtime.run import Run
 from recipes import segment
 from recipes.finetune import FinetuneConfig, load_classifier, measure
 from recipes.goals import FIGURES, Goal, Regression, find_goal
+from recipes.pretrain import PretrainConfig
 from recipes.segment import SegmentConfig
 from recipes.targets import is_run, read_target, task_of
 from recipes.training import provenance, unreadable
@@ -142,10 +143,19 @@ def _in_words(goal: Goal) -> str:
 
 
 def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | SegmentConfig:
-    """The settings of a fine-tuned or segmentation run, with changes."""
+    """The settings of a fine-tuned or segmentation run, with changes.
+
+    Raises:
+        UserError: it is no such run, or a change is to what training decided.
+    """
     if not is_run(target):
         raise UserError(f"{target} is not a run folder; name one of `nepa finetune`, `nepa import` or `nepa segment`")
     for key in changes:
         if not key.startswith(FREE):
             raise UserError(f"{key} can't be set for nepa evaluate, which trains nothing; what can: {', '.join(FREE)}")
+    if task_of(target) == PretrainConfig.task:
+        raise UserError(
+            f"{target} was pre-trained only and has no head to evaluate: `nepa probe {target}` reads it out, "
+            f"`nepa finetune {target}` trains one"
+        )
     return read_target(SegmentConfig if task_of(target) == SegmentConfig.task else FinetuneConfig, target, changes)

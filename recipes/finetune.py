@@ -13,7 +13,6 @@ the averaged weights after the last step, never the best step on the held-out da
 from __future__ import annotations
 
 import html
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -215,8 +214,6 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
     goal = find_goal(config.data)
     model, new = build_classifier(config, goal)
     model = model.to(ranks.device)
-    if show and ranks.is_main and not run.metrics_path.exists():
-        print(f"Fine-tuning from {start_of(config.init)}{f' with {setting}' if setting else ''}.", file=sys.stderr)
     result, _ = train(
         model,
         model.backbone.predictor,
@@ -226,6 +223,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
         step_function=make_step(config, goal),
         evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks),
         untrained=False,
+        announce=f"Fine-tuning from {start_of(config.init)}{f' with {setting}' if setting else ''}.",
         show=show,
     )
     if not ranks.is_main:

@@ -24,7 +24,7 @@ from recipes import vision
 from recipes.finetune import FinetuneConfig
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
-from recipes.targets import RECORD
+from recipes.targets import RECORD, is_run
 from recipes.training import provenance
 from recipes.weights import joined
 
@@ -61,8 +61,11 @@ def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
         What to tell the user.
 
     Raises:
-        UserError: the checkpoint can't be read (see `read_released`), or the folder holds another run.
+        UserError: the source is a run, the checkpoint can't be read (see `read_released`), or the folder holds another
+            run.
     """
+    if is_run(source):
+        raise UserError(f"{source} is a run already; name a folder that `nepa export` wrote, or OWNER/NAME on the hub")
     folder = find(source)
     released = read_released(folder)
     config = run_config(released, changes)

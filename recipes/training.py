@@ -7,9 +7,9 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from pydantic import BaseModel
@@ -20,7 +20,7 @@ from nepa_core.modality import Modality
 from nepa_core.model import layers_above
 from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit
+from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
 from recipes.targets import is_imported
@@ -41,14 +41,14 @@ class Recipe(Protocol):
 
 
 def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
-    """Open the run's folder on every rank; the summary if it was finished before, else None.
+    """Check the run's folder on every rank; the summary if it was finished before, else None. `train` writes it.
 
     Raises:
         UserError: the folder can't be used, or the run was imported and its weights are damaged: those of the seed
             would take their place.
     """
-    run.open(config, write=ranks.is_main)
-    ranks.barrier()
+    run.open(config, write=False)
+    ranks.barrier()  # before one of them writes
     if is_imported(str(run.path)):
         newest(run)
     return run.summary()
@@ -65,16 +65,25 @@ def train(
     step_at: Callable[[float], StepFunction] | None = None,
     evaluate: Callable[[Ema | None], Mapping[str, Any]],
     untrained: bool = True,
+    announce: str = "",
     show: bool,
 ) -> tuple[FitResult, Ema | None]:
     """`fit` with what the config asks for around the model: compiled or recomputed blocks, an average, layer decay.
+
+    The run's folder is made here, so that a command that fails on its data or its weights leaves nothing behind.
 
     Args:
         predictor: the one inside `model`.
         step_at: see `fit`.
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
         untrained: evaluate before the first step, too.
+        announce: a line for the screen where a run starts that nothing was measured of before.
     """
+    dataset = config.data.dataset("train")
+    plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
+    run.open(cast(BaseModel, config), write=ranks.is_main)
+    if announce and show and ranks.is_main and not run.metrics_path.exists():
+        print(announce, file=sys.stderr)
     if config.train.compile:
         predictor.compile_blocks()
     if config.train.recompute:
@@ -84,7 +93,7 @@ def train(
         model=model,
         step_function=step_function,
         step_at=step_at,
-        dataset=config.data.dataset("train"),
+        dataset=dataset,
         config=config.train,
         optim=config.optim,
         run=run,

@@ -210,6 +210,17 @@ BAD = {
     "unknown option": (["bench", TINY, "step=3"], "unknown key step"),
     "wrong type": (["pretrain", TINY, "train.batch=many"], "train.batch=many: input should be a valid integer"),
     "wrong type of an option": (["bench", TINY, "steps=many"], "steps=many: input should be a valid integer"),
+    "a wrong element of a list": (
+        ["ablate", TINY, "seeds=0,a"], "seeds=a: each should be a valid integer (such as 0,1,2; default 0,1)"
+    ),
+    "no element": (["ablate", TINY, "seeds=[]"], "seeds=[]: name at least one"),
+    "a wrong element of several kinds": (
+        ["probe", TINY, "layers=foo"], "layers=foo: each should be a valid integer or 'final' (such as 0,3,final"
+    ),
+    "a number that is too small in a list": (
+        ["objectives", TINY, "labels=10,0"], "labels=0: each should be greater than 0 (training labels a class"
+    ),
+    "a negative seed": (["ablate", TINY, "seeds=0,-1"], "seeds=-1: a seed is a whole number from 0"),
     "out of range": (["pretrain", TINY, "train.ema=2"], "train.ema=2: input should be less than 1"),
     "no value": (["pretrain", TINY, "train.batch"], "'train.batch' is not of the form key=value"),
     "twice": (["pretrain", TINY, "train.seed=1", "train.seed=2"], "train.seed is given twice"),
@@ -251,6 +262,26 @@ def test_a_mended_command_runs_where_the_bad_one_failed(nepa: Nepa) -> None:
     assert nepa("pretrain", TINY, "train.length.steps=1").status == 0
 
 
+FIRST_INPUT = {
+    "weights to fine-tune": ["finetune", TINY, "init=nope"],
+    "data to fine-tune": ["finetune", "recipes.vision:cifar10", "data.root=/nope"],
+    "batch to fine-tune": ["finetune", TINY, "train.batch=99"],
+    "weights to segment with": ["segment", "tests.tiny_scenes:recipe", "data.root=/nope", "init=nope"],
+    "data to segment": ["segment", "tests.tiny_scenes:recipe", "data.root=/nope"],
+    "data to pre-train on": ["pretrain", "recipes.vision:cifar10", "data.root=/nope"],
+    "batch to pre-train with": ["pretrain", TINY, "train.batch=99"],
+    "weights to probe": ["probe", TINY, "init=nope"],
+    "checkpoint to import": ["import", "nope"],
+    "images to resize": ["resize", "recipes.vision:cifar10", "data.root=/nope"],
+}
+
+
+@pytest.mark.parametrize("words", FIRST_INPUT.values(), ids=FIRST_INPUT.keys())
+def test_a_command_that_fails_on_what_it_reads_first_leaves_nothing_behind(nepa: Nepa, words: list[str]) -> None:
+    nepa.fails(*words)
+    assert list(Path().iterdir()) == []
+
+
 # ---------------------------------------------------------------------------------------- bad run folders
 
 
@@ -270,6 +301,28 @@ def test_a_run_with_another_config_is_left_alone(nepa: Nepa, run: Path) -> None:
         "another folder with out=DIR"
     )
     assert not (run / "summary.json").exists()
+
+
+def test_a_run_of_another_recipe_is_named_and_not_compared_key_by_key(nepa: Nepa, run: Path) -> None:
+    line = nepa.fails("pretrain", "tests.tiny:random", "out=run")
+    assert line == f"run holds a run of {TINY}; name another folder for tests.tiny:random with out=DIR"
+
+
+def test_what_was_only_pretrained_is_not_evaluated(nepa: Nepa, run: Path) -> None:
+    line = nepa.fails("evaluate", "run")
+    assert line == (
+        "run was pre-trained only and has no head to evaluate: `nepa probe run` reads it out, `nepa finetune run` "
+        "trains one"
+    )
+
+
+def test_a_run_is_neither_imported_nor_taken_for_the_folder_of_a_comparison(nepa: Nepa, run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert nepa.fails("import", "run").startswith("run is a run already; name a folder that `nepa export` wrote")
+    for words in (["ablate", TINY], ["orders", "recipes.vision:digits"], ["objectives", TINY]):
+        line = nepa.fails(*words, "seeds=0", "out=run")
+        assert line == "run is a run, and its summary and report would be lost; name another folder with out=DIR"
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 
 @pytest.mark.parametrize("words", [["pretrain", TINY, "out=run"], ["pretrain", "run"], ["probe", "run"]])

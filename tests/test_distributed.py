@@ -183,6 +183,5 @@ def test_a_wrong_config_ends_both_processes_with_one_line(two: Path) -> None:
     done = torchrun("recipes", "pretrain", "tests.tiny:ragged", f"out={out}")
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("nepa: ")] == [
-        f"nepa: {out} holds a run with another config: recipe tests.tiny:recipe -> tests.tiny:ragged, "
-        "data.ragged False -> True; give it back, or name another folder with out=DIR"
+        f"nepa: {out} holds a run of tests.tiny:recipe; name another folder for tests.tiny:ragged with out=DIR"
     ]

@@ -330,7 +330,7 @@ def test_evaluate_finds_the_averaged_accuracy_of_the_run(
     assert main(["evaluate", pretrained]) == 2
     assert main(["evaluate", "tests.tiny:recipe"]) == 2
     said = capsys.readouterr().err
-    assert "is of a run of `nepa pretrain`, and a run of `nepa finetune` is wanted here" in said
+    assert "was pre-trained only and has no head to evaluate" in said
     assert "tests.tiny:recipe is not a run folder" in said
 
 

@@ -81,7 +81,7 @@ def test_terms_are_set_one_by_one_or_all_at_once(words: list[str], terms: dict[s
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"objective.terms.cosin": 1}, "there is no term cosin; known: cosine, mse,"),
+        ({"objective.terms.cosin": 1}, "there is no term cosin; did you mean cosine?"),
         ({"objective.terms": 3}, "objective.terms=3: input should be a valid dictionary"),
         ({"objective.terms.mse": "much"}, "objective.terms.mse=much: input should be a valid number"),
         ({"objective.terms.mse": -1}, "the weight of mse must be a number from 0"),
@@ -91,7 +91,7 @@ def test_terms_are_set_one_by_one_or_all_at_once(words: list[str], terms: dict[s
         ({"objective.terms.horizons": 1, "objective.shift": False}, "objective.terms.horizons looks ahead: it needs"),
         ({"objective.terms.intermediate": 1}, "objective.terms.intermediate needs objective.layers, such as [2]"),
         ({"objective.layers": [3]}, "objective.layers=3 is no block: they are 1 to model.depth=2"),
-        ({"objective.projector": [0, 8]}, "objective.projector=[0, 8]: both widths must be above 0"),
+        ({"objective.projector": [0, 8]}, "objective.projector=[0,8]: both widths must be above 0"),
         ({"objective.terms.barlow": 1, "train.micro_batch": 1}, "objective.terms.barlow compares samples: "),
         (
             {"objective.terms.infonce_position": 1, "train.batch": 1},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import itertools
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from types import ModuleType
 from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from nepa_core.basics import UserError
 from nepa_core.modality import Modality
@@ -174,17 +176,52 @@ def validated(kind: type[Config], values: Mapping[str, Any], prefix: str = "") -
 
 def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
     """The first complaint of a pydantic error as one line."""
-    first = error.errors()[0]
-    key = prefix + ".".join(str(part) for part in first["loc"])
+    errors = error.errors()
+    first = errors[0]
+    key = prefix + _typed(first)
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a validator over the whole config names its keys itself, a Duration can't
         return message if kind is not Duration else f"{prefix.removesuffix('.')}: {message}"
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(str(first['loc'][-1]), kind.model_fields)}"
     if first["type"] == "missing":
+        if _in_list(first):
+            return f"{key}={_shown(first['input'])}: too few elements"
         return f"{key} is missing"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{key}={first['input']}: {message[0].lower()}{message[1:]}{more}"
+    others = len({_typed(each) for each in errors}) - 1
+    more = f" (and {others} more)" if others else ""
+    if _in_list(first):
+        members = [_wanted(each) for each in errors if each["loc"][:2] == first["loc"][:2]]
+        message = f"each should be {' or '.join(dict.fromkeys(members))}"
+    elif first["type"] == "tuple_type":
+        message = "input should be a list in brackets, such as [1,2]"
+    elif first["type"] == "too_short" and not first["input"]:
+        message = "name at least one"
+    field = kind.model_fields.get(str(first["loc"][0]))
+    about = f" ({field.description})" if _in_list(first) and field is not None and field.description else ""
+    return f"{key}={_shown(first['input'])}: {message[0].lower()}{message[1:]}{about}{more}"
+
+
+def _wanted(error: ErrorDetails) -> str:
+    """ "a valid integer" of "Input should be a valid integer, unable to parse string as an integer"."""
+    message = error["msg"].removeprefix("Input should be ")
+    return message.partition(",")[0] if error["type"].endswith("_parsing") else message
+
+
+def _typed(error: ErrorDetails) -> str:
+    """The key of a complaint as a user types it: without the places in a list and the members of a union."""
+    parts = [str(part) for part in itertools.takewhile(lambda part: not isinstance(part, int), error["loc"])]
+    return ".".join(parts)
+
+
+def _in_list(error: ErrorDetails) -> bool:
+    """Whether one element of a list is complained about, and not the list."""
+    return len(error["loc"]) > 1 and isinstance(error["loc"][1], int)
+
+
+def _shown(value: Any) -> Any:
+    """Lists and dictionaries as they are typed."""
+    return json.dumps(value, separators=(",", ":"), default=str) if isinstance(value, list | tuple | dict) else value
 
 
 def keys(config: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -56,14 +56,17 @@ class Run:
         processes is to `write`; all of them check.
 
         Raises:
-            UserError: the folder holds a run with another config (the differing keys are listed), holds
-                something that is no run, or can't be written.
+            UserError: the folder holds a run of another recipe or with another config (the differing keys are
+                listed), holds something that is no run, or can't be written.
         """
         file = self.path / "config.json"
         if file.exists():
             saved = load_config(type(config), file)
             changed = {k: v for k, v in differences(saved, config).items() if k not in FREE_KEYS}
             if changed and (self.metrics_path.exists() or self.checkpoints.exists()):
+                old, new = changed.get("recipe", ("", ""))
+                if old and new:  # most other keys differ, too
+                    raise UserError(f"{self.path} holds a run of {old}; name another folder for {new} with out=DIR")
                 listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
                 raise UserError(
                     f"{self.path} holds a run with another config: {listed}; give it back, or name another "
