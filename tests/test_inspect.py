@@ -438,7 +438,7 @@ def test_files_are_brought_to_the_size_of_the_run(runs: Path, tmp_path: Path) ->
         ("images", ["images=nowhere.png"], "nowhere.png"),
         ("images", ["images=__file__"], "not an image"),
         ("recipe", ["query=6"], "query=6: the tokens lie on 1 rows and 6 columns"),
-        ("recipe", ["query=-1"], "query.0=-1"),
+        ("recipe", ["query=-1"], "query=-1: each should be greater than or equal to 0"),
         ("recipe", ["query=[]"], "query"),
         ("recipe", ["query=[0,1,2]"], "query="),
         ("recipe", ["layer=last"], "layer=last: input should be a valid integer"),
