@@ -41,7 +41,7 @@ HELD_BACK = 1000
 """Most training samples that the learning rate is chosen on, and never more than a fifth of them."""
 
 HORIZON = 96
-"""Steps that a series without targets is forecast for."""
+"""Steps that a series without targets is forecast for where nobody says."""
 
 _WINDOWS = 20_000  # most that forecasts are fitted on
 
@@ -50,7 +50,7 @@ Found = TypeVar("Found")
 
 
 class Care(BaseModel):
-    """How a start is fine-tuned: training labels a class (None for all), and the choices of `Setting`."""
+    """How a start is fine-tuned: training labels a class (None: all), the choices of `Setting`, steps of a forecast."""
 
     model_config = FROZEN
 
@@ -58,6 +58,7 @@ class Care(BaseModel):
     learning_rates: tuple[float, ...]
     finetune_steps: tuple[int, ...]
     finetune_causal: tuple[bool, ...]
+    horizon: int
 
 
 class Setting(NamedTuple):
@@ -85,7 +86,7 @@ def is_forecast(config: PretrainConfig) -> bool:
     return isinstance(config.data, TimeSeries) and config.data.source != "labelled"
 
 
-def check(config: PretrainConfig) -> None:
+def check(config: PretrainConfig, horizon: int = HORIZON) -> None:
     """Say what is wrong before hours of training.
 
     Raises:
@@ -95,7 +96,7 @@ def check(config: PretrainConfig) -> None:
         find_goal(config.data)
         return
     for split in ("train", "validation", "test"):
-        cast(TimeSeries, config.data).forecasts(split, HORIZON)
+        cast(TimeSeries, config.data).forecasts(split, horizon)
 
 
 def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Care) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Car
             tuned[name] = forecast_tuned(config, init, device, care)
         else:
             tuned[name] = fine_tuned(config, init, device, labels, care)
-    read = forecast_layers(config, model) if is_forecast(config) else probed_layers(config, model)
+    read = forecast_layers(config, model, care.horizon) if is_forecast(config) else probed_layers(config, model)
     figures = {name: each.figure for name, each in tuned.items()}
     return {**read, **figures, "settings": {name: each.setting._asdict() for name, each in tuned.items()}}
 
@@ -150,10 +151,10 @@ def best_setting(care: Care, at: Callable[[Setting], tuple[float, Found]]) -> tu
     return chosen, tried[chosen][1]
 
 
-def raw_figure(config: PretrainConfig, device: torch.device) -> float:
+def raw_figure(config: PretrainConfig, device: torch.device, horizon: int = HORIZON) -> float:
     """The same read-out of the raw tokens."""
     if is_forecast(config):
-        return float(_skill(config, forecasters.raw_features, device)["skill"])
+        return float(_skill(config, forecasters.raw_features, horizon, device)["skill"])
     reader = raw_reader(attentive=False, per_token=tokens_per_sample(config.data.plain()) > 0)
     ((row,),) = score_readers(config, [reader], World(0, 1, device))
     return float(row[probe.metric_of(row)])
@@ -246,7 +247,7 @@ def fine_tuned(
 # ------------------------------------------------------------------------------------ series without targets
 
 
-def forecast_layers(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
+def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON) -> dict[str, Any]:
     """A ridge forecast from every layer, flattened or of the last token, whichever validates better."""
     causal, device = config.objective.causal, next(model.parameters()).device
 
@@ -258,7 +259,7 @@ def forecast_layers(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
         return read
 
     names = ["embedding", *(f"layer {layer}" for layer in range(1, config.model.depth + 1)), "final norm"]
-    rows = [_skill(config, of_layer(name), device) for name in names]
+    rows = [_skill(config, of_layer(name), horizon, device) for name in names]
     best = min(rows, key=lambda row: float(row["validation_scaled_mse"]))
     return {
         "metric": "skill",
@@ -269,23 +270,23 @@ def forecast_layers(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
     }
 
 
-def _skill(config: PretrainConfig, read: forecasters.Reader, device: torch.device) -> dict[str, Any]:
+def _skill(config: PretrainConfig, read: forecasters.Reader, horizon: int, device: torch.device) -> dict[str, Any]:
     """A ridge forecast, see `forecasters.best_ridge`, and its skill."""
     data = cast(TimeSeries, config.data.plain())
-    found = forecasters.best_ridge(data, read, HORIZON, _WINDOWS, device)
-    return found | {"skill": 1 - found["mse"] / persistence(data, device)}
+    found = forecasters.best_ridge(data, read, horizon, _WINDOWS, device)
+    return found | {"skill": 1 - found["mse"] / persistence(data, horizon, device)}
 
 
-def persistence(data: TimeSeries, device: torch.device) -> float:
+def persistence(data: TimeSeries, horizon: int, device: torch.device) -> float:
     """MSE of repeating the last value."""
-    repeat = forecasters.score(data, "test", HORIZON, device, lambda batch: forecasters.repeat_last(data, batch))
+    repeat = forecasters.score(data, "test", horizon, device, lambda batch: forecasters.repeat_last(data, batch))
     return repeat["mse"]
 
 
 def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.device, care: Care) -> Tuned:
     """Skill of the whole network after training to forecast; its setting is chosen on the validation rows."""
     start, steps = None if init is None else str(init), care.finetune_steps[0]
-    short = forecasters.short(config, start, "predictor", HORIZON, steps=steps, samples=_WINDOWS)
+    short = forecasters.short(config, start, "predictor", care.horizon, steps=steps, samples=_WINDOWS)
 
     def at(setting: Setting) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
@@ -293,14 +294,15 @@ def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.devi
         return -found["validation_mse"], found["mse"]
 
     setting, error = best_setting(care, at)
-    return Tuned(1 - error / persistence(short.data, device), setting)
+    return Tuned(1 - error / persistence(short.data, care.horizon, device), setting)
 
 
 def forecast_shortly(config: PretrainConfig, init: Path | None, device: torch.device, *, steps: int) -> float:
     """`forecast_tuned` in the one setting of `forecasters.short`."""
     lr = forecasters.short(config, None, "predictor", HORIZON, steps=steps, samples=_WINDOWS).optim.lr
     causal = config.objective.causal
-    care = Care(labels=(None,), learning_rates=(lr,), finetune_steps=(steps,), finetune_causal=(causal,))
+    one = {"learning_rates": (lr,), "finetune_steps": (steps,), "finetune_causal": (causal,)}
+    care = Care(labels=(None,), horizon=HORIZON, **one)
     return forecast_tuned(config, init, device, care).figure
 
 

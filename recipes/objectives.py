@@ -8,7 +8,7 @@ For each: the verdict's figures; a linear probe of the best layer, chosen on hel
 last one (final norm, mean over tokens); fine-tuning. All of it stands beside the same network with random weights,
 which are measured once a seed and fine-tuned with the same care: of learning_rates=, then finetune_steps=, then
 finetune_causal= every start, seed and number of labels has what serves held-back training samples best, never the test
-samples. A series without targets is forecast instead, 96 steps ahead (see `recipes.downstream`).
+samples. A series without targets is forecast instead, horizon= steps ahead (see `recipes.downstream`).
 
 Losses of different objectives are not comparable: objectives are ranked by accuracy, with 95 % intervals over seeds and
 paired tests against random weights, which say whether pre-training pays, and against the cosine.
@@ -96,6 +96,7 @@ class Options(BaseModel):
         min_length=1,
         description="attention to choose from, both ways or causal; default false,true",
     )
+    horizon: PositiveInt = Field(default=96, description="steps to forecast a series without targets for; default 96")
     out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-objectives")
     workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, or one a GPU")
 
@@ -122,7 +123,7 @@ def objectives(config: PretrainConfig, options: Options, out: Path) -> dict[str,
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     variants = [Variant(name, named(name, config)) for name in options.objectives]
-    check(config)
+    check(config, options.horizon)
     controls = [control(config, seed, options.care, out) for seed in options.seeds]
     measured = Measure("objectives", measure, options.care)
     workers = options.workers or default_workers()
@@ -163,7 +164,7 @@ def untrained(config: PretrainConfig, care: Care) -> dict[str, Any]:
     """What `measure` gives of read-outs and fine-tuning, of random weights; and `raw_tokens`, the probe of these."""
     with world() as ranks:
         model = build_model(config).to(ranks.device).eval()
-        return {**downstream(config, model, None, care), "raw_tokens": raw_figure(config, ranks.device)}
+        return {**downstream(config, model, None, care), "raw_tokens": raw_figure(config, ranks.device, care.horizon)}
 
 
 # ----------------------------------------------------------------------------------------------- summary

@@ -130,7 +130,7 @@ def test_the_learning_rate_is_chosen_on_held_back_training_samples(
 
     monkeypatch.setattr(downstream, "trained", watched_train)
     monkeypatch.setattr(finetune, "measure", watched_measure)
-    care = Care(labels=(60,), finetune_steps=(60,), learning_rates=(1e-9, 1e-2), finetune_causal=(False,))
+    care = care_of((60,), finetune_steps=(60,), learning_rates=(1e-9, 1e-2), finetune_causal=(False,))
     config = override(tiny_recipe, {"data.samples": 400, "train.batch": 32})
     found = fine_tuned(config, None, CPU, 60, care)
     assert found.setting.lr == 1e-2, "1e-9 learns nothing"
@@ -144,7 +144,9 @@ def test_the_learning_rate_is_chosen_on_held_back_training_samples(
 
 def test_steps_and_attention_are_chosen_at_the_best_learning_rate() -> None:
     """Each setting is tried once, and one that diverges is never the best."""
-    care = Care(labels=(), learning_rates=(1.0, 2.0, 3.0), finetune_steps=(10, 20), finetune_causal=(False, True))
+    care = Care(
+        labels=(), learning_rates=(1.0, 2.0, 3.0), finetune_steps=(10, 20), finetune_causal=(False, True), horizon=1
+    )
     tried: list[Setting] = []
 
     def at(setting: Setting) -> tuple[float, str]:
@@ -179,18 +181,21 @@ def test_random_weights_are_those_every_objective_starts_from(tiny_recipe: Pretr
     assert objectives.control(tiny_recipe, 3, Options(finetune_steps=(7,)).care, tmp_path).result != key
 
 
-def test_a_series_without_classes_is_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downstream, "HORIZON", 4)
+def test_a_series_without_classes_is_forecast() -> None:
     config = series_recipe()
-    downstream.check(config)
-    care = Care(labels=(10, None), finetune_steps=(3, 2), learning_rates=(1e-9, 1e-3), finetune_causal=(True,))
+    downstream.check(config, 4)
+    with pytest.raises(UserError, match="horizon"):
+        downstream.check(config, 4000)
+    care = Care(
+        labels=(10, None), finetune_steps=(3, 2), learning_rates=(1e-9, 1e-3), finetune_causal=(True,), horizon=4
+    )
     found = downstream.downstream(config, build_model(config).eval(), None, care)
     assert found["metric"] == "skill"
     assert 0 < found["probe"] < 1, "a ridge forecast beats repeating the last value"
     assert found["layers"]["probe"][-1] == found["probe_final"]
     assert list(found["settings"]) == ["finetuned_all"]
     assert found["settings"]["finetuned_all"]["causal"]
-    assert downstream.raw_figure(config, CPU) > 0
+    assert downstream.raw_figure(config, CPU, 4) > 0
 
 
 # ------------------------------------------------------------------------------------------------ the words
@@ -204,7 +209,7 @@ def test_options_are_read_as_a_shell_leaves_them() -> None:
     assert options.objectives == ("cosine", "barlow")
     assert (options.seeds, options.workers, options.out) == ((4,), 1, "x")
     assert options.care == Care(
-        labels=(10, None), finetune_steps=(7, 9), learning_rates=(1e-4, 0.01), finetune_causal=(True,)
+        labels=(10, None), finetune_steps=(7, 9), learning_rates=(1e-4, 0.01), finetune_causal=(True,), horizon=96
     )
     assert rest == {"optim.lr": 1}
 
@@ -232,6 +237,10 @@ def test_samples_without_targets_are_refused_before_training(tiny_recipe: Pretra
     with pytest.raises(UserError, match="gives no class to train on"):
         objectives.objectives(config, Options(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def care_of(labels: tuple[int | None, ...], **choices: Any) -> Care:
+    return Care(labels=labels, horizon=4, **choices)
 
 
 def row(value: float) -> dict[str, Any]:
