@@ -85,8 +85,8 @@ def foot(summary: Mapping[str, Any]) -> list[str]:
     interval = f"Mean and 95 % interval over {count} seeds" if count > 1 else "One seed"
     skill = summary["metric"] == "skill"
     read = (
-        f"skill of a forecast {choices['horizon']} steps ahead, 1 - MSE / MSE of repeating the last value. The probe is "
-        "a ridge regression; its layer is chosen on the validation rows; raw tokens are the linear model on the raw "
+        f"skill of a forecast {choices['horizon']} steps ahead, 1 - MSE / MSE of repeating the last value. The probe "
+        "is a ridge regression; its layer is chosen on the validation rows; raw tokens are the linear model on the raw "
         "window."
         if skill
         else f"held-out {summary['metric']}. The probe's layer is chosen on held-back training samples."
