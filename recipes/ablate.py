@@ -21,6 +21,7 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
 from recipes import compare
 from recipes.compare_report import Column, Rows, groups, html_table, interval_plot, spread_table, spreads, text_table
+from recipes.goals import find_goal
 from recipes.measures import rank_over_training, read_out
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, compose, line_plot
@@ -80,7 +81,12 @@ def ablate(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
         `arms`: name -> measure -> {"values" per seed, "mean", "std", "ci95"}, plus "collapsed" (number of seeds);
         `seeds`; `verdict`: which arms differ from the base; `random_init` and `raw_tokens`: probe accuracies without
         pre-training.
+
+    Raises:
+        UserError: the samples have no target to read out, or the data can't be read.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
+    find_goal(config.data)  # says what is wrong before minutes of training, not after
     arms = [compare.Variant(name, override(config, changes)) for name, changes in ARMS.items()]
     measured = compare.Measure("ablate", measure, Nothing())
     rows = compare.compare(arms, options.seeds, measured, out, workers=options.workers or compare.default_workers())

@@ -220,6 +220,7 @@ BAD = {
     "a number that is too small in a list": (
         ["objectives", TINY, "labels=10,0"], "labels=0: each should be greater than 0 (training labels a class"
     ),
+    "nothing to read out": (["ablate", TINY, "data.labelled=false"], "Waves gives no class to train on"),
     "a negative seed": (["ablate", TINY, "seeds=0,-1"], "seeds=-1: a seed is a whole number from 0"),
     "out of range": (["pretrain", TINY, "train.ema=2"], "train.ema=2: input should be less than 1"),
     "no value": (["pretrain", TINY, "train.batch"], "'train.batch' is not of the form key=value"),
