@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -322,14 +322,16 @@ def _worker(number: int, count: int, jobs: Sequence[Job], say: Connection) -> No
     torch.set_num_threads(max(cores() // count, 1) if gpus else 1)
     if gpus:
         os.environ["LOCAL_RANK"] = str(number % gpus)
+    outcome: Exception | None = None
     try:
         work_through(jobs)
-        say.send(None)
     except (UserError, Interrupted) as error:
-        say.send(error)
+        outcome = error
     except Exception as error:
         traceback.print_exc()
-        say.send(RuntimeError(f"a worker failed, see above: {error!r}"))
+        outcome = RuntimeError(f"a worker failed, see above: {error!r}")
+    with suppress(BrokenPipeError):  # a parent that was killed hears nothing
+        say.send(outcome)
 
 
 def _end_with_parent() -> None:
