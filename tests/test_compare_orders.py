@@ -19,7 +19,7 @@ import torch
 from modalities.orders import grid_order
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from recipes import compare, downstream, measures, orders
+from recipes import compare, measures, orders
 from recipes.cli import main, split_options
 from recipes.goals import Classification
 from recipes.maps import grid_positions, neighbour_share
@@ -164,10 +164,9 @@ def test_what_can_not_be_compared_is_refused(tiny_recipe: PretrainConfig, capsys
 def test_a_series_without_targets_is_forecast_under_every_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(downstream, "HORIZON", 4)
     monkeypatch.setattr(compare, "share", lambda jobs, *, workers: compare.work_through(jobs))
     monkeypatch.setattr(orders, "share", compare.share)
-    config = override(series_recipe(), {"train.length.steps": 2})
+    config = override(series_recipe(), {"train.length.steps": 2, "data.parts": (600, 240, 240)})
     options = Options(orders=("raster", "reverse"), seeds=(0,), finetune_steps=2, workers=1)
     summary = orders.orders(config, options, tmp_path)
     assert (summary["metric"], summary["labels"]) == ("skill", ["all"])
