@@ -91,9 +91,13 @@ def foot(summary: Mapping[str, Any]) -> str:
     """What the numbers are."""
     count = len(summary["seeds"])
     interval = f"Mean and 95 % interval over {count} seeds" if count > 1 else "One seed"
+    forecast = summary["metric"] == "skill"
+    held, attention = (
+        ("the validation rows", "as in pre-training") if forecast else ("held-back training samples", "both ways")
+    )
     return (
-        f"{interval}, held-out {summary['metric']}. The probe's layer is chosen on held-back training samples; raw "
-        f"tokens have {summary['raw_tokens']:.3f}. Fine-tuning: {summary['finetune_steps']} steps, attention both ways."
+        f"{interval}, held-out {summary['metric']}. The probe's layer is chosen on {held}; raw tokens have "
+        f"{summary['raw_tokens']:.3f}. Fine-tuning: {summary['finetune_steps']} steps, attention {attention}."
     )
 
 
