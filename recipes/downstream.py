@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -21,7 +22,7 @@ import torch
 from pydantic import BaseModel
 
 from modalities.timeseries import TimeSeries
-from nepa_core.basics import FROZEN, Batch
+from nepa_core.basics import FROZEN
 from nepa_core.diagnostics import effective_rank
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
@@ -38,7 +39,7 @@ from recipes.measures import PROBE, Some, by_layer, few_labels, score_readers, s
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 
 HELD_BACK = 1000
-"""Most training samples that the learning rate is chosen on, and never more than a fifth of them."""
+"""Most training samples that a setting is chosen on, and never more than a fifth of them."""
 
 HORIZON = 96
 """Steps that a series without targets is forecast for where nobody says."""
@@ -138,7 +139,7 @@ def best_setting(care: Care, at: Callable[[Setting], tuple[float, Found]]) -> tu
     """
     tried: dict[Setting, tuple[float, Found]] = {}
 
-    def best(settings: Iterable[Setting]) -> Setting:
+    def best(settings: Sequence[Setting]) -> Setting:
         for each in settings:
             if each not in tried:
                 tried[each] = at(each)
@@ -154,7 +155,9 @@ def best_setting(care: Care, at: Callable[[Setting], tuple[float, Found]]) -> tu
 def raw_figure(config: PretrainConfig, device: torch.device, horizon: int = HORIZON) -> float:
     """The same read-out of the raw tokens."""
     if is_forecast(config):
-        return float(_skill(config, forecasters.raw_features, horizon, device)["skill"])
+        data = cast(TimeSeries, config.data.plain())
+        found = forecasters.best_ridge(data, forecasters.raw_features, horizon, _WINDOWS, device)
+        return float(1 - found["mse"] / persistence(data, horizon, device))
     reader = raw_reader(attentive=False, per_token=tokens_per_sample(config.data.plain()) > 0)
     ((row,),) = score_readers(config, [reader], World(0, 1, device))
     return float(row[probe.metric_of(row)])
@@ -249,32 +252,22 @@ def fine_tuned(
 
 def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON) -> dict[str, Any]:
     """A ridge forecast from every layer, flattened or of the last token, whichever validates better."""
-    causal, device = config.objective.causal, next(model.parameters()).device
-
-    def of_layer(name: str) -> forecasters.Reader:
-        def read(data: TimeSeries, batch: Batch) -> dict[str, torch.Tensor]:
-            found = forecasters.network_features(model, data, batch, causal=causal)
-            return {key: value for key, value in found.items() if key.startswith(f"{name},")}
-
-        return read
-
+    data, device = cast(TimeSeries, config.data.plain()), next(model.parameters()).device
+    read = partial(forecasters.network_features, model, causal=config.objective.causal)
+    fitted = forecasters.fitted_ridges(data, read, horizon, _WINDOWS, device)
     names = ["embedding", *(f"layer {layer}" for layer in range(1, config.model.depth + 1)), "final norm"]
-    rows = [_skill(config, of_layer(name), horizon, device) for name in names]
-    best = min(rows, key=lambda row: float(row["validation_scaled_mse"]))
+    of_layer = [{key: each for key, each in fitted.items() if key.startswith(f"{name},")} for name in names]
+    repeated = persistence(data, horizon, device)
+    rows = [forecasters.best_of(data, read, ridges, horizon, device) for ridges in of_layer]
+    skills = [1 - row["mse"] / repeated for row in rows]
+    best = min(range(len(rows)), key=lambda layer: float(rows[layer]["validation_scaled_mse"]))
     return {
         "metric": "skill",
-        "probe": best["skill"],
-        "probe_row": best["readout"],
-        "probe_final": rows[-1]["skill"],
-        "layers": {"name": names, "probe": [row["skill"] for row in rows]},
+        "probe": skills[best],
+        "probe_row": rows[best]["readout"],
+        "probe_final": skills[-1],
+        "layers": {"name": names, "probe": skills},
     }
-
-
-def _skill(config: PretrainConfig, read: forecasters.Reader, horizon: int, device: torch.device) -> dict[str, Any]:
-    """A ridge forecast, see `forecasters.best_ridge`, and its skill."""
-    data = cast(TimeSeries, config.data.plain())
-    found = forecasters.best_ridge(data, read, horizon, _WINDOWS, device)
-    return found | {"skill": 1 - found["mse"] / persistence(data, horizon, device)}
 
 
 def persistence(data: TimeSeries, horizon: int, device: torch.device) -> float:

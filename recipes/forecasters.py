@@ -7,7 +7,7 @@ Shapes: B samples, L steps of look-back, H to forecast, C channels in a sample, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -126,11 +126,26 @@ class Ridge(NamedTuple):
 @torch.no_grad()
 def best_ridge(data: TimeSeries, read: Reader, horizon: int, samples: int, device: torch.device) -> dict[str, Any]:
     """Fit a ridge on every read-out, take the one (and the strength) that validates best, and score it on the test."""
+    return best_of(data, read, fitted_ridges(data, read, horizon, samples, device), horizon, device)
+
+
+@torch.no_grad()
+def fitted_ridges(
+    data: TimeSeries, read: Reader, horizon: int, samples: int, device: torch.device
+) -> dict[str, tuple[Ridge, float]]:
+    """`fit_ridge` of every read-out, from one pass over the training and validation windows."""
     train, held = (
         _moments(data, read, split, horizon, samples if split == "train" else max(samples // 4, 1), device)
         for split in ("train", "validation")
     )
-    fitted = {name: fit_ridge(train[name], held[name]) for name in train}
+    return {name: fit_ridge(train[name], held[name]) for name in train}
+
+
+@torch.no_grad()
+def best_of(
+    data: TimeSeries, read: Reader, fitted: Mapping[str, tuple[Ridge, float]], horizon: int, device: torch.device
+) -> dict[str, Any]:
+    """The test figures of the read-out that validates best."""
     name = min(fitted, key=lambda name: fitted[name][1])
     ridge, validation = fitted[name]
 

@@ -45,7 +45,7 @@ from recipes.compare import (
     seeded,
 )
 from recipes.compare_report import Rows, groups, spreads
-from recipes.downstream import Care, check, downstream, finetunings, raw_figure
+from recipes.downstream import HORIZON, Care, check, downstream, finetunings, raw_figure
 from recipes.measures import predicted, rank_over_training
 from recipes.objective_names import NAMED, named
 from recipes.objectives_report import RANDOM, render, title_of, write_report
@@ -96,7 +96,9 @@ class Options(BaseModel):
         min_length=1,
         description="attention to choose from, both ways or causal; default false,true",
     )
-    horizon: PositiveInt = Field(default=96, description="steps to forecast a series without targets for; default 96")
+    horizon: PositiveInt = Field(
+        default=HORIZON, description=f"steps to forecast a series without targets for; default {HORIZON}"
+    )
     out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-objectives")
     workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, or one a GPU")
 
