@@ -327,7 +327,8 @@ def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) 
     if (finished := opened(config, run, ranks)) is not None:
         return finished
     model = build(config).to(ranks.device)
-    run.open(config, write=ranks.is_main)
+    if ranks.is_main:
+        run.open(config)
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
     result = fit(
         model=model,

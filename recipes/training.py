@@ -81,7 +81,8 @@ def train(
     """
     dataset = config.data.dataset("train")
     plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
-    run.open(cast(BaseModel, config), write=ranks.is_main)
+    if ranks.is_main:  # the others have checked it in `opened`, and would meet a folder half made here
+        run.open(cast(BaseModel, config))
     if announce and show and ranks.is_main and not run.metrics_path.exists():
         print(announce, file=sys.stderr)
     if config.train.compile:

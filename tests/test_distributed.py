@@ -7,15 +7,20 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from subprocess import PIPE
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from nepa_core.runtime import run as run_module
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
-from nepa_core.runtime.config import override
+from nepa_core.runtime.config import override, save_config
 from nepa_core.runtime.distributed import World, leave, world
 from nepa_core.runtime.run import Run
 from recipes.finetune import build_classifier, finetune, measure, short
@@ -81,11 +86,30 @@ def rank_main(out: Path, names: list[str]) -> int:
                 finetune_and_count(out / name, ranks)
                 continue
             case = CASES[name]
-            pretrain(read_target(PretrainConfig, case.recipe, case.keys), Run(out / name), ranks)
+            with slow_disk(ranks) if name == "whole" else nullcontext():
+                pretrain(read_target(PretrainConfig, case.recipe, case.keys), Run(out / name), ranks)
     if written:
         print(f"rank {os.environ['RANK']} wrote: {written}", file=sys.stderr)
         return 3
     return 0
+
+
+@contextmanager
+def slow_disk(ranks: World) -> Iterator[None]:
+    """Rank 0 is slow to write config.json and rank 1 slow to act on its absence: a race lies between them."""
+
+    def write(*args: Any) -> None:
+        time.sleep(0.2)
+        save_config(*args)
+
+    def exists(path: Path) -> bool:
+        answer = os.path.exists(path)
+        if path.name == "config.json" and not ranks.is_main:
+            time.sleep(0.4)
+        return answer
+
+    with patch.object(run_module, "save_config", write), patch.object(Path, "exists", exists):
+        yield
 
 
 def finetune_and_count(folder: Path, ranks: World) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class Run:
     def open(self, config: BaseModel, *, write: bool = True) -> None:
         """Create the folder, or check that the run in it has this config.
 
-        A run that has computed nothing yet, as after a mistyped folder, takes the new config. Only one of several
-        processes is to `write`; all of them check.
+        A run that has computed nothing yet, as after a mistyped folder, takes the new config. Of several processes all
+        check without `write` first; then one, alone, writes.
 
         Raises:
             UserError: the folder holds a run of another recipe or with another config (the differing keys are
