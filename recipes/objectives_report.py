@@ -91,9 +91,10 @@ def foot(summary: Mapping[str, Any]) -> list[str]:
         if skill
         else f"held-out {summary['metric']}. The probe's layer is chosen on held-back training samples."
     )
+    unit = "" if summary["metric"] == "accuracy" else " A point is 0.01."
     held = "the validation rows" if skill else "held-back training samples"
     return [
-        f"{interval}, {read}",
+        f"{interval}, {read}{unit}",
         f"Fine-tuning: learning rate {rates}, then {steps} steps, then attention {attention}, chosen on {held} for "
         "every start, seed and number of labels alike; random weights too.",
     ]

@@ -95,8 +95,10 @@ def foot(summary: Mapping[str, Any]) -> str:
     held, attention = (
         ("the validation rows", "as in pre-training") if forecast else ("held-back training samples", "both ways")
     )
+    metric = "skill of a forecast (1 - MSE / MSE of repeating the last value)" if forecast else summary["metric"]
+    unit = "" if summary["metric"] == "accuracy" else " A point is 0.01."
     return (
-        f"{interval}, held-out {summary['metric']}. The probe's layer is chosen on {held}; raw tokens have "
+        f"{interval}, held-out {metric}.{unit} The probe's layer is chosen on {held}; raw tokens have "
         f"{summary['raw_tokens']:.3f}. Fine-tuning: {summary['finetune_steps']} steps, attention {attention}."
     )
 

@@ -256,7 +256,8 @@ def others(found: Sequence[Difference]) -> str:
 
 def least(found: Sequence[Difference]) -> str:
     """ "4.1 points": below it no difference of the family can be the first that is called real."""
-    return f"{100 * min(each.needed for each in found):.1f} points"
+    needed = min(each.needed for each in found)
+    return f"{100 * needed:.{1 if needed >= 0.001 else 3}f} points"
 
 
 def unseen(found: Sequence[Difference]) -> str:
@@ -270,5 +271,6 @@ def seen(found: Sequence[Difference]) -> str:
 
 
 def points(difference: Difference) -> str:
-    """ "2.1 ± 0.9 points": of a hundred."""
-    return f"{100 * difference.mean:.1f} ± {100 * difference.ci95:.1f} points"
+    """ "2.1 ± 0.9 points": of a hundred; small ones with the digits that they need."""
+    digits = 1 if difference.ci95 >= 0.001 else 3
+    return f"{100 * difference.mean:.{digits}f} ± {100 * difference.ci95:.{digits}f} points"

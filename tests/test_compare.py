@@ -260,6 +260,8 @@ def test_the_verdict_says_which_differences_are_real() -> None:
         "over a, is 1.0 ± 2.0 points, p = 0.40; differences below about 3.0 points can't be seen with these seeds."
     )
     assert "The other 2 differences are within" in verdict([*clear, clear[1]], seeds=5, **words)
+    small = Difference("b", "a", 0.00002, 0.00001, 0.001, 0.003, 0.00001)  # of errors of forecasts, say
+    assert verdict([small], seeds=3, **words).startswith("In probe accuracy: b > a by 0.002 ± 0.001 points, p = 0.003")
     assert differences({"a": [0.1, 0.2], "b": [0.9, 0.95]}) == []
     assert "give three or more" in verdict([], seeds=2, **words)
 

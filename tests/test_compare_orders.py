@@ -178,7 +178,8 @@ def test_a_series_without_targets_is_forecast_under_every_order(
         assert len(ranks) == len(figures["layers"]["probe"]) == config.model.depth + 2
         assert all(1 <= rank <= config.model.dim for rank in ranks)
     assert torch.tensor(summary["cross"]["accuracy"]).shape == (2, 2)
-    assert (tmp_path / "report" / "index.html").exists()
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "skill of a forecast (1 - MSE / MSE of repeating the last value). A point is 0.01." in page
 
 
 def test_an_order_in_a_file_is_known_by_what_the_file_holds(tmp_path: Path) -> None:
