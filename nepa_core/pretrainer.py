@@ -31,7 +31,10 @@ SIGREG = ("sigreg_tokens", "sigreg_batch")
 PREDICTIVE = (*AS_THEY_ARE, *STANDARDISED, *PROJECTED)
 TERMS = (*PREDICTIVE, *SIGREG, "intermediate")
 ACROSS_SAMPLES = ("standardised", "infonce_position", "barlow", "sigreg_batch")
-"""Terms that compare the samples of a batch, and so need two."""
+"""Terms that compare the samples of one forward pass, and so need two."""
+
+ACROSS_PROCESSES = ("infonce_position",)
+"""Those of them that compare the samples of all processes; the others see the process's own."""
 
 HEADS = "heads."
 """What the names of the heads' tensors start with."""

@@ -28,11 +28,11 @@ from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, Prediction, draw_coord_scale
 from nepa_core.objective import pair_count
 from nepa_core.predictor import PredictorConfig
-from nepa_core.pretrainer import ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
+from nepa_core.pretrainer import ACROSS_PROCESSES, ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, gather_samples, world
-from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig
+from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run
 from recipes import card
@@ -99,10 +99,9 @@ class PretrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _objective_fits(self) -> Self:
-        held = self.train.micro_batch or self.train.batch
-        for name in ACROSS_SAMPLES:
-            if name in self.objective.terms and min(held, self.train.batch) < 2:
-                raise ValueError(f"objective.terms.{name} compares samples: train.batch and train.micro_batch above 1")
+        batch, most = self.train.batch, self.train.micro_batch or self.train.batch
+        if (lonely := without_another(self.objective, min(most, batch), batch)) is not None:  # however many processes
+            raise ValueError(f"objective.terms.{lonely} compares samples: train.batch and train.micro_batch above 1")
         if wrong := [block for block in self.objective.layers if not 0 < block <= self.model.depth]:
             raise ValueError(f"objective.layers={wrong[0]} is no block: they are 1 to model.depth={self.model.depth}")
         return self
@@ -123,6 +122,38 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         summary = pretrain(config, run, ranks)
         if ranks.is_main:
             print(card.render(summary, config.data, run))
+
+
+def without_another(objective: ObjectiveConfig, own: int, all_own: int) -> str | None:
+    """The first term that compares samples and has but one, or None.
+
+    Args:
+        own: samples of one forward pass of one process. all_own: of those of all processes together.
+    """
+    seen = {name: all_own if name in ACROSS_PROCESSES else own for name in ACROSS_SAMPLES if name in objective.terms}
+    return next((name for name, samples in seen.items() if samples < 2), None)
+
+
+def check_samples(config: PretrainConfig, ranks: int) -> None:
+    """Whether every term that compares samples gets two of them, with this many processes.
+
+    One alone gives a loss and a gradient of 0, or of nothing that means anything.
+
+    Raises:
+        UserError: it does not, or the batch does not fit the processes or the micro-batch.
+    """
+    own, train = samples_at_once(config.train, ranks=ranks), config.train
+    if (lonely := without_another(config.objective, own, own * ranks)) is None:
+        return
+    mends = [f"train.batch={2 * ranks} or more"] if train.batch < 2 * ranks else []
+    if train.micro_batch == 1:
+        mends.append("train.micro_batch=2 or more")
+    where = f" on {ranks} processes" if ranks > 1 else ""
+    held = "" if train.micro_batch is None else f" with train.micro_batch={train.micro_batch}"
+    raise UserError(
+        f"objective.terms.{lonely} compares the samples of one forward pass of a process, and "
+        f"train.batch={train.batch}{held}{where} leaves it one: set {' and '.join(mends)}"
+    )
 
 
 def has_own_order(config: PretrainConfig) -> bool:
@@ -173,6 +204,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     """
     if (finished := opened(config, run, ranks)) is not None:
         return finished
+    check_samples(config, ranks.size)
     if has_own_order(config):
         try_order(config)
     model = build_pretrainer(config).to(ranks.device)
@@ -269,7 +301,7 @@ def held_out(
 
 
 def _eval_batch(config: PretrainConfig) -> int:
-    return min(config.train.micro_batch or config.train.batch, 256)
+    return min(max(config.train.micro_batch or config.train.batch, 2), 256)  # one sample has nothing to compare with
 
 
 def held_out_health(config: PretrainConfig, model: NEPA, ranks: World, ema: Ema | None) -> dict[str, float]:
@@ -300,7 +332,7 @@ def gather_held_out(config: PretrainConfig, model: NEPA, batches: Iterator[Batch
     """What a model makes of held-out batches, and the value of the run's own objective there.
 
     That is the mean over the batches, without gradient and without hidden inputs: terms that compare samples compare
-    those of a batch, which is a micro-batch or 256 samples, where that is less.
+    those of a batch, which is a micro-batch of at least 2 and at most 256 samples.
     """
     sums = [0.0, 0.0]
 

@@ -209,3 +209,16 @@ def test_a_wrong_config_ends_both_processes_with_one_line(two: Path) -> None:
     assert [line for line in done.stderr.splitlines() if line.startswith("nepa: ")] == [
         f"nepa: {out} holds a run of tests.tiny:recipe; name another folder for tests.tiny:ragged with out=DIR"
     ]
+
+
+@pytest.mark.distributed
+def test_one_sample_a_process_with_nothing_to_compare_it_with_is_one_line_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ['objective.terms={"standardised":1}', "train.batch=2", f"out={out}"]
+    done = torchrun("recipes", "pretrain", "tests.tiny:recipe", *words)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("nepa: ")] == [
+        "nepa: objective.terms.standardised compares the samples of one forward pass of a process, and train.batch=2 "
+        "on 2 processes leaves it one: set train.batch=4 or more"
+    ]
+    assert not out.exists()

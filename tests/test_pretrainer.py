@@ -27,7 +27,9 @@ from recipes.pretrain import (
     PretrainConfig,
     build_model,
     build_pretrainer,
+    check_samples,
     held_out,
+    held_out_health,
     load_pretrained,
     make_step,
     pretrain,
@@ -105,6 +107,58 @@ def test_an_objective_that_does_not_fit_is_one_line(changes: dict[str, Any], sai
         override(tiny.recipe(), changes)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+LONELY = "compares the samples of one forward pass of a process, and train.batch="
+
+
+@pytest.mark.parametrize(
+    ("term", "batch", "micro_batch", "ranks", "said"),
+    [
+        ("standardised", 2, None, 2, f"{LONELY}2 on 2 processes leaves it one: set train.batch=4 or more"),
+        ("barlow", 4, None, 4, f"{LONELY}4 on 4 processes leaves it one: set train.batch=8 or more"),
+        ("sigreg_batch", 2, 1, 2, "leaves it one: set train.batch=4 or more and train.micro_batch=2 or more"),
+        ("infonce_position", 4, 1, 1, f"{LONELY}4 with train.micro_batch=1 leaves it one: set train.micro_batch=2 or"),
+        ("infonce_position", 2, None, 2, None),
+        ("infonce_position", 4, 1, 2, None),
+        ("standardised", 4, None, 2, None),
+        ("barlow", 8, 2, 2, None),
+        ("cosine", 2, 1, 2, None),
+    ],
+)
+def test_terms_that_compare_samples_ask_for_two_in_a_forward_pass(
+    term: str, batch: int, micro_batch: int | None, ranks: int, said: str | None
+) -> None:
+    config = override(
+        tiny.recipe(),
+        {
+            "objective.terms": {"cosine": 1.0, term: 1.0},
+            "objective.stop_gradient": term != "sigreg_batch",
+            "train.batch": batch,
+        },
+    )
+    # Past the check of the config itself, which does not know the processes.
+    config = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro_batch})})
+    if said is None:
+        check_samples(config, ranks)
+        return
+    with pytest.raises(UserError) as raised:
+        check_samples(config, ranks)
+    assert str(raised.value).startswith(f"objective.terms.{term} {LONELY}{batch}")
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_whose_samples_have_no_other_beside_them_is_not_begun(tmp_path: Path) -> None:
+    config = override(tiny.recipe(), {"objective.terms": {"infonce_position": 1.0}, "train.micro_batch": 1})
+    with pytest.raises(UserError, match=LONELY):
+        pretrain(config, Run(tmp_path / "run"), ALONE, show=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_samples_have_others_beside_them_whatever_the_micro_batch() -> None:
+    config = override(tiny.recipe(), {"objective.terms": {"infonce_position": 1.0}, "train.micro_batch": 1})
+    assert held_out_health(config, build_pretrainer(config), ALONE, None)["held_out_objective"] > 0.1
 
 
 def test_a_run_of_before_there_were_terms_is_one_of_the_cosine(tmp_path: Path) -> None:

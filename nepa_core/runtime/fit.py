@@ -126,6 +126,21 @@ class Plan(NamedTuple):
     peak_lr: float
 
 
+def samples_at_once(config: TrainConfig, *, ranks: int) -> int:
+    """Samples of one forward pass of one process: its share of the batch, or `micro_batch` where that is less.
+
+    Raises:
+        UserError: the batch does not fit the processes or the micro-batch.
+    """
+    if config.batch % ranks:
+        raise UserError(f"train.batch={config.batch} is not a multiple of the {ranks} processes")
+    share = config.batch // ranks
+    micro = min(config.micro_batch or share, share)
+    if share % micro:
+        raise UserError(f"train.micro_batch={micro} does not divide the {share} samples each process gets")
+    return micro
+
+
 def plan(config: TrainConfig, optim: OptimConfig, *, samples: int, ranks: int) -> Plan:
     """Turn durations into steps and the global batch into micro-batches.
 
@@ -135,19 +150,14 @@ def plan(config: TrainConfig, optim: OptimConfig, *, samples: int, ranks: int) -
     per_epoch = samples // config.batch
     if per_epoch == 0:
         raise UserError(f"train.batch={config.batch} is more than the {samples} training samples; lower it")
-    if config.batch % ranks:
-        raise UserError(f"train.batch={config.batch} is not a multiple of the {ranks} processes")
-    share = config.batch // ranks
-    micro = min(config.micro_batch or share, share)
-    if share % micro:
-        raise UserError(f"train.micro_batch={micro} does not divide the {share} samples each process gets")
+    accumulate = config.batch // (ranks * samples_at_once(config, ranks=ranks))
     if config.length.fraction is not None:
         raise UserError("train.length is the whole run: give it in steps or epochs")
     total = config.length.in_steps(steps_per_epoch=per_epoch, total=0)
     if total == 0:
         raise UserError("train.length is 0 steps; lengthen it")
     warmup = optim.warmup.in_steps(steps_per_epoch=per_epoch, total=total)
-    return Plan(total, min(warmup, total), per_epoch, share // micro, optim.peak(config.batch))
+    return Plan(total, min(warmup, total), per_epoch, accumulate, optim.peak(config.batch))
 
 
 class Stopwatch:
