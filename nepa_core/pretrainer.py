@@ -28,6 +28,9 @@ PROJECTED = ("projected_cosine", "projected_mse")
 SIGREG = ("sigreg_tokens", "sigreg_batch")
 """Terms that shape the projected embeddings, and know no prediction."""
 
+BEHIND_PROJECTOR = (*PROJECTED, *SIGREG)
+"""Terms that need the projector."""
+
 PREDICTIVE = (*AS_THEY_ARE, *STANDARDISED, *PROJECTED)
 TERMS = (*PREDICTIVE, *SIGREG, "intermediate")
 ACROSS_SAMPLES = ("standardised", "infonce_position", "barlow", "sigreg_batch")
@@ -120,7 +123,7 @@ class ObjectiveConfig(BaseModel):
     @property
     def has_heads(self) -> bool:
         """Whether a term needs a head."""
-        return self.has((*PROJECTED, *SIGREG, "horizons", "intermediate"))
+        return self.has((*BEHIND_PROJECTOR, "horizons", "intermediate"))
 
 
 def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather = lambda x: x) -> Tensor:
@@ -134,9 +137,13 @@ def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather =
 
     Raises:
         UserError: a horizon lies beyond the end of every sequence.
+        ValueError: a term needs a head that the network has not; a `Pretrainer` of this config has it.
     """
     embeddings, predictions, mask, heads = out
     formulas, heads = _formulas(config, gather), heads or HeadOutputs()
+    made_by = {"horizons": heads.horizons, "intermediate": heads.layers, **dict.fromkeys(BEHIND_PROJECTOR, heads.projected)}
+    if headless := [name for name in config.terms if name in made_by and not made_by[name]]:
+        raise ValueError(f"the term {headless[0]} needs a head: let a Pretrainer with this objective predict")
     if "horizons" in config.terms and config.horizons >= embeddings.shape[1]:
         raise UserError(
             f"objective.horizons={config.horizons} reaches beyond sequences of {embeddings.shape[1]} places; lower it"
@@ -148,7 +155,7 @@ def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather =
             return [(made, embeddings, ahead) for ahead, made in enumerate(heads.horizons, 1)]
         if name == "intermediate":
             return [(made, embeddings, 1) for made in heads.layers]
-        if name in (*PROJECTED, *SIGREG) and heads.projected is not None:
+        if name in BEHIND_PROJECTOR and heads.projected is not None:
             return [(*heads.projected, 1)]
         return [(predictions, embeddings, 1)]
 
@@ -194,7 +201,7 @@ class Heads(nn.Module):
         super().__init__()
         self.blocks_read = config.layers if "intermediate" in config.terms else ()
         self.projector: nn.Sequential | None = None
-        if config.has((*PROJECTED, *SIGREG)):
+        if config.has(BEHIND_PROJECTOR):
             hidden, width = config.projector
             self.projector = nn.Sequential(
                 nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, width)

@@ -272,6 +272,27 @@ def test_an_intermediate_block_is_read_at_its_output() -> None:
     assert loss_of(config, out).item() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("term", "changes"),
+    [
+        ("projected_cosine", {}),
+        ("projected_mse", {}),
+        ("sigreg_tokens", {"stop_gradient": False}),
+        ("sigreg_batch", {"stop_gradient": False}),
+        ("horizons", {}),
+        ("intermediate", {"layers": [1]}),
+    ],
+)
+def test_a_term_without_its_head_is_an_error_of_the_caller(term: str, changes: dict[str, Any]) -> None:
+    _, bare = network(tiny.recipe())
+    projecting = term not in ("horizons", "intermediate")
+    _, other = network(named("horizons" if projecting else "sigreg", tiny.recipe()))
+    config = objective(terms={"cosine": 1.0, term: 1.0}, **changes)
+    for out in (bare, other):
+        with pytest.raises(ValueError, match=rf"^the term {term} needs a head: let a Pretrainer"):
+            objective_loss(config, out)
+
+
 # ----------------------------------------------------------------------------------------------- the runs
 
 
