@@ -8,8 +8,9 @@ with range [-1, 1]; -1 is perfect. Shift and stop-gradient are arguments, becaus
 
 The rest of the family are other comparisons of the same two. Each is a term (prediction, target, counted) -> scalar:
 [B, Q, D] twice and [B, Q] bool, the pairs that count (None for all); p and z below are one prediction and one target,
-the term is the mean over the pairs that count, in float32 whatever autocast says. `pretrainer` mixes them. Terms that
-compare samples see one micro-batch of one process, except `infonce_position`: its negatives come from all processes.
+the term is the mean over the pairs that count, in float32 whatever autocast says. `pretrainer` mixes them, and has the
+heads of the terms that compare what a head makes of p or z. Terms that compare samples see one micro-batch of one
+process, except `infonce_position`: its negatives come from all processes.
 """
 
 from __future__ import annotations
@@ -109,25 +110,34 @@ def cosine(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor
 
 @_float32
 def mse(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
-    """|p - z|^2 / D."""
+    """|p - z|^2 / D: the squared distance of I-JEPA (section 3, "Loss"), per dimension, to the next embedding."""
     return masked_mean((prediction - target).square().mean(-1), counted)
 
 
 @_float32
 def mse_normalised(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
-    """|p - (z - mean z) / std z|^2 / D, mean and std over the D of one target (MAE normalises its pixels so)."""
+    """|p - (z - mean z) / std z|^2 / D, mean and std over the D of one target.
+
+    MAE (section 3, "Reconstruction target") normalises the pixels of a patch so.
+    """
     return mse(prediction, F.layer_norm(target, target.shape[-1:], eps=1e-6), counted)
 
 
 @_float32
 def standardised(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
-    """-cos(p, (z - m) / s), with mean m and deviation s of every dimension over the batch at each position."""
+    """-cos(p, (z - m) / s), with mean m and deviation s of every dimension over the batch at each position.
+
+    No paper's: a trial of this project, which takes the mean embedding of each place out of the target.
+    """
     return cosine(prediction, _standardise(target, counted, over=(0,)), counted)
 
 
 @_float32
 def infonce_sample(prediction: Tensor, target: Tensor, counted: Tensor | None, *, temperature: float) -> Tensor:
-    """-log softmax_s(cos(p[t], z[s]) / temperature) at s = t: InfoNCE (CPC, eq. 4) among the tokens of one sample."""
+    """-log softmax_s(cos(p[t], z[s]) / temperature) at s = t: InfoNCE among the tokens of one sample.
+
+    CPC, eq. 4, with the cosine over a temperature (SimCLR, eq. 1) as its score.
+    """
     logits = _unit(prediction) @ _unit(target).mT / temperature  # [B, asked, offered]
     if counted is not None:
         logits = logits.masked_fill(~counted[:, None, :], -1e9)
@@ -138,7 +148,10 @@ def infonce_sample(prediction: Tensor, target: Tensor, counted: Tensor | None, *
 def infonce_position(
     prediction: Tensor, target: Tensor, counted: Tensor | None, *, temperature: float, gather: Gather
 ) -> Tensor:
-    """-log softmax_c(cos(p[b], z[c]) / temperature) at c = b: InfoNCE among all samples, at one and the same place."""
+    """-log softmax_c(cos(p[b], z[c]) / temperature) at c = b: InfoNCE among all samples, at one and the same place.
+
+    CPC, eq. 4, with the score of SimCLR, eq. 1. That the negatives are of the same place is this project's choice.
+    """
     samples, places = prediction.shape[:2]
     real = _ones(target) if counted is None else counted.float()
     offered, real = gather(_unit(target))[:, :places], gather(real)[:, :places]
@@ -150,9 +163,9 @@ def infonce_position(
 
 @_float32
 def barlow(prediction: Tensor, target: Tensor, counted: Tensor | None, *, redundancy: float) -> Tensor:
-    """(sum_i (1 - C_ii)^2 + redundancy * sum_{i != j} C_ij^2) / D: Barlow Twins (its eq. 1), divided by D.
+    """(sum_i (1 - C_ii)^2 + redundancy * sum_{i != j} C_ij^2) / D: Barlow Twins (eq. 1), divided by D.
 
-    C [D, D] is the correlation of prediction and target over all pairs that count.
+    C [D, D] is the correlation of prediction and target over all pairs that count (eq. 2).
     """
     a, b = (_standardise(x, counted, over=(0, 1)).flatten(0, 1) for x in (prediction, target))
     if counted is not None:
@@ -187,6 +200,33 @@ def sigreg(
     distance = ((real - normal).square() + imaginary.square()) * normal
     statistic = 2 * (distance * step).sum(-1).mean(-1)
     return masked_mean(statistic, None if counted is None else counted.any(axis))
+
+
+def projected_cosine(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """-cos(g(p), g(z)), of g(p) and g(z) with g the projector. No paper's: a trial of this project."""
+    return cosine(prediction, target, counted)
+
+
+def projected_mse(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """|g(p) - g(z)|^2 / D', of g(p) and g(z) with g the projector, D' wide: what LeNEPA adds SIGReg to."""
+    return mse(prediction, target, counted)
+
+
+def horizons(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """-cos(W_k p[t], z[t + k]), of W_k p and the target k places ahead; then the mean over k = 1 ... K.
+
+    A linear map W_k of every horizon is in the score of CPC (eq. 3); the cosine in place of its InfoNCE is NEPA's.
+    """
+    return cosine(prediction, target, counted)
+
+
+def intermediate(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """-cos(V_l h_l[t], z[t + 1]), of V_l h_l with h_l the output of block l; then the mean over the chosen l.
+
+    Losses at inner layers are the idea of Deeply-Supervised Nets; this one, with a linear map V_l each, is this
+    project's.
+    """
+    return cosine(prediction, target, counted)
 
 
 def _unit(x: Tensor) -> Tensor:

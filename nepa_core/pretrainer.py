@@ -129,6 +129,7 @@ class ObjectiveConfig(BaseModel):
 def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather = lambda x: x) -> Tensor:
     """The loss of one batch: the sum of the terms times their weights, a float32 scalar.
 
+    The formula of a term and its source stand at the function of its name in `objective` (both SIGReg terms: `sigreg`).
     Every term is a mean over its own pairs; where masks leave micro-batches or processes with unequal shares of the
     pairs, they are weighed by those of neighbouring places.
 
@@ -141,7 +142,8 @@ def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather =
     """
     embeddings, predictions, mask, heads = out
     formulas, heads = _formulas(config, gather), heads or HeadOutputs()
-    made_by = {"horizons": heads.horizons, "intermediate": heads.layers, **dict.fromkeys(BEHIND_PROJECTOR, heads.projected)}
+    made_by = {"horizons": heads.horizons, "intermediate": heads.layers}
+    made_by |= dict.fromkeys(BEHIND_PROJECTOR, heads.projected or ())
     if headless := [name for name in config.terms if name in made_by and not made_by[name]]:
         raise ValueError(f"the term {headless[0]} needs a head: let a Pretrainer with this objective predict")
     if "horizons" in config.terms and config.horizons >= embeddings.shape[1]:
@@ -180,12 +182,12 @@ def _formulas(config: ObjectiveConfig, gather: Gather) -> dict[str, Term]:
         "infonce_sample": partial(objective.infonce_sample, temperature=config.temperature),
         "infonce_position": partial(objective.infonce_position, temperature=config.temperature, gather=gather),
         "barlow": partial(objective.barlow, redundancy=config.redundancy),
-        "projected_cosine": objective.cosine,
-        "projected_mse": objective.mse,
+        "projected_cosine": objective.projected_cosine,
+        "projected_mse": objective.projected_mse,
         "sigreg_tokens": partial(sigreg, over="tokens"),
         "sigreg_batch": partial(sigreg, over="batch"),
-        "horizons": objective.cosine,
-        "intermediate": objective.cosine,
+        "horizons": objective.horizons,
+        "intermediate": objective.intermediate,
     }
 
 
