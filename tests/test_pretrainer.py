@@ -16,7 +16,7 @@ from nepa_core.diagnostics import gather, health, identification, judge, learnin
 from nepa_core.model import HeadOutputs
 from nepa_core.objective import pair_up
 from nepa_core.predictor import Trace
-from nepa_core.pretrainer import TERMS, objective_loss
+from nepa_core.pretrainer import TERMS, Heads, objective_loss
 from nepa_core.runtime.config import load_config, override, parse_assignments
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
@@ -234,20 +234,116 @@ def test_no_prediction_sees_beyond_its_place(name: str) -> None:
     assert first(target) != pytest.approx(first(values), abs=1e-4)
 
 
-def test_a_horizon_compares_with_the_embedding_that_many_places_ahead() -> None:
-    config = override(tiny.ragged(), {"objective.terms": {"horizons": 1.0}, "objective.horizons": 3})
-    model, out = network(config)
+# What the heads make, against references written out in float64, one pair at a time.
+
+HEADED: dict[str, dict[str, Any]] = {
+    "projected_cosine": {"terms": {"projected_cosine": 1.5}, "projector": (7, 4)},
+    "projected_mse": {"terms": {"projected_mse": 1.5}, "projector": (7, 4)},
+    "horizons": {"terms": {"horizons": 1.5}, "horizons": 3},
+    "intermediate": {"terms": {"cosine": 0.5, "intermediate": 1.5}, "layers": (3, 1)},
+}
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 1, 1]], dtype=torch.bool)
+Weights = dict[str, Tensor]
+
+
+def _linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+
+def _projected(weights: Weights, x: Tensor) -> Tensor:
+    """Linear, LayerNorm, ReLU, Linear, of one vector."""
+    x = _linear(weights, "projector.0", x)
+    x = (x - x.mean()) / (((x - x.mean()) ** 2).mean() + 1e-5).sqrt()
+    x = x * weights["projector.1.weight"] + weights["projector.1.bias"]
+    return _linear(weights, "projector.3", x.clamp(min=0))
+
+
+def _headed(
+    name: str, weights: Weights, p: Tensor, z: Tensor, blocks: list[Tensor], mask: Tensor, stop: bool
+) -> Tensor:
+    """The mixture `name` of HEADED, on [B, T, D] float64; `blocks` are the outputs of the blocks 1, 2, ..."""
+
+    def mean(made: list[list[Tensor]], ahead: int, compare: str = "cosine") -> Tensor:
+        values = []
+        for b in range(mask.shape[0]):
+            for t in range(mask.shape[1] - ahead):
+                if mask[b, t] and mask[b, t + ahead]:
+                    own, target = made[b][t], z[b, t + ahead]
+                    target = _projected(weights, target) if name.startswith("projected") else target
+                    target = target.detach() if stop else target
+                    cosine = (own * target).sum() / ((own**2).sum() * (target**2).sum()).sqrt()
+                    values.append(-cosine if compare == "cosine" else ((own - target) ** 2).sum() / len(target))
+        return torch.stack(values).mean()
+
+    def mapped(head: str, x: Tensor) -> list[list[Tensor]]:
+        return [[_linear(weights, head, place) for place in row] for row in x]
+
+    if name.startswith("projected"):
+        made = [[_projected(weights, place) for place in row] for row in p]
+        return 1.5 * mean(made, 1, name.removeprefix("projected_"))
+    if name == "horizons":
+        losses = [mean(mapped(f"horizons.{k - 1}", p), k) for k in (1, 2, 3)]
+        return 1.5 * (losses[0] + losses[1] + losses[2]) / 3
+    of_third, of_first = mean(mapped("layers.0", blocks[2]), 1), mean(mapped("layers.1", blocks[0]), 1)
+    return 0.5 * mean([list(row) for row in p], 1) + 1.5 * (of_third + of_first) / 2
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False], ids=["stopped", "flowing"])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
+@pytest.mark.parametrize("name", HEADED)
+def test_a_term_behind_heads_and_its_gradients_are_those_of_the_formula(
+    name: str, mask: Tensor | None, stop_gradient: bool
+) -> None:
+    torch.manual_seed(0)
+    config = objective(stop_gradient=stop_gradient, **HEADED[name])
+    heads = Heads(config, 5)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter += 0.5 * torch.randn_like(parameter)
+    p, z, *hidden = (torch.randn(3, 6, 5).requires_grad_() for _ in range(6))  # the input and three blocks
+    bare = Prediction(z, p, mask)
+    loss = objective_loss(config, bare._replace(heads=heads(bare, hidden)))
+
+    weights = {key: value.detach().double().requires_grad_() for key, value in heads.named_parameters()}
+    p64, z64, *hidden64 = (x.detach().double().requires_grad_() for x in (p, z, *hidden))
+    counted = torch.ones_like(MASK) if mask is None else mask
+    expected = _headed(name, weights, p64, z64, hidden64[1:], counted, stop_gradient)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    ours, theirs = [p, z, *hidden, *heads.parameters()], [p64, z64, *hidden64, *weights.values()]
+    found = torch.autograd.grad(loss, ours, allow_unused=True, materialize_grads=True)
+    wanted = torch.autograd.grad(expected, theirs, allow_unused=True, materialize_grads=True)
+    for ours_is, theirs_is in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours_is, theirs_is.float(), rtol=1e-4, atol=1e-6)
+    assert bool(found[1].any()) != stop_gradient
+    assert mask is None or not any(x[~mask].any() for x in found[: 2 + len(hidden)])
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False], ids=["stopped", "flowing"])
+@pytest.mark.parametrize("name", HEADED)
+def test_what_a_head_predicts_is_hidden_from_it(name: str, stop_gradient: bool) -> None:
+    """The loss of a single pair reaches the tokens before its place, and its target where nothing stops it."""
+    terms = {"objective.terms": HEADED[name]["terms"], "objective.stop_gradient": stop_gradient}
+    config = override(tiny.recipe(), terms | {"objective.horizons": 3, "objective.layers": [1, 2]})
+    model, _ = network(config)
+    tokens = config.data.read(next(held_out(config, CPU, 8)))
+    values = tokens.values.clone().requires_grad_()
+    out = model(replace(tokens, values=values), causal=True)
+    for ahead in (1, 2, 3) if name == "horizons" else (1,):
+        for place in range(7 - ahead):  # place t sees the tokens before t: BOS is in front
+            mask = torch.zeros(8, 7, dtype=torch.bool)
+            mask[:, [place, place + ahead]] = True
+            loss = objective_loss(config.objective, out._replace(mask=mask))
+            (gradient,) = torch.autograd.grad(loss, values, retain_graph=True, materialize_grads=True)
+            target = {place + ahead - 1}
+            reached = set(gradient.abs().amax((0, 2)).nonzero().flatten().tolist())
+            assert reached == set(range(place)) | (set() if stop_gradient else target)
+
+
+def test_horizons_alone_are_judged_by_the_first() -> None:
+    model, out = network(override(tiny.ragged(), {"objective.terms": {"horizons": 1.0}, "objective.horizons": 3}))
     assert isinstance(model, Pretrainer)
-    assert out.mask is not None
     assert out.heads is not None
-    means = []
-    for k, head in enumerate(model.heads.horizons, 1):
-        cosines = [
-            torch.cosine_similarity(head(out.predictions[b, t]), out.embeddings[b, t + k], dim=0).item()
-            for b in range(8) for t in range(out.mask.shape[1] - k) if out.mask[b, t] and out.mask[b, t + k]
-        ]  # fmt: skip
-        means.append(-sum(cosines) / len(cosines))
-    assert loss_of(config, out).item() == pytest.approx(sum(means) / 3, abs=1e-5)
     assert torch.equal(model.judged(out)[0], out.heads.horizons[0])
 
 
