@@ -202,6 +202,7 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
     better = {key: differences(groups(rows, key), rivals) for key in measures} if rivals else {}
     told = [*measures[2:], *measures[:2]]
     return {
+        "task": "objectives",
         "seeds": list(options.seeds),
         "metric": first["metric"],
         "measures": measures,

@@ -263,6 +263,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         sentences.append(pretraining(gains(tuned, scratch, called=RANDOM), list(rows), of=of))
     sentences += [COVERS] if len(options.seeds) >= LEAST_SEEDS else []
     return {
+        "task": "orders",
         "seeds": list(options.seeds),
         "metric": first["metric"],
         "labels": ["all" if labels is None else labels for labels in options.labels],

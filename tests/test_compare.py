@@ -17,7 +17,8 @@ from scipy import stats
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from recipes import compare
+from nepa_core.runtime.run import Run
+from recipes import compare, objectives
 from recipes.ablate import Nothing
 from recipes.compare import Job, Measure, Variant
 from recipes.compare_report import Column, difference_table, html_table, spread_table, text_table
@@ -154,6 +155,65 @@ def test_names_are_given_once(tmp_path: Path, tiny_recipe: PretrainConfig, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="not by torchrun"):
         compare.compare([one], (7,), measure, tmp_path, workers=1)
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("summary", "told"),
+    [
+        ({"task": "orders", "recipe": "my:recipe", "orders": {}}, "`nepa orders my:recipe`"),
+        ({"task": "ablate", "recipe": "my:other", "arms": {}}, "`nepa ablate my:other`"),
+        ({"seeds": [0], "recipe": "my:recipe", "objectives": {"cosine": {}}}, "`nepa objectives my:recipe`"),
+        ({"loss": -0.5, "objective": -0.5}, "no comparison"),
+        ([1], "no comparison"),
+    ],
+)
+def test_what_another_command_wrote_is_not_lost(
+    summary: Any, told: str, tmp_path: Path, tiny_recipe: PretrainConfig
+) -> None:
+    Run(tmp_path).write_summary(summary)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/index.html").write_text("another page")
+    before = held(tmp_path)
+    variant = Variant("one", tiny_recipe.model_copy(update={"recipe": "my:recipe"}))
+    with pytest.raises(UserError) as error:
+        compare.compare([variant], (0,), Measure("ablate", measured, Nothing()), tmp_path, workers=1)
+    assert told in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert "out=DIR" in str(error.value)
+    assert held(tmp_path) == before
+
+
+def test_a_folder_of_something_else_is_no_place_for_a_comparison(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/index.html").write_text("somebody's page")
+    (tmp_path / "runs/digits").mkdir(parents=True)  # where runs go by default, of no comparison
+    with pytest.raises(UserError, match=f"{tmp_path} holds files and is no comparison of `nepa orders`.*out=DIR"):
+        compare.check_folder(tmp_path, "orders", "my:recipe")
+    file = tmp_path / "report/index.html"
+    for out in (file, file / "below"):
+        with pytest.raises(UserError, match=f"^out={out}: {file} is a file; name another folder with out=DIR$"):
+            compare.check_folder(out, "orders", "my:recipe")
+
+
+def test_a_comparison_goes_on_in_its_folder_however_it_was_stopped(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    recipe = tiny_recipe.model_copy(update={"recipe": "my:recipe"})
+    new, empty, stopped, early = (tmp_path / name for name in ("new", "empty", "stopped", "early"))
+    empty.mkdir()
+    job = compare.pair(Variant("one", recipe), 0, Measure("orders", measured, Nothing()), stopped)
+    with compare.locked(job.lock):
+        (stopped / "report").mkdir()
+        (stopped / "notes.txt").write_text("of the user's")
+    with compare.locked(objectives.control(recipe, 0, objectives.Options().care, early).lock):
+        pass
+    for folder in (new, empty, stopped, early):
+        compare.check_folder(folder, "orders", "my:recipe")
+    for summary in ({"task": "orders"}, {"seeds": [0], "orders": {"raster": {}}}):  # of now, and of before
+        Run(stopped).write_summary(summary | {"recipe": "my:recipe"})
+        compare.check_folder(stopped, "orders", "my:recipe")
 
 
 # ------------------------------------------------------------------------------------------- significance

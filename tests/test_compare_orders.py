@@ -81,6 +81,9 @@ def test_the_summary_has_accuracies_of_every_order(compared: Path) -> None:
     assert torch.tensor(summary["cross"]["accuracy"]).shape == (2, 2)
     assert "give three or more" in summary["verdict"][0]
     assert all(Path(folders[0]).is_dir() for folders in summary["runs"].values())
+    compare.check_folder(compared, "orders", "tests.test_compare_orders:small_digits")
+    with pytest.raises(UserError, match=r"is of `nepa orders tests\.test_compare_orders:small_digits`"):
+        compare.check_folder(compared, "objectives", "tests.test_compare_orders:small_digits")
 
 
 def test_runs_and_pictures_lie_where_they_are_told_to(compared: Path) -> None:

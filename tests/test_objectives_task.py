@@ -108,6 +108,18 @@ def test_random_weights_are_measured_once_a_seed_for_all_objectives(
     assert re.search(r"^raw tokens +0\.\d+", shown, re.MULTILINE)
 
 
+def test_a_comparison_is_not_written_over_by_one_of_another_kind_or_recipe(
+    compared: Path, here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (compared / "summary.json").read_bytes()
+    assert main(["ablate", "tests.tiny:recipe", f"out={compared}"]) == 2
+    assert main(["objectives", "tests.tiny:ragged", *WORDS[2:], *CARE, f"out={compared}"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("is of `nepa objectives tests.tiny:recipe` and would be lost; name another folder with out=") == 2
+    assert here == []
+    assert (compared / "summary.json").read_bytes() == before
+
+
 # ------------------------------------------------------------------------------------------------- tuning
 
 
