@@ -1,6 +1,6 @@
 """nepa objectives: does pre-training pay, and with which objective? Each with every seed at the same budget.
 
-  objectives=cosine,infonce_sample,infonce_position   names of `recipes.objective_names`
+  objectives=cosine,infonce_sample,infonce_position   names of `recipes.objective_names`, and `recipe` (see below)
   seeds=0,1,2                                         three or more, or no difference can be told from noise
   labels=10,50,all                                    training labels a class to fine-tune on
 
@@ -12,6 +12,10 @@ samples. A series without targets is forecast instead, horizon= steps ahead (see
 
 Losses of different objectives are not comparable: objectives are ranked by accuracy, with 95 % intervals over seeds and
 paired tests against random weights, which say whether pre-training pays, and against the cosine.
+
+A mixture of your own is the objective `recipe`: what the recipe says with its key=values, beside any named ones, as in
+objectives=cosine,recipe 'objective.terms={"mse":1,"barlow":0.1}'. The named ones override objective.terms and
+objective.stop_gradient, and keep every other key, such as objective.temperature.
 
 What is finished is kept: the same command goes on where it was stopped, more objectives or seeds add to it, and several
 commands may share a folder, each on its own GPU.
@@ -47,7 +51,7 @@ from recipes.compare import (
 from recipes.compare_report import Rows, groups, spreads
 from recipes.downstream import HORIZON, Care, check, downstream, finetunings, raw_figure
 from recipes.measures import predicted, rank_over_training
-from recipes.objective_names import NAMED, named
+from recipes.objective_names import NAMED, OWN, check_given, named
 from recipes.objectives_report import RANDOM, render, title_of, write_report
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
@@ -73,7 +77,8 @@ class Options(BaseModel):
     objectives: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         default=DEFAULT,
         min_length=1,
-        description=f"some of {', '.join(NAMED)}; default {','.join(DEFAULT)}",
+        description=f"some of {', '.join(NAMED)}, and {OWN}: what objective.terms=, objective.stop_gradient= and the "
+        f"recipe itself say; default {','.join(DEFAULT)}",
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
@@ -109,6 +114,7 @@ class Options(BaseModel):
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_recipe("objectives", target, changes)
+    check_given(changes, options.objectives)
     out = Path(options.out or default_out(target, "objectives"))
     print(render(objectives(config, options, out)))
     print(f"Report: {out / 'report' / 'index.html'}")
@@ -133,6 +139,8 @@ def objectives(config: PretrainConfig, options: Options, out: Path) -> dict[str,
     random = [job.values() for job in controls]
     summary = summarise(rows, random, options) | {"recipe": config.recipe, "made_with": provenance()}
     summary["labels"] = ["all" if each is None else each for each in finetunings(config, options.care)]
+    for variant in variants:
+        summary["objectives"][variant.name] |= variant.config.objective.model_dump(include={"terms", "stop_gradient"})
     summary["runs"] = {v.name: [str(run_folder(v, seed, out)) for seed in options.seeds] for v in variants}
     with reporting(out):
         write_report(out / "report", rows, random, summary)
@@ -178,9 +186,10 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
     Returns:
         `objectives`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std` and `ci95`; the
         same four of every other figure under its name; `gain`: the same four of what each of `measures` has over
-        random weights; `verdicts`, a judgement a seed. `random`: the same of random weights. `raw_tokens`: their
-        probe. `ranking`: names by mean probe. `verdict`: the plain sentences. `against_random`, `against_cosine`:
-        measure -> the paired tests behind them, each measure a family.
+        random weights; `verdicts`, a judgement a seed; and `objectives` adds `terms` and `stop_gradient` of the config.
+        `random`: the same of random weights. `raw_tokens`: their probe. `ranking`: names by mean probe. `verdict`: the
+        plain sentences. `against_random`, `against_cosine`: measure -> the paired tests behind them, each measure a
+        family.
     """
     measures = ["probe", "probe_final", *random[0]["settings"]]
     first = next(iter(rows.values()))[0]

@@ -18,7 +18,7 @@ from recipes.cli import main, split_options
 from recipes.downstream import Care, Setting, best_setting, fine_tuned, held_back
 from recipes.objective_names import named
 from recipes.objectives import Options, summarise
-from recipes.objectives_report import RANDOM
+from recipes.objectives_report import RANDOM, render
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import Difference, against
 from tests.test_forecast import recipe as series_recipe
@@ -26,7 +26,8 @@ from tests.tiny import CPU, Waves
 
 PICTURES = ("accuracy", "labels", "layers", "rank")
 PARTS = ("answer", "accuracy", "layers", "prediction", "tests", "settings", "commands")
-WORDS = ["objectives", "tests.tiny:recipe", "objectives=cosine,sigreg", "seeds=0", "finetune_steps=3"]
+MIXTURE = ['objective.terms={"mse":1,"barlow":0.25}', "objective.stop_gradient=false", "objective.redundancy=0.1"]
+WORDS = ["objectives", "tests.tiny:recipe", "objectives=cosine,recipe", "seeds=0", "finetune_steps=3", *MIXTURE]
 CARE = ["labels=2,all", "learning_rates=1e-3,1e-2", "finetune_causal=false"]
 
 
@@ -60,7 +61,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_summary_has_every_measure_and_its_gain_over_random_weights(compared: Path) -> None:
     summary = json.loads((compared / "summary.json").read_text())
-    assert set(summary["objectives"]) == {"cosine", "sigreg"} == set(summary["ranking"])
+    assert set(summary["objectives"]) == {"cosine", "recipe"} == set(summary["ranking"])
     assert summary["measures"] == ["probe", "probe_final", "finetuned_2", "finetuned_all"]
     assert summary["labels"] == [2, "all"]
     for figures in summary["objectives"].values():
@@ -90,6 +91,21 @@ def test_the_page_holds_its_pictures_and_needs_no_other_file(compared: Path) -> 
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_a_mixture_of_the_users_own_is_trained_beside_the_named_ones(compared: Path) -> None:
+    summary = json.loads((compared / "summary.json").read_text())
+    trained = {
+        name: json.loads((Path(folders[0]) / "config.json").read_text())["objective"]
+        for name, folders in summary["runs"].items()
+    }
+    assert trained["recipe"]["terms"] == {"mse": 1.0, "barlow": 0.25} == summary["objectives"]["recipe"]["terms"]
+    assert not trained["recipe"]["stop_gradient"]
+    assert (trained["cosine"]["terms"], trained["cosine"]["stop_gradient"]) == ({"cosine": 1.0}, True)
+    assert {each["redundancy"] for each in trained.values()} == {0.1}
+    told = "recipe: 1 mse + 0.25 barlow, without stop-gradient."
+    assert told in render(summary).splitlines()
+    assert told in (compared / "report/index.html").read_text()
+
+
 @pytest.mark.browser
 def test_a_browser_shows_the_answer_on_its_first_screen(compared: Path, browse: Callable[[Path], str]) -> None:
     shown = browse(compared / "report" / "index.html")
@@ -101,11 +117,20 @@ def test_random_weights_are_measured_once_a_seed_for_all_objectives(
     compared: Path, here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(list((compared / "random").glob("*.json"))) == 1
-    assert main([*WORDS[:2], "objectives=sigreg", *WORDS[3:], *CARE, f"out={compared}"]) == 0
+    assert main([*WORDS[:2], "objectives=recipe", *WORDS[3:], *CARE, f"out={compared}"]) == 0
     assert here == []
     shown = capsys.readouterr().out
     assert re.search(r"^random weights +0\.\d+", shown, re.MULTILINE)
     assert re.search(r"^raw tokens +0\.\d+", shown, re.MULTILINE)
+
+
+def test_named_objectives_keep_every_key_but_those_that_name_them(tiny_recipe: PretrainConfig) -> None:
+    config = override(tiny_recipe, {"objective.layers": (1, 2), "objective.terms": {"mse": 1}, "objective.slices": 3})
+    assert named("recipe", config) == config
+    assert named("intermediate", config).objective.layers == (1, 2)
+    assert named("intermediate", tiny_recipe).objective.layers == (1,)
+    assert named("cosine", config).objective.terms == {"cosine": 1.0}
+    assert named("cosine", config).objective.slices == 3
 
 
 def test_a_comparison_is_not_written_over_by_one_of_another_kind_or_recipe(
@@ -233,6 +258,10 @@ def test_options_are_read_as_a_shell_leaves_them() -> None:
         (["labels=0"], "labels"),
         (["learning_rates=-1"], "learning_rates"),
         (["objectives=cosine,cosine"], "cosine is given twice"),
+        (['objective.terms={"mse":1}'], "objective.terms is overridden by every objective of objectives=cosine,mse_n"),
+        (["objectives=mse", "objective.terms.barlow=1"], "name recipe among them"),
+        (["objectives=mse,cosine", "objective.stop_gradient=false"], "objective.stop_gradient is overridden"),
+        (["objectives=cosine,recipe"], "recipe is the same setting as cosine"),
     ],
 )
 def test_what_can_not_be_compared_is_refused_in_one_line(
