@@ -44,7 +44,7 @@ from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import FREE_KEYS, Run
-from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
+from recipes.pretrain import PretrainConfig, build_pretrainer, load_pretrained, pretrain, try_batch
 from recipes.targets import is_run, read_target
 
 _POLL = 0.5  # seconds between looks at what other processes have finished
@@ -133,7 +133,8 @@ def compare(
         Variant -> what was measured, a dictionary for each seed.
 
     Raises:
-        UserError: a pair failed, two variants have one name, a seed is negative, or the folder holds something else.
+        UserError: before anything is written: two variants have one name, a seed is negative, the folder holds
+            something else, or a variant does not fit the samples; later, that a pair failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and runs under way have a checkpoint.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -151,8 +152,23 @@ def compare(
     if same := [name for name in names if first[keys[name]] != name]:
         raise UserError(f"{same[0]} is the same setting as {first[keys[same[0]]]}; leave one of them out")
     jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in seeds for variant in variants}
+    for variant in variants:
+        if not all(jobs[variant.name, seed].done for seed in seeds):
+            try_variant(variant)
     share([*also, *jobs.values()], workers=workers)
     return {name: [jobs[name, seed].values() for seed in seeds] for name in names}
+
+
+def try_variant(variant: Variant) -> None:
+    """`recipes.pretrain.try_batch`, for its first batch may be hours away.
+
+    Raises:
+        UserError: the variant does not fit the samples.
+    """
+    try:
+        try_batch(variant.config, build_pretrainer(variant.config))
+    except UserError as error:
+        raise UserError(f"{variant.name}: {error}") from error
 
 
 def check_folder(out: Path, task: str, recipe: str) -> None:

@@ -273,6 +273,14 @@ def test_what_can_not_be_compared_is_refused_in_one_line(
     assert error.count("\n") == 1
 
 
+def test_every_objective_is_tried_before_the_first_is_trained(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    """Random weights are tuned first, and the cosine fits."""
+    config = override(tiny_recipe, {"objective.horizons": 50})
+    with pytest.raises(UserError, match=r"^horizons: objective\.horizons=50 reaches beyond sequences of 7 places"):
+        objectives.objectives(config, Options(objectives=("cosine", "horizons"), seeds=(0,)), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_without_targets_are_refused_before_training(tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
     config = tiny_recipe.model_copy(update={"data": Waves(labelled=False)})
     with pytest.raises(UserError, match="gives no class to train on"):
