@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from nepa_core.basics import FROZEN
 from nepa_core.model import NEPA
@@ -56,7 +56,7 @@ from recipes.objectives_report import RANDOM, render, title_of, write_report
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import COVERS, LEAST_SEEDS, Difference, against, differences, least, spread
-from recipes.targets import default_out, listed, listed_or_all
+from recipes.targets import default_out, listed, listed_or_all, once
 from recipes.training import provenance
 
 DEFAULT = ("cosine", "mse_normalised", "infonce_sample", "infonce_position", "sigreg")
@@ -83,20 +83,20 @@ class Options(BaseModel):
     seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
     )
-    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all)] = Field(
+    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all), AfterValidator(once)] = Field(
         default=(10, 50, None),
         min_length=1,
         description="training labels a class to fine-tune on; default 10,50,all",
     )
-    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed)] = Field(
+    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(3e-4, 1e-3, 3e-3),
         min_length=1,
         description="to choose from for each fine-tuning; default 3e-4,1e-3,3e-3",
     )
-    finetune_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = Field(
+    finetune_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(100, 300), min_length=1, description="to choose from, at the best learning rate; default 100,300"
     )
-    finetune_causal: Annotated[tuple[bool, ...], BeforeValidator(listed)] = Field(
+    finetune_causal: Annotated[tuple[bool, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(False, True),
         min_length=1,
         description="attention to choose from, both ways or causal; default false,true",

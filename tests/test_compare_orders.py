@@ -162,6 +162,8 @@ def test_what_can_not_be_compared_is_refused(tiny_recipe: PretrainConfig, capsys
     few = "data.parts=[0.994,0.003,0.003]"
     assert main(["orders", "recipes.timeseries:demo", "orders=raster,reverse", few]) == 2
     assert "do not fit in the" in capsys.readouterr().err
+    assert main(["orders", "tests.test_compare_orders:small_digits", "labels=2,2"]) == 2
+    assert "2 is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.slow
