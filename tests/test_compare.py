@@ -23,7 +23,7 @@ from recipes.ablate import Nothing
 from recipes.compare import Job, Measure, Variant
 from recipes.compare_report import Column, difference_table, html_table, spread_table, text_table
 from recipes.pretrain import PretrainConfig
-from recipes.significance import Difference, contrasts, differences, gains, holm, spread, verdict
+from recipes.significance import Difference, against, contrasts, differences, gains, holm, shown_p, spread, verdict
 
 FORK = multiprocessing.get_context("fork")  # starts at once; the jobs here need no device
 
@@ -313,17 +313,40 @@ def test_the_verdict_says_which_differences_are_real() -> None:
     assert verdict(clear, seeds=5, **words) == (
         "In probe accuracy: hilbert > raster by 2.1 ± 0.9 points, p = 0.003 (2 paired comparisons over 5 seeds, "
         "Holm-corrected). The other difference is within the noise. "
-        "With these seeds the first had to be about 1.1 points to be seen."
+        "With these seeds the surest had to be about 1.1 points to be seen; once it is, less is asked of the others."
     )
     assert verdict(clear[1:], seeds=5, **words) == (
         "No difference between orders in probe accuracy is larger than the noise (5 paired seeds); the only one, b "
-        "over a, is 1.0 ± 2.0 points, p = 0.40; differences below about 3.0 points can't be seen with these seeds."
+        "over a, is 1.0 ± 2.0 points, p = 0.4; differences below about 3.0 points can't be seen with these seeds."
     )
     assert "The other 2 differences are within" in verdict([*clear, clear[1]], seeds=5, **words)
     small = Difference("b", "a", 0.00002, 0.00001, 0.001, 0.003, 0.00001)  # of errors of forecasts, say
     assert verdict([small], seeds=3, **words).startswith("In probe accuracy: b > a by 0.002 ± 0.001 points, p = 0.003")
     assert differences({"a": [0.1, 0.2], "b": [0.9, 0.95]}) == []
     assert "give three or more" in verdict([], seeds=2, **words)
+
+
+def test_a_real_difference_may_be_smaller_than_what_the_surest_had_to_be() -> None:
+    """Holm's later steps are more lenient: what is said of the first must not be denied by the second."""
+    values = {"base": [0.50, 0.51, 0.52], "much": [0.6, 0.62, 0.621], "some": [0.53, 0.53, 0.53]}
+    found = differences(values, [("much", "base"), ("some", "base")])
+    assert all(each.real for each in found)
+    assert found[1].mean < found[0].needed
+    told = f"With these seeds the surest had to be about {100 * found[0].needed:.1f} points to be seen; once it is,"
+    assert told in verdict(found, of="it", noun="arms", seeds=3)
+    assert "With these seeds it had to be about" in verdict(found[:1], of="it", noun="arms", seeds=3)
+
+
+@pytest.mark.parametrize(
+    ("p", "told"),
+    [(0.0549, "0.055"), (0.0504, "0.0504"), (0.04996, "0.04996"), (0.05, "0.05"), (1.0, "1"), (0.00312, "0.0031")],
+)
+def test_p_is_written_so_that_it_agrees_with_what_is_called_real(p: float, told: str) -> None:
+    each = Difference("b", "a", 0.01, 0.02, p, p, 0.03)
+    assert shown_p(p) == told
+    assert told in difference_table([each])[1]
+    assert f"p = {told}" in verdict([each], of="it", noun="arms", seeds=3)
+    assert f"p = {told}" in against([each], "a", "it", called="a") or each.real
 
 
 def test_tables_show_means_and_intervals() -> None:

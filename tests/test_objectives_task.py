@@ -335,23 +335,26 @@ def test_sentences_name_who_wins_who_loses_and_what_is_noise() -> None:
         return Difference(better, worse, 0.031, 0.012, p, p, 0.02 + p)
 
     won = [pair("a", RANDOM, 0.01), pair("b", RANDOM, 0.02), pair(RANDOM, "c", 0.01), pair(RANDOM, "d", 0.5)]
-    needed = "With these seeds the first had to be about 3.0 points to be seen."
+    needed = (
+        "With these seeds the surest had to be about 3.0 points to be seen; once it is, less is asked of the others."
+    )
     assert against(won, RANDOM, "the probe", called=RANDOM) == (
         "Pre-training beats random weights in the probe with a by 3.1 ± 1.2 points, b by 3.1 ± 1.2 points. "
         "Pre-training with c does worse than random weights in the probe by 3.1 ± 1.2 points. "
         f"The other difference is within the noise. {needed}"
     )
     assert against(won[:1], RANDOM, "the probe", called=RANDOM) == (
-        f"Pre-training with a beats random weights in the probe by 3.1 ± 1.2 points. {needed}"
+        "Pre-training with a beats random weights in the probe by 3.1 ± 1.2 points. "
+        "With these seeds it had to be about 3.0 points to be seen."
     )
     noise = [*won[3:], pair("e", RANDOM, 0.6), pair("f", RANDOM, 0.7)]
     assert "The other 3 differences are within the noise." in against([*won[:2], *noise], RANDOM, "", called=RANDOM)
     assert against(noise, RANDOM, "the probe", called="them") == (
         "In the probe no objective differs from them by more than the noise; d, which differs most, is 3.1 ± 1.2 "
-        "points below, p = 0.50 after Holm's correction; differences below about 52.0 points can't be seen with these "
+        "points below, p = 0.5 after Holm's correction; differences below about 52.0 points can't be seen with these "
         "seeds."
     )
     assert against(noise[1:2], RANDOM, "the probe", called="them") == (
-        "In the probe e does not differ from them by more than the noise; it is 3.1 ± 1.2 points above, p = 0.60; "
+        "In the probe e does not differ from them by more than the noise; it is 3.1 ± 1.2 points above, p = 0.6; "
         "differences below about 62.0 points can't be seen with these seeds."
     )
