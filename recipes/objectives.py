@@ -209,14 +209,13 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
     }
     rivals = [(name, REFERENCE) for name in rows if name != REFERENCE and REFERENCE in rows]
     better = {key: differences(groups(rows, key), rivals) for key in measures} if rivals else {}
-    told = [*measures[2:], *measures[:2]]
     return {
         "task": "objectives",
         "seeds": list(options.seeds),
         "metric": first["metric"],
         "measures": measures,
         "choices": options.care.model_dump(mode="json", exclude={"labels"}),
-        "verdict": sentences(pays, better, told, seeds=len(options.seeds)),
+        "verdict": sentences(pays, better, seeds=len(options.seeds)),
         "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
         "raw_tokens": random[0]["raw_tokens"],
         "random": {key: spread(values) for key, values in at_random.items()}
@@ -244,17 +243,14 @@ def _chosen(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def sentences(
-    pays: Mapping[str, Sequence[Difference]],
-    better: Mapping[str, Sequence[Difference]],
-    told: Sequence[str],
-    *,
-    seeds: int,
+    pays: Mapping[str, Sequence[Difference]], better: Mapping[str, Sequence[Difference]], *, seeds: int
 ) -> list[str]:
-    """The answer: for every measure whether pre-training pays, then where an objective differs from the cosine."""
+    """The answer in short; for every measure whether pre-training pays; where an objective differs from the cosine."""
     if seeds < LEAST_SEEDS:
         given = "one seed" if seeds == 1 else f"{seeds} seeds"
         return [f"With {given} nothing can be told from noise: give three or more."]
-    said = [against(pays[key], RANDOM, title_of(key), called=CARE if "finetuned" in key else RANDOM) for key in told]
+    told, said = list(pays), [headline(pays)]
+    said += [against(pays[key], RANDOM, title_of(key), called=CARE if "finetuned" in key else RANDOM) for key in told]
     if not better:
         return [*said, COVERS]
     real = [key for key in told if any(each.real for each in better[key])]
@@ -266,3 +262,17 @@ def sentences(
             "can't be seen with these seeds."
         )
     return [*said, COVERS]
+
+
+def headline(pays: Mapping[str, Sequence[Difference]]) -> str:
+    """Does pre-training pay? Yes or no of the probe, and then of every fine-tuning: they need not agree."""
+
+    def answer(found: Sequence[Difference]) -> str:
+        better = [each.better for each in found if each.real and each.worse == RANDOM]
+        worse = [each.worse for each in found if each.real and each.better == RANDOM]
+        if better:
+            return f"yes ({', '.join(better)})"
+        return f"no, worse ({', '.join(worse)})" if worse else "not beyond the noise"
+
+    told = "; in ".join(f"{title_of(key)} {answer(found)}" for key, found in pays.items() if key != "probe_final")
+    return f"Better than random weights? In {told}."

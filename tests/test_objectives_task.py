@@ -316,10 +316,15 @@ def test_the_verdict_says_whether_pre_training_pays() -> None:
     random = [row(0.5 + each) | {"raw_tokens": 0.4} for each in noise]
     summary = summarise(rows, random, Options(objectives=("cosine", "good", "bad"), labels=(50,)))
     assert summary["ranking"] == ["good", "cosine", "bad"]
-    first = summary["verdict"][0]
-    assert first.startswith(
-        "Pre-training with good beats tuned random weights in fine-tuning on 50 labels a class by 20.3 ± "
+    assert summary["verdict"][0] == (
+        "Better than random weights? In the probe of the best layer yes (good); in fine-tuning on 50 labels a class "
+        "yes (good)."
     )
+    assert summary["verdict"][1].startswith(
+        "Pre-training with good beats random weights in the probe of the best layer by 20.3 ± "
+    )
+    tuned = "Pre-training with good beats tuned random weights in fine-tuning on 50 labels a class by 20.3 ± "
+    assert any(line.startswith(tuned) for line in summary["verdict"])
     assert summary["objectives"]["good"]["gain"]["probe"]["values"] == pytest.approx([0.2, 0.2, 0.21])
     assert {each["better"] for each in summary["against_random"]["probe"]} >= {"good"}
     assert all("cosine" in (each["better"], each["worse"]) for each in summary["against_cosine"]["probe"])
@@ -328,6 +333,22 @@ def test_the_verdict_says_whether_pre_training_pays() -> None:
     alone = summarise({"good": rows["good"]}, random, Options(objectives=("good",), labels=(50,)))
     assert alone["against_cosine"] == {}
     assert not any("cosine" in line for line in alone["verdict"])
+
+
+def test_the_headline_answers_for_the_probe_and_for_fine_tuning() -> None:
+    def pair(better: str, worse: str, p: float) -> Difference:
+        return Difference(better, worse, 0.03, 0.01, p, p, 0.02)
+
+    pays = {
+        "probe": [pair("InfoNCE", RANDOM, 0.01), pair("b", RANDOM, 0.02), pair(RANDOM, "c", 0.01)],
+        "probe_final": [pair("b", RANDOM, 0.01)],
+        "finetuned_10": [pair("b", RANDOM, 0.5), pair(RANDOM, "c", 0.06)],
+        "finetuned_all": [pair("b", RANDOM, 0.5), pair(RANDOM, "c", 0.01)],
+    }
+    assert objectives.sentences(pays, {}, seeds=3)[0] == (
+        "Better than random weights? In the probe of the best layer yes (InfoNCE, b); in fine-tuning on 10 labels a "
+        "class not beyond the noise; in fine-tuning on all labels no, worse (c)."
+    )
 
 
 def test_sentences_name_who_wins_who_loses_and_what_is_noise() -> None:
