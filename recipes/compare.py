@@ -179,7 +179,7 @@ def check_folder(out: Path, task: str, recipe: str) -> None:
     Raises:
         UserError: it is no folder, or a run's, or another comparison's, or holds something else.
     """
-    if (file := next((path for path in (out, *out.parents) if path.is_file()), None)) is not None:
+    if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
         raise UserError(f"out={out}: {file} is a file; name another folder with out=DIR")
     if is_run(str(out)):
         raise UserError(f"{out} is a run, and its summary and report would be lost; name another folder with out=DIR")

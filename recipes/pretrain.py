@@ -159,7 +159,7 @@ def try_batch(config: PretrainConfig, model: NEPA) -> None:
     if has_own_order(config):
         try_order(config)
     device, training = next(model.parameters()).device, model.training
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         batch = _first_samples(config, min(config.train.micro_batch or config.train.batch, 8), device)
         out = model.eval()(config.data.at(0.0).read(batch), causal=config.objective.causal)
         objective_loss(config.objective, out)
