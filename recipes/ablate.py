@@ -118,6 +118,7 @@ def summarise(rows: Rows, seeds: tuple[int, ...]) -> dict[str, Any]:
     apart = differences(probes, [(name, "base") for name in rows if name != "base"])
     found = {column.key: spreads(rows, column.key) for column in COLUMNS}
     return {
+        "task": "ablate",
         "seeds": list(seeds),
         "verdict": verdict(apart, of="the probe of the best layer", noun="an arm and the base", seeds=len(seeds)),
         "arms": {

@@ -44,11 +44,14 @@ from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import FREE_KEYS, Run
-from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
+from recipes.pretrain import PretrainConfig, build_pretrainer, load_pretrained, pretrain, try_batch
 from recipes.targets import is_run, read_target
 
 _POLL = 0.5  # seconds between looks at what other processes have finished
 _SAY = 10.0  # least seconds between two lines of progress
+
+# What a comparison makes first of all: the folder of a run, or the lock of random weights.
+_BEGUN = ("runs/*-" + 12 * "[0-9a-f]", "random/*seed*")
 
 
 class Variant(NamedTuple):
@@ -130,7 +133,8 @@ def compare(
         Variant -> what was measured, a dictionary for each seed.
 
     Raises:
-        UserError: a pair failed, two variants have one name, a seed is negative, or the folder is that of a run.
+        UserError: before anything is written: two variants have one name, a seed is negative, the folder holds
+            something else, or a variant does not fit the samples; later, that a pair failed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what is finished is kept, and runs under way have a checkpoint.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -142,15 +146,61 @@ def compare(
         raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
     if min(seeds) < 0:
         raise UserError(f"seeds={min(seeds)}: a seed is a whole number from 0")
-    if is_run(str(out)):
-        raise UserError(f"{out} is a run, and its summary and report would be lost; name another folder with out=DIR")
+    check_folder(out, measure.name, variants[0].config.recipe)
     keys = {variant.name: config_digest(variant.config, variant.content) for variant in variants}
     first = {keys[name]: name for name in reversed(names)}
     if same := [name for name in names if first[keys[name]] != name]:
         raise UserError(f"{same[0]} is the same setting as {first[keys[same[0]]]}; leave one of them out")
     jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in seeds for variant in variants}
+    for variant in variants:
+        if not all(jobs[variant.name, seed].done for seed in seeds):
+            try_variant(variant)
     share([*also, *jobs.values()], workers=workers)
     return {name: [jobs[name, seed].values() for seed in seeds] for name in names}
+
+
+def try_variant(variant: Variant) -> None:
+    """`recipes.pretrain.try_batch`, for its first batch may be hours away.
+
+    Raises:
+        UserError: the variant does not fit the samples.
+    """
+    try:
+        try_batch(variant.config, build_pretrainer(variant.config))
+    except UserError as error:
+        raise UserError(f"{variant.name}: {error}") from error
+
+
+def check_folder(out: Path, task: str, recipe: str) -> None:
+    """Whether a comparison may write into a folder: a new or empty one, or that of the same task and recipe.
+
+    A comparison that was stopped has no summary yet, and is known by its runs.
+
+    Raises:
+        UserError: it is no folder, or a run's, or another comparison's, or holds something else.
+    """
+    if file := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"out={out}: {file} is a file; name another folder with out=DIR")
+    if is_run(str(out)):
+        raise UserError(f"{out} is a run, and its summary and report would be lost; name another folder with out=DIR")
+    summary = Run(out).summary()
+    if summary is not None:
+        found = written_by(summary)
+        if found != (task, recipe):
+            held = "no comparison" if found is None else f"`nepa {' '.join(found)}`"
+            raise UserError(f"{out / 'summary.json'} is of {held} and would be lost; name another folder with out=DIR")
+    elif any(out.glob("[!.]*")) and not any(any(out.glob(pattern)) for pattern in _BEGUN):
+        raise UserError(f"{out} holds files and is no comparison of `nepa {task}`; name another folder with out=DIR")
+
+
+def written_by(summary: Any) -> tuple[str, str] | None:
+    """Task and recipe of a comparison's summary.json; those of before there was `task` are told by what they list."""
+    if not isinstance(summary, dict) or "recipe" not in summary:
+        return None
+    lists = {"arms": "ablate", "orders": "orders", "objectives": "objectives"}
+    told = (task for key, task in lists.items() if isinstance(summary.get(key), dict) and "seeds" in summary)
+    task = summary["task"] if "task" in summary else next(told, None)
+    return None if task is None else (str(task), str(summary["recipe"]))
 
 
 def read_recipe(task: str, target: str, changes: dict[str, Any]) -> PretrainConfig:

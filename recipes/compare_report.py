@@ -14,7 +14,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from recipes.report import png_of
-from recipes.significance import LEVEL, Difference, points, spread
+from recipes.significance import LEVEL, Difference, points, shown_p, spread
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -68,8 +68,8 @@ def difference_table(found: Sequence[Difference]) -> list[list[str]]:
             f"{each.better} > {each.worse}",
             points(each),
             f"{100 * each.needed:.1f}",
-            f"{each.p:.2g}",
-            f"{each.p_holm:.2g}",
+            shown_p(each.p),
+            shown_p(each.p_holm),
             "real" if each.real else "",
         ]
         for each in found

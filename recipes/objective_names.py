@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from nepa_core.basics import UserError
@@ -22,18 +23,42 @@ NAMED: dict[str, dict[str, Any]] = {
     "horizons": {"objective.terms": {"horizons": 1.0}},
     "intermediate": {"objective.terms": {"cosine": 1.0, "intermediate": 1.0}},
 }
-"""Name -> the keys it sets; `intermediate` also chooses the middle block. Shift and attention stay the recipe's."""
+"""Name -> the keys it sets; `intermediate` also chooses the middle block where no `objective.layers` are given.
+
+Shift, attention and the settings of the terms, such as `objective.temperature`, stay the recipe's.
+"""
+
+OWN = "recipe"
+"""The name of the recipe's own objective, with what key=value changes in it: any mixture."""
+
+_OVERRIDDEN = ("objective.terms", "objective.stop_gradient")
 
 
 def named(name: str, config: PretrainConfig) -> PretrainConfig:
-    """The recipe with an objective of `NAMED`, whatever objective it had before.
+    """The recipe with an objective of `NAMED`, whatever objective it had before, or (`OWN`) as it is.
 
     Raises:
         UserError: there is no objective of this name, or the recipe can't take it.
     """
+    if name == OWN:
+        return config
     if name not in NAMED:
-        raise UserError(f"there is no objective {name}{nearest(name, NAMED)}")
+        raise UserError(f"there is no objective {name}{nearest(name, (*NAMED, OWN))}")
     changes = {"objective.stop_gradient": True, **NAMED[name]}
-    if name == "intermediate":
+    if name == "intermediate" and not config.objective.layers:
         changes["objective.layers"] = (max(config.model.depth // 2, 1),)
     return override(config, changes)
+
+
+def check_given(keys: Iterable[str], names: Collection[str]) -> None:
+    """Whether an objective among these keeps the keys that the user gave.
+
+    Raises:
+        UserError: every one of them would override a key.
+    """
+    lost = [key for key in keys if key.startswith(_OVERRIDDEN)]
+    if lost and OWN not in names:
+        raise UserError(
+            f"{lost[0]} is overridden by every objective of objectives={','.join(names)}: name {OWN} among them, which "
+            f"is the objective that your keys make, such as objectives=cosine,{OWN}"
+        )

@@ -1,6 +1,6 @@
 """nepa objectives: does pre-training pay, and with which objective? Each with every seed at the same budget.
 
-  objectives=cosine,infonce_sample,infonce_position   names of `recipes.objective_names`
+  objectives=cosine,infonce_sample,infonce_position   names of `recipes.objective_names`, and `recipe` (see below)
   seeds=0,1,2                                         three or more, or no difference can be told from noise
   labels=10,50,all                                    training labels a class to fine-tune on
 
@@ -13,6 +13,10 @@ samples. A series without targets is forecast instead, horizon= steps ahead (see
 Losses of different objectives are not comparable: objectives are ranked by accuracy, with 95 % intervals over seeds and
 paired tests against random weights, which say whether pre-training pays, and against the cosine.
 
+A mixture of your own is the objective `recipe`: what the recipe says with its key=values, beside any named ones, as in
+objectives=cosine,recipe 'objective.terms={"mse":1,"barlow":0.1}'. The named ones override objective.terms and
+objective.stop_gradient, and keep every other key, such as objective.temperature.
+
 What is finished is kept: the same command goes on where it was stopped, more objectives or seeds add to it, and several
 commands may share a folder, each on its own GPU.
 """
@@ -24,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
 from nepa_core.basics import FROZEN
 from nepa_core.model import NEPA
@@ -47,12 +51,12 @@ from recipes.compare import (
 from recipes.compare_report import Rows, groups, spreads
 from recipes.downstream import HORIZON, Care, check, downstream, finetunings, raw_figure
 from recipes.measures import predicted, rank_over_training
-from recipes.objective_names import NAMED, named
+from recipes.objective_names import NAMED, OWN, check_given, named
 from recipes.objectives_report import RANDOM, render, title_of, write_report
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import COVERS, LEAST_SEEDS, Difference, against, differences, least, spread
-from recipes.targets import default_out, listed, listed_or_all
+from recipes.targets import default_out, listed, listed_or_all, once
 from recipes.training import provenance
 
 DEFAULT = ("cosine", "mse_normalised", "infonce_sample", "infonce_position", "sigreg")
@@ -73,25 +77,26 @@ class Options(BaseModel):
     objectives: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         default=DEFAULT,
         min_length=1,
-        description=f"some of {', '.join(NAMED)}; default {','.join(DEFAULT)}",
+        description=f"some of {', '.join(NAMED)}, and {OWN}: what objective.terms=, objective.stop_gradient= and the "
+        f"recipe itself say; default {','.join(DEFAULT)}",
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
     )
-    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all)] = Field(
+    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all), AfterValidator(once)] = Field(
         default=(10, 50, None),
         min_length=1,
         description="training labels a class to fine-tune on; default 10,50,all",
     )
-    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed)] = Field(
+    learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(3e-4, 1e-3, 3e-3),
         min_length=1,
         description="to choose from for each fine-tuning; default 3e-4,1e-3,3e-3",
     )
-    finetune_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = Field(
+    finetune_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(100, 300), min_length=1, description="to choose from, at the best learning rate; default 100,300"
     )
-    finetune_causal: Annotated[tuple[bool, ...], BeforeValidator(listed)] = Field(
+    finetune_causal: Annotated[tuple[bool, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(False, True),
         min_length=1,
         description="attention to choose from, both ways or causal; default false,true",
@@ -109,6 +114,7 @@ class Options(BaseModel):
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_recipe("objectives", target, changes)
+    check_given(changes, options.objectives)
     out = Path(options.out or default_out(target, "objectives"))
     print(render(objectives(config, options, out)))
     print(f"Report: {out / 'report' / 'index.html'}")
@@ -133,6 +139,8 @@ def objectives(config: PretrainConfig, options: Options, out: Path) -> dict[str,
     random = [job.values() for job in controls]
     summary = summarise(rows, random, options) | {"recipe": config.recipe, "made_with": provenance()}
     summary["labels"] = ["all" if each is None else each for each in finetunings(config, options.care)]
+    for variant in variants:
+        summary["objectives"][variant.name] |= variant.config.objective.model_dump(include={"terms", "stop_gradient"})
     summary["runs"] = {v.name: [str(run_folder(v, seed, out)) for seed in options.seeds] for v in variants}
     with reporting(out):
         write_report(out / "report", rows, random, summary)
@@ -178,9 +186,10 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
     Returns:
         `objectives`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std` and `ci95`; the
         same four of every other figure under its name; `gain`: the same four of what each of `measures` has over
-        random weights; `verdicts`, a judgement a seed. `random`: the same of random weights. `raw_tokens`: their
-        probe. `ranking`: names by mean probe. `verdict`: the plain sentences. `against_random`, `against_cosine`:
-        measure -> the paired tests behind them, each measure a family.
+        random weights; `verdicts`, a judgement a seed; and `objectives` adds `terms` and `stop_gradient` of the config.
+        `random`: the same of random weights. `raw_tokens`: their probe. `ranking`: names by mean probe. `verdict`: the
+        plain sentences. `against_random`, `against_cosine`: measure -> the paired tests behind them, each measure a
+        family.
     """
     measures = ["probe", "probe_final", *random[0]["settings"]]
     first = next(iter(rows.values()))[0]
@@ -200,13 +209,13 @@ def summarise(rows: Rows, random: Sequence[Mapping[str, Any]], options: Options)
     }
     rivals = [(name, REFERENCE) for name in rows if name != REFERENCE and REFERENCE in rows]
     better = {key: differences(groups(rows, key), rivals) for key in measures} if rivals else {}
-    told = [*measures[2:], *measures[:2]]
     return {
+        "task": "objectives",
         "seeds": list(options.seeds),
         "metric": first["metric"],
         "measures": measures,
         "choices": options.care.model_dump(mode="json", exclude={"labels"}),
-        "verdict": sentences(pays, better, told, seeds=len(options.seeds)),
+        "verdict": sentences(pays, better, seeds=len(options.seeds)),
         "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
         "raw_tokens": random[0]["raw_tokens"],
         "random": {key: spread(values) for key, values in at_random.items()}
@@ -234,17 +243,14 @@ def _chosen(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def sentences(
-    pays: Mapping[str, Sequence[Difference]],
-    better: Mapping[str, Sequence[Difference]],
-    told: Sequence[str],
-    *,
-    seeds: int,
+    pays: Mapping[str, Sequence[Difference]], better: Mapping[str, Sequence[Difference]], *, seeds: int
 ) -> list[str]:
-    """The answer: for every measure whether pre-training pays, then where an objective differs from the cosine."""
+    """The answer in short; for every measure whether pre-training pays; where an objective differs from the cosine."""
     if seeds < LEAST_SEEDS:
         given = "one seed" if seeds == 1 else f"{seeds} seeds"
         return [f"With {given} nothing can be told from noise: give three or more."]
-    said = [against(pays[key], RANDOM, title_of(key), called=CARE if "finetuned" in key else RANDOM) for key in told]
+    told, said = list(pays), [headline(pays)]
+    said += [against(pays[key], RANDOM, title_of(key), called=CARE if "finetuned" in key else RANDOM) for key in told]
     if not better:
         return [*said, COVERS]
     real = [key for key in told if any(each.real for each in better[key])]
@@ -256,3 +262,17 @@ def sentences(
             "can't be seen with these seeds."
         )
     return [*said, COVERS]
+
+
+def headline(pays: Mapping[str, Sequence[Difference]]) -> str:
+    """Does pre-training pay? Yes or no of the probe, and then of every fine-tuning: they need not agree."""
+
+    def answer(found: Sequence[Difference]) -> str:
+        better = [each.better for each in found if each.real and each.worse == RANDOM]
+        worse = [each.worse for each in found if each.real and each.better == RANDOM]
+        if better:
+            return f"yes ({', '.join(better)})"
+        return f"no, worse ({', '.join(worse)})" if worse else "not beyond the noise"
+
+    told = "; in ".join(f"{title_of(key)} {answer(found)}" for key, found in pays.items() if key != "probe_final")
+    return f"Better than random weights? In {told}."

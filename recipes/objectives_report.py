@@ -13,6 +13,7 @@ from matplotlib.figure import Figure as Canvas
 
 from nepa_core.runtime.checkpoint import disk_errors
 from recipes.compare_report import TESTED, Column, Rows, difference_table, html_table, spread_table, text_table
+from recipes.objective_names import OWN
 from recipes.report import Figure, compose, line_plot, png_of
 from recipes.significance import Difference, spread
 
@@ -94,10 +95,20 @@ def foot(summary: Mapping[str, Any]) -> list[str]:
     unit = "" if summary["metric"] == "accuracy" else " A point is 0.01."
     held = "the validation rows" if skill else "held-back training samples"
     return [
+        *own_objective(summary),
         f"{interval}, {read}{unit}",
         f"Fine-tuning: learning rate {rates}, then {steps} steps, then attention {attention}, chosen on {held} for "
         "every start, seed and number of labels alike; random weights too.",
     ]
+
+
+def own_objective(summary: Mapping[str, Any]) -> list[str]:
+    """A line on what the recipe's own objective is, where it is among them."""
+    if OWN not in summary["ranking"]:
+        return []
+    found = summary["objectives"][OWN]
+    mixture = " + ".join(f"{weight:g} {term}" for term, weight in found["terms"].items())
+    return [f"{OWN}: {mixture}, {'with' if found['stop_gradient'] else 'without'} stop-gradient."]
 
 
 def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:

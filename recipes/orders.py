@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveInt
 
 from modalities.order_measures import mean_measures, order_measures
 from modalities.orders import file_content
@@ -62,7 +62,7 @@ from recipes.significance import (
     unseen,
     verdict,
 )
-from recipes.targets import default_out, listed, listed_or_all
+from recipes.targets import default_out, listed, listed_or_all, once
 from recipes.training import provenance
 
 DEFAULT = (
@@ -92,7 +92,7 @@ class Options(BaseModel):
     predict_position: Literal["off", "add", "rotate"] | None = Field(
         default=None, description="of every order: off, add or rotate; default: as in the recipe"
     )
-    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all)] = Field(
+    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all), AfterValidator(once)] = Field(
         default=(50,),
         min_length=1,
         description="training labels a class to fine-tune on, such as 10,50,all; default 50",
@@ -263,6 +263,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         sentences.append(pretraining(gains(tuned, scratch, called=RANDOM), list(rows), of=of))
     sentences += [COVERS] if len(options.seeds) >= LEAST_SEEDS else []
     return {
+        "task": "orders",
         "seeds": list(options.seeds),
         "metric": first["metric"],
         "labels": ["all" if labels is None else labels for labels in options.labels],

@@ -169,14 +169,44 @@ def try_order(config: PretrainConfig) -> None:
             where the network is not told which token comes next. Neither is known before the function is called.
     """
     told = config.model.predict_position != "off" or not config.objective.shift or config.objective.unknown_target
-    batches = plain_batches(config.data.dataset("train"), batch=8, device=torch.device("cpu"), limit=8)
-    tokens = config.data.at(0.0).read(next(iter(batches)))
+    tokens = config.data.at(0.0).read(_first_samples(config, 8, torch.device("cpu")))
     if told or not has_own_order(config) or tokens.order is None or tokens.order.ndim == 1:
         return
     mask = torch.ones_like(tokens.order) if tokens.mask is None else tokens.mask
     alike = (mask == mask[0]).all(1)  # where padding lies elsewhere, a shared order is read differently, too
     if (tokens.order != tokens.order[0]).any(1)[alike].any():
         raise UserError(UNKNOWN_TARGET)
+
+
+def try_batch(config: PretrainConfig, model: NEPA) -> None:
+    """Take the loss of a few training samples, before anything is written; leaves model and random numbers as they are.
+
+    Args:
+        model: of `build_pretrainer`.
+
+    Raises:
+        UserError: samples, order (see `try_order`) and objective don't fit together.
+    """
+    if has_own_order(config):
+        try_order(config)
+    device, training = next(model.parameters()).device, model.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        batch = _first_samples(config, min(config.train.micro_batch or config.train.batch, 8), device)
+        out = model.eval()(config.data.at(0.0).read(batch), causal=config.objective.causal)
+        objective_loss(config.objective, out)
+    model.train(training)
+
+
+def _first_samples(config: PretrainConfig, count: int, device: torch.device) -> Batch:
+    """The first training samples, but for those that can't be read."""
+    torn: set[str] = set()
+    dataset, most = config.data.dataset("train"), 128 * count
+    try:
+        return next(plain_batches(dataset, batch=count, device=device, limit=most, unreadable=torn))
+    except UserError as error:
+        if not torn:
+            raise
+        raise UserError(f"none of the first {most} training samples can be read: {min(torn)}") from error
 
 
 def build_model(config: PretrainConfig) -> NEPA:
@@ -205,9 +235,8 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     if (finished := opened(config, run, ranks)) is not None:
         return finished
     check_samples(config, ranks.size)
-    if has_own_order(config):
-        try_order(config)
     model = build_pretrainer(config).to(ranks.device)
+    try_batch(config, model)
 
     def health(ema: Ema | None) -> dict[str, Any]:
         figures = held_out_health(config, model, ranks, ema)

@@ -205,10 +205,12 @@ def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most
         largest = max(found, key=lambda each: each.mean)
         told = (
             f" ({tested}); the {'largest' if count > 1 else 'only one'}, {largest.better} over {largest.worse}, is "
-            f"{points(largest)}, p = {largest.p_holm:.2f}"
+            f"{points(largest)}, p = {shown_p(largest.p_holm)}"
         )
         return f"{none}{'' if brief else told}; {unseen(found)}."
-    named = "; ".join(f"{each.better} > {each.worse} by {points(each)}, p = {each.p_holm:.2g}" for each in real[:most])
+    named = "; ".join(
+        f"{each.better} > {each.worse} by {points(each)}, p = {shown_p(each.p_holm)}" for each in real[:most]
+    )
     more = f"; and {len(real) - most} more" if len(real) > most else ""
     return f"In {of}: {named}{more}{'' if brief else f' ({tested})'}. {others(found)}"
 
@@ -232,7 +234,7 @@ def against(found: Sequence[Difference], rival: str, what: str, *, called: str) 
         corrected = " after Holm's correction" if len(found) > 1 else ""
         return (
             f"In {what} {who} from {called} by more than the noise; {most} is {points(widest)} {side}, "
-            f"p = {widest.p_holm:.2f}{corrected}; {unseen(found)}."
+            f"p = {shown_p(widest.p_holm)}{corrected}; {unseen(found)}."
         )
     said = []
     for verb, side in (("beats", "worse"), ("does worse than", "better")):
@@ -256,8 +258,7 @@ def others(found: Sequence[Difference]) -> str:
 
 def least(found: Sequence[Difference]) -> str:
     """ "4.1 points": below it no difference of the family can be the first that is called real."""
-    needed = min(each.needed for each in found)
-    return f"{100 * needed:.{1 if needed >= 0.001 else 3}f} points"
+    return _needed(min(found, key=lambda each: each.needed))
 
 
 def unseen(found: Sequence[Difference]) -> str:
@@ -266,8 +267,24 @@ def unseen(found: Sequence[Difference]) -> str:
 
 
 def seen(found: Sequence[Difference]) -> str:
-    """Where some are real: what the first of them had to be."""
-    return f"With these seeds the first had to be about {least(found)} to be seen."
+    """Where some are real: what the surest of them had to be. Holm's later steps ask less of the others."""
+    if len(found) == 1:
+        return f"With these seeds it had to be about {least(found)} to be seen."
+    surest = min(found, key=lambda each: (each.p_holm, each.p))
+    needed = _needed(surest)
+    return f"With these seeds the surest had to be about {needed} to be seen; once it is, less is asked of the others."
+
+
+def _needed(difference: Difference) -> str:
+    return f"{100 * difference.needed:.{1 if difference.needed >= 0.001 else 3}f} points"
+
+
+def shown_p(p: float) -> str:
+    """ "0.055": two significant digits, and as many more as tell it from `LEVEL`."""
+    digits = 2
+    while p != LEVEL and float(f"{p:.{digits}g}") == LEVEL:
+        digits += 1
+    return f"{p:.{digits}g}"
 
 
 def points(difference: Difference) -> str:

@@ -151,3 +151,14 @@ def listed(value: Any) -> Any:
 def listed_or_all(value: Any) -> Any:
     """The same with None for the word "all"."""
     return tuple(None if str(name) == "all" else name for name in listed(value))
+
+
+def once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A list option in which every value counts once.
+
+    Raises:
+        ValueError: one is given twice.
+    """
+    if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+        raise ValueError(f"{'all' if twice[0] is None else given(twice[0])} is given twice")
+    return values

@@ -140,9 +140,11 @@ def unreadable(summary: dict[str, Any]) -> list[str]:
 
 def provenance() -> dict[str, Any]:
     """Command, commit, device and versions: what a number needs beside it."""
+    program = Path(sys.argv[0])
+    ours = program.resolve().parent == Path(__file__).resolve().parent  # python -m recipes, or torchrun -m
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["nepa" if ours else program.name, *sys.argv[1:]]),
         "commit": _commit(),
         "device": device,
         "processes": int(os.environ.get("WORLD_SIZE", 1)),

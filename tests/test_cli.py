@@ -21,6 +21,7 @@ from nepa_core.runtime import checkpoint
 from recipes import vision
 from recipes.cli import TASKS, main
 from recipes.targets import describe_fields
+from recipes.training import provenance
 from tests.conftest import ROOT, largest_file
 from tests.tiny import Waves
 
@@ -430,3 +431,12 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_finishes(nepa: Nep
     said = nepa(*words)
     assert (said.status, said.err) == (0, f"going on after step {step}\n")
     assert json.loads(Path("run/summary.json").read_text())["steps"] == 150
+
+
+def test_the_command_that_is_kept_can_be_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["objectives", "my:recipe", 'objective.terms={"mse": 1}']
+    for program in (str(ROOT / "recipes/__main__.py"), "/opt/venv/bin/nepa"):
+        monkeypatch.setattr(sys, "argv", [program, *words])
+        assert provenance()["command"] == "nepa objectives my:recipe 'objective.terms={\"mse\": 1}'"
+    monkeypatch.setattr(sys, "argv", ["/home/me/__main__.py", "x"])
+    assert provenance()["command"] == "__main__.py x"

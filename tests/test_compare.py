@@ -17,12 +17,13 @@ from scipy import stats
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from recipes import compare
+from nepa_core.runtime.run import Run
+from recipes import compare, objectives
 from recipes.ablate import Nothing
 from recipes.compare import Job, Measure, Variant
 from recipes.compare_report import Column, difference_table, html_table, spread_table, text_table
 from recipes.pretrain import PretrainConfig
-from recipes.significance import Difference, contrasts, differences, gains, holm, spread, verdict
+from recipes.significance import Difference, against, contrasts, differences, gains, holm, shown_p, spread, verdict
 
 FORK = multiprocessing.get_context("fork")  # starts at once; the jobs here need no device
 
@@ -156,6 +157,65 @@ def test_names_are_given_once(tmp_path: Path, tiny_recipe: PretrainConfig, monke
         compare.compare([one], (7,), measure, tmp_path, workers=1)
 
 
+def held(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("summary", "told"),
+    [
+        ({"task": "orders", "recipe": "my:recipe", "orders": {}}, "`nepa orders my:recipe`"),
+        ({"task": "ablate", "recipe": "my:other", "arms": {}}, "`nepa ablate my:other`"),
+        ({"seeds": [0], "recipe": "my:recipe", "objectives": {"cosine": {}}}, "`nepa objectives my:recipe`"),
+        ({"loss": -0.5, "objective": -0.5}, "no comparison"),
+        ([1], "no comparison"),
+    ],
+)
+def test_what_another_command_wrote_is_not_lost(
+    summary: Any, told: str, tmp_path: Path, tiny_recipe: PretrainConfig
+) -> None:
+    Run(tmp_path).write_summary(summary)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/index.html").write_text("another page")
+    before = held(tmp_path)
+    variant = Variant("one", tiny_recipe.model_copy(update={"recipe": "my:recipe"}))
+    with pytest.raises(UserError) as error:
+        compare.compare([variant], (0,), Measure("ablate", measured, Nothing()), tmp_path, workers=1)
+    assert told in str(error.value)
+    assert str(tmp_path) in str(error.value)
+    assert "out=DIR" in str(error.value)
+    assert held(tmp_path) == before
+
+
+def test_a_folder_of_something_else_is_no_place_for_a_comparison(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/index.html").write_text("somebody's page")
+    (tmp_path / "runs/digits").mkdir(parents=True)  # where runs go by default, of no comparison
+    with pytest.raises(UserError, match=f"{tmp_path} holds files and is no comparison of `nepa orders`.*out=DIR"):
+        compare.check_folder(tmp_path, "orders", "my:recipe")
+    file = tmp_path / "report/index.html"
+    for out in (file, file / "below"):
+        with pytest.raises(UserError, match=f"^out={out}: {file} is a file; name another folder with out=DIR$"):
+            compare.check_folder(out, "orders", "my:recipe")
+
+
+def test_a_comparison_goes_on_in_its_folder_however_it_was_stopped(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    recipe = tiny_recipe.model_copy(update={"recipe": "my:recipe"})
+    new, empty, stopped, early = (tmp_path / name for name in ("new", "empty", "stopped", "early"))
+    empty.mkdir()
+    job = compare.pair(Variant("one", recipe), 0, Measure("orders", measured, Nothing()), stopped)
+    with compare.locked(job.lock):
+        (stopped / "report").mkdir()
+        (stopped / "notes.txt").write_text("of the user's")
+    with compare.locked(objectives.control(recipe, 0, objectives.Options().care, early).lock):
+        pass
+    for folder in (new, empty, stopped, early):
+        compare.check_folder(folder, "orders", "my:recipe")
+    for summary in ({"task": "orders"}, {"seeds": [0], "orders": {"raster": {}}}):  # of now, and of before
+        Run(stopped).write_summary(summary | {"recipe": "my:recipe"})
+        compare.check_folder(stopped, "orders", "my:recipe")
+
+
 # ------------------------------------------------------------------------------------------- significance
 
 ROWS = {"a": [0.81, 0.84, 0.80, 0.86], "b": [0.78, 0.80, 0.79, 0.81], "c": [0.80, 0.85, 0.79, 0.85]}
@@ -253,17 +313,40 @@ def test_the_verdict_says_which_differences_are_real() -> None:
     assert verdict(clear, seeds=5, **words) == (
         "In probe accuracy: hilbert > raster by 2.1 ± 0.9 points, p = 0.003 (2 paired comparisons over 5 seeds, "
         "Holm-corrected). The other difference is within the noise. "
-        "With these seeds the first had to be about 1.1 points to be seen."
+        "With these seeds the surest had to be about 1.1 points to be seen; once it is, less is asked of the others."
     )
     assert verdict(clear[1:], seeds=5, **words) == (
         "No difference between orders in probe accuracy is larger than the noise (5 paired seeds); the only one, b "
-        "over a, is 1.0 ± 2.0 points, p = 0.40; differences below about 3.0 points can't be seen with these seeds."
+        "over a, is 1.0 ± 2.0 points, p = 0.4; differences below about 3.0 points can't be seen with these seeds."
     )
     assert "The other 2 differences are within" in verdict([*clear, clear[1]], seeds=5, **words)
     small = Difference("b", "a", 0.00002, 0.00001, 0.001, 0.003, 0.00001)  # of errors of forecasts, say
     assert verdict([small], seeds=3, **words).startswith("In probe accuracy: b > a by 0.002 ± 0.001 points, p = 0.003")
     assert differences({"a": [0.1, 0.2], "b": [0.9, 0.95]}) == []
     assert "give three or more" in verdict([], seeds=2, **words)
+
+
+def test_a_real_difference_may_be_smaller_than_what_the_surest_had_to_be() -> None:
+    """Holm's later steps are more lenient: what is said of the first must not be denied by the second."""
+    values = {"base": [0.50, 0.51, 0.52], "much": [0.6, 0.62, 0.621], "some": [0.53, 0.53, 0.53]}
+    found = differences(values, [("much", "base"), ("some", "base")])
+    assert all(each.real for each in found)
+    assert found[1].mean < found[0].needed
+    told = f"With these seeds the surest had to be about {100 * found[0].needed:.1f} points to be seen; once it is,"
+    assert told in verdict(found, of="it", noun="arms", seeds=3)
+    assert "With these seeds it had to be about" in verdict(found[:1], of="it", noun="arms", seeds=3)
+
+
+@pytest.mark.parametrize(
+    ("p", "told"),
+    [(0.0549, "0.055"), (0.0504, "0.0504"), (0.04996, "0.04996"), (0.05, "0.05"), (1.0, "1"), (0.00312, "0.0031")],
+)
+def test_p_is_written_so_that_it_agrees_with_what_is_called_real(p: float, told: str) -> None:
+    each = Difference("b", "a", 0.01, 0.02, p, p, 0.03)
+    assert shown_p(p) == told
+    assert told in difference_table([each])[1]
+    assert f"p = {told}" in verdict([each], of="it", noun="arms", seeds=3)
+    assert f"p = {told}" in against([each], "a", "it", called="a") or each.real
 
 
 def test_tables_show_means_and_intervals() -> None:

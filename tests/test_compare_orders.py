@@ -81,6 +81,9 @@ def test_the_summary_has_accuracies_of_every_order(compared: Path) -> None:
     assert torch.tensor(summary["cross"]["accuracy"]).shape == (2, 2)
     assert "give three or more" in summary["verdict"][0]
     assert all(Path(folders[0]).is_dir() for folders in summary["runs"].values())
+    compare.check_folder(compared, "orders", "tests.test_compare_orders:small_digits")
+    with pytest.raises(UserError, match=r"is of `nepa orders tests\.test_compare_orders:small_digits`"):
+        compare.check_folder(compared, "objectives", "tests.test_compare_orders:small_digits")
 
 
 def test_runs_and_pictures_lie_where_they_are_told_to(compared: Path) -> None:
@@ -159,6 +162,8 @@ def test_what_can_not_be_compared_is_refused(tiny_recipe: PretrainConfig, capsys
     few = "data.parts=[0.994,0.003,0.003]"
     assert main(["orders", "recipes.timeseries:demo", "orders=raster,reverse", few]) == 2
     assert "do not fit in the" in capsys.readouterr().err
+    assert main(["orders", "tests.test_compare_orders:small_digits", "labels=2,2"]) == 2
+    assert "2 is given twice" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from recipes.cli import main, split_options
 from recipes.downstream import Care, Setting, best_setting, fine_tuned, held_back
 from recipes.objective_names import named
 from recipes.objectives import Options, summarise
-from recipes.objectives_report import RANDOM
+from recipes.objectives_report import RANDOM, render
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import Difference, against
 from tests.test_forecast import recipe as series_recipe
@@ -26,7 +26,8 @@ from tests.tiny import CPU, Waves
 
 PICTURES = ("accuracy", "labels", "layers", "rank")
 PARTS = ("answer", "accuracy", "layers", "prediction", "tests", "settings", "commands")
-WORDS = ["objectives", "tests.tiny:recipe", "objectives=cosine,sigreg", "seeds=0", "finetune_steps=3"]
+MIXTURE = ['objective.terms={"mse":1,"barlow":0.25}', "objective.stop_gradient=false", "objective.redundancy=0.1"]
+WORDS = ["objectives", "tests.tiny:recipe", "objectives=cosine,recipe", "seeds=0", "finetune_steps=3", *MIXTURE]
 CARE = ["labels=2,all", "learning_rates=1e-3,1e-2", "finetune_causal=false"]
 
 
@@ -60,7 +61,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_summary_has_every_measure_and_its_gain_over_random_weights(compared: Path) -> None:
     summary = json.loads((compared / "summary.json").read_text())
-    assert set(summary["objectives"]) == {"cosine", "sigreg"} == set(summary["ranking"])
+    assert set(summary["objectives"]) == {"cosine", "recipe"} == set(summary["ranking"])
     assert summary["measures"] == ["probe", "probe_final", "finetuned_2", "finetuned_all"]
     assert summary["labels"] == [2, "all"]
     for figures in summary["objectives"].values():
@@ -90,6 +91,21 @@ def test_the_page_holds_its_pictures_and_needs_no_other_file(compared: Path) -> 
     assert not re.search(r'(src|href)="(?!data:)', page)
 
 
+def test_a_mixture_of_the_users_own_is_trained_beside_the_named_ones(compared: Path) -> None:
+    summary = json.loads((compared / "summary.json").read_text())
+    trained = {
+        name: json.loads((Path(folders[0]) / "config.json").read_text())["objective"]
+        for name, folders in summary["runs"].items()
+    }
+    assert trained["recipe"]["terms"] == {"mse": 1.0, "barlow": 0.25} == summary["objectives"]["recipe"]["terms"]
+    assert not trained["recipe"]["stop_gradient"]
+    assert (trained["cosine"]["terms"], trained["cosine"]["stop_gradient"]) == ({"cosine": 1.0}, True)
+    assert {each["redundancy"] for each in trained.values()} == {0.1}
+    told = "recipe: 1 mse + 0.25 barlow, without stop-gradient."
+    assert told in render(summary).splitlines()
+    assert told in (compared / "report/index.html").read_text()
+
+
 @pytest.mark.browser
 def test_a_browser_shows_the_answer_on_its_first_screen(compared: Path, browse: Callable[[Path], str]) -> None:
     shown = browse(compared / "report" / "index.html")
@@ -101,11 +117,32 @@ def test_random_weights_are_measured_once_a_seed_for_all_objectives(
     compared: Path, here: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(list((compared / "random").glob("*.json"))) == 1
-    assert main([*WORDS[:2], "objectives=sigreg", *WORDS[3:], *CARE, f"out={compared}"]) == 0
+    assert main([*WORDS[:2], "objectives=recipe", *WORDS[3:], *CARE, f"out={compared}"]) == 0
     assert here == []
     shown = capsys.readouterr().out
     assert re.search(r"^random weights +0\.\d+", shown, re.MULTILINE)
     assert re.search(r"^raw tokens +0\.\d+", shown, re.MULTILINE)
+
+
+def test_named_objectives_keep_every_key_but_those_that_name_them(tiny_recipe: PretrainConfig) -> None:
+    config = override(tiny_recipe, {"objective.layers": (1, 2), "objective.terms": {"mse": 1}, "objective.slices": 3})
+    assert named("recipe", config) == config
+    assert named("intermediate", config).objective.layers == (1, 2)
+    assert named("intermediate", tiny_recipe).objective.layers == (1,)
+    assert named("cosine", config).objective.terms == {"cosine": 1.0}
+    assert named("cosine", config).objective.slices == 3
+
+
+def test_a_comparison_is_not_written_over_by_one_of_another_kind_or_recipe(
+    compared: Path, here: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (compared / "summary.json").read_bytes()
+    assert main(["ablate", "tests.tiny:recipe", f"out={compared}"]) == 2
+    assert main(["objectives", "tests.tiny:ragged", *WORDS[2:], *CARE, f"out={compared}"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("is of `nepa objectives tests.tiny:recipe` and would be lost; name another folder with out=") == 2
+    assert here == []
+    assert (compared / "summary.json").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------- tuning
@@ -221,6 +258,15 @@ def test_options_are_read_as_a_shell_leaves_them() -> None:
         (["labels=0"], "labels"),
         (["learning_rates=-1"], "learning_rates"),
         (["objectives=cosine,cosine"], "cosine is given twice"),
+        (["labels=10,50,10"], "labels=10,50,10: 10 is given twice"),
+        (["labels=all,all"], "all is given twice"),
+        (["learning_rates=1e-3,0.001"], "0.001 is given twice"),
+        (["finetune_steps=100,100"], "100 is given twice"),
+        (["finetune_causal=true,true"], "true is given twice"),
+        (['objective.terms={"mse":1}'], "objective.terms is overridden by every objective of objectives=cosine,mse_n"),
+        (["objectives=mse", "objective.terms.barlow=1"], "name recipe among them"),
+        (["objectives=mse,cosine", "objective.stop_gradient=false"], "objective.stop_gradient is overridden"),
+        (["objectives=cosine,recipe"], "recipe is the same setting as cosine"),
     ],
 )
 def test_what_can_not_be_compared_is_refused_in_one_line(
@@ -230,6 +276,14 @@ def test_what_can_not_be_compared_is_refused_in_one_line(
     error = capsys.readouterr().err
     assert told in error
     assert error.count("\n") == 1
+
+
+def test_every_objective_is_tried_before_the_first_is_trained(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
+    """Random weights are tuned first, and the cosine fits."""
+    config = override(tiny_recipe, {"objective.horizons": 50})
+    with pytest.raises(UserError, match=r"^horizons: objective\.horizons=50 reaches beyond sequences of 7 places"):
+        objectives.objectives(config, Options(objectives=("cosine", "horizons"), seeds=(0,)), tmp_path / "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples_without_targets_are_refused_before_training(tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
@@ -262,10 +316,15 @@ def test_the_verdict_says_whether_pre_training_pays() -> None:
     random = [row(0.5 + each) | {"raw_tokens": 0.4} for each in noise]
     summary = summarise(rows, random, Options(objectives=("cosine", "good", "bad"), labels=(50,)))
     assert summary["ranking"] == ["good", "cosine", "bad"]
-    first = summary["verdict"][0]
-    assert first.startswith(
-        "Pre-training with good beats tuned random weights in fine-tuning on 50 labels a class by 20.3 ± "
+    assert summary["verdict"][0] == (
+        "Better than random weights? In the probe of the best layer yes (good); in fine-tuning on 50 labels a class "
+        "yes (good)."
     )
+    assert summary["verdict"][1].startswith(
+        "Pre-training with good beats random weights in the probe of the best layer by 20.3 ± "
+    )
+    tuned = "Pre-training with good beats tuned random weights in fine-tuning on 50 labels a class by 20.3 ± "
+    assert any(line.startswith(tuned) for line in summary["verdict"])
     assert summary["objectives"]["good"]["gain"]["probe"]["values"] == pytest.approx([0.2, 0.2, 0.21])
     assert {each["better"] for each in summary["against_random"]["probe"]} >= {"good"}
     assert all("cosine" in (each["better"], each["worse"]) for each in summary["against_cosine"]["probe"])
@@ -276,28 +335,47 @@ def test_the_verdict_says_whether_pre_training_pays() -> None:
     assert not any("cosine" in line for line in alone["verdict"])
 
 
+def test_the_headline_answers_for_the_probe_and_for_fine_tuning() -> None:
+    def pair(better: str, worse: str, p: float) -> Difference:
+        return Difference(better, worse, 0.03, 0.01, p, p, 0.02)
+
+    pays = {
+        "probe": [pair("InfoNCE", RANDOM, 0.01), pair("b", RANDOM, 0.02), pair(RANDOM, "c", 0.01)],
+        "probe_final": [pair("b", RANDOM, 0.01)],
+        "finetuned_10": [pair("b", RANDOM, 0.5), pair(RANDOM, "c", 0.06)],
+        "finetuned_all": [pair("b", RANDOM, 0.5), pair(RANDOM, "c", 0.01)],
+    }
+    assert objectives.sentences(pays, {}, seeds=3)[0] == (
+        "Better than random weights? In the probe of the best layer yes (InfoNCE, b); in fine-tuning on 10 labels a "
+        "class not beyond the noise; in fine-tuning on all labels no, worse (c)."
+    )
+
+
 def test_sentences_name_who_wins_who_loses_and_what_is_noise() -> None:
     def pair(better: str, worse: str, p: float) -> Difference:
         return Difference(better, worse, 0.031, 0.012, p, p, 0.02 + p)
 
     won = [pair("a", RANDOM, 0.01), pair("b", RANDOM, 0.02), pair(RANDOM, "c", 0.01), pair(RANDOM, "d", 0.5)]
-    needed = "With these seeds the first had to be about 3.0 points to be seen."
+    needed = (
+        "With these seeds the surest had to be about 3.0 points to be seen; once it is, less is asked of the others."
+    )
     assert against(won, RANDOM, "the probe", called=RANDOM) == (
         "Pre-training beats random weights in the probe with a by 3.1 ± 1.2 points, b by 3.1 ± 1.2 points. "
         "Pre-training with c does worse than random weights in the probe by 3.1 ± 1.2 points. "
         f"The other difference is within the noise. {needed}"
     )
     assert against(won[:1], RANDOM, "the probe", called=RANDOM) == (
-        f"Pre-training with a beats random weights in the probe by 3.1 ± 1.2 points. {needed}"
+        "Pre-training with a beats random weights in the probe by 3.1 ± 1.2 points. "
+        "With these seeds it had to be about 3.0 points to be seen."
     )
     noise = [*won[3:], pair("e", RANDOM, 0.6), pair("f", RANDOM, 0.7)]
     assert "The other 3 differences are within the noise." in against([*won[:2], *noise], RANDOM, "", called=RANDOM)
     assert against(noise, RANDOM, "the probe", called="them") == (
         "In the probe no objective differs from them by more than the noise; d, which differs most, is 3.1 ± 1.2 "
-        "points below, p = 0.50 after Holm's correction; differences below about 52.0 points can't be seen with these "
+        "points below, p = 0.5 after Holm's correction; differences below about 52.0 points can't be seen with these "
         "seeds."
     )
     assert against(noise[1:2], RANDOM, "the probe", called="them") == (
-        "In the probe e does not differ from them by more than the noise; it is 3.1 ± 1.2 points above, p = 0.60; "
+        "In the probe e does not differ from them by more than the noise; it is 3.1 ± 1.2 points above, p = 0.6; "
         "differences below about 62.0 points can't be seen with these seeds."
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import load_object, override
@@ -19,7 +20,7 @@ from recipes.bench import read_config
 from recipes.cli import main
 from recipes.finetune import finetune, short
 from recipes.objective_names import NAMED
-from recipes.pretrain import PretrainConfig, load_pretrained, pretrain
+from recipes.pretrain import PretrainConfig, build_pretrainer, load_pretrained, pretrain, try_batch
 from recipes.workload import network
 from tests.conftest import ROOT
 from tests.contract import check_modality
@@ -56,6 +57,30 @@ def test_pretrain_leaves_a_whole_run_folder(finished: Run) -> None:
     measured = [line for line in finished.metrics() if "effective_rank_embedding" in line]
     assert [line["step"] for line in measured] == [0, 5, 10, 12]
     assert all({"retrieval_top1", "copy_gap", "held_out_objective"} <= line.keys() for line in measured)
+
+
+def test_an_objective_that_does_not_fit_the_samples_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ['objective.terms={"horizons":1}', "objective.horizons=50"]
+    assert main(["pretrain", "tests.tiny:recipe", *changes, f"out={tmp_path / 'run'}"]) == 2
+    assert "objective.horizons=50 reaches beyond sequences of 7 places" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_batch_is_tried_without_a_trace(tiny_recipe: PretrainConfig) -> None:
+    """Torn samples at the start are passed over; random numbers and the network stay as they were."""
+    mixture = {"projected_mse": 1.0, "sigreg_tokens": 20.0}  # draws directions
+    changes = {"data.jitter": 0.3, "objective.stop_gradient": False, "objective.terms": mixture}
+    config = override(tiny_recipe, changes | {"data.unreadable": tuple(range(20))})
+    model = build_pretrainer(config)
+    before, weights = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    try_batch(config, model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    with pytest.raises(UserError, match="none of the first 1024 training samples can be read: sample 0: torn"):
+        try_batch(override(config, {"data.unreadable": tuple(range(48))}), model)
 
 
 def test_a_finished_run_is_not_trained_again(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
