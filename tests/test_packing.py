@@ -128,6 +128,15 @@ def test_rows_hold_every_real_token_once_and_in_order() -> None:
     assert pack_rows(torch.zeros(2, 5, dtype=torch.bool)).owner.shape == (1, 1)
 
 
+def test_rows_of_unequal_lengths_hold_far_less_padding() -> None:
+    """What packing saves at lengths of 4 to 60, whatever the machine: the places that are computed."""
+    lengths = torch.randint(4, 61, (64, 1), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(int(lengths.max())) < lengths
+    packed = pack_rows(mask).owner
+    assert mask.numel() / packed.numel() > 1.7
+    assert int(mask.sum()) / packed.numel() > 0.95
+
+
 def test_a_recipe_is_packed_by_one_key() -> None:
     padded, packed = (override(tiny.ragged(), {"model.pack": pack}) for pack in (False, True))
     samples = padded.data.dataset("train")
@@ -147,7 +156,8 @@ def test_bench_measures_packing_against_padding() -> None:
     config = override(tiny.ragged(), {"data.tokens": 40, "train.batch": 32, "model.drop_path": 0.2})
     figures = bench.against_padding(config, bench.Options(repeats=2), ranks)
     assert 40 < figures["real tokens %"] < 70
-    assert figures["packed / padded rows, real tokens/s"] > 0
+    rate = "packed / padded rows, real tokens/s"
+    assert figures[f"{rate}, lowest"] <= figures[rate] <= figures[f"{rate}, highest"]
     assert abs(figures["packed - padded rows, loss"]) < 1e-5
     with pytest.raises(UserError, match="no token of a batch is padding here"):
         bench.against_padding(tiny.recipe(), bench.Options(), ranks)
