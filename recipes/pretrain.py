@@ -222,7 +222,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     if (finished := opened(config, run, ranks)) is not None:
         return finished
     check_samples(config, ranks.size)
-    if has_own_order(config):
+    if getattr(config.data, "patch_order", "raster") != "raster":  # before there is a folder
         try_order(config)
     model = build_pretrainer(config).to(ranks.device)
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -257,6 +258,15 @@ def test_padding_makes_no_other_order_of_a_shared_one() -> None:
     tokens = Tokens(values, patch_centres(3, 3), mask)
     assert have_one_order([tokens.reordered(data.order(tokens))])
     assert not have_one_order([tokens.reordered(order) for order in (torch.arange(9), torch.arange(9).flip(0))])
+
+
+def test_an_order_that_does_not_fit_leaves_no_folder_behind(tmp_path: Path) -> None:
+    np.save(tmp_path / "short.npy", np.arange(5))
+    for name in (str(tmp_path / "short.npy"), "tests.test_predict_position:patterns"):
+        config = patterns(data__patch_order=name)
+        with pytest.raises(UserError, match=f"patch_order={name} "):
+            pretrain(config, Run(tmp_path / "run"), World(0, 1, CPU), show=False)
+        assert not (tmp_path / "run").exists()
 
 
 # ---- training
