@@ -275,7 +275,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         "metric": first["metric"],
         "labels": ["all" if labels is None else labels for labels in options.labels],
         "finetune_steps": options.finetune_steps,
-        "verdict": sentences,
+        "verdict": list(dict.fromkeys(sentences)),  # of too few seeds every test says the same
         "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
         "raw_tokens": first["raw_tokens"],
         "orders": {
