@@ -9,6 +9,8 @@ either form, named by its import path: `data.patch_order=my_orders:by_saliency`;
 from __future__ import annotations
 
 import hashlib
+import traceback
+import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
@@ -54,10 +56,11 @@ def known_order(name: str) -> str:
 
     Raises:
         ValueError: no built-in order has that name.
-        UserError: a function of the user's does not exist, or a file.
+        UserError: a function of the user's does not exist or is none, or a file does not exist.
     """
     if ":" in name:
-        load_object(name)
+        if not callable(found := load_object(name)):
+            raise UserError(f"patch_order={name} is no function of (tokens, grid) but of type {type(found).__name__}")
     elif _is_file(name):
         if not Path(name).expanduser().is_file():
             raise UserError(f"patch_order={name}: there is no such file here")
@@ -142,7 +145,7 @@ def read_order(
         last: one between two real tokens would cost the pair.
 
     Raises:
-        UserError: an order of the user's is no permutation of the tokens.
+        UserError: an order of the user's is no permutation of the tokens, or its function fails.
     """
     if cell is not None:
         if is_static(name):
@@ -153,7 +156,7 @@ def read_order(
     if name == "raster" or (name == "random_annealed" and progress is None):
         return None
     if ":" in name:
-        return _checked(load_object(name)(tokens, grid), f"patch_order={name}", grid, len(tokens.values))
+        return _checked(_called(name, tokens, grid), f"patch_order={name}", grid, len(tokens.values))
     if name not in DRAWN:
         return grid_order(name, grid, seed)
     if progress is None:
@@ -265,9 +268,30 @@ def _is_file(name: str) -> bool:
 def _read(name: str) -> Tensor:
     path = Path(name).expanduser()
     try:
-        return torch.as_tensor(np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1))
-    except (OSError, ValueError, TypeError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of an empty file: its shape is refused
+            found = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
+        return torch.as_tensor(found)
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise UserError(f"patch_order={name} can't be read as a list of whole numbers: {error}") from error
+
+
+def _called(name: str, tokens: Tokens, grid: Grid) -> object:
+    """What a function of the user's gives.
+
+    Raises:
+        UserError: it fails; the line names the place in it.
+    """
+    function = load_object(name)
+    try:
+        return function(tokens, grid)
+    except UserError:
+        raise
+    except Exception as error:
+        inside = traceback.extract_tb(error.__traceback__)[1:2]  # nothing where the call itself did not fit
+        where = "".join(f", line {each.lineno} of {Path(each.filename).name}" for each in inside)
+        raise UserError(
+            f"patch_order={name} called with (tokens, grid) fails{where}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _checked(order: object, name: str, grid: Grid, samples: int | None = None) -> Tensor:
@@ -278,8 +302,11 @@ def _checked(order: object, name: str, grid: Grid, samples: int | None = None) -
     """
     count = int(np.prod(grid))
     wanted = f"[{count}]" if samples is None else f"[{count}] or [{samples}, {count}]"
-    if not isinstance(order, Tensor) or order.is_floating_point() or order.is_complex():
+    if not isinstance(order, Tensor):
         raise UserError(f"{name} gives {type(order).__name__}, not a tensor of whole numbers: make it {wanted}")
+    if order.is_floating_point() or order.is_complex():
+        kind = str(order.dtype).removeprefix("torch.")
+        raise UserError(f"{name} gives numbers of type {kind}, not whole ones: make it {wanted} of int64")
     if order.shape not in ((count,), (samples, count)):
         raise UserError(f"{name} gives the shape {list(order.shape)} on the grid {grid}: make it {wanted}")
     order = order.detach().long()

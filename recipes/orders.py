@@ -71,6 +71,9 @@ DEFAULT = (
 )
 """Orders that are compared where none are named."""
 
+SEEDED = ("random", "random_per_sample")
+"""Those that `data.order_seed` changes; what random_annealed draws hangs on the seed of the run alone."""
+
 RANDOM = "random weights"
 """What the same network without pre-training is called in the tests."""
 
@@ -168,14 +171,19 @@ def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> 
     """The recipe under an order: a name, NAME:SEED, module:function or a file.
 
     Raises:
-        UserError: there is no such order, or the adapter takes none.
+        UserError: there is no such order, it hangs on no seed, or the adapter takes none.
     """
     if "patch_order" not in type(config.data).model_fields:
         raise UserError(f"{type(config.data).__name__} takes no data.patch_order, so its orders can't be compared")
     base, _, seed = name.rpartition(":")
-    drawn = {"data.patch_order": base, "data.order_seed": int(seed)} if seed.isdigit() else {"data.patch_order": name}
+    if base in SEEDED and not seed.isdecimal():
+        raise UserError(f"orders={name}: {seed!r} is no seed, which is a whole number from 0, such as {base}:1")
+    drawn = {"data.patch_order": base, "data.order_seed": int(seed)} if seed.isdecimal() else {"data.patch_order": name}
     told = {} if predict_position is None else {"model.predict_position": predict_position}
-    return override(config, drawn | told)
+    changed = override(config, drawn | told)
+    if seed.isdecimal() and base not in SEEDED:
+        raise UserError(f"orders={name}: {base} hangs on no seed (those that do are {', '.join(SEEDED)}); name {base}")
+    return changed
 
 
 def variant_of(config: PretrainConfig, name: str, predict_position: str | None) -> Variant:
@@ -268,7 +276,7 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         "metric": first["metric"],
         "labels": ["all" if labels is None else labels for labels in options.labels],
         "finetune_steps": options.finetune_steps,
-        "verdict": sentences,
+        "verdict": list(dict.fromkeys(sentences)),  # of too few seeds every test says the same
         "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
         "raw_tokens": first["raw_tokens"],
         "orders": {

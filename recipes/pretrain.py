@@ -44,9 +44,9 @@ RANK = "effective_rank_embedding"
 
 
 UNKNOWN_TARGET = (
-    "an order of each sample's own needs model.predict_position=add (or rotate): without it the network can't know "
-    "which patch comes next, so the best prediction is close to the mean embedding; objective.unknown_target=true "
-    "trains it all the same"
+    "an order that differs between samples or batches needs model.predict_position=add (or rotate): without it the "
+    "network can't know which patch comes next, so the best prediction is close to the mean embedding; "
+    "objective.unknown_target=true trains it all the same"
 )
 
 
@@ -165,17 +165,35 @@ def try_order(config: PretrainConfig) -> None:
     """Read a few training samples as they will be read, before hours of training.
 
     Raises:
-        UserError: the order does not fit the tokens, or is a function of the user's that gives each sample another one
-            where the network is not told which token comes next. Neither is known before the function is called.
+        UserError: the order does not fit the tokens, or is a function of the user's that gives samples or batches
+            different ones where the network is not told which token comes next. Neither is known before it is called.
     """
     told = config.model.predict_position != "off" or not config.objective.shift or config.objective.unknown_target
-    tokens = config.data.at(0.0).read(_first_samples(config, 8, torch.device("cpu")))
-    if told or not has_own_order(config) or tokens.order is None or tokens.order.ndim == 1:
-        return
-    mask = torch.ones_like(tokens.order) if tokens.mask is None else tokens.mask
-    alike = (mask == mask[0]).all(1)  # where padding lies elsewhere, a shared order is read differently, too
-    if (tokens.order != tokens.order[0]).any(1)[alike].any():
+    data = config.data.at(0.0)
+    batch = _first_samples(config, 8, torch.device("cpu"))
+    reads = []
+    for seed, part in enumerate([batch, batch, {key: value[:1] for key, value in batch.items()}]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            reads.append(data.read(part))
+    if not told and has_own_order(config) and not have_one_order(reads):
         raise UserError(UNKNOWN_TARGET)
+
+
+def have_one_order(reads: list[Tokens]) -> bool:
+    """Whether all samples of all batches are read in the same order.
+
+    Samples with padding elsewhere than that of the first are left out: a shared order, too, is read differently there.
+    """
+    reads = [each for each in reads if each.values.shape[1] == reads[0].values.shape[1]]
+    shapes = [each.values.shape[:2] for each in reads]
+    masks = [torch.ones(shape) if each.mask is None else each.mask for each, shape in zip(reads, shapes, strict=True)]
+    orders = [
+        (torch.arange(shape[1]) if each.order is None else each.order).expand(shape)
+        for each, shape in zip(reads, shapes, strict=True)
+    ]
+    mask, order = torch.cat(masks), torch.cat(orders)
+    return bool((order == order[0]).all(1)[(mask == mask[0]).all(1)].all())
 
 
 def try_batch(config: PretrainConfig, model: NEPA) -> None:

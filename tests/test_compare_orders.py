@@ -26,7 +26,7 @@ from recipes.goals import Classification
 from recipes.maps import grid_positions, neighbour_share
 from recipes.measures import Some, few_labels
 from recipes.orders import MeasureOptions, Options, ordered
-from recipes.orders_report import head_curves, seen_figures
+from recipes.orders_report import accuracy_figure, head_curves, seen_figures
 from recipes.pretrain import PretrainConfig
 from recipes.vision import digits_2x2
 from tests.conftest import ROOT
@@ -145,6 +145,16 @@ def test_an_order_is_a_name_a_seed_or_a_function() -> None:
         ordered(digits_2x2(), "hilbrt", None)
 
 
+@pytest.mark.parametrize("base", ["hilbert", "random_annealed", "tests.test_compare_orders:backwards"])
+def test_a_seed_is_for_orders_that_hang_on_one(base: str) -> None:
+    with pytest.raises(UserError, match=f"^orders={base}:2: {base} hangs on no seed .*; name {base}$"):
+        ordered(digits_2x2(), f"{base}:2", "add")
+    for seed in ("x", "-1", ""):
+        with pytest.raises(UserError, match=f"^orders=random:{seed}: '{seed}' is no seed, .* such as random:1$"):
+            ordered(digits_2x2(), f"random:{seed}", None)
+    assert ordered(digits_2x2(), "random_per_sample:2", "add").data.order_seed == 2  # type: ignore[attr-defined]
+
+
 def test_every_order_is_told_the_same_of_the_next_position() -> None:
     with pytest.raises(UserError, match="needs model"):
         ordered(digits_2x2(), "random_per_sample", None)
@@ -223,6 +233,19 @@ def test_the_summary_ranks_by_accuracy_and_names_what_is_real() -> None:
     assert summary["verdict"][3].startswith("No difference between orders in fine-tuning on 50 labels a class")
     worse = "worse than random weights in fine-tuning on 50 labels a class under low, high."
     assert worse in summary["verdict"][4], "told also where it speaks against pre-training"
+
+
+def test_of_one_seed_the_page_says_once_that_nothing_is_told_and_speaks_of_no_interval() -> None:
+    row = {
+        "metric": "accuracy", "raw_tokens": 0.9, "probe_row": "layer 1, mean", "order": {}, "attention": {},
+        "layers": {}, "loss_per_position": {}, "probe": 0.5, "probe_random": 0.4, "finetuned_50": 0.6,
+        "finetuned_50_random": 0.5,
+    }  # fmt: skip
+    for count, once, drawn in ((1, "With one seed", "one seed."), (2, "With 2 seeds", "interval over 2 seeds")):
+        rows = {name: [row] * count for name in ("raster", "snake")}
+        summary = orders.summarise(rows, Options(labels=(50,), seeds=tuple(range(count))))
+        assert sum(sentence.startswith(once) for sentence in summary["verdict"]) == 1
+        assert drawn in accuracy_figure(rows, summary).caption
 
 
 def test_few_labels_are_so_many_of_every_class_and_the_same_for_every_variant() -> None:

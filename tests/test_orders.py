@@ -258,6 +258,18 @@ def fractions(tokens: Tokens, grid: Grid) -> Tensor:
     return torch.rand(math.prod(grid))
 
 
+def an_array(tokens: Tokens, grid: Grid) -> object:
+    return np.arange(math.prod(grid))
+
+
+def of_tokens_alone(tokens: Tokens) -> Tensor:
+    return torch.arange(tokens.values.shape[1])
+
+
+def failing(tokens: Tokens, grid: Grid) -> Tensor:
+    return torch.arange(16)[tokens.values.shape[1] + 1]
+
+
 def test_an_order_of_ones_own_is_a_function_of_the_tokens() -> None:
     tokens = tokens_of((4, 4))
     order = drawn("tests.test_orders:by_saliency", tokens, (4, 4), None)
@@ -269,7 +281,10 @@ def test_an_order_of_ones_own_is_a_function_of_the_tokens() -> None:
     [
         ("doubled", "is not a permutation: it must name each of 0 to 15 once"),
         ("short", r"gives the shape \[3\] on the grid \(4, 4\): make it \[16\] or \[3, 16\]"),
-        ("fractions", "not a tensor of whole numbers"),
+        ("fractions", r"gives numbers of type float32, not whole ones: make it \[16\] or \[3, 16\] of int64"),
+        ("an_array", "gives ndarray, not a tensor of whole numbers"),
+        ("of_tokens_alone", r"called with \(tokens, grid\) fails: TypeError: .*takes 1 positional argument but 2"),
+        ("failing", r"called with \(tokens, grid\) fails, line \d+ of test_orders.py: IndexError: index 17 is out"),
     ],
 )
 def test_what_is_wrong_with_it_is_one_line_with_its_name(name: str, words: str) -> None:
@@ -280,6 +295,13 @@ def test_what_is_wrong_with_it_is_one_line_with_its_name(name: str, words: str) 
 def test_a_function_that_does_not_exist_is_named() -> None:
     with pytest.raises(UserError, match="did you mean by_saliency"):
         override(digits_2x2(), {"data.patch_order": "tests.test_orders:by_salience"})
+
+
+def test_what_is_no_function_is_told_where_it_is_named() -> None:
+    with pytest.raises(
+        UserError, match=r"patch_order=tests.test_orders:STATIC is no function of \(tokens, grid\) but of"
+    ):
+        override(digits_2x2(), {"data.patch_order": "tests.test_orders:STATIC"})
 
 
 def test_a_permutation_may_come_from_a_file(tmp_path: Path) -> None:
@@ -295,6 +317,19 @@ def test_a_permutation_may_come_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("first second")
     with pytest.raises(UserError, match="can't be read as a list of whole numbers"):
         grid_order(str(tmp_path / "words.txt"), (1, 2))
+    np.save(tmp_path / "float.npy", np.arange(4.0))
+    with pytest.raises(
+        UserError, match=r"float.npy gives numbers of type float64, not whole ones: make it \[4\] of int64"
+    ):
+        grid_order(str(tmp_path / "float.npy"), (2, 2))
+
+
+@pytest.mark.parametrize(("name", "words"), [("none.npy", "can't be read as a list"), ("none.txt", r"the shape \[0\]")])
+def test_an_empty_file_is_one_line(name: str, words: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=f"{name} .*{words}"):
+        grid_order(str(tmp_path / name), (2, 2))
+    assert not recwarn.list
 
 
 # ---- measures

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from modalities.image import Images, patch_centres
-from modalities.orders import Ordered
+from modalities.orders import Ordered, padding_behind
 from nepa_core import NEPA, PredictorConfig, Tokens
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
@@ -25,7 +26,7 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted, StepFunction
 from nepa_core.runtime.run import Run
 from recipes.presets import small
-from recipes.pretrain import PretrainConfig, make_step, pretrain, try_order
+from recipes.pretrain import PretrainConfig, have_one_order, make_step, pretrain, try_order
 from recipes.vision import digits_2x2
 from tests.tiny import CPU, SHAPE, training
 
@@ -220,6 +221,52 @@ def test_so_does_a_function_of_ones_own_that_gives_each_sample_another() -> None
     try_order(override(digits_2x2(), changes | {"model.predict_position": "add"}))
     try_order(override(digits_2x2(), changes | {"objective.unknown_target": True}))
     try_order(override(digits_2x2(), {"data.patch_order": "tests.test_predict_position:backwards"}))
+
+
+def drawn_for_all(tokens: Tokens, grid: tuple[int, ...]) -> Tensor:
+    return torch.randperm(tokens.values.shape[1])
+
+
+def drawn_aside(tokens: Tokens, grid: tuple[int, ...]) -> Tensor:
+    """Leaves torch's global generator where it was, so that a second call alone shows nothing."""
+    with torch.random.fork_rng(devices=[]):
+        return torch.randperm(tokens.values.shape[1])
+
+
+def by_contrast_of_the_batch(tokens: Tokens, grid: tuple[int, ...]) -> Tensor:
+    return tokens.values.var(-1).mean(0).argsort(descending=True)
+
+
+@pytest.mark.parametrize("name", ["drawn_for_all", "drawn_aside", "by_contrast_of_the_batch"])
+def test_so_does_one_that_all_samples_of_a_batch_share_but_not_those_of_the_next(name: str) -> None:
+    changes = {"data.patch_order": f"tests.test_predict_position:{name}"}
+    state = torch.get_rng_state()
+    with pytest.raises(UserError, match=r"differs between samples or batches needs model\.predict_position=add"):
+        try_order(override(digits_2x2(), changes))
+    try_order(override(digits_2x2(), changes | {"model.predict_position": "add"}))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def backwards_but_for_padding(tokens: Tokens, grid: tuple[int, ...]) -> Tensor:
+    assert tokens.mask is not None
+    return padding_behind(torch.arange(tokens.values.shape[1]).flip(0), tokens.mask)  # type: ignore[return-value]
+
+
+def test_padding_makes_no_other_order_of_a_shared_one() -> None:
+    data = Patterns(patch_order="tests.test_predict_position:backwards_but_for_padding")
+    values, mask = torch.randn(3, 9, 8), torch.arange(9) < torch.tensor([[9], [5], [9]])
+    tokens = Tokens(values, patch_centres(3, 3), mask)
+    assert have_one_order([tokens.reordered(data.order(tokens))])
+    assert not have_one_order([tokens.reordered(order) for order in (torch.arange(9), torch.arange(9).flip(0))])
+
+
+def test_an_order_that_does_not_fit_leaves_no_folder_behind(tmp_path: Path) -> None:
+    np.save(tmp_path / "short.npy", np.arange(5))
+    for name in (str(tmp_path / "short.npy"), "tests.test_predict_position:patterns"):
+        config = patterns(data__patch_order=name)
+        with pytest.raises(UserError, match=f"patch_order={name} "):
+            pretrain(config, Run(tmp_path / "run"), World(0, 1, CPU), show=False)
+        assert not (tmp_path / "run").exists()
 
 
 # ---- training
