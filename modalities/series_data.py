@@ -49,13 +49,18 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
 
     Raises:
         UserError: naming file, row (the first below the head is 1) and column: the file can't be read; a column is
-            unknown or holds text or infinities; there is none; time stamps are missing, repeated or out of order.
+            unknown, has the name of another, or holds text or infinities; there is none; time stamps are missing,
+            repeated or out of order.
     """
     schema = _schema(path)
     time = _time_column(path, schema, time, columns)
     names = tuple(columns or (name for name in schema.names if name != time))
     if not names:
         raise UserError(f"{path}: no numeric column; a series needs at least one beside its time stamps")
+    for name in (*names, *((time,) if time else ())):
+        count = schema.names.count(name)
+        if count > 1:
+            raise UserError(f"{path}: {count} columns are called {name!r}; rename them, or name others by data.columns")
     kinds = {name: pa.float32() for name in names}
     rows, chunks, last = 0, deque[np.ndarray](), None
     for batch in _batches(path, schema, kinds, time):

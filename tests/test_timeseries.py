@@ -76,6 +76,8 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
         ("date,a\n2020-01-02,1\n,2\n", "row 2 has no time stamp in column 'date'"),
         ("when,a\nfoo,1\nbar,2\n", "column 'when' holds text such as 'foo'"),
         ("date,a\n2020-01-02,1,2\n", "Expected 2 columns, got 3"),
+        ("date,a,b,a\n2020-01-02,1,2,3\n", "2 columns are called 'a'; rename them"),
+        ("date,date,a\n2020-01-02,2020-01-02,3\n", "2 columns are called 'date'; rename them"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_line_with_file_and_row(tmp_path: Path, text: str, message: str) -> None:
@@ -86,6 +88,12 @@ def test_what_is_wrong_with_a_table_is_one_line_with_file_and_row(tmp_path: Path
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_columns_of_one_name_do_no_harm_where_others_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "twice.csv"
+    path.write_text("date,a,b,a\n2020-01-02,1,2,3\n")
+    assert read_table(str(path), columns=("b",)).values.tolist() == [[2]]
 
 
 def test_time_stamps_are_compared_over_the_borders_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
