@@ -21,6 +21,7 @@ from nepa_core.basics import UserError
 
 BLOCK = 1 << 19  # bytes of CSV parsed at a time
 _TIMES = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time)
+TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
 
 
 class Table(NamedTuple):
@@ -43,8 +44,8 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
     Held at once: the float32 values and a block of the file.
 
     Args:
-        time: name of the column of time stamps. Default: the only one that is no number, or the only one that
-            holds time stamps; none, where all are numbers.
+        time: name of the column of time stamps. Default: the only one that holds dates or times, else the only one
+            called as `TIME_NAMES` has it, whatever its case, else the only one that is no number; or none.
         columns: names of the channels. Default: every other column.
 
     Raises:
@@ -103,10 +104,11 @@ def _time_column(path: str, schema: pa.Schema, time: str | None, columns: Sequen
             raise UserError(f"{path}: no column {name!r} (data.{key}); it has {', '.join(schema.names)}")
     if time is not None:
         return time
-    others = [field for field in schema if field.name not in (columns or ()) and not _is_number(field.type)]
-    stamps = [field for field in others if any(is_kind(field.type) for is_kind in _TIMES)]
-    found = others if len(others) == 1 else stamps
-    return found[0].name if len(found) == 1 else None
+    others = [field for field in schema if field.name not in (columns or ())]
+    stamps = [field.name for field in others if any(is_kind(field.type) for is_kind in _TIMES)]
+    called = [field.name for field in others if field.name.lower() in TIME_NAMES]
+    words = [field.name for field in others if not _is_number(field.type)]
+    return next((found[0] for found in (stamps, called, words) if len(found) == 1), None)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -169,8 +171,9 @@ def _numbers(path: str, name: str, column: pa.Array, before: int) -> np.ndarray:
 
 def _check_times(path: str, name: str, column: pa.Array, before: int, last: Any) -> Any:
     """See that a block's time stamps rise, also from the `last` one of the block above; returns its own last."""
-    if column.null_count:
-        row = before + 1 + column.is_null().index(pa.scalar(True)).as_py()
+    absent = column.is_null(nan_is_null=True).index(pa.scalar(True)).as_py()
+    if absent >= 0:
+        row = before + 1 + absent
         raise UserError(f"{path}: row {row} has no time stamp in column {name!r}; fill it in")
     if not _is_number(column.type) and not any(is_kind(column.type) for is_kind in _TIMES):
         raise UserError(
@@ -184,7 +187,8 @@ def _check_times(path: str, name: str, column: pa.Array, before: int, last: Any)
         row = before + place + (2 if last is None else 1)
         what = "repeats the time stamp of" if whole[place + 1] == whole[place] else "is earlier than"
         raise UserError(
-            f"{path}: row {row} ({whole[place + 1].as_py()}) {what} the row above; sort the rows by {name!r}"
+            f"{path}: row {row} ({whole[place + 1].as_py()}) {what} the row above; sort the rows by {name!r}, or name "
+            "other columns by data.time and data.columns"
         )
     return column[-1].as_py()
 

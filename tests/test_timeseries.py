@@ -77,6 +77,8 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
         ("when,a\nfoo,1\nbar,2\n", "column 'when' holds text such as 'foo'"),
         ("date,a\n2020-01-02,1,2\n", "Expected 2 columns, got 3"),
         ("date,a,b,a\n2020-01-02,1,2,3\n", "2 columns are called 'a'; rename them"),
+        ("timestamp,a\n1600003600,1\n1600000000,2\n", "row 2 (1600000000) is earlier than the row above"),
+        ("DS,station,a\n2,x,1\n3,x,2\n", "row 1 of column 'station' is 'x', which is no number"),
         ("date,date,a\n2020-01-02,2020-01-02,3\n", "2 columns are called 'date'; rename them"),
     ],
 )
@@ -88,6 +90,18 @@ def test_what_is_wrong_with_a_table_is_one_line_with_file_and_row(tmp_path: Path
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_are_time_stamps_by_their_name_and_a_channel_where_they_are_named_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "unix.csv"
+    path.write_text("Time,x\n1600000000,1\n1600003600,2\n")
+    assert read_table(str(path)).columns == ("x",)
+    assert read_table(str(path), columns=("Time", "x")).columns == ("Time", "x")
+    path.write_text("date,time,x\n2020-01-01,23,1\n2020-01-02,0,2\n")
+    assert read_table(str(path)).columns == ("time", "x"), "dates tell the time, the hour is a channel"
+    pa.parquet.write_table(pa.table({"time": [1.0, math.nan], "x": [1.0, 2.0]}), tmp_path / "unix.parquet")
+    with pytest.raises(UserError, match="row 2 has no time stamp in column 'time'"):
+        read_table(str(tmp_path / "unix.parquet"))
 
 
 def test_columns_of_one_name_do_no_harm_where_others_are_read(tmp_path: Path) -> None:
