@@ -8,12 +8,20 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,6 +29,7 @@ from modalities.orders import Ordered
 from modalities.series_data import LabelledSeries, read_labelled, read_table
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.runtime.config import listed
 
 SPLITS = ("train", "validation", "test")
 VAR_ROWS = 24_000
@@ -59,7 +68,7 @@ class TimeSeries(Ordered, Modality):
     channels: Literal["independent", "mixing"]
     root: str | None = None
     time: str | None = None
-    columns: tuple[str, ...] | None = None
+    columns: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(listed)] = None
     stride: PositiveInt = 1
     normalise: Literal["none", "window"] = "none"
     parts: tuple[PositiveInt, NonNegativeInt, PositiveInt] | tuple[PositiveFloat, NonNegativeFloat, PositiveFloat]
@@ -77,6 +86,10 @@ class TimeSeries(Ordered, Modality):
             raise ValueError(f"data.window={self.window} holds one token: make data.patch smaller")
         if self.source != "var" and self.root is None:
             raise ValueError(f"data.source={self.source} needs data.root=PATH")
+        names = (*(self.columns or ()), self.time)
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} stands twice in data.columns (and data.time); name each column once")
         if not all(isinstance(part, int) for part in self.parts) and sum(self.parts) > 1 + 1e-6:
             raise ValueError(f"data.parts={self.parts} are shares that sum to more than 1")
         return self

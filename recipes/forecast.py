@@ -30,7 +30,7 @@ from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.checkpoint import disk_errors
-from nepa_core.runtime.config import differences
+from nepa_core.runtime.config import differences, listed
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes.features import weights_digest
@@ -48,7 +48,7 @@ from recipes.forecasters import (
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.probe import FREE
 from recipes.significance import spread
-from recipes.targets import is_run, listed
+from recipes.targets import is_run
 from recipes.training import provenance
 
 SEED_KEYS = ("recipe", "train.seed", "train.workers", "data.root")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modalities.series_data import read_labelled, read_table
 from modalities.timeseries import TimeSeries, Windows, _autoregression, _series, _transition
 from nepa_core.basics import UserError
-from nepa_core.runtime.config import override, validated
+from nepa_core.runtime.config import override, parse_assignments, validated
 from recipes import card
 from recipes.pretrain import best_possible, build_model
 from recipes.timeseries import demo
@@ -131,6 +131,9 @@ def test_time_stamps_are_compared_over_the_borders_of_blocks(tmp_path: Path, mon
         ({"parts": (100, 20, 40)}, "has 120 rows, data.parts=(100, 20, 40) want 160"),
         ({"parts": (0.8, 0.2, 0.2)}, "sum to more than 1"),
         ({"root": "nowhere.csv"}, "nowhere.csv: no such file"),
+        ({"columns": []}, "data.columns=[]: name at least one"),
+        ({"columns": ["a", "a"]}, "'a' stands twice in data.columns"),
+        ({"columns": ["a", "b"], "time": "b"}, "'b' stands twice in data.columns (and data.time)"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -138,6 +141,14 @@ def test_a_setting_that_does_not_fit_is_named(tmp_path: Path, settings: dict[str
     with pytest.raises(UserError) as caught:
         adapter(**{"root": root, "parts": (80, 20, 20), **settings}).dataset("test")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["[a,b]", "a,b", '["a","b"]'])
+def test_columns_are_named_with_and_without_brackets_and_quotes(tmp_path: Path, word: str) -> None:
+    root = write_csv(tmp_path, walk(columns=3))
+    given = parse_assignments([f"data.columns={word}"])
+    assert adapter(root, columns=given["data.columns"]).channel_count() == 2
+    assert adapter(root, columns="b").channel_count() == 1
 
 
 def test_splits_do_not_reach_over_borders_and_statistics_are_those_of_training(tmp_path: Path) -> None:
