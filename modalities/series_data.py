@@ -32,10 +32,11 @@ class Table(NamedTuple):
 
 
 class LabelledSeries(NamedTuple):
-    """Series with a class each: values [S, T, C] float32 (NaN after the end of a shorter one), labels [S]."""
+    """Series with a label each: values [S, T, C] float32 (NaN after the end of a shorter one); S names of classes, or
+    numbers to predict."""
 
     values: np.ndarray
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | tuple[float, ...]
 
 
 def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | None = None) -> Table:
@@ -197,7 +198,8 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
     """Read `*_TRAIN` or `*_TEST` (.tsv of the UCR archive, .ts of the UEA archive) in a folder.
 
     A .tsv row is a label and the values. A .ts row is one list of values a dimension, and the label, with colons
-    between them. "?", "NaN" and an empty field are missing values.
+    between them. "?", "NaN" and an empty field are missing values. Labels are classes; they are numbers to predict
+    behind "@targetLabel true" in a .ts, and in a .tsv that has numbers alone, not all of them whole.
 
     Raises:
         UserError: naming file and row: there is not one such file, or a row does not fit.
@@ -211,12 +213,14 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
     series, labels = [], []
-    data = path.suffix == ".tsv"
+    data, regression = path.suffix == ".tsv", False
     for row, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         if line.startswith("@"):
-            data |= line.strip().lower() == "@data"
+            words = line.lower().split()
+            data |= words == ["@data"]
+            regression |= words == ["@targetlabel", "true"]
             continue
         if not data:
             raise UserError(f"{path}: row {row} comes before @data")
@@ -227,7 +231,9 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
             *parts, label = line.strip().split(":")
             dimensions = [part.split(",") for part in parts]
         series.append([_floats(f"{path}: row {row}", fields) for fields in dimensions])
-        labels.append(_label(label))
+        labels.append(label.strip())
+        if regression and _number(label) is None:
+            raise UserError(f"{path}: row {row} is labelled {label.strip()!r}, which is no finite number to predict")
         if len(series[-1]) != len(series[0]) or not series[-1]:
             raise UserError(f"{path}: row {row} has {len(series[-1])} dimensions, the first has {len(series[0])}")
     if not series:
@@ -237,7 +243,7 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
     for i, sample in enumerate(series):
         for c, channel in enumerate(sample):
             values[i, : len(channel), c] = channel
-    return LabelledSeries(values, tuple(labels))
+    return LabelledSeries(values, _labels(labels, regression=None if path.suffix == ".tsv" else regression))
 
 
 def _floats(where: str, fields: Sequence[str]) -> np.ndarray:
@@ -252,9 +258,25 @@ def _floats(where: str, fields: Sequence[str]) -> np.ndarray:
     return values[: real[-1] + 1] if len(real) else values[:0]
 
 
-def _label(text: str) -> str:
+def _labels(texts: Sequence[str], *, regression: bool | None) -> tuple[str, ...] | tuple[float, ...]:
+    """Names of classes, or numbers to predict; None leaves it to whether all are numbers and one has a fraction."""
+    numbers = tuple(number for number in map(_number, texts) if number is not None)
+    if regression is None:
+        regression = len(numbers) == len(texts) and not all(number.is_integer() for number in numbers)
+    return numbers if regression else tuple(map(_class, texts))
+
+
+def _number(text: str) -> float | None:
+    """What the text says, where float32 holds it and it is finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) <= np.finfo(np.float32).max else None
+
+
+def _class(text: str) -> str:
     """ "1.0" and "1" are one class."""
-    text = text.strip()
     whole = text.removesuffix(".0")
     return str(int(whole)) if whole.lstrip("+-").isdecimal() else text
 

@@ -171,7 +171,7 @@ class TimeSeries(Ordered, Modality):
         return int(_series(self).values.shape[-1])
 
     def classes(self) -> tuple[str, ...] | None:
-        """The labels that occur, numbers in their order."""
+        """The labels that occur in training, numbers in their order; None where they are numbers to predict."""
         return _classes(str(self.root)) if self.source == "labelled" else None
 
     def describe(self, tokens: Tokens) -> Sketch:
@@ -280,7 +280,8 @@ class Windows(Dataset[Batch]):
 
 
 class Labelled(Dataset[Batch]):
-    """Samples {"series": [L, C], "label": int64} with "observed" [L, C] bool where any of the set has an end or gap."""
+    """Samples {"series": [L, C], "label": int64 (class) or float32 (number to predict)}, with "observed" [L, C] bool
+    where any of the set has an end or gap."""
 
     def __init__(self, values: Tensor, labels: Tensor, *, gaps: bool) -> None:
         self.values, self.labels, self.gaps = values, labels, gaps
@@ -358,10 +359,19 @@ def _labelled(root: str, split: str) -> LabelledSeries:
     return read_labelled(root, split)
 
 
-def _classes(root: str) -> tuple[str, ...]:
-    found = {label for split in ("train", "test") for label in _labelled(root, split).labels}
-    numbers = all(label.lstrip("+-").isdecimal() for label in found)
-    return tuple(sorted(found, key=int if numbers else None))
+def _classes(root: str) -> tuple[str, ...] | None:
+    """Names of the classes, those of numbers in their order; None where labels are numbers to predict."""
+    train, test = ({*_labelled(root, split).labels} for split in ("train", "test"))
+    kinds = {type(label) for label in train | test}
+    if kinds == {float}:
+        return None
+    if len(kinds) > 1:
+        raise UserError(f"{root}: the labels of one file are classes, those of the other numbers to predict; mend them")
+    names, alone = {str(name) for name in train}, sorted(map(str, test - train))
+    if alone:
+        raise UserError(f"{root}: no series of the train file has the class {alone[0]} of the test file; leave it out")
+    whole = all(name.lstrip("+-").isdecimal() for name in names)
+    return tuple(sorted(names, key=int if whole else None))
 
 
 def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
@@ -384,9 +394,12 @@ def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
     kept = whole > 1
     if not kept.any():
         raise UserError(f"{root}: no {split} series has two whole tokens; make data.patch smaller")
-    names = {name: number for number, name in enumerate(_classes(root))}
-    labels = torch.tensor([names[label] for label in series.labels])[kept]
-    return Labelled(torch.from_numpy(values[kept]), labels, gaps=bool(np.isnan(values).any()))
+    classes = _classes(root)
+    if classes is None:
+        labels = torch.tensor(series.labels, dtype=torch.float32)
+    else:
+        labels = torch.tensor([classes.index(str(label)) for label in series.labels])
+    return Labelled(torch.from_numpy(values[kept]), labels[kept], gaps=bool(np.isnan(values).any()))
 
 
 # ------------------------------------------------------------------------------------ the synthetic source

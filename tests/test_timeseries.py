@@ -19,6 +19,7 @@ from modalities.timeseries import TimeSeries, Windows, _autoregression, _series,
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override, parse_assignments, validated
 from recipes import card
+from recipes.goals import find_goal
 from recipes.pretrain import best_possible, build_model
 from recipes.timeseries import demo
 from tests.contract import check_modality
@@ -254,6 +255,45 @@ def test_labelled_series_have_classes_and_masks(tmp_path: Path, kind: str, class
     assert mask is not None
     assert mask.tolist() == [[True, True, True, True, False], [True, False, True, True, False]]
     check_modality(data)
+
+
+@pytest.mark.parametrize("kind", ["ts", "tsv"])
+def test_numbers_that_are_no_classes_are_regressed_on(tmp_path: Path, kind: str) -> None:
+    head = "@targetLabel true\n@data\n" if kind == "ts" else ""
+    for split, numbers in (("TRAIN", (1, 0.5, 2)), ("TEST", (0.25, 3, 1))):
+        rows = [f"1,2,3,4:{y}" if kind == "ts" else f"{y}\t1\t2\t3\t4" for y in numbers]
+        (tmp_path / f"Made_{split}.{kind}").write_text(head + "\n".join(rows) + "\n")
+    data = adapter(str(tmp_path), source="labelled", window=4, patch=2)
+    assert data.classes() is None
+    assert find_goal(data).outputs == 1
+    labels = data.dataset("test").__getitems__([0, 1, 2])["label"]  # type: ignore[attr-defined]
+    assert labels.dtype == torch.float32
+    assert labels.tolist() == [0.25, 3, 1]
+    check_modality(data)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("1\t2\t3\n2\t3\t4\n", "1\t2\t3\n7\t2\t3\n", "no series of the train file has the class 7"),
+        ("1\t2\t3\n0.5\t3\t4\n", "1\t2\t3\n", "of one file are classes, those of the other numbers"),
+    ],
+)
+def test_files_whose_labels_do_not_fit_together_are_refused_at_opening(
+    tmp_path: Path, train: str, test: str, message: str
+) -> None:
+    (tmp_path / "Made_TRAIN.tsv").write_text(train)
+    (tmp_path / "Made_TEST.tsv").write_text(test)
+    data = adapter(str(tmp_path), source="labelled", window=2, patch=1)
+    for opened in (data.classes, lambda: data.dataset("train")):
+        with pytest.raises(UserError, match=message):
+            opened()
+
+
+def test_a_class_where_a_number_is_to_be_predicted_is_named_with_its_row(tmp_path: Path) -> None:
+    (tmp_path / "Made_TRAIN.ts").write_text("@targetLabel true\n@data\n1,2:0.5\n1,2:up\n")
+    with pytest.raises(UserError, match="row 4 is labelled 'up', which is no finite number"):
+        read_labelled(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize(
