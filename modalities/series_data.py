@@ -21,6 +21,7 @@ from nepa_core.basics import UserError
 
 BLOCK = 1 << 19  # bytes of CSV parsed at a time
 _TIMES = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time)
+_OVERFLOW = ", or beyond the 3.4e38 that float32 holds"
 TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
 
 
@@ -164,8 +165,8 @@ def _numbers(path: str, name: str, column: pa.Array, before: int) -> np.ndarray:
     infinite = np.isinf(values)
     if infinite.any():
         raise UserError(
-            f"{path}: row {before + 1 + int(infinite.argmax())} of column {name!r} is infinite; empty the cell if the "
-            "value is missing"
+            f"{path}: row {before + 1 + int(infinite.argmax())} of column {name!r} is infinite{_OVERFLOW}; empty the "
+            "cell if the value is missing"
         )
     return np.asarray(values, np.float32)
 
@@ -230,11 +231,15 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
         else:
             *parts, label = line.strip().split(":")
             dimensions = [part.split(",") for part in parts]
+        if not dimensions or not label.strip() or "," in label:
+            raise UserError(
+                f"{path}: row {row} has no label {'before' if path.suffix == '.tsv' else 'behind'} its values"
+            )
         series.append([_floats(f"{path}: row {row}", fields) for fields in dimensions])
         labels.append(label.strip())
         if regression and _number(label) is None:
             raise UserError(f"{path}: row {row} is labelled {label.strip()!r}, which is no finite number to predict")
-        if len(series[-1]) != len(series[0]) or not series[-1]:
+        if len(series[-1]) != len(series[0]):
             raise UserError(f"{path}: row {row} has {len(series[-1])} dimensions, the first has {len(series[0])}")
     if not series:
         raise UserError(f"{path}: no series in it")
@@ -249,11 +254,13 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
 def _floats(where: str, fields: Sequence[str]) -> np.ndarray:
     """One channel, trailing missing values left out."""
     try:
-        values = np.array([np.nan if field.strip() in ("", "?") else float(field) for field in fields], np.float32)
+        read = [np.nan if field.strip() in ("", "?") else float(field) for field in fields]
     except ValueError as error:
         raise UserError(f"{where}: {_one_line(error)}; series with time stamps of their own are not read") from error
+    with np.errstate(over="ignore"):
+        values = np.array(read).astype(np.float32)
     if np.isinf(values).any():
-        raise UserError(f"{where} holds an infinite value; write ? where a value is missing")
+        raise UserError(f"{where} holds a value that is infinite{_OVERFLOW}; write ? where a value is missing")
     real = np.flatnonzero(~np.isnan(values))
     return values[: real[-1] + 1] if len(real) else values[:0]
 

@@ -6,6 +6,7 @@ independent), H time steps to forecast, p steps in a patch, N = L / p tokens, P 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
@@ -325,11 +326,12 @@ def _read(
     parts: tuple[float, float, float],
 ) -> Series:
     if root is None:
+        names = tuple(map(str, range(VAR_CHANNELS)))
         values = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)[0].numpy()
     else:
-        values = read_table(root, time=time, columns=columns).values
+        names, values = read_table(root, time=time, columns=columns)
     borders = _borders(len(values), parts, root or "var")
-    mean, std = _statistics(values[slice(*borders["train"])], root or "var", columns)
+    mean, std = _statistics(values[slice(*borders["train"])], [f"{root or 'var'}: column {name!r}" for name in names])
     values -= mean  # in place: a series may be as large as the memory allows
     values /= std
     return Series(torch.from_numpy(values), torch.from_numpy(mean), torch.from_numpy(std), borders)
@@ -343,13 +345,17 @@ def _borders(rows: int, parts: tuple[float, float, float], name: str) -> dict[st
     return dict(zip(SPLITS, zip((0, *ends), ends, strict=False), strict=True))
 
 
-def _statistics(values: np.ndarray, name: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation [C] of what is there, column by column; the deviation of a constant is 1."""
+def _statistics(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [C] of what is there, column by column; the deviation of a constant is 1.
+
+    Args:
+        names: what a message calls each column.
+    """
     mean, std = (np.empty(values.shape[1], np.float32) for _ in range(2))
     for c in range(values.shape[1]):
         real = values[:, c][~np.isnan(values[:, c])].astype(np.float64)
         if not len(real):
-            raise UserError(f"{name}: column {columns[c] if columns else c + 1} has no value in the training rows")
+            raise UserError(f"{names[c]} has no value in the training rows; leave it out, or fill it")
         mean[c], std[c] = real.mean(), real.std() if real.std() > 1e-8 else 1.0
     return mean, std
 
@@ -387,7 +393,8 @@ def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
         )
     if channels > 1 and data.channels == "independent":
         raise UserError(f"{root}: series of {channels} channels have one label; set data.channels=mixing")
-    mean, std = _statistics(train.values.reshape(-1, channels), root, None)
+    names = [f"{root}: dimension {c + 1}" for c in range(channels)]
+    mean, std = _statistics(train.values.reshape(-1, channels), names)
     values = np.full((count, data.window, channels), np.nan, np.float32)
     values[:, :longest] = (series.values - mean) / std
     whole = (~np.isnan(values)).reshape(count, -1, data.patch * channels).all(-1).sum(1)

@@ -72,6 +72,7 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
         ("date,a\n", "no rows below its head"),
         ("date,a\n2020-01-01,1\n2020-01-02,x\n", "row 2 of column 'a' is 'x', which is no number"),
         ("date,a\n2020-01-01,1\n2020-01-02,inf\n", "row 2 of column 'a' is infinite"),
+        ("date,a\n2020-01-01,1\n2020-01-02,1e39\n", "is infinite, or beyond the 3.4e38 that float32 holds"),
         ("date,a\n2020-01-02,1\n2020-01-01,2\n", "row 2 (2020-01-01) is earlier than the row above"),
         ("date,a\n2020-01-02,1\n2020-01-02,2\n", "row 2 (2020-01-02) repeats the time stamp"),
         ("date,a\n2020-01-02,1\n,2\n", "row 2 has no time stamp in column 'date'"),
@@ -298,7 +299,13 @@ def test_a_class_where_a_number_is_to_be_predicted_is_named_with_its_row(tmp_pat
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("1\t2\tx\n", "row 1: could not convert string to float"), ("1\t2\tinf\n", "infinite"), ("", "no series in it")],
+    [
+        ("1\t2\tx\n", "row 1: could not convert string to float"),
+        ("1\t2\tinf\n", "infinite"),
+        ("1\t2\t1e39\n", "row 1 holds a value that is infinite, or beyond the 3.4e38 that float32 holds"),
+        ("1\t2\t3\n\t2\t3\n", "row 2 has no label before its values"),
+        ("", "no series in it"),
+    ],
 )
 def test_what_is_wrong_with_labelled_series_is_said(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "Made_TRAIN.tsv").write_text(text)
@@ -306,6 +313,24 @@ def test_what_is_wrong_with_labelled_series_is_said(tmp_path: Path, text: str, m
         read_labelled(str(tmp_path), "train")
     with pytest.raises(UserError, match="holds 0 files"):
         read_labelled(str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("row", ["1,2,3", "1,2,3:4,5,6", "1,2,3:"])
+def test_a_ts_row_without_a_label_is_named(tmp_path: Path, row: str) -> None:
+    (tmp_path / "Made_TRAIN.ts").write_text(f"@data\n{row}\n")
+    with pytest.raises(UserError, match="row 2 has no label behind its values"):
+        read_labelled(str(tmp_path), "train")
+
+
+def test_a_channel_without_a_value_is_named(tmp_path: Path) -> None:
+    values = walk()
+    values[:60, 1] = math.nan
+    with pytest.raises(UserError, match="column 'b' has no value in the training rows"):
+        adapter(write_csv(tmp_path, values)).dataset("train")
+    for split in ("TRAIN", "TEST"):
+        (tmp_path / f"Made_{split}.ts").write_text("@data\n1,2,3,4:?,?,?,?:up\n1,2,3,4:?,?,?,?:down\n")
+    with pytest.raises(UserError, match="dimension 2 has no value in the training rows"):
+        adapter(str(tmp_path), source="labelled", window=4, patch=2).dataset("train")
 
 
 def test_a_labelled_series_longer_than_the_window_says_what_fits(tmp_path: Path) -> None:
