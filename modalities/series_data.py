@@ -232,9 +232,7 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
             *parts, label = line.strip().split(":")
             dimensions = [part.split(",") for part in parts]
         if not dimensions or not label.strip() or "," in label:
-            raise UserError(
-                f"{path}: row {row} has no label {'before' if path.suffix == '.tsv' else 'behind'} its values"
-            )
+            raise UserError(f"{path}: row {row} has no label beside its values")
         series.append([_floats(f"{path}: row {row}", fields) for fields in dimensions])
         labels.append(label.strip())
         if regression and _number(label) is None:

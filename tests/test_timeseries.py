@@ -303,7 +303,7 @@ def test_a_class_where_a_number_is_to_be_predicted_is_named_with_its_row(tmp_pat
         ("1\t2\tx\n", "row 1: could not convert string to float"),
         ("1\t2\tinf\n", "infinite"),
         ("1\t2\t1e39\n", "row 1 holds a value that is infinite, or beyond the 3.4e38 that float32 holds"),
-        ("1\t2\t3\n\t2\t3\n", "row 2 has no label before its values"),
+        ("1\t2\t3\n\t2\t3\n", "row 2 has no label beside its values"),
         ("", "no series in it"),
     ],
 )
@@ -318,7 +318,7 @@ def test_what_is_wrong_with_labelled_series_is_said(tmp_path: Path, text: str, m
 @pytest.mark.parametrize("row", ["1,2,3", "1,2,3:4,5,6", "1,2,3:"])
 def test_a_ts_row_without_a_label_is_named(tmp_path: Path, row: str) -> None:
     (tmp_path / "Made_TRAIN.ts").write_text(f"@data\n{row}\n")
-    with pytest.raises(UserError, match="row 2 has no label behind its values"):
+    with pytest.raises(UserError, match="row 2 has no label beside its values"):
         read_labelled(str(tmp_path), "train")
 
 
