@@ -112,10 +112,11 @@ class TimeSeries(Ordered, Modality):
         """Every window of `window` steps whose next `horizon` steps lie in the split: "train", "validation", "test".
 
         Samples also have "future" [H, C], z-scored. Validation and test windows may look back over the border for
-        their input. Windows with a missing value to forecast are left out.
+        their input. Windows with a missing value to forecast, or fewer than two whole tokens, are left out and
+        counted in `left_out`.
 
         Raises:
-            UserError: the split is too short, or series are labelled.
+            UserError: the split is too short, no window is left, or series are labelled.
         """
         if self.source == "labelled":
             raise UserError("data.source=labelled has nothing to forecast; use nepa finetune or nepa probe")
@@ -132,9 +133,15 @@ class TimeSeries(Ordered, Modality):
                 f"the {split} part of {self.root or self.source}; shorten them, or set data.parts"
             )
         starts = torch.arange(first, end - horizon + 1) - self.window
-        return Windows(
+        windows = Windows(
             series.values, starts, self.window, horizon, self.patch, independent=self.channels == "independent"
         )
+        if not len(windows):
+            raise UserError(
+                f"{self.root}: no window of the {split} part has {horizon} steps to forecast without a missing value; "
+                "shorten horizons or fill the gaps"
+            )
+        return windows
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Patches of batch["series"] [B, L, C]; values within a patch are in order of time, then of channel."""
@@ -262,6 +269,11 @@ class Windows(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.starts) * self.channels if self.kept is None else len(self.kept)
+
+    @property
+    def left_out(self) -> int:
+        """Samples that are none for what is missing in them."""
+        return len(self.starts) * self.channels - len(self)
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
