@@ -5,7 +5,6 @@ Shapes: T rows (time steps), C columns (channels), S labelled series. Missing va
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -65,24 +64,20 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
         if count > 1:
             raise UserError(f"{path}: {count} columns are called {name!r}; rename them, or name others by data.columns")
     kinds = {name: pa.float32() for name in names}
-    rows, chunks, last = 0, deque[np.ndarray](), None
+    rows, values, last = 0, np.empty((0, len(names)), np.float32), None
     for batch in _batches(path, schema, kinds, time):
         if not rows and len(batch) and not any(_reads_as_number(batch[name][0].as_py()) for name in names):
             raise UserError(f"{path}: no numeric column among {', '.join(names)}; a series needs at least one")
-        chunk = np.empty((len(batch), len(names)), np.float32)
+        if rows + len(batch) > len(values):  # large arrays grow in place: their pages are mapped anew, not copied
+            values.resize(((rows + len(batch)) * 9 // 8, len(names)), refcheck=False)
         for i, name in enumerate(names):
-            chunk[:, i] = _numbers(path, name, batch[name], rows)
+            values[rows : rows + len(batch), i] = _numbers(path, name, batch[name], rows)
         if time is not None and len(batch):
             last = _check_times(path, time, batch[time], rows, last)
         rows += len(batch)
-        chunks.append(chunk)
     if not rows:
         raise UserError(f"{path}: no rows below its head; a series needs at least a window")
-    values, start = np.empty((rows, len(names)), np.float32), 0
-    while chunks:  # each is freed once it is copied
-        chunk = chunks.popleft()
-        values[start : start + len(chunk)] = chunk
-        start += len(chunk)
+    values.resize((rows, len(names)), refcheck=False)
     return Table(names, values)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,19 @@ def test_what_is_wrong_with_a_table_is_one_line_with_file_and_row(tmp_path: Path
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_series_is_not_held_twice_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text("a,b,c\n" + "0.125,0.25,0.5\n" * 200_000)
+    read_table(write_csv(tmp_path, walk()))  # what is imported at the first call is not counted
+    tracemalloc.start()
+    values = read_table(str(path)).values
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert values.shape == (200_000, 3)
+    assert (values == (0.125, 0.25, 0.5)).all()
+    assert peak < 1.4 * values.nbytes
 
 
 def test_numbers_are_time_stamps_by_their_name_and_a_channel_where_they_are_named_as_one(tmp_path: Path) -> None:
