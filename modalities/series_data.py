@@ -5,7 +5,6 @@ Shapes: T rows (time steps), C columns (channels), S labelled series. Missing va
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +20,8 @@ from nepa_core.basics import UserError
 
 BLOCK = 1 << 19  # bytes of CSV parsed at a time
 _TIMES = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time)
+_OVERFLOW = ", or beyond the 3.4e38 that float32 holds"
+TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
 
 
 class Table(NamedTuple):
@@ -31,10 +32,11 @@ class Table(NamedTuple):
 
 
 class LabelledSeries(NamedTuple):
-    """Series with a class each: values [S, T, C] float32 (NaN after the end of a shorter one), labels [S]."""
+    """Series with a label each: values [S, T, C] float32 (NaN after the end of a shorter one); S names of classes, or
+    numbers to predict."""
 
     values: np.ndarray
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | tuple[float, ...]
 
 
 def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | None = None) -> Table:
@@ -43,38 +45,39 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
     Held at once: the float32 values and a block of the file.
 
     Args:
-        time: name of the column of time stamps. Default: the only one that is no number, or the only one that
-            holds time stamps; none, where all are numbers.
+        time: name of the column of time stamps. Default: the only one that holds dates or times, else the only one
+            called as `TIME_NAMES` has it, whatever its case, else the only one that is no number; or none.
         columns: names of the channels. Default: every other column.
 
     Raises:
         UserError: naming file, row (the first below the head is 1) and column: the file can't be read; a column is
-            unknown or holds text or infinities; there is none; time stamps are missing, repeated or out of order.
+            unknown, has the name of another, or holds text or infinities; there is none; time stamps are missing,
+            repeated or out of order.
     """
     schema = _schema(path)
     time = _time_column(path, schema, time, columns)
     names = tuple(columns or (name for name in schema.names if name != time))
     if not names:
         raise UserError(f"{path}: no numeric column; a series needs at least one beside its time stamps")
+    for name in (*names, *((time,) if time else ())):
+        count = schema.names.count(name)
+        if count > 1:
+            raise UserError(f"{path}: {count} columns are called {name!r}; rename them, or name others by data.columns")
     kinds = {name: pa.float32() for name in names}
-    rows, chunks, last = 0, deque[np.ndarray](), None
+    rows, values, last = 0, np.empty((0, len(names)), np.float32), None
     for batch in _batches(path, schema, kinds, time):
         if not rows and len(batch) and not any(_reads_as_number(batch[name][0].as_py()) for name in names):
             raise UserError(f"{path}: no numeric column among {', '.join(names)}; a series needs at least one")
-        chunk = np.empty((len(batch), len(names)), np.float32)
+        if rows + len(batch) > len(values):  # large arrays grow in place: their pages are mapped anew, not copied
+            values.resize(((rows + len(batch)) * 9 // 8, len(names)), refcheck=False)
         for i, name in enumerate(names):
-            chunk[:, i] = _numbers(path, name, batch[name], rows)
+            values[rows : rows + len(batch), i] = _numbers(path, name, batch[name], rows)
         if time is not None and len(batch):
             last = _check_times(path, time, batch[time], rows, last)
         rows += len(batch)
-        chunks.append(chunk)
     if not rows:
         raise UserError(f"{path}: no rows below its head; a series needs at least a window")
-    values, start = np.empty((rows, len(names)), np.float32), 0
-    while chunks:  # each is freed once it is copied
-        chunk = chunks.popleft()
-        values[start : start + len(chunk)] = chunk
-        start += len(chunk)
+    values.resize((rows, len(names)), refcheck=False)
     return Table(names, values)
 
 
@@ -98,10 +101,11 @@ def _time_column(path: str, schema: pa.Schema, time: str | None, columns: Sequen
             raise UserError(f"{path}: no column {name!r} (data.{key}); it has {', '.join(schema.names)}")
     if time is not None:
         return time
-    others = [field for field in schema if field.name not in (columns or ()) and not _is_number(field.type)]
-    stamps = [field for field in others if any(is_kind(field.type) for is_kind in _TIMES)]
-    found = others if len(others) == 1 else stamps
-    return found[0].name if len(found) == 1 else None
+    others = [field for field in schema if field.name not in (columns or ())]
+    stamps = [field.name for field in others if any(is_kind(field.type) for is_kind in _TIMES)]
+    called = [field.name for field in others if field.name.lower() in TIME_NAMES]
+    words = [field.name for field in others if not _is_number(field.type)]
+    return next((found[0] for found in (stamps, called, words) if len(found) == 1), None)
 
 
 def _is_number(kind: pa.DataType) -> bool:
@@ -156,16 +160,17 @@ def _numbers(path: str, name: str, column: pa.Array, before: int) -> np.ndarray:
     infinite = np.isinf(values)
     if infinite.any():
         raise UserError(
-            f"{path}: row {before + 1 + int(infinite.argmax())} of column {name!r} is infinite; empty the cell if the "
-            "value is missing"
+            f"{path}: row {before + 1 + int(infinite.argmax())} of column {name!r} is infinite{_OVERFLOW}; empty the "
+            "cell if the value is missing"
         )
     return np.asarray(values, np.float32)
 
 
 def _check_times(path: str, name: str, column: pa.Array, before: int, last: Any) -> Any:
     """See that a block's time stamps rise, also from the `last` one of the block above; returns its own last."""
-    if column.null_count:
-        row = before + 1 + column.is_null().index(pa.scalar(True)).as_py()
+    absent = column.is_null(nan_is_null=True).index(pa.scalar(True)).as_py()
+    if absent >= 0:
+        row = before + 1 + absent
         raise UserError(f"{path}: row {row} has no time stamp in column {name!r}; fill it in")
     if not _is_number(column.type) and not any(is_kind(column.type) for is_kind in _TIMES):
         raise UserError(
@@ -179,7 +184,8 @@ def _check_times(path: str, name: str, column: pa.Array, before: int, last: Any)
         row = before + place + (2 if last is None else 1)
         what = "repeats the time stamp of" if whole[place + 1] == whole[place] else "is earlier than"
         raise UserError(
-            f"{path}: row {row} ({whole[place + 1].as_py()}) {what} the row above; sort the rows by {name!r}"
+            f"{path}: row {row} ({whole[place + 1].as_py()}) {what} the row above; sort the rows by {name!r}, or name "
+            "other columns by data.time and data.columns"
         )
     return column[-1].as_py()
 
@@ -188,7 +194,8 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
     """Read `*_TRAIN` or `*_TEST` (.tsv of the UCR archive, .ts of the UEA archive) in a folder.
 
     A .tsv row is a label and the values. A .ts row is one list of values a dimension, and the label, with colons
-    between them. "?", "NaN" and an empty field are missing values.
+    between them. "?", "NaN" and an empty field are missing values. Labels are classes; they are numbers to predict
+    behind "@targetLabel true" in a .ts, and in a .tsv that has numbers alone, not all of them whole.
 
     Raises:
         UserError: naming file and row: there is not one such file, or a row does not fit.
@@ -202,12 +209,14 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
     series, labels = [], []
-    data = path.suffix == ".tsv"
+    data, regression = path.suffix == ".tsv", False
     for row, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         if line.startswith("@"):
-            data |= line.strip().lower() == "@data"
+            words = line.lower().split()
+            data |= words == ["@data"]
+            regression |= words == ["@targetlabel", "true"]
             continue
         if not data:
             raise UserError(f"{path}: row {row} comes before @data")
@@ -217,9 +226,13 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
         else:
             *parts, label = line.strip().split(":")
             dimensions = [part.split(",") for part in parts]
+        if not dimensions or not label.strip() or "," in label:
+            raise UserError(f"{path}: row {row} has no label beside its values")
         series.append([_floats(f"{path}: row {row}", fields) for fields in dimensions])
-        labels.append(_label(label))
-        if len(series[-1]) != len(series[0]) or not series[-1]:
+        labels.append(label.strip())
+        if regression and _number(label) is None:
+            raise UserError(f"{path}: row {row} is labelled {label.strip()!r}, which is no finite number to predict")
+        if len(series[-1]) != len(series[0]):
             raise UserError(f"{path}: row {row} has {len(series[-1])} dimensions, the first has {len(series[0])}")
     if not series:
         raise UserError(f"{path}: no series in it")
@@ -228,24 +241,42 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
     for i, sample in enumerate(series):
         for c, channel in enumerate(sample):
             values[i, : len(channel), c] = channel
-    return LabelledSeries(values, tuple(labels))
+    return LabelledSeries(values, _labels(labels, regression=None if path.suffix == ".tsv" else regression))
 
 
 def _floats(where: str, fields: Sequence[str]) -> np.ndarray:
     """One channel, trailing missing values left out."""
     try:
-        values = np.array([np.nan if field.strip() in ("", "?") else float(field) for field in fields], np.float32)
+        read = [np.nan if field.strip() in ("", "?") else float(field) for field in fields]
     except ValueError as error:
         raise UserError(f"{where}: {_one_line(error)}; series with time stamps of their own are not read") from error
+    with np.errstate(over="ignore"):
+        values = np.array(read).astype(np.float32)
     if np.isinf(values).any():
-        raise UserError(f"{where} holds an infinite value; write ? where a value is missing")
+        raise UserError(f"{where} holds a value that is infinite{_OVERFLOW}; write ? where a value is missing")
     real = np.flatnonzero(~np.isnan(values))
     return values[: real[-1] + 1] if len(real) else values[:0]
 
 
-def _label(text: str) -> str:
+def _labels(texts: Sequence[str], *, regression: bool | None) -> tuple[str, ...] | tuple[float, ...]:
+    """Names of classes, or numbers to predict; None leaves it to whether all are numbers and one has a fraction."""
+    numbers = tuple(number for number in map(_number, texts) if number is not None)
+    if regression is None:
+        regression = len(numbers) == len(texts) and not all(number.is_integer() for number in numbers)
+    return numbers if regression else tuple(map(_class, texts))
+
+
+def _number(text: str) -> float | None:
+    """What the text says, where float32 holds it and it is finite."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) <= np.finfo(np.float32).max else None
+
+
+def _class(text: str) -> str:
     """ "1.0" and "1" are one class."""
-    text = text.strip()
     whole = text.removesuffix(".0")
     return str(int(whole)) if whole.lstrip("+-").isdecimal() else text
 

@@ -6,14 +6,23 @@ independent), H time steps to forecast, p steps in a patch, N = L / p tokens, P 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from einops import rearrange
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,6 +30,7 @@ from modalities.orders import Ordered
 from modalities.series_data import LabelledSeries, read_labelled, read_table
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.runtime.config import listed
 
 SPLITS = ("train", "validation", "test")
 VAR_ROWS = 24_000
@@ -59,7 +69,7 @@ class TimeSeries(Ordered, Modality):
     channels: Literal["independent", "mixing"]
     root: str | None = None
     time: str | None = None
-    columns: tuple[str, ...] | None = None
+    columns: Annotated[Annotated[tuple[str, ...], Field(min_length=1)] | None, BeforeValidator(listed)] = None
     stride: PositiveInt = 1
     normalise: Literal["none", "window"] = "none"
     parts: tuple[PositiveInt, NonNegativeInt, PositiveInt] | tuple[PositiveFloat, NonNegativeFloat, PositiveFloat]
@@ -77,6 +87,10 @@ class TimeSeries(Ordered, Modality):
             raise ValueError(f"data.window={self.window} holds one token: make data.patch smaller")
         if self.source != "var" and self.root is None:
             raise ValueError(f"data.source={self.source} needs data.root=PATH")
+        names = (*(self.columns or ()), self.time)
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice!r} stands twice in data.columns (and data.time); name each column once")
         if not all(isinstance(part, int) for part in self.parts) and sum(self.parts) > 1 + 1e-6:
             raise ValueError(f"data.parts={self.parts} are shares that sum to more than 1")
         return self
@@ -98,10 +112,11 @@ class TimeSeries(Ordered, Modality):
         """Every window of `window` steps whose next `horizon` steps lie in the split: "train", "validation", "test".
 
         Samples also have "future" [H, C], z-scored. Validation and test windows may look back over the border for
-        their input. Windows with a missing value to forecast are left out.
+        their input. Windows with a missing value to forecast, or fewer than two whole tokens, are left out and
+        counted in `left_out`.
 
         Raises:
-            UserError: the split is too short, or series are labelled.
+            UserError: the split is too short, no window is left, or series are labelled.
         """
         if self.source == "labelled":
             raise UserError("data.source=labelled has nothing to forecast; use nepa finetune or nepa probe")
@@ -118,9 +133,15 @@ class TimeSeries(Ordered, Modality):
                 f"the {split} part of {self.root or self.source}; shorten them, or set data.parts"
             )
         starts = torch.arange(first, end - horizon + 1) - self.window
-        return Windows(
+        windows = Windows(
             series.values, starts, self.window, horizon, self.patch, independent=self.channels == "independent"
         )
+        if not len(windows):
+            raise UserError(
+                f"{self.root}: no window of the {split} part has {horizon} steps to forecast without a missing value; "
+                "shorten horizons or fill the gaps"
+            )
+        return windows
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Patches of batch["series"] [B, L, C]; values within a patch are in order of time, then of channel."""
@@ -158,7 +179,7 @@ class TimeSeries(Ordered, Modality):
         return int(_series(self).values.shape[-1])
 
     def classes(self) -> tuple[str, ...] | None:
-        """The labels that occur, numbers in their order."""
+        """The labels that occur in training, numbers in their order; None where they are numbers to predict."""
         return _classes(str(self.root)) if self.source == "labelled" else None
 
     def describe(self, tokens: Tokens) -> Sketch:
@@ -249,6 +270,11 @@ class Windows(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.starts) * self.channels if self.kept is None else len(self.kept)
 
+    @property
+    def left_out(self) -> int:
+        """Samples that are none for what is missing in them."""
+        return len(self.starts) * self.channels - len(self)
+
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
@@ -267,7 +293,8 @@ class Windows(Dataset[Batch]):
 
 
 class Labelled(Dataset[Batch]):
-    """Samples {"series": [L, C], "label": int64} with "observed" [L, C] bool where any of the set has an end or gap."""
+    """Samples {"series": [L, C], "label": int64 (class) or float32 (number to predict)}, with "observed" [L, C] bool
+    where any of the set has an end or gap."""
 
     def __init__(self, values: Tensor, labels: Tensor, *, gaps: bool) -> None:
         self.values, self.labels, self.gaps = values, labels, gaps
@@ -311,11 +338,12 @@ def _read(
     parts: tuple[float, float, float],
 ) -> Series:
     if root is None:
+        names = tuple(map(str, range(VAR_CHANNELS)))
         values = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)[0].numpy()
     else:
-        values = read_table(root, time=time, columns=columns).values
+        names, values = read_table(root, time=time, columns=columns)
     borders = _borders(len(values), parts, root or "var")
-    mean, std = _statistics(values[slice(*borders["train"])], root or "var", columns)
+    mean, std = _statistics(values[slice(*borders["train"])], [f"{root or 'var'}: column {name!r}" for name in names])
     values -= mean  # in place: a series may be as large as the memory allows
     values /= std
     return Series(torch.from_numpy(values), torch.from_numpy(mean), torch.from_numpy(std), borders)
@@ -329,13 +357,17 @@ def _borders(rows: int, parts: tuple[float, float, float], name: str) -> dict[st
     return dict(zip(SPLITS, zip((0, *ends), ends, strict=False), strict=True))
 
 
-def _statistics(values: np.ndarray, name: str, columns: tuple[str, ...] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation [C] of what is there, column by column; the deviation of a constant is 1."""
+def _statistics(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [C] of what is there, column by column; the deviation of a constant is 1.
+
+    Args:
+        names: what a message calls each column.
+    """
     mean, std = (np.empty(values.shape[1], np.float32) for _ in range(2))
     for c in range(values.shape[1]):
         real = values[:, c][~np.isnan(values[:, c])].astype(np.float64)
         if not len(real):
-            raise UserError(f"{name}: column {columns[c] if columns else c + 1} has no value in the training rows")
+            raise UserError(f"{names[c]} has no value in the training rows; leave it out, or fill it")
         mean[c], std[c] = real.mean(), real.std() if real.std() > 1e-8 else 1.0
     return mean, std
 
@@ -345,10 +377,19 @@ def _labelled(root: str, split: str) -> LabelledSeries:
     return read_labelled(root, split)
 
 
-def _classes(root: str) -> tuple[str, ...]:
-    found = {label for split in ("train", "test") for label in _labelled(root, split).labels}
-    numbers = all(label.lstrip("+-").isdecimal() for label in found)
-    return tuple(sorted(found, key=int if numbers else None))
+def _classes(root: str) -> tuple[str, ...] | None:
+    """Names of the classes, those of numbers in their order; None where labels are numbers to predict."""
+    train, test = ({*_labelled(root, split).labels} for split in ("train", "test"))
+    kinds = {type(label) for label in train | test}
+    if kinds == {float}:
+        return None
+    if len(kinds) > 1:
+        raise UserError(f"{root}: the labels of one file are classes, those of the other numbers to predict; mend them")
+    names, alone = {str(name) for name in train}, sorted(map(str, test - train))
+    if alone:
+        raise UserError(f"{root}: no series of the train file has the class {alone[0]} of the test file; leave it out")
+    whole = all(name.lstrip("+-").isdecimal() for name in names)
+    return tuple(sorted(names, key=int if whole else None))
 
 
 def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
@@ -364,16 +405,20 @@ def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
         )
     if channels > 1 and data.channels == "independent":
         raise UserError(f"{root}: series of {channels} channels have one label; set data.channels=mixing")
-    mean, std = _statistics(train.values.reshape(-1, channels), root, None)
+    names = [f"{root}: dimension {c + 1}" for c in range(channels)]
+    mean, std = _statistics(train.values.reshape(-1, channels), names)
     values = np.full((count, data.window, channels), np.nan, np.float32)
     values[:, :longest] = (series.values - mean) / std
     whole = (~np.isnan(values)).reshape(count, -1, data.patch * channels).all(-1).sum(1)
     kept = whole > 1
     if not kept.any():
         raise UserError(f"{root}: no {split} series has two whole tokens; make data.patch smaller")
-    names = {name: number for number, name in enumerate(_classes(root))}
-    labels = torch.tensor([names[label] for label in series.labels])[kept]
-    return Labelled(torch.from_numpy(values[kept]), labels, gaps=bool(np.isnan(values).any()))
+    classes = _classes(root)
+    if classes is None:
+        labels = torch.tensor(series.labels, dtype=torch.float32)
+    else:
+        labels = torch.tensor([classes.index(str(label)) for label in series.labels])
+    return Labelled(torch.from_numpy(values[kept]), labels[kept], gaps=bool(np.isnan(values).any()))
 
 
 # ------------------------------------------------------------------------------------ the synthetic source

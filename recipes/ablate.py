@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from nepa_core.basics import FROZEN
 from nepa_core.model import NEPA
 from nepa_core.runtime.checkpoint import disk_errors
-from nepa_core.runtime.config import override
+from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.run import Run
 from recipes import compare
 from recipes.compare_report import Column, Rows, groups, html_table, interval_plot, spread_table, spreads, text_table
@@ -26,7 +26,7 @@ from recipes.measures import rank_over_training, read_out
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, compose, line_plot
 from recipes.significance import differences, spread, verdict
-from recipes.targets import default_out, listed
+from recipes.targets import default_out
 from recipes.training import provenance
 
 ARMS: dict[str, dict[str, Any]] = {

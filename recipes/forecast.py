@@ -5,8 +5,8 @@ of the layer and read-out that validate best, the same from random weights, and 
 last value repeated. `finetune=[96]` also trains, through `fit`, the whole network from these weights and from random
 ones, and DLinear (arXiv 2205.13504). All of them are fitted on the same `fit_samples` windows. Ridge strength, layer
 and read-out are chosen on the validation split; the trained networks are taken after their last step. MSE and MAE are
-of z-scored values over every test window, in the window's own units where it was normalised. A test window may look
-back into the validation rows for its input.
+of z-scored values over every test window, in the window's own units where it was normalised; windows left out for
+missing values are counted under the table. A test window may look back into the validation rows for its input.
 
 Every finished row is kept in RUN/forecast/ and found again by what it depends on (weights, data, samples, steps), so
 a stopped command goes on where it was, and another horizon costs only itself. `also=[RUN2,RUN3]` names runs of the
@@ -30,7 +30,7 @@ from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.checkpoint import disk_errors
-from nepa_core.runtime.config import differences
+from nepa_core.runtime.config import differences, listed
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes.features import weights_digest
@@ -48,7 +48,7 @@ from recipes.forecasters import (
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.probe import FREE
 from recipes.significance import spread
-from recipes.targets import is_run, listed
+from recipes.targets import is_run
 from recipes.training import provenance
 
 SEED_KEYS = ("recipe", "train.seed", "train.workers", "data.root")
@@ -150,7 +150,7 @@ def forecast(
         raise UserError(f"forecast is for series; the data of {run.path} is {type(data).__name__}")
     horizons = sorted({*options.horizons, *options.finetune})
     windows = {
-        horizon: {split: len(data.forecasts(split, horizon)) for split in ("train", "validation", "test")}
+        horizon: {split: data.forecasts(split, horizon) for split in ("train", "validation", "test")}
         for horizon in horizons
     }
     rows = table_rows(config, data, model, run, options, ranks, show=show)
@@ -166,8 +166,9 @@ def forecast(
         found[str(row.horizon)].append({"name": row.name, **figures})
     return {
         "horizons": found,
-        "windows": {str(horizon): counts["test"] for horizon, counts in windows.items()},
-        "fitted_on": {str(horizon): min(counts["train"], options.fit_samples) for horizon, counts in windows.items()},
+        "windows": {str(horizon): len(of["test"]) for horizon, of in windows.items()},
+        "left_out": {str(horizon): of["test"].left_out for horizon, of in windows.items()},
+        "fitted_on": {str(horizon): min(len(of["train"]), options.fit_samples) for horizon, of in windows.items()},
         "look_back": data.window,
         "patch": data.patch,
         "channels": data.channels,
@@ -281,12 +282,21 @@ def render(summaries: Sequence[dict[str, Any]]) -> str:
     chosen = [f"{h}: {row['readout']}" for h, rows in first["horizons"].items() for row in rows[:1]]
     seeds = ", ".join(str(summary["seed"]) for summary in summaries)
     foot = [
-        f"z-scored values, look-back {first['look_back']}, every test window; fitted on at most "
+        f"z-scored values, look-back {first['look_back']}, {_scored(first)}; fitted on at most "
         f"{first['fit_samples']} training windows, networks for {first['finetune_steps']} steps.",
         f"Mean ± standard deviation over seeds {seeds}." if len(summaries) > 1 else f"Seed {seeds}.",
         f"Frozen read-out chosen on validation data (seed {first['seed']}): {'; '.join(chosen)}.",
     ]
     return "\n".join([*lines, "", *foot])
+
+
+def _scored(summary: dict[str, Any]) -> str:
+    """Which test windows the figures are of; those of independent channels count one by one."""
+    lost = {horizon: count for horizon, count in summary["left_out"].items() if count}
+    counts = "; ".join(
+        f"{horizon}: {summary['windows'][horizon]} scored, {count} left out" for horizon, count in lost.items()
+    )
+    return f"test windows without the gaps of missing values ({counts})" if lost else "every test window"
 
 
 def _cell(values: Sequence[float]) -> str:

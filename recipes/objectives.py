@@ -32,6 +32,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, Positive
 
 from nepa_core.basics import FROZEN
 from nepa_core.model import NEPA
+from nepa_core.runtime.config import listed
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.run import Run
 from recipes import card
@@ -56,7 +57,7 @@ from recipes.objectives_report import RANDOM, render, title_of, write_report
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.pretrain import PretrainConfig, build_model
 from recipes.significance import COVERS, LEAST_SEEDS, Difference, against, differences, least, spread
-from recipes.targets import default_out, listed, listed_or_all, once
+from recipes.targets import default_out, listed_or_all, once
 from recipes.training import provenance
 
 DEFAULT = ("cosine", "mse_normalised", "infonce_sample", "infonce_position", "sigreg")

@@ -30,7 +30,7 @@ from modalities.order_measures import mean_measures, order_measures
 from modalities.orders import file_content
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
-from nepa_core.runtime.config import override
+from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.run import Run
 from recipes.compare import (
@@ -62,7 +62,7 @@ from recipes.significance import (
     unseen,
     verdict,
 )
-from recipes.targets import default_out, listed, listed_or_all, once
+from recipes.targets import default_out, listed_or_all, once
 from recipes.training import provenance
 
 DEFAULT = (

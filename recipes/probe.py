@@ -48,6 +48,7 @@ from torch import Tensor
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.diagnostics import effective_rank
 from nepa_core.model import NEPA
+from nepa_core.runtime.config import listed
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes import classifiers
@@ -65,7 +66,7 @@ from recipes.finetune import FinetuneConfig
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.segment import SegmentConfig
-from recipes.targets import default_out, is_run, listed, read_target, task_of
+from recipes.targets import default_out, is_run, read_target, task_of
 from recipes.training import provenance, unreadable
 from recipes.weights import load_backbone, read_weights
 

@@ -72,6 +72,10 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     data = read_target(PretrainConfig, target, changes).data
     if not isinstance(data, Images):
         raise UserError(f"nepa resize takes a recipe of images, and the data of {target} are {type(data).__name__}")
+    if data.limit is not None:
+        raise UserError(
+            f"data.limit={data.limit}: nepa resize writes every image; leave it out, or give data.limit=null"
+        )
     out = Path(options.out or default_out(target, "resize"))
     unreadable = resize(data, options, out)
     for message in unreadable:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.config import Config, explain, load_config, load_object, override, read_saved
+from nepa_core.runtime.config import Config, explain, listed, load_config, load_object, override, read_saved
 
 RECORD = "import.json"
 """The file that `nepa import` leaves in a run: where its weights came from."""
@@ -139,13 +139,6 @@ def _as_listed(value: Any) -> str:
     """The default of an option, whose lists of words need no quotes."""
     words = isinstance(value, tuple) and all(isinstance(each, str) for each in value)
     return ",".join(value) if words else given(value)
-
-
-def listed(value: Any) -> Any:
-    """A list option as it comes from the command line: `a,b`, `[a,b]` (a shell takes the quotes out) or one value."""
-    if isinstance(value, str):
-        return tuple(name.strip() for name in value.strip("[] ").split(","))
-    return (value,) if isinstance(value, int | float) else value
 
 
 def listed_or_all(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,7 @@ def test_forecast_writes_every_row_and_finds_finished_ones_again(
     assert found["windows"] == {"4": 4 * 77, "8": 4 * 73}
     said = capsys.readouterr()
     assert "persistence" in said.out
+    assert "every test window;" in said.out
     assert "11/11  horizon 4, DLinear: MSE" in said.err
     assert "(kept)" not in said.err
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "forecast").rglob("*")}
@@ -142,6 +144,29 @@ def test_forecast_writes_every_row_and_finds_finished_ones_again(
     tuned = next((tmp_path / "run" / "forecast").glob("4_fine-tuned_[0-9a-f]*"))
     assert main(["bench", str(tuned)]) == 2
     assert "is a run of `nepa forecast`" in capsys.readouterr().err
+
+
+def with_gaps() -> PretrainConfig:
+    changes = {"data.source": "file", "data.root": "series.csv", "data.parts": (60, 20, 40), "data.stride": 1}
+    return override(recipe(), changes)
+
+
+def test_the_foot_counts_the_test_windows_that_gaps_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = walk()
+    values[100, 1] = math.nan
+    write_csv(tmp_path, values)
+    assert main(["pretrain", "tests.test_forecast:with_gaps", "out=run"]) == 0
+    capsys.readouterr()
+    assert main(["forecast", "run", "horizons=4", "fit_samples=50"]) == 0
+    assert "test windows without the gaps of missing values (4: 70 scored, 4 left out)" in capsys.readouterr().out
+    assert (table("run")["windows"], table("run")["left_out"]) == ({"4": 70}, {"4": 4})
+    values[80:, 1] = values[83::4, 0] = math.nan
+    write_csv(tmp_path, values)
+    assert main(["forecast", "run", "horizons=4"]) == 2
+    assert "no window of the test part has 4 steps to forecast without a missing value" in capsys.readouterr().err
 
 
 def test_a_stopped_forecast_goes_on_with_the_next_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,6 +115,9 @@ def test_other_settings_or_a_foreign_folder_are_refused(
     assert json.loads((out / "resize.json").read_text())["quality"] == 90
     assert command(tree, tree) == 2
     assert "holds no resized images" in capsys.readouterr().err
+    assert command(tree, tmp_path / "x", "data.limit=3") == 2
+    assert "data.limit=3: nepa resize writes every image" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
     assert main(["resize", "tests.tiny:recipe", f"out={tmp_path / 'x'}"]) == 2
     assert "takes a recipe of images" in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from modalities.series_data import read_labelled, read_table
 from modalities.timeseries import TimeSeries, Windows, _autoregression, _series, _transition
 from nepa_core.basics import UserError
-from nepa_core.runtime.config import override, validated
+from nepa_core.runtime.config import override, parse_assignments, validated
 from recipes import card
+from recipes.goals import find_goal
 from recipes.pretrain import best_possible, build_model
 from recipes.timeseries import demo
 from tests.contract import check_modality
@@ -71,11 +73,16 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
         ("date,a\n", "no rows below its head"),
         ("date,a\n2020-01-01,1\n2020-01-02,x\n", "row 2 of column 'a' is 'x', which is no number"),
         ("date,a\n2020-01-01,1\n2020-01-02,inf\n", "row 2 of column 'a' is infinite"),
+        ("date,a\n2020-01-01,1\n2020-01-02,1e39\n", "is infinite, or beyond the 3.4e38 that float32 holds"),
         ("date,a\n2020-01-02,1\n2020-01-01,2\n", "row 2 (2020-01-01) is earlier than the row above"),
         ("date,a\n2020-01-02,1\n2020-01-02,2\n", "row 2 (2020-01-02) repeats the time stamp"),
         ("date,a\n2020-01-02,1\n,2\n", "row 2 has no time stamp in column 'date'"),
         ("when,a\nfoo,1\nbar,2\n", "column 'when' holds text such as 'foo'"),
         ("date,a\n2020-01-02,1,2\n", "Expected 2 columns, got 3"),
+        ("date,a,b,a\n2020-01-02,1,2,3\n", "2 columns are called 'a'; rename them"),
+        ("timestamp,a\n1600003600,1\n1600000000,2\n", "row 2 (1600000000) is earlier than the row above"),
+        ("DS,station,a\n2,x,1\n3,x,2\n", "row 1 of column 'station' is 'x', which is no number"),
+        ("date,date,a\n2020-01-02,2020-01-02,3\n", "2 columns are called 'date'; rename them"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_one_line_with_file_and_row(tmp_path: Path, text: str, message: str) -> None:
@@ -86,6 +93,37 @@ def test_what_is_wrong_with_a_table_is_one_line_with_file_and_row(tmp_path: Path
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_series_is_not_held_twice_while_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text("a,b,c\n" + "0.125,0.25,0.5\n" * 200_000)
+    read_table(write_csv(tmp_path, walk()))  # what is imported at the first call is not counted
+    tracemalloc.start()
+    values = read_table(str(path)).values
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert values.shape == (200_000, 3)
+    assert (values == (0.125, 0.25, 0.5)).all()
+    assert peak < 1.4 * values.nbytes
+
+
+def test_numbers_are_time_stamps_by_their_name_and_a_channel_where_they_are_named_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "unix.csv"
+    path.write_text("Time,x\n1600000000,1\n1600003600,2\n")
+    assert read_table(str(path)).columns == ("x",)
+    assert read_table(str(path), columns=("Time", "x")).columns == ("Time", "x")
+    path.write_text("date,time,x\n2020-01-01,23,1\n2020-01-02,0,2\n")
+    assert read_table(str(path)).columns == ("time", "x"), "dates tell the time, the hour is a channel"
+    pa.parquet.write_table(pa.table({"time": [1.0, math.nan], "x": [1.0, 2.0]}), tmp_path / "unix.parquet")
+    with pytest.raises(UserError, match="row 2 has no time stamp in column 'time'"):
+        read_table(str(tmp_path / "unix.parquet"))
+
+
+def test_columns_of_one_name_do_no_harm_where_others_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "twice.csv"
+    path.write_text("date,a,b,a\n2020-01-02,1,2,3\n")
+    assert read_table(str(path), columns=("b",)).values.tolist() == [[2]]
 
 
 def test_time_stamps_are_compared_over_the_borders_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +147,9 @@ def test_time_stamps_are_compared_over_the_borders_of_blocks(tmp_path: Path, mon
         ({"parts": (100, 20, 40)}, "has 120 rows, data.parts=(100, 20, 40) want 160"),
         ({"parts": (0.8, 0.2, 0.2)}, "sum to more than 1"),
         ({"root": "nowhere.csv"}, "nowhere.csv: no such file"),
+        ({"columns": []}, "data.columns=[]: name at least one"),
+        ({"columns": ["a", "a"]}, "'a' stands twice in data.columns"),
+        ({"columns": ["a", "b"], "time": "b"}, "'b' stands twice in data.columns (and data.time)"),
     ],
 )
 def test_a_setting_that_does_not_fit_is_named(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
@@ -116,6 +157,14 @@ def test_a_setting_that_does_not_fit_is_named(tmp_path: Path, settings: dict[str
     with pytest.raises(UserError) as caught:
         adapter(**{"root": root, "parts": (80, 20, 20), **settings}).dataset("test")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["[a,b]", "a,b", '["a","b"]'])
+def test_columns_are_named_with_and_without_brackets_and_quotes(tmp_path: Path, word: str) -> None:
+    root = write_csv(tmp_path, walk(columns=3))
+    given = parse_assignments([f"data.columns={word}"])
+    assert adapter(root, columns=given["data.columns"]).channel_count() == 2
+    assert adapter(root, columns="b").channel_count() == 1
 
 
 def test_splits_do_not_reach_over_borders_and_statistics_are_those_of_training(tmp_path: Path) -> None:
@@ -223,9 +272,54 @@ def test_labelled_series_have_classes_and_masks(tmp_path: Path, kind: str, class
     check_modality(data)
 
 
+@pytest.mark.parametrize("kind", ["ts", "tsv"])
+def test_numbers_that_are_no_classes_are_regressed_on(tmp_path: Path, kind: str) -> None:
+    head = "@targetLabel true\n@data\n" if kind == "ts" else ""
+    for split, numbers in (("TRAIN", (1, 0.5, 2)), ("TEST", (0.25, 3, 1))):
+        rows = [f"1,2,3,4:{y}" if kind == "ts" else f"{y}\t1\t2\t3\t4" for y in numbers]
+        (tmp_path / f"Made_{split}.{kind}").write_text(head + "\n".join(rows) + "\n")
+    data = adapter(str(tmp_path), source="labelled", window=4, patch=2)
+    assert data.classes() is None
+    assert find_goal(data).outputs == 1
+    labels = data.dataset("test").__getitems__([0, 1, 2])["label"]  # type: ignore[attr-defined]
+    assert labels.dtype == torch.float32
+    assert labels.tolist() == [0.25, 3, 1]
+    check_modality(data)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ("1\t2\t3\n2\t3\t4\n", "1\t2\t3\n7\t2\t3\n", "no series of the train file has the class 7"),
+        ("1\t2\t3\n0.5\t3\t4\n", "1\t2\t3\n", "of one file are classes, those of the other numbers"),
+    ],
+)
+def test_files_whose_labels_do_not_fit_together_are_refused_at_opening(
+    tmp_path: Path, train: str, test: str, message: str
+) -> None:
+    (tmp_path / "Made_TRAIN.tsv").write_text(train)
+    (tmp_path / "Made_TEST.tsv").write_text(test)
+    data = adapter(str(tmp_path), source="labelled", window=2, patch=1)
+    for opened in (data.classes, lambda: data.dataset("train")):
+        with pytest.raises(UserError, match=message):
+            opened()
+
+
+def test_a_class_where_a_number_is_to_be_predicted_is_named_with_its_row(tmp_path: Path) -> None:
+    (tmp_path / "Made_TRAIN.ts").write_text("@targetLabel true\n@data\n1,2:0.5\n1,2:up\n")
+    with pytest.raises(UserError, match="row 4 is labelled 'up', which is no finite number"):
+        read_labelled(str(tmp_path), "train")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("1\t2\tx\n", "row 1: could not convert string to float"), ("1\t2\tinf\n", "infinite"), ("", "no series in it")],
+    [
+        ("1\t2\tx\n", "row 1: could not convert string to float"),
+        ("1\t2\tinf\n", "infinite"),
+        ("1\t2\t1e39\n", "row 1 holds a value that is infinite, or beyond the 3.4e38 that float32 holds"),
+        ("1\t2\t3\n\t2\t3\n", "row 2 has no label beside its values"),
+        ("", "no series in it"),
+    ],
 )
 def test_what_is_wrong_with_labelled_series_is_said(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "Made_TRAIN.tsv").write_text(text)
@@ -233,6 +327,24 @@ def test_what_is_wrong_with_labelled_series_is_said(tmp_path: Path, text: str, m
         read_labelled(str(tmp_path), "train")
     with pytest.raises(UserError, match="holds 0 files"):
         read_labelled(str(tmp_path), "test")
+
+
+@pytest.mark.parametrize("row", ["1,2,3", "1,2,3:4,5,6", "1,2,3:"])
+def test_a_ts_row_without_a_label_is_named(tmp_path: Path, row: str) -> None:
+    (tmp_path / "Made_TRAIN.ts").write_text(f"@data\n{row}\n")
+    with pytest.raises(UserError, match="row 2 has no label beside its values"):
+        read_labelled(str(tmp_path), "train")
+
+
+def test_a_channel_without_a_value_is_named(tmp_path: Path) -> None:
+    values = walk()
+    values[:60, 1] = math.nan
+    with pytest.raises(UserError, match="column 'b' has no value in the training rows"):
+        adapter(write_csv(tmp_path, values)).dataset("train")
+    for split in ("TRAIN", "TEST"):
+        (tmp_path / f"Made_{split}.ts").write_text("@data\n1,2,3,4:?,?,?,?:up\n1,2,3,4:?,?,?,?:down\n")
+    with pytest.raises(UserError, match="dimension 2 has no value in the training rows"):
+        adapter(str(tmp_path), source="labelled", window=4, patch=2).dataset("train")
 
 
 def test_a_labelled_series_longer_than_the_window_says_what_fits(tmp_path: Path) -> None:

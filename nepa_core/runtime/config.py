@@ -92,6 +92,13 @@ def parse_assignments(words: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def listed(value: Any) -> Any:
+    """A list option as it comes from the command line: `a,b`, `[a,b]` (a shell takes the quotes out) or one value."""
+    if isinstance(value, str):
+        return tuple(name.strip() for name in value.strip("[] ").split(","))
+    return (value,) if isinstance(value, int | float) else value
+
+
 def override(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy of a config with dotted keys replaced, validated anew.
 
