@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,7 +94,7 @@ class Sequences(Dataset[Batch]):
         name = self.stored.name(index)
         try:
             rows = np.asarray(read(index)[: shape[0]], np.float32)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise UnreadableSample(f"{name}: {error}") from error
         if rows.shape != shape:
             raise UnreadableSample(f"{name}: an array of shape {list(rows.shape)} where {list(shape)} is wanted")
@@ -223,34 +224,75 @@ def _parquet(path: Path) -> Stored:
     if "values" not in table.column_names:
         raise UserError(f"{path} has no column 'values', only {', '.join(table.column_names)}")
 
-    def reader(column: str) -> Read:
-        rows = table[column].combine_chunks()
-
-        def read(index: int) -> Array:
-            tokens = rows[index].values
-            numbers: Array = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-            return numbers.reshape(len(tokens), -1)
-
-        return read
-
     if table["values"].null_count:
         raise UserError(f"{path}: row {table['values'].to_pylist().index(None)} has no values")
-    lengths = table["values"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    values, coords = reader("values"), reader("coords") if "coords" in table.column_names else None
+    rows = _rows(path, table["values"], "values")
+    lengths = pc.list_value_length(rows).to_numpy(zero_copy_only=False).astype(np.int64)
+    width = _usual_width(rows)
+    axes, coords = 0, None
+    if "coords" in table.column_names:
+        places = _rows(path, table["coords"], "coords")
+        axes = _usual_width(places)
+        coords = _row_reader(places, "coords", axes)
     labels = None
     if "label" in table.column_names:
         labels = np.array(table["label"].to_pylist())
     return Stored(
         path,
         lambda index: f"{path}, row {index}",
-        values,
+        _row_reader(rows, "values", width),
         lengths,
-        values(0).shape[1] if len(lengths) else 0,
+        width,
         coords,
         None,
-        0 if coords is None or not len(lengths) else coords(0).shape[1],
+        axes,
         labels,
     )
+
+
+def _rows(path: Path, column: pa.ChunkedArray, name: str) -> pa.Array:
+    """A column of lists of lists of numbers, one for each sequence.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    kind = column.type
+    if not (_is_list(kind) and _is_list(kind.value_type) and _is_number(kind.value_type.value_type)):
+        raise UserError(
+            f"{path}: the column {name!r} holds {kind}; make every row a list of tokens, and each of these a list of "
+            "numbers"
+        )
+    return column.combine_chunks()
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def _usual_width(rows: pa.Array) -> int:
+    """Numbers in most tokens; 0 where there is no token."""
+    widths = pc.list_value_length(rows.flatten()).drop_null().to_numpy(zero_copy_only=False)
+    return int(np.bincount(widths).argmax()) if len(widths) else 0
+
+
+def _row_reader(rows: pa.Array, name: str, width: int) -> Read:
+    def read(index: int) -> Array:
+        """[n, width] float32; ValueError where a token holds more numbers, or fewer, or is missing."""
+        tokens = rows[index].values
+        if tokens is None:
+            raise ValueError(f"it has no {name}")
+        widths = pc.list_value_length(tokens).fill_null(0).to_numpy(zero_copy_only=False)
+        if (other := np.flatnonzero(widths != width)).size:
+            token = int(other[0])
+            raise ValueError(f"token {token} of {name} has length {widths[token]}, and most have {width}")
+        numbers: Array = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        return numbers.reshape(len(tokens), width)
+
+    return read
 
 
 _OPENERS: dict[str, Callable[[Path], Stored]] = {

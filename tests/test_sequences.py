@@ -185,12 +185,39 @@ def test_files_that_are_damaged_missing_or_of_another_width_are_named(tmp_path: 
     (tmp_path / "data" / "train" / "006.coords.npy").unlink()
     with pytest.raises(UserError, match=r"006\.coords\.npy is missing"):
         features.dataset("train")
-    torn = tmp_path / "torn"
-    torn.mkdir()
-    pq.write_table(pa.table({"values": [[[1.0, 2.0], [3.0]], [[1.0, 2.0], [3.0, 4.0]]]}), torn / "train.parquet")
-    pq.write_table(pa.table({"values": [[[1.0, 2.0], [3.0, 4.0]]]}), torn / "test.parquet")
-    with pytest.raises(UserError, match=r"parquet can't be read"):
-        Features(root=str(torn)).dataset("train")
+
+
+def ragged_values(first: Any, rows: int = 3) -> dict[str, Any]:
+    return {"values": [first, *([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]] * rows)]}
+
+
+def parquet(root: Path, columns: dict[str, Any]) -> Features:
+    for split in ("train", "test"):
+        pq.write_table(pa.table(columns), root / f"{split}.parquet")
+    return Features(root=str(root))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (ragged_values([[1, 2, 3], [4]]), "token 0 of values has length 3, and most have 2"),
+        (ragged_values([[1, 2], [3]]), "token 1 of values has length 1, and most have 2"),
+        (ragged_values([[1, 2], None, [3, 4]]), "token 1 of values has length 0"),
+        (ragged_values([[1, None], [3, 4]]), "NaN or infinity in token 0"),
+        (
+            {**ragged_values([[1, 2], [3, 4]]), "coords": [[[1.0], [2.0, 3.0]], *[[[1.0]] * 3] * 3]},
+            "token 1 of coords has length 2, and most have 1",
+        ),
+        ({**ragged_values([[1, 2], [3, 4]]), "coords": [None, *[[[1.0]] * 3] * 3]}, "it has no coords"),
+    ],
+)
+def test_tokens_of_parquet_that_are_ragged_or_missing_are_not_cut_anew(
+    tmp_path: Path, columns: dict[str, Any], said: str
+) -> None:
+    samples = parquet(tmp_path, columns).dataset("train")
+    with pytest.raises(UnreadableSample, match=f"train.parquet, row 0: {said}"):
+        samples[0]
+    assert samples[1]["values"].tolist() == [[1, 2], [3, 4], [5, 6]]
 
 
 def test_the_preset_trains_packed_and_is_probed_and_fine_tuned(tmp_path: Path) -> None:
