@@ -145,7 +145,7 @@ def _safetensors(path: Path) -> Stored:
         if "values" not in names:
             raise UserError(f"{path} has no tensor 'values', only {', '.join(sorted(names))}")
         shape = tuple(file.get_slice("values").get_shape())
-        rest = {key: file.get_tensor(key).numpy() for key in names & {"lengths", "coords", "label"}}
+        rest = {key: _as_array(file.get_tensor(key)) for key in names & {"lengths", "coords", "label"}}
 
     def read(index: int) -> Array:
         with safe_open(path, "pt") as file:
@@ -153,6 +153,12 @@ def _safetensors(path: Path) -> Stored:
         return found
 
     return _of_arrays(path, np.broadcast_to(np.float32(0), shape), rest, read)
+
+
+def _as_array(tensor: Tensor) -> Array:
+    """With what NumPy lacks, as bfloat16, in float32."""
+    array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
 
 
 def _of_arrays(path: Path, values: Array, rest: dict[str, Array], read: Read | None = None) -> Stored:
@@ -192,8 +198,10 @@ def _folder(path: Path) -> Stored:
         raise UserError(f"{path} holds no npy file")
     shapes = [_array(file).shape for file in files]
     for file, shape in zip(files, shapes, strict=True):
-        if len(shape) != 2 or shape[1] != shapes[0][-1]:
-            raise UserError(f"{file} has shape {list(shape)}; make it [n, {shapes[0][-1]}], as {files[0].name}")
+        if len(shape) != 2:
+            raise UserError(f"{file} has shape {list(shape)}; make it [n, P], a row for each token")
+        if shape[1] != shapes[0][1]:
+            raise UserError(f"{file} has shape {list(shape)}; make it [n, {shapes[0][1]}], as {files[0].name}")
     beside = [file.with_suffix(".coords.npy") for file in files]
     given = [file.exists() for file in beside]
     if any(given) and not all(given):
@@ -201,7 +209,7 @@ def _folder(path: Path) -> Stored:
     axes = 0
     if all(given):
         kinds = [_array(file).shape for file in beside]
-        axes = kinds[0][-1]
+        axes = kinds[0][-1] if kinds[0] else 1
         for file, kind, shape in zip(beside, kinds, shapes, strict=True):
             if kind != (shape[0], axes):
                 raise UserError(f"{file} has shape {list(kind)}; make it [{shape[0]}, {axes}]")
@@ -212,7 +220,7 @@ def _folder(path: Path) -> Stored:
         lambda index: _array(files[index]),
         np.array([shape[0] for shape in shapes]),
         shapes[0][1],
-        (lambda index: _array(beside[index])) if axes else None,
+        (lambda index: _array(beside[index])) if all(given) else None,
         None,
         axes,
         _array(labels) if labels.exists() else None,
@@ -236,7 +244,10 @@ def _parquet(path: Path) -> Stored:
         coords = _row_reader(places, "coords", axes)
     labels = None
     if "label" in table.column_names:
-        labels = np.array(table["label"].to_pylist())
+        found = table["label"].to_pylist()
+        if None in found:
+            raise UserError(f"{path}: row {found.index(None)} has no label; give it one, or leave the column out")
+        labels = np.array(found)
     return Stored(
         path,
         lambda index: f"{path}, row {index}",
@@ -266,11 +277,11 @@ def _rows(path: Path, column: pa.ChunkedArray, name: str) -> pa.Array:
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _usual_width(rows: pa.Array) -> int:
@@ -320,6 +331,8 @@ def _check(stored: Stored) -> None:
     path, count = stored.path, len(stored.lengths)
     if not count:
         raise UserError(f"{path} holds no sequence")
+    if not stored.width:
+        raise UserError(f"{path}: tokens hold no numbers; make P, the last axis of the values, 1 or more")
     if stored.lengths.min() < 2:
         row = int(stored.lengths.argmin())
         raise UserError(
@@ -332,8 +345,11 @@ def _check(stored: Stored) -> None:
     labels = stored.labels
     if labels is None:
         return
-    if len(labels) != count or labels.dtype.kind not in "iuf":
-        raise UserError(f"{path}: label holds {labels.dtype} of shape {list(labels.shape)} for {count} sequences")
+    if labels.ndim not in (1, 2) or len(labels) != count or labels.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path}: label holds {labels.dtype} of shape {list(labels.shape)} for {count} sequences; make it numbers "
+            f"[{count}] or [{count}, K]"
+        )
     if not np.isfinite(labels).all():
         row = int(np.flatnonzero(~np.isfinite(labels.reshape(count, -1)).all(1))[0])
         raise UserError(f"{stored.name(row)} has a label that is NaN or infinite")

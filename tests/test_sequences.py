@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_save_file
 
 from modalities.features import Features
 from nepa_core.basics import UnreadableSample, UserError
@@ -142,6 +143,10 @@ def long(lengths: np.ndarray) -> np.ndarray:
         ("safetensors", lambda d: spoil(d, "lengths", long), "train.safetensors: row 3 has length 9"),
         ("safetensors", lambda d: {"vectors": d["values"], "values": d["values"][0]}, "make them [S, N, P]"),
         ("npy", lambda d: {"values": d["values"], "lengths": d["lengths"]}, "differ in coordinate axes: 0 and 2"),
+        ("npy", lambda d: spoil(d, "values", lambda x: x[..., :0]), "train.npy: tokens hold no numbers"),
+        ("npy", lambda d: spoil(d, "label", lambda x: x[0]), "train.npy: label holds int64 of shape [] for 24"),
+        ("safetensors", lambda d: spoil(d, "label", lambda x: np.array(3)), "label holds int64 of shape [] for 24"),
+        ("folder", lambda d: spoil(d, "coords", lambda x: x[..., :0]), "coordinates have 0 axes; 1 to 3"),
         ("npy", lambda d: spoil(d, "values", lambda x: x[..., :2]), "differ in numbers in a token: 2 and 3"),
     ],
 )  # fmt: skip
@@ -218,6 +223,48 @@ def test_tokens_of_parquet_that_are_ragged_or_missing_are_not_cut_anew(
     with pytest.raises(UnreadableSample, match=f"train.parquet, row 0: {said}"):
         samples[0]
     assert samples[1]["values"].tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"values": [1.0] * 4}, "the column 'values' holds double; make every row a list of tokens"),
+        ({"values": ["a"] * 4}, "the column 'values' holds string"),
+        ({"values": [[1.0, 2.0]] * 4}, "the column 'values' holds list<"),
+        ({"values": [[]] * 4}, "the column 'values' holds list<"),
+        ({"values": [[["a"], ["b"]]] * 4}, "the column 'values' holds list<"),
+        ({"values": [[[1.0], [2.0]]] * 4, "coords": [1.0] * 4}, "the column 'coords' holds double"),
+        ({"values": [[[1.0], [2.0]]] * 4, "label": [0, 1, None, 0]}, "row 2 has no label"),
+    ],
+)
+def test_columns_of_parquet_that_hold_something_else_are_named(
+    tmp_path: Path, columns: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"train.parquet: {said}"):
+        parquet(tmp_path, columns).dataset("train")
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 3, 1)])
+def test_a_file_of_a_folder_that_is_no_matrix_is_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    features = written(tmp_path, "folder")
+    first = tmp_path / "train" / "000.npy"
+    kept = np.load(first)
+    np.save(first, np.zeros(shape))
+    with pytest.raises(UserError, match=r"000\.npy has shape .*; make it \[n, P\]"):
+        features.dataset("train")
+    np.save(first, kept)
+    np.save(first.with_suffix(".coords.npy"), np.zeros(shape))
+    with pytest.raises(UserError, match=r"000\.coords\.npy has shape .*; make it \[7, "):
+        features.dataset("train")
+
+
+def test_half_precision_that_numpy_lacks_is_read(tmp_path: Path) -> None:
+    values, coords = torch.randn(4, 5, 3).bfloat16(), torch.rand(4, 5, 2).bfloat16()
+    for split in ("train", "test"):
+        torch_save_file({"values": values, "coords": coords}, tmp_path / f"{split}.safetensors")
+    sample = Features(root=str(tmp_path)).dataset("train")[1]
+    assert torch.equal(sample["values"], values[1].float())
+    assert torch.equal(sample["coords"], coords[1].float())
 
 
 def test_the_preset_trains_packed_and_is_probed_and_fine_tuned(tmp_path: Path) -> None:
