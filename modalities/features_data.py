@@ -17,7 +17,7 @@ Shapes: S sequences, N tokens in the longest, n in one of them, P numbers in a t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,7 @@ def open_split(root: str, split: str) -> Stored:
             if path.exists():
                 stored = _opened(opener, path)
                 _check(stored)
-                return stored
+                return replace(stored, labels=_checked_labels(stored))
     wanted = ", ".join(f"{SPLITS[split][0]}{suffix or '/'}" for suffix in _OPENERS)
     raise UserError(f"data.root={root} has no {split} split: one of {wanted} is wanted there")
 
@@ -342,14 +342,34 @@ def _check(stored: Stored) -> None:
         raise UserError(f"{path}: coordinates have {stored.axes} axes; 1 to 3 are supported")
     if stored.shared is not None and not np.isfinite(stored.shared).all():
         raise UserError(f"{path}: the shared coordinates of token {_first_bad(stored.shared)} are NaN or infinite")
-    labels = stored.labels
+
+
+def _checked_labels(stored: Stored) -> Array | None:
+    """The labels in int64 or float32.
+
+    Raises:
+        UserError: they are no numbers, not one row for each sequence, not finite, or a class is negative.
+    """
+    path, count, labels = stored.path, len(stored.lengths), stored.labels
     if labels is None:
-        return
+        return None
     if labels.ndim not in (1, 2) or len(labels) != count or labels.dtype.kind not in "iuf":
         raise UserError(
             f"{path}: label holds {labels.dtype} of shape {list(labels.shape)} for {count} sequences; make it numbers "
             f"[{count}] or [{count}, K]"
         )
+    if labels.dtype.kind != "f":
+        labels = labels.astype(np.int64)
+        if (below := np.flatnonzero(labels.reshape(count, -1).min(1, initial=0) < 0)).size:
+            row = int(below[0])
+            raise UserError(
+                f"{stored.name(row)} has the class {labels[row]}; number classes from 0 on, make labels to predict as "
+                "numbers float, and leave sequences of no class out"
+            )
+        return labels
+    with np.errstate(over="ignore"):
+        labels = labels.astype(np.float32)
     if not np.isfinite(labels).all():
         row = int(np.flatnonzero(~np.isfinite(labels.reshape(count, -1)).all(1))[0])
         raise UserError(f"{stored.name(row)} has a label that is NaN or infinite")
+    return labels

@@ -19,7 +19,7 @@ from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes import segment
-from recipes.finetune import FinetuneConfig, load_classifier, measure
+from recipes.finetune import FinetuneConfig, load_classifier, measure, scored_samples
 from recipes.goals import FIGURES, Goal, Regression, find_goal
 from recipes.pretrain import PretrainConfig
 from recipes.segment import SegmentConfig
@@ -60,7 +60,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             summary = dict(measured(config, weights, ranks))
             shown = [figure for figure in FIGURES if figure.key in summary]
             text = ", ".join(f"{figure.title} {format(summary[figure.key], figure.form)}" for figure in shown)
-            text += f", {summary['samples']} samples"
+            text += f", {scored_samples(summary, 'samples')}"
         if ranks.is_main:
             kind = "ema" if weights.averaged else "raw"
             Run(Path(target)).write_summary(summary | {"weights": kind, "made_with": provenance()}, "evaluate.json")

@@ -13,7 +13,7 @@ the averaged weights after the last step, never the best step on the held-out da
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -343,7 +343,7 @@ def raw_and_averaged(config: FinetuneConfig, model: Classifier, ema: Ema | None,
     return figures
 
 
-COUNTS = ("samples", "unreadable_held_out")
+COUNTS = ("samples", "without_class", "unreadable_held_out")
 """What `measure` counts, the same for raw and for averaged weights."""
 
 
@@ -360,7 +360,7 @@ def measure(
     """
     goal = model.goal
     sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
-    seen = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    seen, scored = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     unreadable: set[str] = set()
     dtype = autocast_dtype(config.train.precision, ranks.device)
     data, was_training = config.data.plain(), model.training
@@ -378,11 +378,13 @@ def measure(
         tokens = data.read(batch)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
             outputs = model(tokens, causal=config.causal).float()
-        sums += goal.sums(outputs, goal.truth(batch, tokens))
+        truth = goal.truth(batch, tokens)
+        sums += goal.sums(outputs, truth)
         seen += len(outputs)
+        scored += goal.scored(truth)
     model.train(was_training)
     left_out = torch.tensor(len(unreadable), device=ranks.device)
-    counts = (int(ranks.sum(value)) for value in (seen, left_out))
+    counts = (int(ranks.sum(value)) for value in (seen, seen - scored, left_out))
     return {**goal.figures(ranks.sum(sums)), **dict(zip(COUNTS, counts, strict=True))}
 
 
@@ -399,13 +401,21 @@ def render(summary: dict[str, Any], run: Run) -> str:
     for name, suffix in rows.items():
         cells = (f"  {format(summary[figure.key + suffix], figure.form):>7}" for figure in shown)
         lines.append(f"{name:<18}" + "".join(cells))
-    where = f"on {summary.get('samples', 'all')} held-out samples"
+    where = f"on {scored_samples(summary, 'held-out samples')}"
     start = start_of(summary["init"])
     lines += ["", f"Figures {where} after the last of {summary['steps']} steps, started from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
     lines += unreadable(summary)
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+
+
+def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
+    """ "40 samples", or "30 samples (10 more have no class)": on how many the figures are."""
+    without = int(summary.get("without_class", 0))
+    if "samples" not in summary:
+        return f"all {noun}"
+    return f"{int(summary['samples']) - without} {noun}" + (f" ({without} more have no class)" if without else "")
 
 
 def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:

@@ -145,6 +145,7 @@ def long(lengths: np.ndarray) -> np.ndarray:
         ("npy", lambda d: {"values": d["values"], "lengths": d["lengths"]}, "differ in coordinate axes: 0 and 2"),
         ("npy", lambda d: spoil(d, "values", lambda x: x[..., :0]), "train.npy: tokens hold no numbers"),
         ("npy", lambda d: spoil(d, "label", lambda x: x[0]), "train.npy: label holds int64 of shape [] for 24"),
+        ("folder", lambda d: spoil(d, "label", lambda x: 0 * x - 1), "000.npy has the class -1; number classes"),
         ("safetensors", lambda d: spoil(d, "label", lambda x: np.array(3)), "label holds int64 of shape [] for 24"),
         ("folder", lambda d: spoil(d, "coords", lambda x: x[..., :0]), "coordinates have 0 axes; 1 to 3"),
         ("npy", lambda d: spoil(d, "values", lambda x: x[..., :2]), "differ in numbers in a token: 2 and 3"),
@@ -256,6 +257,14 @@ def test_a_file_of_a_folder_that_is_no_matrix_is_named(tmp_path: Path, shape: tu
     np.save(first.with_suffix(".coords.npy"), np.zeros(shape))
     with pytest.raises(UserError, match=r"000\.coords\.npy has shape .*; make it \[7, "):
         features.dataset("train")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float64])
+def test_labels_of_any_dtype_are_classes_or_numbers(tmp_path: Path, kind: Any) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, "npy", spoil(arrays(split), "label", lambda x: x.astype(kind)))
+    label = Features(root=str(tmp_path)).dataset("train")[0]["label"]
+    assert label.dtype == (torch.float32 if kind is np.float64 else torch.int64)
 
 
 def test_half_precision_that_numpy_lacks_is_read(tmp_path: Path) -> None:
