@@ -259,6 +259,21 @@ def test_a_file_of_a_folder_that_is_no_matrix_is_named(tmp_path: Path, shape: tu
         features.dataset("train")
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (lambda x: np.where(np.arange(24) == 5, 7, x), "test.npy, row 5 has the class 7, which no sequence of .*train"),
+        (lambda x: x + 0.5, "test.npy differ in labels: classes and numbers"),
+        (lambda x: np.stack([x, x], 1) + 0.5, r"differ in labels: classes and numbers \[2\]"),
+    ],
+)
+def test_held_out_labels_that_training_does_not_know_are_named_at_once(tmp_path: Path, labels: Any, said: str) -> None:
+    write(tmp_path, "train", "npy", arrays("train"))
+    write(tmp_path, "test", "npy", spoil(arrays("test"), "label", labels))
+    with pytest.raises(UserError, match=said):
+        Features(root=str(tmp_path)).dataset("train")
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float64])
 def test_labels_of_any_dtype_are_classes_or_numbers(tmp_path: Path, kind: Any) -> None:
     for split in ("train", "test"):
