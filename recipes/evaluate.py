@@ -57,7 +57,9 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             text = f"mIoU {summary['mIoU']:.2%}, mAcc {summary['mAcc']:.2%}, aAcc {summary['aAcc']:.2%}"
             text += f", {summary['images']} images"
         else:
-            summary = dict(measured(config, weights, ranks))
+            left_out: set[str] = set()
+            summary = dict(measured(config, weights, ranks, left_out))
+            summary["unreadable_held_out_messages"] = sorted(left_out)
             shown = [figure for figure in FIGURES if figure.key in summary]
             text = ", ".join(f"{figure.title} {format(summary[figure.key], figure.form)}" for figure in shown)
             text += f", {scored_samples(summary, 'samples')}"
@@ -67,12 +69,14 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             print(f"Held out: {text}, {'averaged' if weights.averaged else 'raw'} weights.")
             if isinstance(config, SegmentConfig):
                 print(class_lines(summary["classes"]))
-            for line in unreadable(summary):
+            for line in unreadable(summary, "evaluate.json"):
                 print(line)
 
 
-def measured(config: FinetuneConfig, weights: Weights, ranks: World) -> dict[str, float]:
-    """Held-out figures of a fine-tuned or imported run.
+def measured(
+    config: FinetuneConfig, weights: Weights, ranks: World, left_out: set[str] | None = None
+) -> dict[str, float]:
+    """Held-out figures of a fine-tuned or imported run; see `finetune.measure`.
 
     Raises:
         UserError: the data has other targets than the run was trained on.
@@ -86,7 +90,7 @@ def measured(config: FinetuneConfig, weights: Weights, ranks: World) -> dict[str
             "data.root=DIR"
         )
     compare_classes(target, goal.names or (), ranks)
-    return measure(config, model, ranks)
+    return measure(config, model, ranks, left_out=left_out)
 
 
 def compare_classes(run: str, data: Sequence[str], ranks: World) -> None:

@@ -214,6 +214,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
     goal = find_goal(config.data)
     model, new = build_classifier(config, goal)
     model = model.to(ranks.device)
+    left_out: set[str] = set()
     result, _ = train(
         model,
         model.backbone.predictor,
@@ -221,7 +222,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
         run,
         ranks,
         step_function=make_step(config, goal),
-        evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks),
+        evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks, left_out),
         untrained=False,
         announce=f"Fine-tuning from {start_of(config.init)}{f' with {setting}' if setting else ''}.",
         show=show,
@@ -231,6 +232,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
     last = run.metrics()[-1]  # measured after the last step, by all ranks
     summary = {
         **{name: value for name, value in last.items() if name != "step"},
+        "unreadable_held_out_messages": sorted(left_out),
         "init": config.init,
         "new_weights": new,
         "classes": None if goal.names is None else list(goal.names),
@@ -333,9 +335,11 @@ def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Bat
     return mix
 
 
-def raw_and_averaged(config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World) -> dict[str, float]:
-    """Held-out figures of the weights as they are and, under names with "_ema", of their average."""
-    figures = measure(config, model, ranks)
+def raw_and_averaged(
+    config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World, left_out: set[str]
+) -> dict[str, float]:
+    """Held-out figures of the weights as they are and, under names with "_ema", of their average; see `measure`."""
+    figures = measure(config, model, ranks, left_out=left_out)
     if ema is not None:
         with applied(ema):
             averaged = measure(config, model, ranks)
@@ -349,7 +353,12 @@ COUNTS = ("samples", "without_class", "unreadable_held_out")
 
 @torch.no_grad()
 def measure(
-    config: FinetuneConfig, model: Classifier, ranks: World, samples: Dataset[Batch] | None = None
+    config: FinetuneConfig,
+    model: Classifier,
+    ranks: World,
+    samples: Dataset[Batch] | None = None,
+    *,
+    left_out: set[str] | None = None,
 ) -> dict[str, float]:
     """The figures of the model's goal over all held-out samples and the `COUNTS`, the same on every rank.
 
@@ -357,6 +366,7 @@ def measure(
 
     Args:
         samples: read in place of the held-out ones; without augmentation.
+        left_out: gets name and cause of every sample that could not be read.
     """
     goal = model.goal
     sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
@@ -383,8 +393,10 @@ def measure(
         seen += len(outputs)
         scored += goal.scored(truth)
     model.train(was_training)
-    left_out = torch.tensor(len(unreadable), device=ranks.device)
-    counts = (int(ranks.sum(value)) for value in (seen, seen - scored, left_out))
+    named = ranks.union(unreadable)
+    if left_out is not None:
+        left_out.update(named)
+    counts = (*(int(ranks.sum(value)) for value in (seen, seen - scored)), len(named))
     return {**goal.figures(ranks.sum(sums)), **dict(zip(COUNTS, counts, strict=True))}
 
 

@@ -233,6 +233,19 @@ class Unlabelled(Dataset[dict[str, Tensor]]):
         return sample | {"label": torch.where(torch.tensor(index % 3 == 0), -1, sample["label"])}
 
 
+def test_held_out_samples_left_out_are_named_in_the_summary_and_on_the_screen(
+    pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = ["data.unreadable=[3,7]", "train.max_unreadable=0.1", "train.length.steps=6"]
+    assert main(["finetune", pretrained, *bad, f"out={tmp_path}"]) == 0
+    named = ["sample 3: torn", "sample 7: torn"]
+    assert json.loads((tmp_path / "summary.json").read_text())["unreadable_held_out_messages"] == named
+    assert capsys.readouterr().out.count("\n  sample 7: torn\n") == 2, "once for training"
+    assert main(["evaluate", str(tmp_path)]) == 0
+    assert "\n  sample 3: torn\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluate.json").read_text())["unreadable_held_out_messages"] == named
+
+
 def test_samples_without_a_class_are_counted_apart() -> None:
     config = tuning()
     model, _ = build_classifier(config, numbered(2))
