@@ -257,6 +257,21 @@ def test_the_length_of_a_mean_is_not_flattered_by_few_draws() -> None:
 # ---- through the commands
 
 
+def test_clips_without_labels_are_pretrained_and_have_nothing_to_probe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = tmp_path / "clips", tmp_path / "run"
+    for i in range(24):
+        write(root / f"{i}.wav", tone(0.1 + i / 200, 200 + 40 * i))
+    words = ["pretrain", "tests.test_audio:ragged", f"data.root={root}", f"out={run}", "train.length.steps=2"]
+    assert main([*words, "data.held_out=0.25"]) == 0
+    assert "judged on 6 held-out samples" in capsys.readouterr().out
+    assert main(["probe", str(run)]) == 2
+    assert "Audio gives no label to probe for" in capsys.readouterr().err
+    assert main(["finetune", str(run), f"out={tmp_path / 'tuned'}"]) == 2
+    assert "Audio gives no class to train on" in capsys.readouterr().err
+
+
 def test_a_clip_that_can_not_be_read_is_named_on_the_card_and_in_the_summary(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
