@@ -242,12 +242,6 @@ def _parquet(path: Path) -> Stored:
         places = _rows(path, table["coords"], "coords")
         axes = _usual_width(places)
         coords = _row_reader(places, "coords", axes)
-    labels = None
-    if "label" in table.column_names:
-        found = table["label"].to_pylist()
-        if None in found:
-            raise UserError(f"{path}: row {found.index(None)} has no label; give it one, or leave the column out")
-        labels = np.array(found)
     return Stored(
         path,
         lambda index: f"{path}, row {index}",
@@ -257,8 +251,23 @@ def _parquet(path: Path) -> Stored:
         coords,
         None,
         axes,
-        labels,
+        _label_column(path, table["label"].to_pylist()) if "label" in table.column_names else None,
     )
+
+
+def _label_column(path: Path, labels: list[Any]) -> Array:
+    """[S] or, of lists, [S, K].
+
+    Raises:
+        UserError: a row has none, or more or fewer than the first.
+    """
+    counts = [len(label) if isinstance(label, list) else 1 for label in labels]
+    for row, (label, count) in enumerate(zip(labels, counts, strict=True)):
+        if label is None:
+            raise UserError(f"{path}: row {row} has no label; give it one, or leave the column out")
+        if count != counts[0]:
+            raise UserError(f"{path}: row {row} has a label of {count} numbers, and row 0 one of {counts[0]}")
+    return np.array(labels)
 
 
 def _rows(path: Path, column: pa.ChunkedArray, name: str) -> pa.Array:

@@ -236,6 +236,10 @@ def test_tokens_of_parquet_that_are_ragged_or_missing_are_not_cut_anew(
         ({"values": [[["a"], ["b"]]] * 4}, "the column 'values' holds list<"),
         ({"values": [[[1.0], [2.0]]] * 4, "coords": [1.0] * 4}, "the column 'coords' holds double"),
         ({"values": [[[1.0], [2.0]]] * 4, "label": [0, 1, None, 0]}, "row 2 has no label"),
+        (
+            {"values": [[[1.0], [2.0]]] * 4, "label": [[0.5], [1.0], [2.0, 3.0], [0.0]]},
+            "row 2 has a label of 2 numbers, and row 0 one of 1",
+        ),
     ],
 )
 def test_columns_of_parquet_that_hold_something_else_are_named(
