@@ -13,10 +13,11 @@ from typing import Annotated, Self
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import AfterValidator, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from modalities.audio_data import (
+    HELD_OUT,
     SYNTHETIC_NOISE,
     Clips,
     FrontEnd,
@@ -47,7 +48,8 @@ class Audio(Ordered, Modality):
     training split, which are part of the network's weights: see `embedder`.
 
     Attributes:
-        source, root, held_out_speaker: where clips come from, see `modalities.audio_data.open_source`.
+        source, root, held_out_speaker, held_out: where clips come from, and which of them are held out, see
+            `modalities.audio_data.open_source`.
         seconds: of the longest clip; longer ones are cut at their end.
         sample_rate: in Hz, to which every clip is brought.
         bands, window_ms, hop_ms: mel bands, length of the Hann window and distance of two frames in milliseconds.
@@ -65,6 +67,7 @@ class Audio(Ordered, Modality):
     seconds: PositiveFloat
     root: str | None = None
     held_out_speaker: str | None = None
+    held_out: float = Field(default=HELD_OUT, gt=0, lt=1)
     sample_rate: PositiveInt = 16_000
     bands: PositiveInt = 128
     window_ms: PositiveFloat = 25.0
@@ -129,6 +132,7 @@ class Audio(Ordered, Modality):
             form=self.front_end,
             root=self.root,
             held_out_speaker=self.held_out_speaker,
+            held_out=self.held_out,
             padding=self.padding,
             in_memory=self.in_memory,
             limit=self.limit,
@@ -148,8 +152,8 @@ class Audio(Ordered, Modality):
             values = patchify(_picture(mel)[:, None], self.patch)
         return Tokens(values=values, coords=places(self.rows, columns), mask=real.repeat(1, self.rows))
 
-    def classes(self) -> tuple[str, ...]:
-        return open_source(self.source, "train", root=self.root, held_out_speaker=self.held_out_speaker).classes
+    def classes(self) -> tuple[str, ...] | None:
+        return self.dataset("train").source.classes
 
     def plain(self) -> Audio:
         """With every batch padded to `seconds`, so that raw tokens of all batches stand in one array."""

@@ -1,13 +1,15 @@
 """Audio as samples: found, read, mixed to one channel, resampled, and turned into log-mel frames.
 
 Shapes: n points of a waveform, T frames, F mel bands, B samples. Every data set is map-style and gives
-{"mel": float32 [T, F], "frames": int64 scalar, "label": int64 scalar}: clips are padded with silence (zeros) at their
-end, and "frames" says how many are real. A source knows the label of every row and gives the row's waveform.
+{"mel": float32 [T, F], "frames": int64 scalar} and, where there are labels, "label", an int64 scalar (a class) or a
+float32 one (a number to predict): clips are padded with silence (zeros) at their end, and "frames" says how many are
+real. A source knows the label of every row and gives the row's waveform.
 """
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import os
 import re
@@ -38,12 +40,20 @@ SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 FSDD_NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
+NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+"""Labels of a CSV file that all look like this are numbers to predict."""
 FSDD_TEST = 5
 """Recordings 0 to 4 of each digit and speaker are FSDD's test split."""
 
 FLOOR = 1e-6
 """Mel power that counts as silence, above the rounding of 16 bits (1e-8) and below any microphone's noise."""
 _LARGEST_KERNEL = 2**24  # numbers in the filters of a resampling; two rates without a common factor need more
+
+HELD_OUT = 0.1
+"""The share of clips that is held out where nothing says which."""
+
+Row = tuple[str, str, str]
+"""Path, label ("" for none), and "train" or "test"."""
 
 SYNTHETIC_CLASSES = ("tone", "rising", "falling", "pulsed")
 SYNTHETIC_COUNT = {"train": 2000, "test": 512}
@@ -127,7 +137,7 @@ class Clips(Dataset[Batch]):
         self, source: Source, rows: Tensor, form: FrontEnd, padding: Padding, memory: dict[int, Tensor | str] | None
     ) -> None:
         self.source, self.rows, self.form = source, rows, form
-        self.labels = source.labels[rows]
+        self.labels = None if source.labels is None else source.labels[rows]
         self.padding, self.memory = padding, memory
 
     def __len__(self) -> int:
@@ -136,7 +146,7 @@ class Clips(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         clip = self._frames(index)
         mel = F.pad(clip, (0, 0, 0, self.form.longest - len(clip)))
-        return {"mel": mel, "frames": torch.tensor(len(clip)), "label": self.labels[index]}
+        return {"mel": mel, "frames": torch.tensor(len(clip))} | self._label(index)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch at once; raises UnreadableSample for the first clip in it that can't be read."""
@@ -145,7 +155,10 @@ class Clips(Dataset[Batch]):
         if self.padding == "full":
             mel = F.pad(mel, (0, 0, 0, self.form.longest - mel.shape[1]))
         frames = torch.tensor([len(clip) for clip in clips])
-        return {"mel": mel, "frames": frames, "label": self.labels[torch.as_tensor(indices)]}
+        return {"mel": mel, "frames": frames} | self._label(torch.as_tensor(indices))
+
+    def _label(self, place: int | Tensor) -> Batch:
+        return {} if self.labels is None else {"label": self.labels[place]}
 
     def name(self, index: int) -> str:
         """What a message calls that clip: its file, or where it lies."""
@@ -193,6 +206,7 @@ def open_audio(
     form: FrontEnd,
     root: str | None = None,
     held_out_speaker: str | None = None,
+    held_out: float = HELD_OUT,
     padding: Padding = "batch",
     in_memory: bool = False,
     limit: int | None = None,
@@ -200,7 +214,7 @@ def open_audio(
     """The clips of a split as log-mel frames.
 
     Args:
-        source, root, held_out_speaker: see `open_source`.
+        source, root, held_out_speaker, held_out: see `open_source`.
         split: "train" or "test".
         padding: see `Clips`.
         in_memory: keep the frames of every clip once it has been read.
@@ -211,8 +225,8 @@ def open_audio(
         UnreadableSample: from the data set, on access to a clip that can't be read, is empty, silent, not longer than a
             token, or holds NaN.
     """
-    stored = open_source(source, split, root=root, held_out_speaker=held_out_speaker)
-    count = len(stored.labels)
+    stored = open_source(source, split, root=root, held_out_speaker=held_out_speaker, held_out=held_out)
+    count = len(stored)
     rows = torch.arange(count)
     if limit is not None and split == "train":
         rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
@@ -226,12 +240,15 @@ class Source(Hashable, Protocol):
     """Labels and waveforms."""
 
     @property
-    def labels(self) -> Tensor:
-        """[n] int64."""
+    def labels(self) -> Tensor | None:
+        """[n] int64, or float32 for numbers to predict; None where there are none."""
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """Place k names label k."""
+    def classes(self) -> tuple[str, ...] | None:
+        """Place k names label k; None where labels are no classes."""
+
+    def __len__(self) -> int:
+        """How many clips there are."""
 
     def read(self, row: int, sample_rate: int, most: int) -> Tensor:
         """The waveform of a row, one channel, [n] float32 at that rate; no more than about its first `most` points."""
@@ -245,8 +262,11 @@ class Recordings:
     """Audio files. Their paths are a NumPy array: a list of strings would be copied into every worker."""
 
     paths: np.ndarray[tuple[int], np.dtype[np.str_]]
-    labels: Tensor
-    classes: tuple[str, ...]
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
     def read(self, row: int, sample_rate: int, most: int) -> Tensor:
         return read_file(self.name(row), sample_rate, most)
@@ -266,6 +286,9 @@ class Synthetic:
     seed: int
     labels: Tensor
     classes: tuple[str, ...] = SYNTHETIC_CLASSES
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def read(self, row: int, sample_rate: int, most: int) -> Tensor:
         clean, noise = self.parts(row, sample_rate)
@@ -300,6 +323,8 @@ def read_file(path: str, sample_rate: int, most: int) -> Tensor:
             _check_rate(rate, sample_rate)
             points = file.read(math.ceil(most * rate / sample_rate), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
+        if not os.path.isfile(path):
+            raise ValueError("there is no such file") from error
         raise ValueError(error.error_string) from error
     wave = torch.from_numpy(points.mean(1))
     if not len(wave):
@@ -328,7 +353,12 @@ def _resampling(rate: int, wanted: int) -> Resample:
 
 
 def open_source(
-    source: SourceName, split: str, *, root: str | None = None, held_out_speaker: str | None = None
+    source: SourceName,
+    split: str,
+    *,
+    root: str | None = None,
+    held_out_speaker: str | None = None,
+    held_out: float = HELD_OUT,
 ) -> Source:
     """Where the clips of a split come from; what has been opened once is kept.
 
@@ -336,12 +366,18 @@ def open_source(
         source: "synthetic" (see `Synthetic`) or "folder".
         split: "train" or "test" (held out).
         root: for "folder",
-            - a folder with class folders, `train/<class>/*` and `val/<class>/*`;
+            - a folder with class folders, `train/<class>/*` and `val/<class>/*`, or with `train/*` and `val/*` for
+              clips without labels;
             - a folder with files of FSDD's naming, `{digit}_{speaker}_{index}.wav` (there, in fsdd/ or in recordings/),
               whose recordings 0 to 4 of each digit and speaker are held out;
-            - a CSV file with the columns path (seen from its folder), label and split.
+            - a CSV file with the columns path (seen from its folder) and split and, where clips have labels, label:
+              classes, or numbers to predict where every one of them is written with a decimal point;
+            - any other folder with audio files in it, at any depth: clips without labels.
             The held-out split may be called val, validation or test.
         held_out_speaker: with FSDD's naming, hold out all recordings of this speaker instead.
+        held_out: the share of clips that is held out where nothing else says which, those whose paths (seen from
+            `root`) have the lowest hashes: moving the folder changes nothing, and a new file hardly anything. Where
+            several files are of one recording, divide them yourself, or the same sound is in both splits.
 
     Raises:
         UserError: there is no such data, or they are in none of these layouts, or the classes of the splits differ.
@@ -352,7 +388,7 @@ def open_source(
         return _open_synthetic(split)
     if root is None:
         raise UserError("data.source=folder needs data.root=DIR, the folder that holds the audio files")
-    return _open_folder(root, split, held_out_speaker)
+    return _open_folder(root, split, held_out_speaker, held_out)
 
 
 @lru_cache(maxsize=2)
@@ -361,7 +397,7 @@ def _open_synthetic(split: str) -> Synthetic:
 
 
 @lru_cache(maxsize=4)
-def _open_folder(root: str, split: str, held_out_speaker: str | None) -> Recordings:
+def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: float) -> Recordings:
     place = Path(root).expanduser()
     if not place.exists():
         raise UserError(f"data.root={root}: there is no such folder or CSV file; give the one that holds the audio")
@@ -371,19 +407,23 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None) -> Recordi
     if held_out_speaker is not None:
         raise UserError(f"data.held_out_speaker needs files of FSDD's naming, and data.root={root} holds none")
     if place.is_file():
-        return _recordings(root, _manifest_rows(place), split)
+        rows = _manifest_rows(place)
+        return _recordings(root, rows, split, numbers=all(NUMBER.fullmatch(label) for _, label, _ in rows))
     folders = {each: next((place / n for n in names if (place / n).is_dir()), None) for each, names in SPLITS.items()}
     if all(folders.values()):
         rows = [(path, label, each) for each, folder in folders.items() if folder for path, label in _tree(folder)]
         return _recordings(root, rows, split)
+    if not any(folders.values()) and (files := _sounds(place)):
+        return _recordings(root, _divided(root, place, files, held_out), split)
     raise UserError(
-        f"data.root={root}: looked for train/<class>/* with val/<class>/* (or validation/, test/), and for files named "
-        "{digit}_{speaker}_{index}.wav, but found neither complete; a CSV manifest is given as data.root=FILE.csv"
+        f"data.root={root}: looked for train/<class>/* or train/* with the same in val/ (or validation/, test/), for "
+        "files named {digit}_{speaker}_{index}.wav, and for a folder of audio files without train/ and val/, but found "
+        "none complete; a CSV manifest is given as data.root=FILE.csv"
     )
 
 
-def _recordings(root: str, rows: Sequence[tuple[str, str, str]], split: str) -> Recordings:
-    """A split of (path, label, "train" or "test"); classes are numbered in the order of their names."""
+def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = False) -> Recordings:
+    """A split of (path, label or "", "train" or "test"); classes are numbered in the order of their names."""
     names = {each: sorted({label for _, label, part in rows if part == each}) for each in SPLITS}
     for each, found in names.items():
         if not found:
@@ -391,45 +431,73 @@ def _recordings(root: str, rows: Sequence[tuple[str, str, str]], split: str) -> 
                 f"data.root={root}: no audio file ({', '.join(SUFFIXES)}) in the "
                 f"{'training' if each == 'train' else 'held-out'} split"
             )
+    mine = [(path, label) for path, label, part in rows if part == split]
+    paths = np.array([path for path, _ in mine])
+    if names["train"] == names["test"] == [""]:
+        return Recordings(paths, None, None)
+    if numbers:
+        return Recordings(paths, torch.tensor([float(label) for _, label in mine]), None)
     alone = sorted(set(names["test"]) ^ set(names["train"]))
+    if "" in alone:
+        raise UserError(f"data.root={root}: clips of one split have labels, and those of the other none; mend that")
     if alone:
         raise UserError(f"data.root={root}: both splits need the same classes; only one has {', '.join(alone[:6])}")
     classes = names["train"]
     number = {label: place for place, label in enumerate(classes)}
-    mine = [(path, number[label]) for path, label, part in rows if part == split]
-    return Recordings(np.array([path for path, _ in mine]), torch.tensor([n for _, n in mine]), tuple(classes))
+    return Recordings(paths, torch.tensor([number[label] for _, label in mine]), tuple(classes))
 
 
 def _tree(folder: Path) -> list[tuple[str, str]]:
-    """(path, class) of all audio files at any depth of the class folders, sorted; hidden files are left out."""
+    """(path, class) of all audio files in the class folders, sorted; without class folders those there, of class ""."""
+    labels = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
+    found = sorted((path, label) for label in labels for path in _sounds(folder / label))
+    return found or [(path, "") for path in _sounds(folder)]
+
+
+def _sounds(folder: Path) -> list[str]:
+    """Paths of the audio files at any depth, sorted; hidden files and folders are left out."""
     return sorted(
-        (os.path.join(parent, file), label)
-        for label in os.listdir(folder)
-        for parent, _, files in os.walk(folder / label, followlinks=True)
-        for file in files
-        if file.lower().endswith(SUFFIXES) and file[0] != "." and label[0] != "."
+        path
+        for parent, _, files in os.walk(folder, followlinks=True)
+        for path in (os.path.join(parent, file) for file in files if file.lower().endswith(SUFFIXES))
+        if not any(part.startswith(".") for part in Path(os.path.relpath(path, folder)).parts)
     )
 
 
-def _manifest_rows(file: Path) -> list[tuple[str, str, str]]:
+def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> list[Row]:
+    """Files without labels; those whose paths have the lowest hashes are held out, at least one and not all."""
+    if len(files) < 2:
+        raise UserError(f"data.root={root} holds one audio file; two are wanted, for one of them is held out")
+    by_hash = sorted(files, key=lambda path: hashlib.sha256(os.path.relpath(path, folder).encode()).digest())
+    held = set(by_hash[: min(max(round(held_out * len(files)), 1), len(files) - 1)])
+    return [(path, "", "test" if path in held else "train") for path in files]
+
+
+def _manifest_rows(file: Path) -> list[Row]:
     known = {name: each for each, names in SPLITS.items() for name in names}
-    rows = []
+    rows: list[Row] = []
+    bare = []
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
             table = csv.DictReader(stream)
-            missing = [name for name in ("path", "label", "split") if name not in (table.fieldnames or ())]
+            missing = [name for name in ("path", "split") if name not in (table.fieldnames or ())]
             if missing:
-                raise UserError(f"{file}: the first line must name the columns path, label and split; no {missing[0]}")
+                raise UserError(
+                    f"{file}: the first line must name the columns path and split, and label where clips have labels; "
+                    f"no {missing[0]}"
+                )
             for number, row in enumerate(table, 2):
-                path, label, split = (row[name] or "" for name in ("path", "label", "split"))
-                if not path or not label or split not in known:
+                path, label, split = (row.get(name) or "" for name in ("path", "label", "split"))
+                if not path or split not in known:
                     raise UserError(
-                        f"{file}, row {number}: needs a path, a label and a split of {', '.join(known)}, not "
-                        f"{path!r}, {label!r}, {split!r}"
+                        f"{file}, row {number}: needs a path and a split of {', '.join(known)}, not {path!r}, {split!r}"
                     )
+                bare += [number] * (not label)
                 rows.append((str(file.parent / path), label, known[split]))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file}: not a readable CSV file ({error}); save it as UTF-8") from error
+    if 0 < len(bare) < len(rows):
+        raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
     return rows
 
 

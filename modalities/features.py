@@ -78,19 +78,7 @@ class Features(Ordered, Modality):
         """A split, once both are known to fit together."""
         if self.root is None:
             raise UserError("data.root=DIR is wanted: the folder that holds train.npy and test.npy, or the like")
-        both = {name: open_split(self.root, name) for name in ("train", "test")}
-        train, test = both["train"], both["test"]
-        for what, mine, others in (
-            ("numbers in a token", train.width, test.width),
-            ("coordinate axes", train.axes, test.axes),
-            ("coordinates per sequence", train.coords is not None, test.coords is not None),
-            ("labels", train.labels is not None, test.labels is not None),
-        ):
-            if mine != others:
-                raise UserError(f"{train.path} and {test.path} differ in {what}: {mine} and {others}")
-        if train.shared is not None and len(train.shared) < max(train.longest, test.longest):
-            raise UserError(f"{test.path} has longer sequences than {train.path} has coordinates for")
-        return both[split]
+        return open_both(self.root)[split]
 
     def _tokens(self) -> int:
         """N, the longest sequence of both splits."""
@@ -98,6 +86,43 @@ class Features(Ordered, Modality):
 
     def _ragged(self) -> bool:
         return any(self._stored(split).lengths.min() < self._tokens() for split in ("train", "test"))
+
+
+@lru_cache(maxsize=4)
+def open_both(root: str) -> dict[str, Stored]:
+    """Both splits.
+
+    Raises:
+        UserError: they don't fit together, or held-out sequences have a class that no training sequence has.
+    """
+    train, test = (open_split(root, name) for name in ("train", "test"))
+    for what, mine, others in (
+        ("numbers in a token", train.width, test.width),
+        ("coordinate axes", train.axes, test.axes),
+        ("coordinates per sequence", train.coords is not None, test.coords is not None),
+        ("labels", _kind(train), _kind(test)),
+    ):
+        if mine != others:
+            raise UserError(f"{train.path} and {test.path} differ in {what}: {mine} and {others}")
+    if train.shared is not None and len(train.shared) < max(train.longest, test.longest):
+        raise UserError(f"{test.path} has longer sequences than {train.path} has coordinates for")
+    if train.labels is not None and test.labels is not None and _kind(train) == "classes":
+        unknown = np.flatnonzero(~np.isin(test.labels, train.labels))
+        if unknown.size:
+            row = int(unknown[0])
+            raise UserError(
+                f"{test.name(row)} has the class {test.labels[row]}, which no sequence of {train.path} has; mend the "
+                "labels, or leave such sequences out"
+            )
+    return {"train": train, "test": test}
+
+
+def _kind(stored: Stored) -> str:
+    """What its labels are, in words."""
+    if stored.labels is None:
+        return "none"
+    kind = "numbers" if stored.labels.dtype.kind == "f" else "classes"
+    return kind if stored.labels.ndim == 1 else f"{kind} [{stored.labels.shape[1]}]"
 
 
 @lru_cache(maxsize=4)

@@ -17,13 +17,14 @@ Shapes: S sequences, N tokens in the longest, n in one of them, P numbers in a t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,7 +94,7 @@ class Sequences(Dataset[Batch]):
         name = self.stored.name(index)
         try:
             rows = np.asarray(read(index)[: shape[0]], np.float32)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise UnreadableSample(f"{name}: {error}") from error
         if rows.shape != shape:
             raise UnreadableSample(f"{name}: an array of shape {list(rows.shape)} where {list(shape)} is wanted")
@@ -120,7 +121,7 @@ def open_split(root: str, split: str) -> Stored:
             if path.exists():
                 stored = _opened(opener, path)
                 _check(stored)
-                return stored
+                return replace(stored, labels=_checked_labels(stored))
     wanted = ", ".join(f"{SPLITS[split][0]}{suffix or '/'}" for suffix in _OPENERS)
     raise UserError(f"data.root={root} has no {split} split: one of {wanted} is wanted there")
 
@@ -144,7 +145,7 @@ def _safetensors(path: Path) -> Stored:
         if "values" not in names:
             raise UserError(f"{path} has no tensor 'values', only {', '.join(sorted(names))}")
         shape = tuple(file.get_slice("values").get_shape())
-        rest = {key: file.get_tensor(key).numpy() for key in names & {"lengths", "coords", "label"}}
+        rest = {key: _as_array(file.get_tensor(key)) for key in names & {"lengths", "coords", "label"}}
 
     def read(index: int) -> Array:
         with safe_open(path, "pt") as file:
@@ -152,6 +153,12 @@ def _safetensors(path: Path) -> Stored:
         return found
 
     return _of_arrays(path, np.broadcast_to(np.float32(0), shape), rest, read)
+
+
+def _as_array(tensor: Tensor) -> Array:
+    """With what NumPy lacks, as bfloat16, in float32."""
+    array: Array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return array
 
 
 def _of_arrays(path: Path, values: Array, rest: dict[str, Array], read: Read | None = None) -> Stored:
@@ -191,8 +198,10 @@ def _folder(path: Path) -> Stored:
         raise UserError(f"{path} holds no npy file")
     shapes = [_array(file).shape for file in files]
     for file, shape in zip(files, shapes, strict=True):
-        if len(shape) != 2 or shape[1] != shapes[0][-1]:
-            raise UserError(f"{file} has shape {list(shape)}; make it [n, {shapes[0][-1]}], as {files[0].name}")
+        if len(shape) != 2:
+            raise UserError(f"{file} has shape {list(shape)}; make it [n, P], a row for each token")
+        if shape[1] != shapes[0][1]:
+            raise UserError(f"{file} has shape {list(shape)}; make it [n, {shapes[0][1]}], as {files[0].name}")
     beside = [file.with_suffix(".coords.npy") for file in files]
     given = [file.exists() for file in beside]
     if any(given) and not all(given):
@@ -200,7 +209,7 @@ def _folder(path: Path) -> Stored:
     axes = 0
     if all(given):
         kinds = [_array(file).shape for file in beside]
-        axes = kinds[0][-1]
+        axes = kinds[0][-1] if kinds[0] else 1
         for file, kind, shape in zip(beside, kinds, shapes, strict=True):
             if kind != (shape[0], axes):
                 raise UserError(f"{file} has shape {list(kind)}; make it [{shape[0]}, {axes}]")
@@ -211,7 +220,7 @@ def _folder(path: Path) -> Stored:
         lambda index: _array(files[index]),
         np.array([shape[0] for shape in shapes]),
         shapes[0][1],
-        (lambda index: _array(beside[index])) if axes else None,
+        (lambda index: _array(beside[index])) if all(given) else None,
         None,
         axes,
         _array(labels) if labels.exists() else None,
@@ -223,34 +232,87 @@ def _parquet(path: Path) -> Stored:
     if "values" not in table.column_names:
         raise UserError(f"{path} has no column 'values', only {', '.join(table.column_names)}")
 
-    def reader(column: str) -> Read:
-        rows = table[column].combine_chunks()
-
-        def read(index: int) -> Array:
-            tokens = rows[index].values
-            numbers: Array = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-            return numbers.reshape(len(tokens), -1)
-
-        return read
-
     if table["values"].null_count:
         raise UserError(f"{path}: row {table['values'].to_pylist().index(None)} has no values")
-    lengths = table["values"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    values, coords = reader("values"), reader("coords") if "coords" in table.column_names else None
-    labels = None
-    if "label" in table.column_names:
-        labels = np.array(table["label"].to_pylist())
+    rows = _rows(path, table["values"], "values")
+    lengths = pc.list_value_length(rows).to_numpy(zero_copy_only=False).astype(np.int64)
+    width = _usual_width(rows)
+    axes, coords = 0, None
+    if "coords" in table.column_names:
+        places = _rows(path, table["coords"], "coords")
+        axes = _usual_width(places)
+        coords = _row_reader(places, "coords", axes)
     return Stored(
         path,
         lambda index: f"{path}, row {index}",
-        values,
+        _row_reader(rows, "values", width),
         lengths,
-        values(0).shape[1] if len(lengths) else 0,
+        width,
         coords,
         None,
-        0 if coords is None or not len(lengths) else coords(0).shape[1],
-        labels,
+        axes,
+        _label_column(path, table["label"].to_pylist()) if "label" in table.column_names else None,
     )
+
+
+def _label_column(path: Path, labels: list[Any]) -> Array:
+    """[S] or, of lists, [S, K].
+
+    Raises:
+        UserError: a row has none, or more or fewer than the first.
+    """
+    counts = [len(label) if isinstance(label, list) else 1 for label in labels]
+    for row, (label, count) in enumerate(zip(labels, counts, strict=True)):
+        if label is None:
+            raise UserError(f"{path}: row {row} has no label; give it one, or leave the column out")
+        if count != counts[0]:
+            raise UserError(f"{path}: row {row} has a label of {count} numbers, and row 0 one of {counts[0]}")
+    return np.array(labels)
+
+
+def _rows(path: Path, column: pa.ChunkedArray, name: str) -> pa.Array:
+    """A column of lists of lists of numbers, one for each sequence.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    kind = column.type
+    if not (_is_list(kind) and _is_list(kind.value_type) and _is_number(kind.value_type.value_type)):
+        raise UserError(
+            f"{path}: the column {name!r} holds {kind}; make every row a list of tokens, and each of these a list of "
+            "numbers"
+        )
+    return column.combine_chunks()
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
+
+
+def _usual_width(rows: pa.Array) -> int:
+    """Numbers in most tokens; 0 where there is no token."""
+    widths = pc.list_value_length(rows.flatten()).drop_null().to_numpy(zero_copy_only=False)
+    return int(np.bincount(widths).argmax()) if len(widths) else 0
+
+
+def _row_reader(rows: pa.Array, name: str, width: int) -> Read:
+    def read(index: int) -> Array:
+        """[n, width] float32; ValueError where a token holds more numbers, or fewer, or is missing."""
+        tokens = rows[index].values
+        if tokens is None:
+            raise ValueError(f"it has no {name}")
+        widths = pc.list_value_length(tokens).fill_null(0).to_numpy(zero_copy_only=False)
+        if (other := np.flatnonzero(widths != width)).size:
+            token = int(other[0])
+            raise ValueError(f"token {token} of {name} has length {widths[token]}, and most have {width}")
+        numbers: Array = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        return numbers.reshape(len(tokens), width)
+
+    return read
 
 
 _OPENERS: dict[str, Callable[[Path], Stored]] = {
@@ -278,6 +340,8 @@ def _check(stored: Stored) -> None:
     path, count = stored.path, len(stored.lengths)
     if not count:
         raise UserError(f"{path} holds no sequence")
+    if not stored.width:
+        raise UserError(f"{path}: tokens hold no numbers; make P, the last axis of the values, 1 or more")
     if stored.lengths.min() < 2:
         row = int(stored.lengths.argmin())
         raise UserError(
@@ -287,11 +351,34 @@ def _check(stored: Stored) -> None:
         raise UserError(f"{path}: coordinates have {stored.axes} axes; 1 to 3 are supported")
     if stored.shared is not None and not np.isfinite(stored.shared).all():
         raise UserError(f"{path}: the shared coordinates of token {_first_bad(stored.shared)} are NaN or infinite")
-    labels = stored.labels
+
+
+def _checked_labels(stored: Stored) -> Array | None:
+    """The labels in int64 or float32.
+
+    Raises:
+        UserError: they are no numbers, not one row for each sequence, not finite, or a class is negative.
+    """
+    path, count, labels = stored.path, len(stored.lengths), stored.labels
     if labels is None:
-        return
-    if len(labels) != count or labels.dtype.kind not in "iuf":
-        raise UserError(f"{path}: label holds {labels.dtype} of shape {list(labels.shape)} for {count} sequences")
+        return None
+    if labels.ndim not in (1, 2) or len(labels) != count or labels.dtype.kind not in "iuf":
+        raise UserError(
+            f"{path}: label holds {labels.dtype} of shape {list(labels.shape)} for {count} sequences; make it numbers "
+            f"[{count}] or [{count}, K]"
+        )
+    if labels.dtype.kind != "f":
+        labels = labels.astype(np.int64)
+        if (below := np.flatnonzero(labels.reshape(count, -1).min(1, initial=0) < 0)).size:
+            row = int(below[0])
+            raise UserError(
+                f"{stored.name(row)} has the class {labels[row]}; number classes from 0 on, make labels to predict as "
+                "numbers float, and leave sequences of no class out"
+            )
+        return labels
+    with np.errstate(over="ignore"):
+        labels = labels.astype(np.float32)
     if not np.isfinite(labels).all():
         row = int(np.flatnonzero(~np.isfinite(labels.reshape(count, -1)).all(1))[0])
         raise UserError(f"{stored.name(row)} has a label that is NaN or infinite")
+    return labels

@@ -19,7 +19,7 @@ from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes import segment
-from recipes.finetune import FinetuneConfig, load_classifier, measure
+from recipes.finetune import FinetuneConfig, load_classifier, measure, scored_samples
 from recipes.goals import FIGURES, Goal, Regression, find_goal
 from recipes.pretrain import PretrainConfig
 from recipes.segment import SegmentConfig
@@ -57,22 +57,26 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             text = f"mIoU {summary['mIoU']:.2%}, mAcc {summary['mAcc']:.2%}, aAcc {summary['aAcc']:.2%}"
             text += f", {summary['images']} images"
         else:
-            summary = dict(measured(config, weights, ranks))
+            left_out: set[str] = set()
+            summary = dict(measured(config, weights, ranks, left_out))
+            summary["unreadable_held_out_messages"] = sorted(left_out)
             shown = [figure for figure in FIGURES if figure.key in summary]
             text = ", ".join(f"{figure.title} {format(summary[figure.key], figure.form)}" for figure in shown)
-            text += f", {summary['samples']} samples"
+            text += f", {scored_samples(summary, 'samples')}"
         if ranks.is_main:
             kind = "ema" if weights.averaged else "raw"
             Run(Path(target)).write_summary(summary | {"weights": kind, "made_with": provenance()}, "evaluate.json")
             print(f"Held out: {text}, {'averaged' if weights.averaged else 'raw'} weights.")
             if isinstance(config, SegmentConfig):
                 print(class_lines(summary["classes"]))
-            for line in unreadable(summary):
+            for line in unreadable(summary, "evaluate.json"):
                 print(line)
 
 
-def measured(config: FinetuneConfig, weights: Weights, ranks: World) -> dict[str, float]:
-    """Held-out figures of a fine-tuned or imported run.
+def measured(
+    config: FinetuneConfig, weights: Weights, ranks: World, left_out: set[str] | None = None
+) -> dict[str, float]:
+    """Held-out figures of a fine-tuned or imported run; see `finetune.measure`.
 
     Raises:
         UserError: the data has other targets than the run was trained on.
@@ -86,7 +90,7 @@ def measured(config: FinetuneConfig, weights: Weights, ranks: World) -> dict[str
             "data.root=DIR"
         )
     compare_classes(target, goal.names or (), ranks)
-    return measure(config, model, ranks)
+    return measure(config, model, ranks, left_out=left_out)
 
 
 def compare_classes(run: str, data: Sequence[str], ranks: World) -> None:

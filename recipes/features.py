@@ -101,10 +101,14 @@ Features = dict[str, np.ndarray]
 
 
 class Kept(NamedTuple):
-    """The features of a split, one for each reader, and how many of its samples could not be read."""
+    """The features of a split, one for each reader, and the samples that could not be read: how many, which and why.
+
+    Those kept by an earlier version have the number alone.
+    """
 
     features: list[Features]
     unreadable: int
+    messages: list[str]
 
 
 def network_reader(config: PretrainConfig, model: NEPA, rows: Sequence[Row], *, causal: bool) -> Reader:
@@ -294,10 +298,10 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
                 unreadable=unreadable,
             )
             _compute(share, data, readers, folders, missing, ranks, meter)
-            count = int(ranks.sum(torch.tensor(len(unreadable), device=ranks.device)))
-            _join(folders, keys, missing, ranks, unreadable=count)
+            _join(folders, keys, missing, ranks, unreadable=ranks.union(unreadable))
     features = [_open(folder, (*reader.names, "labels")) for folder, reader in zip(folders, readers, strict=True)]
-    return Kept(features, _facts(folders[0]).get("unreadable", 0))
+    facts = _facts(folders[0])
+    return Kept(features, facts.get("unreadable", 0), facts.get("unreadable_messages", []))
 
 
 def _first_digest(tokens: Tokens, labels: Tensor) -> str:
@@ -426,9 +430,9 @@ def _join(
     missing: Sequence[Sequence[str]],
     ranks: World,
     *,
-    unreadable: int,
+    unreadable: list[str],
 ) -> None:
-    """Make whole arrays of the parts of all ranks, vouch for them, and note how many samples are left out.
+    """Make whole arrays of the parts of all ranks, vouch for them, and note which samples are left out.
 
     Raises:
         UserError: arrays found before belong to other samples; they are forgotten.
@@ -446,7 +450,7 @@ def _join(
         )
 
 
-def _join_parts(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: int, unreadable: int) -> bool:
+def _join_parts(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: int, unreadable: list[str]) -> bool:
     """Join the parts of one folder in the order of one process, and write `features.json`.
 
     Returns:
@@ -466,10 +470,8 @@ def _join_parts(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: 
             joined[name] = _digest(folder / _file(name))
         same = recorded.get("labels", joined["labels"]) == joined["labels"]
         arrays = (recorded if same else {}) | joined
-        write_whole(
-            folder / "features.json",
-            json.dumps({"of": key, "arrays": arrays, "unreadable": unreadable}, indent=2) + "\n",
-        )
+        noted = {"of": key, "arrays": arrays, "unreadable": len(unreadable), "unreadable_messages": unreadable}
+        write_whole(folder / "features.json", json.dumps(noted, indent=2) + "\n")
         for rest in folder.glob(".writing_*"):
             rest.unlink()
     return same

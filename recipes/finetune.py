@@ -13,7 +13,7 @@ the averaged weights after the last step, never the best step on the held-out da
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -214,6 +214,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
     goal = find_goal(config.data)
     model, new = build_classifier(config, goal)
     model = model.to(ranks.device)
+    left_out: set[str] = set()
     result, _ = train(
         model,
         model.backbone.predictor,
@@ -221,7 +222,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
         run,
         ranks,
         step_function=make_step(config, goal),
-        evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks),
+        evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks, left_out),
         untrained=False,
         announce=f"Fine-tuning from {start_of(config.init)}{f' with {setting}' if setting else ''}.",
         show=show,
@@ -231,6 +232,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
     last = run.metrics()[-1]  # measured after the last step, by all ranks
     summary = {
         **{name: value for name, value in last.items() if name != "step"},
+        "unreadable_held_out_messages": sorted(left_out),
         "init": config.init,
         "new_weights": new,
         "classes": None if goal.names is None else list(goal.names),
@@ -333,9 +335,11 @@ def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Bat
     return mix
 
 
-def raw_and_averaged(config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World) -> dict[str, float]:
-    """Held-out figures of the weights as they are and, under names with "_ema", of their average."""
-    figures = measure(config, model, ranks)
+def raw_and_averaged(
+    config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World, left_out: set[str]
+) -> dict[str, float]:
+    """Held-out figures of the weights as they are and, under names with "_ema", of their average; see `measure`."""
+    figures = measure(config, model, ranks, left_out=left_out)
     if ema is not None:
         with applied(ema):
             averaged = measure(config, model, ranks)
@@ -343,13 +347,18 @@ def raw_and_averaged(config: FinetuneConfig, model: Classifier, ema: Ema | None,
     return figures
 
 
-COUNTS = ("samples", "unreadable_held_out")
+COUNTS = ("samples", "without_class", "unreadable_held_out")
 """What `measure` counts, the same for raw and for averaged weights."""
 
 
 @torch.no_grad()
 def measure(
-    config: FinetuneConfig, model: Classifier, ranks: World, samples: Dataset[Batch] | None = None
+    config: FinetuneConfig,
+    model: Classifier,
+    ranks: World,
+    samples: Dataset[Batch] | None = None,
+    *,
+    left_out: set[str] | None = None,
 ) -> dict[str, float]:
     """The figures of the model's goal over all held-out samples and the `COUNTS`, the same on every rank.
 
@@ -357,10 +366,11 @@ def measure(
 
     Args:
         samples: read in place of the held-out ones; without augmentation.
+        left_out: gets name and cause of every sample that could not be read.
     """
     goal = model.goal
     sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
-    seen = torch.zeros((), dtype=torch.int64, device=ranks.device)
+    seen, scored = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     unreadable: set[str] = set()
     dtype = autocast_dtype(config.train.precision, ranks.device)
     data, was_training = config.data.plain(), model.training
@@ -378,11 +388,15 @@ def measure(
         tokens = data.read(batch)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
             outputs = model(tokens, causal=config.causal).float()
-        sums += goal.sums(outputs, goal.truth(batch, tokens))
+        truth = goal.truth(batch, tokens)
+        sums += goal.sums(outputs, truth)
         seen += len(outputs)
+        scored += goal.scored(truth)
     model.train(was_training)
-    left_out = torch.tensor(len(unreadable), device=ranks.device)
-    counts = (int(ranks.sum(value)) for value in (seen, left_out))
+    named = ranks.union(unreadable)
+    if left_out is not None:
+        left_out.update(named)
+    counts = (*(int(ranks.sum(value)) for value in (seen, seen - scored)), len(named))
     return {**goal.figures(ranks.sum(sums)), **dict(zip(COUNTS, counts, strict=True))}
 
 
@@ -399,13 +413,21 @@ def render(summary: dict[str, Any], run: Run) -> str:
     for name, suffix in rows.items():
         cells = (f"  {format(summary[figure.key + suffix], figure.form):>7}" for figure in shown)
         lines.append(f"{name:<18}" + "".join(cells))
-    where = f"on {summary.get('samples', 'all')} held-out samples"
+    where = f"on {scored_samples(summary, 'held-out samples')}"
     start = start_of(summary["init"])
     lines += ["", f"Figures {where} after the last of {summary['steps']} steps, started from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
     lines += unreadable(summary)
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+
+
+def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
+    """ "40 samples", or "30 samples (10 more have no class)": on how many the figures are."""
+    without = int(summary.get("without_class", 0))
+    if "samples" not in summary:
+        return f"all {noun}"
+    return f"{int(summary['samples']) - without} {noun}" + (f" ({without} more have no class)" if without else "")
 
 
 def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:

@@ -76,6 +76,10 @@ class Classification:
             counted &= tokens.canonical(tokens.mask)
         return torch.where(counted, target.long(), NONE)
 
+    def scored(self, truth: Tensor) -> Tensor:
+        """How many samples have a class, int64 scalar: classes [B] or [B, N]."""
+        return (truth.reshape(len(truth), -1) >= 0).any(1).sum()
+
     def loss(self, outputs: Tensor, truth: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor | float]:
         """Mean cross-entropy, and over how many classes: logits [B, C] or [B, N, C], classes or shares [B, C]."""
         if truth.is_floating_point():
@@ -147,6 +151,10 @@ class Regression:
         if label.shape[1] != self.outputs:
             raise UserError(f"the key 'label' holds {label.shape[1]} numbers where {self.outputs} are wanted")
         return label
+
+    def scored(self, truth: Tensor) -> int:
+        """How many samples have numbers: all."""
+        return len(truth)
 
     def loss(self, outputs: Tensor, truth: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor | float]:
         """Mean squared error of standardised numbers [B, K], and over how many samples."""

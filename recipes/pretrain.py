@@ -276,7 +276,8 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     with applied(ema):
         verdict, objective, unreadable = verdict_of(config, model, ranks.device)
         optimum = best_possible(config, model)
-    summary = summarise(verdict, objective, config, model, result) | {"unreadable_held_out": len(unreadable)}
+    summary = summarise(verdict, objective, config, model, result)
+    summary |= {"unreadable_held_out": len(unreadable), "unreadable_held_out_messages": sorted(unreadable)}
     if optimum is not None:
         summary["optimum"] = optimum
     card.write_report(run, summary, config.data)

@@ -237,7 +237,9 @@ def probe(
         "test_samples": len(splits[0].test_labels),
         "seed": config.train.seed,
         "unreadable_samples": train.unreadable,
+        "unreadable_messages": train.messages,
         "unreadable_held_out": test.unreadable,
+        "unreadable_held_out_messages": test.messages,
         "notes": notes,
     }
 
@@ -411,7 +413,7 @@ def render(summary: dict[str, Any]) -> str:
     of_paper = [f"{name} is {PAPER[name]}" for name in summary["paper"]]
     notes = [f"The paper's probe: {'; '.join(of_paper)}."] if of_paper else []
     notes += ["The figures are R2: 1 is perfect, 0 the mean of the labels."] if metric == "r2" else []
-    notes += [*summary["notes"], *unreadable(summary)]
+    notes += [*summary["notes"], *unreadable(summary, "probe.json")]
     chosen = (
         f"Chosen on held-back training samples: {best['name']} {best[metric]:.3f}; "
         f"random weights {best_random['name']} {best_random[metric]:.3f}; raw tokens {raw[metric]:.3f}"

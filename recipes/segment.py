@@ -202,7 +202,8 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
         **headline(measured),
         "classes": class_rows(config.data.class_names(), measured),
         "images": measured[""].images,
-        "unreadable_held_out": measured[""].unreadable,
+        "unreadable_held_out": len(measured[""].unreadable),
+        "unreadable_held_out_messages": measured[""].unreadable,
         "init": config.init,
         "new_weights": new,
         "head": config.head,
@@ -265,7 +266,8 @@ def evaluate(config: SegmentConfig, weights: Weights, ranks: World) -> dict[str,
         **headline(measured),
         "classes": class_rows(config.data.class_names(), measured),
         "images": measured[""].images,
-        "unreadable_held_out": measured[""].unreadable,
+        "unreadable_held_out": len(measured[""].unreadable),
+        "unreadable_held_out_messages": measured[""].unreadable,
         "evaluation": config.evaluation.model_dump(),
     }
 
@@ -300,11 +302,11 @@ def pixel_loss(logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
 
 
 class Measured(NamedTuple):
-    """Scores on held-out images, how many could be read, and how many not."""
+    """Scores on held-out images, how many could be read, and name and cause of those that could not."""
 
     scores: Scores
     images: int
-    unreadable: int
+    unreadable: list[str]
 
 
 def raw_and_averaged(
@@ -348,8 +350,7 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
         counts += confusion(predicted, batch["target"][0], config.data.class_count)
         images += 1
     model.train(was_training)
-    left_out = torch.tensor(len(unreadable), device=ranks.device)
-    return Measured(scores(ranks.sum(counts)), int(ranks.sum(images)), int(ranks.sum(left_out)))
+    return Measured(scores(ranks.sum(counts)), int(ranks.sum(images)), ranks.union(unreadable))
 
 
 def predict_image(config: SegmentConfig, model: Segmenter, image: Tensor) -> Tensor:

@@ -122,20 +122,35 @@ def cost(result: FitResult, model: nn.Module) -> dict[str, Any]:
         "seconds": round(result.seconds, 2),
         "tokens_per_second": round(result.tokens / result.seconds, 1),
         "data_wait_share": round(result.data_wait_share, 4),
-        "unreadable_samples": result.unreadable,
+        "unreadable_samples": len(result.unreadable),
+        "unreadable_messages": result.unreadable,
         "parameters": sum(value.numel() for value in model.parameters()),
         "made_with": provenance(),
     }
 
 
-def unreadable(summary: dict[str, Any]) -> list[str]:
-    """A line on the samples that could not be read, where there are any."""
+NAMED = 3
+"""Of the samples that could not be read, how many of a split are named on the screen."""
+
+
+def unreadable(summary: dict[str, Any], file: str = "summary.json") -> list[str]:
+    """Lines on the samples that could not be read, where there are any: how many, and the first by name and cause.
+
+    Args:
+        file: where all of them are listed.
+    """
     counts = {"training": summary.get("unreadable_samples", 0), "held-out": summary.get("unreadable_held_out", 0)}
     told = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
     if not told:
         return []
     one = sum(counts.values()) == 1
-    return [f"{told} sample{'' if one else 's'} could not be read and {'was' if one else 'were'} skipped."]
+    lines = [f"{told} sample{'' if one else 's'} could not be read and {'was' if one else 'were'} skipped."]
+    for kind, key in (("training", "unreadable_messages"), ("held-out", "unreadable_held_out_messages")):
+        messages = summary.get(key, [])
+        lines += [f"  {message}" for message in messages[:NAMED]]
+        if len(messages) > NAMED:
+            lines.append(f"  and {len(messages) - NAMED} more {kind} ones, see {key} in {file}")
+    return lines
 
 
 def provenance() -> dict[str, Any]:

@@ -257,6 +257,34 @@ def test_the_length_of_a_mean_is_not_flattered_by_few_draws() -> None:
 # ---- through the commands
 
 
+def test_clips_without_labels_are_pretrained_and_have_nothing_to_probe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, run = tmp_path / "clips", tmp_path / "run"
+    for i in range(24):
+        write(root / f"{i}.wav", tone(0.1 + i / 200, 200 + 40 * i))
+    words = ["pretrain", "tests.test_audio:ragged", f"data.root={root}", f"out={run}", "train.length.steps=2"]
+    assert main([*words, "data.held_out=0.25"]) == 0
+    assert "judged on 6 held-out samples" in capsys.readouterr().out
+    assert main(["probe", str(run)]) == 2
+    assert "Audio gives no label to probe for" in capsys.readouterr().err
+    assert main(["finetune", str(run), f"out={tmp_path / 'tuned'}"]) == 2
+    assert "Audio gives no class to train on" in capsys.readouterr().err
+
+
+def test_a_clip_that_can_not_be_read_is_named_on_the_card_and_in_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_classes(tmp_path / "clips")
+    bad = write(root / "train" / "low" / "3.wav", 0 * tone(0.2))
+    run = tmp_path / "run"
+    words = ["pretrain", "tests.test_audio:ragged", f"data.root={root}", f"out={run}", "train.length.steps=2"]
+    assert main([*words, "train.max_unreadable=0.5"]) == 0
+    line = f"{bad}: is silent: all of its samples are equal"
+    assert f"1 training sample could not be read and was skipped.\n  {line}\n" in capsys.readouterr().out
+    assert json.loads((run / "summary.json").read_text())["unreadable_messages"] == [line]
+
+
 def ragged() -> PretrainConfig:
     """The tiny recipe on files of unequal length; `data.root` is to be given."""
     data = adapter(source="folder", root="nowhere", seconds=0.3, in_memory=True)

@@ -1,3 +1,4 @@
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ FORM = FrontEnd(sample_rate=8000, bands=20, window=200, hop=80, step=2, longest=
 def names(root: Path, split: str, **options: Any) -> list[str]:
     """Paths of a split, seen from the root."""
     source = open_source("folder", split, root=str(root), **options)
-    return [str(Path(source.name(row)).relative_to(root)) for row in range(len(source.labels))]
+    return [str(Path(source.name(row)).relative_to(root)) for row in range(len(source))]
 
 
 def clips(root: Path, split: str = "train", **options: Any) -> Clips:
@@ -172,6 +173,58 @@ def test_a_csv_manifest_names_files_beside_it(tmp_path: Path) -> None:
     assert len(train.read(0, 8000, 8000)) == 800
 
 
+def test_a_folder_of_files_without_classes_is_divided_by_their_names(tmp_path: Path) -> None:
+    first = tmp_path / "a"
+    for i in range(20):
+        write(first / f"{i % 3}" / f"{i}.wav", tone(0.1 + i / 100))
+    write(first / ".trash" / "0.wav", tone(0.1))
+    held = names(first, "test")
+    assert len(held) == 2, "a tenth"
+    assert not set(held) & set(names(first, "train"))
+    assert len(names(first, "train")) == 18
+    shutil.copytree(first, tmp_path / "b")
+    assert names(tmp_path / "b", "test") == held, "wherever it lies"
+    assert len(names(first, "test", held_out=0.5)) == 10
+    assert set(names(first, "test", held_out=0.5)) > set(held)
+    assert len(names(first, "test", held_out=0.001)) == 1
+    data = clips(first)
+    assert data[0].keys() == data.__getitems__([0, 1]).keys() == {"mel", "frames"}
+    assert data.source.classes is None
+
+
+def test_train_and_val_without_class_folders_have_no_labels(tmp_path: Path) -> None:
+    for name in ("train/a.wav", "train/b.wav", "val/c.wav"):
+        write(tmp_path / name, tone(0.1))
+    assert (names(tmp_path, "train"), names(tmp_path, "test")) == (["train/a.wav", "train/b.wav"], ["val/c.wav"])
+    assert "label" not in clips(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("path,split\na.wav,train\nb.wav,test\nc.wav,train\n", None),
+        ("path,label,split\na.wav,,train\nb.wav,,test\nc.wav,,train\n", None),
+        ("path,label,split\na.wav,1.5,train\nb.wav,.5,test\nc.wav,-2.0e-1,train\n", [1.5, -0.2]),
+        ("path,label,split\na.wav,1,train\nb.wav,1,test\nc.wav,2,train\nb.wav,2,test\n", [0, 1]),
+    ],
+)
+def test_a_manifest_may_have_no_labels_or_numbers(tmp_path: Path, text: str, labels: list[float] | None) -> None:
+    (tmp_path / "m.csv").write_text(text)
+    write(tmp_path / "a.wav", tone(0.1))
+    data = clips(tmp_path / "m.csv")
+    assert len(data) == 2
+    assert (None if data.labels is None else data.labels.tolist()) == (labels and pytest.approx(labels))
+    if labels is not None:
+        assert data[0]["label"].dtype == (torch.float32 if labels[0] == 1.5 else torch.int64)
+        assert data.source.classes == (None if labels[0] == 1.5 else ("1", "2"))
+
+
+def test_a_file_that_a_manifest_names_and_is_not_there_is_told(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("path,split\ngone.wav,train\nb.wav,test\n")
+    with pytest.raises(UnreadableSample, match=r"gone\.wav: there is no such file"):
+        clips(tmp_path / "m.csv")[0]
+
+
 def test_fsdd_holds_out_five_recordings_of_each_digit_and_speaker_or_a_speaker(tmp_path: Path) -> None:
     write_fsdd(tmp_path / "fsdd")
     test = names(tmp_path, "test")
@@ -203,6 +256,22 @@ def _stray(folder: Path) -> Path:
     return folder
 
 
+def _one_sound(folder: Path) -> Path:
+    write(folder / "a.wav", tone(0.1))
+    return folder
+
+
+def _only_train(folder: Path) -> Path:
+    shutil.rmtree(write_classes(folder, clips=2) / "val")
+    return folder
+
+
+def _half_labelled(folder: Path) -> Path:
+    shutil.rmtree(write_classes(folder, clips=2) / "val")
+    write(folder / "val" / "a.wav", tone(0.1))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -212,8 +281,12 @@ def _stray(folder: Path) -> Path:
         (_stray, {}, "theme.wav: beside files named"),
         (write_fsdd, {"held_out_speaker": "eve"}, "held_out_speaker=eve: the speakers are ann, bob"),
         (write_classes, {"held_out_speaker": "eve"}, "needs files of FSDD's naming"),
-        (_csv("path,class,split\n"), {}, "m.csv: the first line.*no label"),
-        (_csv("path,label,split\na.wav,x,train\nb.wav,,val\n"), {}, "m.csv, row 3: .*'b.wav', '', 'val'"),
+        (_csv("path,label\n"), {}, "m.csv: the first line.*no split"),
+        (_csv("path,label,split\n,x,train\n"), {}, "m.csv, row 2: .*'', 'train'"),
+        (_csv("path,label,split\na.wav,x,train\nb.wav,,val\n"), {}, "m.csv, row 3: no label, and other rows"),
+        (_one_sound, {}, "holds one audio file"),
+        (_only_train, {}, "looked for train/"),
+        (_half_labelled, {}, "clips of one split have labels"),
         (_csv("path,label,split\na.wav,x,dev\n"), {}, "m.csv, row 2: .*'dev'"),
         (_csv("path,label,split\na.wav\n"), {}, "m.csv, row 2"),
         (_csv("path,label,split\na.wav,x,train\n"), {}, "no audio file .* in the held-out split"),

@@ -49,3 +49,16 @@ def test_the_summary_counts_held_out_samples_left_out(tiny_recipe: PretrainConfi
     config = override(tiny_recipe, changes)
     summary = pretrain(config, Run(tmp_path), World(0, 1, torch.device("cpu")), show=False)
     assert summary["unreadable_held_out"] == 2
+    assert summary["unreadable_held_out_messages"] == ["sample 1: torn", "sample 2: torn"]
+
+
+def test_the_first_samples_left_out_are_named() -> None:
+    messages = [f"{i}.wav: torn" for i in range(5)]
+    summary = {"unreadable_samples": 5, "unreadable_messages": messages}
+    summary |= {"unreadable_held_out": 1, "unreadable_held_out_messages": ["9.wav: is silent"]}
+    assert unreadable(summary, "probe.json") == [
+        "5 training and 1 held-out samples could not be read and were skipped.",
+        *("  0.wav: torn", "  1.wav: torn", "  2.wav: torn"),
+        "  and 2 more training ones, see unreadable_messages in probe.json",
+        "  9.wav: is silent",
+    ]

@@ -79,6 +79,7 @@ def test_kept_features_are_what_the_network_gives(tiny_recipe: PretrainConfig, m
         Source(config, "test", 20), [network_reader(config, model, rows, causal=False)], tmp_path, ALONE
     )
     assert again.unreadable == 3, "also where features are found"
+    assert again.messages == ["sample 0: torn", "sample 10: torn", "sample 9: torn"]
     dataset = config.data.dataset("test")
     samples = [dataset[i] for i in range(20) if i not in (0, 9, 10)]
     assert kept["labels"].tolist() == [int(sample["label"]) for sample in samples]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.checkpoint import Checkpoint, save_checkpoint
@@ -32,6 +33,7 @@ from recipes.finetune import (
     make_step,
     measure,
     read_config,
+    scored_samples,
     short,
 )
 from recipes.goals import numbered
@@ -215,6 +217,42 @@ def test_accuracy_counts_every_sample_once_whatever_the_batch_and_the_ranks() ->
     by_hand = _by_hand(config, model)
     assert alone["accuracy"] == pytest.approx(by_hand)
     assert measure(override(config, {"train.batch": 5}), model, ALONE)["accuracy"] == alone["accuracy"]
+
+
+class Unlabelled(Dataset[dict[str, Tensor]]):
+    """Samples of which every third has no class."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = self.samples[index]
+        return sample | {"label": torch.where(torch.tensor(index % 3 == 0), -1, sample["label"])}
+
+
+def test_held_out_samples_left_out_are_named_in_the_summary_and_on_the_screen(
+    pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = ["data.unreadable=[3,7]", "train.max_unreadable=0.1", "train.length.steps=6"]
+    assert main(["finetune", pretrained, *bad, f"out={tmp_path}"]) == 0
+    named = ["sample 3: torn", "sample 7: torn"]
+    assert json.loads((tmp_path / "summary.json").read_text())["unreadable_held_out_messages"] == named
+    assert capsys.readouterr().out.count("\n  sample 7: torn\n") == 2, "once for training"
+    assert main(["evaluate", str(tmp_path)]) == 0
+    assert "\n  sample 3: torn\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluate.json").read_text())["unreadable_held_out_messages"] == named
+
+
+def test_samples_without_a_class_are_counted_apart() -> None:
+    config = tuning()
+    model, _ = build_classifier(config, numbered(2))
+    figures = measure(config, model, ALONE, Unlabelled(config.data.dataset("test")))
+    assert (figures["samples"], figures["without_class"]) == (48, 16)
+    assert scored_samples(figures, "samples") == "32 samples (16 more have no class)"
+    assert scored_samples(figures | {"without_class": 0}, "samples") == "48 samples"
 
 
 def _by_hand(config: FinetuneConfig, model: torch.nn.Module) -> float:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as torch_save_file
 
 from modalities.features import Features
 from nepa_core.basics import UnreadableSample, UserError
@@ -142,6 +143,11 @@ def long(lengths: np.ndarray) -> np.ndarray:
         ("safetensors", lambda d: spoil(d, "lengths", long), "train.safetensors: row 3 has length 9"),
         ("safetensors", lambda d: {"vectors": d["values"], "values": d["values"][0]}, "make them [S, N, P]"),
         ("npy", lambda d: {"values": d["values"], "lengths": d["lengths"]}, "differ in coordinate axes: 0 and 2"),
+        ("npy", lambda d: spoil(d, "values", lambda x: x[..., :0]), "train.npy: tokens hold no numbers"),
+        ("npy", lambda d: spoil(d, "label", lambda x: x[0]), "train.npy: label holds int64 of shape [] for 24"),
+        ("folder", lambda d: spoil(d, "label", lambda x: 0 * x - 1), "000.npy has the class -1; number classes"),
+        ("safetensors", lambda d: spoil(d, "label", lambda x: np.array(3)), "label holds int64 of shape [] for 24"),
+        ("folder", lambda d: spoil(d, "coords", lambda x: x[..., :0]), "coordinates have 0 axes; 1 to 3"),
         ("npy", lambda d: spoil(d, "values", lambda x: x[..., :2]), "differ in numbers in a token: 2 and 3"),
     ],
 )  # fmt: skip
@@ -185,12 +191,108 @@ def test_files_that_are_damaged_missing_or_of_another_width_are_named(tmp_path: 
     (tmp_path / "data" / "train" / "006.coords.npy").unlink()
     with pytest.raises(UserError, match=r"006\.coords\.npy is missing"):
         features.dataset("train")
-    torn = tmp_path / "torn"
-    torn.mkdir()
-    pq.write_table(pa.table({"values": [[[1.0, 2.0], [3.0]], [[1.0, 2.0], [3.0, 4.0]]]}), torn / "train.parquet")
-    pq.write_table(pa.table({"values": [[[1.0, 2.0], [3.0, 4.0]]]}), torn / "test.parquet")
-    with pytest.raises(UserError, match=r"parquet can't be read"):
-        Features(root=str(torn)).dataset("train")
+
+
+def ragged_values(first: Any, rows: int = 3) -> dict[str, Any]:
+    return {"values": [first, *([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]] * rows)]}
+
+
+def parquet(root: Path, columns: dict[str, Any]) -> Features:
+    for split in ("train", "test"):
+        pq.write_table(pa.table(columns), root / f"{split}.parquet")
+    return Features(root=str(root))
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        (ragged_values([[1, 2, 3], [4]]), "token 0 of values has length 3, and most have 2"),
+        (ragged_values([[1, 2], [3]]), "token 1 of values has length 1, and most have 2"),
+        (ragged_values([[1, 2], None, [3, 4]]), "token 1 of values has length 0"),
+        (ragged_values([[1, None], [3, 4]]), "NaN or infinity in token 0"),
+        (
+            {**ragged_values([[1, 2], [3, 4]]), "coords": [[[1.0], [2.0, 3.0]], *[[[1.0]] * 3] * 3]},
+            "token 1 of coords has length 2, and most have 1",
+        ),
+        ({**ragged_values([[1, 2], [3, 4]]), "coords": [None, *[[[1.0]] * 3] * 3]}, "it has no coords"),
+    ],
+)
+def test_tokens_of_parquet_that_are_ragged_or_missing_are_not_cut_anew(
+    tmp_path: Path, columns: dict[str, Any], said: str
+) -> None:
+    samples = parquet(tmp_path, columns).dataset("train")
+    with pytest.raises(UnreadableSample, match=f"train.parquet, row 0: {said}"):
+        samples[0]
+    assert samples[1]["values"].tolist() == [[1, 2], [3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"values": [1.0] * 4}, "the column 'values' holds double; make every row a list of tokens"),
+        ({"values": ["a"] * 4}, "the column 'values' holds string"),
+        ({"values": [[1.0, 2.0]] * 4}, "the column 'values' holds list<"),
+        ({"values": [[]] * 4}, "the column 'values' holds list<"),
+        ({"values": [[["a"], ["b"]]] * 4}, "the column 'values' holds list<"),
+        ({"values": [[[1.0], [2.0]]] * 4, "coords": [1.0] * 4}, "the column 'coords' holds double"),
+        ({"values": [[[1.0], [2.0]]] * 4, "label": [0, 1, None, 0]}, "row 2 has no label"),
+        (
+            {"values": [[[1.0], [2.0]]] * 4, "label": [[0.5], [1.0], [2.0, 3.0], [0.0]]},
+            "row 2 has a label of 2 numbers, and row 0 one of 1",
+        ),
+    ],
+)
+def test_columns_of_parquet_that_hold_something_else_are_named(
+    tmp_path: Path, columns: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"train.parquet: {said}"):
+        parquet(tmp_path, columns).dataset("train")
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (4, 3, 1)])
+def test_a_file_of_a_folder_that_is_no_matrix_is_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    features = written(tmp_path, "folder")
+    first = tmp_path / "train" / "000.npy"
+    kept = np.load(first)
+    np.save(first, np.zeros(shape))
+    with pytest.raises(UserError, match=r"000\.npy has shape .*; make it \[n, P\]"):
+        features.dataset("train")
+    np.save(first, kept)
+    np.save(first.with_suffix(".coords.npy"), np.zeros(shape))
+    with pytest.raises(UserError, match=r"000\.coords\.npy has shape .*; make it \[7, "):
+        features.dataset("train")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (lambda x: np.where(np.arange(24) == 5, 7, x), "test.npy, row 5 has the class 7, which no sequence of .*train"),
+        (lambda x: x + 0.5, "test.npy differ in labels: classes and numbers"),
+        (lambda x: np.stack([x, x], 1) + 0.5, r"differ in labels: classes and numbers \[2\]"),
+    ],
+)
+def test_held_out_labels_that_training_does_not_know_are_named_at_once(tmp_path: Path, labels: Any, said: str) -> None:
+    write(tmp_path, "train", "npy", arrays("train"))
+    write(tmp_path, "test", "npy", spoil(arrays("test"), "label", labels))
+    with pytest.raises(UserError, match=said):
+        Features(root=str(tmp_path)).dataset("train")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int32, np.float64])
+def test_labels_of_any_dtype_are_classes_or_numbers(tmp_path: Path, kind: Any) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, "npy", spoil(arrays(split), "label", lambda x: x.astype(kind)))
+    label = Features(root=str(tmp_path)).dataset("train")[0]["label"]
+    assert label.dtype == (torch.float32 if kind is np.float64 else torch.int64)
+
+
+def test_half_precision_that_numpy_lacks_is_read(tmp_path: Path) -> None:
+    values, coords = torch.randn(4, 5, 3).bfloat16(), torch.rand(4, 5, 2).bfloat16()
+    for split in ("train", "test"):
+        torch_save_file({"values": values, "coords": coords}, tmp_path / f"{split}.safetensors")
+    sample = Features(root=str(tmp_path)).dataset("train")[1]
+    assert torch.equal(sample["values"], values[1].float())
+    assert torch.equal(sample["coords"], coords[1].float())
 
 
 def test_the_preset_trains_packed_and_is_probed_and_fine_tuned(tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ class World(NamedTuple):
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return bool(value)
 
+    def union(self, names: set[str]) -> list[str]:
+        """The names that any rank has, sorted, on every rank."""
+        every = [names]
+        if self.size > 1:
+            every = [set()] * self.size
+            dist.all_gather_object(every, names)
+        return sorted(set().union(*every))
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as the fit loop calls it: gradients are averaged over ranks."""
         return model if self.size == 1 else DistributedDataParallel(model)

@@ -96,13 +96,13 @@ StepFunction = Callable[[nn.Module, Batch], StepOutput]
 
 
 class FitResult(NamedTuple):
-    """Figures of a finished fit; `seconds` and `tokens` count all sittings of a resumed run."""
+    """Figures of a finished fit over all sittings of a resumed run; `unreadable` names the samples skipped, and why."""
 
     steps: int
     seconds: float
     tokens: int
     data_wait_share: float
-    unreadable: int
+    unreadable: list[str]
 
 
 class Interrupted(Exception):
@@ -259,6 +259,7 @@ def fit(
                 meter.say(f"step {done}: {figures['warning']}")
 
     def save(done: int, seconds: float, tokens: int) -> None:
+        unreadable = world.union(batches.unreadable)
         if not world.is_main:
             return
         tensors = {"optimizer": optimizer_tensors(optimizer, names), "tally": tally.sums}
@@ -270,7 +271,7 @@ def fit(
             "seconds": seconds,
             "tokens": tokens,
             "tally_steps": tally.steps,
-            "unreadable": sorted(batches.unreadable),
+            "unreadable": unreadable,
         }
         save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep)
 
@@ -334,7 +335,7 @@ def fit(
         sitting.seconds + seconds,
         int(tokens),
         watch.seconds.get("data", 0.0) / max(working, 1e-9),
-        len(batches.unreadable),
+        world.union(batches.unreadable),
     )
 
 
