@@ -21,6 +21,7 @@ from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import PredictorConfig
 
 BATCH = 8
+PROBES = 32  # numbers of a raw sample that are changed to see in which tokens they stand
 NETWORK = PredictorConfig(
     dim=48,
     depth=2,
@@ -43,6 +44,10 @@ def check_modality(modality: Modality) -> None:
     Reads the first few samples of each split, and trains a tiny network for two steps on the CPU. The state
     of torch's global generator is left as it was.
 
+    Of tokens that hold parts of each other only those are told that hold the same number, bit for bit. Parts shared
+    behind a transform (a spectrogram's window, centring each token, a mean over the sample) are not: whether that
+    gives the next token away is yours to judge.
+
     Raises:
         AssertionError: in plain words, what is wrong and how to mend it.
     """
@@ -57,6 +62,7 @@ def check_modality(modality: Modality) -> None:
         check_tokenize_is_deterministic,
         check_plain_is_repeatable,
         check_samples_do_not_mix,
+        check_tokens_do_not_overlap,
         check_order_is_a_permutation,
         check_order_can_be_undone,
         check_order_is_the_samples_own,
@@ -191,6 +197,35 @@ def check_samples_do_not_mix(modality: Modality) -> None:
             "tokenizing a sample alone and within a batch gives different tokens: take no statistics over the "
             "batch, and where samples are padded to the longest, set Tokens.mask False on the padding"
         )
+
+
+def check_tokens_do_not_overlap(modality: Modality) -> None:
+    """Change numbers of a raw sample one by one: what changes most may stand in one token alone.
+
+    That it stands in another with the same value before and after is no chance, as the sample has a little noise; and
+    what every token is normalised by, such as a mean, changes less.
+    """
+    batch = {key: value[:1] for key, value in _batch(modality).items()}
+    raw = {key: value for key, value in batch.items() if value.is_floating_point() or value.dtype == torch.uint8}
+    if not raw:
+        return
+    key = max(raw, key=lambda name: raw[name].numel())
+    places = torch.randperm(raw[key].numel())[:PROBES]
+    rows = {name: value.repeat(1 + len(places), *[1] * (value.ndim - 1)) for name, value in batch.items()}
+    rows[key] = _changed_one_by_one(raw[key], places)
+    tokens = modality.tokenize(rows)
+    values, mask = tokens.values, _mask(tokens)
+    before, after, real = values[:1], values[1:], (mask[:1] & mask[1:])[..., None]
+    change = ((after - before).abs() * real).flatten(1)  # [places, N * P]
+    size, most = change.max(1)
+    old, new = before.flatten()[most, None, None], after.flatten(1).gather(1, most[:, None])[..., None]
+    holds = ((before == old) & (after == new) & real).any(-1) & (size > 0)[:, None]  # [places, N]
+    twice = holds[holds.sum(1) > 1]
+    assert len(twice) < 2, (
+        f"one number of sample[{key!r}] stands in {int(twice[0].sum())} tokens ({_listed(twice[0])} in canonical "
+        "order): tokens overlap or hold parts of others, so that a prediction is partly a copy of what was read; cut "
+        "samples into tokens that share nothing"
+    )
 
 
 def check_order_is_a_permutation(modality: Modality) -> None:
@@ -353,6 +388,26 @@ def _predictions(modality: Modality, tokens: Tokens) -> Tensor:
     """[B, N, D]; equal tokens give equal predictions, since network and dropout are drawn from one seed."""
     predictions: Tensor = _model(modality)(tokens, causal=True).predictions
     return predictions
+
+
+def _changed_one_by_one(raw: Tensor, places: Tensor) -> Tensor:
+    """The sample [1, ...] with a little noise, and after it copies of that with another number at each place."""
+    if raw.is_floating_point():
+        scale = raw.nan_to_num(0, 0, 0).std(correction=0)
+        sample = raw + 0.1 * scale * torch.randn_like(raw)
+        other = sample.flatten()[places] + (1 + scale)
+    else:  # whole numbers stay among those of the sample, which may be codes
+        sample = raw.flatten()[torch.randint(raw.numel(), raw.shape)]
+        other = raw.min() + (raw.max() - sample.flatten()[places])
+    copies = sample.repeat(1 + len(places), *[1] * (raw.ndim - 1))
+    copies[1:].view(len(places), -1)[torch.arange(len(places)), places] = other
+    return copies
+
+
+def _listed(places: Tensor) -> str:
+    """ "2, 3": where a row is True, the first few."""
+    found = [str(place) for place in places.nonzero()[:, 0].tolist()]
+    return ", ".join(found[:4]) + (", ..." if len(found) > 4 else "")
 
 
 def _other(values: Tensor) -> Tensor:

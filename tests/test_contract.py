@@ -239,6 +239,55 @@ def test_defects_of_tokens_are_told(change: Any, words: str) -> None:
     refuses(Changed(change=change), words)
 
 
+class Whole(Sound):
+    """Sequences [64] without padding, cut into tokens by a function of a batch of them."""
+
+    cut: Any
+    scaled: bool = False  # normalised over the sample
+    quantised: bool = False
+
+    def dataset(self, split: str) -> Dataset[Batch]:
+        draw = torch.Generator().manual_seed(len(split))
+        series = torch.randn(8, 64, generator=draw)
+        series = (40 * series + 128).clamp(0, 255).to(torch.uint8) if self.quantised else series
+        return [{"series": each, "unit": torch.ones(1)} for each in series]  # type: ignore[return-value]
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        series = batch["series"].float() / 40
+        if self.scaled:
+            series = (series - series.mean(1, keepdim=True)) / series.std(1, keepdim=True)
+        values = self.cut(series)
+        return Tokens(values, torch.arange(values.shape[1])[:, None].float())
+
+    def order(self, tokens: Tokens) -> Tensor | None:
+        return None
+
+
+def pieces(series: Tensor) -> Tensor:
+    return series.view(len(series), 8, 8)
+
+
+def with_the_next(series: Tensor) -> Tensor:
+    return torch.cat([pieces(series), pieces(series).roll(-1, 1)], -1)
+
+
+def with_the_mean(series: Tensor) -> Tensor:
+    """A legitimate number that all tokens share."""
+    return torch.cat([pieces(series), series.mean(1)[:, None, None].expand(-1, 8, 1)], -1)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_tokens_that_hold_parts_of_others_are_told(scaled: bool, quantised: bool) -> None:
+    how = {"scaled": scaled, "quantised": quantised}
+    for cut in (lambda series: series.unfold(1, 16, 8), lambda series: series.unfold(1, 16, 12), with_the_next):
+        refuses(
+            Whole(cut=cut, **how), r"one number of sample\['series'\] stands in 2 tokens \(\d, \d in canonical order\)"
+        )
+    for cut in (pieces, with_the_mean):
+        check_modality(Whole(cut=cut, **how))
+
+
 # ---- orders
 
 
