@@ -146,9 +146,11 @@ def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], 
 
 def accuracy_figure(summary: Mapping[str, Any]) -> Figure:
     """Every measure of every objective beside random weights."""
+    count = len(summary["seeds"])
+    drawn = f"mean and 95 % interval over {count} seeds, a dot a seed" if count > 1 else "one seed"
     return Figure(
         "accuracy.png",
-        f"Held-out {summary['metric']}: mean and 95 % interval over {len(summary['seeds'])} seeds, a dot a seed. Grey: "
+        f"Held-out {summary['metric']}: {drawn}. Grey: "
         "random weights, fine-tuned with the same care. Dashed: raw tokens. Losses of different objectives are not "
         "comparable, so objectives are ranked by accuracy.",
         accuracy_plot(summary),

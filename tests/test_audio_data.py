@@ -69,7 +69,7 @@ def _with_rate(path: Path, rate: int) -> None:
 
 SPOIL: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (lambda path: path.write_text("no sound"), "Format not recognised"),
-    "nothing": (lambda path: path.write_bytes(b""), "."),
+    "nothing": (lambda path: path.write_bytes(b""), "Format not recognised"),
     "empty": (lambda path: write(path, np.zeros(0)), "holds no samples"),
     "silent": (lambda path: write(path, np.zeros(4000)), "silent"),
     "nan": (lambda path: write(path, np.r_[tone(0.2), np.nan], subtype="FLOAT"), "NaN"),
