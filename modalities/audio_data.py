@@ -14,6 +14,7 @@ import math
 import os
 import re
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -372,7 +373,8 @@ def open_source(
               whose recordings 0 to 4 of each digit and speaker are held out;
             - a CSV file with the columns path (seen from its folder) and split and, where clips have labels, label:
               classes, or numbers to predict where every one of them is written with a decimal point;
-            - any other folder with audio files in it, at any depth: clips without labels.
+            - `<class>/*` alone, two or more files in each of two or more class folders: a share of each is held out;
+            - any other folder with audio files in it, at any depth: clips without labels, of which a share is held out.
             The held-out split may be called val, validation or test.
         held_out_speaker: with FSDD's naming, hold out all recordings of this speaker instead.
         held_out: the share of clips that is held out where nothing else says which, those whose paths (seen from
@@ -465,12 +467,21 @@ def _sounds(folder: Path) -> list[str]:
 
 
 def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> list[Row]:
-    """Files without labels; those whose paths have the lowest hashes are held out, at least one and not all."""
+    """Files that nobody divided: of every class those whose paths have the lowest hashes are held out.
+
+    Their folders are their classes where all lie one folder below `folder`, two or more in each of two or more; else
+    there are no labels.
+    """
     if len(files) < 2:
         raise UserError(f"data.root={root} holds one audio file; two are wanted, for one of them is held out")
-    by_hash = sorted(files, key=lambda path: hashlib.sha256(os.path.relpath(path, folder).encode()).digest())
-    held = set(by_hash[: min(max(round(held_out * len(files)), 1), len(files) - 1)])
-    return [(path, "", "test" if path in held else "train") for path in files]
+    seen = {path: Path(os.path.relpath(path, folder)) for path in files}
+    counts = Counter(path.parts[0] for path in seen.values() if len(path.parts) == 2)
+    classes = len(counts) > 1 and counts.total() == len(files) and min(counts.values()) > 1
+    alike: dict[str, list[str]] = {}
+    for path in sorted(files, key=lambda path: hashlib.sha256(str(seen[path]).encode()).digest()):
+        alike.setdefault(seen[path].parts[0] if classes else "", []).append(path)
+    held = {path for each in alike.values() for path in each[: min(max(round(held_out * len(each)), 1), len(each) - 1)]}
+    return [(path, seen[path].parts[0] if classes else "", "test" if path in held else "train") for path in files]
 
 
 def _manifest_rows(file: Path) -> list[Row]:

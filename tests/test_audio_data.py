@@ -176,7 +176,7 @@ def test_a_csv_manifest_names_files_beside_it(tmp_path: Path) -> None:
 def test_a_folder_of_files_without_classes_is_divided_by_their_names(tmp_path: Path) -> None:
     first = tmp_path / "a"
     for i in range(20):
-        write(first / f"{i % 3}" / f"{i}.wav", tone(0.1 + i / 100))
+        write(first / "deep" / f"{i % 3}" / f"{i}.wav", tone(0.1 + i / 100))
     write(first / ".trash" / "0.wav", tone(0.1))
     held = names(first, "test")
     assert len(held) == 2, "a tenth"
@@ -190,6 +190,17 @@ def test_a_folder_of_files_without_classes_is_divided_by_their_names(tmp_path: P
     data = clips(first)
     assert data[0].keys() == data.__getitems__([0, 1]).keys() == {"mel", "frames"}
     assert data.source.classes is None
+
+
+def test_class_folders_that_nobody_divided_are_divided_each(tmp_path: Path) -> None:
+    for i in range(30):
+        write(tmp_path / ("high" if i < 20 else "low") / f"{i}.wav", tone(0.1))
+    train, test = (open_source("folder", split, root=str(tmp_path), held_out=0.2) for split in ("train", "test"))
+    assert train.classes == test.classes == ("high", "low")
+    assert test.labels.bincount().tolist() == [4, 2]
+    assert train.labels.bincount().tolist() == [16, 8]
+    write(tmp_path / "once" / "31.wav", tone(0.1))  # can't be in both
+    assert open_source("folder", "train", root=str(tmp_path)).classes is None
 
 
 def test_train_and_val_without_class_folders_have_no_labels(tmp_path: Path) -> None:
