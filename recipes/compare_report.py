@@ -42,6 +42,11 @@ def spreads(rows: Rows, key: str) -> dict[str, dict[str, Any]]:
     return {name: spread([float(row[key]) for row in seeds]) for name, seeds in rows.items()}
 
 
+def drawn(seeds: int) -> str:
+    """What the plots of a comparison show of every variant."""
+    return f"mean and 95 % interval over {seeds} seeds, a dot a seed" if seeds > 1 else "one seed"
+
+
 def groups(rows: Rows, key: str) -> dict[str, list[float]]:
     """One measure: variant -> a value for each seed."""
     return {name: [float(row[key]) for row in seeds] for name, seeds in rows.items()}

@@ -12,7 +12,16 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 
 from nepa_core.runtime.checkpoint import disk_errors
-from recipes.compare_report import TESTED, Column, Rows, difference_table, html_table, spread_table, text_table
+from recipes.compare_report import (
+    TESTED,
+    Column,
+    Rows,
+    difference_table,
+    drawn,
+    html_table,
+    spread_table,
+    text_table,
+)
 from recipes.objective_names import OWN
 from recipes.report import Figure, compose, line_plot, png_of
 from recipes.significance import Difference, spread
@@ -146,13 +155,11 @@ def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], 
 
 def accuracy_figure(summary: Mapping[str, Any]) -> Figure:
     """Every measure of every objective beside random weights."""
-    count = len(summary["seeds"])
-    drawn = f"mean and 95 % interval over {count} seeds, a dot a seed" if count > 1 else "one seed"
     return Figure(
         "accuracy.png",
-        f"Held-out {summary['metric']}: {drawn}. Grey: "
-        "random weights, fine-tuned with the same care. Dashed: raw tokens. Losses of different objectives are not "
-        "comparable, so objectives are ranked by accuracy.",
+        f"Held-out {summary['metric']}: {drawn(len(summary['seeds']))}. Grey: random weights, fine-tuned with the same "
+        "care. Dashed: raw tokens. Losses of different objectives are not comparable, so objectives are ranked by "
+        "accuracy.",
         accuracy_plot(summary),
     )
 

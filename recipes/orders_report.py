@@ -20,6 +20,7 @@ from recipes.compare_report import (
     Curve,
     Rows,
     difference_table,
+    drawn,
     groups,
     html_table,
     interval_plot,
@@ -144,13 +145,11 @@ def write_report(folder: Path, rows: Rows, summary: Mapping[str, Any]) -> None:
 
 def accuracy_figure(ranked: Rows, summary: Mapping[str, Any]) -> Figure:
     """The probe, ranked, with random weights and raw tokens."""
-    count = len(summary["seeds"])
-    drawn = f"mean and 95 % interval over {count} seeds, a dot a seed" if count > 1 else "one seed"
     return Figure(
         "accuracy.png",
-        f"Linear probe of the best layer, held-out {summary['metric']}: {drawn}. Grey: random weights under the same "
-        "order. "
-        "Losses of different orders are not comparable, so orders are ranked by accuracy.",
+        f"Linear probe of the best layer, held-out {summary['metric']}: {drawn(len(summary['seeds']))}. Grey: random "
+        "weights under the same order. Losses of different orders are not comparable, so orders are ranked by "
+        "accuracy.",
         interval_plot(
             groups(ranked, "probe"),
             x=f"probe {summary['metric']}",
