@@ -276,7 +276,7 @@ def seen(found: Sequence[Difference]) -> str:
 
 
 def _needed(difference: Difference) -> str:
-    return f"{100 * difference.needed:.{1 if difference.needed >= 0.001 else 3}f} points"
+    return f"{_hundredths(difference.needed, difference.needed)} points"
 
 
 def shown_p(p: float) -> str:
@@ -288,6 +288,11 @@ def shown_p(p: float) -> str:
 
 
 def points(difference: Difference) -> str:
-    """ "2.1 ± 0.9 points": of a hundred; small ones with the digits that they need."""
-    digits = 1 if difference.ci95 >= 0.001 else 3
-    return f"{100 * difference.mean:.{digits}f} ± {100 * difference.ci95:.{digits}f} points"
+    """ "2.1 ± 0.9 points": of a hundred."""
+    mean, half = (_hundredths(value, difference.ci95) for value in (difference.mean, difference.ci95))
+    return f"{mean} ± {half} points"
+
+
+def _hundredths(value: float, scale: float) -> str:
+    """With a digit behind the point, or with the three that values of a small scale need, as errors of forecasts."""
+    return f"{100 * value:.{1 if scale >= 0.001 else 3}f}"
