@@ -142,8 +142,8 @@ def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
         ),
         Figure(
             "learning.png",
-            f"Share of places where the next {noun} is identified among up to {CANDIDATES} while training, and by how much "
-            f"the cosine of the prediction with the next {noun} exceeds that of the current one.",
+            f"Share of places where the next {noun} is identified among up to {CANDIDATES} while training, and by how "
+            f"much the cosine of the prediction with the next {noun} exceeds that of the current one.",
             line_plot(
                 {
                     name: ([line["step"] for line in learning], [line[key] for line in learning])
