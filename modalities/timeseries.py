@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 from modalities.orders import Ordered
 from modalities.series_data import LabelledSeries, read_labelled, read_table
 from nepa_core.basics import Batch, UserError
+from nepa_core.drawing import Spans
 from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.runtime.config import listed
 
@@ -274,6 +275,12 @@ class Windows(Dataset[Batch]):
     def left_out(self) -> int:
         """Samples that are none for what is missing in them."""
         return len(self.starts) * self.channels - len(self)
+
+    def spans(self) -> Spans:
+        """Windows overlap; those of one stretch of a window's length, of whatever channel, are one cluster."""
+        numbers = torch.arange(len(self)) if self.kept is None else self.kept
+        first = self.starts[numbers // self.channels]
+        return Spans(first // self.window, numbers % self.channels, first, first + self.window + self.horizon)
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}

@@ -45,7 +45,7 @@ class Drawn(NamedTuple):
     group: Tensor
     cluster: Tensor
 
-    def at(self, places: Tensor) -> Drawn:
+    def at(self, places: Tensor | slice) -> Drawn:
         """Those entries alone."""
         return Drawn(self.indices[places], self.group[places], self.cluster[places])
 
@@ -56,11 +56,12 @@ def spans_of(dataset: Dataset[Any]) -> Spans | None:
 
 
 def draw(dataset: Dataset[Any], limit: int, seed: int) -> Drawn:
-    """At most `limit` samples of a split, drawn at random, each once where they don't overlap.
+    """At most `limit` samples of a split, drawn at random over the whole of it.
 
-    Independent samples are shuffled and cut into groups of 64, the last as small as it is. Where they overlap, every
-    group starts at a place of its own and takes samples with none of another's values, each at the first place that
-    is free; all groups are of one size, 64 where the split has room for as many, and at least 2.
+    Independent samples are drawn once each and cut into groups of 64, the last as small as it is. Where they overlap,
+    every group sweeps all tracks from a phase of its own and takes what has none of another's values; groups are of
+    one size, 64 or as many as there is room for, and a sample may stand in several of them. Where there is no room
+    for two, rivals overlap: see `apart`.
     """
     count = len(cast(Sized, dataset))
     generator = torch.Generator().manual_seed(seed)
@@ -68,42 +69,49 @@ def draw(dataset: Dataset[Any], limit: int, seed: int) -> Drawn:
     if spans is None:
         indices = torch.randperm(count, generator=generator)[:limit]
         return Drawn(indices, torch.arange(len(indices)) // RIVALS, indices)
-    size = min(RIVALS, limit, max(2, *(len(_apart(spans, at)) for at in range(0, count, max(1, count // 8)))))
-    groups = []
-    for _ in range(max(1, min(limit, count) // size)):
-        found = _apart(spans, int(torch.randint(count, (), generator=generator)))
-        shuffled = found[torch.randperm(len(found), generator=generator)]
-        if len(found) < 2:  # no two are apart: rivals overlap
-            shuffled = torch.randperm(count, generator=generator)
-        groups.append(shuffled[:size])
-    indices = torch.cat(groups)
-    number = torch.cat([torch.full((len(group),), i) for i, group in enumerate(groups)])
-    return Drawn(indices, number, spans.cluster[indices])
+    tracks = _tracks(spans)
+    length = int((spans.end - spans.first).max())
+    most = min(limit, count)
+
+    def group() -> Tensor:
+        found = _apart(tracks, int(torch.randint(length, (), generator=generator)))
+        found = found if len(found) > 1 else torch.arange(count)
+        return found[torch.randperm(len(found), generator=generator)][: min(RIVALS, most)]
+
+    groups = [group()]
+    groups += [group() for _ in range(most // len(groups[0]) - 1)]
+    size = min(map(len, groups))
+    indices = torch.cat([each[:size] for each in groups])
+    return Drawn(indices, torch.arange(len(indices)) // size, spans.cluster[indices])
 
 
-def overlap_free(dataset: Dataset[Any]) -> bool:
-    """Whether at least two samples can be drawn that hold none of each other's values."""
+def apart(dataset: Dataset[Any]) -> bool:
+    """Whether two samples at least can be drawn that hold none of each other's values."""
     spans = spans_of(dataset)
-    return spans is None or len(_apart(spans, 0)) > 1
+    return spans is None or len(_apart(_tracks(spans), 0)) > 1
 
 
-def _apart(spans: Spans, start: int) -> Tensor:
-    """As many samples as go without overlap when the tracks are swept from a phase that sample `start` sets."""
-    first, end = spans.first, spans.end
-    order = torch.argsort(first, stable=True)
-    order = order[torch.argsort(spans.track[order], stable=True)]
-    phase = int(first[start])
-    length = int((end - first).max())
+class _Track(NamedTuple):
+    """The samples of a track by their starts: first and end [M], and their places in the data set [M]."""
+
+    first: Tensor
+    end: Tensor
+    place: Tensor
+
+
+def _tracks(spans: Spans) -> list[_Track]:
+    order = spans.first.argsort(stable=True)
+    order = order[spans.track[order].argsort(stable=True)]
+    ends = (spans.track[order].diff() != 0).nonzero()[:, 0] + 1
+    return [_Track(spans.first[some], spans.end[some], some) for some in order.tensor_split(ends)]
+
+
+def _apart(tracks: list[_Track], phase: int) -> Tensor:
+    """As many samples of each track as go one behind the other, from `phase` behind its beginning on."""
     kept: list[int] = []
-    track, free = None, 0
-    # a phase within one length: sweeping from `phase` modulo the length uses the whole track
-    begin = {int(t): int(first[spans.track == t].min()) for t in spans.track.unique()}
-    for index in order.tolist():
-        if spans.track[index] != track:
-            track = spans.track[index]
-            low = begin[int(track)]
-            free = low + (phase - low) % length
-        if first[index] >= free:
-            kept.append(index)
-            free = int(end[index])
-    return torch.tensor(kept)
+    for first, end, places in tracks:
+        place = int(torch.searchsorted(first, first[0] + phase))
+        while place < len(first):
+            kept.append(int(places[place]))
+            place = int(torch.searchsorted(first, end[place]))
+    return torch.tensor(kept, dtype=torch.int64)

@@ -82,7 +82,8 @@ def _sample_variance(values: Tensor, clusters: Tensor | None) -> tuple[float, in
     if clusters is None:
         sums = apart
     else:
-        names, number = clusters.unique(return_inverse=True)
+        names = {name: number for number, name in enumerate(sorted(set(clusters.tolist())))}
+        number = torch.tensor([names[name] for name in clusters.tolist()])
         sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, number, apart)
     count = len(sums)
     return float(sums.square().sum()) * count / max(count - 1, 1) / len(values) ** 2, count

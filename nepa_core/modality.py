@@ -134,7 +134,9 @@ class Modality(BaseModel, ABC):
         float32 [] or [K] are numbers to predict) or "target" (integers [N], the class of every token in canonical
         order); a negative class is none. A dataset may raise `UnreadableSample` for a sample, and may offer
         `__getitems__(list of int)` that returns a whole batch as one dictionary, which is faster for data in memory,
-        and `name(int)`, what a picture of that sample is called, such as its file.
+        and `name(int)`, what a picture of that sample is called, such as its file. Where samples overlap or are cut
+        from one recording, its `spans()` says so (`nepa_core.drawing.Spans`): a verdict then keeps rivals apart and
+        makes its intervals from recordings, not from samples.
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.

@@ -15,7 +15,7 @@ def demo() -> PretrainConfig:
     of one core. Measured: loss -0.872 where -0.927 is the best possible and a linear autoregression has -0.847.
     """
     data = Audio(source="synthetic", seconds=0.8, bands=32, in_memory=True)
-    return override(small(data), {"train.length.steps": 600, "verdict.fit_samples": 1000, "verdict.test_samples": 512})
+    return override(small(data), {"train.length.steps": 600, "verdict.test_samples": 512})
 
 
 def fsdd() -> PretrainConfig:
@@ -27,7 +27,7 @@ def fsdd() -> PretrainConfig:
     39 %.
     """
     data = Audio(source="folder", root="fsdd", seconds=1.0, sample_rate=8000, bands=40, in_memory=True)
-    return override(small(data), {"verdict.fit_samples": 1000, "verdict.test_samples": 512})
+    return override(small(data), {"verdict.test_samples": 512})
 
 
 def fsdd_patches() -> PretrainConfig:
@@ -36,5 +36,5 @@ def fsdd_patches() -> PretrainConfig:
     `nepa pretrain recipes.audio:fsdd_patches data.root=DIR data.patch_order=hilbert`. 60 tokens where `fsdd` has 25, so
     minutes; the verdict's linear baseline takes as long as the training. 16 x 16 would leave 3 columns of a word.
     """
-    changes = {"data.patch": (8, 8), "data.seconds": 0.96, "train.length.steps": 400, "verdict.fit_samples": 500}
+    changes = {"data.patch": (8, 8), "data.seconds": 0.96, "train.length.steps": 400}
     return override(fsdd(), changes)

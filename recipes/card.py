@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from nepa_core.diagnostics import CANDIDATES, COLLAPSE_SHARE, Verdict
+from nepa_core.drawing import RIVALS
+from nepa_core.intervals import Interval
 from nepa_core.modality import Modality
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
+from nepa_core.verdict import COLLAPSE_SHARE, Verdict
 from recipes.report import Figure, line_plot, page
 from recipes.training import unreadable
 
@@ -26,8 +28,15 @@ def verdict_in(summary: dict[str, Any]) -> Verdict:
     return Verdict.model_validate({name: summary[name] for name in Verdict.model_fields})
 
 
+BASELINES = {
+    "linear": ("LINEAR", "a ridge regression on the previous tokens", "retrieval_top1_linear"),
+    "copying": ("COPYING", "the current token itself", "retrieval_top1_copy"),
+}
+"""Baselines that a prediction should beat: attribute of the verdict -> its name, what it is, its figure."""
+
+
 def judgement(verdict: Verdict) -> str:
-    """One sentence: collapsed, nothing learned, no more than linear, no more than copying, or more than those."""
+    """A sentence or two: collapsed, nothing learned, less or no more than the best baseline, or more than all."""
     if verdict.collapsed:
         return (
             f"COLLAPSED. The embeddings span {verdict.effective_rank_embedding:.1f} effective dimensions, "
@@ -36,10 +45,21 @@ def judgement(verdict: Verdict) -> str:
         )
     if not verdict.beats_untrained:
         return "NOTHING LEARNED. The predictor identifies the next token no better than before training."
-    if not verdict.beats_linear:
-        return "LEARNED, BUT NO MORE THAN LINEAR. A ridge regression on the previous tokens does as well or better."
-    if not verdict.beats_copy:
-        return "LEARNED, BUT NO MORE THAN COPYING. The current token itself identifies the next as well or better."
+    unbeaten = [name for name in BASELINES if not getattr(verdict, name).above]
+    if unbeaten:
+        name, what, key = BASELINES[max(unbeaten, key=lambda name: float(getattr(verdict, BASELINES[name][2])))]
+        behind = any(getattr(verdict, rival).below for rival in unbeaten if BASELINES[rival][0] == name)
+        figures = f"{getattr(verdict, key):.1%} of the next tokens, the predictor {verdict.retrieval_top1:.1%}"
+        if behind:
+            return f"LEARNED, BUT LESS THAN {name}. {what[0].upper()}{what[1:]} identifies {figures}."
+        return (
+            f"LEARNED, BUT NO MORE THAN {name}. {what[0].upper()}{what[1:]} identifies {figures}: within the interval."
+        )
+    if verdict.beats_starved_alone:
+        return (
+            "LEARNED, BUT THE LINEAR CONTROL IS STARVED. The predictor is ahead of a ridge regression that gains more "
+            "from its next samples than that lead."
+        )
     return "LEARNED. The predictor identifies the next token better than an untrained one, a linear one and a copy."
 
 
@@ -65,14 +85,52 @@ def table(verdict: Verdict, noun: str) -> list[tuple[str, str, str]]:
     return [*lines, ("NEPA before training", "", f"{verdict.retrieval_top1_untrained:.1%}")]
 
 
+def margin(of: Interval) -> str:
+    """ "+6.0 ± 1.4", in points."""
+    half = "unknown" if of.half is None else f"{100 * of.half:.1f}"
+    return f"{100 * of.mean:+.1f} ± {half}"
+
+
+def covered(verdict: Verdict) -> str:
+    """What the intervals are over."""
+    if not verdict.clusters:  # of a summary of before
+        return "95 %, paired over samples alone"
+    many = verdict.clusters < verdict.samples * 0.8
+    of = f"{verdict.clusters} independent stretches of them" if many else "these samples"
+    return f"95 %, paired over {of} alone; other seeds of the run differ, too"
+
+
+def linear_control(verdict: Verdict) -> list[str]:
+    """On how many samples the linear control was fitted, what it reads, and whether more would make it stronger."""
+    if not verdict.linear_of:
+        return []
+    whole = verdict.fitted_samples >= verdict.training_samples
+    fitted = (
+        f"all {verdict.fitted_samples:,}" if whole else f"{verdict.fitted_samples:,} of {verdict.training_samples:,}"
+    )
+    read = "" if verdict.linear_features >= verdict.linear_of else f" of {verdict.linear_of:,}"
+    text = f"The linear control reads {verdict.linear_features:,}{read} numbers a sequence, fitted on {fitted} samples"
+    curve = verdict.linear_curve
+    if len(curve) > 1:
+        steps = ", ".join(f"{point.retrieval_top1:.1%} on {point.samples:,}" for point in curve)
+        text += f" (identified {steps})"
+    if verdict.linear_is_starved:
+        assert verdict.linear_moved is not None
+        text += (
+            f". It is starved: the last doubling of its samples moved it by {100 * verdict.linear_moved:+.1f} points, "
+            f"and another such would leave a margin of {100 * verdict.starved_margin:+.1f}"
+            + (", though it has all the samples that the network had" if whole else "; raise verdict.fit_samples")
+        )
+    return [f"{text}."]
+
+
 def remarks(summary: dict[str, Any], noun: str) -> list[str]:
     """The sentences under the table."""
     verdict = verdict_in(summary)
     found = [
-        f"NEPA minus linear: {100 * verdict.margin_linear:+.1f} ± {100 * verdict.margin_linear_ci95:.1f} points; "
-        f"minus copy: {100 * verdict.margin_copy:+.1f} ± {100 * verdict.margin_copy_ci95:.1f}; "
-        f"minus untrained: {100 * verdict.margin_untrained:+.1f} ± {100 * verdict.margin_untrained_ci95:.1f} "
-        "(95 %, paired over samples).",
+        f"NEPA minus linear: {margin(verdict.linear)} points; minus copy: {margin(verdict.copying)}; minus untrained: "
+        f"{margin(verdict.untrained)} ({covered(verdict)}).",
+        *linear_control(verdict),
         f"Effective rank of the embeddings {verdict.effective_rank_embedding:.1f} "
         f"(before training {verdict.effective_rank_embedding_start:.1f}), of the predictions "
         f"{verdict.effective_rank_prediction:.1f} ({verdict.effective_rank_prediction_start:.1f}).",
@@ -80,6 +138,8 @@ def remarks(summary: dict[str, Any], noun: str) -> list[str]:
         f"(before training {verdict.shared_direction_embedding_start:.2f}).",
         f"Copying the current {noun} would have beaten the prediction at {verdict.copy_wins:.0%} of the places.",
     ]
+    if verdict.rivals_overlap:
+        found.append("The held-out split has no room for two samples without common values: rivals are near-copies.")
     if "optimum" in summary:
         found.append(
             f"The best possible loss here is {summary['optimum']:.3f}; NEPA reached {verdict.loss:.3f}, the linear "
@@ -108,8 +168,24 @@ def render(summary: dict[str, Any], data: Modality, run: Run) -> str:
     )
     report = f"Report: {run.report / 'index.html'}"
     return "\n".join(
-        ["", judgement(verdict), headline(verdict, noun), "", *lines, "", *remarks(summary, noun), cost, report]
+        [
+            "",
+            judgement(verdict),
+            headline(verdict, noun),
+            *tries(summary),
+            "",
+            *lines,
+            "",
+            *remarks(summary, noun),
+            cost,
+            report,
+        ]
     )
+
+
+def tries(summary: dict[str, Any]) -> list[str]:
+    """What to try where the verdict is not what one hoped for."""
+    return [f"To try: {text}" for text in summary.get("advice", [])]
 
 
 def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
@@ -142,7 +218,7 @@ def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
         ),
         Figure(
             "learning.png",
-            f"Share of places where the next {noun} is identified among up to {CANDIDATES} while training, and by how "
+            f"Share of places where the next {noun} is identified among up to {RIVALS} while training, and by how "
             f"much the cosine of the prediction with the next {noun} exceeds that of the current one.",
             line_plot(
                 {
@@ -178,6 +254,7 @@ def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
     made = summary["made_with"]
     body = (
         f"<h2>{html.escape(judgement(verdict))}</h2><p>{html.escape(headline(verdict, noun))}</p>"
+        + "".join(f"<p>{html.escape(text)}</p>" for text in tries(summary))
         + "<table><tr><th>predictor</th><th>held-out loss</th><th>identified</th></tr>"
         + "".join(
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table(verdict, noun)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -34,6 +34,7 @@ from modalities.image import Images
 from modalities.scene_data import IGNORED
 from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
+from nepa_core.drawing import draw
 from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
@@ -72,7 +73,7 @@ class Options(BaseModel):
     images: tuple[str, ...] = Field(
         default=(), description="image files to show, [a.jpg,b.png]; default: the data's own"
     )
-    samples: int = Field(default=4, gt=0, description="how many samples to show, spread over the split")
+    samples: int = Field(default=4, gt=0, description="how many samples to show, drawn from the whole split")
     split: Literal["train", "test"] = Field(default="test", description="the split they are taken from")
     query: tuple[NonNegativeInt, ...] | None = Field(
         default=None,
@@ -221,7 +222,7 @@ def chosen_samples(data: Modality, options: Options, device: torch.device) -> It
     """Name and batch of one of every sample to show."""
     if not options.images:
         samples = data.dataset(options.split)
-        places = spread(len(cast(Sized, samples)), options.samples)
+        places = sorted(draw(samples, options.samples, seed=0).indices.tolist())
         for batch in plain_batches(_Placed(samples, places), batch=1, device=device):
             yield sample_name(data, samples, options.split, int(batch.pop(PLACE)), batch.get("label")), batch
         return

@@ -43,7 +43,7 @@ def small(data: Modality) -> PretrainConfig:
         train=TrainConfig(
             length=Duration(steps=800), batch=64, ema=0.99, workers=0, log=20, evaluate=100, checkpoint=200, keep=2
         ),
-        verdict=VerdictConfig(fit_samples=20_000, test_samples=4096, health_samples=192),
+        verdict=VerdictConfig(test_samples=4096, health_samples=192),
     )
 
 

@@ -12,30 +12,36 @@ question.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
+from nepa_core.baselines import fit_baselines
 from nepa_core.basics import FROZEN, Batch, UserError
-from nepa_core.diagnostics import COLLAPSE_SHARE, Gathered, Verdict, gather, health, judge, learning
+from nepa_core.diagnostics import health, learning
+from nepa_core.drawing import Drawn, apart, draw
 from nepa_core.ema import Ema, applied
+from nepa_core.gathered import Gathered, gather, gather_parts
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, Prediction, draw_coord_scale
 from nepa_core.objective import pair_count
 from nepa_core.predictor import PredictorConfig
 from nepa_core.pretrainer import ACROSS_PROCESSES, ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
-from nepa_core.runtime.config import override
+from nepa_core.runtime.config import load_object, override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, gather_samples, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
 from nepa_core.runtime.optim import OptimConfig
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Meter, Run
+from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge
 from recipes import card
+from recipes.credits import pack_credits
 from recipes.targets import default_out, read_target
 from recipes.training import cost, opened, train
 from recipes.weights import newest
@@ -54,16 +60,18 @@ class VerdictConfig(BaseModel):
     """How many samples the verdict reads.
 
     Attributes:
-        fit_samples: training samples that the baselines are fitted on.
+        fit_samples: training samples that the baselines are fitted on; None for the whole split.
         test_samples: held-out samples that are judged.
         health_samples: held-out samples behind each line of rank, spread and loss while training.
+        draw: seed of the draw of held-out samples, whatever the run's own seed is.
     """
 
     model_config = FROZEN
 
-    fit_samples: int = Field(gt=0)
+    fit_samples: int | None = Field(default=None, gt=0)
     test_samples: int = Field(gt=1)
     health_samples: int = Field(gt=1)
+    draw: int = Field(default=0, ge=0)
 
 
 class PretrainConfig(BaseModel):
@@ -274,10 +282,11 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     if not ranks.is_main:
         return {}
     with applied(ema):
-        verdict, objective, unreadable = verdict_of(config, model, ranks.device)
+        judged, objective, unreadable = verdict_of(config, model, ranks.device, show=show)
         optimum = best_possible(config, model)
-    summary = summarise(verdict, objective, config, model, result)
+    summary = summarise(judged.verdict, objective, config, model, result)
     summary |= {"unreadable_held_out": len(unreadable), "unreadable_held_out_messages": sorted(unreadable)}
+    summary |= {"credits": packed(judged), "advice": advice(judged.verdict, config, run.metrics())}
     if optimum is not None:
         summary["optimum"] = optimum
     card.write_report(run, summary, config.data)
@@ -334,18 +343,37 @@ def draw_hidden(tokens: Tokens, share: float) -> Tensor | None:
     return torch.rand(tokens.values.shape[:2], device=tokens.values.device) < share
 
 
-def held_out(
-    config: PretrainConfig, device: torch.device, limit: int, unreadable: set[str] | None = None
-) -> Iterator[Batch]:
-    """The first held-out samples; those left out are named in `unreadable`."""
-    return plain_batches(
-        config.data.plain().dataset("test"),
+class HeldOut(NamedTuple):
+    """The held-out samples that are judged, the same whatever the run's seed.
+
+    Attributes:
+        batches: of them. kept: the places in `drawn` of those that were given so far. unreadable: what was left out.
+    """
+
+    drawn: Drawn
+    batches: Iterator[Batch]
+    kept: list[int]
+    unreadable: set[str]
+
+    def told(self, gathered: Gathered) -> Gathered:
+        """With which samples these are."""
+        return gathered._replace(drawn=self.drawn.at(torch.tensor(self.kept)))
+
+
+def held_out(config: PretrainConfig, device: torch.device, limit: int) -> HeldOut:
+    """At most `limit` held-out samples, drawn over the whole split by `verdict.draw`."""
+    dataset = config.data.plain().dataset("test")
+    drawn, kept, unreadable = draw(dataset, limit, config.verdict.draw), list[int](), set[str]()
+    batches = plain_batches(
+        dataset,
         batch=_eval_batch(config),
         device=device,
-        limit=limit,
+        indices=drawn.indices.tolist(),
         unreadable=unreadable,
+        kept=kept,
         max_unreadable=config.train.max_unreadable,
     )
+    return HeldOut(drawn, batches, kept, unreadable)
 
 
 def _eval_batch(config: PretrainConfig) -> int:
@@ -376,8 +404,8 @@ def rank_warning(run: Run, figures: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def gather_held_out(config: PretrainConfig, model: NEPA, batches: Iterator[Batch]) -> tuple[Gathered, float]:
-    """What a model makes of held-out batches, and the value of the run's own objective there.
+def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tuple[Gathered, float]:
+    """What a model makes of held-out samples, and the value of the run's own objective there.
 
     That is the mean over the batches, without gradient and without hidden inputs: terms that compare samples compare
     those of a batch, which is a micro-batch of at least 2 and at most 256 samples.
@@ -390,26 +418,115 @@ def gather_held_out(config: PretrainConfig, model: NEPA, batches: Iterator[Batch
         sums[0] += count * float(objective_loss(config.objective, out))
         sums[1] += count
 
-    gathered = gather(model, config.data.plain(), batches, causal=config.objective.causal, watch=add)
-    return gathered, sums[0] / max(sums[1], 1.0)
+    gathered = gather(model, config.data.plain(), samples.batches, causal=config.objective.causal, watch=add)
+    return samples.told(gathered), sums[0] / max(sums[1], 1.0)
 
 
-def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device) -> tuple[Verdict, float, set[str]]:
+def verdict_of(
+    config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False
+) -> tuple[Judged, float, set[str]]:
     """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
-    data, causal, sizes = config.data.plain(), config.objective.causal, config.verdict
-    unreadable: set[str] = set()
-
-    def test(network: NEPA) -> tuple[Gathered, float]:
-        return gather_held_out(config, network, held_out(config, device, sizes.test_samples, unreadable))
-
-    train = gather(
-        model,
-        data,
-        plain_batches(data.dataset("train"), batch=_eval_batch(config), device=device, limit=sizes.fit_samples, seed=0),
-        causal=causal,
+    samples = held_out(config, device, config.verdict.test_samples)
+    trained, objective = gather_held_out(config, model, samples)
+    untrained, _ = gather_held_out(
+        config, build_pretrainer(config).to(device), held_out(config, device, config.verdict.test_samples)
     )
-    trained, objective = test(model)
-    return judge(train, trained, test(build_pretrainer(config).to(device))[0]), objective, unreadable
+    train = config.data.plain().dataset("train")
+    every = len(cast(Sized, train))
+    judged = judge(
+        fit_baselines(
+            training_parts(config, model, train, device, show=show),
+            trained,
+            total=min(config.verdict.fit_samples or every, every),
+            device=device,
+        ),
+        trained,
+        untrained,
+        training_samples=every,
+        rivals_overlap=not apart(config.data.plain().dataset("test")),
+    )
+    return judged, objective, samples.unreadable
+
+
+def training_parts(
+    config: PretrainConfig, model: NEPA, dataset: Dataset[Batch], device: torch.device, *, show: bool
+) -> Iterator[Gathered]:
+    """What a model makes of training samples without augmentation, a random choice in random order, batch by batch."""
+    batch, limit = _eval_batch(config), config.verdict.fit_samples
+    count = min(limit or len(cast(Sized, dataset)), len(cast(Sized, dataset)))
+    batches = plain_batches(dataset, batch=batch, device=device, workers=config.train.workers, limit=limit, seed=0)
+    with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
+        parts = gather_parts(model, config.data.plain(), batches, causal=config.objective.causal)
+        for done, part in enumerate(parts, 1):
+            yield part
+            meter.advance(done)
+
+
+def packed(judged: Judged) -> dict[str, Any]:
+    """Which samples had their tokens identified, for intervals over several seeds."""
+    found = {name: pack_credits(credit) for name, credit in judged.credits.items()}
+    clusters = None if judged.clusters is None else judged.clusters.unique(return_inverse=True)[1]
+    alone = clusters is None or int(clusters.max()) + 1 == len(clusters)
+    return {**found, "clusters": None if alone or clusters is None else clusters.tolist()}
+
+
+def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """At most two lines on what to try where nothing, or no more than a baseline says, was learned: the run's facts."""
+    if not verdict.collapsed and verdict.beats_all:
+        return []
+    found = []
+    rank, start = verdict.effective_rank_embedding, verdict.effective_rank_embedding_start
+    lr, scale = config.optim.peak(config.train.batch), config.model.layer_scale
+    steps = int(metrics[-1]["step"]) if metrics else 0
+    wanted = recipe_steps(config)
+    if rank < RANK_LOST * start:
+        found.append(
+            f"The embeddings lost rank ({start:.1f} to {rank:.1f}): lower optim.lr (its peak was {lr:.1e})"
+            + (f" or start with a larger model.layer_scale (it was {scale:g})." if scale < 1 else ".")
+        )
+    if scale < SMALL_SCALE and steps < LONG_RUN:
+        found.append(
+            f"model.layer_scale={scale:g} starves the blocks in a run of {steps:,} steps: 1.0 suits runs below some "
+            f"{LONG_RUN:,}."
+        )
+    if wanted is not None and steps < wanted:
+        found.append(f"Only {steps:,} of the recipe's {wanted:,} steps were done: train longer.")
+    elif (fell := still_falling(metrics)) is not None:
+        found.append(
+            f"The held-out objective still fell, by {fell:.0%} of all it fell, in the last fifth: train longer."
+        )
+    if not verdict.beats_untrained and lr < SMALL_RATE:
+        found.append(f"The learning rate is small (optim.lr peaks at {lr:.1e}): try ten times as much.")
+    if not found:
+        found.append(
+            "Rank, rate and length look sound here: try another objective (`nepa objectives RECIPE`) or tokens of "
+            "another size; where all structure is linear, nothing more can be learned."
+        )
+    return found[:2]
+
+
+RANK_LOST = 0.7
+"""Share of the rank before training below which a loss of rank is the first thing to look at."""
+SMALL_SCALE, LONG_RUN, SMALL_RATE = 0.01, 10_000, 3e-5
+"""LayerScale that starves runs shorter than that many steps, and a rate at which little moves."""
+
+
+def recipe_steps(config: PretrainConfig) -> int | None:
+    """Steps that the built-in recipe of a run has, where it counts in steps; nothing is imported but our own."""
+    if not config.recipe.startswith("recipes."):
+        return None
+    preset = load_object(config.recipe)()
+    return preset.train.length.steps if isinstance(preset, PretrainConfig) else None
+
+
+def still_falling(metrics: Sequence[Mapping[str, Any]]) -> float | None:
+    """The last fifth's share of the fall of the held-out objective, where it is above a tenth."""
+    lines = [line["held_out_objective"] for line in metrics if "held_out_objective" in line]
+    if len(lines) < 6:
+        return None
+    late = lines[-1 - len(lines) // 5] - lines[-1]
+    share = late / max(lines[0] - lines[-1], 1e-12)
+    return share if share > 0.1 and late > 0 else None
 
 
 def best_possible(config: PretrainConfig, model: NEPA) -> float | None:

@@ -1,34 +1,109 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from nepa_core.diagnostics import Verdict
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from recipes.card import judgement
-from recipes.pretrain import PretrainConfig, pretrain
+from nepa_core.verdict import LinearPoint, Verdict
+from recipes.card import covered, judgement, linear_control
+from recipes.pretrain import PretrainConfig, advice, pretrain
 from recipes.training import unreadable
 
 
+def verdict(**changes: Any) -> Verdict:
+    """Of 30 % identified, 20 points above every baseline, on 500 samples."""
+    names = ("linear", "copy", "untrained")
+    found: dict[str, Any] = dict.fromkeys(Verdict.model_fields, 0.0)
+    found |= {f"margin_{name}": 0.2 for name in names} | {f"margin_{name}_ci95": 0.01 for name in names}
+    found |= {f"retrieval_top1_{name}": 0.1 for name in names}
+    found |= {"retrieval_top1": 0.3, "samples": 500, "clusters": 500, "retrieval_candidates": 64}
+    found |= {"fitted_samples": 1000, "training_samples": 1000, "linear_features": 64, "linear_of": 64}
+    found |= {"rivals_overlap": False, "collapsed": False, "linear_moved": None, "linear_moved_ci95": None}
+    found |= {"effective_rank_embedding": 4.0, "effective_rank_embedding_start": 5.0, "linear_curve": ()}
+    return Verdict.model_construct(**found | {"loss_per_position": {}} | changes)
+
+
+def against(name: str, margin: float) -> dict[str, float]:
+    return {f"margin_{name}": margin, f"retrieval_top1_{name}": 0.3 - margin}
+
+
 @pytest.mark.parametrize(
-    ("margins", "words"),
+    ("changes", "words"),
     [
         ({}, "LEARNED. "),
-        ({"copy": 0.01}, "LEARNED, BUT NO MORE THAN COPYING"),
-        ({"copy": -0.2, "linear": 0.009}, "LEARNED, BUT NO MORE THAN LINEAR"),
-        ({"copy": -0.2, "linear": -0.1, "untrained": 0.005}, "NOTHING LEARNED"),
+        (against("copy", 0.01), "LEARNED, BUT NO MORE THAN COPYING. The current token itself identifies 29.0%"),
+        (
+            against("linear", -0.2),
+            "LEARNED, BUT LESS THAN LINEAR. A ridge regression on the previous tokens identifies 50",
+        ),
+        (
+            {"retrieval_top1": 0.176, "margin_copy": -0.022, "margin_linear": -0.081}
+            | {"retrieval_top1_copy": 0.198, "retrieval_top1_linear": 0.257},
+            "LEARNED, BUT LESS THAN LINEAR. A ridge regression on the previous tokens identifies 25.7% of the next "
+            "tokens, the predictor 17.6%.",
+        ),
+        (against("copy", -0.2) | against("linear", 0.009), "LEARNED, BUT LESS THAN COPYING"),
+        (against("copy", -0.2) | against("untrained", 0.005), "NOTHING LEARNED"),
+        ({"margin_untrained_ci95": None}, "NOTHING LEARNED"),  # one cluster: nothing is known
+        ({"collapsed": True}, "COLLAPSED"),
     ],
 )
-def test_the_first_words_name_a_baseline_that_is_not_beaten(margins: dict[str, float], words: str) -> None:
+def test_the_first_words_name_the_best_baseline_that_is_not_beaten(changes: dict[str, Any], words: str) -> None:
     """By more than the interval, 0.01."""
-    names = ("linear", "copy", "untrained")
-    values = {f"margin_{name}": margins.get(name, 0.3) for name in names}
-    intervals = {f"margin_{name}_ci95": 0.01 for name in names}
-    rank = {"effective_rank_embedding": 2.0, "effective_rank_embedding_start": 5.0}
-    assert judgement(Verdict.model_construct(**values, **intervals, **rank, collapsed=False)).startswith(words)
-    assert judgement(Verdict.model_construct(**values, **intervals, **rank, collapsed=True)).startswith("COLLAPSED")
+    assert judgement(verdict(**changes)).startswith(words)
+
+
+STARVED = {"linear_moved": 0.05, "linear_moved_ci95": 0.01}
+
+
+def test_a_starved_control_is_said_and_takes_the_verdict_where_the_margin_depends_on_it() -> None:
+    curve = tuple(LinearPoint(samples=n, retrieval_top1=x) for n, x in ((250, 0.04), (500, 0.07), (1000, 0.1)))
+    wide = verdict(**STARVED, linear_curve=curve)
+    assert judgement(wide).startswith("LEARNED. ")
+    (told,) = linear_control(wide)
+    assert "fitted on all 1,000 samples (identified 4.0% on 250, 7.0% on 500, 10.0% on 1,000)" in told
+    assert "It is starved: the last doubling of its samples moved it by +5.0 points" in told
+    assert "another such would leave a margin of +15.0, though it has all the samples" in told
+    narrow = verdict(**STARVED, margin_linear=0.04)
+    assert judgement(narrow).startswith("LEARNED, BUT THE LINEAR CONTROL IS STARVED")
+    assert not narrow.beats_all
+    fed = verdict(
+        linear_moved=0.009, linear_moved_ci95=0.01, margin_linear=0.015, fitted_samples=600, linear_features=32
+    )
+    assert judgement(fed).startswith("LEARNED. ")
+    assert linear_control(fed) == [
+        "The linear control reads 32 of 64 numbers a sequence, fitted on 600 of 1,000 samples."
+    ]
+
+
+def test_the_interval_says_what_it_covers() -> None:
+    assert "these samples alone; other seeds of the run differ" in covered(verdict())
+    assert "8 independent stretches of them alone" in covered(verdict(clusters=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "tried"),
+    [
+        ({}, {}, []),
+        ({}, against("linear", -0.1), ["Rank, rate and length look sound here"]),
+        ({}, against("linear", -0.1) | {"effective_rank_embedding": 3.0}, ["The embeddings lost rank (5.0 to 3.0)"]),
+        (
+            {"model.layer_scale": 1e-5, "optim.lr": 1e-6},
+            against("untrained", 0.0),
+            ["model.layer_scale=1e-05 starves the blocks in a run of 10 steps", "The learning rate is small"],
+        ),
+        ({"recipe": "recipes.vision:digits"}, against("linear", -0.1), ["Only 10 of the recipe's 800 steps were done"]),
+    ],
+)
+def test_what_to_try_comes_from_the_facts_of_the_run(
+    tiny_recipe: PretrainConfig, changes: dict[str, Any], found: dict[str, Any], tried: list[str]
+) -> None:
+    said = advice(verdict(**found), override(tiny_recipe, changes), [{"step": 10}])
+    assert len(said) == len(tried) <= 2
+    assert all(text.startswith(words) for text, words in zip(said, tried, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -7,27 +7,41 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
-from nepa_core import NEPA, Modality, PredictorConfig, Tokens, diagnostics
+from nepa_core import NEPA, Modality, PredictorConfig, Tokens, baselines
+from nepa_core.baselines import Fitted, fit_baselines
 from nepa_core.basics import Batch
-from nepa_core.diagnostics import (
-    Gathered,
-    baseline_predictions,
-    effective_rank,
-    gather,
-    health,
-    identification,
-    judge,
-    linear_autoregression,
-    shared_direction,
-    spread,
-)
+from nepa_core.diagnostics import effective_rank, health, identification, shared_direction, spread
+from nepa_core.gathered import Gathered, gather
 from nepa_core.objective import masked_mean, negative_cosine
+from nepa_core.verdict import Judged, Verdict
+from nepa_core.verdict import judge as judge_fitted
 from tests.tiny import SHAPE
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def fitted(train: Gathered, test: Gathered) -> Fitted:
+    """The baselines, fitted on samples at hand."""
+    return fit_baselines([train], test, total=len(train.values))
+
+
+def baseline_predictions(train: Gathered, test: Gathered) -> dict[str, Tensor]:
+    return fitted(train, test).predictions
+
+
+def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
+    return fitted(train, test).predictions["linear"]
+
+
+def judged(train: Gathered, test: Gathered, untrained: Gathered) -> Judged:
+    return judge_fitted(fitted(train, test), test, untrained)
+
+
+def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:
+    return judged(train, test, untrained).verdict
 
 
 # ------------------------------------------------------------------------------------------------- collapse
@@ -136,36 +150,39 @@ def test_copy_and_means_are_what_they_say(bos: bool, masked: bool) -> None:
 
 
 def _ridge_by_place(train: Gathered, test: Gathered) -> tuple[Tensor, float]:
-    """scikit-learn's ridge for every place; the predictions and the strength that the held-out tenth prefers."""
+    """scikit-learn's ridge for every place, refitted on all samples with the strength that the first tenth prefers."""
 
     def real(part: Gathered) -> Tensor:
         return torch.ones(part.embeddings.shape[:2], dtype=torch.bool) if part.mask is None else part.mask
 
-    tokens = real(train)[:, train.bos :]
-    centre = torch.stack([train.values[tokens[:, i], i].mean(0) for i in range(tokens.shape[1])])
+    held = len(train.values) // 10
+    tokens = real(train)[:held, train.bos :]
+    centre = torch.stack([train.values[:held][tokens[:, i], i].sum(0) for i in range(tokens.shape[1])])
+    centre = centre / tokens.sum(0).clamp(min=1)[:, None]
     x, x_test = ((part.values - centre) * real(part)[:, part.bos :, None] for part in (train, test))
-    counted, fit = real(train)[:, 1:] & real(train)[:, :-1], len(x) - len(x) // 10
+    counted = real(train)[:, 1:] & real(train)[:, :-1]
     unit = F.normalize(train.targets, dim=-1)
-    size = x[:fit].square().mean().item()
+    size = x[:held].square().mean().item()
 
-    def predicted(strength: float, of: Tensor) -> Tensor:
+    def predicted(strength: float, fit: slice, of: Tensor) -> Tensor:
         out = []
         for place in range(unit.shape[1]):
-            rows, seen = counted[:fit, place], place + 1 - train.bos
-            target = unit[:fit][rows, place].double()
+            rows, seen = counted[fit, place], place + 1 - train.bos
+            target = unit[fit][rows, place].double()
             ridge = Ridge(alpha=int(rows.sum()) * strength * size, solver="cholesky")
             if seen:
-                ridge.fit(x[:fit][rows, :seen].flatten(1).double(), target)
+                ridge.fit(x[fit][rows, :seen].flatten(1).double(), target)
                 out.append(torch.from_numpy(ridge.predict(of[:, :seen].flatten(1).double())))
             else:
                 out.append(target.mean(0).expand(len(of), -1))
         return torch.stack(out, dim=1).float()
 
     def quality(strength: float) -> float:
-        return -float(masked_mean(negative_cosine(predicted(strength, x[fit:]), unit[fit:]), counted[fit:]))
+        found = predicted(strength, slice(held, None), x[:held])
+        return -float(masked_mean(negative_cosine(found, unit[:held]), counted[:held]))
 
-    best = max((1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), key=quality)
-    return predicted(best, x_test), best
+    best = max(baselines.STRENGTHS, key=quality)
+    return predicted(best, slice(None), x_test), best
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -227,7 +244,7 @@ def test_many_features_are_reduced_to_the_leading_components(monkeypatch: pytest
     )
     losses = {}
     for kept in (6, 2, 1):
-        monkeypatch.setattr(diagnostics, "_RIDGE_FEATURES", 4 * kept)
+        monkeypatch.setattr(baselines, "_FEATURES", 4 * kept)
         losses[kept] = negative_cosine(linear_autoregression(train, test), test.targets)[:, 0].mean().item()
     assert losses[6] < -0.999
     assert losses[2] < -0.999
@@ -240,9 +257,10 @@ def test_many_features_are_reduced_to_the_leading_components(monkeypatch: pytest
 def test_perfect_predictions_identify_every_token() -> None:
     targets = torch.randn(130, 5, 16)
     found = identification(targets * 3, targets)
-    assert found.shape == (128,)  # whole groups of 64
-    assert (found == 1).all()
-    assert not identification(-targets, targets).any()
+    assert found.shape == (130,)
+    assert (found[:128] == 1).all()
+    assert found[128:].isnan().all()  # no whole group of 64
+    assert not identification(-targets, targets)[:128].any()
 
 
 @pytest.mark.parametrize("copies", [1, 4, 64])
@@ -280,9 +298,23 @@ def test_uncounted_pairs_are_neither_asked_nor_offered() -> None:
     trap = (~counted).nonzero()[0]
     targets[trap[0], trap[1]] = targets[0, trap[1]]  # a copy of a right answer, but not offered
     found = identification(predictions, targets, counted)
-    assert len(found) == counted.any(1).sum() < 64  # a sample with nothing to ask is left out
+    assert torch.equal(found.isnan(), ~counted.any(1))  # a sample with nothing to ask is left out
+    assert 0 < found.isnan().sum() < 64
     assert found[1] == 0.5
-    assert (found[0] == 1) & (found[2:] == 1).all()
+    assert (found[0] == 1) & (found[2:].nan_to_num(1.0) == 1).all()
+
+
+def test_rivals_are_those_of_the_group_and_small_groups_are_left_out() -> None:
+    targets = torch.randn(30, 2, 16)
+    targets[::3] = targets[:1]  # copies: they share the credit where they are rivals
+    group = torch.arange(30) % 3
+    together = identification(targets, targets, group=group)
+    assert together[::3].allclose(torch.tensor(0.1))
+    assert (together[group > 0] == 1).all()
+    apart = torch.arange(30) // 3  # one copy in each group
+    assert (identification(targets, targets, group=apart) == 1).all()
+    apart[-3:] = torch.tensor([10, 10, 11])
+    assert identification(targets, targets, group=apart)[-3:].isnan().all()
 
 
 def test_predictions_that_are_not_numbers_identify_nothing() -> None:

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from nepa_core import NEPA, ObjectiveConfig, Prediction, Pretrainer, UserError, next_embedding_loss
-from nepa_core.diagnostics import gather, health, identification, judge, learning
+from nepa_core.baselines import fit_baselines
+from nepa_core.diagnostics import health, identification, learning
+from nepa_core.gathered import gather
 from nepa_core.model import HeadOutputs
 from nepa_core.objective import pair_up
 from nepa_core.predictor import Trace
@@ -20,6 +22,7 @@ from nepa_core.pretrainer import TERMS, Heads, objective_loss
 from nepa_core.runtime.config import load_config, override, parse_assignments
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+from nepa_core.verdict import judge
 from recipes import vision
 from recipes.objective_names import NAMED, named
 from recipes.presets import PAPER_OBJECTIVE
@@ -54,7 +57,7 @@ def network(config: PretrainConfig) -> tuple[NEPA, Prediction]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn_like(parameter)
-    tokens = config.data.read(next(held_out(config, CPU, 8)))
+    tokens = config.data.read(next(held_out(config, CPU, 8).batches))
     return model, model(tokens, causal=True)
 
 
@@ -215,7 +218,7 @@ def test_no_prediction_sees_beyond_its_place(name: str) -> None:
     """The loss of the first places stays while later tokens change, and changes with the last target among them."""
     config = named(name, tiny.recipe())
     model, _ = network(config)
-    tokens = config.data.read(next(held_out(config, CPU, 8)))
+    tokens = config.data.read(next(held_out(config, CPU, 8).batches))
 
     def first(values: Tensor) -> float:
         out = model(replace(tokens, values=values), causal=True)
@@ -326,7 +329,7 @@ def test_what_a_head_predicts_is_hidden_from_it(name: str, stop_gradient: bool) 
     terms = {"objective.terms": HEADED[name]["terms"], "objective.stop_gradient": stop_gradient}
     config = override(tiny.recipe(), terms | {"objective.horizons": 3, "objective.layers": [1, 2]})
     model, _ = network(config)
-    tokens = config.data.read(next(held_out(config, CPU, 8)))
+    tokens = config.data.read(next(held_out(config, CPU, 8).batches))
     values = tokens.values.clone().requires_grad_()
     out = model(replace(tokens, values=values), causal=True)
     for ahead in (1, 2, 3) if name == "horizons" else (1,):
@@ -360,7 +363,7 @@ def test_an_intermediate_block_is_read_at_its_output() -> None:
     assert isinstance(model, Pretrainer)
     assert out.heads is not None
     trace = Trace()
-    model(config.data.read(next(held_out(config, CPU, 8))), causal=True, trace=trace)
+    model(config.data.read(next(held_out(config, CPU, 8).batches)), causal=True, trace=trace)
     for block, (head, made) in enumerate(zip(model.heads.layers, out.heads.layers, strict=True), 1):
         assert torch.allclose(head(trace.hidden[block]), made, atol=1e-6)
     losses = [next_embedding_loss(made, out.embeddings).item() for made in out.heads.layers]
@@ -437,7 +440,7 @@ def test_a_run_with_heads_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_a_step_weighs_the_pairs_of_its_micro_batch(name: str) -> None:
     config = named(name, tiny.ragged())
     model, out = network(config)
-    step = make_step(config)(model, next(held_out(config, CPU, 8)))
+    step = make_step(config)(model, next(held_out(config, CPU, 8).batches))
     assert out.mask is not None
     assert step.weight == (out.mask[:, 1:] & out.mask[:, :-1]).sum()
     assert step.loss.isfinite()
@@ -451,7 +454,7 @@ def test_a_projected_objective_is_judged_behind_the_projector_and_its_rank_befor
     model, out = network(config)
     assert out.heads is not None
     assert out.heads.projected is not None
-    found = gather(model, config.data, held_out(config, CPU, 8), causal=True)
+    found = gather(model, config.data, held_out(config, CPU, 8).batches, causal=True)
     assert found.mask is not None
     assert found.encoded is not None
     projected = out.heads.projected
@@ -459,20 +462,20 @@ def test_a_projected_objective_is_judged_behind_the_projector_and_its_rank_befor
     assert torch.allclose(found.embeddings, projected[1], atol=1e-5)
     bare = found._replace(embeddings=found.encoded, encoded=None)
     assert health(found)["effective_rank_embedding"] == health(bare)["effective_rank_embedding"]
-    same = gather(network(tiny.ragged())[0], tiny.ragged().data, held_out(config, CPU, 8), causal=True)
+    same = gather(network(tiny.ragged())[0], tiny.ragged().data, held_out(config, CPU, 8).batches, causal=True)
     assert same.encoded is None
 
 
 def test_what_is_measured_while_training_is_what_the_verdict_says() -> None:
     config = tiny.ragged()
     model, _ = network(config)
-    train, test = (gather(model, config.data, held_out(config, CPU, 32), causal=True) for _ in range(2))
-    figures, verdict = learning(test), judge(train, test, test)
+    train, test = (gather(model, config.data, held_out(config, CPU, 32).batches, causal=True) for _ in range(2))
+    figures, verdict = learning(test), judge(fit_baselines([train], test, total=32), test, test).verdict
     assert figures["retrieval_top1"] == pytest.approx(verdict.retrieval_top1, abs=1e-6)
     assert figures["copy_gap"] == pytest.approx(verdict.baseline_copy - verdict.loss, abs=1e-6)
     own, target, counted = pair_up(test.predictions, test.embeddings, test.mask, shift=True)
     assert counted is not None
-    assert figures["retrieval_top1"] == identification(own[:, 1:], target[:, 1:], counted[:, 1:]).mean()
+    assert figures["retrieval_top1"] == identification(own[:, 1:], target[:, 1:], counted[:, 1:]).nanmean()
 
 
 def test_a_falling_rank_is_warned_of_once_each_time_it_falls(tmp_path: Path) -> None:

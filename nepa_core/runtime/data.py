@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Sequence, Sized
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from nepa_core.basics import Batch, UnreadableSample, UserError, cores
 
 _SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
 _ERROR = "_error"  # key of a batch that is a user's error instead
+_LOST = "_lost"  # key of the places in a draw that could not be read, where nothing replaced them
 
 
 def fold_seed(*parts: int | str) -> int:
@@ -105,7 +106,8 @@ class _Batches(Dataset[Batch]):
         found = [self._readable(index, skipped) for index in indices]
         samples = [sample for sample in found if sample is not None]
         batch: Batch = default_collate(samples) if samples else {}
-        return batch | {_SKIPPED: skipped} if skipped else batch
+        lost = [place for place, sample in enumerate(found) if sample is None]
+        return batch | {_SKIPPED: skipped, _LOST: lost} if skipped else batch
 
     def _readable(self, index: int, skipped: list[str]) -> Batch | None:
         count = len(cast(Sized, self.dataset))
@@ -142,6 +144,7 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
+            batch.pop(_LOST, None)
             self._note(_raise_error(batch).pop(_SKIPPED, []))
             yield to_device(batch, self._device)
 
@@ -177,33 +180,40 @@ def plain_batches(
     workers: int = 0,
     limit: int | None = None,
     seed: int | None = None,
+    indices: Sequence[int] | None = None,
     rank: int = 0,
     ranks: int = 1,
     unreadable: set[str] | None = None,
+    kept: list[int] | None = None,
     max_unreadable: float = 1.0,
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
     Args:
         limit: most samples. seed: take a random choice of them instead of the first.
+        indices: take these samples instead, in this order.
         rank, ranks: every `ranks`-th batch, from this one on. The batches are those of one process, so sums over all
             ranks are too, to the last digit.
         unreadable: gets name and cause of every sample left out.
+        kept: gets the place of every sample that is given, counted from the first of all.
         max_unreadable: share of the samples that may be.
 
     Raises:
         UserError: no sample could be read, or too few.
     """
     count = len(cast(Sized, dataset))
-    indices = list(range(count)) if seed is None else epoch_order(count, seed, 0).tolist()
-    indices = indices[:limit]
-    draws = [Draw(indices[i : i + batch], fold_seed(seed or 0, "plain", i)) for i in range(0, len(indices), batch)]
-    draws = draws[rank::ranks]
+    if indices is None:
+        indices = list(range(count)) if seed is None else epoch_order(count, seed, 0).tolist()
+    indices = list(indices)[:limit]
+    starts = range(0, len(indices), batch)[rank::ranks]
+    draws = [Draw(indices[i : i + batch], fold_seed(seed or 0, "plain", i)) for i in starts]
     loader = DataLoader(_Batches(dataset, replace=False), sampler=draws, **_loader_settings(workers, device))
     skipped: set[str] = set()
     empty = True
-    for loaded in loader:
-        found = _raise_error(loaded).pop(_SKIPPED, [])
+    for start, draw, loaded in zip(starts, draws, loader, strict=True):
+        found, lost = _raise_error(loaded).pop(_SKIPPED, []), loaded.pop(_LOST, [])
+        if kept is not None:
+            kept += [start + place for place in range(len(draw.indices)) if place not in lost]
         skipped.update(found)
         if unreadable is not None:
             unreadable.update(found)

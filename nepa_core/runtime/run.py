@@ -142,15 +142,15 @@ class Run:
 class Meter:
     """Progress on the screen: a live bar on a terminal, else a plain line every `interval` seconds."""
 
-    def __init__(self, total: int, *, enabled: bool, interval: float = 15.0) -> None:
+    def __init__(self, total: int, *, enabled: bool, interval: float = 15.0, noun: str = "step") -> None:
         self._console = Console(stderr=True)
         self._live = enabled and self._console.is_terminal
         self._plain = enabled and not self._live
         self._interval, self._last = interval, time.monotonic()
         self._total, self._first, self._start = total, 0, time.monotonic()
-        self._note = ""
+        self._note, self._noun = "", noun
         self._bar = Progress(
-            TextColumn("step"),
+            TextColumn(noun),
             MofNCompleteColumn(),
             BarColumn(),
             TextColumn("{task.fields[note]}"),
@@ -182,7 +182,7 @@ class Meter:
             self._last = time.monotonic()
             rate = (step - self._first) / (self._last - self._start)
             left = (self._total - step) / rate if rate else float("nan")
-            print(f"step {step}/{self._total}  {rate:.1f} steps/s  {left:.0f} s left", file=sys.stderr)
+            print(f"{self._noun} {step}/{self._total}  {rate:.1f} a second  {left:.0f} s left", file=sys.stderr)
 
     def note(self, text: str) -> None:
         """Show the latest figures beside the bar."""

@@ -1,0 +1,65 @@
+"""Which held-out samples are judged, and who is a rival of whom."""
+
+import pytest
+import torch
+
+from nepa_core.drawing import RIVALS, Spans, apart, draw
+
+
+class Windows:
+    """Windows of `length` rows at every row of `tracks` series of `rows` rows."""
+
+    def __init__(self, rows: int, length: int, tracks: int = 1) -> None:
+        first = torch.arange(rows - length + 1).repeat(tracks)
+        self.track = torch.arange(tracks).repeat_interleave(rows - length + 1)
+        self.first, self.length = first, length
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def spans(self) -> Spans:
+        return Spans(self.first // self.length, self.track, self.first, self.first + self.length)
+
+
+def test_samples_of_class_folders_are_drawn_over_all_of_them() -> None:
+    """The first 256 of 20 classes of 100 would be of 3 classes."""
+    drawn = draw(range(2000), 256, seed=0)
+    assert len(drawn.indices.unique()) == 256
+    assert len((drawn.indices // 100).unique()) == 20
+    assert drawn.group.tolist() == [i // RIVALS for i in range(256)]
+    assert (drawn.cluster.unique(return_counts=True)[1] == 1).all()  # independent
+
+
+def test_a_draw_is_a_function_of_its_seed_alone() -> None:
+    torch.manual_seed(1)
+    one = draw(range(500), 100, seed=3)
+    torch.manual_seed(2)
+    assert torch.equal(one.indices, draw(range(500), 100, seed=3).indices)
+    assert not torch.equal(one.indices, draw(range(500), 100, seed=4).indices)
+
+
+@pytest.mark.parametrize("tracks", [1, 7])
+def test_rivals_hold_none_of_each_others_values(tracks: int) -> None:
+    windows = Windows(rows=2880, length=96, tracks=tracks)
+    drawn = draw(windows, 2000, seed=0)
+    room = tracks * 29  # of 30 windows end to end the phase takes one
+    sizes = drawn.group.unique(return_counts=True)[1]
+    assert (sizes == min(RIVALS, room)).all()
+    assert 2000 - sizes[0] < len(drawn.indices) <= 2000
+    for name in drawn.group.unique().tolist():
+        rows = drawn.indices[drawn.group == name]
+        for track in range(tracks):
+            starts = windows.first[rows[windows.track[rows] == track]].sort().values
+            assert (starts.diff() >= 96).all()
+    assert 29 <= len(drawn.cluster.unique()) <= 30  # of all channels together
+    phases = {int(windows.first[i]) % 96 for i in drawn.indices.tolist()}
+    assert len(phases) > 20  # every group has its own
+
+
+def test_where_two_do_not_fit_rivals_overlap_and_it_is_said() -> None:
+    windows = Windows(rows=150, length=96)
+    assert not apart(windows)
+    drawn = draw(windows, 32, seed=0)
+    assert len(drawn.indices) == 32
+    assert apart(Windows(rows=2880, length=96))
+    assert apart(range(3))
