@@ -54,6 +54,8 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
   nepa probe runs/digits                      read out every layer of that run
   nepa pretrain recipes.vision:digits --help  every key of the recipe with its value
   nepa TASK --help                            what a task takes and gives
+
+A run that names code (an adapter, an order) and was not made here by you is refused unless you add trust=true.
 """
 
 
@@ -93,6 +95,7 @@ def _dispatch(words: list[str]) -> int:
 
         return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes'])}", 2)
     task = importlib.import_module(TASKS[name].module)
+    rest = _trusting(rest)
     if asks_help:
         print(_task_help(name, task, rest))
         return 0
@@ -101,6 +104,19 @@ def _dispatch(words: list[str]) -> int:
     options, changes = split_options(task.Options, rest[1:])
     task.main(rest[0], options, changes)
     return 0
+
+
+def _trusting(words: list[str]) -> list[str]:
+    """Take `trust=` out of the words of a command, and the current folder off the places of modules if it is a run."""
+    from nepa_core.basics import UserError
+    from nepa_core.runtime import trust
+
+    said = [word.partition("=")[2] for word in words if word.startswith("trust=")]
+    if said and said not in (["true"], ["false"]):
+        raise UserError(f"trust={said[-1]}: say trust=true once, to run the code that a run names, or leave it out")
+    trust.take(trust.Trust(everything=said == ["true"]))
+    trust.leave_run_folder()
+    return [word for word in words if not word.startswith("trust=")]
 
 
 def split_options(kind: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:

@@ -177,9 +177,9 @@ def read_config(target: str, changes: Mapping[str, Any]) -> InspectConfig:
     """
     if not is_run(target):
         raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
-    data = load_adapter(read_saved(Path(target) / "config.json"))
-    if data is None:
-        raise UserError(f"{Path(target) / 'config.json'} names no adapter; it is of a task that trains nothing")
+    file = Path(target) / "config.json"
+    if (data := load_adapter(read_saved(file), file)) is None:
+        raise UserError(f"{file} names no adapter; it is of a task that trains nothing")
     config = InspectConfig(data=data)
     for key in changes:
         if not key.startswith(FREE):

@@ -33,7 +33,7 @@ from nepa_core.model import NEPA, Prediction, draw_coord_scale
 from nepa_core.objective import pair_count
 from nepa_core.predictor import PredictorConfig
 from nepa_core.pretrainer import ACROSS_PROCESSES, ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
-from nepa_core.runtime.config import load_object, override
+from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, gather_samples, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
@@ -42,7 +42,7 @@ from nepa_core.runtime.run import Meter, Run
 from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge
 from recipes import card
 from recipes.credits import pack_credits
-from recipes.targets import default_out, read_target
+from recipes.targets import default_out, find_recipe, read_target
 from recipes.training import cost, opened, train
 from recipes.weights import newest
 
@@ -515,7 +515,10 @@ def recipe_steps(config: PretrainConfig) -> int | None:
     """Steps that the built-in recipe of a run has, where it counts in steps; nothing is imported but our own."""
     if not config.recipe.startswith("recipes."):
         return None
-    preset = load_object(config.recipe)()
+    try:
+        preset = find_recipe(config.recipe)()
+    except UserError:  # a recipe of another version, or a file that says something else
+        return None
     return preset.train.length.steps if isinstance(preset, PretrainConfig) else None
 
 

@@ -90,9 +90,9 @@ def _of_run(name: str) -> Weights:
     checkpoint = newest(run)
     try:
         config = validated(PredictorConfig, _part(saved, "model"), "model.")
-        data = load_adapter(saved)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    data = load_adapter(saved, file)
     model, head = split(current_weights(checkpoint))
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))

@@ -23,8 +23,9 @@ from rich.progress import (
 )
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.checkpoint import disk_errors, write_whole
-from nepa_core.runtime.config import Config, differences, load_config, save_config
+from nepa_core.runtime import trust
+from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
+from nepa_core.runtime.config import Config, differences, imports_of, load_config, save_config, shown
 
 FREE_KEYS = ("train.workers", "train.checkpoint", "train.keep", "train.max_unreadable", "train.recompute")
 """Keys that may change between two sittings of a run: they do not touch what is computed."""
@@ -59,7 +60,8 @@ class Run:
             UserError: the folder holds a run of another recipe or with another config (the differing keys are
                 listed), holds something that is no run, or can't be written.
         """
-        file = self.path / "config.json"
+        file, imports = self.path / "config.json", imports_of(config)
+        trust.allow(imports)  # the user's own command has imported them
         if file.exists():
             saved = load_config(type(config), file)
             changed = {k: v for k, v in differences(saved, config).items() if k not in FREE_KEYS}
@@ -67,12 +69,14 @@ class Run:
                 old, new = changed.get("recipe", ("", ""))
                 if old and new:  # most other keys differ, too
                     raise UserError(f"{self.path} holds a run of {old}; name another folder for {new} with out=DIR")
-                listed = ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items())
+                listed = ", ".join(f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changed.items())
                 raise UserError(
                     f"{self.path} holds a run with another config: {listed}; give it back, or name another "
                     "folder with out=DIR"
                 )
             if not changed:
+                if write:
+                    trust.remember(file, imports)  # of a run of before there were notes
                 return
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
             raise UserError(f"{self.path} exists and is not a run folder; name another one with out=DIR")
@@ -81,6 +85,7 @@ class Run:
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             save_config(config, file)
+        trust.remember(file, imports)
 
     def load_config(self, kind: type[Config]) -> Config:
         return load_config(kind, self.path / "config.json")
@@ -113,12 +118,31 @@ class Run:
             raise UserError(f"{self.metrics_path} has lost lines; restore it, or start anew with out=DIR")
         if self.metrics_path.exists():
             os.truncate(self.metrics_path, size)
+            self.metrics()  # a damaged line is said now, not after hours of training
 
     def metrics(self) -> list[dict[str, Any]]:
         """All logged lines."""
         if not self.metrics_path.exists():
             return []
-        return [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        lines: list[dict[str, Any]] = []
+        try:
+            for line in self._metrics_bytes().splitlines():
+                found = json.loads(line)
+                if not isinstance(found, dict) or "step" not in found:
+                    raise ValueError("it holds no figures of a step")
+                lines.append(found)
+        except (ValueError, RecursionError) as error:
+            where = f"{self.metrics_path}, line {len(lines) + 1},"
+            raise UserError(f"{where} is damaged ({error}); restore the file, or start anew with out=DIR") from error
+        return lines
+
+    def _metrics_bytes(self) -> bytes:
+        if not self.metrics_path.is_file():  # reading a pipe would wait for a writer
+            raise UserError(f"{self.metrics_path} is no regular file; restore it, or start anew with out=DIR")
+        try:
+            return self.metrics_path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.metrics_path} can't be read: {error.strerror}") from error
 
     def write_summary(self, summary: Mapping[str, Any], name: str = "summary.json") -> None:
         """Write the final numbers, whole or not at all."""
@@ -134,9 +158,30 @@ class Run:
         """
         file = self.path / name
         try:
-            return json.loads(file.read_text()) if file.exists() else None
+            found = read_json(file)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"{file} can't be read: {error.strerror}") from error
         except ValueError as error:
             raise UserError(f"{file} is not JSON ({error}); delete it and give the same command again") from error
+        if not isinstance(found, dict):
+            raise UserError(f"{file} holds no figures; delete it and give the same command again")
+        return found
+
+
+@contextmanager
+def reading_back(file: Path) -> Iterator[None]:
+    """Within the block values of a JSON file of this program are used; what is missing there becomes one line.
+
+    Raises:
+        UserError: the file lacks something, or holds something of another kind.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        lacks = f"lacks {error}" if isinstance(error, KeyError) else f"holds something else than was written ({error})"
+        raise UserError(f"{file} {lacks}; delete it and give the same command again") from error
 
 
 class Meter:
