@@ -15,7 +15,6 @@ comes back.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -44,7 +43,7 @@ from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
-from nepa_core.runtime.run import FREE_KEYS, Run
+from nepa_core.runtime.run import FREE_KEYS, Run, locked
 from recipes.pretrain import PretrainConfig, build_pretrainer, load_pretrained, pretrain, try_batch
 from recipes.targets import is_run, read_target
 
@@ -329,28 +328,9 @@ def attempt(job: Job) -> bool:
 
 
 @contextmanager
-def locked(file: Path, *, patient: bool = False) -> Iterator[bool]:
-    """Whether this process could take the lock, which it then has in the block. The file stays: it tells nothing.
-
-    Args:
-        patient: wait until it can be taken.
-    """
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("w")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX if patient else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-@contextmanager
 def reporting(out: Path) -> Iterator[None]:
     """Within the block no other command writes the report of this folder."""
-    with locked(out / ".report.lock", patient=True):
+    with locked(out / ".report.lock", patient=True, trains=False):
         yield
 
 

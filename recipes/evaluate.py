@@ -24,7 +24,7 @@ from recipes.goals import FIGURES, Goal, Regression, find_goal
 from recipes.pretrain import PretrainConfig
 from recipes.segment import SegmentConfig
 from recipes.targets import is_run, read_target, task_of
-from recipes.training import provenance, unreadable
+from recipes.training import at_work, provenance, unreadable
 from recipes.weights import Weights, class_names, read_weights
 
 FREE = (
@@ -49,7 +49,7 @@ class Options(BaseModel):
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_config(target, changes)
-    with world() as ranks:
+    with world() as ranks, at_work(Run(Path(target)), ranks, trains=False):
         weights = read_weights(target)
         if isinstance(config, SegmentConfig):
             compare_classes(target, config.data.class_names(), ranks)

@@ -40,7 +40,7 @@ from recipes.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonic
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
 from recipes.targets import default_out, is_imported, is_of, is_run, read_target, task_of
-from recipes.training import cost, opened, train, unreadable
+from recipes.training import at_work, cost, opened, train, unreadable
 from recipes.weights import Weights, load_backbone, start_from
 
 
@@ -141,7 +141,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_config(target, changes)
     run = Run(Path(options.out or default_out(target, "finetune")))
     own = is_of(FinetuneConfig, target) and not is_imported(target)
-    with world() as ranks:
+    with world() as ranks, at_work(run, ranks, trains=True):
         summary = finetune(config, run, ranks, setting="" if own else SHORT)
         if ranks.is_main:
             print(render(summary, run))

@@ -20,6 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -49,7 +50,7 @@ from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.probe import FREE
 from recipes.significance import spread
 from recipes.targets import is_run
-from recipes.training import provenance
+from recipes.training import at_work, provenance
 
 SEED_KEYS = ("recipe", "train.seed", "train.workers", "data.root")
 """Keys in which runs may differ to stand in one table."""
@@ -101,7 +102,9 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         raise UserError(f"nepa forecast reads a finished run; {refused[0]} is not one of its options")
     targets = [target, *options.also]
     check_runs(targets)
-    with world() as ranks:
+    with world() as ranks, ExitStack() as stack:
+        for path in sorted(targets):  # in one order, or two commands could wait for each other
+            stack.enter_context(at_work(Run(Path(path)), ranks, trains=False))
         summaries = []
         for path in targets:
             run = Run(Path(path))

@@ -25,7 +25,7 @@ from recipes.finetune import FinetuneConfig
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
 from recipes.targets import RECORD, is_run
-from recipes.training import provenance
+from recipes.training import at_work, provenance
 from recipes.weights import joined
 
 DECIDED = ("model.", "data.patch", "data.channels", "causal", "objective.causal", "readout")
@@ -42,7 +42,7 @@ class Options(BaseModel):
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     run = Run(Path(options.out or f"runs/{Path(target).resolve().name}"))
-    with world() as ranks:
+    with world() as ranks, at_work(run, ranks, trains=False):
         if ranks.is_main:
             print(import_released(target, run, changes))
 

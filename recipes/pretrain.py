@@ -43,7 +43,7 @@ from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge
 from recipes import card
 from recipes.credits import pack_credits
 from recipes.targets import default_out, find_recipe, read_target
-from recipes.training import cost, opened, train
+from recipes.training import at_work, cost, opened, train
 from recipes.weights import newest
 
 RANK = "effective_rank_embedding"
@@ -126,7 +126,7 @@ class Options(BaseModel):
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_target(PretrainConfig, target, changes)
     run = Run(Path(options.out or default_out(target, "pretrain")))
-    with world() as ranks:
+    with world() as ranks, at_work(run, ranks, trains=True):
         summary = pretrain(config, run, ranks)
         if ranks.is_main:
             print(card.render(summary, config.data, run))

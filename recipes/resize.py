@@ -33,6 +33,7 @@ from modalities.image_shards import CLASS_NAMES
 from modalities.image_sources import SPLITS, Pixels, Source, open_source
 from nepa_core.basics import FROZEN, UserError, cores
 from nepa_core.runtime.checkpoint import disk_errors, write_whole
+from nepa_core.runtime.run import holding, lock_beside
 from recipes.pretrain import PretrainConfig
 from recipes.targets import default_out, read_target
 
@@ -77,7 +78,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             f"data.limit={data.limit}: nepa resize writes every image; leave it out, or give data.limit=null"
         )
     out = Path(options.out or default_out(target, "resize"))
-    unreadable = resize(data, options, out)
+    with holding(out, trains=False, lock=lock_beside(out)):
+        unreadable = resize(data, options, out)
     for message in unreadable:
         print(f"left out: {message}", file=sys.stderr)
     megabytes = sum(file.stat().st_size for file in out.glob("*.tar")) / 1e6

@@ -7,7 +7,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,6 +16,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from nepa_core.basics import UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import layers_above
@@ -22,7 +24,7 @@ from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
 from nepa_core.runtime.optim import OptimConfig
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, holding
 from recipes.targets import is_imported
 from recipes.weights import newest
 
@@ -38,6 +40,25 @@ class Recipe(Protocol):
     def optim(self) -> OptimConfig: ...
     @property
     def train(self) -> TrainConfig: ...
+
+
+@contextmanager
+def at_work(run: Run, ranks: World, *, trains: bool) -> Iterator[None]:
+    """Be the only command that writes in a run's folder, see `nepa_core.runtime.run.holding`; the main process is.
+
+    Args:
+        trains: this is training; where that is finished it is only shown, which needs no lock.
+    """
+    refused: set[str] = set()
+    with ExitStack() as stack:
+        if ranks.is_main and not (trains and run.summary() is not None):
+            try:
+                stack.enter_context(holding(run.path, trains=trains))
+            except UserError as error:
+                refused.add(str(error))
+        for line in ranks.union(refused):  # on every rank, and none goes on before
+            raise UserError(line)
+        yield
 
 
 def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
