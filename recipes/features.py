@@ -272,6 +272,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
         device=ranks.device,
         seed=seed,
         max_unreadable=source.config.train.max_unreadable,
+        tokenize=data.tokenize,
     )
     first = next(batches(limit=min(FIRST, total)))
     labels, per_token = read_labels(data, first)

@@ -30,7 +30,7 @@ from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import load_config, override
-from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype
 from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
@@ -304,12 +304,14 @@ def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
         if mix is not None:
             batch, mixed = mix(batch)
             smoothing = 0.0  # it is in the mixed labels
-        tokens = config.data.read(batch)
+        tokens, broken = config.data.read(batch), None
+        if mixed is None:
+            tokens, batch, broken = replace_broken(tokens, batch)
         outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
         truth = goal.truth(batch, tokens) if mixed is None else mixed
         with torch.autocast(outputs.device.type, enabled=False):
             loss, weight = goal.loss(outputs.float(), truth, smoothing=smoothing)
-        return StepOutput(loss, weight, tokens.real_count())
+        return StepOutput(loss, weight, tokens.real_count(), broken)
 
     return step
 
@@ -384,6 +386,7 @@ def measure(
         ranks=ranks.size,
         unreadable=unreadable,
         max_unreadable=config.train.max_unreadable,
+        tokenize=data.tokenize,
     ):
         tokens = data.read(batch)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):

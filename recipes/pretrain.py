@@ -34,7 +34,7 @@ from nepa_core.objective import pair_count
 from nepa_core.predictor import PredictorConfig
 from nepa_core.pretrainer import ACROSS_PROCESSES, ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
 from nepa_core.runtime.config import override
-from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World, gather_samples, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
 from nepa_core.runtime.optim import OptimConfig
@@ -228,7 +228,11 @@ def _first_samples(config: PretrainConfig, count: int, device: torch.device) -> 
     torn: set[str] = set()
     dataset, most = config.data.dataset("train"), 128 * count
     try:
-        return next(plain_batches(dataset, batch=count, device=device, limit=most, unreadable=torn))
+        return next(
+            plain_batches(
+                dataset, batch=count, device=device, limit=most, unreadable=torn, tokenize=config.data.tokenize
+            )
+        )
     except UserError as error:
         if not torn:
             raise
@@ -322,7 +326,7 @@ def make_step(config: PretrainConfig, progress: float = 0.0) -> StepFunction:
     objective, rescale, data = config.objective, config.model.rope_rescale, config.data.at(progress)
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
-        tokens = data.read(batch)
+        tokens, _, broken = replace_broken(data.read(batch), batch)
         out = model(
             tokens,
             causal=objective.causal,
@@ -331,7 +335,7 @@ def make_step(config: PretrainConfig, progress: float = 0.0) -> StepFunction:
         )
         loss = objective_loss(objective, out, gather=gather_samples)
         count = pair_count(out.predictions, out.mask, shift=objective.shift)
-        return StepOutput(loss, count, tokens.real_count())
+        return StepOutput(loss, count, tokens.real_count(), broken)
 
     return step
 
@@ -372,6 +376,7 @@ def held_out(config: PretrainConfig, device: torch.device, limit: int) -> HeldOu
         unreadable=unreadable,
         kept=kept,
         max_unreadable=config.train.max_unreadable,
+        tokenize=config.data.plain().tokenize,
     )
     return HeldOut(drawn, batches, kept, unreadable)
 
@@ -454,7 +459,15 @@ def training_parts(
     """What a model makes of training samples without augmentation, a random choice in random order, batch by batch."""
     batch, limit = _eval_batch(config), config.verdict.fit_samples
     count = min(limit or len(cast(Sized, dataset)), len(cast(Sized, dataset)))
-    batches = plain_batches(dataset, batch=batch, device=device, workers=config.train.workers, limit=limit, seed=0)
+    batches = plain_batches(
+        dataset,
+        batch=batch,
+        device=device,
+        workers=config.train.workers,
+        limit=limit,
+        seed=0,
+        tokenize=config.data.plain().tokenize,
+    )
     with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
         parts = gather_parts(model, config.data.plain(), batches, causal=config.objective.causal)
         for done, part in enumerate(parts, 1):

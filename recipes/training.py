@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from nepa_core.basics import UserError
+from nepa_core.contract import check_first_batches
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import layers_above
@@ -72,7 +73,21 @@ def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
     ranks.barrier()  # before one of them writes
     if is_imported(str(run.path)):
         newest(run)
-    return run.summary()
+    if (summary := run.summary()) is None:
+        check_data(cast(Recipe, config).data, predicts=hasattr(config, "objective"))
+    return summary
+
+
+def check_data(data: Modality, *, predicts: bool) -> None:
+    """Look at a first batch of both splits before there is a folder or a network, see `check_first_batches`.
+
+    Raises:
+        UserError: what is wrong with the adapter, and how to fix it.
+    """
+    try:
+        check_first_batches(data, predicts=predicts)
+    except AssertionError as error:
+        raise UserError(f"{type(data).__name__}: {error}") from error
 
 
 def train(

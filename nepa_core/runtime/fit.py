@@ -85,11 +85,14 @@ class StepOutput(NamedTuple):
         weight: of how many things (predictions, labels) the loss is a mean: a batch's loss is the mean over
             all of them, however they fall on micro-batches and ranks.
         tokens: real input tokens seen, padding not counted, for the rate.
+        broken: [B] bool, the samples of the batch whose tokens are not finite, see `replace_broken`; None where that
+            was not looked at.
     """
 
     loss: Tensor
     weight: Tensor | float
     tokens: Tensor | int
+    broken: Tensor | None = None
 
 
 StepFunction = Callable[[nn.Module, Batch], StepOutput]
@@ -259,6 +262,7 @@ def fit(
                 meter.say(f"step {done}: {figures['warning']}")
 
     def save(done: int, seconds: float, tokens: int) -> None:
+        batches.settle()
         unreadable = world.union(batches.unreadable)
         if not world.is_main:
             return
@@ -293,7 +297,7 @@ def fit(
         watch.lap("start")
         for step in range(start, steps.total):
             run_step = step_function if step_at is None else step_at(step / steps.total)
-            sums = _accumulate(shared, run_step, stream, step, steps.accumulate, config, world, watch)
+            sums = _accumulate(shared, run_step, batches, stream, step, steps.accumulate, config, world, watch)
             lr = set_rates(optimizer, optim, peak=steps.peak_lr, step=step, total=steps.total, warmup=steps.warmup)
             loss, weight, seen = world.sum(sums)
             tokens += seen.long()
@@ -307,6 +311,7 @@ def fit(
             meter.advance(done)
             last = done == steps.total
             if done % config.log == 0 or last:
+                batches.settle()
                 line = _metrics_line(tally, done=done, lr=lr, epoch=done / steps.per_epoch)
                 if world.is_main:
                     run.log(line)
@@ -429,6 +434,7 @@ def _batches(
 def _accumulate(
     model: nn.Module,
     step_function: StepFunction,
+    batches: TrainingBatches,
     stream: Iterator[Batch],
     step: int,
     parts: int,
@@ -452,6 +458,8 @@ def _accumulate(
             with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
                 out = step_function(model, batch)
             watch.lap("forward")
+            if out.broken is not None:
+                batches.suspect(out.broken)
             weighted = out.loss * out.weight
             weighted.backward()  # type: ignore[no-untyped-call]
         sums[0] += weighted.detach()

@@ -257,6 +257,7 @@ def locked(file: Path, *, patient: bool = False, keep: bool = True, trains: bool
             _HELD.discard(descriptor)
             if not keep:
                 file.unlink(missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it with a process that was just forked
             os.close(descriptor)
 
 
