@@ -45,7 +45,7 @@ class Images(Ordered, Modality):
     std: tuple[PositiveFloat, ...]
     root: str | None = None
     augment: Augment = "none"
-    crop_ratio: float = Field(default=1.0, gt=0, le=1)
+    crop_ratio: float = Field(default=1.0, ge=0.01, le=1)
     erase: float = Field(default=0.0, ge=0, le=1)
     in_memory: bool = False
     limit: PositiveInt | None = None

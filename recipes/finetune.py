@@ -40,7 +40,7 @@ from recipes.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonic
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
 from recipes.targets import default_out, is_imported, is_of, is_run, read_target, task_of
-from recipes.training import at_work, cost, opened, train, unreadable
+from recipes.training import at_work, cost, opened, rendered, train, unreadable
 from recipes.weights import Weights, load_backbone, start_from
 
 
@@ -141,10 +141,11 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_config(target, changes)
     run = Run(Path(options.out or default_out(target, "finetune")))
     own = is_of(FinetuneConfig, target) and not is_imported(target)
+    before = run.summary() is not None
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = finetune(config, run, ranks, setting="" if own else SHORT)
         if ranks.is_main:
-            print(render(summary, run))
+            print(rendered(lambda: render(summary, run), run, before=before))
 
 
 def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig:

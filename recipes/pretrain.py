@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nepa_core.baselines import fit_baselines
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.diagnostics import health, learning
 from nepa_core.drawing import Drawn, apart, draw
 from nepa_core.ema import Ema, applied
@@ -43,7 +43,7 @@ from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge
 from recipes import card
 from recipes.credits import pack_credits
 from recipes.targets import default_out, find_recipe, read_target
-from recipes.training import at_work, cost, opened, train
+from recipes.training import at_work, cost, opened, rendered, train
 from recipes.weights import newest
 
 RANK = "effective_rank_embedding"
@@ -71,7 +71,7 @@ class VerdictConfig(BaseModel):
     fit_samples: int | None = Field(default=None, gt=0)
     test_samples: int = Field(gt=1)
     health_samples: int = Field(gt=1)
-    draw: int = Field(default=0, ge=0)
+    draw: int = Field(default=0, ge=0, lt=MOST_SEED)
 
 
 class PretrainConfig(BaseModel):
@@ -126,10 +126,11 @@ class Options(BaseModel):
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_target(PretrainConfig, target, changes)
     run = Run(Path(options.out or default_out(target, "pretrain")))
+    before = run.summary() is not None
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = pretrain(config, run, ranks)
         if ranks.is_main:
-            print(card.render(summary, config.data, run))
+            print(rendered(lambda: card.render(summary, config.data, run), run, before=before))
 
 
 def without_another(objective: ObjectiveConfig, own: int, all_own: int) -> str | None:
@@ -219,8 +220,12 @@ def try_batch(config: PretrainConfig, model: NEPA) -> None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         batch = _first_samples(config, min(config.train.micro_batch or config.train.batch, 8), device)
         out = model.eval()(config.data.at(0.0).read(batch), causal=config.objective.causal)
-        objective_loss(config.objective, out)
+        loss = objective_loss(config.objective, out)
     model.train(training)
+    if not loss.isfinite():
+        raise UserError(
+            f"the loss of a first batch is {loss.item()}: lower model.layer_scale, and look at the range of the samples"
+        )
 
 
 def _first_samples(config: PretrainConfig, count: int, device: torch.device) -> Batch:

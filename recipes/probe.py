@@ -380,6 +380,8 @@ def score_row(split: Split, name: str, *, names: Sequence[Name]) -> dict[str, An
 def scores_of(split: Split, fit_and_score: Callable[..., float], x: Any, x_test: Any) -> dict[str, float]:
     """`accuracy` (or `r2`) on the test samples; `validation` on the last fifth of the training samples by the rest."""
     y, kept = split.labels, len(x) - len(x) // 5  # the training samples come in random order
+    if kept == len(x):
+        raise UserError(f"{len(x)} training samples are too few: a fifth of them chooses the layer; give 5 or more")
     return {
         split.metric: fit_and_score(x, y, x_test, split.test_labels),
         "validation": fit_and_score(x[:kept], y[:kept], x[kept:], y[kept:]),

@@ -32,7 +32,7 @@ from modalities.image_data import JPEG, Channels, decode
 from modalities.image_shards import CLASS_NAMES
 from modalities.image_sources import SPLITS, Pixels, Source, open_source
 from nepa_core.basics import FROZEN, UserError, cores
-from nepa_core.runtime.checkpoint import disk_errors, write_whole
+from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.run import holding, lock_beside
 from recipes.pretrain import PretrainConfig
 from recipes.targets import default_out, read_target
@@ -164,7 +164,11 @@ def _claim(out: Path, settings: dict[str, Any], source: Source) -> None:
     """Make the folder, or find that its shards are of these settings."""
     file = out / "resize.json"
     if file.exists():
-        if json.loads(file.read_text()) != settings:
+        try:
+            before = read_json(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({error}); name another out=DIR") from error
+        if before != settings:
             raise UserError(f"{file} tells of other settings than {settings}; give those back, or name another out=DIR")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

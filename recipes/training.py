@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -25,7 +25,7 @@ from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
 from nepa_core.runtime.optim import OptimConfig
-from nepa_core.runtime.run import Run, holding
+from nepa_core.runtime.run import Run, holding, reading_back
 from recipes.targets import is_imported
 from recipes.weights import newest
 
@@ -62,6 +62,16 @@ def at_work(run: Run, ranks: World, *, trains: bool) -> Iterator[None]:
         yield
 
 
+def rendered(render: Callable[[], str], run: Run, *, before: bool) -> str:
+    """The text on a finished run.
+
+    Args:
+        before: it was finished by an earlier command, so that what is missing in summary.json is damage.
+    """
+    with reading_back(run.path / "summary.json") if before else nullcontext():
+        return render()
+
+
 def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
     """Check the run's folder on every rank; the summary if it was finished before, else None. `train` writes it.
 
@@ -74,8 +84,34 @@ def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
     if is_imported(str(run.path)):
         newest(run)
     if (summary := run.summary()) is None:
-        check_data(cast(Recipe, config).data, predicts=hasattr(config, "objective"))
+        recipe = cast(Recipe, config)
+        check_memory(recipe.model, ranks.device)
+        check_data(recipe.data, predicts=hasattr(config, "objective"))
     return summary
+
+
+def check_memory(config: PredictorConfig, device: torch.device) -> None:
+    """Whether a network can fit at all, before the system kills the process that makes it.
+
+    Raises:
+        UserError: its weights are more than the memory of this machine; on a CPU also where there is no room for
+            gradients and the two means of AdamW.
+    """
+    need, have = config.weights * 4 * (1 if device.type == "cuda" else 4), memory()
+    if need > have:
+        raise UserError(
+            f"the network of model.dim={config.dim}, model.depth={config.depth}, model.mlp_dim={config.mlp_dim} needs "
+            f"{need / 1e9:,.0f} GB and this machine has {have / 1e9:,.0f}; make it smaller"
+        )
+
+
+def memory() -> int:
+    """Bytes that this process may use: the machine's, or those of its control group where that has fewer."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max": no limit
+            found.append(int(Path(file).read_text()))
+    return min(found)
 
 
 def check_data(data: Modality, *, predicts: bool) -> None:

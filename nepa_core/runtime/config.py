@@ -268,10 +268,9 @@ def _in_list(error: ErrorDetails) -> bool:
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """A value as it is typed, lists and dictionaries as JSON, cut to so many characters."""
-    text = (
-        json.dumps(value, separators=(",", ":"), default=str) if isinstance(value, list | tuple | dict) else str(value)
-    )
+    """A value as it is typed, lists, dictionaries, true and null as JSON, cut to so many characters."""
+    typed = value is None or isinstance(value, list | tuple | dict | bool)
+    text = json.dumps(value, separators=(",", ":"), default=str) if typed else str(value)
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 

@@ -7,14 +7,18 @@ the global batch, and torch's global generator is seeded for each batch, in the 
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from nepa_core.basics import Batch, UnreadableSample, UserError, cores
 from nepa_core.modality import Tokens
@@ -104,18 +108,19 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator)
 
 
-class _Batches(Dataset[Batch]):
+class _Batches(Dataset[Batch | bytes]):
     """Loads whole draws. Unreadable samples are named; the next readable neighbour replaces them, or nothing."""
 
     def __init__(self, dataset: Dataset[Batch], *, replace: bool) -> None:
         self.dataset, self.replace = dataset, replace
 
-    def __getitem__(self, draw: Draw) -> Batch:
+    def __getitem__(self, draw: Draw) -> Batch | bytes:
         seed_step(draw.seed, torch.device("cpu"))
         try:
-            return self._load(draw.indices)
+            batch = self._load(draw.indices)
         except UserError as error:  # crosses the worker boundary as data, to stay one line
             return {_ERROR: str(error)}
+        return batch if _fits_shared_memory([batch]) else pickle.dumps(batch)
 
     def _load(self, indices: list[int]) -> Batch:
         whole = getattr(self.dataset, "__getitems__", None)
@@ -128,7 +133,7 @@ class _Batches(Dataset[Batch]):
         found = [self._readable(index, skipped) for index in indices]
         samples = [each[1] for each in found if each is not None]
         drawn = [each[0] for each in found if each is not None]
-        batch: Batch = {**(_stacked(samples) if samples else {}), _DRAWN: drawn}
+        batch: Batch = {**(_stacked(samples, shared=_fits_shared_memory(samples)) if samples else {}), _DRAWN: drawn}
         lost = [place for place, each in enumerate(found) if each is None]
         return batch | {_SKIPPED: skipped, _LOST: lost} if skipped else batch
 
@@ -146,15 +151,40 @@ class _Batches(Dataset[Batch]):
         return None
 
 
-def _stacked(samples: list[Batch]) -> Batch:
+def _stacked(samples: list[Batch], *, shared: bool) -> Batch:
     try:
-        batch: Batch = default_collate(samples)
+        if shared:
+            batch: Batch = default_collate(samples)
+        else:
+            batch = collate(samples, collate_fn_map={**default_collate_fn_map, Tensor: _stack})
     except (RuntimeError, KeyError, TypeError) as error:
         raise UserError(
             f"samples can't be stacked into a batch ({error}): dataset(split) must give all of them the same keys, "
             "tensors and shapes; pad where they differ"
         ) from error
     return batch
+
+
+def _stack(tensors: list[Tensor], **_: object) -> Tensor:
+    """Where torch's own would allocate shared memory."""
+    return torch.stack(tensors)
+
+
+def _fits_shared_memory(samples: list[Batch]) -> bool:
+    """Whether /dev/shm has room for these samples and what other loader processes put there meanwhile.
+
+    Where it has not (containers give 64 MB, or less), a batch goes through a pipe: writing beyond its end would kill
+    the process.
+    """
+    info = get_worker_info()
+    if info is None:  # no other process gets them
+        return True
+    size = sum(x.nbytes for sample in samples for x in sample.values() if isinstance(x, Tensor))
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return False
+    return (2 * info.num_workers + 2) * size < found.f_bavail * found.f_frsize
 
 
 class TrainingBatches:
@@ -178,10 +208,10 @@ class TrainingBatches:
         self._dataset, self._drawn = dataset, list[int]()
         self._suspects: list[tuple[list[int], Tensor]] = []
         self._device = device
-        self._loader = DataLoader(_Batches(dataset, replace=True), sampler=sampler, **_loader_settings(workers, device))
+        self._sampler, self._workers = sampler, workers
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        for batch in _loaded(_Batches(self._dataset, replace=True), self._sampler, self._workers, self._device):
             batch.pop(_LOST, None)
             self._note(_raise_error(batch).pop(_SKIPPED, []))
             self._drawn = batch.pop(_DRAWN)
@@ -271,7 +301,7 @@ def plain_batches(
     indices = list(indices)[:limit]
     starts = range(0, len(indices), batch)[rank::ranks]
     draws = [Draw(indices[i : i + batch], fold_seed(seed or 0, "plain", i)) for i in starts]
-    loader = DataLoader(_Batches(dataset, replace=False), sampler=draws, **_loader_settings(workers, device))
+    loader = _loaded(_Batches(dataset, replace=False), draws, workers, device)
     skipped: set[str] = set()
     empty = True
     for start, draw, loaded in zip(starts, draws, loader, strict=True):
@@ -298,14 +328,45 @@ def plain_batches(
         raise UserError(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
-def _loader_settings(workers: int, device: torch.device) -> dict[str, Any]:
-    return {
+LOADER_DIED = (
+    "the system has killed a process that loads data, perhaps for want of memory: lower train.batch, or load in the "
+    "main process with train.workers=0; checkpoints are kept"
+)
+
+
+def _loaded(
+    batches: _Batches, draws: Sequence[Draw] | DrawSampler, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """The batches of these draws, loaded by other processes where there is room for them.
+
+    Raises:
+        UserError: one of these processes was killed.
+    """
+    settings: dict[str, Any] = {
         "batch_size": None,  # a draw is a whole batch already
-        "num_workers": min(workers, cores()),  # more only take turns; batches are the same from any number
+        "sampler": draws,
         "worker_init_fn": _ignore_ctrl_c,
         "pin_memory": device.type == "cuda",
         "generator": torch.Generator(),  # or the loader would draw from the global one
     }
+    workers = min(workers, cores())  # more only take turns; batches are the same from any number
+    try:
+        stream = iter(DataLoader(batches, num_workers=workers, **settings))
+    except OSError as error:  # no room in /dev/shm for a lock, no more processes or files
+        if not workers:
+            raise
+        print(f"No processes to load data can be started ({error}): loading in the main process.", file=sys.stderr)
+        stream = iter(DataLoader(batches, num_workers=0, **settings))
+    while True:
+        try:
+            found = next(stream)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise UserError(LOADER_DIED) from error
+            raise
+        yield pickle.loads(found) if isinstance(found, bytes) else found
 
 
 def _raise_error(batch: Batch) -> Batch:

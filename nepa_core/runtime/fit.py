@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.pretrainer import HEADS
 from nepa_core.runtime.checkpoint import (
@@ -62,18 +62,18 @@ class TrainConfig(BaseModel):
     model_config = FROZEN
 
     length: Duration
-    batch: int = Field(gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0)
+    batch: int = Field(gt=0, le=2**40)
+    micro_batch: int | None = Field(default=None, gt=0, le=2**40)
+    seed: int = Field(default=0, ge=0, lt=MOST_SEED)
     ema: float | None = Field(gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     recompute: bool = False
-    workers: int = Field(ge=0)
-    log: int = Field(gt=0)
-    evaluate: int = Field(gt=0)
-    checkpoint: int = Field(gt=0)
-    keep: int = Field(gt=0)
+    workers: int = Field(ge=0, le=2**20)
+    log: int = Field(gt=0, le=10**12)
+    evaluate: int = Field(gt=0, le=10**12)
+    checkpoint: int = Field(gt=0, le=10**12)
+    keep: int = Field(gt=0, le=10**12)
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
 
 

@@ -183,7 +183,8 @@ def reading_back(file: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        lacks = f"lacks {error}" if isinstance(error, KeyError) else f"holds something else than was written ({error})"
+        text = shown(str(error), 120)
+        lacks = f"lacks {text}" if isinstance(error, KeyError) else f"holds something else than was written ({text})"
         raise UserError(f"{file} {lacks}; delete it and give the same command again") from error
 
 
