@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -19,6 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from nepa_core.modality import Sketch
+
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$\\frac{1"
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
