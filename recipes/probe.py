@@ -32,12 +32,12 @@ recipe and the weights of a run, of a folder in the released layout, or of a hub
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -202,6 +202,8 @@ def probe(
     ranks = ranks or World(0, 1, device)
     causal = config.objective.causal if options.causal is None else options.causal
     per_sample = tokens_per_sample(config.data.plain())
+    if not per_sample:
+        check_count(len(cast(Sized, config.data.plain().dataset("train"))))
     if per_sample:
         rows, notes = token_rows(options, depth=config.model.depth, per_sample=per_sample)
     else:
@@ -377,11 +379,20 @@ def score_row(split: Split, name: str, *, names: Sequence[Name]) -> dict[str, An
     return {"name": name, **(scores.get(names[0]) or scores["linear"]), "scores": scores, "effective_rank": rank}
 
 
+def check_count(samples: int) -> None:
+    """Whether there are training samples enough to hold a fifth of them back.
+
+    Raises:
+        UserError: there are fewer than 5.
+    """
+    if samples < 5:
+        raise UserError(f"{samples} training samples are too few: a fifth of them chooses the layer; give 5 or more")
+
+
 def scores_of(split: Split, fit_and_score: Callable[..., float], x: Any, x_test: Any) -> dict[str, float]:
     """`accuracy` (or `r2`) on the test samples; `validation` on the last fifth of the training samples by the rest."""
     y, kept = split.labels, len(x) - len(x) // 5  # the training samples come in random order
-    if kept == len(x):
-        raise UserError(f"{len(x)} training samples are too few: a fifth of them chooses the layer; give 5 or more")
+    check_count(len(x))
     return {
         split.metric: fit_and_score(x, y, x_test, split.test_labels),
         "validation": fit_and_score(x[:kept], y[:kept], x[kept:], y[kept:]),
