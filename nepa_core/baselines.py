@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -196,14 +196,17 @@ class _Moments:
 
 
 def _factor(gram: Tensor, strength: float) -> Tensor:
-    """Cholesky factor of gram + strength. A strength that float32 would round away is raised to what it can hold.
+    """Cholesky factor of gram + strength. A strength that rounding would swallow is raised until the factor exists.
 
-    Else it fails where there are many features and few rows, as at the last places of sequences of unequal length.
+    So it is where there are many features and few rows, as at the last places of sequences of unequal length.
     """
-    least = 2 * torch.finfo(gram.dtype).eps * float(gram.trace())
-    ridge = max(strength, least, 1e-8)
-    factor: Tensor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), device=gram.device))
-    return factor
+    ridge = max(strength, 2 * torch.finfo(gram.dtype).eps * float(gram.trace()), 1e-8)
+    eye = torch.eye(len(gram), device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+    while int(failed) and math.isfinite(ridge):
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+    return cast(Tensor, factor)
 
 
 class _Features(NamedTuple):

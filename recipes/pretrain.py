@@ -482,9 +482,13 @@ def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[s
     if rank < RANK_LOST * start:
         found.append(
             f"The embeddings lost rank ({start:.1f} to {rank:.1f}): lower optim.lr (its peak was {lr:.1e})"
-            + (f" or start with a larger model.layer_scale (it was {scale:g})." if scale < 1 else ".")
+            + (
+                f" or start with a larger model.layer_scale (it was {scale:g})."
+                if scale is not None and scale < 1
+                else "."
+            )
         )
-    if scale < SMALL_SCALE and steps < LONG_RUN:
+    if scale is not None and scale < SMALL_SCALE and steps < LONG_RUN:
         found.append(
             f"model.layer_scale={scale:g} starves the blocks in a run of {steps:,} steps: 1.0 suits runs below some "
             f"{LONG_RUN:,}."
