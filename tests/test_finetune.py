@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from recipes.targets import default_out
 from recipes.weights import load_backbone, read_weights
 from recipes.worth import sentences, worth_in
 from tests import tiny
+from tests.test_distributed import torchrun
 from tests.tiny import CPU
 
 ALONE = World(0, 1, CPU)
@@ -161,6 +163,28 @@ def test_a_finished_run_without_its_control_trains_it_when_asked_again(
     monkeypatch.setattr("recipes.finetune.measure", None)
     assert main([*words, "control=false"]) == 0, "and a verdict that was made is shown"
     assert "over random weights" in capsys.readouterr().out
+
+
+@pytest.mark.distributed
+def test_two_processes_train_the_control_and_give_the_verdict_of_one(pretrained: str, tmp_path: Path) -> None:
+    """Over an uneven number of batches, of uneven size, with a sample that can't be read."""
+    keys = ["train.length.steps=12", "data.samples=53", "data.unreadable=[3]", "train.max_unreadable=0.1"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main(["finetune", pretrained, *keys, f"out={one}"]) == 0
+    shutil.copytree(one, two, ignore=shutil.ignore_patterns("control"))
+    whole = Run(one).summary()
+    assert whole is not None
+    Run(two).write_summary({key: value for key, value in whole.items() if key != "worth"})
+    done = torchrun("recipes", "finetune", str(two))
+    assert done.returncode == 0, done.stderr
+    both = Run(two).summary()
+    assert both is not None
+    assert both["worth"] == whole["worth"]
+    assert both["worth"]["samples"] == 52
+    assert done.stdout.count("over random weights") == 1
+    steps = [line["step"] for line in Run(two / "control").metrics()]
+    assert steps == [line["step"] for line in Run(one / "control").metrics()]
+    assert not list(two.rglob(".*"))
 
 
 def test_every_start_of_a_fine_tuning_is_the_averaged_network_of_the_run(pretrained: str) -> None:

@@ -10,9 +10,13 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch
 from nepa_core.drawing import Spans
-from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.data import epoch_order, plain_batches
+from nepa_core.runtime.distributed import World
+from recipes import bench, downstream, measures, orders
 from recipes.held_out import NUMBER, Numbered, clusters_of, draw_seed, pack_clusters, unpack_clusters
-from tests.tiny import CPU, Waves
+from recipes.pretrain import build_model
+from tests import tiny
+from tests.tiny import CPU, Series, Waves
 
 
 class Together(Dataset[Batch]):
@@ -57,3 +61,25 @@ def test_samples_are_their_own_cluster_unless_the_data_say_otherwise() -> None:
 def test_clusters_come_back_unless_each_sample_is_its_own(clusters: list[int], expected: Any) -> None:
     read = unpack_clusters(pack_clusters(torch.tensor(clusters)))
     assert (None if read is None else read.tolist()) == expected
+
+
+@pytest.mark.parametrize("measure", ["attention", "ranks", "order", "batch"])
+def test_what_is_measured_of_some_samples_is_of_drawn_ones(measure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention and the order of `nepa orders`, ranks of forecasts, the batch of `nepa bench`: not of the first few."""
+    config, read = tiny.recipe(), list[int]()
+    model, sample = build_model(config).eval(), Series.__getitem__
+
+    def noting(self: Series, index: int) -> Batch:
+        read.append(index)
+        return sample(self, index)
+
+    monkeypatch.setattr(Series, "__getitem__", noting)
+    monkeypatch.setattr(orders, "_ORDER_SAMPLES", 5)
+    monkeypatch.setattr(downstream, "PROBE", downstream.PROBE.model_copy(update={"test_samples": 5}))
+    {
+        "attention": lambda: measures.attention_by_layer(config, model, CPU, 5),
+        "ranks": lambda: downstream.layer_ranks(config, model),
+        "order": lambda: orders.measured_order(config, CPU),
+        "batch": lambda: bench._one_batch(config, World(0, 1, CPU), 5),
+    }[measure]()
+    assert read[-5:] == epoch_order(48, 0, 0)[:5].tolist() != list(range(5))
