@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.features_data import Sequences, Stored, open_split
-from modalities.moments import ROUNDING, ROUNDING_SINGLE, Moments
+from modalities.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
 from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, Tokens
@@ -137,7 +137,7 @@ def statistics(root: str | None) -> tuple[Tensor, Tensor]:
     """
     features = Features(root=root)
     samples = Sequences(features._stored("train"), features._tokens())
-    moments = Moments(samples.stored.width)
+    moments = ColumnMoments(samples.stored.width)
     draw = torch.Generator().manual_seed(0)
     first = ""
     for index in torch.randperm(len(samples), generator=draw)[:_MEASURED].tolist():

@@ -75,7 +75,10 @@ class Stored:
 
 
 class Sequences(Dataset[Batch]):
-    """Sequences padded with zeros to `tokens`: "values" [N, P] float32 or float64 and "length", "coords" and "label" if any."""
+    """Sequences padded with zeros to `tokens`: "values" [N, P] and "length", "coords" and "label" if any.
+
+    Values are float32, or float64 where they are stored with more digits (`Stored.dtype`).
+    """
 
     def __init__(self, stored: Stored, tokens: int) -> None:
         self.stored, self.tokens = stored, tokens

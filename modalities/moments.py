@@ -20,7 +20,7 @@ ROUNDING_SINGLE = 1e-6
 """The same for numbers that were computed or stored in float32 or less."""
 
 
-class Moments:
+class ColumnMoments:
     """What has been added so far.
 
     Attributes:

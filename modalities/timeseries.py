@@ -26,7 +26,7 @@ from pydantic import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from modalities.moments import ROUNDING, Moments
+from modalities.moments import ROUNDING, ColumnMoments
 from modalities.orders import Ordered
 from modalities.series_data import LabelledSeries, read_labelled, read_table
 from nepa_core.basics import Batch, UserError
@@ -388,7 +388,7 @@ def _statistics(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, n
     Args:
         names: what a message calls each column.
     """
-    moments = Moments(values.shape[1])
+    moments = ColumnMoments(values.shape[1])
     for start in range(0, len(values), _ROWS):
         moments.add(values[start : start + _ROWS])
     if not moments.count.all():
