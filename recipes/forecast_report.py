@@ -108,7 +108,7 @@ def verdict(summaries: Sequence[Summary], apart: Mapping[str, Sequence[Mapping[s
                 continue
             best = min((each for rival, each in of_row.items() if rival != untrained), key=lambda each: each["mse"])
             lines.append(
-                f"At {horizon} steps {row} pre-trained weights {_beside(of_row[untrained], 'random weights')}, and "
+                f"{horizon} steps ahead {row} pre-trained weights {_beside(of_row[untrained], 'random weights')}, and "
                 f"{_beside(best, best['rival'])}, the best baseline."
             )
     return [f"VERDICT  {lines[0]}", *lines[1:], covers(summaries)]
