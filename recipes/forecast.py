@@ -194,7 +194,7 @@ def forecast(
     clusters = {str(horizon): stretches(of["test"]) for horizon, of in windows.items()}
     summary = {
         "horizons": found,
-        "stretches": {horizon: len(each.unique()) for horizon, each in clusters.items()},
+        "stretches": {horizon: len(set(each.tolist())) for horizon, each in clusters.items()},
         "windows": {str(horizon): len(of["test"]) for horizon, of in windows.items()},
         "left_out": {str(horizon): of["test"].left_out for horizon, of in windows.items()},
         "fitted_on": {str(horizon): min(len(of["train"]), options.fit_samples) for horizon, of in windows.items()},

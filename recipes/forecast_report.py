@@ -30,12 +30,14 @@ Summary = Mapping[str, Any]
 def stretches(windows: Windows) -> Tensor:
     """The stretch of time that each window starts in, all channels together: [W] int64, numbers from 0.
 
-    A stretch is as long as a look-back with its horizon: windows that start in stretches which are not neighbours share
-    no value.
+    Stretches are equal, and at least as long as a look-back with its horizon, so that windows share values with those
+    of their own stretch and the next alone. With shorter ones intervals are too narrow: of 720 steps behind 336, on
+    ETTh1's test rows, stretches of 336 cover 80 % of the time where 95 are meant.
     """
     samples = torch.arange(len(windows)) if windows.kept is None else windows.kept
-    starts = windows.starts[samples // windows.channels]
-    return (starts - starts.min()) // (windows.window + windows.horizon)
+    after = windows.starts[samples // windows.channels] - windows.starts[0]
+    span = int(windows.starts[-1] - windows.starts[0]) + 1
+    return after * max(1, span // (windows.window + windows.horizon)) // span
 
 
 def paired_differences(errors: Mapping[str, Tensor], clusters: Tensor) -> list[dict[str, Any]]:

@@ -210,7 +210,24 @@ def test_stretches_hold_all_channels_and_are_as_long_as_a_window_with_its_future
         found = stretches(windows)
         assert len(found) == len(windows) < 37 * count
         numbers = torch.arange(len(windows)) if windows.kept is None else windows.kept
-        assert found.tolist() == [number // count // 16 for number in numbers.tolist()]
+        starts = 37  # of which two stretches of 16 and more can be made
+        assert found.tolist() == [number // count * 2 // starts for number in numbers.tolist()]
+
+
+def test_intervals_over_overlapping_windows_cover_what_they_should(tmp_path: Path) -> None:
+    """Differences whose errors at every step are noise: the mean over windows is 0, and windows share most steps."""
+    windows = adapter(write_csv(tmp_path, walk(800, 1)), parts=(60, 20, 720)).forecasts("test", 24)
+    assert isinstance(windows, Windows)
+    clusters, draw = stretches(windows), torch.Generator().manual_seed(0)
+    hits = {"stretches": 0, "rows": 0}
+    for _ in range(400):
+        steps = torch.randn(720, generator=draw).double()
+        errors = {"frozen": torch.zeros(1, 697).double(), "persistence": steps.unfold(0, 24, 1).mean(1)[None]}
+        for name, of in (("stretches", clusters), ("rows", torch.arange(697))):
+            (found,) = paired_differences(errors, of)
+            hits[name] += abs(found["mean"]) < found["half"]
+    assert hits["stretches"] / 400 > 0.92
+    assert hits["rows"] / 400 < 0.6
 
 
 def test_differences_are_paired_and_signed(tmp_path: Path) -> None:
