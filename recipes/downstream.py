@@ -261,7 +261,7 @@ def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON)
     repeated = persistence(data, horizon, device)
     rows = [forecasters.best_of(data, read, ridges, horizon, device) for ridges in of_layer]
     skills = [1 - row["mse"] / repeated for row in rows]
-    best = min(range(len(rows)), key=lambda layer: float(rows[layer]["validation_scaled_mse"]))
+    best = min(range(len(rows)), key=lambda layer: float(rows[layer]["validation_mse"]))
     return {
         "metric": "skill",
         "probe": skills[best],

@@ -104,6 +104,49 @@ def test_tokens_are_standardised_masked_and_placed(tmp_path: Path) -> None:
     assert torch.equal(raw.values, batch["values"])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_neither_a_tiny_unit_nor_a_large_offset_costs_the_signal(tmp_path: Path, layout: str) -> None:
+    """Of what float64 holds; a constant stays 0."""
+    wave = np.sin(np.arange(24.0 * 7)).reshape(24, 7)
+    values = np.stack([wave, 1e-12 * wave, 1e9 + 10 * wave, np.full_like(wave, 0.1)], 2)
+    for split in ("train", "test"):
+        write(tmp_path / layout, split, layout, {"values": values, "lengths": np.full(24, 7)})
+    features = Features(root=str(tmp_path / layout))
+    samples = features.dataset("train")
+    tokens = features.read(torch.utils.data.default_collate([samples[i] for i in range(24)])).values
+    assert tokens.dtype == torch.float32
+    standard = torch.tensor((wave - wave.mean()) / wave.std(), dtype=torch.float32)
+    for place in range(3):
+        assert torch.allclose(tokens[..., place], standard, atol=1e-6)
+    assert float(tokens[..., 3].abs().max()) < 1e-6
+
+
+def test_integers_are_exact_and_files_of_several_dtypes_make_one(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / "0.npy", 10**9 + np.arange(8).reshape(4, 2))
+        np.save(tmp_path / split / "1.npy", np.ones((4, 2), np.float32))
+    samples = Features(root=str(tmp_path)).dataset("train")
+    assert {samples[i]["values"].dtype for i in range(2)} == {torch.float64}
+    assert (samples[0]["values"] - 10**9).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    raw = Features(root=str(tmp_path), standardise=False)
+    assert raw.read(torch.utils.data.default_collate([samples[0], samples[1]])).values.dtype == torch.float32
+
+
+def test_rounding_of_float32_is_no_feature(tmp_path: Path) -> None:
+    """A constant that a network computed differs in its last digit from sample to sample."""
+    values = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    values[..., 1] = np.where(values[..., 0] > 0, np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1)))
+    for split in ("train", "test"):
+        write(tmp_path, split, "npy", {"values": values})
+    features = Features(root=str(tmp_path))
+    batch = torch.utils.data.default_collate([features.dataset("train")[i] for i in range(24)])
+    assert batch["values"].dtype == torch.float32
+    tokens = features.read(batch).values
+    assert float(tokens[..., 1].abs().max()) < 1e-6
+    assert float(tokens[..., 0].std()) == pytest.approx(1, rel=0.05)
+
+
 def test_shared_coordinates_stay_shared_and_whole_sequences_need_no_mask(tmp_path: Path) -> None:
     for split in ("train", "test"):
         data = arrays(split, axes=None)
