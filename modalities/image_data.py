@@ -24,7 +24,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from modalities.hub import one_line
-from modalities.image_augment import Augment, CentreCrop, ErasedBox, Transform, augmentation
+from modalities.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
 from modalities.image_sources import Files, Pixels, Size, Source, SourceName, open_source
 from nepa_core.basics import Batch, UnreadableSample, cores
 
@@ -43,7 +43,9 @@ def open_images(
     channels: Channels,
     root: str | None = None,
     augment: Augment = "none",
+    interpolation: Interpolation = "bicubic",
     crop_ratio: float = 1.0,
+    squash: bool = False,
     erase: float = 0.0,
     mean: tuple[float, ...] | None = None,
     in_memory: bool = False,
@@ -60,8 +62,10 @@ def open_images(
         channels: 1 converts to greyscale, 3 to RGB.
         augment: what is done to the training split instead of fitting: "crop", "crop_flip" or "randaugment", see
             `modalities.image_augment.augmentation`. Drawn from torch's global generator.
+        interpolation: of those random crops.
         crop_ratio: the share of the scaled image's sides that the centre crop keeps: it is scaled to cover
             `size` / `crop_ratio` (timm's crop_pct).
+        squash: it is scaled to exactly `size` / `crop_ratio`, and so loses its own shape.
         erase: probability that a training sample names a rectangle to erase, under the key "erase", see
             `modalities.image_augment.ErasedBox`.
         mean: of each channel between 0 and 1, with which RandAugment fills corners; default mid-grey.
@@ -75,12 +79,13 @@ def open_images(
     stored = open_source(source, split, root=root, size=size)
     train = split == "train"
     limit = limit if train else None
-    transform = augmentation(augment, size, mean or (0.5,) * channels) if train else None
+    transform = augmentation(augment, size, mean or (0.5,) * channels, interpolation) if train else None
     box = ErasedBox(erase, size) if train and erase else None
+    fitted = CentreCrop(size, crop_ratio, squash=squash)
     if not in_memory:
         rows = _subset(len(stored.labels), limit)
-        return DecodedImages(stored, rows, size, channels, transform or CentreCrop(size, crop_ratio), box)
-    memory = _in_memory(stored, size, channels, limit, crop_ratio)
+        return DecodedImages(stored, rows, size, channels, transform or fitted, box)
+    memory = _in_memory(stored, size, channels, limit, crop_ratio, squash)
     return memory if transform is None and box is None else AugmentedImages(memory, transform, box)
 
 
@@ -230,12 +235,15 @@ def _subset(count: int, limit: int | None) -> Tensor:
 
 
 @lru_cache(maxsize=4)  # both splits of two data sets
-def _in_memory(stored: Source, size: Size, channels: Channels, limit: int | None, crop_ratio: float) -> MemoryImages:
+def _in_memory(
+    stored: Source, size: Size, channels: Channels, limit: int | None, crop_ratio: float, squash: bool
+) -> MemoryImages:
     """Decode everything, in several processes where there is enough to do.
 
     Not in threads: with small images the interpreter's lock makes two threads slower than one.
     """
-    lazy = DecodedImages(stored, _subset(len(stored.labels), limit), size, channels, CentreCrop(size, crop_ratio))
+    fitted = CentreCrop(size, crop_ratio, squash=squash)
+    lazy = DecodedImages(stored, _subset(len(stored.labels), limit), size, channels, fitted)
     images = torch.zeros(len(lazy), channels, *size, dtype=torch.uint8)
     unreadable: dict[int, str] = {}
     loader = DataLoader(

@@ -167,6 +167,21 @@ class Modality(BaseModel, ABC):
         """This adapter without augmentation: what probes and baselines read. Default: itself."""
         return self
 
+    def before_mixing(self, batch: Batch) -> Batch:
+        """What is done to a training batch, on the device, before `nepa finetune` mixes its samples.
+
+        For augmentation that belongs to one sample but waits for the device, such as random erasing; `tokenize` does
+        it where nothing mixes. A function of the batch. Default: nothing.
+        """
+        return batch
+
+    def held_out_as(self) -> str | None:
+        """How held-out samples are read, in one line for `nepa evaluate`, where a figure depends on it.
+
+        Default: None, there is nothing to say.
+        """
+        return None
+
     def at(self, progress: float) -> Self:
         """This adapter as pre-training reads it when this share of the run is done, 0 to 1. Default: itself.
 

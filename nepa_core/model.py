@@ -130,19 +130,34 @@ class NEPA(nn.Module):
         return of_next(vectors, mask, missing=torch.zeros_like(vectors))
 
 
-def layers_above(name: str, depth: int) -> int:
+def layers_above(name: str, depth: int, *, head_counts: bool) -> int:
     """How many layers lie above a parameter of a network of `depth` blocks, for layer-wise decay.
 
-    Whatever sits on top of the blocks (the final norm, a head) has 0, the last block 1, the first `depth`, and what
-    comes before the blocks (embedder, BOS) `depth` + 1: the numbering of BEiT and MAE.
+    Whatever sits on top of the blocks (the final norm, a head) has 0. Block i has `depth` - 1 - i blocks above it,
+    what comes before the blocks (embedder, BOS) has `depth`, and the head is one more layer where it counts.
 
     Args:
         name: of a parameter of `NEPA`, also inside another module ("backbone.predictor.blocks.3.norm1.weight").
+        head_counts: True is the numbering of BEiT and MAE (last block 1, BOS `depth` + 1), False that of the released
+            NEPA scripts (last block 0, BOS `depth`).
     """
     parts = name.split(".")
     if "blocks" in parts:
-        return depth - int(parts[parts.index("blocks") + 1])
-    return depth + 1 if {"embed", "bos", "mask_token", "positions", "next_position"} & set(parts) else 0
+        return depth - 1 - int(parts[parts.index("blocks") + 1]) + head_counts
+    return depth + head_counts if {"embed", "bos", "mask_token", "positions", "next_position"} & set(parts) else 0
+
+
+def at_head_rate(name: str) -> bool:
+    """Whether a parameter of a fine-tuned network trains at `optim.head_lr`, where there is one.
+
+    The predictor's final norm does, and all of the head but a norm in it, as in the released scripts: their
+    `layernorm` and `classifier` do, `fc_norm` has the rate of the last block.
+
+    Args:
+        name: of a parameter of a module that holds a `NEPA` and a "head" ("backbone.predictor.norm.weight").
+    """
+    parts = name.split(".")
+    return "norm" not in parts if parts[0] == "head" else "predictor.norm" in name
 
 
 def draw_coord_scale(rescale: float) -> float:

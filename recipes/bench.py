@@ -43,7 +43,7 @@ from nepa_core.runtime.optim import Duration, make_optimizer
 from nepa_core.runtime.run import Run
 from recipes.objective_names import NAMED, named
 from recipes.pretrain import PretrainConfig
-from recipes.training import height, provenance
+from recipes.training import head, height, provenance
 from recipes.workload import Trained, network, predictor_in, read_trained, step_function
 
 DECODED = 256  # images in a turn of against=decode
@@ -143,6 +143,7 @@ def _fit(config: Trained, steps: int, ranks: World, folder: Path, watch: Stopwat
         world=ranks,
         ema=None if train.ema is None else Ema(model, train.ema),
         height=height(config),
+        head=head(config),
         watch=watch,
         show=False,
     )

@@ -1,8 +1,10 @@
 """nepa evaluate: held-out figures of a fine-tuned, imported or segmentation run, without training.
 
-The averaged weights are read, where there are any. Keys of the run can be set, such as data.root=DIR, causal=true
-or, of a segmentation run, evaluation.scales=[0.75,1.0,1.25] evaluation.flip=true; what the network is can't. The
-classes of the data must be those that the run was trained on, in number and, where both have names, by their names.
+The averaged weights are read, where there are any, and the pixels of held-out images are those that the run's recipe
+or the imported checkpoint says (data.crop_ratio, data.squash); both are printed. Keys of the run can be set, such as
+data.root=DIR, causal=true or, of a segmentation run, evaluation.scales=[0.75,1.0,1.25] evaluation.flip=true; what the
+network is can't. The classes of the data must be those that the run was trained on, in number and, where both have
+names, by their names.
 """
 
 from __future__ import annotations
@@ -65,7 +67,11 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             text += f", {scored_samples(summary, 'samples')}"
         if ranks.is_main:
             kind = "ema" if weights.averaged else "raw"
-            Run(Path(target)).write_summary(summary | {"weights": kind, "made_with": provenance()}, "evaluate.json")
+            seen = config.data.held_out_as()
+            told = {"held_out_as": seen, "weights": kind, "made_with": provenance()}
+            Run(Path(target)).write_summary(summary | told, "evaluate.json")
+            if seen is not None:
+                print(f"Held-out {seen}.")
             print(f"Held out: {text}, {'averaged' if weights.averaged else 'raw'} weights.")
             if isinstance(config, SegmentConfig):
                 print(class_lines(summary["classes"]))

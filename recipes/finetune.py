@@ -54,7 +54,7 @@ from recipes.worth import RANDOM, Score, Worth, judge, sentences, without_contro
 class MixConfig(BaseModel):
     """Mixup and CutMix of the images of a batch, as timm defines them (`timm.data.mixup.Mixup`, mode "batch").
 
-    Rectangles of `data.erase` are filled after it, in the mixed image; timm's loader fills them before.
+    Rectangles of `data.erase` are filled before it, as in timm and in the released scripts, and are mixed, too.
 
     Attributes:
         mixup, cutmix: alpha of the Beta distribution that the share of an image is drawn from; 0 is off. Where both
@@ -198,7 +198,7 @@ def short(recipe: PretrainConfig | FinetuneConfig, init: str | None = None) -> F
             weight_decay=0.05,
             warmup=Duration(fraction=0.1),
             clip=1.0,
-            layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False),
+            layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False, head_counts=False),
         ),
         train=recipe.train.model_copy(update=values),
     )
@@ -416,7 +416,7 @@ def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
     def step(model: nn.Module, batch: Batch) -> StepOutput:
         mixed, smoothing = None, config.label_smoothing
         if mix is not None:
-            batch, mixed = mix(batch)
+            batch, mixed = mix(config.data.before_mixing(batch))
             smoothing = 0.0  # it is in the mixed labels
         tokens = config.data.read(batch)
         outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))

@@ -406,7 +406,7 @@ def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) 
         run=run,
         world=ranks,
         ema=ema,
-        height=lambda name: layers_above(name, config.model.depth),
+        height=lambda name: layers_above(name, config.model.depth, head_counts=True),
         show=show,
     )
     if not ranks.is_main:

@@ -17,7 +17,7 @@ from torch import nn
 
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
-from nepa_core.model import layers_above
+from nepa_core.model import at_head_rate, layers_above
 from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
@@ -103,6 +103,7 @@ def train(
         evaluate=lambda: evaluate(ema),
         untrained=untrained,
         height=height(config),
+        head=head(config),
         show=show,
     )
     return result, ema
@@ -110,9 +111,15 @@ def train(
 
 def height(config: Recipe) -> Callable[[str], int]:
     """Parameter name -> layers above it where there is layer decay, else always 0, which needs fewer groups."""
-    if config.optim.layer_decay is None:
+    decay = config.optim.layer_decay
+    if decay is None:
         return lambda name: 0
-    return lambda name: layers_above(name, config.model.depth)
+    return lambda name: layers_above(name, config.model.depth, head_counts=decay.head_counts)
+
+
+def head(config: Recipe) -> Callable[[str], bool]:
+    """Parameter name -> whether it trains at `optim.head_lr`; always False where there is none."""
+    return at_head_rate if config.optim.head_lr is not None else lambda name: False
 
 
 def cost(result: FitResult, model: nn.Module) -> dict[str, Any]:

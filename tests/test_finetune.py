@@ -14,9 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from modalities.image import Images, patchify
+from modalities.image_augment import ErasedBox, erase
+from nepa_core import Tokens
 from nepa_core.basics import UserError
 from nepa_core.intervals import over_samples
 from nepa_core.runtime.checkpoint import Checkpoint, save_checkpoint
@@ -223,7 +226,7 @@ def test_a_recipe_that_is_named_after_its_task_gives_a_folder_of_its_name(pretra
 
 
 def test_two_classes_that_differ_in_speed_are_learned(tmp_path: Path) -> None:
-    config = tuning(train__length__steps=150, train__evaluate=150, optim__lr=0.01, data__samples=512)
+    config = tuning(train__length__steps=220, train__evaluate=220, optim__lr=0.003, data__samples=512)
     summary = finetune(config, Run(tmp_path / "run"), ALONE, show=False)
     assert summary["accuracy"] > 0.85
     assert summary["accuracy_ema"] > 0.85
@@ -294,6 +297,37 @@ def test_mixing_is_that_of_timm_and_follows_the_seed_of_the_step(smoothing: floa
         seen.append(image)
     assert not torch.equal(seen[0], seen[1])
     assert torch.equal(images, images.clone()), "the stored images are left alone"
+
+
+class Seen(nn.Module):
+    """A network of three classes that keeps the tokens it is shown."""
+
+    def forward(self, tokens: Tokens, **_: Any) -> Tensor:
+        self.values = tokens.values
+        return torch.zeros(len(tokens.values), 3)
+
+
+def test_rectangles_are_erased_before_images_are_mixed() -> None:
+    """timm's order and that of the released scripts, written out in standardised pixels: erase, then mix."""
+    data = Images(source="noise", size=(8, 8), patch=(4, 4), channels=3, mean=(0.5, 0.4, 0.3), std=(0.5, 0.3, 0.2))
+    torch.manual_seed(0)
+    boxes = torch.stack([ErasedBox(1.0, (8, 8))() for _ in range(6)])
+    images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    batch = {"image": images, "erase": boxes, "label": torch.tensor([0, 1, 2, 0, 1, 2])}
+    mean, std = torch.tensor(data.mean)[:, None, None], torch.tensor(data.std)[:, None, None]
+    erased = erase((images / 255 - mean) / std, boxes)
+    theirs = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=3)
+    config = override(short(tiny.recipe()).model_copy(update={"data": data}), {"mix.mixup": 0.8, "mix.cutmix": 1.0})
+    model = Seen()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        make_step(config, numbered(3))(model, batch)
+        torch.manual_seed(seed)
+        np.random.seed(int(torch.randint(2**32, ())))
+        mixed, _ = theirs(erased.clone(), batch["label"])
+        torch.testing.assert_close(model.values, patchify(mixed, data.patch), rtol=0, atol=2e-6)
+        assert (mixed - erased).abs().max() > 0.1
+    assert torch.equal(batch["image"], images), "the stored images are left alone"
 
 
 def test_label_smoothing_without_mixing_is_the_formula() -> None:

@@ -245,8 +245,7 @@ OPTIM = OptimConfig(
 
 def test_the_schedule_rises_linearly_and_falls_along_a_cosine_to_zero() -> None:
     factors = [lr_factor(step, warmup=4, total=12) for step in range(13)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[4] == 1.0
+    assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0], "the first step is at rate 0, as in the released scripts"
     assert factors[8] == pytest.approx(0.5)
     assert factors[10] == pytest.approx(0.5 - 0.5 * math.sqrt(0.5))
     assert factors[12] == pytest.approx(0.0)
@@ -257,15 +256,20 @@ def test_the_schedule_rises_linearly_and_falls_along_a_cosine_to_zero() -> None:
 @pytest.mark.parametrize(("decay", "halfway"), [("linear", 0.5), ("poly", 0.5**0.9)])
 def test_other_decays_fall_from_the_peak_to_zero(decay: str, halfway: float) -> None:
     factors = [lr_factor(step, warmup=4, total=12, decay=decay) for step in range(13)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert factors[8] == pytest.approx(halfway)
     assert factors[12] == 0.0
 
 
 def test_layer_decay_follows_the_number_of_layers_above() -> None:
-    """Written out for a network of two blocks: the paper's rate rises to 1, the released one stays."""
+    """Written out for a network of two blocks: the paper's rate rises to 1, the released one stays.
+
+    Here in the numbering of BEiT and MAE; tests/test_recipe_rates.py has that of the released scripts.
+    """
     model = nn.ModuleDict({"backbone": build_model(tiny.random()), "head": nn.Linear(2, 2)})
-    heights = {name: layers_above(name, 2) for name, _ in model.named_parameters()}
+    heights = {name: layers_above(name, 2, head_counts=True) for name, _ in model.named_parameters()}
+    below = {name: layers_above(name, 2, head_counts=False) for name in heights}
+    assert below == {name: max(height - 1, 0) for name, height in heights.items()}
     assert {name: height for name, height in heights.items() if height not in (1, 2)} == {
         "backbone.bos": 3,
         "backbone.mask_token": 3,
@@ -281,22 +285,25 @@ def test_layer_decay_follows_the_number_of_layers_above() -> None:
 
     def rates(decay: LayerDecay, step: int, warmup: int) -> dict[int, float]:
         optim = OPTIM.model_copy(update={"layer_decay": decay, "decay": "linear"})
-        optimizer = make_optimizer(model, optim, lambda name: layers_above(name, 2))
+        optimizer = make_optimizer(model, optim, lambda name: layers_above(name, 2, head_counts=True))
         assert len(optimizer.param_groups) == 8, "four heights, matrices and vectors"
-        assert set_rates(optimizer, optim, peak=2.0, step=step, total=11, warmup=warmup) == pytest.approx(
-            2.0 * lr_factor(step, warmup=warmup, total=11, decay="linear")
-        )
-        return {group["height"]: group["lr"] for group in optimizer.param_groups}
+        top = set_rates(optimizer, optim, peak=2.0, step=step, total=11, warmup=warmup)
+        found = {group["height"]: group["lr"] for group in optimizer.param_groups}
+        assert top == found[0], "what is logged is the rate of the topmost layers"
+        return found
 
     rising = LayerDecay(start=0.5, end=1.0, staggered_warmup=False)
     assert rates(rising, 0, 0) == pytest.approx({0: 2.0, 1: 1.0, 2: 0.5, 3: 0.25})
-    assert rates(rising, 5, 0) == pytest.approx({h: 2 * (1 - 5 / 11) * 0.75**h for h in range(4)})
-    assert rates(rising, 10, 0) == pytest.approx(dict.fromkeys(range(4), 2 * (1 - 10 / 11)))
+    third = 0.75 - 0.25 * math.cos(math.pi * 4 / 11)  # half a cosine from 0.5 to 1.0
+    assert rates(rising, 4, 0) == pytest.approx({h: 2 * (1 - 4 / 11) * third**h for h in range(4)})
+    last = 0.75 + 0.25 * math.cos(math.pi / 11)
+    assert rates(rising, 10, 0) == pytest.approx({h: 2 * (1 - 10 / 11) * last**h for h in range(4)})
     staggered = LayerDecay(start=0.5, end=0.5, staggered_warmup=True)
     steps = {0: 1, 1: 4, 2: 6, 3: 7}  # 8 * (1 - 0.5 ** height), at least one
     expected = {h: 2 * 0.5**h * lr_factor(3, warmup=w, total=11, decay="linear") for h, w in steps.items()}
     assert rates(staggered, 3, 8) == pytest.approx(expected)
-    assert expected[3] == pytest.approx(2 * 0.125 * 4 / 7)
+    assert expected[3] == pytest.approx(2 * 0.125 * 3 / 7)
+    assert rates(staggered, 0, 0) == pytest.approx({h: 2 * 0.5**h for h in range(4)}), "no warm-up is none"
 
 
 def test_the_run_uses_the_schedule_and_the_scaled_peak(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
@@ -313,6 +320,7 @@ def test_the_run_uses_the_schedule_and_the_scaled_peak(tmp_path: Path, tiny_reci
         (Duration(steps=7), 7),
         (Duration(epochs=1.5), 15),
         (Duration(fraction=0.25), 10),
+        (Duration(fraction=0.251), 11),
         (Duration(steps=0), 0),
         (Duration(epochs=50), 40),
     ],

@@ -217,6 +217,7 @@ def fit(
     evaluate: Callable[[], Mapping[str, Any]] | None = None,
     untrained: bool = True,
     height: Callable[[str], int] = lambda name: 0,
+    head: Callable[[str], bool] = lambda name: False,
     watch: Stopwatch | None = None,
     show: bool = True,
 ) -> FitResult:
@@ -232,6 +233,7 @@ def fit(
             is shown, too.
         untrained: False leaves out the evaluation before the first step, as where a new head gives only zeros.
         height: parameter name -> number of layers above its own, for `optim.layer_decay`.
+        head: parameter name -> whether it trains at `optim.head_lr`.
         watch: told where the time of every step goes.
         show: progress on the screen.
 
@@ -242,7 +244,7 @@ def fit(
     """
     samples = len(cast(Sized, dataset))
     steps = plan(config, optim, samples=samples, ranks=world.size)
-    optimizer = make_optimizer(model, optim, height)
+    optimizer = make_optimizer(model, optim, height, head)
     tally = _Tally(world.device)
     watch = watch or Stopwatch()
     parameters = [value for value in model.parameters() if value.requires_grad]
@@ -385,8 +387,7 @@ def restore(
         ) from error
     restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"])
     if ema is not None:
-        for name, value in _with_heads("ema", checkpoint).items():
-            ema.averages[name].copy_(value)
+        ema.restore(_with_heads("ema", checkpoint))
     for name, value in checkpoint.tensors["tally"].items():
         tally.sums[name].copy_(value)
     tally.steps = checkpoint.state["tally_steps"]
