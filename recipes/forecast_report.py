@@ -31,8 +31,8 @@ def stretches(windows: Windows) -> Tensor:
     """The stretch of time that each window starts in, all channels together: [W] int64, numbers from 0.
 
     Stretches are equal, and at least as long as a look-back with its horizon, so that windows share values with those
-    of their own stretch and the next alone. With shorter ones intervals are too narrow: of 720 steps behind 336, on
-    ETTh1's test rows, stretches of 336 cover 80 % of the time where 95 are meant.
+    of their own stretch and the next alone. Simulated on noise, 95 % intervals then cover 91 to 96 %; over stretches of
+    the look-back alone 80 %, for 720 steps behind 336.
     """
     samples = torch.arange(len(windows)) if windows.kept is None else windows.kept
     after = windows.starts[samples // windows.channels] - windows.starts[0]
