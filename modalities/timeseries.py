@@ -286,10 +286,11 @@ class Windows(Dataset[Batch]):
         return len(self.starts) * self.channels - len(self)
 
     def spans(self) -> Spans:
-        """Windows overlap; those of one stretch of a window's length, of whatever channel, are one cluster."""
+        """Windows overlap; those of one stretch of their length, of whatever channel, are one cluster."""
         numbers = torch.arange(len(self)) if self.kept is None else self.kept
         first = self.starts[numbers // self.channels]
-        return Spans(first // self.window, numbers % self.channels, first, first + self.window + self.horizon)
+        end = first + self.window + self.horizon
+        return Spans(first // (self.window + self.horizon), numbers % self.channels, first, end, chained=True)
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}

@@ -162,12 +162,13 @@ class Judged(NamedTuple):
 
     Attributes:
         credits: "model" and "linear" -> the share of its places that each sample had identified, [S'].
-        clusters: [S'] int64, equal for samples that depend on each other, or None.
+        clusters: [S'] int64, equal for samples that depend on each other, or None. chained: of `Spans`.
     """
 
     verdict: Verdict
     credits: dict[str, Tensor]
     clusters: Tensor | None
+    chained: bool = False
 
 
 def judge(
@@ -192,8 +193,13 @@ def judge(
     found["untrained"] = identified(untrained.predictions[:, :-1], untrained)[asked]
     mean_loss = {name: float(masked_mean(loss, counted)) for name, loss in losses.items()}
     top1 = {name: float(credit.mean()) for name, credit in found.items()}
-    margins = {name: over_samples(found["model"] - found[name], clusters) for name in ("linear", "copy", "untrained")}
-    moved = over_samples(found["linear"] - list(curve.values())[-1], clusters) if curve else None
+    chained = test.drawn is not None and test.drawn.chained
+
+    def margin(rival: Tensor, own: str = "model") -> Interval:
+        return over_samples(found[own] - rival, clusters, chained=chained)
+
+    margins = {name: margin(found[name]) for name in ("linear", "copy", "untrained")}
+    moved = margin(list(curve.values())[-1], "linear") if curve else None
     points = [*((samples, float(credit.mean())) for samples, credit in curve.items())]
     now, start = health(test), health(untrained)
     verdict = Verdict(
@@ -230,7 +236,7 @@ def judge(
         collapsed=now["effective_rank_embedding"] < COLLAPSE_SHARE * start["effective_rank_embedding"],
         loss_per_position={name: _by_place(loss, counted) for name, loss in losses.items()},
     )
-    return Judged(verdict, {name: found[name] for name in ("model", "linear")}, clusters)
+    return Judged(verdict, {name: found[name] for name in ("model", "linear")}, clusters, chained)
 
 
 def _rivals(test: Gathered) -> int:

@@ -467,7 +467,7 @@ def packed(judged: Judged) -> dict[str, Any]:
     found = {name: pack_credits(credit) for name, credit in judged.credits.items()}
     clusters = None if judged.clusters is None else judged.clusters.unique(return_inverse=True)[1]
     alone = clusters is None or int(clusters.max()) + 1 == len(clusters)
-    return {**found, "clusters": None if alone or clusters is None else clusters.tolist()}
+    return {**found, "clusters": None if alone or clusters is None else clusters.tolist()} | {"chained": judged.chained}
 
 
 def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -27,7 +27,7 @@ class Windows:
         return len(self.first)
 
     def spans(self) -> Spans:
-        return Spans(self.first // self.length, self.track, self.first, self.first + self.length)
+        return Spans(self.first // self.length, self.track, self.first, self.first + self.length, chained=True)
 
 
 def test_samples_of_class_folders_are_drawn_over_all_of_them() -> None:
