@@ -121,11 +121,11 @@ def judge(
 
 
 def _beside(own: Score, rival: Score, clusters: Tensor) -> Beside:
-    if own.credits is None or rival.credits is None:
-        apart = Interval(own.figure - rival.figure, None)
-    else:
-        apart = over_samples(own.credits.double() - rival.credits.double(), clusters)
-    return Beside(name=rival.name, of=rival.of, figure=rival.figure, margin=apart.mean, ci95=apart.half)
+    half = None
+    if own.credits is not None and rival.credits is not None:
+        half = over_samples(own.credits.double() - rival.credits.double(), clusters).half
+    margin = own.figure - rival.figure  # packed credits are rounded
+    return Beside(name=rival.name, of=rival.of, figure=rival.figure, margin=margin, ci95=half)
 
 
 CLAUSES = {"ahead": "beaten by {}", "level": "no difference from {} is seen", "beaten": "better than {}"}
@@ -135,8 +135,8 @@ CLAUSES = {"ahead": "beaten by {}", "level": "no difference from {} is seen", "b
 def _words(beside: Sequence[Beside]) -> tuple[str, str]:
     """The headline, and the sentence: what beats the score is named first, the best of it before the rest."""
     if any(each.state == "unknown" for each in beside):
-        why = "the held-out samples are too few, or all depend on each other, for an interval"
-        return "NOT KNOWN", f"NOT KNOWN: {why}."
+        why = "the held-out samples are too few, or all depend on each other, or a figure is not finite"
+        return "NOT KNOWN", f"NOT KNOWN: there is no interval; {why}."
     by_state = {
         state: sorted((each for each in beside if each.state == state), key=lambda each: -each.figure)
         for state in CLAUSES
