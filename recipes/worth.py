@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from nepa_core.basics import FROZEN
@@ -21,6 +21,8 @@ from nepa_core.intervals import Interval, over_samples
 Metric = Literal["accuracy", "r2"]
 COVERS = "these test samples of one seed, not other seeds"
 RANDOM, RAW, MAJORITY = "random weights", "raw tokens", "the most frequent class"
+
+_MEASURED = ConfigDict(**FROZEN | {"allow_inf_nan": True})  # a regression on a network that diverged
 
 
 class Score(NamedTuple):
@@ -46,7 +48,7 @@ class Beside(BaseModel):
         ci95: half-width of the margin's 95 % interval; None where it can't be known.
     """
 
-    model_config = FROZEN
+    model_config = _MEASURED
 
     name: str
     of: str
@@ -74,7 +76,7 @@ class Worth(BaseModel):
         covers: what the intervals say something about.
     """
 
-    model_config = FROZEN
+    model_config = _MEASURED
 
     headline: str
     verdict: str
