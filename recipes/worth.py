@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from nepa_core.basics import FROZEN
@@ -21,6 +21,8 @@ from nepa_core.intervals import Interval, over_samples
 Metric = Literal["accuracy", "r2"]
 COVERS = "these test samples of one seed, not other seeds"
 RANDOM, RAW, MAJORITY = "random weights", "raw tokens", "the most frequent class"
+
+_MEASURED = ConfigDict(**FROZEN | {"allow_inf_nan": True})  # a regression on a network that diverged
 
 
 class Score(NamedTuple):
@@ -46,7 +48,7 @@ class Beside(BaseModel):
         ci95: half-width of the margin's 95 % interval; None where it can't be known.
     """
 
-    model_config = FROZEN
+    model_config = _MEASURED
 
     name: str
     of: str
@@ -74,7 +76,7 @@ class Worth(BaseModel):
         covers: what the intervals say something about.
     """
 
-    model_config = FROZEN
+    model_config = _MEASURED
 
     headline: str
     verdict: str
@@ -121,11 +123,11 @@ def judge(
 
 
 def _beside(own: Score, rival: Score, clusters: Tensor) -> Beside:
-    if own.credits is None or rival.credits is None:
-        apart = Interval(own.figure - rival.figure, None)
-    else:
-        apart = over_samples(own.credits.double() - rival.credits.double(), clusters)
-    return Beside(name=rival.name, of=rival.of, figure=rival.figure, margin=apart.mean, ci95=apart.half)
+    half = None
+    if own.credits is not None and rival.credits is not None:
+        half = over_samples(own.credits.double() - rival.credits.double(), clusters).half
+    margin = own.figure - rival.figure  # packed credits are rounded
+    return Beside(name=rival.name, of=rival.of, figure=rival.figure, margin=margin, ci95=half)
 
 
 CLAUSES = {"ahead": "beaten by {}", "level": "no difference from {} is seen", "beaten": "better than {}"}
@@ -135,8 +137,8 @@ CLAUSES = {"ahead": "beaten by {}", "level": "no difference from {} is seen", "b
 def _words(beside: Sequence[Beside]) -> tuple[str, str]:
     """The headline, and the sentence: what beats the score is named first, the best of it before the rest."""
     if any(each.state == "unknown" for each in beside):
-        why = "the held-out samples are too few, or all depend on each other, for an interval"
-        return "NOT KNOWN", f"NOT KNOWN: {why}."
+        why = "the held-out samples are too few, or all depend on each other, or a figure is not finite"
+        return "NOT KNOWN", f"NOT KNOWN: there is no interval; {why}."
     by_state = {
         state: sorted((each for each in beside if each.state == state), key=lambda each: -each.figure)
         for state in CLAUSES

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import Tensor
@@ -85,14 +87,17 @@ def test_samples_that_depend_on_each_other_count_as_one() -> None:
     assert "paired over 1,000 held-out samples in 20 independent groups" in sentences(grouped, form=".3f")[2]
 
 
-@pytest.mark.parametrize("credits", [right(0.3, 5), None])
-def test_where_there_is_no_interval_nothing_is_claimed(credits: Tensor | None) -> None:
-    """One series alone, or figures that are not finite."""
-    clusters = torch.zeros(SAMPLES, dtype=torch.int64) if credits is not None else EACH
-    worth = judge(Score("a", "", 0.9, right(0.9, 0)), [Score(RANDOM, "", 0.3, credits)], clusters, metric="accuracy")
-    assert worth.headline == "NOT KNOWN"
-    assert worth.beside[0].ci95 is None
-    assert "+60.0 ± unknown points" in sentences(worth, form=".3f")[2]
+def test_where_there_is_no_interval_nothing_is_claimed() -> None:
+    """One series alone, or a figure that is not finite, as of a regression on a network that diverged."""
+    own, one = Score("a", "", 0.9, right(0.9, 0)), torch.zeros(SAMPLES, dtype=torch.int64)
+    alone = judge(own, [Score(RANDOM, "", 0.3, right(0.3, 5))], one, metric="accuracy")
+    torn = judge(own, [Score(RANDOM, "", float("nan"), None)], EACH, metric="accuracy")
+    for worth, margin in ((alone, "+60.0"), (torn, "+nan")):
+        assert worth.headline == "NOT KNOWN"
+        assert worth.beside[0].ci95 is None
+        read = worth_in(json.loads(json.dumps({"worth": worth.model_dump(mode="json")})))
+        assert read is not None
+        assert f"over random weights {margin} ± unknown points" in sentences(read, form=".3f")[2]
 
 
 def test_the_sentences_give_figures_intervals_and_what_they_cover() -> None:
