@@ -44,7 +44,7 @@ from recipes.credits import pack_credits
 from recipes.features import Row, network_reader, raw_reader, tokens_per_sample
 from recipes.goals import find_goal
 from recipes.heads import mean_of_tokens
-from recipes.held_out import clusters_of, pack_clusters
+from recipes.held_out import clusters_of, draw_seed, pack_clusters
 from recipes.measures import (
     PROBE,
     Figure,
@@ -504,10 +504,12 @@ def forecast_read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
 
 @torch.no_grad()
 def layer_ranks(config: PretrainConfig, model: NEPA) -> list[float]:
-    """Effective rank of held-out windows' means over tokens, from the embedding to the final norm."""
+    """Effective rank of drawn held-out windows' means over tokens, from the embedding to the final norm."""
     data, device = config.data.plain(), next(model.parameters()).device
     means: list[list[torch.Tensor]] = [[] for _ in range(config.model.depth + 2)]
-    for batch in plain_batches(data.dataset("test"), batch=forecasters.BATCH, device=device, limit=PROBE.test_samples):
+    windows, limit = data.dataset("test"), PROBE.test_samples
+    seed = draw_seed(windows, limit)
+    for batch in plain_batches(windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed):
         trace = Trace()
         mask = model(data.read(batch), causal=config.objective.causal, trace=trace).mask
         for found, hidden in zip(means, trace.hidden, strict=True):

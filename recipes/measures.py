@@ -29,7 +29,7 @@ from recipes import finetune, probe
 from recipes.credits import pack_credits
 from recipes.features import Reader, Source, kept_features, tokens_per_sample
 from recipes.goals import Classification, Goal, Regression, find_goal
-from recipes.held_out import clusters_of, pack_clusters
+from recipes.held_out import clusters_of, draw_seed, pack_clusters
 from recipes.maps import attention_figures, neighbour_share, token_positions, uniform_attention
 from recipes.pretrain import PretrainConfig
 
@@ -301,7 +301,7 @@ ATTENTION = ("distance", "entropy", "on_bos", "on_neighbours")
 def attention_by_layer(
     config: PretrainConfig, model: NEPA, device: torch.device, samples: int
 ) -> dict[str, list[list[float]]]:
-    """Means over held-out samples for every layer and head; distances in units of the grid, see `token_positions`.
+    """Means over drawn held-out samples for every layer and head; distances in units of `token_positions`.
 
     Returns:
         distance, entropy, on_bos, on_neighbours (the share on the 8 tokens around): layers x heads; and as `uniform`
@@ -312,7 +312,9 @@ def attention_by_layer(
     network.load_state_dict(model.state_dict())
     data, bos, causal = config.data.plain(), int(config.model.bos), config.objective.causal
     total, count = torch.zeros(4, config.model.depth + 1, config.model.heads, device=device), 0
-    batches = plain_batches(data.dataset("test"), batch=min(samples, 64), device=device, limit=samples)
+    held_out = data.dataset("test")
+    seed = draw_seed(held_out, samples)
+    batches = plain_batches(held_out, batch=min(samples, 64), device=device, limit=samples, seed=seed)
     for batch in batches:
         tokens, trace = data.read(batch), Trace()
         network(tokens, causal=causal, trace=trace)

@@ -51,6 +51,7 @@ from recipes.compare import (
 )
 from recipes.compare_report import Rows, credits_of, gain_spreads, groups, margin, spreads
 from recipes.downstream import check, compared, is_forecast, read_as
+from recipes.held_out import draw_seed
 from recipes.maps import token_positions
 from recipes.measures import attention_by_layer, predicted
 from recipes.orders_report import render, write_report
@@ -200,9 +201,10 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
 
 
 def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
-    """`order_measures` of the order that held-out samples are read in, padding left out: a mean over samples."""
-    data = config.data.plain()
-    batches = plain_batches(data.dataset("test"), batch=_ORDER_SAMPLES, device=device, limit=_ORDER_SAMPLES)
+    """`order_measures` of the order that drawn held-out samples are read in, padding left out: a mean over samples."""
+    data, most = config.data.plain(), _ORDER_SAMPLES
+    held_out = data.dataset("test")
+    batches = plain_batches(held_out, batch=most, device=device, limit=most, seed=draw_seed(held_out, most))
     tokens = data.read(next(iter(batches)))
     positions = token_positions(tokens, data.describe(tokens).grid)
     mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask

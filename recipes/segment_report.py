@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import html
 from collections.abc import Sequence
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,8 +64,17 @@ def render(summary: dict[str, Any], run: Run) -> str:
     lines += ["", f"On {summary['images']} held-out images after the last of {summary['steps']} steps, from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
-    lines += unreadable(summary)
+    lines += [*unreadable(summary), *_no_control(summary, run)]
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+
+
+def _no_control(summary: dict[str, Any], run: Run) -> list[str]:
+    """A line with the command for the control, where the run needs one and its folder does not stand beside the run."""
+    control = run.path.with_name(f"{run.path.name}-control")
+    if summary["init"] is None or (control / "summary.json").exists():
+        return []
+    command = f"nepa segment {quote(str(run.path))} init=null freeze_embedder=false out={quote(str(control))}"
+    return [f"No control was run: `{command}` trains random weights in the same way."]
 
 
 def _kinds(summary: dict[str, Any]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nepa_core.basics import UserError
+from nepa_core.intervals import over_samples
 from nepa_core.runtime.checkpoint import Checkpoint, save_checkpoint
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
@@ -40,6 +42,7 @@ from recipes.goals import numbered
 from recipes.pretrain import build_model, pretrain
 from recipes.targets import default_out
 from recipes.weights import load_backbone, read_weights
+from recipes.worth import sentences, worth_in
 from tests import tiny
 from tests.tiny import CPU
 
@@ -65,7 +68,11 @@ def test_a_run_is_recipe_and_start_at_once(pretrained: str, tmp_path: Path, caps
     words = ["finetune", pretrained, f"out={out}", "train.length.steps=12"]
     assert main(words) == 0
     said, told = capsys.readouterr()
-    assert told == f"Fine-tuning from {pretrained} with the preset recipes.finetune:short.\n"
+    assert told.splitlines() == [
+        f"Fine-tuning from {pretrained} with the preset recipes.finetune:short.",
+        f"Fine-tuning from random weights with the same settings, as the control in {out / 'control'}; control=false "
+        "leaves it out.",
+    ]
     assert f"started from {pretrained}" in said
     assert "Figures on 48 held-out samples after the last of 12 steps" in said
     summary = Run(out).summary()
@@ -79,10 +86,81 @@ def test_a_run_is_recipe_and_start_at_once(pretrained: str, tmp_path: Path, caps
     assert main(["finetune", str(out)]) == 0, "and can be named itself"
     assert [line["step"] for line in Run(out).metrics() if "accuracy" in line] == [12], "nothing is measured untrained"
     capsys.readouterr()
-    assert main(["finetune", str(out), f"out={tmp_path / 'again'}"]) == 0
+    assert main(["finetune", str(out), f"out={tmp_path / 'again'}", "control=false"]) == 0
     assert capsys.readouterr().err == f"Fine-tuning from {pretrained}.\n", "its own start, and its own settings"
     assert main(["pretrain", str(out)]) == 2
     assert "is of a run of `nepa finetune`" in capsys.readouterr().err
+
+
+def test_the_control_is_the_same_training_from_random_weights(
+    pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run of its own, byte for byte what init=null gives; the verdict is the difference, sample by sample."""
+    words = ["finetune", pretrained, "train.length.steps=12"]
+    assert main([*words, "freeze_embedder=true", f"out={tmp_path / 'run'}"]) == 0
+    said = capsys.readouterr().out
+    assert main([*words, "init=null", f"out={tmp_path / 'alone'}"]) == 0
+    assert "NO VERDICT: these are random weights, the control itself" in capsys.readouterr().out
+    control, alone = Run(tmp_path / "run" / "control"), Run(tmp_path / "alone")
+    assert control.metrics_path.read_bytes() == alone.metrics_path.read_bytes()
+    assert json.loads((control.path / "config.json").read_text()) == json.loads(
+        (alone.path / "config.json").read_text()
+    )
+    assert not (alone.path / "control").exists(), "random weights need no control"
+
+    summary, of_control = Run(tmp_path / "run").summary(), control.summary()
+    assert summary is not None
+    assert of_control is not None
+    worth = worth_in(summary)
+    assert worth is not None
+    (beside,) = worth.beside
+    assert (worth.figure, beside.figure) == (summary["accuracy_ema"], of_control["accuracy_ema"])
+    samples = _all(tiny.Waves())
+    right = []
+    for run in (tmp_path / "run", control.path):
+        model = load_classifier(tuning(), read_weights(str(run)))
+        found = [model(tiny.Waves().read({k: v[None] for k, v in each.items()}), causal=False) for each in samples]
+        right.append([float(out.argmax() == each["label"]) for out, each in zip(found, samples, strict=True)])
+    apart = over_samples(torch.tensor(right[0]) - torch.tensor(right[1]))
+    assert (beside.margin, beside.ci95) == (pytest.approx(apart.mean), pytest.approx(apart.half))
+    assert (worth.samples, worth.clusters, worth.covers) == (48, 48, "these test samples of one seed, not other seeds")
+    last = said.strip().splitlines()[-3:]
+    assert last == sentences(worth, form=".2%")
+    page = (tmp_path / "run" / "report" / "index.html").read_text()
+    assert all(html.escape(line) in page for line in last)
+
+
+def test_a_finished_run_without_its_control_trains_it_when_asked_again(
+    pretrained: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run & co")
+    words = ["finetune", pretrained, "train.length.steps=12", f"out={run.path}"]
+    assert main([*words, "control=false"]) == 0
+    said = capsys.readouterr().out.strip().splitlines()[-1]
+    assert said.startswith("NO VERDICT: the control from random weights is missing")
+    assert f"`nepa finetune '{run.path}'` trains it" in said
+    assert html.escape(said) in (run.report / "index.html").read_text()
+    before = run.summary()
+    assert before is not None
+    assert "worth" not in before
+    assert not (run.path / "control").exists()
+
+    with monkeypatch.context() as patch:  # Ctrl-C in the middle of the control
+        patch.setattr("recipes.finetune.make_step", lambda *given: tiny.interrupted_at({5}, make_step(*given)))
+        assert main(words) == 130
+    shown = capsys.readouterr()
+    assert "top-1" in shown.out, "the run's own figures are shown before its control is trained"
+    assert "stopped after step 5 of 12; the same command goes on from there" in shown.err
+    assert run.summary() == before
+    assert main(["finetune", str(run.path)]) == 0, "by its own name, too"
+    assert "going on after step 5" in capsys.readouterr().err
+    after = run.summary()
+    assert after is not None
+    assert after.pop("worth")
+    assert after == before, "what a summary had it keeps"
+    monkeypatch.setattr("recipes.finetune.measure", None)
+    assert main([*words, "control=false"]) == 0, "and a verdict that was made is shown"
+    assert "over random weights" in capsys.readouterr().out
 
 
 def test_every_start_of_a_fine_tuning_is_the_averaged_network_of_the_run(pretrained: str) -> None:
