@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.features_data import Sequences, Stored, open_split
+from modalities.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
 from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, Tokens
@@ -46,8 +47,9 @@ class Features(Ordered, Modality):
     def tokenize(self, batch: Batch) -> Tokens:
         values: Tensor = batch["values"]
         if self.standardise:
-            mean, std = statistics(self.root)
-            values = (values - mean.to(values.device)) / std.to(values.device)
+            mean, std = (each.to(values.device, values.dtype) for each in statistics(self.root))
+            values = (values - mean) / std
+        values = values.float()  # not before: float64 holds a small signal on a large offset
         stored, count = self._stored("train"), values.shape[1]
         mask = None
         if self._ragged():
@@ -128,15 +130,14 @@ def _kind(stored: Stored) -> str:
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def statistics(root: str | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [P] float32 of the tokens of training sequences drawn by a seed; 1 for a constant.
+    """Mean and standard deviation [P] float64 of the tokens of training sequences drawn by a seed; 1 for a constant.
 
     Raises:
         UserError: none of them can be read.
     """
     features = Features(root=root)
     samples = Sequences(features._stored("train"), features._tokens())
-    total, squares = torch.zeros(2, samples.stored.width, dtype=torch.float64)
-    count = 0
+    moments = ColumnMoments(samples.stored.width)
     draw = torch.Generator().manual_seed(0)
     first = ""
     for index in torch.randperm(len(samples), generator=draw)[:_MEASURED].tolist():
@@ -145,10 +146,8 @@ def statistics(root: str | None) -> tuple[Tensor, Tensor]:
         except UnreadableSample as error:
             first = first or str(error)
             continue
-        rows = sample["values"][: sample["length"]].double()
-        total, squares, count = total + rows.sum(0), squares + rows.square().sum(0), count + len(rows)
-    if not count:
+        moments.add(sample["values"][: sample["length"]].numpy())
+    if not moments.count.any():
         raise UserError(f"no training sequence can be read; the first: {first}")
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float()
+    rounding = ROUNDING if samples.stored.dtype == np.float64 else ROUNDING_SINGLE
+    return torch.from_numpy(moments.mean), torch.from_numpy(moments.deviation(rounding))

@@ -9,7 +9,9 @@ Under the root, SPLIT being `train`, and `test`, `val` or `validation`:
   SPLIT.safetensors   the keys values, lengths, label, coords, as above
   SPLIT.parquet       the columns values and coords (lists of lists) and label
 
-npy and safetensors stay on the disk and are read a sequence at a time.
+npy and safetensors stay on the disk and are read a sequence at a time. Values of more than float32 holds (float64,
+integers of 32 bits or more) are kept in float64, so that a small signal on a large offset is there until the adapter
+has taken the mean off.
 
 Shapes: S sequences, N tokens in the longest, n in one of them, P numbers in a token, A = 1 to 3 axes, K numbers.
 """
@@ -36,6 +38,8 @@ from nepa_core.basics import Batch, UnreadableSample, UserError
 SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
 """What a split may be called; the first name found is taken."""
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 Array = np.ndarray[Any, Any]
 Read = Callable[[int], Array]
 
@@ -47,6 +51,7 @@ class Stored:
     Attributes:
         path: the file or folder. name: number of a sequence -> how errors call it.
         values: number of a sequence -> [>= n, P].
+        dtype: float32 or float64, in which values are given.
         lengths: [S] int64, the n of each. width: P.
         coords: number of a sequence -> [>= n, A], or None. shared: [N, A] that all sequences share, or None.
         axes: A, 0 without coordinates.
@@ -56,6 +61,7 @@ class Stored:
     path: Path
     name: Callable[[int], str]
     values: Read
+    dtype: np.dtype[Any]
     lengths: Array
     width: int
     coords: Read | None
@@ -69,7 +75,10 @@ class Stored:
 
 
 class Sequences(Dataset[Batch]):
-    """Sequences padded with zeros to `tokens`: "values" [N, P] float32 and "length", "coords" and "label" if any."""
+    """Sequences padded with zeros to `tokens`: "values" [N, P] and "length", "coords" and "label" if any.
+
+    Values are float32, or float64 where they are stored with more digits (`Stored.dtype`).
+    """
 
     def __init__(self, stored: Stored, tokens: int) -> None:
         self.stored, self.tokens = stored, tokens
@@ -81,30 +90,37 @@ class Sequences(Dataset[Batch]):
         """Raises UnreadableSample where values or coordinates are NaN, infinite, or not of the shape of the others."""
         stored, length = self.stored, int(self.stored.lengths[index])
         sample: Batch = {
-            "values": self._padded(stored.values, index, (length, stored.width)),
+            "values": self._padded(stored.values, index, (length, stored.width), stored.dtype),
             "length": torch.tensor(length),
         }
         if stored.coords is not None:
-            sample["coords"] = self._padded(stored.coords, index, (length, stored.axes))
+            sample["coords"] = self._padded(stored.coords, index, (length, stored.axes), np.dtype(np.float32))
         if stored.labels is not None:
             sample["label"] = torch.from_numpy(np.array(stored.labels[index]))
         return sample
 
-    def _padded(self, read: Read, index: int, shape: tuple[int, int]) -> Tensor:
+    def _padded(self, read: Read, index: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> Tensor:
         name = self.stored.name(index)
         try:
-            rows = np.asarray(read(index)[: shape[0]], np.float32)
+            with np.errstate(over="ignore"):  # becomes an infinity, which is refused below
+                rows = np.asarray(read(index)[: shape[0]], dtype)
         except (OSError, ValueError) as error:
             raise UnreadableSample(f"{name}: {error}") from error
         if rows.shape != shape:
             raise UnreadableSample(f"{name}: an array of shape {list(rows.shape)} where {list(shape)} is wanted")
-        if not np.isfinite(rows).all():
+        if not (np.abs(rows) <= _LARGEST).all():
             raise UnreadableSample(f"{name}: NaN or infinity in token {_first_bad(rows)}")
         return torch.from_numpy(np.pad(rows, ((0, self.tokens - shape[0]), (0, 0))))
 
 
 def _first_bad(rows: Array) -> int:
-    return int(np.flatnonzero(~np.isfinite(rows).all(1))[0])
+    return int(np.flatnonzero(~(np.abs(rows) <= _LARGEST).all(1))[0])
+
+
+def _kept(*dtypes: np.dtype[Any]) -> np.dtype[Any]:
+    """float64 where any of them holds more than float32 does, else float32."""
+    wide = any(dtype.itemsize > (4 if dtype.kind == "f" else 2) for dtype in dtypes)
+    return np.dtype(np.float64 if wide else np.float32)
 
 
 @lru_cache(maxsize=4)
@@ -144,15 +160,18 @@ def _safetensors(path: Path) -> Stored:
         names = set(file.keys())
         if "values" not in names:
             raise UserError(f"{path} has no tensor 'values', only {', '.join(sorted(names))}")
-        shape = tuple(file.get_slice("values").get_shape())
+        whole = file.get_slice("values")
+        shape, wide = tuple(whole.get_shape()), whole.get_dtype() in ("F64", "I64", "I32", "U64", "U32")
         rest = {key: _as_array(file.get_tensor(key)) for key in names & {"lengths", "coords", "label"}}
 
     def read(index: int) -> Array:
         with safe_open(path, "pt") as file:
-            found: Array = file.get_slice("values")[index].float().numpy()
+            row = file.get_slice("values")[index]
+        found: Array = (row.double() if wide else row.float()).numpy()
         return found
 
-    return _of_arrays(path, np.broadcast_to(np.float32(0), shape), rest, read)
+    zero = np.zeros((), np.float64 if wide else np.float32)
+    return _of_arrays(path, np.broadcast_to(zero, shape), rest, read)
 
 
 def _as_array(tensor: Tensor) -> Array:
@@ -183,6 +202,7 @@ def _of_arrays(path: Path, values: Array, rest: dict[str, Array], read: Read | N
         path,
         lambda index: f"{path}, row {index}",
         read or values.__getitem__,
+        _kept(values.dtype),
         lengths.astype(np.int64),
         values.shape[2],
         None if coords is None or shared is not None else coords.__getitem__,
@@ -196,7 +216,8 @@ def _folder(path: Path) -> Stored:
     files = sorted(file for file in path.glob("*.npy") if not file.name.endswith(".coords.npy"))
     if not files:
         raise UserError(f"{path} holds no npy file")
-    shapes = [_array(file).shape for file in files]
+    arrays = [(array.shape, array.dtype) for array in map(_array, files)]
+    shapes = [shape for shape, _ in arrays]
     for file, shape in zip(files, shapes, strict=True):
         if len(shape) != 2:
             raise UserError(f"{file} has shape {list(shape)}; make it [n, P], a row for each token")
@@ -218,6 +239,7 @@ def _folder(path: Path) -> Stored:
         path,
         lambda index: str(files[index]),
         lambda index: _array(files[index]),
+        _kept(*{dtype for _, dtype in arrays}),
         np.array([shape[0] for shape in shapes]),
         shapes[0][1],
         (lambda index: _array(beside[index])) if all(given) else None,
@@ -246,6 +268,7 @@ def _parquet(path: Path) -> Stored:
         path,
         lambda index: f"{path}, row {index}",
         _row_reader(rows, "values", width),
+        _kept(np.dtype(rows.type.value_type.value_type.to_pandas_dtype())),
         lengths,
         width,
         coords,
@@ -301,7 +324,7 @@ def _usual_width(rows: pa.Array) -> int:
 
 def _row_reader(rows: pa.Array, name: str, width: int) -> Read:
     def read(index: int) -> Array:
-        """[n, width] float32; ValueError where a token holds more numbers, or fewer, or is missing."""
+        """[n, width]; ValueError where a token holds more numbers, or fewer, or is missing."""
         tokens = rows[index].values
         if tokens is None:
             raise ValueError(f"it has no {name}")
@@ -309,7 +332,7 @@ def _row_reader(rows: pa.Array, name: str, width: int) -> Read:
         if (other := np.flatnonzero(widths != width)).size:
             token = int(other[0])
             raise ValueError(f"token {token} of {name} has length {widths[token]}, and most have {width}")
-        numbers: Array = tokens.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        numbers: Array = tokens.flatten().to_numpy(zero_copy_only=False)
         return numbers.reshape(len(tokens), width)
 
     return read

@@ -1,5 +1,7 @@
 """Series as they lie on the disk: CSV and parquet tables, and the UCR and UEA layouts of labelled series.
 
+Values keep the float64 of the file, so that a signal on a large offset survives until its mean is taken off.
+
 Shapes: T rows (time steps), C columns (channels), S labelled series. Missing values are NaN.
 """
 
@@ -20,19 +22,20 @@ from nepa_core.basics import UserError
 
 BLOCK = 1 << 19  # bytes of CSV parsed at a time
 _TIMES = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time)
+_LARGEST = float(np.finfo(np.float32).max)
 _OVERFLOW = ", or beyond the 3.4e38 that float32 holds"
 TIME_NAMES = ("time", "date", "datetime", "timestamp", "ds")
 
 
 class Table(NamedTuple):
-    """A series: the names of its C columns, and values [T, C] float32."""
+    """A series: the names of its C columns, and values [T, C] float64, an array that owns its memory."""
 
     columns: tuple[str, ...]
     values: np.ndarray
 
 
 class LabelledSeries(NamedTuple):
-    """Series with a label each: values [S, T, C] float32 (NaN after the end of a shorter one); S names of classes, or
+    """Series with a label each: values [S, T, C] float64 (NaN after the end of a shorter one); S names of classes, or
     numbers to predict."""
 
     values: np.ndarray
@@ -42,7 +45,7 @@ class LabelledSeries(NamedTuple):
 def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | None = None) -> Table:
     """Read a series from a .csv or .parquet file whose rows are equally spaced and in order.
 
-    Held at once: the float32 values and a block of the file.
+    Held at once: the values and a block of the file.
 
     Args:
         time: name of the column of time stamps. Default: the only one that holds dates or times, else the only one
@@ -63,8 +66,8 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
         count = schema.names.count(name)
         if count > 1:
             raise UserError(f"{path}: {count} columns are called {name!r}; rename them, or name others by data.columns")
-    kinds = {name: pa.float32() for name in names}
-    rows, values, last = 0, np.empty((0, len(names)), np.float32), None
+    kinds = {name: pa.float64() for name in names}
+    rows, values, last = 0, np.empty((0, len(names))), None
     for batch in _batches(path, schema, kinds, time):
         if not rows and len(batch) and not any(_reads_as_number(batch[name][0].as_py()) for name in names):
             raise UserError(f"{path}: no numeric column among {', '.join(names)}; a series needs at least one")
@@ -144,9 +147,9 @@ def _reads_as_number(value: Any) -> bool:
 
 
 def _numbers(path: str, name: str, column: pa.Array, before: int) -> np.ndarray:
-    """One column of a block as float32 with NaN; `before` rows of the file lie above."""
+    """One column of a block as float64 with NaN; `before` rows of the file lie above."""
     try:
-        values = column.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+        values = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     except pa.ArrowException as error:
         for row, value in enumerate(column.to_pylist(), before + 1):
             if not _reads_as_number(value):
@@ -157,13 +160,14 @@ def _numbers(path: str, name: str, column: pa.Array, before: int) -> np.ndarray:
         raise UserError(
             f"{path}: column {name!r} holds {column.type}, not numbers; leave it out by data.columns"
         ) from error
-    infinite = np.isinf(values)
+    values = np.asarray(values, np.float64)
+    infinite = np.abs(values) > _LARGEST
     if infinite.any():
         raise UserError(
             f"{path}: row {before + 1 + int(infinite.argmax())} of column {name!r} is infinite{_OVERFLOW}; empty the "
             "cell if the value is missing"
         )
-    return np.asarray(values, np.float32)
+    return values
 
 
 def _check_times(path: str, name: str, column: pa.Array, before: int, last: Any) -> Any:
@@ -237,7 +241,7 @@ def read_labelled(root: str, split: str) -> LabelledSeries:
     if not series:
         raise UserError(f"{path}: no series in it")
     longest = max(len(channel) for sample in series for channel in sample)
-    values = np.full((len(series), longest, len(series[0])), np.nan, np.float32)
+    values = np.full((len(series), longest, len(series[0])), np.nan)
     for i, sample in enumerate(series):
         for c, channel in enumerate(sample):
             values[i, : len(channel), c] = channel
@@ -250,9 +254,8 @@ def _floats(where: str, fields: Sequence[str]) -> np.ndarray:
         read = [np.nan if field.strip() in ("", "?") else float(field) for field in fields]
     except ValueError as error:
         raise UserError(f"{where}: {_one_line(error)}; series with time stamps of their own are not read") from error
-    with np.errstate(over="ignore"):
-        values = np.array(read).astype(np.float32)
-    if np.isinf(values).any():
+    values = np.array(read, np.float64)
+    if (np.abs(values) > _LARGEST).any():
         raise UserError(f"{where} holds a value that is infinite{_OVERFLOW}; write ? where a value is missing")
     real = np.flatnonzero(~np.isnan(values))
     return values[: real[-1] + 1] if len(real) else values[:0]
@@ -272,7 +275,7 @@ def _number(text: str) -> float | None:
         number = float(text)
     except ValueError:
         return None
-    return number if abs(number) <= np.finfo(np.float32).max else None
+    return number if abs(number) <= _LARGEST else None
 
 
 def _class(text: str) -> str:

@@ -26,6 +26,7 @@ from pydantic import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from modalities.moments import ROUNDING, ColumnMoments
 from modalities.orders import Ordered
 from modalities.series_data import LabelledSeries, read_labelled, read_table
 from nepa_core.basics import Batch, UserError
@@ -37,6 +38,9 @@ VAR_ROWS = 24_000
 VAR_CHANNELS = 4
 OPTIMUM_WINDOWS, OPTIMUM_DRAWS = 256, 256
 """Held-out windows, and futures drawn for each of their tokens, behind `known_optimum`."""
+_FLAT = 16 * torch.finfo(torch.float32).eps  # of the largest value: a window that varies by less is flat
+_LEAST = 1e-18  # for windows of zeros; its square is still a float32
+_ROWS = 1 << 16  # that are standardised at a time
 
 
 class TimeSeries(Ordered, Modality):
@@ -159,7 +163,11 @@ class TimeSeries(Ordered, Modality):
         return self.ordered(tokens, (tokens.values.shape[1],))
 
     def scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, 1, C] that each window is normalised by: 0 and 1 with normalise="none"."""
+        """Mean and standard deviation [B, 1, C] that each window is normalised by: 0 and 1 with normalise="none".
+
+        The deviation has a floor at the rounding of the window's own values, so a flat window becomes zeros, and what
+        is forecast for it in its own units counts for next to nothing in those of the series.
+        """
         series: Tensor = batch["series"]
         if self.normalise == "none":
             return torch.zeros_like(series[:, :1]), torch.ones_like(series[:, :1])
@@ -167,7 +175,8 @@ class TimeSeries(Ordered, Modality):
         count = real.sum(1, keepdim=True).clamp(min=1)
         mean = (series * real).sum(1, keepdim=True) / count
         variance = ((series - mean).square() * real).sum(1, keepdim=True) / count
-        return mean, (variance + 1e-5).sqrt()
+        floor = (_FLAT * (series * real).abs().amax(1, keepdim=True)).clamp(min=_LEAST)
+        return mean, (variance + floor.square()).sqrt()
 
     def token_dim(self) -> int:
         return self.patch * (1 if self.channels == "independent" else self.channel_count())
@@ -228,8 +237,8 @@ class TimeSeries(Ordered, Modality):
 
 
 class Series(NamedTuple):
-    """A whole series: z-scored values [T, C] float32 (NaN where missing), the mean and std [C] of its training rows,
-    and the first and last + 1 row of each split."""
+    """A whole series: z-scored values [T, C] float32 (NaN where missing), the mean and std [C] of its training rows
+    rounded to float32, and the first and last + 1 row of each split."""
 
     values: Tensor
     mean: Tensor
@@ -339,14 +348,30 @@ def _read(
 ) -> Series:
     if root is None:
         names = tuple(map(str, range(VAR_CHANNELS)))
-        values = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)[0].numpy()
+        drawn = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)
+        values = drawn[0].numpy().astype(np.float64)
     else:
         names, values = read_table(root, time=time, columns=columns)
     borders = _borders(len(values), parts, root or "var")
     mean, std = _statistics(values[slice(*borders["train"])], [f"{root or 'var'}: column {name!r}" for name in names])
-    values -= mean  # in place: a series may be as large as the memory allows
-    values /= std
-    return Series(torch.from_numpy(values), torch.from_numpy(mean), torch.from_numpy(std), borders)
+    values = standardised(values, mean, std)
+    return Series(torch.from_numpy(values), torch.from_numpy(mean).float(), torch.from_numpy(std).float(), borders)
+
+
+def standardised(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """(values - mean) / std in float64, then rounded to float32; [T, C], with mean and std [C].
+
+    The result takes the place of `values` in its memory, of which half is given back: a series may be as large as the
+    memory allows. `values` must own its memory and is of no use afterwards.
+    """
+    rows, columns = values.shape
+    single = values.reshape(-1).view(np.float32)
+    for start in range(0, rows, _ROWS):
+        block = (values[start : start + _ROWS] - mean) / std
+        single[start * columns : start * columns + block.size] = block.reshape(-1)  # never beyond the rows just read
+    del single
+    values.resize(((rows + 1) // 2, columns), refcheck=False)
+    return values.reshape(-1).view(np.float32)[: rows * columns].reshape(rows, columns)
 
 
 def _borders(rows: int, parts: tuple[float, float, float], name: str) -> dict[str, tuple[int, int]]:
@@ -358,18 +383,18 @@ def _borders(rows: int, parts: tuple[float, float, float], name: str) -> dict[st
 
 
 def _statistics(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation [C] of what is there, column by column; the deviation of a constant is 1.
+    """Mean and standard deviation [C] float64 of what is there, column by column; the deviation of a constant is 1.
 
     Args:
         names: what a message calls each column.
     """
-    mean, std = (np.empty(values.shape[1], np.float32) for _ in range(2))
-    for c in range(values.shape[1]):
-        real = values[:, c][~np.isnan(values[:, c])].astype(np.float64)
-        if not len(real):
-            raise UserError(f"{names[c]} has no value in the training rows; leave it out, or fill it")
-        mean[c], std[c] = real.mean(), real.std() if real.std() > 1e-8 else 1.0
-    return mean, std
+    moments = ColumnMoments(values.shape[1])
+    for start in range(0, len(values), _ROWS):
+        moments.add(values[start : start + _ROWS])
+    if not moments.count.all():
+        name = names[int(np.flatnonzero(moments.count == 0)[0])]
+        raise UserError(f"{name} has no value in the training rows; leave it out, or fill it")
+    return moments.mean, moments.deviation(ROUNDING)
 
 
 @lru_cache(maxsize=4)

@@ -30,7 +30,6 @@ from torch.utils.data import Dataset
 from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, Batch
 from nepa_core.diagnostics import effective_rank
-from nepa_core.drawing import spans_of
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
@@ -42,9 +41,10 @@ from nepa_core.runtime.run import Run
 from recipes import finetune, forecasters, measures, probe
 from recipes.credits import pack_credits
 from recipes.features import Row, network_reader, raw_reader, tokens_per_sample
+from recipes.forecast_report import stretches
 from recipes.goals import find_goal
 from recipes.heads import mean_of_tokens
-from recipes.held_out import clusters_of, draw_seed, pack_clusters
+from recipes.held_out import draw_seed, pack_clusters
 from recipes.measures import (
     PROBE,
     Figure,
@@ -436,7 +436,7 @@ def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON)
     repeated = persistence(data, horizon, device)
     rows = [forecasters.best_of(data, read, ridges, horizon, device) for ridges in of_layer]
     skills = [skill(data, horizon, row, repeated) for row in rows]
-    best = min(range(len(rows)), key=lambda layer: float(rows[layer]["validation_scaled_mse"]))
+    best = min(range(len(rows)), key=lambda layer: float(rows[layer]["validation_mse"]))
     return as_row({"probe": skills[best], "probe_final": skills[-1]}) | {
         "metric": "skill",
         "probe_row": rows[best]["readout"],
@@ -447,17 +447,14 @@ def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON)
 def skill(data: TimeSeries, horizon: int, found: Mapping[str, Any], repeated: float) -> Figure:
     """1 - MSE / MSE of repeating the last value, over the test windows, with what each adds.
 
-    Windows overlap, so nothing is said of single ones unless the data set knows which of them depend on each other.
+    Windows that overlap depend on each other: they are one cluster by the stretch of time that they start in.
 
     Args:
-        found: "mse", and "errors" [W], the squared error of every window, where it is known. repeated: the other MSE.
+        found: "mse", and "errors" [W], the squared error of every window. repeated: the other MSE.
     """
-    value, errors = 1 - found["mse"] / repeated, found.get("errors")
-    windows = data.forecasts("test", horizon)
-    if not isinstance(errors, torch.Tensor) or spans_of(windows) is None or not bool(errors.isfinite().all()):
-        return Figure(value)
-    clusters = clusters_of(windows, torch.arange(len(errors)))
-    return Figure(value, pack_credits(1 - errors / repeated), pack_clusters(clusters))
+    credits = 1 - found["errors"].double() / repeated
+    packed = pack_credits(credits) if bool(credits.isfinite().all()) else None
+    return Figure(1 - found["mse"] / repeated, packed, pack_clusters(stretches(data.forecasts("test", horizon))))
 
 
 def persistence(data: TimeSeries, horizon: int, device: torch.device) -> float:
@@ -473,7 +470,9 @@ def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.devi
 
     def at(setting: Setting) -> tuple[float, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
-            found = forecasters.train(setting.applied(short), Run(Path(folder)), World(0, 1, device), show=False)
+            run = Run(Path(folder))
+            found = forecasters.train(setting.applied(short), run, World(0, 1, device), show=False)
+            found = found | {"errors": forecasters.left_errors(run)}
         return -found["validation_mse"], found
 
     chosen = best_setting(care, at)

@@ -24,9 +24,9 @@ from recipes.forecasters import (
     best_ridge,
     chosen,
     fit_ridge,
+    in_series_units,
     raw_features,
     repeat_last,
-    scaled_future,
     score,
     short,
     train,
@@ -101,7 +101,7 @@ def test_dlinear_is_linear_in_the_window_and_starts_as_its_mean(tmp_path: Path) 
     one, two = (model(data, {"series": batch["series"][i : i + 1]}, causal=True) for i in range(2))
     both = model(data, {"series": batch["series"].sum(0, keepdim=True)}, causal=True)
     assert torch.allclose(both, one + two, atol=1e-3)
-    assert scaled_future(data, batch).shape == out.shape
+    assert in_series_units(data, batch, out).shape == batch["future"].shape
 
 
 WORDS = ("horizons=[4,8]", "finetune=[4]", "steps=3", "fit_samples=200")

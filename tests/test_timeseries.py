@@ -59,7 +59,7 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
     for path in (csv, parquet):
         table = read_table(path)
         assert table.columns == ("a", "b")
-        np.testing.assert_array_equal(table.values, values.astype(np.float32))
+        np.testing.assert_array_equal(table.values, values)
     assert read_table(csv, columns=("b",)).columns == ("b",)
     assert read_table(write_csv(tmp_path, values, time=False)).columns == ("a", "b")
 
