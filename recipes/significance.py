@@ -63,15 +63,15 @@ def spread(values: Sequence[float], credits: Tensor | None = None, clusters: Ten
 
     Returns:
         `values`, `mean`, `std`; `ci95`: t-interval over seeds alone, None of one seed, of whose spread nothing is
-        known; with credits also `both`: over seeds and test samples together (`over_both`; of one seed over samples
-        alone), never narrower than over seeds alone.
+        known; with credits also `both`: over seeds and test samples together (`over_both`), of one seed over samples
+        alone.
     """
     count = len(values)
     std = statistics.stdev(values) if count > 1 else 0.0
     ci95 = float(student_t.ppf(0.975, count - 1)) * std / math.sqrt(count) if count > 1 else None
     found = {"values": list(values), "mean": statistics.fmean(values), "std": std, "ci95": ci95}
     if credits is not None and (half := over_both(credits, clusters).half) is not None:
-        found["both"] = max(half, ci95 or 0.0)
+        found["both"] = half
     return found
 
 
