@@ -133,19 +133,25 @@ def margin_note(margins: Mapping[str, Mapping[str, Any] | None]) -> str:
 
 def drawn(seeds: int, found: Sequence[Mapping[str, Any]] = ()) -> str:
     """What the plots of a comparison show of every variant: the spreads `found`."""
-    samples = bool(found) and all("both" in each for each in found)
+    samples = _samples(found)
     if seeds == 1:
-        return "one seed" + (" and its 95 % interval over test samples" if samples else "")
-    return f"mean and 95 % interval over {seeds} seeds{' and the test samples' if samples else ''}, a dot a seed"
+        return f"one seed{' and its 95 % interval over' if samples else ''}{samples}"
+    return f"mean and 95 % interval over {seeds} seeds{' and' if samples else ''}{samples}, a dot a seed"
 
 
 def interval_words(seeds: int, found: Sequence[Mapping[str, Any]]) -> str:
     """What "mean ± half" is in the tables, as the beginning of a sentence."""
-    samples = bool(found) and all("both" in each for each in found)
+    samples = _samples(found)
     if seeds == 1:
-        return "One seed, with the 95 % interval over the test samples alone" if samples else "One seed"
-    over = f"over {seeds} seeds and the test samples together" if samples else f"over {seeds} seeds alone"
-    return f"Mean and 95 % interval {over}"
+        return f"One seed, with the 95 % interval over{samples} alone" if samples else "One seed"
+    return f"Mean and 95 % interval over {seeds} seeds{f' and{samples} together' if samples else ' alone'}"
+
+
+def _samples(found: Sequence[Mapping[str, Any]]) -> str:
+    known = sum("both" in each for each in found)
+    return (
+        "" if not known else " the test samples" if known == len(found) else " the test samples, where these were kept,"
+    )
 
 
 def groups(rows: Rows, key: str) -> dict[str, list[float]]:

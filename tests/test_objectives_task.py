@@ -17,6 +17,7 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.fit import Diverged
 from recipes import compare, downstream, finetune, measures, objectives
 from recipes.cli import main, split_options
+from recipes.credits import pack_credits
 from recipes.downstream import Care, Setting, best_setting, fine_tuned, held_back
 from recipes.objective_names import named
 from recipes.objectives import Options, summarise
@@ -457,6 +458,33 @@ def test_the_verdict_says_whether_pre_training_pays() -> None:
     alone = summarise({"good": rows["good"]}, random, Options(objectives=("good",), labels=(50,)))
     assert alone["against_cosine"] == {}
     assert not any("cosine" in line for line in alone["verdict"])
+
+
+def test_what_is_real_is_so_over_test_samples_too() -> None:
+    """A gain that all seeds agree on is real on 1,000 test samples and not on 20; of results of before seeds decide."""
+
+    def rows_of(gain: float, samples: int, *, kept: bool) -> list[dict[str, Any]]:
+        found = []
+        for seed in range(3):
+            draw = torch.Generator().manual_seed(seed)
+            credits = (torch.rand(samples, generator=draw) < 0.5 + gain).float()
+            value = 0.5 + gain + 0.001 * seed * (-1) ** (gain > 0)
+            figures = {"probe": value, "probe_final": value, "finetuned_50": value}
+            packed = {"credits": dict.fromkeys(figures, pack_credits(credits)), "clusters": {}} if kept else {}
+            found.append(row(value) | figures | packed | {"raw_tokens": 0.4, "label_counts": {"finetuned_50": 500}})
+        return found
+
+    for samples, kept, real in ((1000, True, True), (20, True, False), (20, False, True)):
+        options = Options(objectives=("cosine",), labels=(50,))
+        summary = summarise({"cosine": rows_of(0.1, samples, kept=kept)}, rows_of(0.0, samples, kept=kept), options)
+        (test,) = summary["against_random"]["probe"]
+        assert (test["p_both"] is None) == (not kept)
+        assert Difference(**test).real is real
+        assert ("both" in summary["random"]["probe"]) == kept
+        over = "over seeds and test samples together" if kept else "over seeds alone"
+        assert any(over in line for line in summary["verdict"])
+        shown = summary | {"recipe": "my:recipe", "margins": {"cosine": None}}
+        assert "Labelled samples used in all, for choosing and for training: 50 labels a class: 500." in render(shown)
 
 
 def test_the_headline_answers_for_the_probe_and_for_fine_tuning() -> None:
