@@ -105,6 +105,10 @@ class FitResult(NamedTuple):
     unreadable: list[str]
 
 
+class Diverged(UserError):
+    """The gradients are no longer finite. A search of learning rates may go on without this one."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop and did, after a checkpoint. `status` is the exit status for it."""
 
@@ -487,11 +491,11 @@ def _metrics_line(tally: _Tally, *, done: int, lr: float, epoch: float) -> dict[
     """The figures since the last line.
 
     Raises:
-        UserError: no step since then had a finite gradient.
+        Diverged: no step since then had a finite gradient.
     """
     sums, steps = tally.take()
     if sums["skipped"] == steps:
-        raise UserError(
+        raise Diverged(
             f"the last {steps} steps up to step {done} had gradients that are not finite: lower optim.lr or look for "
             "broken samples; checkpoints before this are kept"
         )
