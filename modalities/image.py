@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.image_augment import Augment, erase
-from modalities.image_data import Channels, open_files, open_images
+from modalities.image_data import open_files, open_images
+from modalities.image_decode import LARGEST_IMAGE, Channels
 from modalities.image_sources import SourceName, open_source
 from modalities.orders import Ordered
 from nepa_core.basics import Batch
@@ -28,7 +29,7 @@ class Images(Ordered, Modality):
 
     Attributes:
         source, root: where they come from, see `modalities.image_sources.open_source`.
-        channels, augment, crop_ratio, erase, in_memory, limit: see `modalities.image_data.open_images`.
+        channels, augment, crop_ratio, erase, in_memory, limit, max_pixels: see `modalities.image_data.open_images`.
         size: (height, width) in pixels, to which every image is brought.
         patch: (height, width) of a patch in pixels; it divides the size.
         mean, std: of each channel, pixels being between 0 and 1.
@@ -49,6 +50,7 @@ class Images(Ordered, Modality):
     erase: float = Field(default=0.0, ge=0, le=1)
     in_memory: bool = False
     limit: PositiveInt | None = None
+    max_pixels: PositiveInt = LARGEST_IMAGE
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -84,6 +86,7 @@ class Images(Ordered, Modality):
             mean=self.mean,
             in_memory=self.in_memory,
             limit=self.limit,
+            max_pixels=self.max_pixels,
         )
 
     def tokenize(self, batch: Batch) -> Tokens:
@@ -128,7 +131,7 @@ class Images(Ordered, Modality):
         Raises:
             UnreadableSample: from the data set, on access to a file that is no image.
         """
-        return open_files(paths, size=self.size, channels=self.channels)
+        return open_files(paths, size=self.size, channels=self.channels, max_pixels=self.max_pixels)
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:

@@ -109,6 +109,10 @@ class Passed:
         for reason, count in other.counts.items():
             self.add(reason, other.first[reason], count)
 
+    def total(self) -> int:
+        """How much was passed over."""
+        return sum(self.counts.values())
+
     def line(self, where: str) -> str | None:
         """`where: passed over 3 files or folders: 2 with the suffix .heic (such as a.heic), ...`; None for nothing."""
         if not self.counts:
@@ -117,7 +121,7 @@ class Passed:
         told = [f"{self.counts[each]:,} {each} (such as {printable(self.first[each])})" for each in most[:6]]
         if rest := most[6:]:
             told.append(f"{sum(self.counts[each] for each in rest):,} for {len(rest)} other reasons")
-        return f"{where}: passed over {sum(self.counts.values()):,} files or folders: {', '.join(told)}"
+        return f"{where}: passed over {self.total():,} files or folders: {', '.join(told)}"
 
 
 # ---------------------------------------------------------------------------------------------------- the rule

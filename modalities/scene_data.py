@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as image_ops
 
 from modalities.hub import load_hub, one_line
-from modalities.image_data import decode
+from modalities.image_decode import SUFFIXES as IMG_EXTENSIONS
+from modalities.image_decode import decode
 from modalities.image_sources import Size
 from nepa_core.basics import Batch, UnreadableSample, UserError
 
