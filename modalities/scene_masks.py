@@ -177,7 +177,7 @@ def judge_census(census: Census, numbering: Numbering, where: str) -> str | None
     if not census.masks or not absent:
         return None
     shown = ", ".join(map(str, absent[:6])) + (f" and {len(absent) - 6} more" if len(absent) > 6 else "")
-    told = f"{where}: of the {numbering.count} declared classes {shown} (as stored) never occur"
+    told = f"{where}: of the {numbering.count} declared classes, what is stored as {shown} never occurs"
     if share:
         line = (
             f"{told} in {census.masks:,} annotations, while 255, which no loss and no metric counts, covers "
