@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from modalities.hub import one_line
 from modalities.image_augment import Augment, CentreCrop, ErasedBox, Transform, augmentation
 from modalities.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
-from modalities.image_sources import Noise, Size, Source, SourceName, files_of, open_source
-from modalities.listing import Contents, fingerprint
+from modalities.image_sources import Arrays, Noise, Rows, Size, Source, SourceName, files_of, open_source
+from modalities.listing import IN_PLACE, OPENING, Contents, fingerprint
 from nepa_core.basics import Batch, UnreadableSample, cores
 
 SHARE = 256  # images that a process decodes at a time
@@ -132,14 +132,15 @@ class DecodedImages(Dataset[Batch]):
 
     def fingerprint(self) -> str:
         """See `modalities.listing.fingerprint`."""
-        rows = self.rows.tolist()
-        return fingerprint(map(self.source.key, rows), self.source.sizes()[rows])
+        names, rows = self.source.relative_names(), self.rows.tolist()
+        return fingerprint((names[row] for row in rows), self.source.sizes()[rows])
 
     def contents(self) -> Contents | None:
         """See `modalities.listing.Contents`; None of noise, which is made on access."""
         if isinstance(self.source, Noise):
             return None
-        return Contents(self.source.sizes()[self.rows.numpy()], self._stored, self.name)
+        opening = IN_PLACE if isinstance(self.source, Arrays | Rows) else OPENING
+        return Contents(self.source.sizes()[self.rows.numpy()], self._stored, self.name, opening)
 
     def _stored(self, index: int) -> bytes:
         stored = self.source.read(int(self.rows[index]))

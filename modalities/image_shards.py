@@ -82,8 +82,9 @@ class Shards:
     def name(self, row: int) -> str:
         return f"{self.files[self.shard[row]]}:{self.keys[row]}"
 
-    def key(self, row: int) -> str:
-        return os.path.basename(self.name(row))
+    def relative_names(self) -> list[str]:
+        files = [os.path.basename(file) for file in self.files]
+        return [f"{files[shard]}:{key}" for shard, key in zip(self.shard.tolist(), self.keys.to_pylist(), strict=True)]
 
     def sizes(self) -> Integers:
         return self.lengths

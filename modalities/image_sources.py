@@ -85,8 +85,8 @@ class Source(Hashable, Protocol):
     def name(self, row: int) -> str:
         """What a message calls that row."""
 
-    def key(self, row: int) -> str:
-        """Its name below the root of the data: it stays when the data move."""
+    def relative_names(self) -> list[str]:
+        """The name of each row below the root of the data: it stays when the data move."""
 
     def sizes(self) -> Integers:
         """[n] int64, stored bytes of each row: what `read` gives, or -1 where it gives nothing."""
@@ -149,8 +149,8 @@ class Arrays:
     def name(self, row: int) -> str:
         return f"{self.title}:{row}"
 
-    def key(self, row: int) -> str:
-        return self.name(row)
+    def relative_names(self) -> list[str]:
+        return [self.name(row) for row in range(len(self.images))]
 
     def sizes(self) -> Integers:
         return np.full(len(self.images), self.images[:1].nbytes)
@@ -172,8 +172,8 @@ class Noise:
     def name(self, row: int) -> str:
         return f"noise:{row}"
 
-    def key(self, row: int) -> str:
-        return self.name(row)
+    def relative_names(self) -> list[str]:
+        return [self.name(row) for row in range(len(self.labels))]
 
     def sizes(self) -> Integers:
         return np.full(len(self.labels), self.size[0] * self.size[1] * 3)
@@ -203,8 +203,9 @@ class Files:
     def name(self, row: int) -> str:
         return printable(self.path(row))
 
-    def key(self, row: int) -> str:
-        return self.path(row).removeprefix(f"{self.base}/")
+    def relative_names(self) -> list[str]:
+        start = len(self.base) + 1 if self.base else 0
+        return [os.fsdecode(path)[start:] for path in self.paths.to_pylist()]
 
     def sizes(self) -> Integers:
         return file_sizes([os.fsdecode(path) for path in self.paths.to_pylist()])
@@ -238,8 +239,8 @@ class Rows:
         place = bisect_right(self.starts, row) - 1
         return f"{self.titles[place]}:{row - self.starts[place]}"
 
-    def key(self, row: int) -> str:
-        return os.path.basename(self.name(row))
+    def relative_names(self) -> list[str]:
+        return [os.path.basename(self.name(row)) for row in range(len(self.labels))]
 
     def sizes(self) -> Integers:
         column = self.table.data.table.column(self.table.column_names[0])  # as it lies on the disk, not copied

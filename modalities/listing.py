@@ -44,7 +44,8 @@ SYSTEM = frozenset(
 LARGEST_FILE = 2**29
 """Bytes of a file or of a member of an archive that is read whole; PIL's largest image needs half of it."""
 READ_BUDGET = 2**30  # bytes that `shared_content` reads at most
-OPENING = 2**14  # bytes that could be read in the time that it takes to open a file
+OPENING = 2**16  # bytes that could be read in the time that it takes to open a file
+IN_PLACE = 2**10  # ... to find a row of what is open already, or in memory
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -310,15 +311,14 @@ def read_whole(path: str, most: int = LARGEST_FILE) -> bytes:
         OSError: it can't be read.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe without a writer would wait here
-    with open(handle, "rb", buffering=0) as file:
+    with open(handle, "rb") as file:
         facts = os.fstat(handle)
         if not stat.S_ISREG(facts.st_mode):
             raise ValueError("no regular file")
         check_size(facts.st_size, most)
-        content = file.read(most + 1)  # what grows, or lies in /proc, does not give its size
+        content = file.read(facts.st_size or 2**16)  # what lies in /proc does not give its size, and may be endless
         if content is None:
             raise OSError(errno.EAGAIN, "nothing to read there")
-        check_size(len(content), most)
         return content
 
 
@@ -338,11 +338,13 @@ class Contents(NamedTuple):
         sizes: [n] int64, the number of stored bytes of each sample; equal bytes have equal sizes.
         read: the stored bytes of a sample (or any digest of them); may raise anything.
         name: what a message calls it.
+        opening: what a read costs beside its bytes, in bytes: OPENING or IN_PLACE.
     """
 
     sizes: Integers
     read: Callable[[int], bytes]
     name: Callable[[int], str]
+    opening: int = OPENING
 
 
 class Shared(NamedTuple):
@@ -385,11 +387,14 @@ def shared_content(train: Contents, test: Contents, budget: int = READ_BUDGET) -
     with ThreadPoolExecutor(min(16, 4 * cores())) as pool:
         for size, held in held_out.items():
             first, last = np.searchsorted(ordered, [size, size + 1])
-            most = budget // (size + OPENING) if last > first else 0
+            if size <= 0:  # nothing is no content
+                continue
+            cost = size + max(train.opening, test.opening)
+            most = budget // cost if last > first else 0
             rivals = by_size[first:last][: max(most - len(held), most // 2)].tolist()
             chosen = held[: most - len(rivals)]
             complete &= len(rivals) == last - first and (not rivals or len(chosen) == len(held))
-            budget -= (len(rivals) + len(chosen)) * (size + OPENING)
+            budget -= (len(rivals) + len(chosen)) * cost
             known = dict(zip(pool.map(_digest(train), rivals), rivals, strict=True))
             known.pop(None, None)
             for row, digest in zip(chosen, pool.map(_digest(test), chosen), strict=True):

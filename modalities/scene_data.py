@@ -117,7 +117,7 @@ class StoredScenes(Dataset[Batch]):
 
     def fingerprint(self) -> str:
         """See `modalities.listing.fingerprint`."""
-        return fingerprint(map(self.source.key, range(len(self))), self.source.sizes(annotations=True))
+        return fingerprint(self.source.relative_names(), self.source.sizes(annotations=True))
 
     def contents(self) -> Contents:
         """See `modalities.listing.Contents`: of the images."""
@@ -365,8 +365,8 @@ class Pairs(Hashable, Protocol):
     def annotation(self, row: int) -> str:
         """What a message calls the annotation of that row."""
 
-    def key(self, row: int) -> str:
-        """The name of the row below the root of the data: it stays when the data move."""
+    def relative_names(self) -> list[str]:
+        """The name of each row below the root of the data: it stays when the data move."""
 
     def sizes(self, *, annotations: bool = False) -> Integers:
         """[n] int64, stored bytes of each image, or of image and annotation together."""
@@ -397,8 +397,8 @@ class PairFiles:
     def annotation(self, row: int) -> str:
         return printable(_path(self.annotations, row))
 
-    def key(self, row: int) -> str:
-        return _path(self.images, row).removeprefix(f"{self.base}/")
+    def relative_names(self) -> list[str]:
+        return [os.fsdecode(path)[len(self.base) + 1 :] for path in self.images.to_pylist()]
 
     def sizes(self, *, annotations: bool = False) -> Integers:
         kinds = [self.images, self.annotations] if annotations else [self.images]
@@ -439,8 +439,8 @@ class PairRows:
     def annotation(self, row: int) -> str:
         return self.name(row)
 
-    def key(self, row: int) -> str:
-        return os.path.basename(self.name(row))
+    def relative_names(self) -> list[str]:
+        return [os.path.basename(self.name(row)) for row in range(len(self))]
 
     def sizes(self, *, annotations: bool = False) -> Integers:
         kinds = [self.images, self.annotations] if annotations else [self.images]

@@ -364,6 +364,25 @@ def test_class_names_survive_shards_without_them_and_other_integers(tmp_path: Pa
     assert open_source("folder", "train", root=str(tmp_path)).classes == ("ant", r"a<b\n")
 
 
+def test_sizes_of_a_shuffled_table_are_in_the_order_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    files = [encoded(picture(k, 8, 8 + k)) for k in range(4)]
+    table = pa.table({"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 2, 3]})
+    stored = datasets.Dataset(datasets.table.InMemoryTable(table)).select([3, 0, 2])
+    monkeypatch.setattr(image_sources, "load_hub", lambda name: {"train": stored, "test": stored})
+    source: Any = open_source("hub", "train", root="a/shuffled")
+    assert source.labels.tolist() == [3, 0, 2]
+    assert source.sizes().tolist() == [len(files[row]) for row in (3, 0, 2)]
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "a\0b", "\udce9/x"])
+def test_odd_hub_names_are_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(UserError, match="can't be had from the hub"):
+        open_source("hub", "train", root=name)
+
+
 def test_scenes_in_parquet_shards_of_several_schemas(tmp_path: Path) -> None:
     grey = encoded(Image.new("L", (8, 8), 1))
     for number, kind in enumerate(STRUCTS.values()):
