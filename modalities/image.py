@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.image_augment import Augment, Interpolation, erase
-from modalities.image_data import Channels, open_files, open_images
+from modalities.image_data import open_files, open_images
+from modalities.image_decode import LARGEST_IMAGE, Channels
 from modalities.image_sources import SourceName, open_source
 from modalities.orders import Ordered
 from nepa_core.basics import Batch
@@ -28,7 +29,7 @@ class Images(Ordered, Modality):
 
     Attributes:
         source, root: where they come from, see `modalities.image_sources.open_source`.
-        channels, augment, interpolation, crop_ratio, squash, erase, in_memory, limit: see
+        channels, augment, interpolation, crop_ratio, squash, erase, in_memory, limit, max_pixels: see
             `modalities.image_data.open_images`.
         size: (height, width) in pixels, to which every image is brought.
         patch: (height, width) of a patch in pixels; it divides the size.
@@ -52,6 +53,7 @@ class Images(Ordered, Modality):
     erase: float = Field(default=0.0, ge=0, le=1)
     in_memory: bool = False
     limit: PositiveInt | None = None
+    max_pixels: PositiveInt = LARGEST_IMAGE
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -89,6 +91,7 @@ class Images(Ordered, Modality):
             mean=self.mean,
             in_memory=self.in_memory,
             limit=self.limit,
+            max_pixels=self.max_pixels,
         )
 
     def tokenize(self, batch: Batch) -> Tokens:
@@ -149,7 +152,7 @@ class Images(Ordered, Modality):
         Raises:
             UnreadableSample: from the data set, on access to a file that is no image.
         """
-        return open_files(paths, size=self.size, channels=self.channels)
+        return open_files(paths, size=self.size, channels=self.channels, max_pixels=self.max_pixels)
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:

@@ -74,7 +74,7 @@ from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.segment import SegmentConfig
 from recipes.targets import default_out, is_run, read_target, task_of
-from recipes.training import provenance, unreadable
+from recipes.training import provenance, say_leaks, unreadable
 from recipes.weights import load_backbone, read_weights
 from recipes.worth import MAJORITY, RANDOM, RAW, Score, Worth, judge, sentences, worth_in
 
@@ -140,6 +140,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     run = Run(Path(options.out or (target if is_run(target) else default_out(target, "probe"))))
     with world() as ranks:
         config, model, tuned = subject(target, options.init, changes, ranks.device)
+        if ranks.is_main:
+            say_leaks(config.data)
         summary = probe(config, model, options, tuned=tuned, store=run.path / "features", ranks=ranks, show=True)
         if ranks.is_main:
             summary |= {"made_with": provenance()}

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from modalities.listing import say, shared_content
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import at_head_rate, layers_above
@@ -81,7 +82,9 @@ def train(
     """
     dataset = config.data.dataset("train")
     plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
-    if ranks.is_main:  # the others have checked it in `opened`, and would meet a folder half made here
+    if ranks.is_main:
+        say_leaks(config.data)
+        # the others have checked the folder in `opened`, and would meet one half made here
         run.open(cast(BaseModel, config))
     if announce and show and ranks.is_main and not run.metrics_path.exists():
         print(announce, file=sys.stderr)
@@ -107,6 +110,17 @@ def train(
         show=show,
     )
     return result, ema
+
+
+def say_leaks(data: Modality) -> None:
+    """Say on stderr how many held-out samples are training samples, too, by a hash of what is stored.
+
+    Of datasets with a method `contents`, see `modalities.listing.Contents`; a second or two for the largest.
+    """
+    train = getattr(data.dataset("train"), "contents", lambda: None)()
+    test = None if train is None else getattr(data.plain().dataset("test"), "contents", lambda: None)()
+    if train is not None and test is not None and (line := shared_content(train, test).line()):
+        say(line)
 
 
 def height(config: Recipe) -> Callable[[str], int]:
