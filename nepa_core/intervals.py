@@ -51,8 +51,8 @@ def over_samples(values: Tensor, clusters: Tensor | None = None, *, chained: boo
     Args:
         values: [S]. clusters: [S] int64, equal for samples that depend on each other; None: each is its own.
         chained: clusters are stretches of a series, as long as a sample at least, and samples that overlap lie in
-            two of them. Windows that share values in proportion to their overlap have two thirds of the variance of their
-            mean between stretches and one third between neighbours, so what is seen is multiplied by 1.5.
+            two of them. Where windows share values in proportion to their overlap, two thirds of the variance of
+            their mean show between stretches and one third between neighbours, so what is seen is multiplied by 1.5.
     """
     variance, count = _sample_variance(values, clusters, chained)
     return Interval(float(values.double().mean()), _half(variance, count - 1), max(count - 1.0, 0.0))

@@ -108,7 +108,7 @@ def base_in1k() -> PretrainConfig:
             lr=3e-4, lr_batch=256, betas=(0.9, 0.95), weight_decay=0.05, warmup=Duration(fraction=0.025), clip=1.0
         ),
         train=_train(epochs=1600, batch=4096, micro_batch=512),
-        verdict=VerdictConfig(fit_samples=4096, test_samples=1024, health_samples=256),
+        verdict=VerdictConfig(fit_samples=131_072, test_samples=1024, health_samples=256),
     )
 
 
