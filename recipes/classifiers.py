@@ -12,6 +12,7 @@ Shapes: S samples, T tokens, D width of a feature, C classes, K numbers. Feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -156,8 +157,9 @@ class LinearProtocol(NamedTuple):
 
 MAE = LinearProtocol(base_lr=0.1, batch=16_384, epochs=90, warmup_epochs=10)
 """The linear-probe protocol of MAE (arXiv 2111.06377, Appendix A.1, "linear probing setting"): LARS without weight
-decay, momentum 0.9, lr 0.1 x batch / 256, cosine decay, BatchNorm without affine before the linear layer. Its
-random crops and flips are left out: features are computed once."""
+decay, momentum 0.9, lr 0.1 x batch / 256, cosine decay, BatchNorm without affine before the linear layer. The rate
+follows every step, from 0 at the first, as in MAE's code (util/lr_sched.py with a fraction of an epoch). Its random
+crops and flips are left out: features are computed once."""
 
 
 def lars(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, protocol: LinearProtocol = MAE) -> Tensor:
@@ -270,7 +272,7 @@ def attentive(
             order = torch.randperm(len(x), generator=draw).tensor_split(per_epoch)
         indices = order[step % per_epoch].sort().values  # sorted: the disk is read forwards
         for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor(step, warmup=int(protocol.warmup * steps), total=steps)
+            group["lr"] = lr * lr_factor(step, warmup=math.ceil(protocol.warmup * steps), total=steps)
         values, mask = x[indices.numpy()].to(device)
         loss = F.cross_entropy(head((values - mean) / std, mask), y[indices.to(device)])
         optimizer.zero_grad()

@@ -98,7 +98,7 @@ def base_in1k() -> PretrainConfig:
     Time, derived from the authors' 990 images/s per H100: 3 days on 8 H100, 24 on one. Published after fine-tuning:
     83.8 % top-1 (83.75 with the released GELU weights). From the scripts: the network, rate 3e-4 scaled by batch/256,
     warm-up over 2.5 % of the steps, bilinear crops with a flip, clipping at norm 1 (their trainer's default), EMA
-    0.9999. Chosen here: the micro-batch, and what is logged, kept and judged.
+    0.9999. Not published and chosen here: the micro-batch, and what is logged, kept and judged.
     """
     return PretrainConfig(
         data=_imagenet(augment="crop_flip", interpolation="bilinear"),
@@ -121,7 +121,8 @@ def base_in1k_paper() -> PretrainConfig:
     Time, derived from the authors' 990 images/s per H100: 3 days on 8 H100, 24 on one. Published: 83.8 % top-1 after
     fine-tuning. From the paper: SwiGLU, learned positions beside RoPE, 40 epochs of warm-up, crops without flips.
     Not in the paper and from the scripts, as `base_in1k` has it: bilinear crops, mean and std of 0.5, the factor 2 on
-    coordinates, clipping, EMA, an MLP of width 4 D (there without a gate). Chosen here: what `base_in1k` names.
+    coordinates, clipping, EMA, an MLP of width 4 D (there without a gate). Not published and chosen here: what
+    `base_in1k` names.
     """
     return _as_in_the_paper(base_in1k())
 
@@ -134,7 +135,7 @@ def large_in1k() -> PretrainConfig:
 
     Time, derived from the authors' 297 images/s per H100: 10 days on 8 H100, 80 on one; their 5 days belong to the
     paper's 800 epochs. Published after fine-tuning: 85.3 % top-1 (85.40 with the released weights). Values come from
-    where those of `base_in1k` do.
+    where those of `base_in1k` do, and what is not published is what it names.
     """
     base = base_in1k()
     return base.model_copy(
@@ -152,7 +153,8 @@ def large_in1k_paper() -> PretrainConfig:
     `nepa pretrain recipes.vision:large_in1k_paper data.root=DIR`.
 
     Time: 5 days on 8 H100 by the authors, 40 on one (derived). Published: 85.3 % top-1 after fine-tuning. Values come
-    from where those of `base_in1k_paper` do; QK-norm with a weight is the release's.
+    from where those of `base_in1k_paper` do, and what is not published is what it names; QK-norm with a weight is the
+    release's.
     """
     paper = _as_in_the_paper(large_in1k())
     return paper.model_copy(update={"train": paper.train.model_copy(update={"length": Duration(epochs=800)})})
@@ -170,7 +172,8 @@ def base_in1k_finetune() -> FinetuneConfig:
     reported. From the scripts: rate 1.5e-3 scaled by batch/256, classifier and final norm at 1e-3 as it stands, layer
     decay 0.65 with the last block at 1, a staggered warm-up, random erasing 0.25 before mixing, clipping at norm 1
     (their trainer's default), EMA 0.9999, drop path 0.1 (their config), evaluation at short side 256, centre crop 224.
-    tests/test_recipe_rates.py holds every rate to theirs. Chosen here: the micro-batch, and what is logged and kept.
+    tests/test_recipe_rates.py holds every rate to theirs. Not published and chosen here: the micro-batch, and what is
+    logged and kept.
     """
     return FinetuneConfig(
         init="SixAILab/nepa-base-patch14-224",
@@ -206,6 +209,7 @@ def base_in1k_finetune_paper() -> FinetuneConfig:
     layer decay of 0.65). From the paper: rate 1e-3, 5 epochs of warm-up, the layer decay's ends, drop path 0.1, the
     last token read out. Not in the paper and from the scripts, as `base_in1k_finetune` has it: scaling by batch/256,
     the classifier's own rate, the last block at 1, the decay's half cosine, erasing, bicubic crops, clipping, pixels.
+    Not published and chosen here: what `base_in1k_finetune` names.
     """
     return _tuned_as_in_the_paper(base_in1k_finetune(), rate=0.35)
 
@@ -219,9 +223,9 @@ def large_in1k_finetune() -> FinetuneConfig:
 
     Time, derived from 297 images/s per H100: 15 hours on 8 H100, 5 days on one. Published: 85.40 % top-1,
     bidirectional, EMA weights; 84.1 % with causal=true. There the best epoch was chosen on the validation set; here the
-    last one is reported. Values come from where those of `base_in1k_finetune` do; drop path 0.2 stands in the scripts'
-    config and on their command line. Evaluated on images squashed to 235 x 235, centre crop 224: what crop_pct 0.95
-    comes to there.
+    last one is reported. Values come from where those of `base_in1k_finetune` do, and what is not published is what it
+    names; drop path 0.2 stands in the scripts' config and on their command line. Evaluated on images squashed to
+    235 x 235, centre crop 224: what crop_pct 0.95 comes to there.
     """
     base = base_in1k_finetune()
     return base.model_copy(
@@ -249,7 +253,8 @@ def large_in1k_finetune_paper() -> FinetuneConfig:
     `large_in1k_paper`: no weights with SwiGLU were released.
 
     Time, derived from 297 images/s per H100: 7.5 hours on 8 H100, 60 on one. Published: 85.3 % top-1. Values come from
-    where those of `base_in1k_finetune_paper` do; drop path 0.2 is the paper's.
+    where those of `base_in1k_finetune_paper` do, and what is not published is what it names; drop path 0.2 is the
+    paper's.
     """
     paper = _tuned_as_in_the_paper(large_in1k_finetune(), rate=0.60)
     return paper.model_copy(update={"train": paper.train.model_copy(update={"length": Duration(epochs=50)})})

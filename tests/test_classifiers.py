@@ -93,6 +93,26 @@ def test_linear_reads_what_is_linear() -> None:
     assert linear(x[:200], y[:200], x[200:], y[200:]).mean() > 0.9
 
 
+def test_the_rates_of_lars_are_those_of_mae(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MAE's schedule takes the epoch with its fraction: 0 at the first step, a tenth of the peak after one of ten."""
+    seen: list[float] = []
+
+    class Watched(torch.optim.SGD):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            seen.append(self.param_groups[0]["lr"])
+
+    monkeypatch.setattr(classifiers, "lars_optimizer", lambda head: Watched(head.parameters(), lr=0.0))
+    x, y = clusters(60, 8, 3, 0.1)
+    lars(x, y, x, y, protocol=MAE._replace(batch=20, epochs=30))
+    peak, expected = 0.1 * 20 / 256, []
+    for step in range(3 * 30):
+        epoch = step / 3
+        rising, falling = epoch / 10, 0.5 * (1 + math.cos(math.pi * (epoch - 10) / (30 - 10)))
+        expected.append(peak * (rising if epoch < 10 else falling))
+    assert seen == pytest.approx(expected)
+    assert seen[0] == 0
+
+
 def test_a_step_of_lars_is_the_formula_of_mae() -> None:
     """Trust ratio 0.001 |w| / |g| on the matrix, momentum on what it scaled; the bias as in SGD."""
     torch.manual_seed(0)

@@ -144,7 +144,7 @@ def test_the_figures_of_numbers_are_in_their_own_unit(tmp_path: Path, readout: s
 
 def test_numbers_are_learned(tmp_path: Path) -> None:
     data = Taught(teach="numbers", samples=512)
-    config = tuning(data, train__length__steps=100, train__evaluate=100, optim__lr=0.01)
+    config = tuning(data, train__length__steps=200, train__evaluate=200, optim__lr=0.002)
     summary = finetune(config, Run(tmp_path / "run"), ALONE, show=False)
     assert summary["r2"] > 0.3, "two thirds is the most: the third number does not vary"
 
