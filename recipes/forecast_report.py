@@ -185,8 +185,8 @@ def _alike(std: float, mean: float) -> str:
 
 
 def _plus_minus(mean: float, half: float | None) -> str:
-    """The half-width with two digits, the mean with as many decimals."""
+    """The half-width with two digits, the mean with as many decimals, or those that its first digit needs."""
     if half is None or not half or not math.isfinite(half):
         return significant(mean) + ("" if half is None else f" ± {significant(half)}")
-    decimals = max(1 - math.floor(math.log10(half)), 0)
+    decimals = max(1 - math.floor(math.log10(half)), -math.floor(math.log10(abs(mean))) if mean else 0, 0)
     return f"{mean:.{decimals}f} ± {half:.{decimals}f}" if decimals < 7 else f"{mean:.1e} ± {half:.1e}"

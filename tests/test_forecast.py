@@ -264,6 +264,10 @@ def test_the_verdict_names_the_best_baseline_and_what_the_intervals_cover() -> N
     assert "over seeds and test windows together (2 seeds)" in verdict([one, one], {"96": pairs})[-1]
     pairs[0] = difference("frozen, random weights", 0.0103, 0.011, 0.4)
     assert "are level with random weights (MSE lower by 0.010 ± 0.011)" in verdict([one], {"96": pairs})[0]
+    pairs[0] = difference("frozen, random weights", -0.0045, 0.12, 0.4)
+    assert "are level with random weights (MSE higher by 0.004 ± 0.120)" in verdict([one], {"96": pairs})[0]
+    pairs[0] = difference("frozen, random weights", -3e-13, 1e-13, 0.4)
+    assert "are beaten by random weights (MSE higher by 3.0e-13 ± 1.0e-13)" in verdict([one], {"96": pairs})[0]
     pairs[0] = difference("frozen, random weights", -0.0103, None, 0.4)
     assert "can't be judged beside random weights" in verdict([one], {"96": pairs})[0]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from nepa_core.model import NEPA
+from nepa_core.runtime.config import differences, load_config, save_config
 from nepa_core.runtime.fit import plan
 from nepa_core.runtime.optim import Duration, make_optimizer, set_rates
 from recipes import vision
@@ -105,3 +106,17 @@ def test_drop_path_rises_as_in_the_released_networks(size: str) -> None:
     assert scale == pytest.approx({"base": 1.0, "large": 2.0}[size])
     rates: list[Any] = [block.drop_path for block in network(config).backbone.predictor.blocks]
     assert rates == pytest.approx([scale * rate for rate in expected], abs=scale * 6e-7)
+
+
+def test_a_run_of_before_opens_and_keeps_its_rates(tmp_path: Path) -> None:
+    """Its config.json lacks the new keys: heads at the body's rate, and the numbering that it was trained with."""
+    config = vision.base_in1k_finetune()
+    save_config(config, tmp_path / "config.json")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for group, key in (("data", "interpolation"), ("data", "squash"), ("optim", "head_lr")):
+        del saved[group][key]
+    del saved["optim"]["layer_decay"]["head_counts"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    again = load_config(FinetuneConfig, tmp_path / "config.json")
+    changed = differences(again, config)
+    assert changed == {"optim.layer_decay.head_counts": (True, False), "optim.head_lr": (None, 1e-3)}
