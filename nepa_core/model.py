@@ -82,13 +82,7 @@ class NEPA(nn.Module):
             coord_scale: factor on all coordinates, see `draw_coord_scale`.
             trace: filled with the hidden states and, with the "eager" back-end, the attention maps.
         """
-        embeddings = self.embed(tokens.values)
-        # The residual stream is float32 also under autocast: a branch scaled by 1e-5 is lost in a bfloat16 sum.
-        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        mask = tokens.mask
-        if self.bos is not None:
-            embeddings = torch.cat((self.bos.expand(len(embeddings), 1, -1), embeddings), dim=1)
-            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        embeddings, mask = self.embedded(tokens)
         x = embeddings
         if hidden is not None:
             x = self._hide(x, hidden)
@@ -98,6 +92,17 @@ class NEPA(nn.Module):
             x = x + self._next_positions(tokens, mask, coord_scale).to(x.dtype)
         predictions = self.predictor(x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace)
         return Prediction(embeddings, predictions, mask)
+
+    def embedded(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """The raw embeddings [B, T, D], BOS first where there is one, and their mask [B, T] or None."""
+        embeddings = self.embed(tokens.values)
+        # The residual stream is float32 also under autocast: a branch scaled by 1e-5 is lost in a bfloat16 sum.
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        mask = tokens.mask
+        if self.bos is not None:
+            embeddings = torch.cat((self.bos.expand(len(embeddings), 1, -1), embeddings), dim=1)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        return embeddings, mask
 
     def _hide(self, x: Tensor, hidden: Tensor) -> Tensor:
         if self.mask_token is None:

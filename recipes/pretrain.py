@@ -27,7 +27,7 @@ from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.diagnostics import health, learning
 from nepa_core.drawing import Drawn, apart, draw
 from nepa_core.ema import Ema, applied
-from nepa_core.gathered import Gathered, gather, gather_parts
+from nepa_core.gathered import Gathered, gather, gather_targets
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, Prediction, draw_coord_scale
 from nepa_core.objective import pair_count
@@ -456,8 +456,7 @@ def training_parts(
     count = min(limit or len(cast(Sized, dataset)), len(cast(Sized, dataset)))
     batches = plain_batches(dataset, batch=batch, device=device, workers=config.train.workers, limit=limit, seed=0)
     with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
-        parts = gather_parts(model, config.data.plain(), batches, causal=config.objective.causal)
-        for done, part in enumerate(parts, 1):
+        for done, part in enumerate(gather_targets(model, config.data.plain(), batches), 1):
             yield part
             meter.advance(done)
 

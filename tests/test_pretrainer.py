@@ -14,7 +14,7 @@ from torch import Tensor
 from nepa_core import NEPA, ObjectiveConfig, Prediction, Pretrainer, UserError, next_embedding_loss
 from nepa_core.baselines import fit_baselines
 from nepa_core.diagnostics import health, identification, learning
-from nepa_core.gathered import gather
+from nepa_core.gathered import gather, gather_targets, joined
 from nepa_core.model import HeadOutputs
 from nepa_core.objective import pair_up
 from nepa_core.predictor import Trace
@@ -486,3 +486,17 @@ def test_a_falling_rank_is_warned_of_once_each_time_it_falls(tmp_path: Path) -> 
         run.log({"step": step, **figures})
         run.log({"step": step, "loss": 0.0})
     assert warned == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["cosine", "sigreg", "projected_cosine"])
+def test_the_targets_of_baselines_are_those_that_predictions_are_judged_by(name: str) -> None:
+    """Without running the predictor over the training split."""
+    config = named(name, tiny.ragged())
+    model, _ = network(config)
+    whole = gather(model, config.data, held_out(config, CPU, 32).batches, causal=True)
+    alone = joined(list(gather_targets(model, config.data, held_out(config, CPU, 32).batches)))
+    assert torch.equal(alone.embeddings, whole.embeddings)
+    assert torch.equal(alone.values, whole.values)
+    assert alone.mask is not None
+    assert whole.mask is not None
+    assert torch.equal(alone.mask, whole.mask)
