@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
 from modalities.image_decode import opened, orientation, upright
@@ -97,8 +98,6 @@ def _storage(image: Image.Image) -> tuple[str, str, int | None]:
 
 def _upright(labels: Labels, turn: int) -> Labels:
     """`upright` of an array."""
-    import torch
-
     if turn == 1:
         return labels
     return upright(torch.from_numpy(labels.astype(np.int64)), turn).numpy()

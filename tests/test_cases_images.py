@@ -722,7 +722,7 @@ def test_no_score_is_printed_where_the_truth_has_one_class(tmp_path: Path) -> No
         "classes": [{"name": "a", "iou": 1.0}, {"name": "b", "iou": None}], "classes_in_truth": 1,
     }  # fmt: skip
     said = render(summary, Run(tmp_path))
-    assert "100" not in said
+    assert "100.00%" not in said
     assert "Of 2 classes one alone occurs in the held-out annotations" in said
     assert "100.00%" in render(summary | {"classes_in_truth": 2}, Run(tmp_path))
 
