@@ -36,7 +36,7 @@ BASELINES = {
 
 
 def judgement(verdict: Verdict) -> str:
-    """A sentence or two: collapsed, not known, nothing learned, less or no more than the best baseline, or more than all."""
+    """A sentence or two: collapsed, not known, nothing learned, behind or level with the best baseline, or ahead."""
     if verdict.collapsed:
         return (
             f"COLLAPSED. The embeddings span {verdict.effective_rank_embedding:.1f} effective dimensions, "
