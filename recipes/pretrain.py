@@ -490,6 +490,10 @@ def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[s
     lr, scale = config.optim.peak(config.train.batch), config.model.layer_scale
     steps = int(metrics[-1]["step"]) if metrics else 0
     wanted = recipe_steps(config)
+    if start < ALIKE:
+        return [
+            f"The tokens were alike before training (effective rank {start:.2f}): look at the data by `nepa inspect`."
+        ]
     if rank < RANK_LOST * start:
         found.append(
             f"The embeddings lost rank ({start:.1f} to {rank:.1f}): lower optim.lr (its peak was {lr:.1e})"
@@ -520,6 +524,8 @@ def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[s
     return found[:2]
 
 
+ALIKE = 1.05
+"""Rank before training below which there is next to nothing in the tokens to predict."""
 RANK_LOST = 0.7
 """Share of the rank before training below which a loss of rank is the first thing to look at."""
 SMALL_SCALE, LONG_RUN, SMALL_RATE = 0.01, 10_000, 3e-5

@@ -286,7 +286,7 @@ def verdict(
     split: Split,
     clusters: Tensor,
     *,
-    chained: bool,
+    chained: bool = False,
     several: bool,
     per_token: bool,
 ) -> Worth:

@@ -92,6 +92,11 @@ def test_the_interval_says_what_it_covers() -> None:
     [
         ({}, {}, []),
         ({}, against("linear", -0.1), ["Rank, rate and length look sound here"]),
+        (
+            {},
+            against("untrained", 0.0) | {"effective_rank_embedding": 1.0, "effective_rank_embedding_start": 1.0},
+            ["The tokens were alike before training (effective rank 1.00)"],
+        ),
         ({}, against("linear", -0.1) | {"effective_rank_embedding": 3.0}, ["The embeddings lost rank (5.0 to 3.0)"]),
         (
             {"model.layer_scale": 1e-5, "optim.lr": 1e-6},
