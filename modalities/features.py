@@ -39,7 +39,7 @@ class Features(Ordered, Modality):
 
     root: str | None = None
     standardise: bool = True
-    coord_scale: float = Field(default=1.0, gt=0)
+    coord_scale: float = Field(default=1.0, gt=1e-9, le=1e9)
 
     def dataset(self, split: str) -> Dataset[Batch]:
         return Sequences(self._stored(split), self._tokens())

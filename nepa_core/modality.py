@@ -44,6 +44,20 @@ class Tokens:
         """Tokens of the batch that are real; a scalar on their device where there is a mask."""
         return self.values.shape[0] * self.values.shape[1] if self.mask is None else self.mask.sum()
 
+    def finite(self) -> Tensor:
+        """[B] bool on their device: the samples without NaN or infinity."""
+        return self.values.isfinite().flatten(1).all(1)
+
+    def rows(self, index: Tensor) -> Tokens:
+        """These samples, [n] int64, in this order; one may come several times."""
+        return replace(
+            self,
+            values=self.values[index],
+            coords=self.coords if self.coords.ndim == 2 else self.coords[index],
+            mask=None if self.mask is None else self.mask[index],
+            order=self.order if self.order is None or self.order.ndim == 1 else self.order[index],
+        )
+
     def reordered(self, order: Tensor | None) -> Tokens:
         """Apply one permutation to values, coordinates and mask together.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.pretrainer import HEADS
 from nepa_core.runtime.checkpoint import (
@@ -62,18 +62,18 @@ class TrainConfig(BaseModel):
     model_config = FROZEN
 
     length: Duration
-    batch: int = Field(gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0)
+    batch: int = Field(gt=0, le=2**40)
+    micro_batch: int | None = Field(default=None, gt=0, le=2**40)
+    seed: int = Field(default=0, ge=0, lt=MOST_SEED)
     ema: float | None = Field(gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     recompute: bool = False
-    workers: int = Field(ge=0)
-    log: int = Field(gt=0)
-    evaluate: int = Field(gt=0)
-    checkpoint: int = Field(gt=0)
-    keep: int = Field(gt=0)
+    workers: int = Field(ge=0, le=2**20)
+    log: int = Field(gt=0, le=10**12)
+    evaluate: int = Field(gt=0, le=10**12)
+    checkpoint: int = Field(gt=0, le=10**12)
+    keep: int = Field(gt=0, le=10**12)
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
 
 
@@ -85,11 +85,14 @@ class StepOutput(NamedTuple):
         weight: of how many things (predictions, labels) the loss is a mean: a batch's loss is the mean over
             all of them, however they fall on micro-batches and ranks.
         tokens: real input tokens seen, padding not counted, for the rate.
+        broken: [B] bool, the samples of the batch whose tokens are not finite, see `replace_broken`; None where that
+            was not looked at.
     """
 
     loss: Tensor
     weight: Tensor | float
     tokens: Tensor | int
+    broken: Tensor | None = None
 
 
 StepFunction = Callable[[nn.Module, Batch], StepOutput]
@@ -265,6 +268,7 @@ def fit(
                 meter.say(f"step {done}: {figures['warning']}")
 
     def save(done: int, seconds: float, tokens: int) -> None:
+        batches.settle()
         unreadable = world.union(batches.unreadable)
         if not world.is_main:
             return
@@ -299,7 +303,7 @@ def fit(
         watch.lap("start")
         for step in range(start, steps.total):
             run_step = step_function if step_at is None else step_at(step / steps.total)
-            sums = _accumulate(shared, run_step, stream, step, steps.accumulate, config, world, watch)
+            sums = _accumulate(shared, run_step, batches, stream, step, steps.accumulate, config, world, watch)
             lr = set_rates(optimizer, optim, peak=steps.peak_lr, step=step, total=steps.total, warmup=steps.warmup)
             loss, weight, seen = world.sum(sums)
             tokens += seen.long()
@@ -313,6 +317,7 @@ def fit(
             meter.advance(done)
             last = done == steps.total
             if done % config.log == 0 or last:
+                batches.settle()
                 line = _metrics_line(tally, done=done, lr=lr, epoch=done / steps.per_epoch)
                 if world.is_main:
                     run.log(line)
@@ -434,6 +439,7 @@ def _batches(
 def _accumulate(
     model: nn.Module,
     step_function: StepFunction,
+    batches: TrainingBatches,
     stream: Iterator[Batch],
     step: int,
     parts: int,
@@ -457,6 +463,8 @@ def _accumulate(
             with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
                 out = step_function(model, batch)
             watch.lap("forward")
+            if out.broken is not None:
+                batches.suspect(out.broken)
             weighted = out.loss * out.weight
             weighted.backward()  # type: ignore[no-untyped-call]
         sums[0] += weighted.detach()
