@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -137,6 +137,9 @@ class Modality(BaseModel, ABC):
 
     model_config = FROZEN
 
+    changed: bool = Field(default=False, exclude=True)
+    """Go on although the training data is not what it was when the run stopped: for one command, never stored."""
+
     token_name: ClassVar[str] = "token"
     """What one token is called on the verdict card."""
 
@@ -150,7 +153,9 @@ class Modality(BaseModel, ABC):
         `__getitems__(list of int)` that returns a whole batch as one dictionary, which is faster for data in memory,
         and `name(int)`, what a picture of that sample is called, such as its file. Where samples overlap or are cut
         from one recording, its `spans()` says so (`nepa_core.drawing.Spans`): a verdict then keeps rivals apart and
-        makes its intervals from recordings, not from samples.
+        makes its intervals from recordings, not from samples. Its `fingerprint()`, a short text such as the number and
+        digest of the files, is part of a checkpoint: data that changed between a stop and its resumption is then
+        refused. Its `contents()` (`modalities.listing.Contents`) lets samples that are in both splits be counted.
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.

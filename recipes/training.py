@@ -177,6 +177,7 @@ def train(
         ema=ema,
         evaluate=lambda: evaluate(ema),
         untrained=untrained,
+        changed_data=config.data.changed,
         height=height(config),
         head=head(config),
         show=show,

@@ -30,7 +30,14 @@ from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import Config, differences, imports_of, load_config, save_config, shown
 
-FREE_KEYS = ("train.workers", "train.checkpoint", "train.keep", "train.max_unreadable", "train.recompute")
+FREE_KEYS = (
+    "data.changed",
+    "train.workers",
+    "train.checkpoint",
+    "train.keep",
+    "train.max_unreadable",
+    "train.recompute",
+)
 """Keys that may change between two sittings of a run: they do not touch what is computed."""
 
 
