@@ -170,16 +170,25 @@ class Modality(BaseModel, ABC):
 
         Default: the numbers themselves, found by reading the training labels one by one; override it where reading
         a sample is slow.
+
+        Raises:
+            UserError: the default finds ids in place of classes: far larger numbers than there are different ones.
         """
         samples = self.dataset("train")
-        highest = -1
+        found: set[int] = set()
         for index in range(len(cast(Sized, samples))):
             with suppress(UnreadableSample):
                 sample = samples[index]
                 label = torch.as_tensor(sample["label"] if "label" in sample else sample.get("target", 0.0))
                 if label.is_floating_point() or label.ndim != ("label" not in sample):
                     return None
-                highest = max(highest, int(label.max()))
+                found.update(label.unique().tolist())
+        highest = max(found, default=-1)
+        if highest > 1000 + 10 * len(found):
+            raise UserError(
+                f"{type(self).__name__}: training samples have {len(found)} classes with numbers up to {highest}; "
+                "number them from 0 on without gaps"
+            )
         return tuple(str(number) for number in range(highest + 1)) or None
 
     def plain(self) -> Modality:

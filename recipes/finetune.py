@@ -545,11 +545,13 @@ def render(summary: dict[str, Any], run: Run) -> str:
 
 
 def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
-    """ "40 samples", or "30 samples (10 more have no class)": on how many the figures are."""
-    without = int(summary.get("without_class", 0))
+    """ "40 samples", or "30 of 40 samples (10 have no class, 2 could not be read)": on how many the figures are."""
+    without, unread = int(summary.get("without_class", 0)), int(summary.get("unreadable_held_out", 0))
     if "samples" not in summary:
         return f"all {noun}"
-    return f"{int(summary['samples']) - without} {noun}" + (f" ({without} more have no class)" if without else "")
+    scored, every = int(summary["samples"]) - without, int(summary["samples"]) + unread
+    lost = [f"{without} have no class"] * bool(without) + [f"{unread} could not be read"] * bool(unread)
+    return f"{scored} of {every} {noun} ({', '.join(lost)})" if lost else f"{scored} {noun}"
 
 
 def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:
