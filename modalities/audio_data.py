@@ -682,7 +682,7 @@ def _manifest_rows(file: Path) -> list[Row]:
                 row[place].strip() if place is not None and place < len(row) else ""
                 for place in (places["path"], places["label"], places["split"])
             )
-            if not path or split.lower() not in known:
+            if not path or "\0" in path or split.lower() not in known:
                 raise UserError(
                     f"{file}, row {table.line_num}: needs a path and a split of {', '.join(known)}, not {path!r}, "
                     f"{split!r}"

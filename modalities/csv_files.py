@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.csv
 
+from modalities.listing import printable
 from modalities.text_files import encoding_of
 from nepa_core.basics import UserError
 
@@ -82,7 +83,7 @@ def find_out(path: str) -> Csv:
     comments = [each for each in numbered if each[1].lstrip().startswith("#")]
     kept = [each for each in numbered if not each[1].lstrip().startswith("#")]
     named = _named_by_comment(comments, kept)  # "# date,a" above numbers, as NumPy writes a head
-    if not kept and not named:
+    if not kept:
         raise UserError(f"{path}: no rows in it; a series needs at least a window")
     separator = given[1] if given else _separator([line for _, line in kept[:_SAMPLE]])
     rows = csv.reader((line for _, line in kept), delimiter=separator)
@@ -93,7 +94,7 @@ def find_out(path: str) -> Csv:
     if encoding in ("cp1252", "latin-1"):
         notes.append(f"{path}: no UTF-8; its text is read as {'Windows-1252' if encoding == 'cp1252' else 'Latin-1'}")
     if _is_head(first):
-        names, skipped = first, kept[read_lines - 1][0] if kept else len(lines)
+        names, skipped = first, kept[read_lines - 1][0]
     elif named and len(named_cells := _split(named, separator)) == len(first):
         names, skipped = named_cells, kept[0][0] - 1
     else:
@@ -106,7 +107,7 @@ def find_out(path: str) -> Csv:
         example = next(cell for cell in cells if _COMMA.fullmatch(cell))
         notes.append(f"{path}: commas are read as decimal points ({example} as {example.replace(',', '.')})")
     among = any(number > skipped for number, _ in comments) or _comment_behind(path, encoding, whole)
-    return Csv(path, encoding, separator, decimal, skipped, tuple(names), among, tuple(notes))
+    return Csv(path, encoding, separator, decimal, skipped, tuple(map(printable, names)), among, tuple(notes))
 
 
 def _head(path: str) -> tuple[bytes, bool]:
