@@ -182,7 +182,7 @@ class Modality(BaseModel, ABC):
                 label = torch.as_tensor(sample["label"] if "label" in sample else sample.get("target", 0.0))
                 if label.is_floating_point() or label.ndim != ("label" not in sample):
                     return None
-                found.update(label.unique().tolist())
+                found.update(label.flatten().tolist())
         highest = max(found, default=-1)
         if highest > 1000 + 10 * len(found):
             raise UserError(

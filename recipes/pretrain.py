@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from nepa_core.baselines import fit_baselines
 from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.diagnostics import health, learning
-from nepa_core.drawing import Drawn, apart, draw
+from nepa_core.drawing import RIVALS, Drawn, apart, draw
 from nepa_core.ema import Ema, applied
 from nepa_core.gathered import Gathered, gather, gather_targets
 from nepa_core.modality import Modality, Tokens
@@ -39,7 +39,7 @@ from nepa_core.runtime.distributed import World, gather_samples, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Meter, Run
-from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge
+from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
 from recipes import card
 from recipes.credits import pack_credits
 from recipes.targets import default_out, find_recipe, read_target
@@ -61,7 +61,7 @@ class VerdictConfig(BaseModel):
 
     Attributes:
         fit_samples: training samples that the baselines are fitted on; None for the whole split.
-        test_samples: held-out samples that are judged.
+        test_samples: held-out samples that are judged; fewer where they would take more than `VERDICT_BYTES`.
         health_samples: held-out samples behind each line of rank, spread and loss while training.
         draw: seed of the draw of held-out samples, whatever the run's own seed is.
     """
@@ -436,11 +436,11 @@ def verdict_of(
     config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False
 ) -> tuple[Judged, float, set[str]]:
     """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
-    samples = held_out(config, device, config.verdict.test_samples)
+    most = min(config.verdict.test_samples, room_for(config))
+    untrained = build_pretrainer(config).to(device)
+    before = start_of(gather_held_out(config, untrained, held_out(config, device, most))[0])
+    samples = held_out(config, device, most)
     trained, objective = gather_held_out(config, model, samples)
-    untrained, _ = gather_held_out(
-        config, build_pretrainer(config).to(device), held_out(config, device, config.verdict.test_samples)
-    )
     train = config.data.plain().dataset("train")
     every = len(cast(Sized, train))
     judged = judge(
@@ -451,11 +451,22 @@ def verdict_of(
             device=device,
         ),
         trained,
-        untrained,
+        before,
         training_samples=every,
         rivals_overlap=not apart(config.data.plain().dataset("test")),
     )
     return judged, objective, samples.unreadable
+
+
+VERDICT_BYTES = 2**29
+"""Most that the held-out samples of a verdict may take: raw tokens, embeddings and predictions, in float32."""
+
+
+def room_for(config: PretrainConfig) -> int:
+    """How many held-out samples fit into `VERDICT_BYTES`, by the first training sample; 64 at least."""
+    tokens = config.data.plain().read(_first_samples(config, 1, torch.device("cpu")))
+    count, size = tokens.values.shape[1:]
+    return max(RIVALS, VERDICT_BYTES // (4 * count * (size + 4 * config.model.dim)))
 
 
 def training_parts(

@@ -468,11 +468,11 @@ def test_the_optimum_is_known_only_where_it_is() -> None:
 def test_the_card_names_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     from nepa_core.baselines import fit_baselines
     from nepa_core.gathered import Gathered
-    from nepa_core.verdict import judge
+    from nepa_core.verdict import judge, start_of
 
     torch.manual_seed(0)
     seen = Gathered(torch.randn(20, 4, 3), torch.randn(20, 5, 6), torch.randn(20, 5, 6), None)
-    verdict = judge(fit_baselines([seen], seen, total=20), seen, seen).verdict
+    verdict = judge(fit_baselines([seen], seen, total=20), seen, start_of(seen)).verdict
     summary = {**verdict.model_dump(), "objective": verdict.loss, "causal": True, "unreadable_samples": 0}
     assert not any("best possible" in text for text in card.remarks(summary, "patch"))
     texts = card.remarks(summary | {"optimum": -0.875}, "patch")
