@@ -76,10 +76,12 @@ def draw(dataset: Dataset[Any], limit: int, seed: int) -> Drawn:
     tracks = _tracks(spans)
     length = int((spans.end - spans.first).max())
     most = min(limit, count)
+    widest = _apart(tracks, 0)
+    widest = widest if len(widest) > 1 else torch.arange(count)
 
     def group() -> Tensor:
         found = _apart(tracks, int(torch.randint(length, (), generator=generator)))
-        found = found if len(found) > 1 else torch.arange(count)
+        found = found if len(found) > 1 else widest  # a phase may leave no room for the second
         return found[torch.randperm(len(found), generator=generator)][: min(RIVALS, most)]
 
     groups = [group()]

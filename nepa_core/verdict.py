@@ -40,7 +40,8 @@ class Verdict(BaseModel):
     """Everything the card says, measured on held-out data; losses are negative cosines (-1 is perfect).
 
     Attributes:
-        samples: held-out samples measured, drawn at random; clusters: of them that are independent.
+        samples: held-out samples measured, drawn at random. asked: of them whose next tokens were identified, without
+            those of a group that is too small; clusters: how many groups of these are independent.
         rivals_overlap: there was no room for two samples without common values.
         fitted_samples: training samples the baselines were fitted on; training_samples: all there are.
         linear_features: numbers of a sequence that the linear autoregression reads, of linear_of.
@@ -67,7 +68,8 @@ class Verdict(BaseModel):
     model_config = FROZEN
 
     samples: int
-    clusters: int = 0  # of summaries of before it was counted
+    asked: int = 0  # of summaries of before it was counted, as clusters
+    clusters: int = 0
     rivals_overlap: bool = False
     fitted_samples: int
     training_samples: int = 0
@@ -122,6 +124,11 @@ class Verdict(BaseModel):
     @property
     def copying(self) -> Interval:
         return Interval(self.margin_copy, self.margin_copy_ci95)
+
+    @property
+    def has_intervals(self) -> bool:
+        """Whether there are two clusters at least; else nothing can be told from chance."""
+        return self.margin_untrained_ci95 is not None
 
     @property
     def beats_untrained(self) -> bool:
@@ -220,6 +227,7 @@ def judge(
     now, start = health(test), before.health
     verdict = Verdict(
         samples=len(test.values),
+        asked=int(asked.sum()),
         clusters=int(asked.sum()) if clusters is None else len(set(clusters.tolist())),
         rivals_overlap=rivals_overlap,
         fitted_samples=fitted.samples,

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from recipes.credits import unpack_credits
-from recipes.held_out import unpack_clusters
+from recipes.held_out import Clusters, pack_clusters, unpack_clusters
 from recipes.report import png_of
 from recipes.significance import LEVEL, Credits, Difference, interval_of, points, shown_p, spread
 
@@ -53,13 +53,13 @@ def credits_of(rows: Rows, key: str) -> Credits | None:
     found = {name: [unpack_credits(row["credits"][key]) for row in seeds] for name, seeds in rows.items()}
     if len(clusters) > 1 or len({len(each) for seeds in found.values() for each in seeds}) > 1:
         return None
-    return Credits({name: torch.stack(seeds) for name, seeds in found.items()}, _clusters(clusters.pop()))
+    return Credits({name: torch.stack(seeds) for name, seeds in found.items()}, *_clusters(clusters.pop()))
 
 
-def _clusters(packed: str | None) -> Tensor | None:
+def _clusters(packed: str | None) -> Clusters:
     """Of either packing."""
     if packed is not None and ":" in packed:
-        return unpack_credits(packed).long()
+        return Clusters(unpack_credits(packed).long())
     return unpack_clusters(packed)
 
 
@@ -68,8 +68,8 @@ def spreads(rows: Rows, key: str) -> dict[str, dict[str, Any]]:
     found = {}
     for name, seeds in rows.items():
         known = credits_of({name: seeds}, key)
-        of, clusters = (None, None) if known is None else (known.of[name], known.clusters)
-        found[name] = spread([float(row[key]) for row in seeds], of, clusters)
+        values = [float(row[key]) for row in seeds]
+        found[name] = spread(values) if known is None else _spread(values, known, known.of[name])
     return found
 
 
@@ -82,8 +82,12 @@ def gain_spreads(rows: Rows, controls: Rows, key: str, control: str) -> dict[str
         if own is None or theirs is None or own.of[name].shape != theirs.of[name].shape:
             found[name] = spread(values)
         else:
-            found[name] = spread(values, own.of[name] - theirs.of[name], own.clusters)
+            found[name] = _spread(values, own, own.of[name] - theirs.of[name])
     return found
+
+
+def _spread(values: Sequence[float], known: Credits, credits: Tensor) -> dict[str, Any]:
+    return spread(values, credits, known.clusters, chained=known.chained)
 
 
 def margin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -104,14 +108,26 @@ def margin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not all(each and each.get("model") and each.get("linear") for each in known):
         return spread(values)
     rows = [
-        {"credits": {key: each[key] for key in _SIDES}, "clusters": dict.fromkeys(_SIDES, each.get("clusters"))}
+        {"credits": {key: each[key] for key in _SIDES}, "clusters": dict.fromkeys(_SIDES, _packed(each))}
         for each in known
         if each is not None
     ]
     own, linear = (credits_of({"": rows}, key) for key in _SIDES)
     if own is None or linear is None:
         return spread(values)
-    return spread(values, own.of[""] - linear.of[""], own.clusters)
+    return _spread(values, own, own.of[""] - linear.of[""])
+
+
+def _packed(credits: Mapping[str, Any]) -> str | None:
+    """Clusters of a run's credits, a list of numbers, as `pack_clusters` writes them."""
+    clusters, chained = credits.get("clusters"), bool(credits.get("chained"))
+    if clusters is None and chained:
+        clusters = list(range(len(unpack_credits(credits[_SIDES[0]]))))
+    return (
+        clusters
+        if clusters is None or isinstance(clusters, str)
+        else pack_clusters(torch.tensor(clusters), chained=chained)
+    )
 
 
 def margin_cell(found: Mapping[str, Any] | None) -> str:

@@ -454,7 +454,8 @@ def skill(data: TimeSeries, horizon: int, found: Mapping[str, Any], repeated: fl
     """
     credits = 1 - found["errors"].double() / repeated
     packed = pack_credits(credits) if bool(credits.isfinite().all()) else None
-    return Figure(1 - found["mse"] / repeated, packed, pack_clusters(stretches(data.forecasts("test", horizon))))
+    clusters = pack_clusters(stretches(data.forecasts("test", horizon)), chained=True)
+    return Figure(1 - found["mse"] / repeated, packed, clusters)
 
 
 def persistence(data: TimeSeries, horizon: int, device: torch.device) -> float:

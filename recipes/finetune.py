@@ -42,7 +42,7 @@ from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
 from nepa_core.runtime.run import Run
 from recipes.goals import FIGURES, Goal, Regression, find_goal, numbered
 from recipes.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonical_tokens
-from recipes.held_out import NUMBER, Numbered, clusters_of
+from recipes.held_out import NUMBER, Numbered, clusters_of, is_chained
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
 from recipes.targets import default_out, is_imported, is_of, is_run, read_target, task_of
@@ -304,7 +304,8 @@ def beside_control(
 
 def compared(own: Credits, rival: Credits, config: FinetuneConfig) -> Worth:
     """The verdict on a run beside its control, of the credits of both on the same samples."""
-    clusters = clusters_of(config.data.plain().dataset("test"), own.numbers).repeat_interleave(own.weights)
+    held_out = config.data.plain().dataset("test")
+    clusters = clusters_of(held_out, own.numbers).repeat_interleave(own.weights)
 
     def score(name: str, credits: Credits) -> Score:
         each = credits.shares.repeat_interleave(credits.weights)
@@ -314,6 +315,7 @@ def compared(own: Credits, rival: Credits, config: FinetuneConfig) -> Worth:
         score(f"started from {config.init}", own),
         [score(RANDOM, rival)],
         clusters,
+        chained=is_chained(held_out),
         metric="r2" if own.metric == "r2" else "accuracy",
         unit="tokens" if own.per_token else "samples",
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sized
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -60,16 +60,38 @@ def clusters_of(dataset: Dataset[Any], numbers: Tensor) -> Tensor:
     return numbers.long() if spans is None else spans.cluster[numbers.long()]
 
 
-def pack_clusters(clusters: Tensor) -> str | None:
-    """Clusters int64 [S] as base64 of little-endian uint32, numbered in their order; None where each is its own."""
+def is_chained(dataset: Dataset[Any]) -> bool:
+    """Whether clusters are stretches of a series, so that samples of neighbours overlap, too; see `Spans`."""
+    spans = spans_of(dataset)
+    return spans is not None and spans.chained
+
+
+class Clusters(NamedTuple):
+    """Cluster of each sample, int64 [S], or None where each is its own; chained: see `is_chained`."""
+
+    of: Tensor | None
+    chained: bool = False
+
+
+def pack_clusters(clusters: Tensor, *, chained: bool = False) -> str | None:
+    """Clusters int64 [S] as base64 of little-endian uint32, numbered in their order; None where each is its own.
+
+    Chained ones have "chained " before it.
+    """
     number = clusters.unique(return_inverse=True)[1]
-    if int(number.max()) + 1 == len(number):
+    if int(number.max()) + 1 == len(number) and not chained:
         return None
-    return base64.b64encode(number.numpy().astype("<u4").tobytes()).decode("ascii")
+    packed = base64.b64encode(number.numpy().astype("<u4").tobytes()).decode("ascii")
+    return f"{_CHAINED if chained else ''}{packed}"
 
 
-def unpack_clusters(packed: str | None) -> Tensor | None:
-    """What `pack_clusters` was given, int64 [S] from 0; None where each sample is its own."""
+def unpack_clusters(packed: str | None) -> Clusters:
+    """What `pack_clusters` was given, numbered from 0; None where each sample is its own."""
     if packed is None:
-        return None
-    return torch.from_numpy(np.frombuffer(base64.b64decode(packed), "<u4").astype(np.int64))
+        return Clusters(None)
+    raw = base64.b64decode(packed.removeprefix(_CHAINED))
+    of = torch.from_numpy(np.frombuffer(raw, "<u4").astype(np.int64))
+    return Clusters(of, packed.startswith(_CHAINED))
+
+
+_CHAINED = "chained "

@@ -29,7 +29,7 @@ from recipes import finetune, probe
 from recipes.credits import pack_credits
 from recipes.features import Reader, Source, kept_features, tokens_per_sample
 from recipes.goals import Classification, Goal, Regression, find_goal
-from recipes.held_out import clusters_of, draw_seed, pack_clusters
+from recipes.held_out import clusters_of, draw_seed, is_chained, pack_clusters
 from recipes.maps import attention_figures, neighbour_share, token_positions, uniform_attention
 from recipes.pretrain import PretrainConfig
 
@@ -142,7 +142,8 @@ def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: Worl
         splits = [probe.Split.of(*pair, ranks.device) for pair in zip(train.features, test.features, strict=True)]
         scored = [probe.score_rows(split, PROBE.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
-    clusters = pack_clusters(clusters_of(config.data.plain().dataset("test"), numbers))
+    held_out = config.data.plain().dataset("test")
+    clusters = pack_clusters(clusters_of(held_out, numbers), chained=is_chained(held_out))
     return [[row | {"clusters": clusters} for row in rows] for rows in scored]
 
 
@@ -271,9 +272,10 @@ def tested(tuning: finetune.FinetuneConfig, model: finetune.Classifier, device: 
     every = torch.cat(parts)
     shares, weights = goal.credits(every[:, 1:])
     credits = shares.repeat_interleave(weights)
-    clusters = clusters_of(tuning.data.plain().dataset("test"), every[:, 0]).repeat_interleave(weights)
+    held_out = tuning.data.plain().dataset("test")
+    clusters = clusters_of(held_out, every[:, 0]).repeat_interleave(weights)
     packed = pack_credits(credits) if bool(credits.isfinite().all()) else None
-    return Figure(value, packed, pack_clusters(clusters))
+    return Figure(value, packed, pack_clusters(clusters, chained=is_chained(held_out)))
 
 
 def fine_tunings(

@@ -317,7 +317,8 @@ def _more(rows: Rows, key: str, look: Look) -> list[Difference]:
     gain = {name: [a - b for a, b in zip(values[name], scratch[name], strict=True)] for name in rows}
     known = None
     if own is not None and control is not None:
-        known = Credits({name: own.of[name] - control.of[name] for name in rows}, own.clusters)
+        apart = {name: own.of[name] - control.of[name] for name in rows}
+        known = Credits(apart, own.clusters, own.chained)
     return differences(gain, correction=look.pairs(), credits=known)
 
 

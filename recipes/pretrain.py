@@ -36,7 +36,7 @@ from nepa_core.pretrainer import ACROSS_PROCESSES, ACROSS_SAMPLES, HEADS, Object
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World, gather_samples, world
-from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
+from nepa_core.runtime.fit import Diverged, FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Meter, Run
 from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
@@ -270,6 +270,8 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     if (finished := opened(config, run, ranks)) is not None:
         return finished
     check_samples(config, ranks.size)
+    if len(cast(Sized, config.data.plain().dataset("test"))) < 2:
+        raise UserError("the held-out split has fewer than two samples, and each is told from others: hold out more")
     model = build_pretrainer(config).to(ranks.device)
     try_batch(config, model)
 
@@ -419,6 +421,9 @@ def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tu
 
     That is the mean over the batches, without gradient and without hidden inputs: terms that compare samples compare
     those of a batch, which is a micro-batch of at least 2 and at most 256 samples.
+
+    Raises:
+        Diverged: what the model gives is not finite.
     """
     sums = [0.0, 0.0]
 
@@ -429,6 +434,11 @@ def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tu
         sums[1] += count
 
     gathered = gather(model, config.data.plain(), samples.batches, causal=config.objective.causal, watch=add)
+    if not (gathered.embeddings.isfinite().all() and gathered.predictions.isfinite().all()):
+        raise Diverged(
+            "embeddings or predictions of held-out samples are not finite: lower optim.lr, or look for values in the "
+            "data that are too large"
+        )
     return samples.told(gathered), sums[0] / max(sums[1], 1.0)
 
 
@@ -502,6 +512,8 @@ def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[s
     """At most two lines on what to try where nothing, or no more than a baseline says, was learned: the run's facts."""
     if not verdict.collapsed and verdict.beats_all:
         return []
+    if not verdict.collapsed and not verdict.has_intervals:
+        return ["Hold out more data: two samples that don't depend on each other are needed, and dozens are better."]
     found = []
     rank, start = verdict.effective_rank_embedding, verdict.effective_rank_embedding_start
     lr, scale = config.optim.peak(config.train.batch), config.model.layer_scale

@@ -69,7 +69,7 @@ from recipes.features import (
     tokens_per_sample,
 )
 from recipes.finetune import FinetuneConfig
-from recipes.held_out import clusters_of, pack_clusters
+from recipes.held_out import clusters_of, is_chained, pack_clusters
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.segment import SegmentConfig
@@ -240,10 +240,14 @@ def probe(
         check_regression(splits[0], options)
         found = layers, random_init, raw = [score_rows(split, options.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
-    clusters = clusters_of(config.data.plain().dataset("test"), numbers)
+    held_out = config.data.plain().dataset("test")
+    clusters, chained = clusters_of(held_out, numbers), is_chained(held_out)
     best = {"best": best_row(layers), "random_init": best_row(random_init), "raw_tokens": raw[0]}
-    credits = {key: row["credits"] for key, row in best.items()} | {"clusters": pack_clusters(clusters)}
-    worth = verdict(found, splits[0], clusters, several=len(options.classifiers) > 1, per_token=per_sample > 0)
+    credits = {key: row["credits"] for key, row in best.items()} | {
+        "clusters": pack_clusters(clusters, chained=chained)
+    }
+    several = len(options.classifiers) > 1
+    worth = verdict(found, splits[0], clusters, chained=chained, several=several, per_token=per_sample > 0)
     layers, random_init, raw = (list(map(without_credits, rows)) for rows in found)
     return {
         "layers": layers,
@@ -278,7 +282,13 @@ def majority_credits(split: Split) -> Tensor:
 
 
 def verdict(
-    found: Sequence[Sequence[dict[str, Any]]], split: Split, clusters: Tensor, *, several: bool, per_token: bool
+    found: Sequence[Sequence[dict[str, Any]]],
+    split: Split,
+    clusters: Tensor,
+    *,
+    chained: bool,
+    several: bool,
+    per_token: bool,
 ) -> Worth:
     """The best reading of the network beside the best of random weights and of the raw tokens.
 
@@ -286,6 +296,7 @@ def verdict(
 
     Args:
         found: rows of the network, of random weights, and of the raw tokens, as `score_rows` gives them.
+        clusters, chained: of the held-out samples, see `recipes.held_out`.
         several: name the classifiers.
     """
     own, control, raw = (
@@ -300,6 +311,7 @@ def verdict(
         own,
         rivals,
         clusters,
+        chained=chained,
         metric="r2" if split.metric == "r2" else "accuracy",
         unit="tokens" if per_token else "samples",
     )

@@ -48,18 +48,21 @@ class Credits(NamedTuple):
 
     Attributes:
         of: variant -> [K, S] float32, whose means over S are its values. clusters: [S] int64, equal for samples that
-            depend on each other, or None.
+            depend on each other, or None. chained: clusters are stretches of a series (`over_samples`).
     """
 
     of: Mapping[str, Tensor]
     clusters: Tensor | None = None
+    chained: bool = False
 
 
-def spread(values: Sequence[float], credits: Tensor | None = None, clusters: Tensor | None = None) -> dict[str, Any]:
+def spread(
+    values: Sequence[float], credits: Tensor | None = None, clusters: Tensor | None = None, *, chained: bool = False
+) -> dict[str, Any]:
     """Values over seeds with mean, standard deviation and half-widths of 95 % intervals of the mean.
 
     Args:
-        credits: [K, S], what the test samples add. clusters: of `Credits`.
+        credits: [K, S], what the test samples add. clusters, chained: of `Credits`.
 
     Returns:
         `values`, `mean`, `std`; `ci95`: t-interval over seeds alone, None of one seed, of whose spread nothing is
@@ -70,7 +73,7 @@ def spread(values: Sequence[float], credits: Tensor | None = None, clusters: Ten
     std = statistics.stdev(values) if count > 1 else 0.0
     ci95 = float(student_t.ppf(0.975, count - 1)) * std / math.sqrt(count) if count > 1 else None
     found = {"values": list(values), "mean": statistics.fmean(values), "std": std, "ci95": ci95}
-    if credits is not None and (half := over_both(credits, clusters).half) is not None:
+    if credits is not None and (half := over_both(credits, clusters, chained=chained).half) is not None:
         found["both"] = half
     return found
 
@@ -196,16 +199,18 @@ def noise_of_variants(table: Sequence[Sequence[float]]) -> np.ndarray:
     return noise
 
 
-def over_samples_too(seeds: Contrast, apart: Tensor, clusters: Tensor | None) -> Contrast | None:
+def over_samples_too(
+    seeds: Contrast, apart: Tensor, clusters: Tensor | None, *, chained: bool = False
+) -> Contrast | None:
     """A contrast over seeds and test samples, as if both were drawn anew; None of fewer than two clusters.
 
     Crossed random effects, as `nepa_core.intervals.over_both`, with the noise of seeds as `contrasts` has it, which is
     never below the pair's own: variances add up, and degrees of freedom are Satterthwaite's.
 
     Args:
-        apart: [K, S], what the samples add to the difference. clusters: of `Credits`.
+        apart: [K, S], what the samples add to the difference. clusters, chained: of `Credits`.
     """
-    samples = over_samples(apart.double().mean(0), clusters)
+    samples = over_samples(apart.double().mean(0), clusters, chained=chained)
     if samples.half is None:
         return None
     of_seeds, of_samples = seeds.error**2, (samples.half / float(student_t.ppf(0.975, samples.df))) ** 2
@@ -252,7 +257,7 @@ def differences(
     both: list[Contrast | None] = [None] * len(chosen)
     if credits is not None:
         both = [
-            over_samples_too(each, credits.of[a] - credits.of[b], credits.clusters)
+            over_samples_too(each, credits.of[a] - credits.of[b], credits.clusters, chained=credits.chained)
             for (a, b), each in zip(chosen, tested, strict=True)
         ]
     p_both = holm([1.0 if each is None else each.p for each in both], correction)
@@ -297,7 +302,7 @@ def gains(
     if credits is not None:
         own, control = credits
         apart = {name: own.of[name] - control.of[name] for name in table}
-        known = Credits(apart | {none: 0 * next(iter(apart.values()))}, own.clusters)
+        known = Credits(apart | {none: 0 * next(iter(apart.values()))}, own.clusters, own.chained)
     found = differences(
         table | {none: [0.0] * len(next(iter(table.values())))},
         [(name, none) for name in table],

@@ -96,6 +96,7 @@ def judge(
     rivals: Sequence[Score],
     clusters: Tensor,
     *,
+    chained: bool = False,
     metric: Metric,
     unit: Literal["samples", "tokens"] = "samples",
 ) -> Worth:
@@ -103,9 +104,9 @@ def judge(
 
     Args:
         rivals: the first is the control.
-        clusters: int64 [S], equal where samples depend on each other.
+        clusters: int64 [S], equal where samples depend on each other. chained: see `over_samples`.
     """
-    beside = tuple(_beside(own, rival, clusters) for rival in rivals)
+    beside = tuple(_beside(own, rival, clusters, chained=chained) for rival in rivals)
     headline, verdict = _words(beside)
     return Worth(
         headline=headline,
@@ -122,10 +123,10 @@ def judge(
     )
 
 
-def _beside(own: Score, rival: Score, clusters: Tensor) -> Beside:
+def _beside(own: Score, rival: Score, clusters: Tensor, *, chained: bool) -> Beside:
     half = None
     if own.credits is not None and rival.credits is not None:
-        half = over_samples(own.credits.double() - rival.credits.double(), clusters).half
+        half = over_samples(own.credits.double() - rival.credits.double(), clusters, chained=chained).half
     margin = own.figure - rival.figure  # packed credits are rounded
     return Beside(name=rival.name, of=rival.of, figure=rival.figure, margin=margin, ci95=half)
 

@@ -47,6 +47,16 @@ def test_a_draw_is_a_function_of_its_seed_alone() -> None:
     assert not torch.equal(one.indices, draw(range(500), 100, seed=4).indices)
 
 
+def test_rivals_stay_apart_where_two_windows_just_fit() -> None:
+    """Most phases leave room for one alone."""
+    windows = Windows(rows=200, length=96)
+    drawn = draw(windows, 64, seed=0)
+    assert apart(windows)
+    assert len(drawn.indices) == 64
+    first = windows.first[drawn.indices].view(-1, 2)
+    assert (first.diff().abs() >= 96).all()
+
+
 @pytest.mark.parametrize("tracks", [1, 7])
 def test_rivals_hold_none_of_each_others_values(tracks: int) -> None:
     windows = Windows(rows=2880, length=96, tracks=tracks)

@@ -60,7 +60,11 @@ def test_samples_are_their_own_cluster_unless_the_data_say_otherwise() -> None:
 @pytest.mark.parametrize(("clusters", "expected"), [([5, 3, 9], None), ([7, 2, 7, 2, 5], [2, 0, 2, 0, 1])])
 def test_clusters_come_back_unless_each_sample_is_its_own(clusters: list[int], expected: Any) -> None:
     read = unpack_clusters(pack_clusters(torch.tensor(clusters)))
-    assert (None if read is None else read.tolist()) == expected
+    assert (None if read.of is None else read.of.tolist()) == expected
+    assert not read.chained
+    chain = unpack_clusters(pack_clusters(torch.tensor(clusters), chained=True))
+    assert chain.chained
+    assert chain.of is not None, "neighbours overlap though each is its own"
 
 
 @pytest.mark.parametrize("measure", ["attention", "ranks", "order", "batch"])

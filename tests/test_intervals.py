@@ -105,6 +105,36 @@ def test_the_margin_over_linear_is_over_both_where_runs_kept_their_samples() -> 
     assert both["mean"] == pytest.approx(apart["mean"]) == pytest.approx(0.25)
     assert both["both"] == pytest.approx(over_both(model - linear).half)
     assert margin([{"loss": 1.0}]) is None
+    for chained in (False, True):  # as a run on overlapping windows keeps them
+        for run in runs:
+            run["credits"] |= {"clusters": [0, 0, 1, 1, 2, 2], "chained": chained}  # type: ignore[operator]
+        windows = margin(runs)
+        assert windows is not None
+        expected = over_both(model - linear, torch.tensor([0, 0, 1, 1, 2, 2]), chained=chained).half
+        assert windows["both"] == pytest.approx(expected)
+
+
+def test_stretches_of_a_series_are_chained_in_every_comparison_too() -> None:
+    """What windows of neighbouring stretches share widens tables and tests, as it does the verdict of one run."""
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 3, 40, generator=draw)
+    clusters = torch.arange(10).repeat_interleave(4)
+
+    def rows(credits: Tensor, *, chained: bool) -> list[dict[str, object]]:
+        packed = {"skill": pack_clusters(clusters, chained=chained)}
+        return [row | {"clusters": packed} for row in rows_of(credits, key="skill")]
+
+    apart, chain = (credits_of({"a": rows(a, chained=c), "b": rows(b, chained=c)}, "skill") for c in (False, True))
+    assert apart is not None
+    assert chain is not None
+    assert (apart.chained, chain.chained) == (False, True)
+    found = spreads({"a": rows(a, chained=True)}, "skill")["a"]
+    assert found["both"] == pytest.approx(over_both(a, clusters, chained=True).half, rel=1e-2)
+    values = {name: [float(seed.mean()) for seed in of] for name, of in (("a", a), ("b", b))}
+    (narrow,), (wide,) = (differences(values, credits=of) for of in (apart, chain))
+    assert narrow.p_both is not None
+    assert wide.p_both is not None
+    assert wide.p_both > narrow.p_both
 
 
 def luck_with_the_test_set(draw: np.random.Generator, samples: int) -> tuple[bool, bool]:

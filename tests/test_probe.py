@@ -168,7 +168,7 @@ def test_where_tokens_have_classes_single_tokens_are_read(tiny_recipe: PretrainC
     assert [each.name for each in worth.beside] == ["random weights", "raw tokens", "the most frequent class"]
     assert worth.beside[2].figure == pytest.approx(result["majority"])
     assert (worth.samples, worth.clusters, worth.unit) == (len(test), 11, "tokens"), "one cluster a sequence"
-    clusters = unpack_clusters(result["credits"]["clusters"])
+    clusters = unpack_clusters(result["credits"]["clusters"]).of
     assert clusters is not None
     assert clusters.bincount().sum() == len(test)
     pooled = probe.probe(config, build_model(config), probe.Options(poolings=("attentive",), layers=(1,)))
