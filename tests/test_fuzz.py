@@ -51,6 +51,10 @@ NUMBERS = [
 ]
 
 
+LONG = [("train.length.steps", "1000000000"), ("train.length.steps", "1000000"), ("data.tokens", "1e4")]
+"""These would be done, some day."""
+
+
 class Command(NamedTuple):
     """Words, and what is done to the folder of the runs before them."""
 
@@ -74,7 +78,7 @@ def test_keys_with_odd_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]
             pairs += draw.sample([(name, value) for name in numbers for value in NUMBERS], 150)
         for name, value in pairs:
             short = [] if name.startswith("train.length") else ["train.length.steps=1"]
-            if (name, value) != ("train.length.steps", "1000000000"):  # would be done, in a month
+            if (name, value) not in LONG:
                 commands.append(Command((task, recipe, *short, f"{name}={value}")))
     faults = [fault for command in commands if (fault := tried(command, tmp_path, capsys))]
     assert not faults, "\n".join(faults)

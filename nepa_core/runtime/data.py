@@ -350,13 +350,10 @@ def _loaded(
         "generator": torch.Generator(),  # or the loader would draw from the global one
     }
     workers = min(workers, cores())  # more only take turns; batches are the same from any number
-    try:
-        stream = iter(DataLoader(batches, num_workers=workers, **settings))
-    except OSError as error:  # no room in /dev/shm for a lock, no more processes or files
-        if not workers:
-            raise
-        print(f"No processes to load data can be started ({error}): loading in the main process.", file=sys.stderr)
-        stream = iter(DataLoader(batches, num_workers=0, **settings))
+    if workers and (cause := _no_room_for(workers)):
+        _say_once(f"No processes to load data can be started ({cause}): loading in the main process.")
+        workers = 0
+    stream = iter(DataLoader(batches, num_workers=workers, **settings))
     while True:
         try:
             found = next(stream)
@@ -367,6 +364,21 @@ def _loaded(
                 raise UserError(LOADER_DIED) from error
             raise
         yield pickle.loads(found) if isinstance(found, bytes) else found
+
+
+def _no_room_for(workers: int) -> str:
+    """Why the locks between so many processes can't be made, as where /dev/shm holds a few pages; "" if they can."""
+    try:
+        locks = [torch.multiprocessing.get_context().Lock() for _ in range(3 * workers + 10)]  # three a queue
+    except OSError as error:
+        return f"/dev/shm: {error.strerror}"
+    del locks
+    return ""
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _raise_error(batch: Batch) -> Batch:
