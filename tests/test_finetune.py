@@ -553,5 +553,5 @@ def _batch(data: tiny.Waves | None = None) -> dict[str, Tensor]:
 def test_a_group_that_may_be_left_out_is_switched_off_by_null() -> None:
     config = read_config("recipes.vision:base_in1k_finetune", {"mix": None, "optim.layer_decay": None})
     assert (config.mix, config.optim.layer_decay) == (None, None)
-    with pytest.raises(UserError, match="optim=None"):
+    with pytest.raises(UserError, match="optim=null"):
         read_config("recipes.vision:base_in1k_finetune", {"optim": None})

@@ -275,9 +275,10 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def keys(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a config with its value, in the order of the fields."""
+    """Every dotted key of a config with its value, in the order of the fields; those that are never stored last."""
     found: dict[str, Any] = {}
-    for name in type(config).model_fields:
+    fields = type(config).model_fields
+    for name in sorted(fields, key=lambda name: bool(fields[name].exclude)):
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             found |= keys(value, f"{prefix}{name}.")
