@@ -154,9 +154,14 @@ class Verdict(BaseModel):
         return self.beats_linear and self.linear_is_starved and not starved.above
 
     @property
-    def linear_is_starved(self) -> bool:
+    def linear_gains(self) -> bool:
         """Twice the samples would still move the control by more than its interval, as the last doubling did."""
         return self.linear_moved is not None and Interval(self.linear_moved, self.linear_moved_ci95).above
+
+    @property
+    def linear_is_starved(self) -> bool:
+        """It still gains, and was not given all the training samples that the network had."""
+        return self.linear_gains and self.fitted_samples < self.training_samples
 
     @property
     def starved_margin(self) -> float:
