@@ -138,7 +138,7 @@ def _dispatch(words: list[str]) -> int:
     if asks_help:
         print(_task_help(name, task, rest))
         return 0
-    if not rest or "=" in rest[0]:
+    if not rest or ("=" in rest[0] and not os.path.exists(rest[0])):
         return _fail(f"nepa {name} needs a {TASKS[name].takes} after it; see nepa {name} --help", 2)
     options, changes = split_options(task.Options, rest[1:])
     task.main(rest[0], options, changes)

@@ -24,8 +24,9 @@ def etth1() -> PretrainConfig:
     """ETTh1, hourly, 7 channels: look-back 336 in 14 tokens of a day, channels independent, width 64, 4 layers.
 
     `nepa pretrain recipes.timeseries:etth1 data.root=ETTh1.csv`, then `nepa forecast runs/etth1`. The split is the
-    usual one: 12, 4 and 4 months of 30 days. Windows are normalised one by one. The verdict of seeds 0 to 2 is "no more"
-    or "less than linear": 23 to 24 % of the next tokens identified among 49, by a linear autoregression a point more.
+    usual one: 12, 4 and 4 months of 30 days. Windows are normalised one by one. The verdict of seeds 0 to 2: no
+    more, or less, than linear: 23 to 24 % of the next tokens identified among 49, by a linear autoregression a point
+    more.
     """
     return override(
         small(

@@ -79,24 +79,23 @@ _FEW = 20  # words that are listed whole
 
 
 def nearest_key(key: str, known: Sequence[str]) -> str:
-    """The same for a dotted key: the nearest one, those with a part of its name, its group's, or the groups."""
+    """The same for a dotted key: one of its group, those with a part of its name, the whole group, or all groups."""
     *groups, last = key.split(".")
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if close and close[0].split(".")[:-1] == groups:
-        return f"; did you mean {close[0]}?"
-    within = [name for name in known if groups and name.startswith(f"{'.'.join(groups)}.")]
+    group = ".".join(groups)
+    own = {name.removeprefix(f"{group}."): name for name in known if groups and name.startswith(f"{group}.")}
+    if close := difflib.get_close_matches(last, own, n=1, cutoff=0.45):
+        return f"; did you mean {own[close[0]]}?"
     parts = {part for name in known for part in name.split(".")}
-    same = [name for name in known if last in name.split(".")]
-    near = difflib.get_close_matches(last, parts, n=1, cutoff=0.7)
-    same = same or [name for name in known if near and near[0] in name.split(".")]
-    if same:
-        same.sort(key=lambda name: (name.split(".")[-1] != last, not name.startswith("train."), name.count(".")))
-        return f"; did you mean {' or '.join(same[:3])}?"
-    if close:
+    part = last if last in parts else next(iter(difflib.get_close_matches(last, parts, n=1, cutoff=0.7)), None)
+    having = [name for name in known if part in name.split(".")]
+    having = [name for name in having if name in own.values()] or having
+    if having:
+        having.sort(key=lambda name: (name.split(".")[-1] != part, not name.startswith("train."), name.count(".")))
+        return f"; did you mean {' or '.join(having[:3])}?"
+    if own:
+        return f"; {group} has {', '.join(own)}"
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
         return f"; did you mean {close[0]}?"
-    if within:
-        own = [name.removeprefix(f"{'.'.join(groups)}.") for name in within]
-        return f"; {'.'.join(groups)} has {', '.join(own)}"
     tops = dict.fromkeys(name.partition(".")[0] for name in known)
     return f"; keys begin with {', '.join(tops)}: add --help to see all"
 

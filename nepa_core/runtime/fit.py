@@ -409,12 +409,34 @@ def restore(
             "samples would come in another order: give it back, go on all the same with data.changed=true, or name "
             "another folder with out=DIR"
         )
-    if world.is_main:
-        run.truncate_metrics(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
     if checkpoint is None:
+        if world.is_main:
+            run.truncate_metrics(0)
         if notes:
             say("no checkpoint is left: starting from the beginning")
         return Sitting()
+    try:
+        return _restored(checkpoint, run, world, model, optimizer, names, ema, tally, say)
+    except KeyError as error:
+        raise UserError(
+            f"{run.checkpoints}: the newest checkpoint lacks {error}, so it was written by another version; give the "
+            "earlier code back, or name another folder with out=DIR"
+        ) from error
+
+
+def _restored(
+    checkpoint: Checkpoint,
+    run: Run,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    ema: Ema | None,
+    tally: _Tally,
+    say: Callable[[str], None],
+) -> Sitting:
+    state, tensors = checkpoint.state, checkpoint.tensors
+    sitting = Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
     try:
         model.load_state_dict(_with_heads("model", checkpoint))
     except RuntimeError as error:
@@ -422,15 +444,16 @@ def restore(
             f"the checkpoints of {run.path} are of another network than the recipe builds now: {error}; "
             "give the earlier code back, or name another folder with out=DIR"
         ) from error
-    restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"])
+    restore_optimizer(optimizer, names, tensors["optimizer"])
     if ema is not None:
         ema.restore(_with_heads("ema", checkpoint))
-    for name, value in checkpoint.tensors["tally"].items():
+    for name, value in tensors["tally"].items():
         tally.sums[name].copy_(value)
-    tally.steps = checkpoint.state["tally_steps"]
+    tally.steps = state["tally_steps"]
+    if world.is_main:
+        run.truncate_metrics(state["metrics_bytes"])
     say(f"going on after step {checkpoint.step}")
-    state = checkpoint.state
-    return Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
+    return sitting
 
 
 def _heads_apart(group: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -27,7 +27,7 @@ from rich.progress import (
 
 from nepa_core.basics import UserError
 from nepa_core.runtime import trust
-from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
+from nepa_core.runtime.checkpoint import disk_errors, read_json, shortened, write_whole
 from nepa_core.runtime.config import Config, differences, imports_of, load_config, save_config, shown
 
 FREE_KEYS = (
@@ -172,7 +172,7 @@ class Run:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise UserError(f"{file} can't be read: {error.strerror}") from error
+            raise UserError(f"{shortened(file)} can't be read: {error.strerror}") from error
         except ValueError as error:
             raise UserError(f"{file} is not JSON ({error}); delete it and give the same command again") from error
         if not isinstance(found, dict):
