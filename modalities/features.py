@@ -6,7 +6,7 @@ Shapes: B samples, N tokens, P numbers in a token, A coordinate axes.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class Features(Ordered, Modality):
 
     root: str | None = None
     standardise: bool = True
-    coord_scale: float = Field(default=1.0, gt=0)
+    coord_scale: float = Field(default=1.0, gt=1e-9, le=1e9)
 
     def dataset(self, split: str) -> Dataset[Batch]:
         return Sequences(self._stored(split), self._tokens())
@@ -95,7 +95,8 @@ def open_both(root: str) -> dict[str, Stored]:
     """Both splits.
 
     Raises:
-        UserError: they don't fit together, or held-out sequences have a class that no training sequence has.
+        UserError: they don't fit together, training classes are not numbered from 0 on without gaps, or held-out
+            sequences have a class that no training sequence has.
     """
     train, test = (open_split(root, name) for name in ("train", "test"))
     for what, mine, others in (
@@ -109,14 +110,30 @@ def open_both(root: str) -> dict[str, Stored]:
     if train.shared is not None and len(train.shared) < max(train.longest, test.longest):
         raise UserError(f"{test.path} has longer sequences than {train.path} has coordinates for")
     if train.labels is not None and test.labels is not None and _kind(train) == "classes":
+        check_numbering(train.labels, f"{train.path}: label")
         unknown = np.flatnonzero(~np.isin(test.labels, train.labels))
         if unknown.size:
             row = int(unknown[0])
             raise UserError(
-                f"{test.name(row)} has the class {test.labels[row]}, which no sequence of {train.path} has; mend the "
+                f"{test.name(row)} has the class {test.labels[row]}, which no sequence of {train.path} has; fix the "
                 "labels, or leave such sequences out"
             )
     return {"train": train, "test": test}
+
+
+def check_numbering(labels: np.ndarray[Any, Any], where: str) -> None:
+    """See that the classes [S] of training samples are numbered from 0 on: a gap would be a class that never occurs.
+
+    Raises:
+        UserError: they are not.
+    """
+    found = np.unique(labels)
+    gaps = np.flatnonzero(found != np.arange(len(found)))
+    if len(gaps):
+        raise UserError(
+            f"{where}: {len(found)} classes occur in training, numbered from {found[0]} to {found[-1]}, and none is "
+            f"{gaps[0]}; number them from 0 to {len(found) - 1}, or store numbers to predict in floating point"
+        )
 
 
 def _kind(stored: Stored) -> str:

@@ -48,7 +48,7 @@ class Images(Ordered, Modality):
     root: str | None = None
     augment: Augment = "none"
     interpolation: Interpolation = "bicubic"
-    crop_ratio: float = Field(default=1.0, gt=0, le=1)
+    crop_ratio: float = Field(default=1.0, ge=0.01, le=1)
     squash: bool = False
     erase: float = Field(default=0.0, ge=0, le=1)
     in_memory: bool = False

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from modalities import order_curves as curves
 from modalities.order_curves import Grid
-from nepa_core.basics import FROZEN, UserError
+from nepa_core.basics import FROZEN, MOST_SEED, UserError
 from nepa_core.modality import Tokens
 from nepa_core.runtime.config import load_object, nearest
 
@@ -205,7 +205,7 @@ class Ordered(BaseModel):
     model_config = FROZEN
 
     patch_order: PatchOrder = "raster"
-    order_seed: int = Field(default=0, ge=0)
+    order_seed: int = Field(default=0, ge=0, lt=MOST_SEED)
     _progress: float | None = PrivateAttr(None)  # set by `at` alone: an adapter as configured is that of evaluation
 
     def ordered(self, tokens: Tokens, grid: Grid, cell: Tensor | None = None) -> Tensor | None:

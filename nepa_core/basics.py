@@ -14,6 +14,10 @@ FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_num
 """The `model_config` of every config class: no change after construction, no unknown key; `out=2024` is a name."""
 
 
+MOST_SEED = 2**62
+"""Seeds are below this: they are added to, and torch takes 64 bits with a sign."""
+
+
 class UserError(Exception):
     """Something the user can mend.
 

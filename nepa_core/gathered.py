@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nepa_core.basics import Batch
+from nepa_core.basics import Batch, UserError
 from nepa_core.drawing import Drawn
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, Prediction
@@ -134,6 +134,11 @@ def gather_parts(
             if embeddings is not None and embeddings is not out.embeddings:
                 kept |= {"embeddings": embeddings, "encoded": out.embeddings}
             part = {name: x.float().cpu() for name, x in kept.items()}
+            if not all(part[name].isfinite().all() for name in ("embeddings", "predictions")):
+                raise UserError(
+                    "the network gives NaN or infinity on held-out samples, so training has diverged: lower optim.lr "
+                    "or model.layer_scale; checkpoints before this are kept"
+                )
             mask = None if out.mask is None else out.mask.cpu()
             yield Gathered(**part, mask=mask, order=_own_order(model, tokens))
     finally:

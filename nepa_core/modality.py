@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -43,6 +43,20 @@ class Tokens:
     def real_count(self) -> Tensor | int:
         """Tokens of the batch that are real; a scalar on their device where there is a mask."""
         return self.values.shape[0] * self.values.shape[1] if self.mask is None else self.mask.sum()
+
+    def finite(self) -> Tensor:
+        """[B] bool on their device: the samples without NaN or infinity."""
+        return self.values.isfinite().flatten(1).all(1)
+
+    def rows(self, index: Tensor) -> Tokens:
+        """These samples, [n] int64, in this order; one may come several times."""
+        return replace(
+            self,
+            values=self.values[index],
+            coords=self.coords if self.coords.ndim == 2 else self.coords[index],
+            mask=None if self.mask is None else self.mask[index],
+            order=self.order if self.order is None or self.order.ndim == 1 else self.order[index],
+        )
 
     def reordered(self, order: Tensor | None) -> Tokens:
         """Apply one permutation to values, coordinates and mask together.
@@ -123,6 +137,9 @@ class Modality(BaseModel, ABC):
 
     model_config = FROZEN
 
+    changed: bool = Field(default=False, exclude=True)
+    """Go on although the training data is not what it was when the run stopped: for one command, never stored."""
+
     token_name: ClassVar[str] = "token"
     """What one token is called on the verdict card."""
 
@@ -136,7 +153,9 @@ class Modality(BaseModel, ABC):
         `__getitems__(list of int)` that returns a whole batch as one dictionary, which is faster for data in memory,
         and `name(int)`, what a picture of that sample is called, such as its file. Where samples overlap or are cut
         from one recording, its `spans()` says so (`nepa_core.drawing.Spans`): a verdict then keeps rivals apart and
-        makes its intervals from recordings, not from samples.
+        makes its intervals from recordings, not from samples. Its `fingerprint()`, a short text such as the number and
+        digest of the files, is part of a checkpoint: data that changed between a stop and its resumption is then
+        refused. Its `contents()` (`modalities.listing.Contents`) lets samples that are in both splits be counted.
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.
@@ -151,16 +170,25 @@ class Modality(BaseModel, ABC):
 
         Default: the numbers themselves, found by reading the training labels one by one; override it where reading
         a sample is slow.
+
+        Raises:
+            UserError: the default finds ids in place of classes: far larger numbers than there are different ones.
         """
         samples = self.dataset("train")
-        highest = -1
+        found: set[int] = set()
         for index in range(len(cast(Sized, samples))):
             with suppress(UnreadableSample):
                 sample = samples[index]
                 label = torch.as_tensor(sample["label"] if "label" in sample else sample.get("target", 0.0))
                 if label.is_floating_point() or label.ndim != ("label" not in sample):
                     return None
-                highest = max(highest, int(label.max()))
+                found.update(label.flatten().tolist())
+        highest = max(found, default=-1)
+        if highest > 1000 + 10 * len(found):
+            raise UserError(
+                f"{type(self).__name__}: training samples have {len(found)} classes with numbers up to {highest}; "
+                "number them from 0 on without gaps"
+            )
         return tuple(str(number) for number in range(highest + 1)) or None
 
     def plain(self) -> Modality:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nepa_core.basics import UserError
 from nepa_core.modality import Tokens
 from nepa_core.predictor import Predictor, PredictorConfig, Trace, init_weights
 from nepa_core.rope import of_next, rotary_table
@@ -116,7 +117,10 @@ class NEPA(nn.Module):
         assert self.positions is not None
         count = tokens.values.shape[1]
         if count > len(self.positions):
-            raise ValueError(f"{count} tokens, but model.learned_positions={len(self.positions)}")
+            raise UserError(
+                f"model.learned_positions={len(self.positions)} is less than the {count} tokens of a sample: raise it, "
+                "or leave it at 0"
+            )
         vectors = self.positions[:count] if tokens.order is None else self.positions[tokens.order]
         return vectors if self.bos is None else F.pad(vectors, (0, 0, 1, 0))
 

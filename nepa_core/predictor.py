@@ -58,19 +58,19 @@ class PredictorConfig(BaseModel):
 
     model_config = FROZEN
 
-    dim: int = Field(gt=0)
-    depth: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    mlp_dim: int = Field(gt=0)
+    dim: int = Field(gt=0, le=2**20)
+    depth: int = Field(gt=0, le=2**14)
+    heads: int = Field(gt=0, le=2**14)
+    mlp_dim: int = Field(gt=0, le=2**22)
     activation: Literal["gelu", "silu"]
     gated: bool
-    layer_scale: float | None
+    layer_scale: float | None = Field(ge=-1e3, le=1e3)
     qk_norm: Literal["off", "plain", "affine"]
-    rope_theta: float | None = Field(gt=0)
-    rope_rescale: float = Field(ge=1)
+    rope_theta: float | None = Field(gt=1e-6, le=1e12)
+    rope_rescale: float = Field(ge=1, le=1e6)
     bos: bool
-    norm_eps: float = Field(gt=0)
-    learned_positions: int = Field(default=0, ge=0)
+    norm_eps: float = Field(gt=1e-30, le=1)
+    learned_positions: int = Field(default=0, ge=0, le=2**24)
     predict_position: Literal["off", "add", "rotate"] = "off"
     mask_token: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
@@ -88,6 +88,12 @@ class PredictorConfig(BaseModel):
     @property
     def head_dim(self) -> int:
         return self.dim // self.heads
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the blocks and the learned positions hold, known before they are made."""
+        mlp = (3 if self.gated else 2) * self.mlp_dim
+        return self.depth * self.dim * (4 * self.dim + mlp) + self.learned_positions * self.dim
 
 
 @dataclass

@@ -70,11 +70,11 @@ class ObjectiveConfig(BaseModel):
     input_mask: float = Field(ge=0, lt=1)
     unknown_target: bool = False
     terms: dict[str, float] = {"cosine": 1.0}
-    temperature: float = Field(default=0.1, gt=0)
-    redundancy: float = Field(default=0.005, ge=0)
+    temperature: float = Field(default=0.1, gt=1e-6, le=1e6)
+    redundancy: float = Field(default=0.005, ge=0, le=1e6)
     projector: tuple[int, int] = (512, 64)
-    slices: int = Field(default=64, gt=0)
-    horizons: int = Field(default=4, gt=0)
+    slices: int = Field(default=64, gt=0, le=2**20)
+    horizons: int = Field(default=4, gt=0, le=2**16)
     layers: tuple[int, ...] = ()
 
     @field_validator("terms")
@@ -85,15 +85,15 @@ class ObjectiveConfig(BaseModel):
                 close = difflib.get_close_matches(name, TERMS, n=2)
                 near = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(TERMS)}"
                 raise ValueError(f"there is no term {name}; {near}")
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"the weight of {name} must be a number from 0")
+            if not 0 <= weight <= 1e6:
+                raise ValueError(f"the weight of {name} must be a number from 0 to a million")
         return {name: weight for name, weight in terms.items() if weight > 0}
 
     @field_validator("projector")
     @classmethod
     def _positive(cls, widths: tuple[int, int]) -> tuple[int, int]:
-        if min(widths) < 1:
-            raise ValueError("both widths must be above 0")
+        if min(widths) < 1 or max(widths) > 2**20:
+            raise ValueError("both widths must be above 0, and no more than a million")
         return widths
 
     @model_validator(mode="after")

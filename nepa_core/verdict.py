@@ -154,14 +154,35 @@ class Verdict(BaseModel):
         return self.beats_linear and self.linear_is_starved and not starved.above
 
     @property
-    def linear_is_starved(self) -> bool:
+    def linear_gains(self) -> bool:
         """Twice the samples would still move the control by more than its interval, as the last doubling did."""
         return self.linear_moved is not None and Interval(self.linear_moved, self.linear_moved_ci95).above
+
+    @property
+    def linear_is_starved(self) -> bool:
+        """It still gains, and was not given all the training samples that the network had."""
+        return self.linear_gains and self.fitted_samples < self.training_samples
 
     @property
     def starved_margin(self) -> float:
         """The margin over the linear control if the next doubling of its samples moved it as much as the last."""
         return self.margin_linear - (self.linear_moved or 0.0)
+
+
+class Start(NamedTuple):
+    """What is measured of the network before training, on the same held-out samples.
+
+    Attributes:
+        credits: [S], see `diagnostics.identified`. health: see `diagnostics.health`.
+    """
+
+    credits: Tensor
+    health: dict[str, float]
+
+
+def start_of(untrained: Gathered) -> Start:
+    """Measure the network before training."""
+    return Start(identified(untrained.predictions[:, :-1], untrained), health(untrained))
 
 
 class Judged(NamedTuple):
@@ -179,14 +200,14 @@ class Judged(NamedTuple):
 
 
 def judge(
-    fitted: Fitted, test: Gathered, untrained: Gathered, *, training_samples: int = 0, rivals_overlap: bool = False
+    fitted: Fitted, test: Gathered, before: Start, *, training_samples: int = 0, rivals_overlap: bool = False
 ) -> Judged:
     """Measure the trained model.
 
     Args:
         fitted: baselines fitted on training samples without augmentation, and what they say of `test`.
         test: held-out samples, gathered with the trained model.
-        untrained: the same held-out samples, gathered with the network before training.
+        before: of the network before training, on the same held-out samples.
         training_samples: size of the training split; default: as many as the baselines were fitted on.
     """
     counted = test.counted
@@ -195,9 +216,9 @@ def judge(
     found = {name: identified(x, test) for name, x in predictions.items()}
     asked = ~found["model"].isnan()
     clusters = None if test.drawn is None else test.drawn.cluster[asked]
-    curve = {samples: identified(x, test)[asked] for samples, x in fitted.curve}
+    curve = {samples: credit[asked] for samples, credit in fitted.curve}
     found = {name: credit[asked] for name, credit in found.items()}
-    found["untrained"] = identified(untrained.predictions[:, :-1], untrained)[asked]
+    found["untrained"] = before.credits[asked]
     mean_loss = {name: float(masked_mean(loss, counted)) for name, loss in losses.items()}
     top1 = {name: float(credit.mean()) for name, credit in found.items()}
     chained = test.drawn is not None and test.drawn.chained
@@ -208,7 +229,7 @@ def judge(
     margins = {name: margin(found[name]) for name in ("linear", "copy", "untrained")}
     moved = margin(list(curve.values())[-1], "linear") if curve else None
     points = [*((samples, float(credit.mean())) for samples, credit in curve.items())]
-    now, start = health(test), health(untrained)
+    now, start = health(test), before.health
     verdict = Verdict(
         samples=len(test.values),
         asked=int(asked.sum()),

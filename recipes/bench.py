@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,8 @@ from nepa_core.ema import Ema
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import Prediction
 from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime import trust
+from nepa_core.runtime.config import imports_of, save_config
 from nepa_core.runtime.data import epoch_order, plain_batches
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
@@ -427,16 +429,16 @@ def against_bare_decode(config: Trained, options: Options) -> dict[str, float]:
 def _memory_alone(config: PretrainConfig, side: str) -> float:
     """Peak memory of two training steps in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        from nepa_core.runtime.config import save_config
-
         save_config(config, Path(folder) / "config.json")
-        code = f"from recipes.bench import print_peak; print_peak({folder!r}, {side!r})"
+        arguments = (folder, side, imports_of(config))
+        code = f"from recipes.bench import print_peak; print_peak(*{arguments!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
-def print_peak(folder: str, side: str) -> None:
+def print_peak(folder: str, side: str, imports: Sequence[str]) -> None:
     """Run two bare steps of one side and print the peak memory; see `_memory_alone`."""
+    trust.allow(imports)
     config = Run(Path(folder)).load_config(PretrainConfig)
     with world() as ranks:
         model = _model(config, ranks) if side == "nepa" else _bare(config, ranks)

@@ -123,8 +123,13 @@ def linear_control(verdict: Verdict) -> list[str]:
         assert verdict.linear_moved is not None
         text += (
             f". It is starved: the last doubling of its samples moved it by {100 * verdict.linear_moved:+.1f} points, "
-            f"and another such would leave a margin of {100 * verdict.starved_margin:+.1f}"
-            + (", though it has all the samples that the network had" if whole else "; raise verdict.fit_samples")
+            f"and another such would leave a margin of {100 * verdict.starved_margin:+.1f}; raise verdict.fit_samples"
+        )
+    elif verdict.linear_gains:
+        assert verdict.linear_moved is not None
+        text += (
+            f". It has all that the network had, and more would still make it stronger: the last doubling moved it by "
+            f"{100 * verdict.linear_moved:+.1f} points"
         )
     return [f"{text}."]
 

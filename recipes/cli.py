@@ -54,6 +54,8 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
   nepa probe runs/digits                      read out every layer of that run
   nepa pretrain recipes.vision:digits --help  every key of the recipe with its value
   nepa TASK --help                            what a task takes and gives
+
+A run that names code (an adapter, an order) and was not made here by you is refused unless you add trust=true.
 """
 
 
@@ -75,7 +77,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(str(error), error.status)
         if isinstance(error, UserError):
             return _fail(" ".join(str(error).split()), 2)
+        if (line := _in_one_line(error, words)) is not None:
+            return _fail(" ".join(line.split()), 2)
         raise
+
+
+def _in_one_line(error: Exception, words: list[str]) -> str | None:
+    """What the system says of a command that is too large for it or names what it can't open; None for a defect."""
+    import torch
+
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror is not None:
+        from nepa_core.runtime.checkpoint import shortened
+
+        return f"{shortened(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, RuntimeError) and "home directory" in text:
+        named = next((word for word in words if "~" in word), "~")
+        return f"{named[:80]}: there is no such user; give the path without ~"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "not enough mem" in text:
+        return f"out of memory{_largest(words)}: lower train.micro_batch or train.batch, or the sizes of model."
+    if "DataLoader worker" in text:
+        from nepa_core.runtime.data import LOADER_DIED
+
+        return LOADER_DIED
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply to be followed{_largest(words)}"
+    if isinstance(error, OverflowError) or "verflow" in text:
+        return f"a number is too large or too small to compute with{_largest(words)}: {text.splitlines()[0][:120]}"
+    if isinstance(error, torch.linalg.LinAlgError):
+        return "training has diverged, as a matrix holds NaN or infinity: lower optim.lr or model.layer_scale"
+    return None
+
+
+def _largest(words: list[str]) -> str:
+    """ " (model.dim=1000000000)": the largest number that was given, which is the likely cause."""
+    import re
+
+    found = {word: re.findall(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?", word.partition("=")[2]) for word in words}
+    sizes = {word: max((abs(float(number)) for number in numbers), default=0.0) for word, numbers in found.items()}
+    word = max(sizes, key=lambda each: sizes[each], default="")
+    return f" ({word[:80]})" if word and sizes[word] >= 1000 else ""
 
 
 def _dispatch(words: list[str]) -> int:
@@ -93,14 +134,28 @@ def _dispatch(words: list[str]) -> int:
 
         return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes'])}", 2)
     task = importlib.import_module(TASKS[name].module)
+    rest = _trusting(rest)
     if asks_help:
         print(_task_help(name, task, rest))
         return 0
-    if not rest or "=" in rest[0]:
+    if not rest or ("=" in rest[0] and not os.path.exists(rest[0])):
         return _fail(f"nepa {name} needs a {TASKS[name].takes} after it; see nepa {name} --help", 2)
     options, changes = split_options(task.Options, rest[1:])
     task.main(rest[0], options, changes)
     return 0
+
+
+def _trusting(words: list[str]) -> list[str]:
+    """Take `trust=` out of the words of a command, and the current folder off the places of modules if it is a run."""
+    from nepa_core.basics import UserError
+    from nepa_core.runtime import trust
+
+    said = [word.partition("=")[2] for word in words if word.startswith("trust=")]
+    if said and said not in (["true"], ["false"]):
+        raise UserError(f"trust={said[-1]}: say trust=true once, to run the code that a run names, or leave it out")
+    trust.take(trust.Trust(everything=said == ["true"]))
+    trust.leave_run_folder()
+    return [word for word in words if not word.startswith("trust=")]
 
 
 def split_options(kind: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
@@ -191,7 +246,8 @@ def _docstring(target: str) -> str | None:
 def _fail(message: str, status: int) -> int:
     """Say it once, also where torchrun started several processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"nepa: {message}", file=sys.stderr)
+        line = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in message)
+        print(f"nepa: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     return status
 
 

@@ -17,7 +17,6 @@ comes back.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -41,11 +40,12 @@ from pydantic import BaseModel
 
 from nepa_core.basics import UserError, cores
 from nepa_core.model import NEPA
-from nepa_core.runtime.checkpoint import disk_errors, write_whole
+from nepa_core.runtime import trust
+from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
-from nepa_core.runtime.run import FREE_KEYS, Run
+from nepa_core.runtime.run import FREE_KEYS, Run, locked
 from recipes import protocol
 from recipes.pretrain import PretrainConfig, build_pretrainer, load_pretrained, pretrain, try_batch
 from recipes.protocol import Declared, Look
@@ -236,7 +236,7 @@ def check_folder(out: Path, task: str, recipe: str) -> None:
         raise UserError(f"out={out}: {file} is a file; name another folder with out=DIR")
     if is_run(str(out)):
         raise UserError(f"{out} is a run, and its summary and report would be lost; name another folder with out=DIR")
-    summary = Run(out).summary()
+    summary = _stored(out / "summary.json")
     if summary is not None:
         found = written_by(summary)
         if found != (task, recipe):
@@ -248,6 +248,15 @@ def check_folder(out: Path, task: str, recipe: str) -> None:
             raise UserError(f"{out} was declared for {held}; name another folder with out=DIR")
     elif any(out.glob("[!.]*")) and not any(any(out.glob(pattern)) for pattern in _BEGUN):
         raise UserError(f"{out} holds files and is no comparison of `nepa {task}`; name another folder with out=DIR")
+
+
+def _stored(file: Path) -> Any:
+    try:
+        return read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not JSON ({error}); delete it, or name another folder with out=DIR") from error
 
 
 def written_by(summary: Any) -> tuple[str, str] | None:
@@ -376,28 +385,9 @@ def attempt(job: Job) -> bool:
 
 
 @contextmanager
-def locked(file: Path, *, patient: bool = False) -> Iterator[bool]:
-    """Whether this process could take the lock, which it then has in the block. The file stays: it tells nothing.
-
-    Args:
-        patient: wait until it can be taken.
-    """
-    with disk_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("w")
-    with stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX if patient else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
-
-
-@contextmanager
 def reporting(out: Path) -> Iterator[None]:
     """Within the block no other command writes the report of this folder."""
-    with locked(out / ".report.lock", patient=True):
+    with locked(out / ".report.lock", patient=True, trains=False):
         yield
 
 
@@ -410,7 +400,7 @@ def _hired(number: int, count: int, jobs: Sequence[Job]) -> tuple[BaseProcess, C
     """Start a worker; it says None over the connection when all is done, or the exception that stopped it."""
     context = multiprocessing.get_context("spawn")
     hear, say = context.Pipe(duplex=False)
-    process = context.Process(target=_worker, args=(number, count, jobs, say), name=f"worker {number}")
+    process = context.Process(target=_worker, args=(number, count, jobs, say, trust.given()), name=f"worker {number}")
     before = signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # inherited: Ctrl-C is for this process, which tells the others
@@ -422,7 +412,8 @@ def _hired(number: int, count: int, jobs: Sequence[Job]) -> tuple[BaseProcess, C
     return process, hear
 
 
-def _worker(number: int, count: int, jobs: Sequence[Job], say: Connection) -> None:
+def _worker(number: int, count: int, jobs: Sequence[Job], say: Connection, trusted: trust.Trust) -> None:
+    trust.take(trusted)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     gpus = torch.cuda.device_count()
     # Two busy single-threaded processes beat one with two threads on small models, and sums come out the same.

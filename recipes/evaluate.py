@@ -28,7 +28,7 @@ from recipes.segment import SegmentConfig
 from recipes.segment_metrics import classes_in_truth, lonely, score_text
 from recipes.segment_report import MEASURES
 from recipes.targets import is_run, read_target, task_of
-from recipes.training import provenance, unreadable
+from recipes.training import at_work, provenance, unreadable
 from recipes.weights import Weights, class_names, read_weights
 
 FREE = (
@@ -53,7 +53,7 @@ class Options(BaseModel):
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_config(target, changes)
-    with world() as ranks:
+    with world() as ranks, at_work(Run(Path(target)), ranks, trains=False):
         weights = read_weights(target)
         if isinstance(config, SegmentConfig):
             compare_classes(target, config.data.class_names(), ranks)

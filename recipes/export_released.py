@@ -20,7 +20,7 @@ from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.checkpoint import Checkpoint, disk_errors
 from nepa_core.runtime.config import load_config
 from nepa_core.runtime.distributed import world
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, holding, lock_beside
 from recipes.finetune import FinetuneConfig
 from recipes.pretrain import PretrainConfig
 from recipes.released import AVERAGED, RAW, NetworkState, State, folded, layout, mismatch, to_released, write_released
@@ -65,7 +65,10 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         raise UserError("nepa export needs out=DIR, the folder to write")
     with world() as ranks:
         if ranks.is_main:
-            print(export_released(Run(Path(target)), Path(options.out), options))
+            read_config(target, changes)  # before anything is written
+            out = Path(options.out)
+            with holding(out, trains=False, lock=lock_beside(out)):
+                print(export_released(Run(Path(target)), out, options))
 
 
 def read_config(target: str, changes: dict[str, Any]) -> Trained:

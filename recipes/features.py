@@ -37,7 +37,7 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
-from nepa_core.runtime.checkpoint import disk_errors, write_whole
+from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import import_path
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.distributed import World
@@ -280,6 +280,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
         device=ranks.device,
         seed=seed,
         max_unreadable=source.config.train.max_unreadable,
+        tokenize=data.tokenize,
     )
     first = next(batches(limit=min(FIRST, total)))
     labels, per_token = read_labels(data, first)
@@ -354,7 +355,7 @@ def _recorded(folder: Path) -> dict[str, str]:
 def _facts(folder: Path) -> dict[str, Any]:
     """What `features.json` says; nothing where it is missing or damaged."""
     try:
-        facts = json.loads((folder / "features.json").read_text())
+        facts = read_json(folder / "features.json")
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}

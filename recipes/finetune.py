@@ -35,7 +35,7 @@ from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import load_config, override
-from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, autocast_dtype
 from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
@@ -46,7 +46,7 @@ from recipes.held_out import NUMBER, Numbered, clusters_of, is_chained
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
 from recipes.targets import default_out, is_imported, is_of, is_run, read_target, task_of
-from recipes.training import cost, opened, train, unreadable
+from recipes.training import at_work, cost, opened, rendered, train, unreadable
 from recipes.weights import Weights, load_backbone, read_weights, start_from
 from recipes.worth import RANDOM, Score, Worth, judge, sentences, without_control, worth_in
 
@@ -149,10 +149,11 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_config(target, changes)
     run = Run(Path(options.out or default_out(target, "finetune")))
     own = is_of(FinetuneConfig, target) and not is_imported(target)
-    with world() as ranks:
+    before = run.summary() is not None
+    with world() as ranks, at_work(run, ranks, trains=True):
         summary = finetune(config, run, ranks, setting="" if own else SHORT)
         if ranks.is_main:
-            print(render(summary, run), flush=True)  # the control takes as long again
+            print(rendered(lambda: render(summary, run), run, before=before), flush=True)  # the control takes as long
         if options.control and config.init is not None:
             summary = beside_control(config, run, ranks, summary)
         if ranks.is_main:
@@ -420,12 +421,14 @@ def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
         if mix is not None:
             batch, mixed = mix(config.data.before_mixing(batch))
             smoothing = 0.0  # it is in the mixed labels
-        tokens = config.data.read(batch)
+        tokens, broken = config.data.read(batch), None
+        if mixed is None:
+            tokens, batch, broken = replace_broken(tokens, batch)
         outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
         truth = goal.truth(batch, tokens) if mixed is None else mixed
         with torch.autocast(outputs.device.type, enabled=False):
             loss, weight = goal.loss(outputs.float(), truth, smoothing=smoothing)
-        return StepOutput(loss, weight, tokens.real_count())
+        return StepOutput(loss, weight, tokens.real_count(), broken)
 
     return step
 
@@ -502,6 +505,7 @@ def measure(
         ranks=ranks.size,
         unreadable=unreadable,
         max_unreadable=config.train.max_unreadable,
+        tokenize=data.tokenize,
     ):
         tokens = data.read(batch)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
@@ -543,11 +547,13 @@ def render(summary: dict[str, Any], run: Run) -> str:
 
 
 def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
-    """ "40 samples", or "30 samples (10 more have no class)": on how many the figures are."""
-    without = int(summary.get("without_class", 0))
+    """ "40 samples", or "30 of 40 samples (10 have no class, 2 could not be read)": on how many the figures are."""
+    without, unread = int(summary.get("without_class", 0)), int(summary.get("unreadable_held_out", 0))
     if "samples" not in summary:
         return f"all {noun}"
-    return f"{int(summary['samples']) - without} {noun}" + (f" ({without} more have no class)" if without else "")
+    scored, every = int(summary["samples"]) - without, int(summary["samples"]) + unread
+    lost = [f"{without} have no class"] * bool(without) + [f"{unread} could not be read"] * bool(unread)
+    return f"{scored} of {every} {noun} ({', '.join(lost)})" if lost else f"{scored} {noun}"
 
 
 def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:

@@ -27,6 +27,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
@@ -71,7 +72,7 @@ from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.probe import FREE
 from recipes.significance import spread
 from recipes.targets import is_run
-from recipes.training import provenance
+from recipes.training import at_work, provenance
 
 FITTED = 2
 """A part of every row's key: 1 was fitted in units of each window and kept no errors of single windows."""
@@ -126,7 +127,9 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         raise UserError(f"nepa forecast reads a finished run; {refused[0]} is not one of its options")
     targets = [target, *options.also]
     check_runs(targets)
-    with world() as ranks:
+    with world() as ranks, ExitStack() as stack:
+        for path in sorted(targets):  # in one order, or two commands could wait for each other
+            stack.enter_context(at_work(Run(Path(path)), ranks, trains=False))
         summaries = []
         for path in targets:
             run = Run(Path(path))

@@ -406,6 +406,7 @@ def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) 
         run=run,
         world=ranks,
         ema=ema,
+        changed_data=config.data.changed,
         height=lambda name: layers_above(name, config.model.depth, head_counts=True),
         show=show,
     )

@@ -28,7 +28,7 @@ from recipes.finetune import FinetuneConfig
 from recipes.pretrain import PretrainConfig
 from recipes.released import NetworkState, Released, averages, digests, find, listed, read_released
 from recipes.targets import RECORD, is_run
-from recipes.training import provenance
+from recipes.training import at_work, provenance
 from recipes.weights import joined
 
 DECIDED = ("model.", "data.patch", "data.channels", "causal", "objective.causal", "readout")
@@ -45,7 +45,7 @@ class Options(BaseModel):
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     run = Run(Path(options.out or f"runs/{Path(target).resolve().name}"))
-    with world() as ranks:
+    with world() as ranks, at_work(run, ranks, trains=False):
         if ranks.is_main:
             print(import_released(target, run, changes))
 

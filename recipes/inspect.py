@@ -42,6 +42,7 @@ from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import keys, load_adapter, nearest, override, read_saved
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.distributed import world
+from nepa_core.runtime.run import Run
 from recipes.maps import (
     AttentionFigures,
     attention_figures,
@@ -56,7 +57,7 @@ from recipes.report import Figure, Panel, page, panel_plot, spread
 from recipes.segment import SegmentConfig, load_segmenter, predict_image
 from recipes.segment_report import Picture, palette, picture_grid
 from recipes.targets import is_run, read_target, task_of
-from recipes.training import provenance
+from recipes.training import at_work, provenance
 from recipes.weights import Weights, load_backbone, read_weights
 
 QUERY, NEXT = "red", "white"  # frames
@@ -131,10 +132,11 @@ class Reading(NamedTuple):
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    with world() as ranks:
+    data = read_config(target, changes).data.plain()
+    with world() as ranks, at_work(Run(Path(target)), ranks, trains=False):
         if not ranks.is_main:
             return
-        data, weights = read_config(target, changes).data.plain(), read_weights(target)
+        weights = read_weights(target)
         causal = weights.causal if options.causal is None else options.causal
         silent = why_silent(target, weights, data.token_name, causal=causal)
         readings = inspect(load_network(weights, data, ranks.device), data, options, causal=causal)
@@ -177,9 +179,9 @@ def read_config(target: str, changes: Mapping[str, Any]) -> InspectConfig:
     """
     if not is_run(target):
         raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
-    data = load_adapter(read_saved(Path(target) / "config.json"))
-    if data is None:
-        raise UserError(f"{Path(target) / 'config.json'} names no adapter; it is of a task that trains nothing")
+    file = Path(target) / "config.json"
+    if (data := load_adapter(read_saved(file), file)) is None:
+        raise UserError(f"{file} names no adapter; it is of a task that trains nothing")
     config = InspectConfig(data=data)
     for key in changes:
         if not key.startswith(FREE):

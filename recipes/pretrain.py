@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nepa_core.baselines import fit_baselines
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.diagnostics import health, learning
-from nepa_core.drawing import Drawn, apart, draw
+from nepa_core.drawing import RIVALS, Drawn, apart, draw
 from nepa_core.ema import Ema, applied
 from nepa_core.gathered import Gathered, gather, gather_targets
 from nepa_core.modality import Modality, Tokens
@@ -33,17 +33,17 @@ from nepa_core.model import NEPA, Prediction, draw_coord_scale
 from nepa_core.objective import pair_count
 from nepa_core.predictor import PredictorConfig
 from nepa_core.pretrainer import ACROSS_PROCESSES, ACROSS_SAMPLES, HEADS, ObjectiveConfig, Pretrainer, objective_loss
-from nepa_core.runtime.config import load_object, override
-from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.config import override
+from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World, gather_samples, world
-from nepa_core.runtime.fit import Diverged, FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
+from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Meter, Run
-from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge
+from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
 from recipes import card
 from recipes.credits import pack_credits
-from recipes.targets import default_out, read_target
-from recipes.training import cost, opened, train
+from recipes.targets import default_out, find_recipe, read_target
+from recipes.training import at_work, cost, opened, rendered, train
 from recipes.weights import newest
 
 RANK = "effective_rank_embedding"
@@ -61,7 +61,7 @@ class VerdictConfig(BaseModel):
 
     Attributes:
         fit_samples: training samples that the baselines are fitted on; None for the whole split.
-        test_samples: held-out samples that are judged.
+        test_samples: held-out samples that are judged; fewer where they would take more than `VERDICT_BYTES`.
         health_samples: held-out samples behind each line of rank, spread and loss while training.
         draw: seed of the draw of held-out samples, whatever the run's own seed is.
     """
@@ -71,7 +71,7 @@ class VerdictConfig(BaseModel):
     fit_samples: int | None = Field(default=None, gt=0)
     test_samples: int = Field(gt=1)
     health_samples: int = Field(gt=1)
-    draw: int = Field(default=0, ge=0)
+    draw: int = Field(default=0, ge=0, lt=MOST_SEED)
 
 
 class PretrainConfig(BaseModel):
@@ -126,10 +126,11 @@ class Options(BaseModel):
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_target(PretrainConfig, target, changes)
     run = Run(Path(options.out or default_out(target, "pretrain")))
-    with world() as ranks:
+    before = run.summary() is not None
+    with world() as ranks, at_work(run, ranks, trains=True):
         summary = pretrain(config, run, ranks)
         if ranks.is_main:
-            print(card.render(summary, config.data, run))
+            print(rendered(lambda: card.render(summary, config.data, run), run, before=before))
 
 
 def without_another(objective: ObjectiveConfig, own: int, all_own: int) -> str | None:
@@ -219,8 +220,12 @@ def try_batch(config: PretrainConfig, model: NEPA) -> None:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         batch = _first_samples(config, min(config.train.micro_batch or config.train.batch, 8), device)
         out = model.eval()(config.data.at(0.0).read(batch), causal=config.objective.causal)
-        objective_loss(config.objective, out)
+        loss = objective_loss(config.objective, out)
     model.train(training)
+    if not loss.isfinite():
+        raise UserError(
+            f"the loss of a first batch is {loss.item()}: lower model.layer_scale, and look at the range of the samples"
+        )
 
 
 def _first_samples(config: PretrainConfig, count: int, device: torch.device) -> Batch:
@@ -228,7 +233,11 @@ def _first_samples(config: PretrainConfig, count: int, device: torch.device) -> 
     torn: set[str] = set()
     dataset, most = config.data.dataset("train"), 128 * count
     try:
-        return next(plain_batches(dataset, batch=count, device=device, limit=most, unreadable=torn))
+        return next(
+            plain_batches(
+                dataset, batch=count, device=device, limit=most, unreadable=torn, tokenize=config.data.tokenize
+            )
+        )
     except UserError as error:
         if not torn:
             raise
@@ -324,7 +333,7 @@ def make_step(config: PretrainConfig, progress: float = 0.0) -> StepFunction:
     objective, rescale, data = config.objective, config.model.rope_rescale, config.data.at(progress)
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
-        tokens = data.read(batch)
+        tokens, _, broken = replace_broken(data.read(batch), batch)
         out = model(
             tokens,
             causal=objective.causal,
@@ -333,7 +342,7 @@ def make_step(config: PretrainConfig, progress: float = 0.0) -> StepFunction:
         )
         loss = objective_loss(objective, out, gather=gather_samples)
         count = pair_count(out.predictions, out.mask, shift=objective.shift)
-        return StepOutput(loss, count, tokens.real_count())
+        return StepOutput(loss, count, tokens.real_count(), broken)
 
     return step
 
@@ -374,6 +383,7 @@ def held_out(config: PretrainConfig, device: torch.device, limit: int) -> HeldOu
         unreadable=unreadable,
         kept=kept,
         max_unreadable=config.train.max_unreadable,
+        tokenize=config.data.plain().tokenize,
     )
     return HeldOut(drawn, batches, kept, unreadable)
 
@@ -413,7 +423,7 @@ def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tu
     those of a batch, which is a micro-batch of at least 2 and at most 256 samples.
 
     Raises:
-        Diverged: what the model gives is not finite.
+        UserError: what the model gives is not finite.
     """
     sums = [0.0, 0.0]
 
@@ -424,11 +434,6 @@ def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tu
         sums[1] += count
 
     gathered = gather(model, config.data.plain(), samples.batches, causal=config.objective.causal, watch=add)
-    if not (gathered.embeddings.isfinite().all() and gathered.predictions.isfinite().all()):
-        raise Diverged(
-            "embeddings or predictions of held-out samples are not finite: lower optim.lr, or look for values in the "
-            "data that are too large"
-        )
     return samples.told(gathered), sums[0] / max(sums[1], 1.0)
 
 
@@ -436,11 +441,11 @@ def verdict_of(
     config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False
 ) -> tuple[Judged, float, set[str]]:
     """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
-    samples = held_out(config, device, config.verdict.test_samples)
+    most = min(config.verdict.test_samples, room_for(config))
+    untrained = build_pretrainer(config).to(device)
+    before = start_of(gather_held_out(config, untrained, held_out(config, device, most))[0])
+    samples = held_out(config, device, most)
     trained, objective = gather_held_out(config, model, samples)
-    untrained, _ = gather_held_out(
-        config, build_pretrainer(config).to(device), held_out(config, device, config.verdict.test_samples)
-    )
     train = config.data.plain().dataset("train")
     every = len(cast(Sized, train))
     judged = judge(
@@ -451,11 +456,22 @@ def verdict_of(
             device=device,
         ),
         trained,
-        untrained,
+        before,
         training_samples=every,
         rivals_overlap=not apart(config.data.plain().dataset("test")),
     )
     return judged, objective, samples.unreadable
+
+
+VERDICT_BYTES = 2**29
+"""Most that the held-out samples of a verdict may take: raw tokens, embeddings and predictions, in float32."""
+
+
+def room_for(config: PretrainConfig) -> int:
+    """How many held-out samples fit into `VERDICT_BYTES`, by the first training sample; 64 at least."""
+    tokens = config.data.plain().read(_first_samples(config, 1, torch.device("cpu")))
+    count, size = tokens.values.shape[1:]
+    return max(RIVALS, VERDICT_BYTES // (4 * count * (size + 4 * config.model.dim)))
 
 
 def training_parts(
@@ -464,7 +480,15 @@ def training_parts(
     """What a model makes of training samples without augmentation, a random choice in random order, batch by batch."""
     batch, limit = _eval_batch(config), config.verdict.fit_samples
     count = min(limit or len(cast(Sized, dataset)), len(cast(Sized, dataset)))
-    batches = plain_batches(dataset, batch=batch, device=device, workers=config.train.workers, limit=limit, seed=0)
+    batches = plain_batches(
+        dataset,
+        batch=batch,
+        device=device,
+        workers=config.train.workers,
+        limit=limit,
+        seed=0,
+        tokenize=config.data.plain().tokenize,
+    )
     with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
         for done, part in enumerate(gather_targets(model, config.data.plain(), batches), 1):
             yield part
@@ -536,7 +560,10 @@ def recipe_steps(config: PretrainConfig) -> int | None:
     """Steps that the built-in recipe of a run has, where it counts in steps; nothing is imported but our own."""
     if not config.recipe.startswith("recipes."):
         return None
-    preset = load_object(config.recipe)()
+    try:
+        preset = find_recipe(config.recipe)()
+    except UserError:  # a recipe of another version, or a file that says something else
+        return None
     return preset.train.length.steps if isinstance(preset, PretrainConfig) else None
 
 

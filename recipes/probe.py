@@ -74,7 +74,7 @@ from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.segment import SegmentConfig
 from recipes.targets import default_out, is_run, read_target, task_of
-from recipes.training import provenance, say_leaks, unreadable
+from recipes.training import at_work, provenance, say_leaks, unreadable
 from recipes.weights import load_backbone, read_weights
 from recipes.worth import MAJORITY, RANDOM, RAW, Score, Worth, judge, sentences, worth_in
 
@@ -138,7 +138,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             f"{target} is not a run folder; run `nepa pretrain` first and name its folder, or give a recipe init="
         )
     run = Run(Path(options.out or (target if is_run(target) else default_out(target, "probe"))))
-    with world() as ranks:
+    with world() as ranks, at_work(run, ranks, trains=False):
         config, model, tuned = subject(target, options.init, changes, ranks.device)
         if ranks.is_main:
             say_leaks(config.data)
@@ -469,6 +469,8 @@ def scores_of(split: Split, classifier: Callable[..., Tensor], x: Any, x_test: A
         `credits`, what each test sample adds, packed by `recipes.credits`; None where one is not finite.
     """
     y, kept = split.labels, len(x) - len(x) // 5  # the training samples come in random order
+    if kept == len(x):
+        raise UserError(f"{len(x)} training samples are too few: a fifth of them chooses the layer; give 5 or more")
     credits = classifier(x, y, x_test, split.test_labels)
     return {
         split.metric: float(credits.mean()),

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from nepa_core.basics import UserError
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime.checkpoint import read_json
 from nepa_core.runtime.config import explain
 from recipes.heads import MeanHead
 
@@ -442,7 +443,7 @@ def _read_preprocessor(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; give a folder that holds {CONFIG} and {RAW}") from error
     except (OSError, ValueError) as error:

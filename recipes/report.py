@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
@@ -22,6 +23,8 @@ from torch import Tensor
 
 from modalities.listing import printable
 from nepa_core.modality import Sketch
+
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$\\frac{1"
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

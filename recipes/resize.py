@@ -32,7 +32,8 @@ from modalities.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
 from modalities.image_shards import CLASS_NAMES
 from modalities.image_sources import SPLITS, Source, open_source
 from nepa_core.basics import FROZEN, UserError, cores
-from nepa_core.runtime.checkpoint import disk_errors, write_whole
+from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
+from nepa_core.runtime.run import holding, lock_beside
 from recipes.pretrain import PretrainConfig
 from recipes.targets import default_out, read_target
 
@@ -78,7 +79,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             f"data.limit={data.limit}: nepa resize writes every image; leave it out, or give data.limit=null"
         )
     out = Path(options.out or default_out(target, "resize"))
-    unreadable = resize(data, options, out)
+    with holding(out, trains=False, lock=lock_beside(out)):
+        unreadable = resize(data, options, out)
     for message in unreadable:
         print(f"left out: {message}", file=sys.stderr)
     megabytes = sum(file.stat().st_size for file in out.glob("*.tar")) / 1e6
@@ -163,7 +165,11 @@ def _claim(out: Path, settings: dict[str, Any], source: Source) -> None:
     """Make the folder, or find that its shards are of these settings."""
     file = out / "resize.json"
     if file.exists():
-        if json.loads(file.read_text()) != settings:
+        try:
+            before = read_json(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({error}); name another out=DIR") from error
+        if before != settings:
             raise UserError(f"{file} tells of other settings than {settings}; give those back, or name another out=DIR")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -41,7 +41,7 @@ from recipes.segment_metrics import Scores, confusion, scores
 from recipes.segment_predict import EvaluationConfig, WindowLogits, predict
 from recipes.segment_report import Picture, render, write_report
 from recipes.targets import default_out, read_target
-from recipes.training import cost, opened, train
+from recipes.training import at_work, cost, opened, rendered, train
 from recipes.upernet import UPerNet, UPerNetConfig, resize
 from recipes.weights import Weights, load_backbone, start_from
 
@@ -154,10 +154,11 @@ class Segmenter(nn.Module):
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     config = read_config(target, changes)
     run = Run(Path(options.out or default_out(target, "segment")))
-    with world() as ranks:
+    before = run.summary() is not None
+    with world() as ranks, at_work(run, ranks, trains=True):
         summary = segment(config, run, ranks)
         if ranks.is_main:
-            print(render(summary, run))
+            print(rendered(lambda: render(summary, run), run, before=before))
 
 
 def read_config(target: str, changes: dict[str, Any]) -> SegmentConfig:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 import json
+import sysconfig
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args, get_origin
+from types import FunctionType, NoneType
+from typing import Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.config import Config, explain, listed, load_config, load_object, override, read_saved
+from nepa_core.runtime.config import Config, explain, listed, load_config, load_object, override, read_saved, shown
 
 RECORD = "import.json"
 """The file that `nepa import` leaves in a run: where its weights came from."""
@@ -42,10 +44,8 @@ def read_target(
             load_config(kind, file) if other is None else others[other](load_config(other, file), target), changes
         )
     if ":" not in target:
-        raise UserError(f"{target!r} is neither a run folder nor a recipe such as recipes.vision:digits")
-    recipe = load_object(target)
-    if not callable(recipe) or any(p.default is p.empty for p in inspect.signature(recipe).parameters.values()):
-        raise UserError(f"{target} must be a function without arguments that returns a config")
+        raise UserError(f"{shown(target)!r} is neither a run folder nor a recipe such as recipes.vision:digits")
+    recipe = find_recipe(target, vars(kind).get("task", "pretrain"))
     try:
         config = recipe()
     except ValidationError as error:
@@ -63,6 +63,67 @@ def read_target(
 _LISTS = ", as `nepa recipes` lists them"
 
 
+def find_recipe(target: str, task: str = "pretrain") -> Callable[[], Any]:
+    """The function that `module:function` names, once it is known to be one that may be called for a config.
+
+    That is a function written in Python without required arguments, whose annotation names a config; where there is no
+    annotation, one of that module itself, and not of Python's own library.
+
+    Args:
+        task: whose recipes an error points to.
+
+    Raises:
+        UserError: it can't be a recipe; it has not been called.
+    """
+    found = load_object(target)
+    function = _python_function(found)
+    if function is None or any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in inspect.signature(found).parameters.values()
+    ):
+        raise UserError(f"{target} must be a function without arguments that returns a config")
+    gives = _annotation(function)
+    if gives is inspect.Signature.empty:
+        home, module = Path(function.__code__.co_filename), target.partition(":")[0]
+        if function.__module__ != module or (home.is_relative_to(_LIBRARY) and "site-packages" not in home.parts):
+            raise UserError(f"{target} is no recipe: write a function that returns a config, in a module of your own")
+    elif not _may_be_config(gives):
+        name = gives if isinstance(gives, str) else getattr(gives, "__name__", str(gives))
+        raise UserError(f"{target} gives a {name}, no recipe; name a recipe of `nepa {task}`{_LISTS}")
+    return cast(Callable[[], Any], found)
+
+
+_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
+
+
+def _python_function(thing: Any) -> FunctionType | None:
+    """The function that runs when a thing is called, where it is written in Python and makes no new object."""
+    while isinstance(thing, partial):
+        thing = thing.func
+    if isinstance(thing, type):
+        return None
+    thing = inspect.unwrap(thing)  # of a cache
+    if not isinstance(thing, FunctionType):
+        thing = getattr(thing, "__func__", None) or inspect.getattr_static(type(thing), "__call__", None)
+    return thing if isinstance(thing, FunctionType) else None
+
+
+def _annotation(function: FunctionType) -> Any:
+    """What a function says that it returns, as an object where the name is known in its module."""
+    try:
+        return inspect.signature(function, eval_str=True).return_annotation
+    except Exception:  # a name that only a type checker imports
+        return inspect.signature(function).return_annotation
+
+
+def _may_be_config(gives: Any) -> bool:
+    if isinstance(gives, str):
+        return "Config" in gives
+    if get_args(gives):  # one of several
+        return any(_may_be_config(each) for each in get_args(gives))
+    return gives is Any or (isinstance(gives, type) and issubclass(gives, BaseModel))
+
+
 def _what_it_gives(config: Any) -> str:
     task = vars(type(config)).get("task")
     return f"gives a {type(config).__name__}, no recipe" if task is None else f"is a recipe of `nepa {task}`"
@@ -70,7 +131,7 @@ def _what_it_gives(config: Any) -> str:
 
 def is_of(kind: type[BaseModel], target: str) -> bool:
     """Whether a recipe or run that `read_target` has read is of this kind itself, and was not converted to it."""
-    return task_of(target) == vars(kind)["task"] if is_run(target) else isinstance(load_object(target)(), kind)
+    return task_of(target) == vars(kind)["task"] if is_run(target) else isinstance(find_recipe(target)(), kind)
 
 
 def task_of(run: str) -> str:

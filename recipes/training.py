@@ -7,7 +7,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -16,6 +17,8 @@ from pydantic import BaseModel
 from torch import nn
 
 from modalities.listing import say, shared_content
+from nepa_core.basics import UserError
+from nepa_core.contract import check_first_batches
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import at_head_rate, layers_above
@@ -23,7 +26,7 @@ from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
 from nepa_core.runtime.optim import OptimConfig
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, holding, reading_back
 from recipes.targets import is_imported
 from recipes.weights import newest
 
@@ -41,6 +44,35 @@ class Recipe(Protocol):
     def train(self) -> TrainConfig: ...
 
 
+@contextmanager
+def at_work(run: Run, ranks: World, *, trains: bool) -> Iterator[None]:
+    """Be the only command that writes in a run's folder, see `nepa_core.runtime.run.holding`; the main process is.
+
+    Args:
+        trains: this is training; where that is finished it is only shown, which needs no lock.
+    """
+    refused: set[str] = set()
+    with ExitStack() as stack:
+        if ranks.is_main and not (trains and run.summary() is not None):
+            try:
+                stack.enter_context(holding(run.path, trains=trains))
+            except UserError as error:
+                refused.add(str(error))
+        for line in ranks.union(refused):  # on every rank, and none goes on before
+            raise UserError(line)
+        yield
+
+
+def rendered(render: Callable[[], str], run: Run, *, before: bool) -> str:
+    """The text on a finished run.
+
+    Args:
+        before: it was finished by an earlier command, so that what is missing in summary.json is damage.
+    """
+    with reading_back(run.path / "summary.json") if before else nullcontext():
+        return render()
+
+
 def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
     """Check the run's folder on every rank; the summary if it was finished before, else None. `train` writes it.
 
@@ -52,7 +84,47 @@ def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
     ranks.barrier()  # before one of them writes
     if is_imported(str(run.path)):
         newest(run)
-    return run.summary()
+    if (summary := run.summary()) is None:
+        recipe = cast(Recipe, config)
+        check_memory(recipe.model, ranks.device)
+        check_data(recipe.data, predicts=hasattr(config, "objective"))
+    return summary
+
+
+def check_memory(config: PredictorConfig, device: torch.device) -> None:
+    """Whether a network can fit at all, before the system kills the process that makes it.
+
+    Raises:
+        UserError: its weights are more than the memory of this machine; on a CPU also where there is no room for
+            gradients and the two means of AdamW.
+    """
+    need, have = config.weights * 4 * (1 if device.type == "cuda" else 4), memory()
+    if need > have:
+        raise UserError(
+            f"the network of model.dim={config.dim}, model.depth={config.depth}, model.mlp_dim={config.mlp_dim} needs "
+            f"{need / 1e9:,.0f} GB and this machine has {have / 1e9:,.0f}; make it smaller"
+        )
+
+
+def memory() -> int:
+    """Bytes that this process may use: the machine's, or those of its control group where that has fewer."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max": no limit
+            found.append(int(Path(file).read_text()))
+    return min(found)
+
+
+def check_data(data: Modality, *, predicts: bool) -> None:
+    """Look at a first batch of both splits before there is a folder or a network, see `check_first_batches`.
+
+    Raises:
+        UserError: what is wrong with the adapter, and how to fix it.
+    """
+    try:
+        check_first_batches(data, predicts=predicts)
+    except AssertionError as error:
+        raise UserError(f"{type(data).__name__}: {error}") from error
 
 
 def train(
@@ -105,6 +177,7 @@ def train(
         ema=ema,
         evaluate=lambda: evaluate(ema),
         untrained=untrained,
+        changed_data=config.data.changed,
         height=height(config),
         head=head(config),
         show=show,

@@ -12,7 +12,7 @@ from nepa_core.modality import Modality
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, reading_back
 from recipes.released import NetworkState, State, digests, find, new_weights, read_released
 from recipes.targets import RECORD, is_run, task_of
 
@@ -90,9 +90,9 @@ def _of_run(name: str) -> Weights:
     checkpoint = newest(run)
     try:
         config = validated(PredictorConfig, _part(saved, "model"), "model.")
-        data = load_adapter(saved)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+    data = load_adapter(saved, file)
     model, head = split(current_weights(checkpoint))
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))
@@ -116,7 +116,7 @@ def newest(run: Run) -> Checkpoint:
     record = run.summary(RECORD)
     command = f"nepa {task_of(str(run.path))} {run.path}"
     if record is not None:
-        command = f"nepa import {record['source']} out={run.path}"
+        command = f"nepa import {record.get('source', 'SOURCE')} out={run.path}"
     elif run.summary() is not None:  # or the command would only show what was finished
         command = f"rm {run.path / 'summary.json'} && {command}"
     what = "undamaged checkpoint" if notes else "checkpoint"
@@ -126,10 +126,12 @@ def newest(run: Run) -> Checkpoint:
 
 def class_names(run: Run) -> tuple[str, ...]:
     """Names of the classes that a finished or an imported run tells apart; none where nothing has been written down."""
-    rows = (run.summary() or {}).get("classes") or ()
-    labels = (run.summary(RECORD) or {}).get("config", {}).get("id2label", {})
-    names = tuple(row["name"] if isinstance(row, dict) else row for row in rows)
-    return names or tuple(labels[str(number)] for number in range(len(labels)))
+    with reading_back(run.path / "summary.json"):
+        rows = (run.summary() or {}).get("classes") or ()
+        names = tuple(str(row["name"] if isinstance(row, dict) else row) for row in rows)
+    with reading_back(run.path / RECORD):
+        labels = (run.summary(RECORD) or {}).get("config", {}).get("id2label", {})
+        return names or tuple(labels[str(number)] for number in range(len(labels)))
 
 
 def split(state: State) -> NetworkState:

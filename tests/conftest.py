@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import re
 import resource
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,9 @@ from recipes.pretrain import PretrainConfig
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+
+os.environ["XDG_CONFIG_HOME"] = _settings = tempfile.mkdtemp(prefix="nepa-tests-")  # notes on runs; never the user's
+atexit.register(shutil.rmtree, _settings, ignore_errors=True)
 
 torch.set_num_threads(1)  # several processes share few cores; and sums then come out the same everywhere
 

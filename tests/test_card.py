@@ -63,15 +63,18 @@ STARVED = {"linear_moved": 0.05, "linear_moved_ci95": 0.01}
 
 def test_a_starved_control_is_said_and_takes_the_verdict_where_the_margin_depends_on_it() -> None:
     curve = tuple(LinearPoint(samples=n, retrieval_top1=x) for n, x in ((250, 0.04), (500, 0.07), (1000, 0.1)))
-    wide = verdict(**STARVED, linear_curve=curve)
+    wide = verdict(**STARVED, linear_curve=curve, training_samples=4000)
     assert judgement(wide).startswith("LEARNED. ")
     (told,) = linear_control(wide)
-    assert "fitted on all 1,000 samples (identified 4.0% on 250, 7.0% on 500, 10.0% on 1,000)" in told
+    assert "fitted on 1,000 of 4,000 samples (identified 4.0% on 250, 7.0% on 500, 10.0% on 1,000)" in told
     assert "It is starved: the last doubling of its samples moved it by +5.0 points" in told
-    assert "another such would leave a margin of +15.0, though it has all the samples" in told
-    narrow = verdict(**STARVED, margin_linear=0.04)
+    assert "another such would leave a margin of +15.0; raise verdict.fit_samples" in told
+    narrow = verdict(**STARVED, margin_linear=0.04, training_samples=4000)
     assert judgement(narrow).startswith("LEARNED, BUT THE LINEAR CONTROL IS STARVED")
     assert not narrow.beats_all
+    whole = verdict(**STARVED, margin_linear=0.04)  # a control that had all that the network had is a fair one
+    assert judgement(whole).startswith("LEARNED. ")
+    assert "more would still make it stronger: the last doubling moved it by +5.0 points" in linear_control(whole)[0]
     fed = verdict(
         linear_moved=0.009, linear_moved_ci95=0.01, margin_linear=0.015, fitted_samples=600, linear_features=32
     )
@@ -145,7 +148,7 @@ def test_a_held_out_split_of_one_sample_is_refused_before_training(
 
 def test_a_network_that_is_not_finite_is_said_in_one_line(tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
     config = override(tiny_recipe, {"optim.lr": 1e4})
-    with pytest.raises(UserError, match="held-out samples are not finite"):
+    with pytest.raises(UserError, match="NaN or infinity on held-out samples"):
         pretrain(config, Run(tmp_path), World(0, 1, torch.device("cpu")), show=False)
 
 

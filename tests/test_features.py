@@ -265,7 +265,7 @@ def test_what_was_cut_short_is_not_believed(
 def test_a_full_disk_is_one_line_and_the_next_probe_is_right(
     tiny_recipe: PretrainConfig, model: NEPA, tmp_path: Path
 ) -> None:
-    with largest_file(1500), pytest.raises(UserError, match=r"can't be written: File too large; free some space"):
+    with largest_file(1500), pytest.raises(UserError, match=r"can't be written: File too large; raise the limit"):
         keep(tiny_recipe, model, tmp_path)
     assert same(keep(tiny_recipe, model, tmp_path), keep(tiny_recipe, model, tmp_path / "elsewhere"))
 

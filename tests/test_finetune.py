@@ -387,7 +387,9 @@ def test_samples_without_a_class_are_counted_apart() -> None:
     model, _ = build_classifier(config, numbered(2))
     figures = measure(config, model, ALONE, Unlabelled(config.data.dataset("test")))
     assert (figures["samples"], figures["without_class"]) == (48, 16)
-    assert scored_samples(figures, "samples") == "32 samples (16 more have no class)"
+    assert scored_samples(figures, "samples") == "32 of 48 samples (16 have no class)"
+    torn = figures | {"unreadable_held_out": 2}
+    assert scored_samples(torn, "samples") == "32 of 50 samples (16 have no class, 2 could not be read)"
     assert scored_samples(figures | {"without_class": 0}, "samples") == "48 samples"
 
 
@@ -551,5 +553,5 @@ def _batch(data: tiny.Waves | None = None) -> dict[str, Tensor]:
 def test_a_group_that_may_be_left_out_is_switched_off_by_null() -> None:
     config = read_config("recipes.vision:base_in1k_finetune", {"mix": None, "optim.layer_decay": None})
     assert (config.mix, config.optim.layer_decay) == (None, None)
-    with pytest.raises(UserError, match="optim=None"):
+    with pytest.raises(UserError, match="optim=null"):
         read_config("recipes.vision:base_in1k_finetune", {"optim": None})

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.model import layers_above
+from nepa_core.runtime import fit as fit_module
 from nepa_core.runtime import run as runtime_run
 from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
@@ -37,9 +38,9 @@ from nepa_core.runtime.optim import (
     set_rates,
 )
 from nepa_core.runtime.run import Meter, Run
-from recipes.pretrain import PretrainConfig, build_model, held_out_health, make_step
+from recipes.pretrain import PretrainConfig, build_model, held_out_health, make_step, pretrain
 from tests import tiny
-from tests.tiny import interrupted_at, training
+from tests.tiny import CPU, Series, interrupted_at, training
 
 
 def metrics(folder: Path, key: str = "loss") -> dict[int, Any]:
@@ -614,3 +615,31 @@ def test_metrics_hold_no_wall_clock(uninterrupted: dict[str, bytes]) -> None:
     lines = [json.loads(line) for line in uninterrupted["step_00000012/metrics.jsonl"].splitlines()]
     assert [line["step"] for line in lines] == [0, 3, 5, 6, 9, 10, 12, 12]
     assert {key for line in lines for key in line if "second" in key or "time" in key} == set()
+
+
+# ------------------------------------------------------------------------------- data that changed meanwhile
+
+
+def test_data_that_changed_between_a_stop_and_its_resumption_is_refused(
+    tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files were added: the order of the samples would be another. `data.changed=true` goes on."""
+    with pytest.raises(Interrupted):
+        training(tiny_recipe, tmp_path, step=interrupted_at({5}, make_step(tiny_recipe)))
+    assert load_latest(tmp_path / "checkpoints")[0].state["data"] == "48 samples"
+    monkeypatch.setattr(Series, "fingerprint", lambda self: "49 samples, 7 bytes", raising=False)
+    with pytest.raises(UserError, match=r"changed since step 5 \(then 48 samples; now 49 .*data.changed=true"):
+        pretrain(tiny_recipe, Run(tmp_path), World(0, 1, CPU), show=False)
+    allowed = override(tiny_recipe, {"data.changed": True})
+    assert pretrain(allowed, Run(tmp_path), World(0, 1, CPU), show=False)["steps"] == 12
+    assert "changed" not in json.loads((tmp_path / "config.json").read_text())["data"]
+
+
+def test_checkpoints_of_before_say_nothing_of_the_data_and_go_on(
+    tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(fit_module, "fingerprint_of", lambda dataset: None)
+        with pytest.raises(Interrupted):
+            training(tiny_recipe, tmp_path, step=interrupted_at({5}, make_step(tiny_recipe)))
+    assert training(tiny_recipe, tmp_path)[2].steps == 12

@@ -22,7 +22,7 @@ from nepa_core.pretrainer import TERMS, Heads, objective_loss
 from nepa_core.runtime.config import load_config, override, parse_assignments
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from nepa_core.verdict import judge
+from nepa_core.verdict import judge, start_of
 from recipes import vision
 from recipes.objective_names import NAMED, named
 from recipes.presets import PAPER_OBJECTIVE
@@ -470,7 +470,7 @@ def test_what_is_measured_while_training_is_what_the_verdict_says() -> None:
     config = tiny.ragged()
     model, _ = network(config)
     train, test = (gather(model, config.data, held_out(config, CPU, 32).batches, causal=True) for _ in range(2))
-    figures, verdict = learning(test), judge(fit_baselines([train], test, total=32), test, test).verdict
+    figures, verdict = learning(test), judge(fit_baselines([train], test, total=32), test, start_of(test)).verdict
     assert figures["retrieval_top1"] == pytest.approx(verdict.retrieval_top1, abs=1e-6)
     assert figures["copy_gap"] == pytest.approx(verdict.baseline_copy - verdict.loss, abs=1e-6)
     own, target, counted = pair_up(test.predictions, test.embeddings, test.mask, shift=True)

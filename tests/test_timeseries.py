@@ -69,19 +69,19 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
     [
         ("date\n2020-01-01\n", "no numeric column"),
         ("date,a,b\n2020-01-01,x,y\n2020-01-02,z,1\n", "no numeric column among a, b"),
-        ("date,a,b\n2020-01-01,x,1\n", "row 1 of column 'a' is 'x', which is no number"),
+        ("date,a,b\n2020-01-01,x,1\n", "row 2 of column 'a' is 'x', which is no number"),
         ("date,a\n", "no rows below its head"),
-        ("date,a\n2020-01-01,1\n2020-01-02,x\n", "row 2 of column 'a' is 'x', which is no number"),
-        ("date,a\n2020-01-01,1\n2020-01-02,inf\n", "row 2 of column 'a' is infinite"),
+        ("date,a\n2020-01-01,1\n2020-01-02,x\n", "row 3 of column 'a' is 'x', which is no number"),
+        ("date,a\n2020-01-01,1\n2020-01-02,inf\n", "row 3 of column 'a' is infinite"),
         ("date,a\n2020-01-01,1\n2020-01-02,1e39\n", "is infinite, or beyond the 3.4e38 that float32 holds"),
-        ("date,a\n2020-01-02,1\n2020-01-01,2\n", "row 2 (2020-01-01) is earlier than the row above"),
-        ("date,a\n2020-01-02,1\n2020-01-02,2\n", "row 2 (2020-01-02) repeats the time stamp"),
-        ("date,a\n2020-01-02,1\n,2\n", "row 2 has no time stamp in column 'date'"),
+        ("date,a\n2020-01-02,1\n2020-01-01,2\n", "row 3 (2020-01-01) is earlier than the row above"),
+        ("date,a\n2020-01-02,1\n2020-01-02,2\n", "row 3 (2020-01-02) repeats the time stamp"),
+        ("date,a\n2020-01-02,1\n,2\n", "row 3 has no time stamp in column 'date'"),
         ("when,a\nfoo,1\nbar,2\n", "column 'when' holds text such as 'foo'"),
         ("date,a\n2020-01-02,1,2\n", "Expected 2 columns, got 3"),
         ("date,a,b,a\n2020-01-02,1,2,3\n", "2 columns are called 'a'; rename them"),
-        ("timestamp,a\n1600003600,1\n1600000000,2\n", "row 2 (1600000000) is earlier than the row above"),
-        ("DS,station,a\n2,x,1\n3,x,2\n", "row 1 of column 'station' is 'x', which is no number"),
+        ("timestamp,a\n1600003600,1\n1600000000,2\n", "row 3 (1600000000) is earlier than the row above"),
+        ("DS,station,a\n2,x,1\n3,x,2\n", "row 2 of column 'station' is 'x', which is no number"),
         ("date,date,a\n2020-01-02,2020-01-02,3\n", "2 columns are called 'date'; rename them"),
     ],
 )
@@ -131,7 +131,7 @@ def test_time_stamps_are_compared_over_the_borders_of_blocks(tmp_path: Path, mon
     path = tmp_path / "long.csv"
     path.write_text("t,a\n" + "".join(f"{i},{i}.5\n" for i in [*range(1, 50), 49]))
     assert len(read_table(str(path), columns=("a",)).values) == 50, "without time stamps there is nothing to compare"
-    with pytest.raises(UserError, match="row 50 \\(49\\) repeats the time stamp"):
+    with pytest.raises(UserError, match="row 51 \\(49\\) repeats the time stamp"):
         read_table(str(path), time="t")
 
 
@@ -468,11 +468,11 @@ def test_the_optimum_is_known_only_where_it_is() -> None:
 def test_the_card_names_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     from nepa_core.baselines import fit_baselines
     from nepa_core.gathered import Gathered
-    from nepa_core.verdict import judge
+    from nepa_core.verdict import judge, start_of
 
     torch.manual_seed(0)
     seen = Gathered(torch.randn(20, 4, 3), torch.randn(20, 5, 6), torch.randn(20, 5, 6), None)
-    verdict = judge(fit_baselines([seen], seen, total=20), seen, seen).verdict
+    verdict = judge(fit_baselines([seen], seen, total=20), seen, start_of(seen)).verdict
     summary = {**verdict.model_dump(), "objective": verdict.loss, "causal": True, "unreadable_samples": 0}
     assert not any("best possible" in text for text in card.remarks(summary, "patch"))
     texts = card.remarks(summary | {"optimum": -0.875}, "patch")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,14 +35,53 @@ class Checkpoint(NamedTuple):
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a failing disk into one line; what was written before is untouched."""
+    """Turn a failing disk into one line that says the cause; what was written before is untouched."""
     try:
         yield
     except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        elsewhere = isinstance(error, PermissionError | NotADirectoryError)
-        mend = "name another folder with out=DIR" if elsewhere else "free some space and give the same command again"
-        raise UserError(f"{path} can't be written: {reason}; {mend} (earlier checkpoints are kept)") from error
+        way_out = _way_out(number, str(error))
+        raise UserError(
+            f"{shortened(path)} can't be written: {reason}; {way_out} (earlier checkpoints are kept)"
+        ) from error
+
+
+def _way_out(number: int | None, text: str) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and "No space left" in text):
+        return "free some space and give the same command again"
+    if number == errno.EFBIG or (number is None and "File too large" in text):
+        return "raise the limit on the size of files (ulimit -f) and give the same command again"
+    if number in (errno.ENOENT, errno.ESTALE):
+        return "another process has removed or moved the folder; give the same command again"
+    if number == errno.ENAMETOOLONG:
+        return "give a shorter name with out=DIR"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY):
+        return "name another folder with out=DIR"
+    return "look at the disk and give the same command again"
+
+
+def shortened(path: Path, most: int = 160) -> str:
+    """A path for a message: its end, where it is very long."""
+    text = str(path)
+    return text if len(text) <= most else f"...{text[-most:]}"
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it can't be read.
+        ValueError: it is no regular file (opening a pipe would wait for a writer), is not JSON or UTF-8, or is nested
+            deeper than can be followed.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError("it is no file but a folder" if file.is_dir() else "it is no regular file")
+    try:
+        return json.loads(file.read_bytes())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -111,13 +151,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
         UserError: a file is missing or is not the one that was written.
     """
     try:
-        state = json.loads((path / "state.json").read_text())
+        state = read_json(path / "state.json")
         digest = state.pop("sha256")
         if digest != _record_digest(state):
             raise UserError(f"checkpoint {path} is damaged: state.json is not as it was written")
         files = state.pop("files")
         for name, written in files.items():
-            if _digest(path / name) != written:
+            if not (path / name).is_file() or _digest(path / name) != written:
                 raise UserError(f"checkpoint {path} is damaged: {name} is not as it was written")
         tensors = {Path(name).stem: load_file(path / name) for name in files}
         return Checkpoint(state.pop("step"), tensors, state, digest)

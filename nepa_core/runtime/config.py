@@ -6,8 +6,8 @@ import difflib
 import importlib
 import itertools
 import json
-import sys
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, get_args
@@ -17,35 +17,35 @@ from pydantic_core import ErrorDetails
 
 from nepa_core.basics import UserError
 from nepa_core.modality import Modality
-from nepa_core.runtime.checkpoint import write_whole
+from nepa_core.runtime import trust
+from nepa_core.runtime.checkpoint import read_json, write_whole
 from nepa_core.runtime.optim import Duration
 
 Config = TypeVar("Config", bound=BaseModel)
 
 
 def load_object(path: str) -> Any:
-    """Import `package.module:name`; the current folder counts as a place to import from.
+    """Import `package.module:name`; the current folder counts as a place to import from, unless it is a run's.
 
     Raises:
-        UserError: the module or the name does not exist.
+        UserError: the module or the name does not exist, or its code is not to be trusted (see `trust`).
     """
     module_name, _, name = path.partition(":")
-    if not module_name or not name or module_name.startswith("."):
-        raise UserError(f"{path!r} is not of the form module:function, such as recipes.vision:digits")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
+    if not module_name or not name or not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"{shown(path)!r} is not of the form module:function, such as recipes.vision:digits")
+    trust.check(path)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"{path}: importing {module_name} failed: {error}") from error
         raise UserError(
-            f"{path}: no module {module_name!r} here; run the command from the folder that holds it"
+            f"{shown(path)}: no module {shown(module_name)!r} here; run the command from the folder that holds it"
         ) from error
     except (SyntaxError, ImportError, NameError) as error:
         raise UserError(f"{path}: importing {module_name} failed: {error}") from error
     if not hasattr(module, name):
-        raise UserError(f"{path}: {module_name} has no {name!r}{nearest(name, _own(module))}")
+        raise UserError(f"{shown(path)}: {module_name} has no {shown(name)!r}{nearest(name, _own(module))}")
     return getattr(module, name)
 
 
@@ -64,12 +64,40 @@ def import_path(thing: type) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean X?" for a mistyped word, or the known words where none is near."""
+    """ "; did you mean X?" for a mistyped word; where none is near the known words, or the nearest three of many."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]}?"
+    if len(known) > _FEW:
+        some = difflib.get_close_matches(word, known, n=3, cutoff=0.0)
+        return f"; there are {len(known)}, such as {', '.join(some)}"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+_FEW = 20  # words that are listed whole
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str:
+    """The same for a dotted key: one of its group, those with a part of its name, the whole group, or all groups."""
+    *groups, last = key.split(".")
+    group = ".".join(groups)
+    own = {name.removeprefix(f"{group}."): name for name in known if groups and name.startswith(f"{group}.")}
+    if close := difflib.get_close_matches(last, own, n=1, cutoff=0.45):
+        return f"; did you mean {own[close[0]]}?"
+    parts = {part for name in known for part in name.split(".")}
+    part = last if last in parts else next(iter(difflib.get_close_matches(last, parts, n=1, cutoff=0.7)), None)
+    having = [name for name in known if part in name.split(".")]
+    having = [name for name in having if name in own.values()] or having
+    if having:
+        having.sort(key=lambda name: (name.split(".")[-1] != part, not name.startswith("train."), name.count(".")))
+        return f"; did you mean {' or '.join(having[:3])}?"
+    if own:
+        return f"; {group} has {', '.join(own)}"
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.6):
+        return f"; did you mean {close[0]}?"
+    tops = dict.fromkeys(name.partition(".")[0] for name in known)
+    return f"; keys begin with {', '.join(tops)}: add --help to see all"
 
 
 def parse_assignments(words: Iterable[str]) -> dict[str, Any]:
@@ -82,11 +110,13 @@ def parse_assignments(words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or not key:
-            raise UserError(f"{word!r} is not of the form key=value")
+            raise UserError(f"{shown(word)!r} is not of the form key=value")
         if key in found:
-            raise UserError(f"{key} is given twice")
+            raise UserError(f"{shown(key)} is given twice")
         try:
             found[key] = json.loads(text)
+        except RecursionError as error:
+            raise UserError(f"{shown(key)}={shown(text)}: brackets are nested too deeply") from error
         except ValueError:
             found[key] = text
     return found
@@ -121,16 +151,26 @@ def _check_key(config: BaseModel, key: str, value: Any) -> None:
         if isinstance(node, dict) and depth == len(parts) - 1:
             return  # the config that holds the dictionary says which entries it takes
         if kind is None:
-            raise UserError(f"unknown key {key}: {'.'.join(parts[:depth])} is a single value")
+            raise UserError(f"unknown key {shown(key)}: {shown('.'.join(parts[:depth]))} is a single value")
         if node is None:
             known += [".".join((*parts[:depth], name)) for name in kind.model_fields]
         if part not in kind.model_fields:
-            raise UserError(f"unknown key {key}{nearest(key, known)}")
+            if depth == 1 and isinstance(node, Modality):
+                raise UserError(f"unknown key {shown(key)}{_no_setting(node, part)}")
+            raise UserError(f"unknown key {shown(key)}{nearest_key(key, known)}")
         node = getattr(node, part, None)
         kind = type(node) if isinstance(node, BaseModel) else _group(kind, part)
     if isinstance(node, BaseModel) and value is not None and not isinstance(value, BaseModel):
         first = next(iter(keys(node, f"{key}.")), key)
         raise UserError(f"{key} holds several keys: set them one by one, such as {first}=VALUE")
+
+
+def _no_setting(data: Modality, name: str) -> str:
+    """ "; did you mean data.limit?", or all settings that an adapter has."""
+    if close := difflib.get_close_matches(name, type(data).model_fields, n=1, cutoff=0.6):
+        return f"; did you mean data.{close[0]}?"
+    has = ", ".join(type(data).model_fields) or "none"
+    return f": the adapter {type(data).__name__} has no such setting; it has {has}"
 
 
 def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
@@ -193,7 +233,7 @@ def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
         return f"unknown key {key}{nearest(str(first['loc'][-1]), kind.model_fields)}"
     if first["type"] == "missing":
         if _in_list(first):
-            return f"{key}={_shown(first['input'])}: too few elements"
+            return f"{key}={shown(first['input'])}: too few elements"
         return f"{key} is missing"
     others = len({_typed(each) for each in errors}) - 1
     more = f" (and {others} more)" if others else ""
@@ -206,7 +246,7 @@ def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
         message = "name at least one"
     field = kind.model_fields.get(str(first["loc"][0]))
     about = f" ({field.description})" if _in_list(first) and field is not None and field.description else ""
-    return f"{key}={_shown(first['input'])}: {message[0].lower()}{message[1:]}{about}{more}"
+    return f"{key}={shown(first['input'])}: {message[0].lower()}{message[1:]}{about}{more}"
 
 
 def _wanted(error: ErrorDetails) -> str:
@@ -226,15 +266,18 @@ def _in_list(error: ErrorDetails) -> bool:
     return len(error["loc"]) > 1 and isinstance(error["loc"][1], int)
 
 
-def _shown(value: Any) -> Any:
-    """Lists and dictionaries as they are typed."""
-    return json.dumps(value, separators=(",", ":"), default=str) if isinstance(value, list | tuple | dict) else value
+def shown(value: Any, most: int = 80) -> str:
+    """A value as it is typed, lists, dictionaries, true and null as JSON, cut to so many characters."""
+    typed = value is None or isinstance(value, list | tuple | dict | bool)
+    text = json.dumps(value, separators=(",", ":"), default=str) if typed else str(value)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def keys(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a config with its value, in the order of the fields."""
+    """Every dotted key of a config with its value, in the order of the fields; those that are never stored last."""
     found: dict[str, Any] = {}
-    for name in type(config).model_fields:
+    fields = type(config).model_fields
+    for name in sorted(fields, key=lambda name: bool(fields[name].exclude)):
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             found |= keys(value, f"{prefix}{name}.")
@@ -278,10 +321,11 @@ def load_config(kind: type[Config], path: Path) -> Config:
     if task != wanted:
         mend = f"; name one, or a recipe with init={path.parent}" if "init" in kind.model_fields else "; name one"
         raise UserError(f"{path} is of a run of `nepa {task}`, and a run of `nepa {wanted}` is wanted here{mend}")
+    adapter = load_adapter(saved, path)
+    saved.pop("adapter", None)
     try:
-        adapter = load_adapter(saved)
-        saved.pop("adapter", None)
-        return validated(kind, saved if adapter is None else saved | {"data": adapter})
+        with trust.reading(path):
+            return validated(kind, saved if adapter is None else saved | {"data": adapter})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -293,9 +337,11 @@ def read_saved(path: Path) -> dict[str, Any]:
         UserError: the file is missing or damaged.
     """
     try:
-        saved = json.loads(path.read_text())
+        saved = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path.parent} is not a run folder: it holds no {path.name}") from error
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); restore it or start a new run") from error
     if not isinstance(saved, dict):
@@ -303,16 +349,36 @@ def read_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
-def load_adapter(saved: Mapping[str, Any]) -> Modality | None:
+def load_adapter(saved: Mapping[str, Any], file: Path) -> Modality | None:
     """The adapter that a saved config names, or None where it names none.
 
+    Args:
+        file: where it was saved.
+
     Raises:
-        UserError: the class is not found, is no adapter, or a setting does not fit.
+        UserError: the class is not found, is no adapter, is of code that is not to be trusted (see `trust`), or a
+            setting does not fit.
     """
     if "adapter" not in saved:
         return None
     name = str(saved["adapter"])
-    adapter = load_object(name)
-    if not (isinstance(adapter, type) and issubclass(adapter, Modality)):
-        raise UserError(f"{name} is not an adapter (a subclass of Modality)")
-    return validated(adapter, saved.get("data", {}), "data.")
+    try:
+        with trust.reading(file):
+            adapter = load_object(name)
+            if not (isinstance(adapter, type) and issubclass(adapter, Modality)):
+                raise UserError(f"{shown(name)} is not an adapter (a subclass of Modality)")
+            return validated(adapter, saved.get("data", {}), "data.")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+_IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
+
+
+def imports_of(config: BaseModel) -> list[str]:
+    """The import paths that a config names: its adapter, and settings of the form module:name, as of an order."""
+    data = getattr(config, "data", None)
+    if not isinstance(data, Modality):
+        return []
+    named = [value for value in keys(data).values() if isinstance(value, str) and _IMPORT_PATH.fullmatch(value)]
+    return [import_path(type(data)), *named]

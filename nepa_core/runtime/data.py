@@ -7,20 +7,46 @@ the global batch, and torch's global generator is seeded for each batch, in the 
 from __future__ import annotations
 
 import hashlib
+import os
+import pickle
 import signal
-from collections.abc import Iterator, Sequence, Sized
+import sys
+from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
+from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from nepa_core.basics import Batch, UnreadableSample, UserError, cores
+from nepa_core.modality import Tokens
 
 _SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
 _ERROR = "_error"  # key of a batch that is a user's error instead
+_DRAWN = "_drawn"  # key of the index of every sample of a batch
 _LOST = "_lost"  # key of the places in a draw that could not be read, where nothing replaced them
+
+
+def replace_broken(tokens: Tokens, batch: Batch) -> tuple[Tokens, Batch, Tensor]:
+    """Put another sample of the batch in the place of each whose tokens hold NaN or infinity.
+
+    As where a sample can't be read: its neighbour is trained on once more. Nothing waits for a GPU. Where none is sound
+    all stay, and the step is skipped, as its gradient is not finite.
+
+    Returns:
+        Tokens and tensors of the batch, and which samples are broken, [B] bool on their device: for
+        `StepOutput.broken`.
+    """
+    finite = tokens.finite()
+    if finite.device.type == "cpu" and finite.all():
+        return tokens, batch, ~finite
+    places = torch.arange(len(finite), device=finite.device)
+    sound_first = (~finite).int().argsort(stable=True)
+    index = torch.where(finite, places, sound_first[places % finite.sum().clamp(min=1)])
+    rows = {name: x[index] if isinstance(x, Tensor) and x.ndim else x for name, x in batch.items()}
+    return tokens.rows(index), rows, ~finite
 
 
 def fold_seed(*parts: int | str) -> int:
@@ -82,43 +108,83 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(samples, generator=generator)
 
 
-class _Batches(Dataset[Batch]):
+class _Batches(Dataset[Batch | bytes]):
     """Loads whole draws. Unreadable samples are named; the next readable neighbour replaces them, or nothing."""
 
     def __init__(self, dataset: Dataset[Batch], *, replace: bool) -> None:
         self.dataset, self.replace = dataset, replace
 
-    def __getitem__(self, draw: Draw) -> Batch:
+    def __getitem__(self, draw: Draw) -> Batch | bytes:
         seed_step(draw.seed, torch.device("cpu"))
         try:
-            return self._load(draw.indices)
+            batch = self._load(draw.indices)
         except UserError as error:  # crosses the worker boundary as data, to stay one line
             return {_ERROR: str(error)}
+        return batch if _fits_shared_memory([batch]) else pickle.dumps(batch)
 
     def _load(self, indices: list[int]) -> Batch:
         whole = getattr(self.dataset, "__getitems__", None)
         if whole is not None:
             try:
-                return cast(Batch, whole(indices))
+                return cast(Batch, whole(indices)) | {_DRAWN: indices}
             except UnreadableSample:
                 pass  # find out below which ones they are
         skipped: list[str] = []
         found = [self._readable(index, skipped) for index in indices]
-        samples = [sample for sample in found if sample is not None]
-        batch: Batch = default_collate(samples) if samples else {}
-        lost = [place for place, sample in enumerate(found) if sample is None]
+        samples = [each[1] for each in found if each is not None]
+        drawn = [each[0] for each in found if each is not None]
+        batch: Batch = {**(_stacked(samples, shared=_fits_shared_memory(samples)) if samples else {}), _DRAWN: drawn}
+        lost = [place for place, each in enumerate(found) if each is None]
         return batch | {_SKIPPED: skipped, _LOST: lost} if skipped else batch
 
-    def _readable(self, index: int, skipped: list[str]) -> Batch | None:
+    def _readable(self, index: int, skipped: list[str]) -> tuple[int, Batch] | None:
+        """A sample and its own index, or that of the next one that can be read."""
         count = len(cast(Sized, self.dataset))
         for offset in range(count if self.replace else 1):
+            place = (index + offset) % count
             try:
-                return self.dataset[(index + offset) % count]
+                return place, self.dataset[place]
             except UnreadableSample as error:
                 skipped.append(str(error))
         if self.replace:
             raise UserError(f"no sample can be read; the first: {skipped[0]}")
         return None
+
+
+def _stacked(samples: list[Batch], *, shared: bool) -> Batch:
+    try:
+        if shared:
+            batch: Batch = default_collate(samples)
+        else:
+            batch = collate(samples, collate_fn_map={**default_collate_fn_map, Tensor: _stack})
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"samples can't be stacked into a batch ({error}): dataset(split) must give all of them the same keys, "
+            "tensors and shapes; pad where they differ"
+        ) from error
+    return batch
+
+
+def _stack(tensors: list[Tensor], **_: object) -> Tensor:
+    """Where torch's own would allocate shared memory."""
+    return torch.stack(tensors)
+
+
+def _fits_shared_memory(samples: list[Batch]) -> bool:
+    """Whether /dev/shm has room for these samples and what other loader processes put there meanwhile.
+
+    Where it has not (containers give 64 MB, or less), a batch goes through a pipe: writing beyond its end would kill
+    the process.
+    """
+    info = get_worker_info()
+    if info is None:  # no other process gets them
+        return True
+    size = sum(x.nbytes for sample in samples for x in sample.values() if isinstance(x, Tensor))
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError:
+        return False
+    return (2 * info.num_workers + 2) * size < found.f_bavail * found.f_frsize
 
 
 class TrainingBatches:
@@ -139,18 +205,44 @@ class TrainingBatches:
     ) -> None:
         self.unreadable: set[str] = set()
         self._samples, self._max_unreadable = sampler.samples, max_unreadable
+        self._dataset, self._drawn = dataset, list[int]()
+        self._suspects: list[tuple[list[int], Tensor]] = []
         self._device = device
-        self._loader = DataLoader(_Batches(dataset, replace=True), sampler=sampler, **_loader_settings(workers, device))
+        self._sampler, self._workers = sampler, workers
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
+        for batch in _loaded(_Batches(self._dataset, replace=True), self._sampler, self._workers, self._device):
             batch.pop(_LOST, None)
             self._note(_raise_error(batch).pop(_SKIPPED, []))
+            self._drawn = batch.pop(_DRAWN)
             yield to_device(batch, self._device)
+
+    def suspect(self, broken: Tensor) -> None:
+        """Which samples of the batch given last have tokens that are not finite, [B] bool; read by `settle`."""
+        self._suspects.append((self._drawn, broken))
+
+    def settle(self) -> None:
+        """Count the broken samples as unreadable (waits for the device).
+
+        Raises:
+            UserError: too many are unreadable.
+        """
+        if not self._suspects:
+            return
+        which = torch.cat([broken for _, broken in self._suspects]).tolist()
+        drawn = [index for indices, _ in self._suspects for index in indices]
+        self._suspects.clear()
+        found = {index for index, broken in zip(drawn, which, strict=True) if broken}
+        self._note([_broken(self._dataset, index) for index in found])
 
     def _note(self, skipped: list[str]) -> None:
         self.unreadable |= set(skipped)
         _refuse_many(self.unreadable, self._samples, self._max_unreadable)
+
+
+def _broken(dataset: Dataset[Batch], index: int) -> str:
+    name = getattr(dataset, "name", None)
+    return f"{f'sample {index}' if name is None else name(index)}: its tokens hold NaN or infinity"
 
 
 def _refuse_many(unreadable: set[str], samples: int, share: float, of: str = "") -> None:
@@ -159,7 +251,7 @@ def _refuse_many(unreadable: set[str], samples: int, share: float, of: str = "")
         what = f"1 unreadable {of}sample" if len(unreadable) == 1 else f"{len(unreadable)} unreadable {of}samples"
         raise UserError(
             f"{what} of {samples}: more than train.max_unreadable={share} of them; the first is {min(unreadable)}; "
-            "mend or remove the files, or allow a larger share"
+            "fix or remove them, or allow a larger share"
         )
 
 
@@ -186,6 +278,7 @@ def plain_batches(
     unreadable: set[str] | None = None,
     kept: list[int] | None = None,
     max_unreadable: float = 1.0,
+    tokenize: Callable[[Batch], Tokens] | None = None,
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
@@ -197,6 +290,7 @@ def plain_batches(
         unreadable: gets name and cause of every sample left out.
         kept: gets the place of every sample that is given, counted from the first of all.
         max_unreadable: share of the samples that may be.
+        tokenize: of the adapter; samples whose tokens hold NaN or infinity are then left out as unreadable, too.
 
     Raises:
         UserError: no sample could be read, or too few.
@@ -207,32 +301,84 @@ def plain_batches(
     indices = list(indices)[:limit]
     starts = range(0, len(indices), batch)[rank::ranks]
     draws = [Draw(indices[i : i + batch], fold_seed(seed or 0, "plain", i)) for i in starts]
-    loader = DataLoader(_Batches(dataset, replace=False), sampler=draws, **_loader_settings(workers, device))
+    loader = _loaded(_Batches(dataset, replace=False), draws, workers, device)
     skipped: set[str] = set()
     empty = True
     for start, draw, loaded in zip(starts, draws, loader, strict=True):
         found, lost = _raise_error(loaded).pop(_SKIPPED, []), loaded.pop(_LOST, [])
+        places = [place for place in range(len(draw.indices)) if place not in lost]
+        drawn = loaded.pop(_DRAWN)
+        loaded = to_device(loaded, device)
+        if tokenize is not None and loaded:
+            sound = tokenize(loaded).finite()
+            if not sound.all():
+                found = [*found, *(_broken(dataset, drawn[i]) for i in (~sound).nonzero()[:, 0].tolist())]
+                loaded = {name: x[sound] for name, x in loaded.items()} if sound.any() else {}
+                places = [place for place, good in zip(places, sound.tolist(), strict=True) if good]
         if kept is not None:
-            kept += [start + place for place in range(len(draw.indices)) if place not in lost]
+            kept += [start + place for place in places]
         skipped.update(found)
         if unreadable is not None:
             unreadable.update(found)
         _refuse_many(skipped, len(indices), max_unreadable, "held-out ")
         if loaded:
             empty = False
-            yield to_device(loaded, device)
+            yield loaded
     if empty and (draws or rank == 0):
         raise UserError(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
-def _loader_settings(workers: int, device: torch.device) -> dict[str, Any]:
-    return {
+LOADER_DIED = (
+    "the system has killed a process that loads data, perhaps for want of memory: lower train.batch, or load in the "
+    "main process with train.workers=0; checkpoints are kept"
+)
+
+
+def _loaded(
+    batches: _Batches, draws: Sequence[Draw] | DrawSampler, workers: int, device: torch.device
+) -> Iterator[Batch]:
+    """The batches of these draws, loaded by other processes where there is room for them.
+
+    Raises:
+        UserError: one of these processes was killed.
+    """
+    settings: dict[str, Any] = {
         "batch_size": None,  # a draw is a whole batch already
-        "num_workers": min(workers, cores()),  # more only take turns; batches are the same from any number
+        "sampler": draws,
         "worker_init_fn": _ignore_ctrl_c,
         "pin_memory": device.type == "cuda",
         "generator": torch.Generator(),  # or the loader would draw from the global one
     }
+    workers = min(workers, cores())  # more only take turns; batches are the same from any number
+    if workers and (cause := _no_room_for(workers)):
+        _say_once(f"No processes to load data can be started ({cause}): loading in the main process.")
+        workers = 0
+    stream = iter(DataLoader(batches, num_workers=workers, **settings))
+    while True:
+        try:
+            found = next(stream)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                raise UserError(LOADER_DIED) from error
+            raise
+        yield pickle.loads(found) if isinstance(found, bytes) else found
+
+
+def _no_room_for(workers: int) -> str:
+    """Why the locks between so many processes can't be made, as where /dev/shm holds a few pages; "" if they can."""
+    try:
+        locks = [torch.multiprocessing.get_context().Lock() for _ in range(3 * workers + 10)]  # three a queue
+    except OSError as error:
+        return f"/dev/shm: {error.strerror}"
+    del locks
+    return ""
+
+
+@lru_cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _raise_error(batch: Batch) -> Batch:

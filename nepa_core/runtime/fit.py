@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.pretrainer import HEADS
 from nepa_core.runtime.checkpoint import (
@@ -62,18 +62,18 @@ class TrainConfig(BaseModel):
     model_config = FROZEN
 
     length: Duration
-    batch: int = Field(gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)
-    seed: int = Field(default=0, ge=0)
+    batch: int = Field(gt=0, le=2**40)
+    micro_batch: int | None = Field(default=None, gt=0, le=2**40)
+    seed: int = Field(default=0, ge=0, lt=MOST_SEED)
     ema: float | None = Field(gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False
     recompute: bool = False
-    workers: int = Field(ge=0)
-    log: int = Field(gt=0)
-    evaluate: int = Field(gt=0)
-    checkpoint: int = Field(gt=0)
-    keep: int = Field(gt=0)
+    workers: int = Field(ge=0, le=2**20)
+    log: int = Field(gt=0, le=10**12)
+    evaluate: int = Field(gt=0, le=10**12)
+    checkpoint: int = Field(gt=0, le=10**12)
+    keep: int = Field(gt=0, le=10**12)
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
 
 
@@ -85,11 +85,14 @@ class StepOutput(NamedTuple):
         weight: of how many things (predictions, labels) the loss is a mean: a batch's loss is the mean over
             all of them, however they fall on micro-batches and ranks.
         tokens: real input tokens seen, padding not counted, for the rate.
+        broken: [B] bool, the samples of the batch whose tokens are not finite, see `replace_broken`; None where that
+            was not looked at.
     """
 
     loss: Tensor
     weight: Tensor | float
     tokens: Tensor | int
+    broken: Tensor | None = None
 
 
 StepFunction = Callable[[nn.Module, Batch], StepOutput]
@@ -220,6 +223,7 @@ def fit(
     ema: Ema | None = None,
     evaluate: Callable[[], Mapping[str, Any]] | None = None,
     untrained: bool = True,
+    changed_data: bool = False,
     height: Callable[[str], int] = lambda name: 0,
     head: Callable[[str], bool] = lambda name: False,
     watch: Stopwatch | None = None,
@@ -236,6 +240,7 @@ def fit(
             `config.evaluate` steps and after the last; what the main process returns is logged, and a "warning" in it
             is shown, too.
         untrained: False leaves out the evaluation before the first step, as where a new head gives only zeros.
+        changed_data: go on although the data is not what it was at the last checkpoint, see `Modality.changed`.
         height: parameter name -> number of layers above its own, for `optim.layer_decay`.
         head: parameter name -> whether it trains at `optim.head_lr`.
         watch: told where the time of every step goes.
@@ -250,6 +255,7 @@ def fit(
     steps = plan(config, optim, samples=samples, ranks=world.size)
     optimizer = make_optimizer(model, optim, height, head)
     tally = _Tally(world.device)
+    found = fingerprint_of(dataset)
     watch = watch or Stopwatch()
     parameters = [value for value in model.parameters() if value.requires_grad]
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
@@ -265,6 +271,7 @@ def fit(
                 meter.say(f"step {done}: {figures['warning']}")
 
     def save(done: int, seconds: float, tokens: int) -> None:
+        batches.settle()
         unreadable = world.union(batches.unreadable)
         if not world.is_main:
             return
@@ -278,12 +285,21 @@ def fit(
             "tokens": tokens,
             "tally_steps": tally.steps,
             "unreadable": unreadable,
+            "data": found,
         }
         save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep)
 
     with Meter(steps.total, enabled=show and world.is_main) as meter, _stop_requests() as stop:
         sitting = restore(
-            run, world, model=model, optimizer=optimizer, names=names, ema=ema, tally=tally, say=meter.say
+            run,
+            world,
+            model=model,
+            optimizer=optimizer,
+            names=names,
+            ema=ema,
+            tally=tally,
+            data=None if changed_data else found,
+            say=meter.say,
         )
         start = sitting.step
         tokens = torch.tensor(sitting.tokens, device=world.device)  # stays there: reading it would wait for the device
@@ -299,7 +315,7 @@ def fit(
         watch.lap("start")
         for step in range(start, steps.total):
             run_step = step_function if step_at is None else step_at(step / steps.total)
-            sums = _accumulate(shared, run_step, stream, step, steps.accumulate, config, world, watch)
+            sums = _accumulate(shared, run_step, batches, stream, step, steps.accumulate, config, world, watch)
             lr = set_rates(optimizer, optim, peak=steps.peak_lr, step=step, total=steps.total, warmup=steps.warmup)
             loss, weight, seen = world.sum(sums)
             tokens += seen.long()
@@ -313,6 +329,7 @@ def fit(
             meter.advance(done)
             last = done == steps.total
             if done % config.log == 0 or last:
+                batches.settle()
                 line = _metrics_line(tally, done=done, lr=lr, epoch=done / steps.per_epoch)
                 if world.is_main:
                     run.log(line)
@@ -345,6 +362,12 @@ def fit(
     )
 
 
+def fingerprint_of(dataset: Dataset[Batch]) -> str:
+    """Tells a data set from what it becomes when files are added or lost: its own `fingerprint()`, or its length."""
+    own = getattr(dataset, "fingerprint", None)
+    return f"{len(cast(Sized, dataset))} samples" if own is None else str(own())
+
+
 class Sitting(NamedTuple):
     """Where an earlier sitting of a run stopped: steps done, time and tokens spent, samples found unreadable."""
 
@@ -363,6 +386,7 @@ def restore(
     names: Mapping[Tensor, str],
     ema: Ema | None,
     tally: _Tally,
+    data: str | None,
     say: Callable[[str], None],
 ) -> Sitting:
     """The one place where training state is restored.
@@ -370,18 +394,49 @@ def restore(
     Precedence: the newest undamaged checkpoint of this run; else the model as it was handed in (from the seed, or
     from an `init=` that the task has loaded).
 
+    Args:
+        data: `fingerprint_of` the data, which must be that of the checkpoint; None where that does not matter.
+
     Raises:
-        UserError: the network that the recipe builds now is not the one that was stored.
+        UserError: the network that the recipe builds now is not the one that was stored, or the data has changed.
     """
     checkpoint, notes = load_latest(run.checkpoints)
     for note in notes:
         say(note)
-    if world.is_main:
-        run.truncate_metrics(0 if checkpoint is None else checkpoint.state["metrics_bytes"])
+    if checkpoint is not None and data is not None and (stored := checkpoint.state.get("data")) not in (None, data):
+        raise UserError(
+            f"the training data of {run.path} changed since step {checkpoint.step} (then {stored}; now {data}), so the "
+            "samples would come in another order: give it back, go on all the same with data.changed=true, or name "
+            "another folder with out=DIR"
+        )
     if checkpoint is None:
+        if world.is_main:
+            run.truncate_metrics(0)
         if notes:
             say("no checkpoint is left: starting from the beginning")
         return Sitting()
+    try:
+        return _restored(checkpoint, run, world, model, optimizer, names, ema, tally, say)
+    except KeyError as error:
+        raise UserError(
+            f"{run.checkpoints}: the newest checkpoint lacks {error}, so it was written by another version; give the "
+            "earlier code back, or name another folder with out=DIR"
+        ) from error
+
+
+def _restored(
+    checkpoint: Checkpoint,
+    run: Run,
+    world: World,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    ema: Ema | None,
+    tally: _Tally,
+    say: Callable[[str], None],
+) -> Sitting:
+    state, tensors = checkpoint.state, checkpoint.tensors
+    sitting = Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
     try:
         model.load_state_dict(_with_heads("model", checkpoint))
     except RuntimeError as error:
@@ -389,15 +444,16 @@ def restore(
             f"the checkpoints of {run.path} are of another network than the recipe builds now: {error}; "
             "give the earlier code back, or name another folder with out=DIR"
         ) from error
-    restore_optimizer(optimizer, names, checkpoint.tensors["optimizer"])
+    restore_optimizer(optimizer, names, tensors["optimizer"])
     if ema is not None:
         ema.restore(_with_heads("ema", checkpoint))
-    for name, value in checkpoint.tensors["tally"].items():
+    for name, value in tensors["tally"].items():
         tally.sums[name].copy_(value)
-    tally.steps = checkpoint.state["tally_steps"]
+    tally.steps = state["tally_steps"]
+    if world.is_main:
+        run.truncate_metrics(state["metrics_bytes"])
     say(f"going on after step {checkpoint.step}")
-    state = checkpoint.state
-    return Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
+    return sitting
 
 
 def _heads_apart(group: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -434,6 +490,7 @@ def _batches(
 def _accumulate(
     model: nn.Module,
     step_function: StepFunction,
+    batches: TrainingBatches,
     stream: Iterator[Batch],
     step: int,
     parts: int,
@@ -457,6 +514,8 @@ def _accumulate(
             with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
                 out = step_function(model, batch)
             watch.lap("forward")
+            if out.broken is not None:
+                batches.suspect(out.broken)
             weighted = out.loss * out.weight
             weighted.backward()  # type: ignore[no-untyped-call]
         sums[0] += weighted.detach()

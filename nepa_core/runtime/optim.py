@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -22,8 +22,8 @@ class Duration(BaseModel):
 
     model_config = FROZEN
 
-    steps: int | None = Field(default=None, ge=0)
-    epochs: float | None = Field(default=None, ge=0)
+    steps: int | None = Field(default=None, ge=0, le=10**12)
+    epochs: float | None = Field(default=None, ge=0, le=10**9)
     fraction: float | None = Field(default=None, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -80,6 +80,10 @@ class LayerDecay(BaseModel):
         return max(warmup - round(warmup * self.start**height), 1)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+"""Decay of a running mean: AdamW divides by 1 - beta."""
+
+
 class OptimConfig(BaseModel):
     """AdamW with linear warm-up and a decay to zero.
 
@@ -99,12 +103,12 @@ class OptimConfig(BaseModel):
 
     model_config = FROZEN
 
-    lr: float = Field(gt=0)
-    lr_batch: int | None = Field(gt=0)
-    betas: tuple[float, float]
-    weight_decay: float = Field(ge=0)
+    lr: float = Field(gt=0, le=1e4)
+    lr_batch: int | None = Field(gt=0, le=2**40)
+    betas: tuple[Beta, Beta]
+    weight_decay: float = Field(ge=0, le=1e4)
     warmup: Duration
-    clip: float | None = Field(gt=0)
+    clip: float | None = Field(gt=1e-12, le=1e12)
     decay: Literal["cosine", "linear", "poly"] = "cosine"
     layer_decay: LayerDecay | None = None
     head_lr: float | None = Field(default=None, gt=0)

@@ -1,0 +1,121 @@
+"""Names from data stand in pages as text: no page of any task runs what a class, a file or a folder is called."""
+
+from __future__ import annotations
+
+import html.parser
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recipes.cli import main
+from tests.conftest import BROWSER
+from tests.tiny_scenes import write_scenes
+
+RUNS = "document.body.dataset.pwned=1"
+CLASSES = (f'<img src=x onerror="{RUNS}">', f'"><svg onload={RUNS}>', "$\\frac{x$ & <b>", f"'><script>{RUNS}<script>")
+FILE = f"<script>{RUNS}<script>"
+TINY = (
+    "model.dim=16", "model.depth=2", "model.heads=2", "model.mlp_dim=32", "train.batch=8", "train.micro_batch=null",
+    "train.length.steps=2", "verdict.test_samples=8", "verdict.health_samples=8", "train.workers=0",
+)  # fmt: skip
+KNOWN = {
+    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "strong", "em", "figure", "figcaption"),
+    *("img", "table", "thead", "tbody", "tr", "td", "th", "footer", "div", "span", "pre", "ul", "ol", "li", "a", "br"),
+    *("details", "summary", "section", "code", "small", "caption", "b", "i", "sub", "sup", "hr"),
+}
+
+
+class Reader(html.parser.HTMLParser):
+    """What a browser would make of a page that could run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.text += " ".join(value or "" for name, value in attrs if name == "alt")
+        sources = [value or "" for name, value in attrs if name in ("src", "href")]
+        bad = [name for name, _ in attrs if name.startswith("on")]
+        if tag not in KNOWN or bad or any(not value.startswith(("data:image/", "#")) for value in sources):
+            self.faults.append(f"<{tag} {attrs}>"[:200])
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def write_images(root: Path) -> None:
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for name in CLASSES:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = draw.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{FILE}{number}.png")
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
+    """The pages of four tasks over images and two over scenes, all of whose names are hostile."""
+    patch = pytest.MonkeyPatch()
+    place = tmp_path_factory.mktemp("pages")
+    patch.chdir(place)
+    write_images(place / "data")
+    run = CLASSES[0]
+    words = ("recipes.vision:cifar10", "data.root=data", "data.limit=null", *TINY)
+    assert main(["pretrain", *words, f"out={run}"]) == 0
+    assert main(["inspect", run, "samples=2"]) == 0
+    found = {"pretrain": Path(run) / "report", "inspect": Path(run) / "inspect"}
+    assert main(["finetune", run, f"out={run}2", "train.length.steps=1"]) == 0
+    assert main(["inspect", f"{run}2", f"images=[{next(Path('data/val').rglob('*.png'))}]"]) == 0
+    found |= {"finetune": Path(f"{run}2") / "report", "inspect of files": Path(f"{run}2") / "inspect"}
+    write_scenes(place / "scenes", train=4, test=2)
+    for file in sorted((place / "scenes").rglob("ADE_*")):
+        file.rename(file.with_name(file.name.replace("ADE_", FILE)))
+    (place / "scenes" / "objectInfo150.txt").write_text(
+        "Idx\tRatio\tTrain\tVal\tName\n" + "".join(f"{i}\t0\t0\t0\t{name}\n" for i, name in enumerate(CLASSES[:3], 1))
+    )
+    segment = ("tests.tiny_scenes:recipe", "data.root=scenes", "train.length.steps=1", f"out={run}3")
+    assert main(["segment", *segment]) == 0
+    assert main(["inspect", f"{run}3", "samples=1"]) == 0
+    found |= {"segment": Path(f"{run}3") / "report", "inspect of scenes": Path(f"{run}3") / "inspect"}
+    yield [(place / folder / "index.html") for folder in found.values()]
+    patch.undo()
+
+
+@pytest.mark.slow
+def test_no_name_becomes_an_element_of_a_page(pages: list[Path]) -> None:
+    shown = ""
+    for page in pages:
+        reader = Reader()
+        reader.feed(page.read_text())
+        assert reader.faults == [], page
+        shown += reader.text
+    assert "<img src=x onerror" in shown, "a name stands there as text"
+
+
+@pytest.mark.browser
+def test_a_browser_runs_no_script_in_a_page(pages: list[Path], tmp_path: Path) -> None:
+    if BROWSER is None:
+        pytest.skip("no Chromium here; apt-get install chromium")
+
+    def body(page: Path) -> str:
+        command: list[Any] = [
+            BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom", page.as_uri(),
+        ]  # fmt: skip
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert "<body" in shown
+        return shown[shown.index("<body") :].partition(">")[0]
+
+    trap = tmp_path / "trap.html"
+    trap.write_text(f'<!doctype html><body><img src=x onerror="{RUNS}"></body>')
+    assert "data-pwned" in body(trap), "the test would see it"
+    for page in pages:
+        assert "data-pwned" not in body(page), page
