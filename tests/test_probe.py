@@ -97,10 +97,10 @@ def test_the_verdict_takes_the_classifier_that_reads_best_on_each_side() -> None
     for name, x in (("layer 1, mean", weak), ("layer 1, mean", weak[::-1].copy()), ("raw tokens", circle)):
         parts = [{"labels": labels[half], name: x[half]} for half in (slice(300), slice(300, None))]
         found.append(probe.score_rows(split := probe.Split.of(*parts, CPU), ["linear", "knn"]))
-    worth = probe.verdict(found, split, torch.arange(100), several=True, per_token=False)
+    worth = probe.verdict(found, split, torch.arange(100), chained=False, several=True, per_token=False)
     assert worth.headline == "BEHIND RAW TOKENS"
     assert (worth.of, worth.beside[1].of) == ("layer 1, mean, by linear", "by k-NN")
-    one = probe.verdict(found, split, torch.arange(100) // 100, several=False, per_token=False)
+    one = probe.verdict(found, split, torch.arange(100) // 100, chained=False, several=False, per_token=False)
     assert (one.headline, one.of) == ("NOT KNOWN", "layer 1, mean")
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -190,8 +190,10 @@ def reading_back(file: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        text = shown(str(error), 120)
-        lacks = f"lacks {text}" if isinstance(error, KeyError) else f"holds something else than was written ({text})"
+        text, missing = shown(str(error), 120), isinstance(error, KeyError)
+        if isinstance(error, ValidationError) and error.errors()[0]["type"] == "missing":
+            text, missing = str(error.errors()[0]["loc"][0]), True
+        lacks = f"lacks {text}" if missing else f"holds something else than was written ({text})"
         raise UserError(f"{file} {lacks}; delete it and give the same command again") from error
 
 
