@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import re
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -31,6 +32,21 @@ from torch.utils.data import Dataset
 from torchaudio.functional import melscale_fbanks
 from torchaudio.transforms import MelSpectrogram, Resample
 
+from modalities.listing import (
+    Contents,
+    Passed,
+    file_sizes,
+    fingerprint,
+    is_hidden,
+    list_files,
+    list_groups,
+    natural_key,
+    printable,
+    read_whole,
+    say,
+    subfolders,
+)
+from modalities.text_files import read_lines
 from nepa_core.basics import Batch, UnreadableSample, UserError
 
 SourceName = Literal["synthetic", "folder"]
@@ -52,6 +68,20 @@ _LARGEST_KERNEL = 2**24  # numbers in the filters of a resampling; two rates wit
 
 HELD_OUT = 0.1
 """The share of clips that is held out where nothing says which."""
+
+FOLD = re.compile(r"(fold|split|part)[ _-]?\d+", re.IGNORECASE)
+"""Folders of this name divide a data set for cross-validation; they are no classes."""
+
+COLUMNS = {
+    "path": ("path", "file", "filename", "file_name"),
+    "split": ("split", "set", "subset"),
+    "label": ("label", "class", "category"),
+}
+"""What the columns of a manifest may be called, in any case."""
+
+_ROUNDING = 1e-4  # of samples of 16 bits, three steps of them
+_LISTENED = 48  # clips of a split that are looked at when it is opened, for _LISTENED_SECONDS each
+_LISTENED_SECONDS = 5
 
 Row = tuple[str, str, str]
 """Path, label ("" for none), and "train" or "test"."""
@@ -165,6 +195,22 @@ class Clips(Dataset[Batch]):
         """What a message calls that clip: its file, or where it lies."""
         return self.source.name(int(self.rows[index]))
 
+    def contents(self) -> Contents | None:
+        """The stored bytes of every clip; None where there are none."""
+        paths = self._paths()
+        return None if paths is None else Contents(file_sizes(paths), lambda index: read_whole(paths[index]), self.name)
+
+    def fingerprint(self) -> str:
+        """Changes where other files are listed, or one of another size."""
+        paths = self._paths()
+        if paths is None:
+            return f"{len(self)} samples"
+        top = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+        return fingerprint((os.path.relpath(path, top) for path in paths), file_sizes(paths))
+
+    def _paths(self) -> list[str] | None:
+        return self.source.paths[self.rows.numpy()].tolist() if isinstance(self.source, Recordings) else None
+
     def _frames(self, index: int) -> Tensor:
         """[T, F] of one clip, T its own."""
         row = int(self.rows[index])
@@ -270,10 +316,10 @@ class Recordings:
         return len(self.paths)
 
     def read(self, row: int, sample_rate: int, most: int) -> Tensor:
-        return read_file(self.name(row), sample_rate, most)
+        return read_file(str(self.paths[row]), sample_rate, most)
 
     def name(self, row: int) -> str:
-        return str(self.paths[row])
+        return printable(str(self.paths[row]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,24 +364,76 @@ def read_file(path: str, sample_rate: int, most: int) -> Tensor:
     Raises:
         OSError, ValueError: it can't be read, or there is nothing in it to learn from.
     """
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate = int(file.samplerate)
-            _check_rate(rate, sample_rate)
-            points = file.read(math.ceil(most * rate / sample_rate), dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        if not os.path.isfile(path):
-            raise ValueError("there is no such file") from error
-        raise ValueError(error.error_string) from error
+    rate, points, _ = _read_points(path, sample_rate, most)
     wave = torch.from_numpy(points.mean(1))
     if not len(wave):
         raise ValueError("holds no samples")
     if not wave.isfinite().all():
         raise ValueError("holds NaN or infinite samples")
+    if wave.abs().max() < _ROUNDING and _cancels(points):
+        raise ValueError("is silent: its channels cancel each other, for one is the other upside down")
     if wave.min() == wave.max():
         raise ValueError("is silent: all of its samples are equal")
     resampled: Tensor = wave if rate == sample_rate else _resampling(rate, sample_rate)(wave)
     return resampled
+
+
+def _read_points(path: str, sample_rate: int, most: int) -> tuple[int, np.ndarray, str]:
+    """Rate, the first points [n, channels] float32 that make `most` at `sample_rate`, and how they are stored."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("no regular file")  # a pipe might never end
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            rate = int(file.samplerate)
+            _check_rate(rate, sample_rate)
+            points = file.read(math.ceil(most * rate / sample_rate), dtype="float32", always_2d=True)
+            return rate, points, str(file.subtype)
+    except FileNotFoundError as error:
+        raise ValueError("there is no such file") from error
+    except soundfile.LibsndfileError as error:
+        raise ValueError(error.error_string) from error
+
+
+def _cancels(points: np.ndarray) -> bool:
+    """Whether the mean of the channels [n, channels] has less than a thousandth of their power (30 dB)."""
+    if points.shape[1] < 2:
+        return False
+    apart = points - points.mean(0)
+    return bool(1000 * np.square(apart.mean(1)).mean() < np.square(apart).mean())
+
+
+def _listen(root: str, paths: Sequence[str]) -> None:
+    """Say what is odd about the sound of a few clips, evenly spread over the list."""
+    chosen = paths if len(paths) <= _LISTENED else [paths[i * len(paths) // _LISTENED] for i in range(_LISTENED)]
+    found: dict[str, list[str]] = {}
+    read = 0
+    for path in chosen:
+        try:
+            _, points, kind = _read_points(path, 16_000, _LISTENED_SECONDS * 16_000)
+        except (OSError, ValueError):
+            continue  # is named when it is read as a sample
+        if not len(points) or not np.isfinite(points).all():
+            continue
+        read += 1
+        peak = float(np.abs(points).max())
+        if kind in ("FLOAT", "DOUBLE") and peak > 8:
+            what = (
+                f"have numbers up to {_power_of_two(peak):,}, as integers have, in a file of floating-point samples, "
+                "which should lie between -1 and 1; divide them"
+            )
+            found.setdefault(what, []).append(path)
+        if _cancels(points):
+            what = "have channels that cancel each other when they are averaged; keep one of them"
+            found.setdefault(what, []).append(path)
+        flat = (points[1:] == points[:-1]) & (np.abs(points[1:]) > 0.99)  # a loud tone touches full scale, and turns
+        if kind not in ("FLOAT", "DOUBLE") and len(flat) and flat.mean() > 0.005:
+            found.setdefault("are clipped: they stay at full scale for several samples at a time", []).append(path)
+    for what, named in found.items():
+        say(f"{root}: {len(named)} of {read} clips listened to, such as {printable(min(named))}, {what}")
+
+
+def _power_of_two(number: float) -> int:
+    return int(2 ** math.ceil(math.log2(number)))
 
 
 def _check_rate(rate: int, wanted: int) -> None:
@@ -343,7 +441,7 @@ def _check_rate(rate: int, wanted: int) -> None:
     if not 1000 <= rate <= 1_000_000 or (wanted // common) * (rate // common) > _LARGEST_KERNEL:
         raise ValueError(
             f"its header says {rate} samples a second, which can't be brought to data.sample_rate={wanted}; "
-            "mend the header"
+            "fix the header"
         )
 
 
@@ -373,16 +471,21 @@ def open_source(
               whose recordings 0 to 4 of each digit and speaker are held out;
             - a CSV file with the columns path (seen from its folder) and split and, where clips have labels, label:
               classes, or numbers to predict where every one of them is written with a decimal point;
-            - `<class>/*` alone, two or more files in each of two or more class folders: a share of each is held out;
+            - `<class>/*` alone, two or more class folders: a share of each is held out. A class of one file and the
+              few files that lie beside the folders (a tenth at most) are left out;
+            - folders fold1, fold2, ... (or split1, part1), with class folders in them or without: whole folds are held
+              out, the first ones;
             - any other folder with audio files in it, at any depth: clips without labels, of which a share is held out.
-            The held-out split may be called val, validation or test.
+            The held-out split may be called val, validation or test; of several the first in this order, and the rest
+            are left aside. What is passed over (`modalities.listing`) or left out is said.
         held_out_speaker: with FSDD's naming, hold out all recordings of this speaker instead.
         held_out: the share of clips that is held out where nothing else says which, those whose paths (seen from
             `root`) have the lowest hashes: moving the folder changes nothing, and a new file hardly anything. Where
             several files are of one recording, divide them yourself, or the same sound is in both splits.
 
     Raises:
-        UserError: there is no such data, or they are in none of these layouts, or the classes of the splits differ.
+        UserError: there is no such data, or they are in none of these layouts, the classes of the splits differ, or a
+            manifest has one clip in both of them.
     """
     if split not in SPLITS:
         raise ValueError(f'split is "train" or "test", not {split!r}')
@@ -411,17 +514,30 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: 
     if place.is_file():
         rows = _manifest_rows(place)
         return _recordings(root, rows, split, numbers=all(NUMBER.fullmatch(label) for _, label, _ in rows))
-    folders = {each: next((place / n for n in names if (place / n).is_dir()), None) for each, names in SPLITS.items()}
+    passed = Passed()
+    folders = {each: [place / n for n in names if (place / n).is_dir()] for each, names in SPLITS.items()}
     if all(folders.values()):
-        rows = [(path, label, each) for each, folder in folders.items() if folder for path, label in _tree(folder)]
+        rows = [(path, label, each) for each, found in folders.items() for path, label in _tree(found[0], passed)]
+        _say_passed(root, passed, [folder.name for folder in folders["test"]])
         return _recordings(root, rows, split)
-    if not any(folders.values()) and (files := _sounds(place)):
-        return _recordings(root, _divided(root, place, files, held_out), split)
+    if not any(folders.values()):
+        files, passed = list_files(place, SUFFIXES)
+        _say_passed(root, passed)
+        if files:
+            return _recordings(root, _divided(root, place, files, held_out), split)
     raise UserError(
         f"data.root={root}: looked for train/<class>/* or train/* with the same in val/ (or validation/, test/), for "
         "files named {digit}_{speaker}_{index}.wav, and for a folder of audio files without train/ and val/, but found "
         "none complete; a CSV manifest is given as data.root=FILE.csv"
     )
+
+
+def _say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
+    """Say what a listing passed over, and which of several held-out splits is taken."""
+    if line := passed.line(root):
+        say(line)
+    if len(held_out) > 1:
+        say(f"{root}: {held_out[0]} is held out, and {' and '.join(held_out[1:])} left aside")
 
 
 def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = False) -> Recordings:
@@ -435,86 +551,191 @@ def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = F
             )
     mine = [(path, label) for path, label, part in rows if part == split]
     paths = np.array([path for path, _ in mine])
+    _listen(root, paths.tolist())
     if names["train"] == names["test"] == [""]:
         return Recordings(paths, None, None)
     if numbers:
         return Recordings(paths, torch.tensor([float(label) for _, label in mine]), None)
     alone = sorted(set(names["test"]) ^ set(names["train"]))
     if "" in alone:
-        raise UserError(f"data.root={root}: clips of one split have labels, and those of the other none; mend that")
+        raise UserError(
+            f"data.root={root}: clips of one split have labels, and those of the other none; give both, or none"
+        )
     if alone:
         raise UserError(f"data.root={root}: both splits need the same classes; only one has {', '.join(alone[:6])}")
     classes = names["train"]
     number = {label: place for place, label in enumerate(classes)}
-    return Recordings(paths, torch.tensor([number[label] for _, label in mine]), tuple(classes))
+    return Recordings(paths, torch.tensor([number[label] for _, label in mine]), tuple(map(printable, classes)))
 
 
-def _tree(folder: Path) -> list[tuple[str, str]]:
+def _tree(folder: Path, passed: Passed) -> list[tuple[str, str]]:
     """(path, class) of all audio files in the class folders, sorted; without class folders those there, of class ""."""
-    labels = [entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."]
-    found = sorted((path, label) for label in labels for path in _sounds(folder / label))
-    return found or [(path, "") for path in _sounds(folder)]
+    beside = Passed()
+    labels = subfolders(folder, beside)
+    groups = list_groups(folder, [folder / label for label in labels], SUFFIXES)
+    found = sorted((path, label) for label, group in zip(labels, groups, strict=True) for path in group.paths)
+    if not found:
+        listed = list_files(folder, SUFFIXES)
+        passed.merge(listed.passed)
+        return [(path, "") for path in listed.paths]
+    passed.merge(beside)
+    for group in groups:
+        passed.merge(group.passed)
+    if empty := [printable(label) for label, group in zip(labels, groups, strict=True) if not group.paths]:
+        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {_some(empty)}, so they are no classes")
+    return found
 
 
-def _sounds(folder: Path) -> list[str]:
-    """Paths of the audio files at any depth, sorted; hidden files and folders are left out."""
-    return sorted(
-        path
-        for parent, _, files in os.walk(folder, followlinks=True)
-        for path in (os.path.join(parent, file) for file in files if file.lower().endswith(SUFFIXES))
-        if not any(part.startswith(".") for part in Path(os.path.relpath(path, folder)).parts)
-    )
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> list[Row]:
     """Files that nobody divided: of every class those whose paths have the lowest hashes are held out.
 
-    Their folders are their classes where all lie one folder below `folder`, two or more in each of two or more; else
-    there are no labels.
+    `open_source` says what becomes a class.
     """
     if len(files) < 2:
         raise UserError(f"data.root={root} holds one audio file; two are wanted, for one of them is held out")
-    seen = {path: Path(os.path.relpath(path, folder)) for path in files}
-    counts = Counter(path.parts[0] for path in seen.values() if len(path.parts) == 2)
-    classes = len(counts) > 1 and counts.total() == len(files) and min(counts.values()) > 1
+    seen = {path: os.path.relpath(path, folder) for path in files}
+    parts = {path: name.split(os.sep) for path, name in seen.items()}
+    lowest = parts  # seen from the lowest folder that holds all files
+    while len({each[0] for each in lowest.values()}) == 1 and all(len(each) > 1 for each in lowest.values()):
+        lowest = {path: each[1:] for path, each in lowest.items()}
+    tops = sorted({each[0] for each in lowest.values() if len(each) > 1}, key=natural_key)
+    if len(tops) > 1 and all(map(FOLD.fullmatch, tops)):
+        return _by_folds(root, lowest, tops, held_out)
+    label = _classes_of(root, parts)
     alike: dict[str, list[str]] = {}
-    for path in sorted(files, key=lambda path: hashlib.sha256(str(seen[path]).encode()).digest()):
-        alike.setdefault(seen[path].parts[0] if classes else "", []).append(path)
+    for path in sorted(label, key=lambda path: hashlib.sha256(os.fsencode(seen[path])).digest()):
+        alike.setdefault(label[path], []).append(path)
     held = {path for each in alike.values() for path in each[: min(max(round(held_out * len(each)), 1), len(each) - 1)]}
-    return [(path, seen[path].parts[0] if classes else "", "test" if path in held else "train") for path in files]
+    return [(path, label[path], "test" if path in held else "train") for path in files if path in label]
+
+
+def _by_folds(root: str, parts: dict[str, list[str]], folds: Sequence[str], held_out: float) -> list[Row]:
+    """Whole folds are held out: clips of one recording lie in one of them."""
+    inner = {path: each for path, each in parts.items() if len(each) > 1}
+    names = {each[1] for each in inner.values() if len(each) > 2}
+    classes = len(names) > 1 and all(len(each) > 2 for each in inner.values())
+    held = folds[: min(max(round(held_out * len(folds)), 1), len(folds) - 1)]
+    lost = len(parts) - len(inner)
+    say(
+        f"{root}: {folds[0]} to {folds[-1]} are folds and no classes; {_some(held)} held out, "
+        + ("classes are the folders in them" if classes else "no labels: no class folders are in all of them")
+        + (f"; {lost} files beside them are left out" if lost else "")
+    )
+    return [(path, each[1] if classes else "", "test" if each[0] in held else "train") for path, each in inner.items()]
+
+
+def _classes_of(root: str, parts: dict[str, list[str]]) -> dict[str, str]:
+    """path -> class of the files that count; "" for all of them where folders are no classes.
+
+    Args:
+        parts: path -> folders and name, seen from the root.
+    """
+    inner = {path: each for path, each in parts.items() if len(each) > 1}
+    counts = Counter(each[0] for each in inner.values())
+    if len(counts) < 2:
+        return dict.fromkeys(parts, "")
+    loose = sorted(path for path, each in parts.items() if len(each) == 1)
+    single = sorted(name for name, count in counts.items() if count == 1)
+    deep = sum(len(each) > 2 for each in inner.values())
+    none = f"{root}: no labels, though there are {len(counts)} folders:"
+    if 2 * deep > len(inner):
+        say(f"{none} most files lie deeper in them; name classes by a CSV file")
+    elif len(loose) > max(len(parts) // 10, 1):
+        say(f"{none} {len(loose):,} of {len(parts):,} files lie beside them; move these away, or into folders")
+    elif len(counts) - len(single) < 2:
+        say(f"{none} all but {len(counts) - len(single)} hold one file, and one of each class is held out")
+    else:
+        if loose:
+            say(f"{root}: left out: {len(loose)} beside the class folders, such as {printable(loose[0])}")
+        if single:
+            say(f"{root}: left out, for one file can't be in both splits: {_some(list(map(printable, single)))}")
+        return {path: each[0] for path, each in inner.items() if counts[each[0]] > 1}
+    return dict.fromkeys(parts, "")
 
 
 def _manifest_rows(file: Path) -> list[Row]:
+    lines = [f"{line}\n" for line in read_lines(file)]
+    separator = max(",;\t|", key=next((line for line in lines if line.strip()), "").count)
     known = {name: each for each, names in SPLITS.items() for name in names}
-    rows: list[Row] = []
-    bare = []
+    found: list[tuple[int, str, str, str]] = []
     try:
-        with file.open(newline="", encoding="utf-8-sig") as stream:
-            table = csv.DictReader(stream)
-            missing = [name for name in ("path", "split") if name not in (table.fieldnames or ())]
-            if missing:
+        table = csv.reader(lines, delimiter=separator)
+        head = next((row for row in table if any(row)), [])
+        names = [name.strip().lower() for name in head]
+        places = {
+            key: next((names.index(name) for name in also if name in names), None) for key, also in COLUMNS.items()
+        }
+        missing = [name for name in ("path", "split") if places[name] is None]
+        if missing:
+            raise UserError(
+                f"{file}: the first line must name the columns path and split, and label where clips have labels; "
+                f"no {missing[0]}"
+            )
+        for row in table:
+            if not any(row):
+                continue
+            path, label, split = (
+                row[place].strip() if place is not None and place < len(row) else ""
+                for place in (places["path"], places["label"], places["split"])
+            )
+            if not path or "\0" in path or split.lower() not in known:
                 raise UserError(
-                    f"{file}: the first line must name the columns path and split, and label where clips have labels; "
-                    f"no {missing[0]}"
+                    f"{file}, row {table.line_num}: needs a path and a split of {', '.join(known)}, not {path!r}, "
+                    f"{split!r}"
                 )
-            for number, row in enumerate(table, 2):
-                path, label, split = (row.get(name) or "" for name in ("path", "label", "split"))
-                if not path or split not in known:
-                    raise UserError(
-                        f"{file}, row {number}: needs a path and a split of {', '.join(known)}, not {path!r}, {split!r}"
-                    )
-                bare += [number] * (not label)
-                rows.append((str(file.parent / path), label, known[split]))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: not a readable CSV file ({error}); save it as UTF-8") from error
+            found.append((table.line_num, _beside(file, path), label, split.lower()))
+    except csv.Error as error:
+        raise UserError(f"{file}: not a readable CSV file ({error})") from error
+    held_out = [name for name in SPLITS["test"] if any(split == name for *_, split in found)]
+    _say_passed(str(file), Passed(), held_out)
+    rows = [each for each in found if each[3] not in held_out[1:]]
+    bare = [number for number, _, label, _ in rows if not label]
     if 0 < len(bare) < len(rows):
         raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
-    return rows
+    _check_once(file, [(number, path, known[split]) for number, path, _, split in rows])
+    return [(path, label, known[split]) for _, path, label, split in rows]
+
+
+def _beside(file: Path, path: str) -> str:
+    """A path of a manifest, seen from its folder; one with the separators of Windows too."""
+    if "\\" in path and "/" not in path and not (file.parent / path).exists():
+        path = path.replace("\\", "/")
+    return os.path.normpath(file.parent / path)
+
+
+def _check_once(file: Path, rows: Sequence[tuple[int, str, str]]) -> None:
+    """See that no clip is in both splits; say how many are named twice in one, and how many are not there.
+
+    Args:
+        rows: number in the file, path and split of each.
+    """
+    first: dict[str, tuple[int, str]] = {}
+    twice = 0
+    for number, path, split in rows:
+        before, other = first.setdefault(path, (number, split))
+        if other != split:
+            raise UserError(
+                f"{file}, row {number}: {printable(path)} is held out here or in row {before}, and trained on in the "
+                "other; name it once"
+            )
+        twice += before != number
+    if twice:
+        say(f"{file}: {twice:,} rows name a clip that a row above has named")
+    gone = [path for path, size in zip(first, file_sizes(list(first)), strict=True) if size < 0]
+    if gone:
+        say(
+            f"{file}: {len(gone):,} of {len(first):,} clips are not there and are skipped as unreadable, such as "
+            f"{printable(gone[0])}"
+        )
 
 
 def _fsdd_files(folder: Path) -> list[tuple[Path, re.Match[str]]]:
     for place in (folder, folder / "fsdd", folder / "recordings"):
-        files = sorted(place.glob("*.wav"))
+        files = [file for file in sorted(place.glob("*.wav")) if not is_hidden(file.name) and file.is_file()]
         named = [(file, match) for file in files if (match := FSDD_NAME.fullmatch(file.name))]
         if named:
             other = set(files) - {file for file, _ in named}

@@ -6,7 +6,7 @@ Shapes: B samples, N tokens, P numbers in a token, A coordinate axes.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.features_data import Sequences, Stored, open_split
+from modalities.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
 from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, Tokens
@@ -46,8 +47,9 @@ class Features(Ordered, Modality):
     def tokenize(self, batch: Batch) -> Tokens:
         values: Tensor = batch["values"]
         if self.standardise:
-            mean, std = statistics(self.root)
-            values = (values - mean.to(values.device)) / std.to(values.device)
+            mean, std = (each.to(values.device, values.dtype) for each in statistics(self.root))
+            values = (values - mean) / std
+        values = values.float()  # not before: float64 holds a small signal on a large offset
         stored, count = self._stored("train"), values.shape[1]
         mask = None
         if self._ragged():
@@ -93,7 +95,8 @@ def open_both(root: str) -> dict[str, Stored]:
     """Both splits.
 
     Raises:
-        UserError: they don't fit together, or held-out sequences have a class that no training sequence has.
+        UserError: they don't fit together, training classes are not numbered from 0 on without gaps, or held-out
+            sequences have a class that no training sequence has.
     """
     train, test = (open_split(root, name) for name in ("train", "test"))
     for what, mine, others in (
@@ -107,14 +110,30 @@ def open_both(root: str) -> dict[str, Stored]:
     if train.shared is not None and len(train.shared) < max(train.longest, test.longest):
         raise UserError(f"{test.path} has longer sequences than {train.path} has coordinates for")
     if train.labels is not None and test.labels is not None and _kind(train) == "classes":
+        check_numbering(train.labels, f"{train.path}: label")
         unknown = np.flatnonzero(~np.isin(test.labels, train.labels))
         if unknown.size:
             row = int(unknown[0])
             raise UserError(
-                f"{test.name(row)} has the class {test.labels[row]}, which no sequence of {train.path} has; mend the "
+                f"{test.name(row)} has the class {test.labels[row]}, which no sequence of {train.path} has; fix the "
                 "labels, or leave such sequences out"
             )
     return {"train": train, "test": test}
+
+
+def check_numbering(labels: np.ndarray[Any, Any], where: str) -> None:
+    """See that the classes [S] of training samples are numbered from 0 on: a gap would be a class that never occurs.
+
+    Raises:
+        UserError: they are not.
+    """
+    found = np.unique(labels)
+    gaps = np.flatnonzero(found != np.arange(len(found)))
+    if len(gaps):
+        raise UserError(
+            f"{where}: {len(found)} classes occur in training, numbered from {found[0]} to {found[-1]}, and none is "
+            f"{gaps[0]}; number them from 0 to {len(found) - 1}, or store numbers to predict in floating point"
+        )
 
 
 def _kind(stored: Stored) -> str:
@@ -128,15 +147,14 @@ def _kind(stored: Stored) -> str:
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
 def statistics(root: str | None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [P] float32 of the tokens of training sequences drawn by a seed; 1 for a constant.
+    """Mean and standard deviation [P] float64 of the tokens of training sequences drawn by a seed; 1 for a constant.
 
     Raises:
         UserError: none of them can be read.
     """
     features = Features(root=root)
     samples = Sequences(features._stored("train"), features._tokens())
-    total, squares = torch.zeros(2, samples.stored.width, dtype=torch.float64)
-    count = 0
+    moments = ColumnMoments(samples.stored.width)
     draw = torch.Generator().manual_seed(0)
     first = ""
     for index in torch.randperm(len(samples), generator=draw)[:_MEASURED].tolist():
@@ -145,10 +163,8 @@ def statistics(root: str | None) -> tuple[Tensor, Tensor]:
         except UnreadableSample as error:
             first = first or str(error)
             continue
-        rows = sample["values"][: sample["length"]].double()
-        total, squares, count = total + rows.sum(0), squares + rows.square().sum(0), count + len(rows)
-    if not count:
+        moments.add(sample["values"][: sample["length"]].numpy())
+    if not moments.count.any():
         raise UserError(f"no training sequence can be read; the first: {first}")
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float()
+    rounding = ROUNDING if samples.stored.dtype == np.float64 else ROUNDING_SINGLE
+    return torch.from_numpy(moments.mean), torch.from_numpy(moments.deviation(rounding))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from modalities.listing import printable
 from nepa_core.basics import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ ANSWER = 5.0  # seconds that the hub has to say whether it has a name
 def one_line(error: BaseException) -> str:
     """An error's message without line breaks and without the file that the caller names, or its type."""
     told = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return " ".join(told.split()) or type(error).__name__
+    return printable(" ".join(told.split())) or type(error).__name__
 
 
 def load_hub(name: str) -> DatasetDict:
@@ -33,7 +34,7 @@ def load_hub(name: str) -> DatasetDict:
     import datasets
     import huggingface_hub
 
-    if Path(name).expanduser().exists():
+    if os.path.exists(os.path.expanduser(name)):
         raise UserError(f"data.source=hub data.root={name}: that is a folder here; read it with data.source=folder")
     try:
         try:

@@ -15,8 +15,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.image_augment import Augment, erase
-from modalities.image_data import Channels, open_files, open_images
+from modalities.image_augment import Augment, Interpolation, erase
+from modalities.image_data import open_files, open_images
+from modalities.image_decode import LARGEST_IMAGE, Channels
 from modalities.image_sources import SourceName, open_source
 from modalities.orders import Ordered
 from nepa_core.basics import Batch
@@ -28,7 +29,8 @@ class Images(Ordered, Modality):
 
     Attributes:
         source, root: where they come from, see `modalities.image_sources.open_source`.
-        channels, augment, crop_ratio, erase, in_memory, limit: see `modalities.image_data.open_images`.
+        channels, augment, interpolation, crop_ratio, squash, erase, in_memory, limit, max_pixels: see
+            `modalities.image_data.open_images`.
         size: (height, width) in pixels, to which every image is brought.
         patch: (height, width) of a patch in pixels; it divides the size.
         mean, std: of each channel, pixels being between 0 and 1.
@@ -45,10 +47,13 @@ class Images(Ordered, Modality):
     std: tuple[PositiveFloat, ...]
     root: str | None = None
     augment: Augment = "none"
+    interpolation: Interpolation = "bicubic"
     crop_ratio: float = Field(default=1.0, ge=0.01, le=1)
+    squash: bool = False
     erase: float = Field(default=0.0, ge=0, le=1)
     in_memory: bool = False
     limit: PositiveInt | None = None
+    max_pixels: PositiveInt = LARGEST_IMAGE
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -79,27 +84,46 @@ class Images(Ordered, Modality):
             channels=self.channels,
             root=self.root,
             augment=self.augment,
+            interpolation=self.interpolation,
             crop_ratio=self.crop_ratio,
+            squash=self.squash,
             erase=self.erase,
             mean=self.mean,
             in_memory=self.in_memory,
             limit=self.limit,
+            max_pixels=self.max_pixels,
         )
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Patches of batch["image"] [B, C, H, W], standardised: values [B, N, P] float32.
 
-        Pixels are uint8, or float32 of 0 to 255 where images have been mixed. Rectangles that a training batch names
-        in batch["erase"] [B, 6] are filled with noise.
+        Pixels are uint8, or float32 of 0 to 255 where images have been erased or mixed. Rectangles that a training
+        batch names in batch["erase"] [B, 6] are filled with noise.
         """
-        image = batch["image"]
+        image = self.before_mixing(batch)["image"]
         if image.dtype not in (torch.uint8, torch.float32):
             raise TypeError(f'batch["image"] holds uint8 pixels or float32 ones of 0 to 255, not {image.dtype}')
         mean, std = channel_statistics(self.mean, self.std, image.device)
-        pixels = (image / 255 - mean) / std
-        if "erase" in batch:
-            pixels = erase(pixels, batch["erase"])
-        return Tokens(values=patchify(pixels, self.patch), coords=patch_centres(*self.grid))
+        return Tokens(values=patchify((image / 255 - mean) / std, self.patch), coords=patch_centres(*self.grid))
+
+    def before_mixing(self, batch: Batch) -> Batch:
+        """Fill the rectangles of batch["erase"], once: noise that is N(0, 1) when the pixels have been standardised."""
+        if "erase" not in batch:
+            return batch
+        rest = {name: value for name, value in batch.items() if name != "erase"}
+        mean, std = channel_statistics(self.mean, self.std, batch["image"].device)
+        return rest | {"image": erase(batch["image"].float(), batch["erase"], 255 * mean, 255 * std)}
+
+    def held_out_as(self) -> str:
+        """ "pixels: short side 256, centre crop 224", of which a published accuracy is a figure."""
+        height, width = (int(side / self.crop_ratio) for side in self.size)
+        square = self.size[0] == self.size[1]
+        crop = str(self.size[0]) if square else f"{self.size[0]} x {self.size[1]}"
+        if self.squash:
+            scaled = f"squashed to {height} x {width}"
+        else:
+            scaled = f"short side {height}" if square else f"scaled to cover {height} x {width}"
+        return f"pixels: {scaled}, centre crop {crop}"
 
     def classes(self) -> tuple[str, ...] | None:
         """The names that the source gives, or the numbers that occur in its training labels."""
@@ -128,7 +152,7 @@ class Images(Ordered, Modality):
         Raises:
             UnreadableSample: from the data set, on access to a file that is no image.
         """
-        return open_files(paths, size=self.size, channels=self.channels)
+        return open_files(paths, size=self.size, channels=self.channels, max_pixels=self.max_pixels)
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:

@@ -5,7 +5,8 @@ seeds for every batch. timm draws from Python's `random` and from NumPy: both ar
 
 Random erasing fills a rectangle with N(0, 1) noise in standardised pixels, which uint8 can't hold (with mean and
 std 0.5 a third of it would be clipped). So the worker draws the rectangle and the batch carries it, and
-`Images.tokenize` fills it on the device, after it has standardised: a function of the batch, as it must be.
+`Images.before_mixing` fills it on the device: a function of the batch, as it must be. Samples are mixed after that,
+as in timm and in the released scripts, so a rectangle shines through as the rest of its image does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
 Augment = Literal["none", "crop", "crop_flip", "randaugment"]
+Interpolation = Literal["bilinear", "bicubic"]
 Transform = Callable[[Tensor], Tensor]
 """From uint8 [C, h, w] to uint8 [C, H, W]."""
 
@@ -31,17 +33,20 @@ RANDAUGMENT = "rand-m9-mstd0.5-inc1"
 """timm's name for RandAugment(9, 0.5): two operations of magnitude 9 ± 0.5, each applied with probability 0.5."""
 
 
-def augmentation(augment: Augment, size: tuple[int, int], mean: Sequence[float]) -> Transform | None:
+def augmentation(
+    augment: Augment, size: tuple[int, int], mean: Sequence[float], interpolation: Interpolation = "bicubic"
+) -> Transform | None:
     """The random transform of a training image to `size`, or None for augment="none".
 
     Args:
-        augment: "crop" is RandomResizedCrop (bicubic, antialiased; 8 to 100 % of the area, sides 3:4 to 4:3),
-            "crop_flip" adds a horizontal flip with probability 0.5, "randaugment" adds timm's RandAugment.
+        augment: "crop" is RandomResizedCrop (antialiased; 8 to 100 % of the area, sides 3:4 to 4:3), "crop_flip" adds
+            a horizontal flip with probability 0.5, "randaugment" adds timm's RandAugment, which is always bicubic.
         mean: of each channel between 0 and 1: what RandAugment fills empty corners with.
+        interpolation: of the crop.
     """
     if augment == "none":
         return None
-    steps: list[Transform] = [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)]
+    steps: list[Transform] = [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode(interpolation))]
     if augment != "crop":
         steps.append(v2.RandomHorizontalFlip())
     if augment == "randaugment":
@@ -53,11 +58,16 @@ class CentreCrop:
     """Scale (bicubic, antialiased) to cover `size` / `ratio`, then crop `size` at the centre.
 
     For a square this is torchvision's Resize and CenterCrop on a PIL image, and timm's evaluation with crop_pct.
+
+    Args:
+        squash: scale to exactly `size` / `ratio` instead, whatever the image's own shape: timm's crop_mode "squash",
+            and what crop_pct comes to in the released scripts.
     """
 
-    def __init__(self, size: tuple[int, int], ratio: float = 1.0) -> None:
+    def __init__(self, size: tuple[int, int], ratio: float = 1.0, *, squash: bool = False) -> None:
         self.size = size
         self.frame = [int(side / ratio) for side in size]
+        self.squash = squash
 
     def __call__(self, image: Tensor) -> Tensor:
         height, width = self.frame
@@ -65,7 +75,9 @@ class CentreCrop:
         if (h, w) == (height, width) == self.size:
             return image
         cover = [max(height, int(width * h / w)), max(width, int(height * w / h))]
-        scaled = resize(to_pil_image(image), cover, interpolation=v2.InterpolationMode.BICUBIC)
+        scaled = resize(
+            to_pil_image(image), self.frame if self.squash else cover, interpolation=v2.InterpolationMode.BICUBIC
+        )
         cropped: Tensor = pil_to_tensor(center_crop(scaled, list(self.size)))
         return cropped
 
@@ -122,14 +134,15 @@ class ErasedBox:
         return torch.tensor([int(rows[0]), int(columns[0]), len(rows), len(columns), *window])
 
 
-def erase(images: Tensor, boxes: Tensor) -> Tensor:
-    """Fill the rectangles of `ErasedBox` with noise, a function of the arguments alone.
+def erase(images: Tensor, boxes: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> Tensor:
+    """Fill the rectangles of `ErasedBox` with noise for every pixel and channel, a function of the arguments alone.
 
-    The noise of a sample is a window of one fixed field of N(0, 1), four times as large as the image, at an offset
-    that its box holds: no generator is drawn from on the device, and nothing waits for it.
+    timm's mode "pixel". The noise of a sample is a window of one fixed field of N(0, 1), four times as large as the
+    image, at an offset that its box holds: no generator is drawn from on the device, and nothing waits for it.
 
     Args:
-        images: [B, C, H, W] standardised. boxes: [B, 6] int64 on the same device.
+        images: [B, C, H, W] float. boxes: [B, 6] int64 on the same device.
+        mean, std: of the noise, numbers or [C, 1, 1].
     """
     top, left, height, width, noise_y, noise_x = boxes.T[..., None]  # [B, 1] each
     channels, rows, columns = images.shape[1:]
@@ -138,7 +151,7 @@ def erase(images: Tensor, boxes: Tensor) -> Tensor:
     inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
     field = _noise(channels, rows, columns, images.device)
     noise = field[:, (noise_y + y)[:, :, None], (noise_x + x)[:, None, :]].transpose(0, 1)
-    return torch.where(inside, noise, images)
+    return torch.where(inside, noise * std + mean, images)
 
 
 @lru_cache(maxsize=4)

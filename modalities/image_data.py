@@ -3,32 +3,27 @@
 Shapes: n samples, C channels, H x W pixels. Every data set is map-style and gives
 {"image": uint8 [C, H, W], "label": int64 scalar}. Where images come from: `modalities.image_sources`; what is done
 to them: `modalities.image_augment`. `DecodedImages` turns a source into samples on access, `MemoryImages` holds them
-decoded.
+decoded. How bytes become pixels: `modalities.image_decode`. Every data set has `fingerprint()` and `contents()`, see
+`modalities.listing`.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from modalities.hub import one_line
-from modalities.image_augment import Augment, CentreCrop, ErasedBox, Transform, augmentation
-from modalities.image_sources import Files, Pixels, Size, Source, SourceName, open_source
+from modalities.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
+from modalities.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
+from modalities.image_sources import Arrays, Noise, Rows, Size, Source, SourceName, files_of, open_source
+from modalities.listing import IN_PLACE, OPENING, Contents, fingerprint
 from nepa_core.basics import Batch, UnreadableSample, cores
-
-Channels = Literal[1, 3]
 
 SHARE = 256  # images that a process decodes at a time
 WORTH_A_PROCESS = 2000  # images that repay the start of one
@@ -43,11 +38,14 @@ def open_images(
     channels: Channels,
     root: str | None = None,
     augment: Augment = "none",
+    interpolation: Interpolation = "bicubic",
     crop_ratio: float = 1.0,
+    squash: bool = False,
     erase: float = 0.0,
     mean: tuple[float, ...] | None = None,
     in_memory: bool = False,
     limit: int | None = None,
+    max_pixels: int = LARGEST_IMAGE,
 ) -> Dataset[Batch]:
     """The images of a split, scaled (bicubic, antialiased) to cover `size`, then cropped to it at the centre.
 
@@ -60,13 +58,16 @@ def open_images(
         channels: 1 converts to greyscale, 3 to RGB.
         augment: what is done to the training split instead of fitting: "crop", "crop_flip" or "randaugment", see
             `modalities.image_augment.augmentation`. Drawn from torch's global generator.
+        interpolation: of those random crops.
         crop_ratio: the share of the scaled image's sides that the centre crop keeps: it is scaled to cover
             `size` / `crop_ratio` (timm's crop_pct).
+        squash: it is scaled to exactly `size` / `crop_ratio`, and so loses its own shape.
         erase: probability that a training sample names a rectangle to erase, under the key "erase", see
             `modalities.image_augment.ErasedBox`.
         mean: of each channel between 0 and 1, with which RandAugment fills corners; default mid-grey.
         in_memory: decode everything at once, at `size`. Random crops are then taken out of the centre crops.
         limit: at most this many training images, drawn by a permutation that never changes.
+        max_pixels: of a stored image; a larger one is unreadable, and only its header has been read.
 
     Raises:
         UserError: the data can't be found, or can't be read as one of the layouts.
@@ -75,19 +76,22 @@ def open_images(
     stored = open_source(source, split, root=root, size=size)
     train = split == "train"
     limit = limit if train else None
-    transform = augmentation(augment, size, mean or (0.5,) * channels) if train else None
+    transform = augmentation(augment, size, mean or (0.5,) * channels, interpolation) if train else None
     box = ErasedBox(erase, size) if train and erase else None
+    fitted = CentreCrop(size, crop_ratio, squash=squash)
     if not in_memory:
         rows = _subset(len(stored.labels), limit)
-        return DecodedImages(stored, rows, size, channels, transform or CentreCrop(size, crop_ratio), box)
-    memory = _in_memory(stored, size, channels, limit, crop_ratio)
+        return DecodedImages(stored, rows, size, channels, transform or fitted, box, max_pixels)
+    memory = _in_memory(stored, size, channels, limit, crop_ratio, squash, max_pixels)
     return memory if transform is None and box is None else AugmentedImages(memory, transform, box)
 
 
-def open_files(paths: Sequence[str], *, size: Size, channels: Channels) -> Dataset[Batch]:
+def open_files(
+    paths: Sequence[str], *, size: Size, channels: Channels, max_pixels: int = LARGEST_IMAGE
+) -> Dataset[Batch]:
     """Image files by name, scaled to cover `size` and cropped; their label is -1, for none is known."""
-    files = Files(pa.array(paths, pa.string()), torch.full((len(paths),), -1), None)
-    return DecodedImages(files, torch.arange(len(paths)), size, channels, CentreCrop(size, 1.0))
+    files = files_of(paths, torch.full((len(paths),), -1), None)
+    return DecodedImages(files, torch.arange(len(paths)), size, channels, CentreCrop(size, 1.0), None, max_pixels)
 
 
 class DecodedImages(Dataset[Batch]):
@@ -98,6 +102,7 @@ class DecodedImages(Dataset[Batch]):
         rows: [n] int64, the row of the source behind each sample.
         transform: from uint8 [C, h, w] as stored to uint8 [C, H, W]; None fits the image to `size`.
         erase: draws the rectangle that the sample carries under "erase".
+        max_pixels: of an image as it is stored.
     """
 
     def __init__(
@@ -108,6 +113,7 @@ class DecodedImages(Dataset[Batch]):
         channels: Channels,
         transform: Transform | None = None,
         erase: Callable[[], Tensor] | None = None,
+        max_pixels: int = LARGEST_IMAGE,
     ) -> None:
         self.source = source
         self.rows = rows
@@ -116,6 +122,7 @@ class DecodedImages(Dataset[Batch]):
         self.channels = channels
         self.transform = transform or CentreCrop(size)
         self.erase = erase
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,20 +135,42 @@ class DecodedImages(Dataset[Batch]):
         """What a message calls that image: its file, or where it lies."""
         return self.source.name(int(self.rows[index]))
 
+    def fingerprint(self) -> str:
+        """See `modalities.listing.fingerprint`."""
+        names, rows = self.source.relative_names(), self.rows.tolist()
+        return fingerprint((names[row] for row in rows), self.source.sizes()[rows])
+
+    def contents(self) -> Contents | None:
+        """See `modalities.listing.Contents`; None of noise, which is made on access."""
+        if isinstance(self.source, Noise):
+            return None
+        opening = IN_PLACE if isinstance(self.source, Arrays | Rows) else OPENING
+        return Contents(self.source.sizes()[self.rows.numpy()], self._stored, self.name, opening)
+
+    def _stored(self, index: int) -> bytes:
+        stored = self.source.read(int(self.rows[index]))
+        return stored if isinstance(stored, bytes) else stored.tobytes()
+
     def _decode(self, row: int) -> Tensor:
         try:
-            return decode(self.source.read(row), self.channels)
+            return decode(self.source.read(row), self.channels, self.max_pixels)
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
             raise UnreadableSample(f"{self.source.name(row)}: {one_line(error)}") from error
 
 
 class MemoryImages(Dataset[Batch]):
-    """Decoded images, uint8 [n, C, H, W]; `unreadable` maps the index of a damaged one to its message."""
+    """Decoded images, uint8 [n, C, H, W].
 
-    def __init__(self, images: Tensor, labels: Tensor, unreadable: dict[int, str]) -> None:
+    Args:
+        unreadable: the index of a damaged one -> its message.
+        stored: what they were decoded from.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, unreadable: dict[int, str], stored: DecodedImages) -> None:
         self.images = images
         self.labels = labels
         self.unreadable = unreadable
+        self.stored = stored
 
     def __len__(self) -> int:
         return len(self.images)
@@ -155,6 +184,18 @@ class MemoryImages(Dataset[Batch]):
         self._check(indices)
         chosen = torch.as_tensor(indices)
         return {"image": self.images.index_select(0, chosen), "label": self.labels.index_select(0, chosen)}
+
+    def name(self, index: int) -> str:
+        """See `DecodedImages.name`."""
+        return self.stored.name(index)
+
+    def fingerprint(self) -> str:
+        """See `modalities.listing.fingerprint`."""
+        return self.stored.fingerprint()
+
+    def contents(self) -> Contents | None:
+        """See `modalities.listing.Contents`."""
+        return self.stored.contents()
 
     def _check(self, indices: list[int]) -> None:
         for index in indices:
@@ -181,45 +222,21 @@ class AugmentedImages(Dataset[Batch]):
             sample["image"] = self.transform(sample["image"])
         return _with_box(sample, self.erase)
 
+    def name(self, index: int) -> str:
+        """See `DecodedImages.name`."""
+        return self.images.name(index)
+
+    def fingerprint(self) -> str:
+        """See `modalities.listing.fingerprint`."""
+        return self.images.fingerprint()
+
+    def contents(self) -> Contents | None:
+        """See `modalities.listing.Contents`."""
+        return self.images.contents()
+
 
 def _with_box(sample: Batch, erase: Callable[[], Tensor] | None) -> Batch:
     return sample if erase is None else sample | {"erase": erase()}
-
-
-def decode(stored: bytes | Pixels, channels: Channels) -> Tensor:
-    """Pixels, uint8 [C, h, w], of an encoded file or of pixels [h, w] or [h, w, 3].
-
-    A JPEG goes through torchvision to RGB: with a crop, 1.4 times as fast as through PIL, and the same pixels (up to 2
-    levels off where the colours are subsampled in height alone). The rest goes through PIL. An EXIF orientation is
-    applied: the image stands as its author saw it, and as the `datasets` library decodes it. Alpha is dropped.
-
-    Raises:
-        Exception: of many kinds, where there is no image, or one of more than 8 bits a channel.
-    """
-    if isinstance(stored, np.ndarray):
-        return _convert(Image.fromarray(stored), channels)
-    if channels == 3 and stored[:3] == JPEG:
-        with suppress(RuntimeError):  # PIL knows more kinds of JPEG, and more about what is wrong
-            encoded = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
-            pixels: Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-            return pixels
-    try:
-        image: Image.Image = Image.open(io.BytesIO(stored))
-    except UnidentifiedImageError as error:
-        raise ValueError("not an image of a known format") from error
-    image.load()
-    with suppress(Exception):  # the pixels are there, whatever is wrong with the EXIF block
-        ImageOps.exif_transpose(image, in_place=True)
-    return _convert(image, channels)
-
-
-def _convert(image: Image.Image, channels: Channels) -> Tensor:
-    if image.mode.startswith(("I", "F")):  # PIL would clip at 255 without a word
-        raise ValueError(f"more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
-    if image.mode == "P" and "transparency" in image.info:  # going straight to RGB, PIL warns on the screen
-        image = image.convert("RGBA")
-    pixels: Tensor = pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
-    return pixels
 
 
 def _subset(count: int, limit: int | None) -> Tensor:
@@ -230,12 +247,21 @@ def _subset(count: int, limit: int | None) -> Tensor:
 
 
 @lru_cache(maxsize=4)  # both splits of two data sets
-def _in_memory(stored: Source, size: Size, channels: Channels, limit: int | None, crop_ratio: float) -> MemoryImages:
+def _in_memory(
+    stored: Source,
+    size: Size,
+    channels: Channels,
+    limit: int | None,
+    crop_ratio: float,
+    squash: bool,
+    max_pixels: int,
+) -> MemoryImages:
     """Decode everything, in several processes where there is enough to do.
 
     Not in threads: with small images the interpreter's lock makes two threads slower than one.
     """
-    lazy = DecodedImages(stored, _subset(len(stored.labels), limit), size, channels, CentreCrop(size, crop_ratio))
+    rows, fitted = _subset(len(stored.labels), limit), CentreCrop(size, crop_ratio, squash=squash)
+    lazy = DecodedImages(stored, rows, size, channels, fitted, None, max_pixels)
     images = torch.zeros(len(lazy), channels, *size, dtype=torch.uint8)
     unreadable: dict[int, str] = {}
     loader = DataLoader(
@@ -248,7 +274,7 @@ def _in_memory(stored: Source, size: Size, channels: Channels, limit: int | None
     for share, (pixels, bad) in enumerate(loader):
         images[share * SHARE : (share + 1) * SHARE] = torch.from_numpy(pixels)
         unreadable |= bad
-    return MemoryImages(images, lazy.labels, unreadable)
+    return MemoryImages(images, lazy.labels, unreadable, lazy)
 
 
 class DecodedShares(Dataset[tuple[Pixels, dict[int, str]]]):

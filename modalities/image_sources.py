@@ -8,22 +8,45 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from modalities.hub import load_hub, one_line
-from modalities.image_shards import open_shards, shard_files
+from modalities.image_columns import (
+    holds_images,
+    holds_numbers,
+    image_bytes,
+    images_of,
+    labels_of,
+    parquet_files,
+    parquet_schema,
+    read_columns,
+    stored_names,
+    stored_sizes,
+)
+from modalities.image_decode import SUFFIXES, Pixels
+from modalities.image_shards import compressed_shards, open_shards, shard_files
+from modalities.listing import (
+    Integers,
+    Passed,
+    data_folder,
+    file_sizes,
+    list_files,
+    list_groups,
+    printable,
+    read_whole,
+    say,
+    subfolders,
+)
 from nepa_core.basics import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +55,6 @@ if TYPE_CHECKING:
 SourceName = Literal["digits", "noise", "folder", "hub"]
 Size = tuple[int, int]
 """(height, width) in pixels."""
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Classes = tuple[str, ...]
 """Names of the classes; place k names label k."""
 
@@ -63,6 +85,12 @@ class Source(Hashable, Protocol):
     def name(self, row: int) -> str:
         """What a message calls that row."""
 
+    def relative_names(self) -> list[str]:
+        """The name of each row below the root of the data: it stays when the data move."""
+
+    def sizes(self) -> Integers:
+        """[n] int64, stored bytes of each row: what `read` gives, or -1 where it gives nothing."""
+
 
 def open_source(source: SourceName, split: str, *, root: str | None = None, size: Size = (32, 32)) -> Source:
     """The undecoded images of a split; what has been opened once is kept.
@@ -71,14 +99,16 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, size
         source: "digits" (1,797 of 8 x 8, the last 500 held out, their values 0 to 16 spread over 0 to 255),
             "noise" (4,096 of `size`, for speed tests and dry runs), "folder" or "hub".
         split: "train" or "test" (held out).
-        root: for "folder", a folder that holds one of
-            - class folders, `train/<class>/*` and `val/<class>/*`;
+        root: for "folder", a folder that holds one of (where it holds several, the first is read, and that is said)
+            - class folders, `train/<class>/*` and `val/<class>/*`, listed as `modalities.listing` says; what is
+              passed over, and a class of which nothing is left, is said;
+            - `cifar-10-batches-py/`, torchvision's copy of CIFAR-10;
             - what `save_to_disk` of the `datasets` library wrote, `train/` and `validation/`; memory-mapped;
             - WebDataset shards, see `modalities.image_shards`; class names stand in `classnames.txt`, if anywhere;
             - parquet in the layout of Hugging Face, `train-*.parquet` there or in data/. Up to 512 MiB are read
               into memory, still encoded; of more the `datasets` library makes a memory-mapped Arrow copy, once,
-              in its cache (HF_DATASETS_CACHE), because single rows can't be read out of parquet;
-            - torchvision's copy of CIFAR-10.
+              in its cache (HF_DATASETS_CACHE), because single rows can't be read out of parquet. Shards may differ
+              in how they store the two columns, see `modalities.image_columns`.
             The held-out split may be called val, validation or test. For "hub", `owner/name`, which the
             `datasets` library downloads into its cache.
 
@@ -119,6 +149,12 @@ class Arrays:
     def name(self, row: int) -> str:
         return f"{self.title}:{row}"
 
+    def relative_names(self) -> list[str]:
+        return [self.name(row) for row in range(len(self.images))]
+
+    def sizes(self) -> Integers:
+        return np.full(len(self.images), self.images[:1].nbytes)
+
 
 @dataclass(frozen=True, eq=False)
 class Noise:
@@ -136,21 +172,48 @@ class Noise:
     def name(self, row: int) -> str:
         return f"noise:{row}"
 
+    def relative_names(self) -> list[str]:
+        return [self.name(row) for row in range(len(self.labels))]
+
+    def sizes(self) -> Integers:
+        return np.full(len(self.labels), self.size[0] * self.size[1] * 3)
+
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Image files. Their paths are an Arrow array: a list of strings would be copied into every worker."""
+    """Image files. Their paths are an Arrow array: a list of strings would be copied into every worker.
+
+    Attributes:
+        paths: bytes, as names of files need not be text.
+        base: the folder that names are relative to where they say what the data set is.
+    """
 
     paths: pa.Array
     labels: Tensor
     classes: Classes | None
+    base: str = ""
 
     def read(self, row: int) -> bytes:
-        with open(self.name(row), "rb") as file:
-            return file.read()
+        return read_whole(self.path(row))
+
+    def path(self, row: int) -> str:
+        """As the system gives it."""
+        return os.fsdecode(self.paths[row].as_py())
 
     def name(self, row: int) -> str:
-        return str(self.paths[row])
+        return printable(self.path(row))
+
+    def relative_names(self) -> list[str]:
+        start = len(self.base) + 1 if self.base else 0
+        return [os.fsdecode(path)[start:] for path in self.paths.to_pylist()]
+
+    def sizes(self) -> Integers:
+        return file_sizes([os.fsdecode(path) for path in self.paths.to_pylist()])
+
+
+def files_of(paths: Sequence[str], labels: Tensor, classes: Classes | None, base: str = "") -> Files:
+    """`Files` of paths as the system gives them."""
+    return Files(pa.array([os.fsencode(path) for path in paths], pa.large_binary()), labels, classes, base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,16 +233,20 @@ class Rows:
     starts: Sequence[int]
 
     def read(self, row: int) -> bytes:
-        encoded = next(iter(self.table[row].values()))
-        if encoded is not None and encoded["bytes"] is not None:
-            return bytes(encoded["bytes"])
-        if encoded is None or encoded["path"] is None:
-            raise ValueError("the row holds no image bytes")
-        return Path(encoded["path"]).read_bytes()
+        return image_bytes(next(iter(self.table[row].values())))
 
     def name(self, row: int) -> str:
         place = bisect_right(self.starts, row) - 1
         return f"{self.titles[place]}:{row - self.starts[place]}"
+
+    def relative_names(self) -> list[str]:
+        return [os.path.basename(self.name(row)) for row in range(len(self.labels))]
+
+    def sizes(self) -> Integers:
+        column = self.table.data.table.column(self.table.column_names[0])  # as it lies on the disk, not copied
+        sizes = stored_sizes(images_of(column, self.titles[0]))
+        order = self.table._indices  # of a table that was shuffled or cut
+        return sizes if order is None else sizes[order.column(0).to_numpy()]
 
 
 @lru_cache(maxsize=4)
@@ -200,29 +267,51 @@ def _open_noise(split: str, size: Size) -> Noise:
 
 @lru_cache(maxsize=4)
 def _open_folder(root: str, split: str) -> Source:
-    """Tell the layout of a folder by what it holds, and open a split of it."""
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data.root={root}: there is no such folder; give the one that holds the images")
+    """Tell the layouts of a folder by what it holds, and open a split of the first; the others are said."""
+    folder = data_folder(root, "the images")
+    found = _layouts(folder, split)
+    if len(found) > 1 and CLASS_FOLDERS in found and not _any_image(folder):
+        del found[CLASS_FOLDERS]
+    if not found:
+        entries = sorted(map(printable, os.listdir(folder)))
+        more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
+        raise UserError(
+            f"data.root={root}: looked for train/<class>/* with val/<class>/*, for train/ with validation/ as "
+            "save_to_disk writes them, for train-*.parquet with test-*.parquet (there or in data/), for "
+            f"*train*.tar with *val*.tar, and for {CIFAR10.base_folder}/, but found none of them complete; the "
+            "held-out split may be called val, validation or test, and shards must not be compressed; the folder "
+            f"holds {', '.join(entries[:8]) or 'nothing'}{more}"
+        )
+    chosen, *others = found
+    if others:
+        say(f"data.root={root}: {chosen} are read; {' and '.join(others)} lie there, too, and are passed over")
+    return found[chosen]()
+
+
+CLASS_FOLDERS = "the class folders"
+
+
+def _layouts(folder: Path, split: str) -> dict[str, Callable[[], Source]]:
+    """What a folder holds, in words, and how a split of it is opened; the first is the one to read."""
+    found: dict[str, Callable[[], Source]] = {}
+    train, test = (_subfolder(folder, names) for names in SPLITS.values())
+    saved = train and test and all((place / "state.json").is_file() for place in (train, test))
+    folders = None if saved or not (train and test) else partial(_open_class_folders, train, test, split)
+    if folders and subfolders(train) and subfolders(test):
+        found[CLASS_FOLDERS] = folders
     if (folder / CIFAR10.base_folder).is_dir():
-        return _checked(_open_cifar10(folder, split))
-    parquet = {each: _parquet_files(folder, names) for each, names in SPLITS.items()}
+        found["torchvision's files of CIFAR-10"] = lambda: _checked(_open_cifar10(folder, split))
+    if saved:
+        found["tables of save_to_disk"] = lambda: _checked(_open_saved({"train": train, "test": test}, split))
+    parquet = {each: parquet_files(folder, names) for each, names in SPLITS.items()}
     if all(parquet.values()):
-        return _checked(_open_parquet(parquet, split))
+        found["parquet files"] = lambda: _checked(_open_parquet(parquet, split))
     shards = {each: shard_files(folder, names) for each, names in SPLITS.items()}
     if all(shards.values()):
-        return _checked(open_shards(shards[split], folder))
-    train, test = (_subfolder(folder, names) for names in SPLITS.values())
-    if train and test:
-        if all((place / "state.json").is_file() for place in (train, test)):
-            return _checked(_open_saved({"train": train, "test": test}, split))
-        return _open_class_folders(train, test, split)
-    raise UserError(
-        f"data.root={root}: looked for train/<class>/* with val/<class>/*, for train/ with validation/ as "
-        "save_to_disk writes them, for train-*.parquet with test-*.parquet (there or in data/), for "
-        f"*train*.tar with *val*.tar, and for {CIFAR10.base_folder}/, but found none of them complete; the "
-        "held-out split may be called val, validation or test"
-    )
+        found["tar files"] = lambda: _checked(_open_tars(folder, shards[split], split))
+    if not found and folders:
+        found[CLASS_FOLDERS] = folders  # says what is wrong with them
+    return found
 
 
 def _checked(source: Source) -> Source:
@@ -241,8 +330,8 @@ def _same_classes(where: str, names: Mapping[str, Sequence[str] | None], kind: s
     (first, one), (second, other) = names.items()
     if one == other:
         return
-    alone = [f"{first}/{name}" for name in sorted(set(one or ()) - set(other or ()))]
-    alone += [f"{second}/{name}" for name in sorted(set(other or ()) - set(one or ()))]
+    alone = [f"{first}/{printable(name)}" for name in sorted(set(one or ()) - set(other or ()))]
+    alone += [f"{second}/{printable(name)}" for name in sorted(set(other or ()) - set(one or ()))]
     if not alone:
         raise UserError(f"{where}: both splits need the same {kind} in the same order; mend the names of {second}")
     more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""
@@ -251,37 +340,68 @@ def _same_classes(where: str, names: Mapping[str, Sequence[str] | None], kind: s
     )
 
 
-# ------------------------------------------------------------------------------------------ class folders, CIFAR-10
+# --------------------------------------------------------------------------------- class folders, CIFAR-10, shards
 
 
 def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
-    return next((folder / name for name in names if (folder / name).is_dir()), None)
+    return next((folder / name for name in names if os.path.isdir(folder / name)), None)
+
+
+def _any_image(folder: Path) -> bool:
+    """Whether both splits have an image in a class folder; stops at the first."""
+    bases = (_subfolder(folder, names) for names in SPLITS.values())
+    return all(
+        any(list_files(base / name, SUFFIXES, within=base).paths for name in subfolders(base))
+        for base in bases
+        if base is not None
+    )
 
 
 def _open_class_folders(train: Path, test: Path, split: str) -> Files:
     """A tree of class folders; labels number them in the order of their names."""
-    classes = _subfolders(train)
-    _same_classes(f"data.root={train.parent}", {train.name: classes, test.name: _subfolders(test)}, "class folders")
-    base = train if split == "train" else test
-    files = [_image_files(base / name) for name in classes]
-    if not any(files):
-        raise UserError(f"data.root={base.parent}: no image file in {base}/<class>/")
-    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(each) for each in files]))
-    return Files(pa.array([path for each in files for path in each]), labels, tuple(classes))
+    base, passed = train if split == "train" else test, Passed()
+    classes = subfolders(base, passed)
+    pair = {train.name: subfolders(train), test.name: subfolders(test)}
+    _same_classes(f"data.root={train.parent}", pair, "class folders")
+    groups = list_groups(base, [base / name for name in classes], SUFFIXES)
+    for group in groups:
+        passed.merge(group.passed)
+    counts = [len(group.paths) for group in groups]
+    line = passed.line(str(base))
+    if not any(counts):
+        raise UserError(f"data.root={base.parent}: no image file in {base}/<class>/" + (f"; {line}" if line else ""))
+    if line:
+        say(line)
+    _say_empty(base, {name: group.passed for name, group in zip(classes, groups, strict=True) if not group.paths})
+    _say_nested(base, {name: group.paths for name, group in zip(classes, groups, strict=True)})
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
+    paths = [path for group in groups for path in group.paths]
+    return files_of(paths, labels, tuple(map(printable, classes)), str(base.parent))
 
 
-def _subfolders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
+def _say_empty(base: Path, empty: Mapping[str, Passed]) -> None:
+    """Name the classes of which no image is left."""
+    if not empty:
+        return
+    shown = [f"{printable(name)} ({passed.total():,} passed over)" for name, passed in list(empty.items())[:6]]
+    more = f" and {len(empty) - 6} more" if len(empty) > 6 else ""
+    say(f"{base}: classes without an image that can be read: {', '.join(shown)}{more}; they stay classes, without one")
 
 
-def _image_files(folder: Path) -> list[str]:
-    """Paths at any depth whose suffix is that of an image, sorted; hidden files are left out."""
-    return sorted(
-        os.path.join(parent, file)
-        for parent, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(IMG_EXTENSIONS) and file[0] != "."
-    )
+def _say_nested(base: Path, paths: Mapping[str, Sequence[str]]) -> None:
+    """Name a class whose images all lie in subfolders of their own: those may be what was meant as classes."""
+    for name, files in paths.items():
+        start = len(str(base / name)) + 1
+        if not files or not all(os.sep in file[start:] for file in files):
+            continue
+        deeper = sorted({file[start:].split(os.sep)[0] for file in files})
+        if len(deeper) > 1:
+            shown = ", ".join(map(printable, deeper[:4])) + (", ..." if len(deeper) > 4 else "")
+            say(
+                f"{base}: the folders right in it are the classes; all images of {printable(name)} lie in the "
+                f"subfolders {shown}, which are none: move them up if they should be"
+            )
+            return
 
 
 def _open_cifar10(folder: Path, split: str) -> Arrays:
@@ -295,43 +415,63 @@ def _open_cifar10(folder: Path, split: str) -> Arrays:
     return Arrays(f"CIFAR-10 {split}", data.data, torch.tensor(data.targets), tuple(data.classes))
 
 
+def _open_tars(folder: Path, files: Sequence[Path], split: str) -> Source:
+    if packed := compressed_shards(folder, SPLITS[split]):
+        raise UserError(
+            f"{packed[0]}: a compressed shard beside {files[0].name} can't be read by offset; decompress it, or move "
+            "it away"
+        )
+    return open_shards(files, folder)
+
+
 # ---------------------------------------------------------------------------------- tables of the datasets library
 
 
-def _parquet_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    places = [(place, name) for name in names for place in (folder, folder / "data")]
-    found = (sorted(place.glob(f"{name}-*.parquet")) for place, name in places)
-    return next((files for files in found if files), [])
-
-
 def _open_parquet(files: Mapping[str, list[Path]], split: str) -> Rows:
-    from datasets import Features
-
-    heads = {each: [_parquet_head(file) for file in files[each]] for each in files}
-    features = {each: Features.from_arrow_schema(heads[each][0].schema.to_arrow_schema()) for each in files}
     where = f"data.root={files['train'][0].parent}"
-    _same_classes(where, {each: _class_names(each_features) for each, each_features in features.items()}, "classes")
-    counts = [head.num_rows for head in heads[split]]
-    starts = np.cumsum([0, *counts[:-1]]).tolist()
-    return _rows(_parquet_table(files[split]), [str(file) for file in files[split]], starts)
+    heads = {each: [parquet_schema(file) for file in files[each]] for each in files}
+    columns = {each: _one_pair(files[each], [schema for schema, _ in heads[each]]) for each in files}
+    names = {
+        each: _one_naming(files[each], [stored_names(schema, columns[each][1]) for schema, _ in heads[each]])
+        for each in files
+    }
+    _same_classes(where, names, "classes")
+    starts = np.cumsum([0, *(count for _, count in heads[split][:-1])]).tolist()
+    table = _parquet_table(files[split], columns[split])
+    return _rows(table, [str(file) for file in files[split]], starts, names[split])
 
 
-def _parquet_head(file: Path) -> pq.FileMetaData:
-    """Number of rows and schema, once the columns are found to be right."""
-    try:
-        head = pq.read_metadata(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({one_line(error)}); copy it again") from error
-    _columns(head.schema.to_arrow_schema(), str(file))
-    return head
+def _one_pair(files: Sequence[Path], schemas: Sequence[pa.Schema]) -> list[str]:
+    """The names of the two columns, the same in all files."""
+    found = [_columns(schema, str(file)) for file, schema in zip(files, schemas, strict=True)]
+    for file, each in zip(files, found, strict=True):
+        if each != found[0]:
+            raise UserError(
+                f"{file}: images and labels are in the columns {' and '.join(each)}, those of {files[0].name} in "
+                f"{' and '.join(found[0])}; give them the same names"
+            )
+    return found[0]
 
 
-def _parquet_table(files: list[Path]) -> Table:
+def _one_naming(files: Sequence[Path], names: Sequence[Classes | None]) -> Classes | None:
+    """The names of the classes; files without any take those of the others."""
+    given = [(file, each) for file, each in zip(files, names, strict=True) if each is not None]
+    for file, each in given:
+        if each != given[0][1]:
+            raise UserError(f"{file}: names its classes otherwise than {given[0][0].name}; write both anew")
+    return tuple(map(printable, given[0][1])) if given else None
+
+
+def _parquet_table(files: list[Path], columns: Sequence[str]) -> Table:
     import datasets
 
+    image, label = columns
     if sum(file.stat().st_size for file in files) > IN_MEMORY:
+        features = datasets.Features({image: datasets.Image(decode=False), label: datasets.Value("int64")})
         try:
-            return datasets.Dataset.from_parquet([str(file) for file in files])
+            return datasets.Dataset.from_parquet(
+                [str(file) for file in files], columns=[image, label], features=features
+            )
         except (datasets.exceptions.DatasetsError, OSError) as error:
             raise UserError(
                 f"data.root={files[0].parent}: the Arrow copy of the parquet files can't be made in "
@@ -340,11 +480,9 @@ def _parquet_table(files: list[Path]) -> Table:
             ) from error
     tables = []
     for file in files:
-        try:
-            with pq.ParquetFile(file) as stored:
-                tables.append(stored.read(columns=_columns(stored.schema_arrow, str(file))))
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{file}: not a readable parquet file ({one_line(error)}); copy it again") from error
+        stored = read_columns(file, columns)
+        unified = [images_of(stored[image], str(file)), labels_of(stored[label], str(file))]
+        tables.append(pa.table(dict(zip(columns, unified, strict=True))))
     return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)))
 
 
@@ -379,18 +517,18 @@ def _open_hub(root: str, split: str) -> Source:
 def _one_of(tables: Mapping[str, Table], titles: Mapping[str, str], split: str, where: str) -> Rows:
     for each, table in tables.items():
         _columns(table.features.arrow_schema, titles[each])
-    _same_classes(where, {Path(titles[each]).name: _class_names(tables[each].features) for each in tables}, "classes")
-    return _rows(tables[split], [titles[split]], [0])
+    names = {each: _class_names(table.features) for each, table in tables.items()}
+    _same_classes(where, {Path(titles[each]).name: names[each] for each in tables}, "classes")
+    return _rows(tables[split], [titles[split]], [0], names[split])
 
 
-def _rows(table: Table, titles: Sequence[str], starts: Sequence[int]) -> Rows:
+def _rows(table: Table, titles: Sequence[str], starts: Sequence[int], classes: Classes | None) -> Rows:
     """Read the labels of a table and leave its images where they are."""
     from datasets import Image
 
     image, label = _columns(table.features.arrow_schema, titles[0])
     images = table.select_columns([image]).cast_column(image, Image(decode=False))
-    stored = table.select_columns([label]).with_format("arrow")[:][label]
-    classes = _class_names(table.features)
+    stored = labels_of(table.select_columns([label]).with_format("arrow")[:][label], titles[0])
     labels = torch.from_numpy(stored.fill_null(0).to_numpy().astype(np.int64))
     rows = Rows(images, labels, classes, titles, starts)
     if stored.null_count:
@@ -404,11 +542,10 @@ def _columns(schema: pa.Schema, title: str) -> list[str]:
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     if image is not None and label is not None:
-        kind = schema.field(image).type
-        encoded = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        if encoded and pa.types.is_integer(schema.field(label).type):
+        kinds = schema.field(image).type, schema.field(label).type
+        if holds_images(kinds[0]) and holds_numbers(kinds[1]):
             return [image, label]
-    found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    found = printable(", ".join(f"{field.name}: {field.type}" for field in schema))
     raise UserError(
         f"{title}: needs a column image (or img) of structs with bytes, and a column label (or labels, fine_label) "
         f"of integers; it has {found}"
@@ -418,4 +555,4 @@ def _columns(schema: pa.Schema, title: str) -> list[str]:
 def _class_names(features: Any) -> Classes | None:
     """The names that the feature of the labels carries."""
     names = next((getattr(features[name], "names", None) for name in LABEL_COLUMNS if name in features), None)
-    return None if names is None else tuple(names)
+    return None if names is None else tuple(map(printable, names))

@@ -6,7 +6,6 @@ pairs of an image and its annotation; `Scenes` in `modalities.scenes` turns them
 
 from __future__ import annotations
 
-import io
 import os
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
@@ -17,42 +16,54 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as image_ops
 
 from modalities.hub import load_hub, one_line
-from modalities.image_data import decode
+from modalities.image_columns import (
+    holds_images,
+    image_bytes,
+    images_of,
+    parquet_files,
+    parquet_schema,
+    read_columns,
+    stored_sizes,
+)
+from modalities.image_decode import LARGEST_IMAGE, SUFFIXES, decode
 from modalities.image_sources import Size
+from modalities.listing import (
+    Contents,
+    Integers,
+    data_folder,
+    file_sizes,
+    fingerprint,
+    list_files,
+    printable,
+    read_whole,
+    say,
+    subfolders,
+)
+from modalities.scene_masks import (
+    IGNORED,
+    LOSSY_SUFFIXES,
+    Mask,
+    Numbering,
+    image_turn,
+    judge_census,
+    read_mask,
+    take_census,
+)
 from nepa_core.basics import Batch, UnreadableSample, UserError
 
-IGNORED = 255
-"""The target of a pixel that no loss and no metric counts."""
 SceneSource = Literal["folder", "hub"]
 SPLITS = {"train": ("train", "training"), "test": ("val", "validation", "test")}
 """What a split may be called on disk; the first name found is taken. ADE20K's own `test` has no annotations."""
 CROP_TRIALS = 10  # of mmsegmentation's RandomCrop
 LARGEST_SHARE = 0.75  # its cat_max_ratio
-
-
-class Numbering(NamedTuple):
-    """How an annotation numbers the classes.
-
-    Attributes:
-        count: of classes C.
-        first: the stored value of class 0; the others follow it.
-        ignored: stored values that become IGNORED; 255 always does.
-    """
-
-    count: int
-    first: int
-    ignored: tuple[int, ...]
 
 
 class Augmentation(NamedTuple):
@@ -63,80 +74,115 @@ class Augmentation(NamedTuple):
 
 
 class StoredScenes(Dataset[Batch]):
-    """Scenes as they are stored: {"image": uint8 [3, H, W], "target": uint8 [H, W]}, every one of its own size."""
+    """Scenes as they are stored: {"image": uint8 [3, H, W], "target": uint8 [H, W]}, every one of its own size.
 
-    def __init__(self, source: Pairs, numbering: Numbering) -> None:
+    Image and annotation are each turned by their own EXIF tag.
+
+    Args:
+        max_pixels: of a stored image or annotation; a larger one is unreadable, and only its header has been read.
+    """
+
+    def __init__(self, source: Pairs, numbering: Numbering, max_pixels: int = LARGEST_IMAGE) -> None:
         self.source = source
         self.numbering = numbering
+        self.max_pixels = max_pixels
         self._targets, self._known = _tables(numbering)
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Batch:
-        image, annotation = self._decoded(index)
+        image, mask, turn = self._decoded(index)
         height, width = image.shape[-2:]
-        if annotation.size != (width, height):
+        if (turn == 1) != (mask.turn == 1):
+            turned, other = ("image", "annotation") if mask.turn == 1 else ("annotation", "image")
+            raise UserError(
+                f"{self.source.name(index)}: the EXIF tag of the {turned} turns it and its {other} "
+                f"{self.source.annotation(index)} has none; save both upright, without the tag"
+            )
+        if mask.labels.shape != (height, width):
             raise UserError(
                 f"{self.source.name(index)}: the image has {width} x {height} pixels, its annotation "
-                f"{self.source.annotation(index)} {annotation.width} x {annotation.height}; they must agree"
+                f"{self.source.annotation(index)} {mask.labels.shape[1]} x {mask.labels.shape[0]}; they must agree"
             )
-        return {"image": image, "target": self._target(annotation, index)}
+        return {"image": image, "target": self._target(mask.labels, index)}
 
     def name(self, index: int) -> str:
         """What a message calls that scene."""
         return self.source.name(index)
 
-    def _decoded(self, index: int) -> tuple[Tensor, Image.Image]:
-        """The image, uint8 [3, H, W], and the annotation as it is stored."""
+    def labels(self, index: int) -> np.ndarray:
+        """The annotation of a scene as it is stored, integers [H, W]; may raise anything."""
+        return read_mask(self.source.read(index)[1], self.source.annotation(index), self.max_pixels).labels
+
+    def fingerprint(self) -> str:
+        """See `modalities.listing.fingerprint`."""
+        return fingerprint(self.source.relative_names(), self.source.sizes(annotations=True))
+
+    def contents(self) -> Contents:
+        """See `modalities.listing.Contents`: of the images."""
+        return Contents(self.source.sizes(), lambda index: self.source.read(index)[0], self.name)
+
+    def _decoded(self, index: int) -> tuple[Tensor, Mask, int]:
+        """The image, uint8 [3, H, W], the annotation, and the orientation that the tag of the image names."""
         try:
             image, annotation = self.source.read(index)
-            labels = Image.open(io.BytesIO(annotation))
-            labels.load()
-            return decode(image, 3), labels
+            mask = read_mask(annotation, self.source.annotation(index), self.max_pixels)
+            return decode(image, 3, self.max_pixels), mask, image_turn(image, self.max_pixels)
+        except UserError:
+            raise
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
             raise UnreadableSample(f"{self.source.name(index)}: {one_line(error)}") from error
 
-    def _target(self, annotation: Image.Image, index: int) -> Tensor:
-        """Stored values (of a palette image its indices, not its colours) to classes, uint8 [H, W]."""
-        stored, name = np.asarray(annotation), self.source.annotation(index)
-        if stored.ndim != 2:
-            raise UserError(
-                f"{name}: the annotation is in mode {annotation.mode}, which has several channels; it must hold class "
-                "numbers in one"
-            )
+    def _target(self, stored: np.ndarray, index: int) -> Tensor:
+        """Stored values to classes, uint8 [H, W]."""
         present = np.unique(stored)
         inside = (present >= 0) & (present <= 255)
         wrong = [*present[~inside], *(value for value in present[inside] if not self._known[value])]
         if wrong:
             count, first, ignored = self.numbering
             raise UserError(
-                f"{name}: label {wrong[0]} is outside the {count} classes, stored as {first} to "
-                f"{first + count - 1} (ignored: {', '.join(map(str, (*ignored, IGNORED)))}); see data.class_count, "
+                f"{self.source.annotation(index)}: label {wrong[0]} is outside the {count} classes, stored as {first} "
+                f"to {first + count - 1} (ignored: {', '.join(map(str, (*ignored, IGNORED)))}); see data.class_count, "
                 "data.first_label and data.ignored_labels"
             )
         return torch.from_numpy(self._targets[stored])
 
 
+@lru_cache(maxsize=8)
+def check_classes(source: Pairs, numbering: Numbering, max_pixels: int, where: str) -> None:
+    """Look at some annotations of a split: does every declared class occur? See `modalities.scene_masks`.
+
+    Raises:
+        UserError: a class never does, and 255 covers pixels that nobody declared to be ignored.
+    """
+    scenes = StoredScenes(source, numbering, max_pixels)
+    order = np.random.default_rng(0).permutation(len(scenes)).tolist()
+    line = judge_census(take_census(len(scenes), scenes.labels, numbering, order), numbering, where)
+    if line:
+        say(line)
+
+
 class SceneFiles(Dataset[Batch]):
     """Image files without annotations, in the form of `StoredScenes`: every pixel is IGNORED."""
 
-    def __init__(self, paths: Sequence[str]) -> None:
+    def __init__(self, paths: Sequence[str], max_pixels: int = LARGEST_IMAGE) -> None:
         self.paths = tuple(paths)
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Batch:
         try:
-            image = decode(Path(self.paths[index]).read_bytes(), 3)
+            image = decode(read_whole(self.paths[index]), 3, self.max_pixels)
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
-            raise UnreadableSample(f"{self.paths[index]}: {one_line(error)}") from error
+            raise UnreadableSample(f"{self.name(index)}: {one_line(error)}") from error
         return {"image": image, "target": torch.full(image.shape[-2:], IGNORED, dtype=torch.uint8)}
 
     def name(self, index: int) -> str:
         """The path."""
-        return self.paths[index]
+        return printable(self.paths[index])
 
 
 class CroppedScenes(Dataset[Batch]):
@@ -179,6 +225,16 @@ class CroppedScenes(Dataset[Batch]):
     def name(self, index: int) -> str:
         """What a message calls that scene."""
         return self.scenes.name(index)
+
+    def fingerprint(self) -> str:
+        """See `StoredScenes`; of `SceneFiles`, their names."""
+        if isinstance(self.scenes, StoredScenes):
+            return self.scenes.fingerprint()
+        return fingerprint(self.scenes.paths, file_sizes(self.scenes.paths))
+
+    def contents(self) -> Contents | None:
+        """See `StoredScenes`."""
+        return self.scenes.contents() if isinstance(self.scenes, StoredScenes) else None
 
 
 def augmented(
@@ -309,25 +365,52 @@ class Pairs(Hashable, Protocol):
     def annotation(self, row: int) -> str:
         """What a message calls the annotation of that row."""
 
+    def relative_names(self) -> list[str]:
+        """The name of each row below the root of the data: it stays when the data move."""
+
+    def sizes(self, *, annotations: bool = False) -> Integers:
+        """[n] int64, stored bytes of each image, or of image and annotation together."""
+
 
 @dataclass(frozen=True, eq=False)
 class PairFiles:
-    """Image files and annotation files; Arrow arrays, as a list of strings would be copied into every worker."""
+    """Image files and annotation files; Arrow arrays, as a list of strings would be copied into every worker.
+
+    Attributes:
+        images, annotations: their paths as bytes, as names of files need not be text.
+        base: the folder that names are relative to where they say what the data set is.
+    """
 
     images: pa.Array
     annotations: pa.Array
+    base: str
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, row: int) -> tuple[bytes, bytes]:
-        return Path(self.name(row)).read_bytes(), Path(str(self.annotations[row])).read_bytes()
+        return read_whole(_path(self.images, row)), read_whole(_path(self.annotations, row))
 
     def name(self, row: int) -> str:
-        return str(self.images[row])
+        return printable(_path(self.images, row))
 
     def annotation(self, row: int) -> str:
-        return str(self.annotations[row])
+        return printable(_path(self.annotations, row))
+
+    def relative_names(self) -> list[str]:
+        return [os.fsdecode(path)[len(self.base) + 1 :] for path in self.images.to_pylist()]
+
+    def sizes(self, *, annotations: bool = False) -> Integers:
+        kinds = [self.images, self.annotations] if annotations else [self.images]
+        return sum((file_sizes([os.fsdecode(path) for path in kind.to_pylist()]) for kind in kinds), _zeros(len(self)))
+
+
+def _path(paths: pa.Array, row: int) -> str:
+    return os.fsdecode(paths[row].as_py())
+
+
+def _zeros(count: int) -> Integers:
+    return np.zeros(count, dtype=np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -347,7 +430,7 @@ class PairRows:
         return len(self.images)
 
     def read(self, row: int) -> tuple[bytes, bytes]:
-        return _encoded(self.images[row]), _encoded(self.annotations[row])
+        return image_bytes(self.images[row].as_py()), image_bytes(self.annotations[row].as_py())
 
     def name(self, row: int) -> str:
         file = bisect_right(self.starts, row) - 1
@@ -356,14 +439,12 @@ class PairRows:
     def annotation(self, row: int) -> str:
         return self.name(row)
 
+    def relative_names(self) -> list[str]:
+        return [os.path.basename(self.name(row)) for row in range(len(self))]
 
-def _encoded(value: pa.Scalar) -> bytes:
-    stored = value.as_py() or {}
-    if stored.get("bytes") is not None:
-        return bytes(stored["bytes"])
-    if stored.get("path") is None:
-        raise ValueError("the row holds no image bytes")
-    return Path(stored["path"]).read_bytes()
+    def sizes(self, *, annotations: bool = False) -> Integers:
+        kinds = [self.images, self.annotations] if annotations else [self.images]
+        return sum(map(stored_sizes, kinds), _zeros(len(self)))
 
 
 @lru_cache(maxsize=4)
@@ -371,7 +452,8 @@ def open_pairs(root: str, split: str, source: SceneSource = "folder") -> Pairs:
     """Tell the layout of a folder by what it holds, and open a split of it; or one of a data set of the hub.
 
     Layouts: `images/<split>/` beside `annotations/<split>/`, files at any depth that agree but for their suffix
-    (ADE20K SceneParsing, CamVid), there or in the one subfolder that has both; a `datasets` folder as
+    (ADE20K SceneParsing, CamVid; listed as `modalities.listing` says), there or in the one subfolder that has both; a
+    `datasets` folder as
     `save_to_disk` writes it; parquet files `<split>-*.parquet`, there or in data/, which are read whole into memory,
     still encoded. The last two and the hub's (`owner/name`, see `modalities.hub`) with the columns `image` and
     `annotation`.
@@ -387,16 +469,13 @@ def open_pairs(root: str, split: str, source: SceneSource = "folder") -> Pairs:
         raise ValueError(f'split is "train" or "test", not {split!r}')
     if source == "hub":
         return _open_hub(root, split)
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data.root={root}: there is no such folder; give the one that holds images and annotations")
+    folder = data_folder(root, "images and annotations")
     if tree := scene_tree(folder):
         return _open_tree(tree, split)
     saved = next((folder / name for name in SPLITS[split] if (folder / name / "state.json").is_file()), None)
     if saved is not None:
         return _open_saved(saved)
-    places = [(place, name) for name in SPLITS[split] for place in (folder, folder / "data")]
-    if parquet := next((files for place, name in places if (files := sorted(place.glob(f"{name}-*.parquet")))), None):
+    if parquet := parquet_files(folder, SPLITS[split]):
         return _open_tables(parquet, [_parquet(file) for file in parquet])
     raise UserError(
         f"data.root={root}: looked for images/ with annotations/ (there or one folder below), for a folder that "
@@ -407,16 +486,18 @@ def open_pairs(root: str, split: str, source: SceneSource = "folder") -> Pairs:
 
 def scene_tree(folder: Path) -> Path | None:
     """The folder with images/ and annotations/: this one, or the only one right below it; else None."""
-    found = [place for place in (folder, *sorted(folder.iterdir())) if _is_tree(place)]
-    return found[0] if found and (found[0] == folder or len(found) == 1) else None
+    if _is_tree(folder):
+        return folder
+    found = [folder / name for name in subfolders(folder) if _is_tree(folder / name)]
+    return found[0] if len(found) == 1 else None
 
 
 def _is_tree(folder: Path) -> bool:
-    return (folder / "images").is_dir() and (folder / "annotations").is_dir()
+    return all(os.path.isdir(folder / name) for name in ("images", "annotations"))
 
 
 def _open_tree(tree: Path, split: str) -> PairFiles:
-    place = next((name for name in SPLITS[split] if (tree / "images" / name).is_dir()), None)
+    place = next((name for name in SPLITS[split] if os.path.isdir(tree / "images" / name)), None)
     if place is None:
         raise UserError(f"{tree / 'images'}: no folder {' or '.join(SPLITS[split])}; it holds the {split} split")
     images, annotations = (_by_stem(tree / kind / place) for kind in ("images", "annotations"))
@@ -424,22 +505,41 @@ def _open_tree(tree: Path, split: str) -> PairFiles:
         raise UserError(f"{tree / 'images' / place}: no image file in it")
     if alone := sorted(images.keys() - annotations.keys()):
         raise UserError(
-            f"{images[alone[0]]}: no annotation {tree / 'annotations' / place / alone[0]}.png "
+            f"{printable(images[alone[0]])}: no annotation {tree / 'annotations' / place / printable(alone[0])}.png "
             f"(images without one: {len(alone)} of {len(images)}); add them or remove the images"
         )
     stems = sorted(images)
-    return PairFiles(pa.array([images[stem] for stem in stems]), pa.array([annotations[stem] for stem in stems]))
+    for stem in stems:
+        if annotations[stem].lower().endswith(LOSSY_SUFFIXES):
+            raise UserError(
+                f"{printable(annotations[stem])}: a format that changes class numbers; save annotations as PNG"
+            )
+    if spare := len(annotations) - len(images):
+        first = printable(min(annotations.keys() - images.keys()))
+        say(f"{tree / 'annotations' / place}: {spare:,} annotations have no image (such as {first}) and are left out")
+    pair = ([os.fsencode(files[stem]) for stem in stems] for files in (images, annotations))
+    return PairFiles(*(pa.array(paths, pa.large_binary()) for paths in pair), str(tree))
 
 
 def _by_stem(folder: Path) -> dict[str, str]:
-    """Path relative to the folder, without its suffix -> path, of the image files at any depth; none hidden."""
-    return {
-        os.path.splitext(os.path.relpath(path, folder))[0]: path
-        for parent, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(IMG_EXTENSIONS) and file[0] != "."
-        for path in [os.path.join(parent, file)]
-    }
+    """Path relative to the folder, without its suffix -> path, of the image files at any depth.
+
+    Raises:
+        UserError: two files differ in their suffix alone.
+    """
+    listed = list_files(folder, SUFFIXES)
+    if line := listed.passed.line(str(folder)):
+        say(line)
+    found: dict[str, str] = {}
+    for path in listed.paths:
+        stem = os.path.splitext(path[len(str(folder)) + 1 :])[0]
+        if stem in found:
+            raise UserError(
+                f"{printable(path)} and {printable(os.path.basename(found[stem]))} differ in their suffix alone, and "
+                "an image has one annotation; remove one, or rename it"
+            )
+        found[stem] = path
+    return found
 
 
 def _open_saved(folder: Path) -> PairRows:
@@ -466,23 +566,22 @@ def _open_hub(root: str, split: str) -> PairRows:
 
 
 def _parquet(file: Path) -> pa.Table:
-    try:
-        with pq.ParquetFile(file) as stored:
-            names = [name for name in ("image", "annotation") if name in stored.schema_arrow.names]
-            table = stored.read(columns=names or None)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({one_line(error)}); copy it again") from error
-    return _with_columns(table, file)
+    schema, _ = parquet_schema(file)
+    _check_columns(schema, file)
+    return _with_columns(read_columns(file, ["image", "annotation"]), file)
+
+
+def _check_columns(schema: pa.Schema, file: Path) -> None:
+    for name in ("image", "annotation"):
+        if name not in schema.names or not holds_images(schema.field(name).type):
+            columns = printable(", ".join(f"{field.name}: {field.type}" for field in schema))
+            raise UserError(f"{file}: needs columns image and annotation of structs with bytes; it has {columns}")
 
 
 def _with_columns(table: pa.Table, file: Path) -> pa.Table:
-    """The two columns of encoded images."""
-    for name in ("image", "annotation"):
-        kind = table.schema.field(name).type if name in table.column_names else None
-        if kind is None or not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-            columns = ", ".join(f"{field.name}: {field.type}" for field in table.schema)
-            raise UserError(f"{file}: needs columns image and annotation of structs with bytes; it has {columns}")
-    return table.select(["image", "annotation"])
+    """The two columns of encoded images, of the same types whatever the file stores them in."""
+    _check_columns(table.schema, file)
+    return pa.table({name: images_of(table[name], str(file)) for name in ("image", "annotation")})
 
 
 def _open_tables(files: list[Path], tables: list[pa.Table]) -> PairRows:

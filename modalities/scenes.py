@@ -6,6 +6,7 @@ C classes. Targets are class numbers from 0; `IGNORED` (255) marks pixels that d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,18 +19,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.image import Images, channel_statistics, patch_centres, patchify, unpatchify
+from modalities.image_decode import LARGEST_IMAGE
+from modalities.listing import printable
 from modalities.orders import Ordered
 from modalities.scene_data import (
-    IGNORED,
     Augmentation,
     CroppedScenes,
-    Numbering,
     SceneFiles,
     SceneSource,
     StoredScenes,
+    check_classes,
     open_pairs,
     scene_tree,
 )
+from modalities.scene_masks import IGNORED, Numbering
 from nepa_core.basics import Batch
 from nepa_core.modality import Modality, Sketch, Tokens
 
@@ -57,6 +60,7 @@ class Scenes(Ordered, Modality):
         scales: range of the random scale in training, a factor on `short_side`.
         distort: photometric distortion in training.
         augment: False gives centre crops at scale 1 also of the training split.
+        max_pixels: of a stored image or annotation; a larger one is unreadable, and only its header has been read.
         patch_order, order_seed: the order in which patches are predicted, see `modalities.orders`.
     """
 
@@ -76,6 +80,7 @@ class Scenes(Ordered, Modality):
     scales: tuple[PositiveFloat, PositiveFloat] = (0.5, 2.0)
     distort: bool = True
     augment: bool = True
+    max_pixels: PositiveInt = LARGEST_IMAGE
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -117,7 +122,7 @@ class Scenes(Ordered, Modality):
 
     def whole_files(self, paths: Sequence[str]) -> SceneFiles:
         """Image files by name, as `whole` gives scenes; no pixel has a class."""
-        return SceneFiles(paths)
+        return SceneFiles(paths, self.max_pixels)
 
     def images(self) -> Images:
         """The adapter of images whose tokens are those of a crop: what remains without the classes of pixels."""
@@ -129,13 +134,16 @@ class Scenes(Ordered, Modality):
             channels=3,
             mean=self.mean,
             std=self.std,
+            max_pixels=self.max_pixels,
             patch_order=self.patch_order,
             order_seed=self.order_seed,
         )
 
     def _stored(self, split: str) -> StoredScenes:
         numbering = Numbering(self.class_count, self.first_label, self.ignored_labels)
-        return StoredScenes(open_pairs(self.root, split, self.source), numbering)
+        source = open_pairs(self.root, split, self.source)
+        check_classes(source, numbering, self.max_pixels, f"data.root={self.root}, {split}")
+        return StoredScenes(source, numbering, self.max_pixels)
 
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of their numbers in a target."""
@@ -213,8 +221,10 @@ def _real_patches(real: Tensor, rows: int, columns: int, patch: tuple[int, int])
 @lru_cache(maxsize=4)
 def _ade_names(root: str) -> tuple[str, ...] | None:
     """The names in ADE20K's `objectInfo150.txt`: tab-separated, a line of heads, the name in the last column."""
-    tree = scene_tree(Path(root).expanduser()) if Path(root).expanduser().is_dir() else None
+    folder = Path(os.path.expanduser(root))
+    tree = scene_tree(folder) if os.path.isdir(folder) else None
     file = None if tree is None else tree / "objectInfo150.txt"
     if file is None or not file.is_file():
         return None
-    return tuple(line.split("\t")[-1].strip() for line in file.read_text().splitlines()[1:] if line.strip())
+    lines = file.read_bytes().decode("utf-8", "backslashreplace").splitlines()[1:]
+    return tuple(printable(line.split("\t")[-1].strip()) for line in lines if line.strip())

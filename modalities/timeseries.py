@@ -26,9 +26,11 @@ from pydantic import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from modalities.listing import Contents, fingerprint, say
+from modalities.moments import ROUNDING, ColumnMoments
 from modalities.orders import Ordered
 from modalities.series_data import LabelledSeries, read_labelled, read_table
-from nepa_core.basics import Batch, UserError
+from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.drawing import Spans
 from nepa_core.modality import Modality, Sketch, Tokens
 from nepa_core.runtime.config import listed
@@ -38,6 +40,9 @@ VAR_ROWS = 24_000
 VAR_CHANNELS = 4
 OPTIMUM_WINDOWS, OPTIMUM_DRAWS = 256, 256
 """Held-out windows, and futures drawn for each of their tokens, behind `known_optimum`."""
+_FLAT = 16 * torch.finfo(torch.float32).eps  # of the largest value: a window that varies by less is flat
+_LEAST = 1e-18  # for windows of zeros; its square is still a float32
+_ROWS = 1 << 16  # that are standardised at a time
 
 
 class TimeSeries(Ordered, Modality):
@@ -60,6 +65,9 @@ class TimeSeries(Ordered, Modality):
         patch_order, order_seed: the order in which patches are predicted, see `modalities.orders`; "raster" is that of
             time.
         parts: training, validation and test rows, as numbers or as shares; what is left over at the end is unused.
+        gaps: "cut" leaves out the windows in which time is missing between two rows (see
+            `modalities.time_axis.find_gaps`), "bridge" keeps them, for series whose hours are meant to follow each
+            other, such as those of trading days.
     """
 
     token_name: ClassVar[str] = "patch"
@@ -74,6 +82,7 @@ class TimeSeries(Ordered, Modality):
     stride: PositiveInt = 1
     normalise: Literal["none", "window"] = "none"
     parts: tuple[PositiveInt, NonNegativeInt, PositiveInt] | tuple[PositiveFloat, NonNegativeFloat, PositiveFloat]
+    gaps: Literal["cut", "bridge"] = "cut"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -107,14 +116,33 @@ class TimeSeries(Ordered, Modality):
                 f"{self.root or self.source}; shorten it, or move the borders by data.parts"
             )
         starts = torch.arange(start, end - window + 1, self.stride)
-        return Windows(series.values, starts, window, 0, self.patch, independent=self.channels == "independent")
+        windows = self._windows(series, starts, 0)
+        cut = len(starts) - int(windows.unbroken.sum())
+        if cut == len(starts):
+            raise UserError(
+                f"{self.root}: time is missing within every window of the {split} part ({series.gap}); shorten "
+                "data.window, write the missing rows with empty cells (they are masked), or set data.gaps=bridge"
+            )
+        if cut:
+            say(f"{self.root}: {cut:,} of {len(starts):,} {split} windows are left out, for time is missing in them")
+        if not len(windows):
+            raise UserError(
+                f"{self.root}: no window of the {split} part has two tokens without a missing value; make data.patch "
+                "smaller or fill the gaps"
+            )
+        return windows
+
+    def _windows(self, series: Series, starts: Tensor, horizon: int) -> Windows:
+        breaks = series.breaks if self.gaps == "cut" else ()
+        independent = self.channels == "independent"
+        return Windows(series.values, starts, self.window, horizon, self.patch, independent=independent, breaks=breaks)
 
     def forecasts(self, split: str, horizon: int) -> Windows:
         """Every window of `window` steps whose next `horizon` steps lie in the split: "train", "validation", "test".
 
         Samples also have "future" [H, C], z-scored. Validation and test windows may look back over the border for
-        their input. Windows with a missing value to forecast, or fewer than two whole tokens, are left out and
-        counted in `left_out`.
+        their input. Windows with a missing value to forecast, a gap in time, or fewer than two whole tokens, are left
+        out and counted in `left_out`.
 
         Raises:
             UserError: the split is too short, no window is left, or series are labelled.
@@ -134,13 +162,11 @@ class TimeSeries(Ordered, Modality):
                 f"the {split} part of {self.root or self.source}; shorten them, or set data.parts"
             )
         starts = torch.arange(first, end - horizon + 1) - self.window
-        windows = Windows(
-            series.values, starts, self.window, horizon, self.patch, independent=self.channels == "independent"
-        )
+        windows = self._windows(series, starts, horizon)
         if not len(windows):
             raise UserError(
-                f"{self.root}: no window of the {split} part has {horizon} steps to forecast without a missing value; "
-                "shorten horizons or fill the gaps"
+                f"{self.root}: no window of the {split} part has {horizon} steps to forecast without a missing value "
+                "or a gap in time; shorten horizons or fill the gaps"
             )
         return windows
 
@@ -160,7 +186,11 @@ class TimeSeries(Ordered, Modality):
         return self.ordered(tokens, (tokens.values.shape[1],))
 
     def scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation [B, 1, C] that each window is normalised by: 0 and 1 with normalise="none"."""
+        """Mean and standard deviation [B, 1, C] that each window is normalised by: 0 and 1 with normalise="none".
+
+        The deviation has a floor at the rounding of the window's own values, so a flat window becomes zeros, and what
+        is forecast for it in its own units counts for next to nothing in those of the series.
+        """
         series: Tensor = batch["series"]
         if self.normalise == "none":
             return torch.zeros_like(series[:, :1]), torch.ones_like(series[:, :1])
@@ -168,7 +198,8 @@ class TimeSeries(Ordered, Modality):
         count = real.sum(1, keepdim=True).clamp(min=1)
         mean = (series * real).sum(1, keepdim=True) / count
         variance = ((series - mean).square() * real).sum(1, keepdim=True) / count
-        return mean, (variance + 1e-5).sqrt()
+        floor = (_FLAT * (series * real).abs().amax(1, keepdim=True)).clamp(min=_LEAST)
+        return mean, (variance + floor.square()).sqrt()
 
     def token_dim(self) -> int:
         return self.patch * (1 if self.channels == "independent" else self.channel_count())
@@ -229,13 +260,19 @@ class TimeSeries(Ordered, Modality):
 
 
 class Series(NamedTuple):
-    """A whole series: z-scored values [T, C] float32 (NaN where missing), the mean and std [C] of its training rows,
-    and the first and last + 1 row of each split."""
+    """A whole series: z-scored values [T, C] float32 (NaN where missing), the mean and std [C] of its training rows
+    rounded to float32, and the first and last + 1 row of each split.
+
+    Attributes:
+        breaks: rows before which time is missing; gap: one line on them.
+    """
 
     values: Tensor
     mean: Tensor
     std: Tensor
     borders: dict[str, tuple[int, int]]
+    breaks: tuple[int, ...] = ()
+    gap: str | None = None
 
 
 class Windows(Dataset[Batch]):
@@ -246,17 +283,39 @@ class Windows(Dataset[Batch]):
         starts: [W] first rows of windows. Those with fewer than two whole tokens are left out.
         window, patch: steps. horizon: steps of "future" [H, C] behind it, or 0 for none.
         independent: every channel is a sample: (window, channel) number i is channel i % C of window i // C.
+        breaks: rows before which time is missing: no window (with its horizon) reaches over one.
+
+    Attributes:
+        unbroken: [W] bool, the windows in which no time is missing.
     """
 
     def __init__(
-        self, values: Tensor, starts: Tensor, window: int, horizon: int, patch: int, *, independent: bool
+        self,
+        values: Tensor,
+        starts: Tensor,
+        window: int,
+        horizon: int,
+        patch: int,
+        *,
+        independent: bool,
+        breaks: Sequence[int] = (),
     ) -> None:
         self.values, self.starts, self.window, self.horizon = values, starts, window, horizon
         self.channels = values.shape[1] if independent else 1
         self.independent = independent
         missing = values.isnan()
         self.gaps = bool(missing.any())
-        self.kept = self._readable(missing, patch).flatten().nonzero()[:, 0] if self.gaps else None
+        self.unbroken = self._unbroken(breaks)
+        self.kept: Tensor | None = None
+        if self.gaps or not self.unbroken.all():
+            kept = self.unbroken[:, None].expand(-1, self.channels)
+            self.kept = (kept & self._readable(missing, patch)).flatten().nonzero()[:, 0]
+
+    def _unbroken(self, breaks: Sequence[int]) -> Tensor:
+        """[W] bool: no break lies behind the first row of a window and not behind its last."""
+        rows = torch.tensor(breaks, dtype=torch.int64)
+        last = self.starts + self.window + self.horizon - 1
+        return torch.searchsorted(rows, self.starts, right=True) == torch.searchsorted(rows, last, right=True)
 
     def _readable(self, missing: Tensor, patch: int) -> Tensor:
         """[W, C] bool ([W, 1] where channels are mixed): two tokens at least are whole, and so is the future."""
@@ -277,10 +336,16 @@ class Windows(Dataset[Batch]):
         return len(self.starts) * self.channels - len(self)
 
     def spans(self) -> Spans:
-        """Windows overlap; those of one stretch of a window's length, of whatever channel, are one cluster."""
+        """Windows overlap; those of one stretch of their length, of whatever channel, are one cluster."""
         numbers = torch.arange(len(self)) if self.kept is None else self.kept
         first = self.starts[numbers // self.channels]
-        return Spans(first // self.window, numbers % self.channels, first, first + self.window + self.horizon)
+        end = first + self.window + self.horizon
+        return Spans(first // (self.window + self.horizon), numbers % self.channels, first, end, chained=True)
+
+    def fingerprint(self) -> str:
+        """Changes where the table has other rows or columns, or other windows are cut from it."""
+        rows, columns = self.values.shape
+        return f"{len(self)} samples, {rows} rows, {columns} columns"
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -301,10 +366,18 @@ class Windows(Dataset[Batch]):
 
 class Labelled(Dataset[Batch]):
     """Samples {"series": [L, C], "label": int64 (class) or float32 (number to predict)}, with "observed" [L, C] bool
-    where any of the set has an end or gap."""
+    where any of the set has an end or gap.
 
-    def __init__(self, values: Tensor, labels: Tensor, *, gaps: bool) -> None:
-        self.values, self.labels, self.gaps = values, labels, gaps
+    A series with fewer than two whole tokens is an unreadable sample, so that it is counted.
+
+    Args:
+        values: [S, L, C], NaN where missing. labels: [S]. whole: [S] int64, whole tokens of each.
+        stored: what the file holds.
+    """
+
+    def __init__(self, values: Tensor, labels: Tensor, whole: Tensor, stored: LabelledSeries) -> None:
+        self.values, self.labels, self.whole, self.stored = values, labels, whole, stored
+        self.gaps = bool(values.isnan().any())
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -313,9 +386,35 @@ class Labelled(Dataset[Batch]):
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> Batch:
+        """Raises UnreadableSample for the first series that has no two whole tokens."""
+        for index in indices:
+            if (whole := int(self.whole[index])) < 2:
+                raise UnreadableSample(
+                    f"{self.name(index)} has {whole or 'no'} token{'s' if whole != 1 else ''} without a missing value, "
+                    "and a prediction needs 2; a smaller data.patch has more"
+                )
         values = self.values[indices]
         batch = {"series": values.nan_to_num(0.0), "label": self.labels[indices]}
         return batch | ({"observed": ~values.isnan()} if self.gaps else {})
+
+    def name(self, index: int) -> str:
+        """What a message calls that series: file and row."""
+        return f"{self.stored.path}, row {self.stored.rows[index]}"
+
+    def contents(self) -> Contents:
+        """The values of every series, to find those that stand in both files."""
+        values = self.stored.values
+        real = ~np.isnan(values).all(2)
+        ends = np.where(real, np.arange(1, real.shape[1] + 1), 0).max(1, initial=0)
+
+        def read(index: int) -> bytes:
+            return bytes(values[index, : ends[index]].tobytes())
+
+        return Contents(ends.astype(np.int64), read, self.name)
+
+    def fingerprint(self) -> str:
+        """Changes where the file has other rows, or others have values."""
+        return fingerprint([Path(self.stored.path).name], np.array([len(self), int((~self.values.isnan()).sum())]))
 
 
 # The caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
@@ -344,16 +443,40 @@ def _read(
     changed: int,  # a part of the key
     parts: tuple[float, float, float],
 ) -> Series:
+    breaks: tuple[int, ...] = ()
+    gap: str | None = None
     if root is None:
         names = tuple(map(str, range(VAR_CHANNELS)))
-        values = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)[0].numpy()
+        drawn = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)
+        values = drawn[0].numpy().astype(np.float64)
     else:
-        names, values = read_table(root, time=time, columns=columns)
+        names, values, breaks, gap, notes = read_table(root, time=time, columns=columns)
+        for note in notes:
+            say(note)
+        if gap is not None:
+            say(f"{root}: {gap}")
     borders = _borders(len(values), parts, root or "var")
     mean, std = _statistics(values[slice(*borders["train"])], [f"{root or 'var'}: column {name!r}" for name in names])
-    values -= mean  # in place: a series may be as large as the memory allows
-    values /= std
-    return Series(torch.from_numpy(values), torch.from_numpy(mean), torch.from_numpy(std), borders)
+    values = standardised(values, mean, std)
+    return Series(
+        torch.from_numpy(values), torch.from_numpy(mean).float(), torch.from_numpy(std).float(), borders, breaks, gap
+    )
+
+
+def standardised(values: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
+    """(values - mean) / std in float64, then rounded to float32; [T, C], with mean and std [C].
+
+    The result takes the place of `values` in its memory, of which half is given back: a series may be as large as the
+    memory allows. `values` must own its memory and is of no use afterwards.
+    """
+    rows, columns = values.shape
+    single = values.reshape(-1).view(np.float32)
+    for start in range(0, rows, _ROWS):
+        block = (values[start : start + _ROWS] - mean) / std
+        single[start * columns : start * columns + block.size] = block.reshape(-1)  # never beyond the rows just read
+    del single
+    values.resize(((rows + 1) // 2, columns), refcheck=False)
+    return values.reshape(-1).view(np.float32)[: rows * columns].reshape(rows, columns)
 
 
 def _borders(rows: int, parts: tuple[float, float, float], name: str) -> dict[str, tuple[int, int]]:
@@ -365,18 +488,18 @@ def _borders(rows: int, parts: tuple[float, float, float], name: str) -> dict[st
 
 
 def _statistics(values: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation [C] of what is there, column by column; the deviation of a constant is 1.
+    """Mean and standard deviation [C] float64 of what is there, column by column; the deviation of a constant is 1.
 
     Args:
         names: what a message calls each column.
     """
-    mean, std = (np.empty(values.shape[1], np.float32) for _ in range(2))
-    for c in range(values.shape[1]):
-        real = values[:, c][~np.isnan(values[:, c])].astype(np.float64)
-        if not len(real):
-            raise UserError(f"{names[c]} has no value in the training rows; leave it out, or fill it")
-        mean[c], std[c] = real.mean(), real.std() if real.std() > 1e-8 else 1.0
-    return mean, std
+    moments = ColumnMoments(values.shape[1])
+    for start in range(0, len(values), _ROWS):
+        moments.add(values[start : start + _ROWS])
+    if not moments.count.all():
+        name = names[int(np.flatnonzero(moments.count == 0)[0])]
+        raise UserError(f"{name} has no value in the training rows; leave it out, or fill it")
+    return moments.mean, moments.deviation(ROUNDING)
 
 
 @lru_cache(maxsize=4)
@@ -417,15 +540,21 @@ def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
     values = np.full((count, data.window, channels), np.nan, np.float32)
     values[:, :longest] = (series.values - mean) / std
     whole = (~np.isnan(values)).reshape(count, -1, data.patch * channels).all(-1).sum(1)
-    kept = whole > 1
-    if not kept.any():
+    short = int((whole < 2).sum())
+    if short == count:
         raise UserError(f"{root}: no {split} series has two whole tokens; make data.patch smaller")
+    if short:
+        say(
+            f"{series.path}: {short:,} of {count:,} series have fewer than two tokens without a missing value and are "
+            f"skipped as unreadable; a smaller data.patch (it is {data.patch}) leaves out fewer"
+        )
     classes = _classes(root)
     if classes is None:
         labels = torch.tensor(series.labels, dtype=torch.float32)
     else:
-        labels = torch.tensor([classes.index(str(label)) for label in series.labels])
-    return Labelled(torch.from_numpy(values[kept]), labels[kept], gaps=bool(np.isnan(values).any()))
+        number = {name: place for place, name in enumerate(classes)}
+        labels = torch.tensor([number[str(label)] for label in series.labels])
+    return Labelled(torch.from_numpy(values), labels, torch.from_numpy(whole), series)
 
 
 # ------------------------------------------------------------------------------------ the synthetic source

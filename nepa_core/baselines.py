@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nepa_core.diagnostics import identified
 from nepa_core.gathered import Gathered, joined
 from nepa_core.objective import masked_mean, negative_cosine
 
@@ -31,6 +32,7 @@ _SEEN_FEATURES = 1024  # the same where there is a matrix of its own for every p
 _BYTES = 2**29  # most for the matrices of all places, where each has its own
 _HELD = 1024  # most samples that the strength is chosen on
 _CHUNK = 1024  # samples whose moments are taken at once
+_SAMPLES_BYTES = 2**27  # most of either of these
 
 
 class Fitted(NamedTuple):
@@ -39,8 +41,8 @@ class Fitted(NamedTuple):
     Attributes:
         predictions: "copy", "mean", "position_mean" and "linear" -> [S, Q, D], beside `test.targets`.
         samples: that they were fitted on.
-        curve: (samples, [S, Q, D] of the linear one fitted on so many), at about a quarter and a half of them; empty
-            where there are too few.
+        curve: (samples, [S] what the linear one identifies when fitted on so many, see `diagnostics.identified`), at
+            about a quarter and a half of them; empty where there are too few.
         features: numbers of a whole sequence that the linear one reads. of: how many there are.
     """
 
@@ -65,7 +67,8 @@ def fit_baselines(
         device: where the products are computed; default: the CPU.
     """
     device = device or torch.device("cpu")
-    stream = _chunks(parts, first=min(_HELD, max(1, total // 10)))
+    size = 4 * (test.values[0].numel() + 2 * test.embeddings[0].numel())
+    stream = _chunks(parts, first=max(1, min(_HELD, total // 10, _SAMPLES_BYTES // size)), size=size)
     held = next(stream)
     linear: _Linear = (_Autoregression if test.order is None else _FromSeen)(held, test, device)
     means = _Means(test)
@@ -80,7 +83,7 @@ def fit_baselines(
             if marks and samples >= marks[0]:
                 marks.pop(0)
                 linear.choose(held)
-                curve.append((samples, linear.predict(test)))
+                curve.append((samples, identified(linear.predict(test), test)))
     if samples:
         linear.choose(held)
         linear.add(held)
@@ -93,8 +96,13 @@ def fit_baselines(
     return Fitted(predictions, samples + len(held.values), tuple(curve), linear.features, test.values[0].numel())
 
 
-def _chunks(parts: Iterable[Gathered], *, first: int) -> Iterator[Gathered]:
-    """The samples in order: `first` of them, then as many at once as are worth a matrix product."""
+def _chunks(parts: Iterable[Gathered], *, first: int, size: int) -> Iterator[Gathered]:
+    """The samples in order: `first` of them, then as many at once as are worth a matrix product.
+
+    Args:
+        size: bytes of a sample, about.
+    """
+    chunk = max(1, min(_CHUNK, _SAMPLES_BYTES // size))
     waiting: list[Gathered] = []
     count, wanted = 0, first
     for part in parts:
@@ -103,7 +111,7 @@ def _chunks(parts: Iterable[Gathered], *, first: int) -> Iterator[Gathered]:
         while count >= wanted:
             whole = joined(waiting)
             yield whole.rows(slice(wanted))
-            waiting, count, wanted = [whole.rows(slice(wanted, None))], count - wanted, _CHUNK
+            waiting, count, wanted = [whole.rows(slice(wanted, None))], count - wanted, chunk
     if count:
         yield joined(waiting)
 
@@ -196,14 +204,17 @@ class _Moments:
 
 
 def _factor(gram: Tensor, strength: float) -> Tensor:
-    """Cholesky factor of gram + strength. A strength that float32 would round away is raised to what it can hold.
+    """Cholesky factor of gram + strength. A strength that rounding would swallow is raised until the factor exists.
 
-    Else it fails where there are many features and few rows, as at the last places of sequences of unequal length.
+    So it is where there are many features and few rows, as at the last places of sequences of unequal length.
     """
-    least = 2 * torch.finfo(gram.dtype).eps * float(gram.trace())
-    ridge = max(strength, least, 1e-8)
-    factor: Tensor = torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), device=gram.device))
-    return factor
+    ridge = max(strength, 2 * torch.finfo(gram.dtype).eps * float(gram.trace()), 1e-8)
+    eye = torch.eye(len(gram), device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+    while int(failed) and math.isfinite(ridge):
+        ridge *= 10
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+    return cast(Tensor, factor)
 
 
 class _Features(NamedTuple):

@@ -120,6 +120,7 @@ def check_first_batches(modality: Modality, *, predicts: bool) -> None:
 
 
 def check_splits_have_samples(modality: Modality) -> None:
+    """Both splits have a length and are not empty."""
     for split in ("train", "test"):
         dataset = modality.dataset(split)
         assert hasattr(dataset, "__len__"), (
@@ -131,6 +132,7 @@ def check_splits_have_samples(modality: Modality) -> None:
 
 
 def check_samples_are_dictionaries(modality: Modality) -> None:
+    """Samples are dictionaries of tensors that can be stacked."""
     for split in ("train", "test"):
         for sample in _samples(modality.dataset(split)).values():
             _check_is_dictionary(sample, split)
@@ -148,6 +150,7 @@ def _check_is_dictionary(sample: object, split: str) -> None:
 
 
 def check_whole_batches_agree(modality: Modality) -> None:
+    """`__getitems__`, where there is one, gives what single samples give."""
     for split in ("train", "test"):
         dataset = modality.plain().dataset(split)
         if not hasattr(dataset, "__getitems__"):
@@ -165,6 +168,7 @@ NOT_FINITE = "Tokens.values holds NaN or infinity: fill such places and mask the
 
 
 def check_values(modality: Modality) -> None:
+    """Raw tokens are finite floating numbers [B, N, P], two tokens or more."""
     tokens = modality.tokenize(_batch(modality))
     _check_form(tokens)
     assert tokens.values.shape[1] > 1, _SINGLE
@@ -194,6 +198,7 @@ def _check_has_pairs(modality: Modality, tokens: Tokens) -> None:
 
 
 def check_coords(modality: Modality) -> None:
+    """Coordinates are finite float32 numbers on one to three axes."""
     _check_coords(modality.tokenize(_batch(modality)))
 
 
@@ -208,6 +213,7 @@ def _check_coords(tokens: Tokens) -> None:
 
 
 def check_mask(modality: Modality) -> None:
+    """A mask is bool [B, N] and leaves two real tokens or more."""
     tokens = modality.tokenize(_batch(modality))
     _check_mask(tokens)
     assert tokens.mask is None or (tokens.mask.sum(dim=1) > 1).all(), (
@@ -227,6 +233,7 @@ def _check_mask(tokens: Tokens) -> None:
 
 
 def check_targets(modality: Modality) -> None:
+    """Labels and classes of tokens have the shapes that supervised tasks read."""
     for split in ("train", "test"):
         batch = _batch(modality, split)
         label, target = batch.get("label"), batch.get("target")
@@ -241,6 +248,7 @@ def check_targets(modality: Modality) -> None:
 
 
 def check_tokenize_is_deterministic(modality: Modality) -> None:
+    """`tokenize` gives one answer for one batch."""
     batch = _batch(modality)
     first = _copies(modality.tokenize(batch))
     second = _copies(modality.tokenize(batch))
@@ -251,6 +259,7 @@ def check_tokenize_is_deterministic(modality: Modality) -> None:
 
 
 def check_plain_is_repeatable(modality: Modality) -> None:
+    """Without augmentation a sample is the same each time."""
     dataset = modality.plain().dataset("train")
     for index, sample in _samples(dataset).items():
         again = dataset[index]
@@ -261,6 +270,7 @@ def check_plain_is_repeatable(modality: Modality) -> None:
 
 
 def check_samples_do_not_mix(modality: Modality) -> None:
+    """A sample has the same tokens alone and within a batch."""
     batch = _batch(modality)
     together = modality.tokenize(batch)
     for row in range(len(together.values)):
@@ -301,6 +311,7 @@ def check_tokens_do_not_overlap(modality: Modality) -> None:
 
 
 def check_order_is_a_permutation(modality: Modality) -> None:
+    """An order names each token once."""
     tokens = modality.tokenize(_batch(modality))
     _check_permutation(tokens, modality.order(tokens))
 
@@ -319,6 +330,7 @@ def _check_permutation(tokens: Tokens, order: Tensor | None) -> None:
 
 
 def check_order_can_be_undone(modality: Modality) -> None:
+    """Tokens come back from the order to the canonical one."""
     batch = _batch(modality)
     canonical, read = modality.tokenize(batch), modality.read(batch)
     assert _equal(read.canonical(read.values), canonical.values), (
@@ -328,6 +340,7 @@ def check_order_can_be_undone(modality: Modality) -> None:
 
 
 def check_order_is_the_samples_own(modality: Modality) -> None:
+    """The order of a sample does not depend on the others of its batch."""
     batch = _batch(modality)
     together, again = modality.read(batch), modality.read(batch)
     assert _equal(together.values, again.values), (
@@ -343,6 +356,7 @@ def check_order_is_the_samples_own(modality: Modality) -> None:
 
 
 def check_sketch(modality: Modality) -> None:
+    """A drawing has the shapes that `nepa inspect` needs."""
     batch = _batch(modality)
     tokens = modality.read(batch)
     samples, count, _ = tokens.values.shape
@@ -364,6 +378,7 @@ def check_sketch(modality: Modality) -> None:
 
 
 def check_embedder(modality: Modality) -> None:
+    """The embedder maps raw tokens one by one to [B, N, dim]."""
     values = modality.read(_batch(modality)).values
     try:
         embeddings = modality.embedder(NETWORK.dim)(values)
@@ -378,6 +393,7 @@ def check_embedder(modality: Modality) -> None:
 
 
 def check_future_is_hidden(modality: Modality) -> None:
+    """Under causal attention no prediction sees its target."""
     tokens = modality.read(_batch(modality))
     count = tokens.values.shape[1]
     before = _predictions(modality, tokens)
@@ -392,6 +408,7 @@ def check_future_is_hidden(modality: Modality) -> None:
 
 
 def check_masked_tokens_are_ignored(modality: Modality) -> None:
+    """What stands behind a False of the mask changes nothing."""
     tokens = modality.read(_batch(modality))
     if tokens.mask is None:
         return
@@ -404,6 +421,7 @@ def check_masked_tokens_are_ignored(modality: Modality) -> None:
 
 
 def check_training(modality: Modality) -> None:
+    """Two steps of training give a finite loss and gradients."""
     tokens = modality.read(_batch(modality))
     model = _model(modality)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

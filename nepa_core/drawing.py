@@ -25,6 +25,7 @@ class Spans(NamedTuple):
     Attributes:
         cluster: [S] int64, equal for samples that depend on each other, such as those of one clip or of one stretch
             of a series: intervals are made from the spread between clusters.
+        chained: clusters are stretches of a series, so that samples of neighbours overlap, too.
         track: [S] int64. first, end: [S] int64. Samples of one track overlap where their [first, end) do.
     """
 
@@ -32,22 +33,25 @@ class Spans(NamedTuple):
     track: Tensor
     first: Tensor
     end: Tensor
+    chained: bool = False
 
 
 class Drawn(NamedTuple):
     """A draw of samples, one entry each; a sample of overlapping windows may stand in several groups.
 
     Attributes:
-        indices: in the data set. group: number of the rivals that a sample is identified among. cluster: of `Spans`.
+        indices: in the data set. group: number of the rivals that a sample is identified among. cluster, chained: of
+            `Spans`.
     """
 
     indices: Tensor
     group: Tensor
     cluster: Tensor
+    chained: bool = False
 
     def at(self, places: Tensor | slice) -> Drawn:
         """Those entries alone."""
-        return Drawn(self.indices[places], self.group[places], self.cluster[places])
+        return Drawn(self.indices[places], self.group[places], self.cluster[places], self.chained)
 
 
 def spans_of(dataset: Dataset[Any]) -> Spans | None:
@@ -72,17 +76,19 @@ def draw(dataset: Dataset[Any], limit: int, seed: int) -> Drawn:
     tracks = _tracks(spans)
     length = int((spans.end - spans.first).max())
     most = min(limit, count)
+    widest = _apart(tracks, 0)
+    widest = widest if len(widest) > 1 else torch.arange(count)
 
     def group() -> Tensor:
         found = _apart(tracks, int(torch.randint(length, (), generator=generator)))
-        found = found if len(found) > 1 else torch.arange(count)
+        found = found if len(found) > 1 else widest  # a phase may leave no room for the second
         return found[torch.randperm(len(found), generator=generator)][: min(RIVALS, most)]
 
     groups = [group()]
     groups += [group() for _ in range(most // len(groups[0]) - 1)]
     size = min(map(len, groups))
     indices = torch.cat([each[:size] for each in groups])
-    return Drawn(indices, torch.arange(len(indices)) // size, spans.cluster[indices])
+    return Drawn(indices, torch.arange(len(indices)) // size, spans.cluster[indices], spans.chained)
 
 
 def apart(dataset: Dataset[Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 class Ema:
     """A float32 copy of a model's parameters that follows them: average += (1 - decay) * (value - average).
 
+    It starts from the parameters after the first update, as in the released scripts, not from those at the start.
+
     Attributes:
-        averages: parameter name -> float32 tensor on the parameter's device. This is all its state.
+        averages: parameter name -> float32 tensor on the parameter's device. This is all that has to be stored.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -22,12 +24,21 @@ class Ema:
         self.averages: dict[str, Tensor] = {
             name: value.detach().float().clone() for name, value in self._parameters.items()
         }
+        self._follows = False
 
     @torch.no_grad()
     def update(self) -> None:
         """One step, as one fused update over all parameters. Call it after the optimiser."""
         values = [value.float() for value in self._parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), values, 1 - self.decay)
+        torch._foreach_lerp_(list(self.averages.values()), values, 1 - self.decay if self._follows else 1.0)
+        self._follows = True
+
+    @torch.no_grad()
+    def restore(self, averages: Mapping[str, Tensor]) -> None:
+        """Go on from averages that were stored, by parameter name."""
+        for name, value in averages.items():
+            self.averages[name].copy_(value)
+        self._follows = True
 
     @contextmanager
     def applied(self) -> Iterator[None]:

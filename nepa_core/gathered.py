@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.drawing import Drawn
-from nepa_core.modality import Modality
+from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import pair_up
 from nepa_core.pretrainer import Pretrainer
@@ -139,14 +139,42 @@ def gather_parts(
                     "the network gives NaN or infinity on held-out samples, so training has diverged: lower optim.lr "
                     "or model.layer_scale; checkpoints before this are kept"
                 )
-            told = model.config.predict_position != "off" and tokens.order is not None and tokens.order.ndim == 2
+            mask = None if out.mask is None else out.mask.cpu()
+            yield Gathered(**part, mask=mask, order=_own_order(model, tokens))
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def gather_targets(model: NEPA, modality: Modality, batches: Iterable[Batch]) -> Iterator[Gathered]:
+    """What baselines are fitted on: raw tokens and their targets, batch by batch; nothing is predicted.
+
+    `predictions` are the embeddings once more, for their shape.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            tokens = modality.read(batch)
+            embeddings, mask = model.embedded(tokens)
+            if isinstance(model, Pretrainer):
+                embeddings = model.targets(embeddings)
+            found = embeddings.float().cpu()
             yield Gathered(
-                **part,
-                mask=None if out.mask is None else out.mask.cpu(),
-                order=tokens.order.cpu() if told and tokens.order is not None else None,
+                values=tokens.values.float().cpu(),
+                embeddings=found,
+                predictions=found,
+                mask=None if mask is None else mask.cpu(),
+                order=_own_order(model, tokens),
             )
     finally:
         model.train(was_training)
+
+
+def _own_order(model: NEPA, tokens: Tokens) -> Tensor | None:
+    """The order of every sample, where each has its own and the model is told the position that it predicts."""
+    told = model.config.predict_position != "off" and tokens.order is not None and tokens.order.ndim == 2
+    return tokens.order.cpu() if told and tokens.order is not None else None
 
 
 def gather(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
@@ -137,6 +137,9 @@ class Modality(BaseModel, ABC):
 
     model_config = FROZEN
 
+    changed: bool = Field(default=False, exclude=True)
+    """Go on although the training data is not what it was when the run stopped: for one command, never stored."""
+
     token_name: ClassVar[str] = "token"
     """What one token is called on the verdict card."""
 
@@ -150,7 +153,9 @@ class Modality(BaseModel, ABC):
         `__getitems__(list of int)` that returns a whole batch as one dictionary, which is faster for data in memory,
         and `name(int)`, what a picture of that sample is called, such as its file. Where samples overlap or are cut
         from one recording, its `spans()` says so (`nepa_core.drawing.Spans`): a verdict then keeps rivals apart and
-        makes its intervals from recordings, not from samples.
+        makes its intervals from recordings, not from samples. Its `fingerprint()`, a short text such as the number and
+        digest of the files, is part of a checkpoint: data that changed between a stop and its resumption is then
+        refused. Its `contents()` (`modalities.listing.Contents`) lets samples that are in both splits be counted.
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.
@@ -165,21 +170,45 @@ class Modality(BaseModel, ABC):
 
         Default: the numbers themselves, found by reading the training labels one by one; override it where reading
         a sample is slow.
+
+        Raises:
+            UserError: the default finds ids in place of classes: far larger numbers than there are different ones.
         """
         samples = self.dataset("train")
-        highest = -1
+        found: set[int] = set()
         for index in range(len(cast(Sized, samples))):
             with suppress(UnreadableSample):
                 sample = samples[index]
                 label = torch.as_tensor(sample["label"] if "label" in sample else sample.get("target", 0.0))
                 if label.is_floating_point() or label.ndim != ("label" not in sample):
                     return None
-                highest = max(highest, int(label.max()))
+                found.update(label.flatten().tolist())
+        highest = max(found, default=-1)
+        if highest > 1000 + 10 * len(found):
+            raise UserError(
+                f"{type(self).__name__}: training samples have {len(found)} classes with numbers up to {highest}; "
+                "number them from 0 on without gaps"
+            )
         return tuple(str(number) for number in range(highest + 1)) or None
 
     def plain(self) -> Modality:
         """This adapter without augmentation: what probes and baselines read. Default: itself."""
         return self
+
+    def before_mixing(self, batch: Batch) -> Batch:
+        """What is done to a training batch, on the device, before `nepa finetune` mixes its samples.
+
+        For augmentation that belongs to one sample but waits for the device, such as random erasing; `tokenize` does
+        it where nothing mixes. A function of the batch. Default: nothing.
+        """
+        return batch
+
+    def held_out_as(self) -> str | None:
+        """How held-out samples are read, in one line for `nepa evaluate`, where a figure depends on it.
+
+        Default: None, there is nothing to say.
+        """
+        return None
 
     def at(self, progress: float) -> Self:
         """This adapter as pre-training reads it when this share of the run is done, 0 to 1. Default: itself.

@@ -83,13 +83,7 @@ class NEPA(nn.Module):
             coord_scale: factor on all coordinates, see `draw_coord_scale`.
             trace: filled with the hidden states and, with the "eager" back-end, the attention maps.
         """
-        embeddings = self.embed(tokens.values)
-        # The residual stream is float32 also under autocast: a branch scaled by 1e-5 is lost in a bfloat16 sum.
-        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-        mask = tokens.mask
-        if self.bos is not None:
-            embeddings = torch.cat((self.bos.expand(len(embeddings), 1, -1), embeddings), dim=1)
-            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        embeddings, mask = self.embedded(tokens)
         x = embeddings
         if hidden is not None:
             x = self._hide(x, hidden)
@@ -99,6 +93,17 @@ class NEPA(nn.Module):
             x = x + self._next_positions(tokens, mask, coord_scale).to(x.dtype)
         predictions = self.predictor(x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace)
         return Prediction(embeddings, predictions, mask)
+
+    def embedded(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
+        """The raw embeddings [B, T, D], BOS first where there is one, and their mask [B, T] or None."""
+        embeddings = self.embed(tokens.values)
+        # The residual stream is float32 also under autocast: a branch scaled by 1e-5 is lost in a bfloat16 sum.
+        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        mask = tokens.mask
+        if self.bos is not None:
+            embeddings = torch.cat((self.bos.expand(len(embeddings), 1, -1), embeddings), dim=1)
+            mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+        return embeddings, mask
 
     def _hide(self, x: Tensor, hidden: Tensor) -> Tensor:
         if self.mask_token is None:
@@ -134,19 +139,34 @@ class NEPA(nn.Module):
         return of_next(vectors, mask, missing=torch.zeros_like(vectors))
 
 
-def layers_above(name: str, depth: int) -> int:
+def layers_above(name: str, depth: int, *, head_counts: bool) -> int:
     """How many layers lie above a parameter of a network of `depth` blocks, for layer-wise decay.
 
-    Whatever sits on top of the blocks (the final norm, a head) has 0, the last block 1, the first `depth`, and what
-    comes before the blocks (embedder, BOS) `depth` + 1: the numbering of BEiT and MAE.
+    Whatever sits on top of the blocks (the final norm, a head) has 0. Block i has `depth` - 1 - i blocks above it,
+    what comes before the blocks (embedder, BOS) has `depth`, and the head is one more layer where it counts.
 
     Args:
         name: of a parameter of `NEPA`, also inside another module ("backbone.predictor.blocks.3.norm1.weight").
+        head_counts: True is the numbering of BEiT and MAE (last block 1, BOS `depth` + 1), False that of the released
+            NEPA scripts (last block 0, BOS `depth`).
     """
     parts = name.split(".")
     if "blocks" in parts:
-        return depth - int(parts[parts.index("blocks") + 1])
-    return depth + 1 if {"embed", "bos", "mask_token", "positions", "next_position"} & set(parts) else 0
+        return depth - 1 - int(parts[parts.index("blocks") + 1]) + head_counts
+    return depth + head_counts if {"embed", "bos", "mask_token", "positions", "next_position"} & set(parts) else 0
+
+
+def at_head_rate(name: str) -> bool:
+    """Whether a parameter of a fine-tuned network trains at `optim.head_lr`, where there is one.
+
+    The predictor's final norm does, and all of the head but a norm in it, as in the released scripts: their
+    `layernorm` and `classifier` do, `fc_norm` has the rate of the last block.
+
+    Args:
+        name: of a parameter of a module that holds a `NEPA` and a "head" ("backbone.predictor.norm.weight").
+    """
+    parts = name.split(".")
+    return "norm" not in parts if parts[0] == "head" else "predictor.norm" in name
 
 
 def draw_coord_scale(rescale: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from functools import partial
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -237,6 +237,11 @@ class Pretrainer(NEPA):
             trace = Trace()
         out = super().forward(tokens, trace=trace, **how)
         return out._replace(heads=self.heads(out, [] if trace is None else trace.hidden))
+
+    def targets(self, embeddings: Tensor) -> Tensor:
+        """Embeddings [B, T, D] in the space of `judged`."""
+        projector = self.heads.projector if self.objective.space == "projected" else None
+        return embeddings if projector is None else cast(Tensor, projector(embeddings))
 
     def judged(self, out: Prediction) -> tuple[Tensor, Tensor]:
         """Predictions and embeddings in the space where the objective brings them together, [B, T, D or less].

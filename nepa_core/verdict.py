@@ -40,7 +40,8 @@ class Verdict(BaseModel):
     """Everything the card says, measured on held-out data; losses are negative cosines (-1 is perfect).
 
     Attributes:
-        samples: held-out samples measured, drawn at random; clusters: of them that are independent.
+        samples: held-out samples measured, drawn at random. asked: of them whose next tokens were identified, without
+            those of a group that is too small; clusters: how many groups of these are independent.
         rivals_overlap: there was no room for two samples without common values.
         fitted_samples: training samples the baselines were fitted on; training_samples: all there are.
         linear_features: numbers of a sequence that the linear autoregression reads, of linear_of.
@@ -67,7 +68,8 @@ class Verdict(BaseModel):
     model_config = FROZEN
 
     samples: int
-    clusters: int = 0  # of summaries of before it was counted
+    asked: int = 0  # of summaries of before it was counted, as clusters
+    clusters: int = 0
     rivals_overlap: bool = False
     fitted_samples: int
     training_samples: int = 0
@@ -124,6 +126,11 @@ class Verdict(BaseModel):
         return Interval(self.margin_copy, self.margin_copy_ci95)
 
     @property
+    def has_intervals(self) -> bool:
+        """Whether there are two clusters at least; else nothing can be told from chance."""
+        return self.margin_untrained_ci95 is not None
+
+    @property
     def beats_untrained(self) -> bool:
         return self.untrained.above
 
@@ -147,9 +154,14 @@ class Verdict(BaseModel):
         return self.beats_linear and self.linear_is_starved and not starved.above
 
     @property
-    def linear_is_starved(self) -> bool:
+    def linear_gains(self) -> bool:
         """Twice the samples would still move the control by more than its interval, as the last doubling did."""
         return self.linear_moved is not None and Interval(self.linear_moved, self.linear_moved_ci95).above
+
+    @property
+    def linear_is_starved(self) -> bool:
+        """It still gains, and was not given all the training samples that the network had."""
+        return self.linear_gains and self.fitted_samples < self.training_samples
 
     @property
     def starved_margin(self) -> float:
@@ -157,28 +169,45 @@ class Verdict(BaseModel):
         return self.margin_linear - (self.linear_moved or 0.0)
 
 
+class Start(NamedTuple):
+    """What is measured of the network before training, on the same held-out samples.
+
+    Attributes:
+        credits: [S], see `diagnostics.identified`. health: see `diagnostics.health`.
+    """
+
+    credits: Tensor
+    health: dict[str, float]
+
+
+def start_of(untrained: Gathered) -> Start:
+    """Measure the network before training."""
+    return Start(identified(untrained.predictions[:, :-1], untrained), health(untrained))
+
+
 class Judged(NamedTuple):
     """A verdict, and what it was computed from.
 
     Attributes:
         credits: "model" and "linear" -> the share of its places that each sample had identified, [S'].
-        clusters: [S'] int64, equal for samples that depend on each other, or None.
+        clusters: [S'] int64, equal for samples that depend on each other, or None. chained: of `Spans`.
     """
 
     verdict: Verdict
     credits: dict[str, Tensor]
     clusters: Tensor | None
+    chained: bool = False
 
 
 def judge(
-    fitted: Fitted, test: Gathered, untrained: Gathered, *, training_samples: int = 0, rivals_overlap: bool = False
+    fitted: Fitted, test: Gathered, before: Start, *, training_samples: int = 0, rivals_overlap: bool = False
 ) -> Judged:
     """Measure the trained model.
 
     Args:
         fitted: baselines fitted on training samples without augmentation, and what they say of `test`.
         test: held-out samples, gathered with the trained model.
-        untrained: the same held-out samples, gathered with the network before training.
+        before: of the network before training, on the same held-out samples.
         training_samples: size of the training split; default: as many as the baselines were fitted on.
     """
     counted = test.counted
@@ -187,17 +216,23 @@ def judge(
     found = {name: identified(x, test) for name, x in predictions.items()}
     asked = ~found["model"].isnan()
     clusters = None if test.drawn is None else test.drawn.cluster[asked]
-    curve = {samples: identified(x, test)[asked] for samples, x in fitted.curve}
+    curve = {samples: credit[asked] for samples, credit in fitted.curve}
     found = {name: credit[asked] for name, credit in found.items()}
-    found["untrained"] = identified(untrained.predictions[:, :-1], untrained)[asked]
+    found["untrained"] = before.credits[asked]
     mean_loss = {name: float(masked_mean(loss, counted)) for name, loss in losses.items()}
     top1 = {name: float(credit.mean()) for name, credit in found.items()}
-    margins = {name: over_samples(found["model"] - found[name], clusters) for name in ("linear", "copy", "untrained")}
-    moved = over_samples(found["linear"] - list(curve.values())[-1], clusters) if curve else None
+    chained = test.drawn is not None and test.drawn.chained
+
+    def margin(rival: Tensor, own: str = "model") -> Interval:
+        return over_samples(found[own] - rival, clusters, chained=chained)
+
+    margins = {name: margin(found[name]) for name in ("linear", "copy", "untrained")}
+    moved = margin(list(curve.values())[-1], "linear") if curve else None
     points = [*((samples, float(credit.mean())) for samples, credit in curve.items())]
-    now, start = health(test), health(untrained)
+    now, start = health(test), before.health
     verdict = Verdict(
         samples=len(test.values),
+        asked=int(asked.sum()),
         clusters=int(asked.sum()) if clusters is None else len(set(clusters.tolist())),
         rivals_overlap=rivals_overlap,
         fitted_samples=fitted.samples,
@@ -230,7 +265,7 @@ def judge(
         collapsed=now["effective_rank_embedding"] < COLLAPSE_SHARE * start["effective_rank_embedding"],
         loss_per_position={name: _by_place(loss, counted) for name, loss in losses.items()},
     )
-    return Judged(verdict, {name: found[name] for name in ("model", "linear")}, clusters)
+    return Judged(verdict, {name: found[name] for name in ("model", "linear")}, clusters, chained)
 
 
 def _rivals(test: Gathered) -> int:

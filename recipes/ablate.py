@@ -2,7 +2,9 @@
 
 Arms: the recipe as it is; shift off; causal mask off; stop-gradient off; 40 % and 60 % of the inputs masked (the
 paper's Table of ablations). Every arm is pre-trained and probed with every seed at the same budget. What is finished
-is kept and never run again: the same command goes on where it was stopped, and several may share a folder.
+is kept and never run again: the same command goes on where it was stopped, and several may share a folder. What is
+compared is declared in protocol.json before the first run; more seeds later are a further look, which the tests are
+corrected for (see `recipes.protocol`).
 """
 
 from __future__ import annotations
@@ -20,12 +22,28 @@ from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.run import Run
 from recipes import compare
-from recipes.compare_report import Column, Rows, groups, html_table, interval_plot, spread_table, spreads, text_table
+from recipes.compare_report import (
+    TESTED,
+    Column,
+    Rows,
+    credits_of,
+    difference_table,
+    groups,
+    html_table,
+    interval_plot,
+    margin,
+    margin_cell,
+    margin_note,
+    spread_table,
+    spreads,
+    text_table,
+)
 from recipes.goals import find_goal
 from recipes.measures import rank_over_training, read_out
 from recipes.pretrain import PretrainConfig
+from recipes.protocol import Look
 from recipes.report import Figure, compose, line_plot
-from recipes.significance import differences, spread, verdict
+from recipes.significance import LEAST_SEEDS, Difference, covers, differences, spread, verdict
 from recipes.targets import default_out
 from recipes.training import provenance
 
@@ -78,9 +96,10 @@ def ablate(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
     """Run all arms and write summary.json and report/ into `out`.
 
     Returns:
-        `arms`: name -> measure -> {"values" per seed, "mean", "std", "ci95"}, plus "collapsed" (number of seeds);
-        `seeds`; `verdict`: which arms differ from the base; `random_init` and `raw_tokens`: probe accuracies without
-        pre-training.
+        `arms`: name -> measure -> `spread` over seeds, plus "collapsed" (number of seeds); `seeds`; `look`: of
+        `recipes.protocol`; `verdict`: which arms differ from the base; `differences`: the paired tests behind it;
+        `margins`: of identification over the linear baseline, see `compare_report.margin`; `random_init` and
+        `raw_tokens`: probe accuracies without pre-training.
 
     Raises:
         UserError: the samples have no target to read out, or the data can't be read.
@@ -89,8 +108,10 @@ def ablate(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
     find_goal(config.data)  # says what is wrong before minutes of training, not after
     arms = [compare.Variant(name, override(config, changes)) for name, changes in ARMS.items()]
     measured = compare.Measure("ablate", measure, Nothing())
-    rows = compare.compare(arms, options.seeds, measured, out, workers=options.workers or compare.default_workers())
-    result = summarise(rows, options.seeds) | {"recipe": config.recipe, "made_with": provenance()}
+    workers = options.workers or compare.default_workers()
+    rows, look = compare.compare(arms, options.seeds, measured, out, workers=workers)
+    result = summarise(rows, look) | {"recipe": config.recipe, "made_with": provenance()}
+    result["margins"] = {name: margin(each) for name, each in compare.run_summaries(arms, look.seeds, out).items()}
     with compare.reporting(out):
         write_report(out / "report", f"Ablations: {config.recipe}", result)
         Run(out).write_summary(result)
@@ -109,18 +130,32 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, _: Nothing) -> dict[s
         "probe_random": read["probe_random"],
         "probe_raw": read["raw_tokens"],
         "rank_over_training": rank_over_training(run),
+        **{kind: _renamed(read[kind]) for kind in ("credits", "clusters")},
     }
 
 
-def summarise(rows: Rows, seeds: tuple[int, ...]) -> dict[str, Any]:
+def _renamed(of_measures: dict[str, str]) -> dict[str, str]:
+    return {{"probe": "probe_best"}.get(key, key): value for key, value in of_measures.items()}
+
+
+def summarise(rows: Rows, look: Look) -> dict[str, Any]:
     """summary.json, see `ablate`."""
-    base, probes = rows["base"], groups(rows, "probe_best")
-    apart = differences(probes, [(name, "base") for name in rows if name != "base"])
+    base, seeds = rows["base"], look.seeds
+    apart = differences(
+        groups(rows, "probe_best"),
+        [(name, "base") for name in rows if name != "base"],
+        correction=look.rivals(),
+        credits=credits_of(rows, "probe_best"),
+    )
+    told = [verdict(apart, of="the probe of the best layer", noun="an arm and the base", seeds=len(seeds))]
+    told += [covers(apart, look.told())] if len(seeds) >= LEAST_SEEDS else []
     found = {column.key: spreads(rows, column.key) for column in COLUMNS}
     return {
         "task": "ablate",
         "seeds": list(seeds),
-        "verdict": verdict(apart, of="the probe of the best layer", noun="an arm and the base", seeds=len(seeds)),
+        "look": look._asdict(),
+        "verdict": " ".join([*told, *look.notes]),
+        "differences": [each._asdict() for each in apart],
         "arms": {
             name: {key: by_arm[name] for key, by_arm in found.items()}
             | {"collapsed": sum(row["collapsed"] for row in each)}
@@ -146,7 +181,13 @@ def table(result: dict[str, Any]) -> list[list[str]]:
 
 def render(result: dict[str, Any]) -> str:
     """The table as text."""
-    return f"{text_table(table(result))}\n\n{_foot(result)}\n\n{result['verdict']}"
+    return f"{text_table(table(result))}\n\n{_foot(result)}\n\n{_margins(result)}\n\n{result['verdict']}"
+
+
+def _margins(result: dict[str, Any]) -> str:
+    """Identification beyond the linear baseline, arm by arm."""
+    told = "; ".join(f"{name} {margin_cell(each)}" for name, each in result["margins"].items())
+    return f"{margin_note(result['margins'])} {told}."
 
 
 def _foot(result: dict[str, Any]) -> str:
@@ -169,13 +210,14 @@ def write_report(folder: Path, title: str, result: dict[str, Any]) -> None:
             "Linear probe of the best layer, chosen on held-back training samples, from the best arm down: mean ± "
             "standard deviation, a dot a seed.",
             interval_plot(
-                {name: measures["probe_best"]["values"] for name, measures in arms.items()},
+                {name: measures["probe_best"] for name, measures in arms.items()},
                 x="probe accuracy",
                 reference={"random weights": result["random_init"]["mean"], "raw tokens": result["raw_tokens"]},
                 half="std",
             ),
         ),
-        f"{html_table(table(result))}<p>{html.escape(_foot(result))}</p>",
+        f"{html_table(table(result))}<p>{html.escape(_foot(result))}</p><p>{html.escape(_margins(result))}</p>",
+        *_tests(result),
         Figure(
             "rank.png",
             f"Effective rank of the embeddings over training (seed {result['seeds'][0]}).",
@@ -190,6 +232,12 @@ def write_report(folder: Path, title: str, result: dict[str, Any]) -> None:
     made = ", ".join(f"{name} {value}" for name, value in result["made_with"].items())
     with disk_errors(folder):
         compose(folder, title=title, parts=parts, foot=made)
+
+
+def _tests(result: dict[str, Any]) -> list[str]:
+    """The paired tests of every arm against the base; none of fewer than three seeds."""
+    found = [Difference(**each) for each in result["differences"]]
+    return [f"<p>{html.escape(TESTED)}</p>{html_table(difference_table(found))}"] if found else []
 
 
 def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:

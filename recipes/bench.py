@@ -38,14 +38,14 @@ from nepa_core.model import Prediction
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime import trust
 from nepa_core.runtime.config import imports_of, save_config
-from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.data import epoch_order, plain_batches
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
 from nepa_core.runtime.optim import Duration, make_optimizer
 from nepa_core.runtime.run import Run
 from recipes.objective_names import NAMED, named
 from recipes.pretrain import PretrainConfig
-from recipes.training import height, provenance
+from recipes.training import head, height, provenance
 from recipes.workload import Trained, network, predictor_in, read_trained, step_function
 
 DECODED = 256  # images in a turn of against=decode
@@ -145,6 +145,7 @@ def _fit(config: Trained, steps: int, ranks: World, folder: Path, watch: Stopwat
         world=ranks,
         ema=None if train.ema is None else Ema(model, train.ema),
         height=height(config),
+        head=head(config),
         watch=watch,
         show=False,
     )
@@ -396,11 +397,11 @@ def against_bare_decode(config: Trained, options: Options) -> dict[str, float]:
             else f"a recipe of {kind} can't be timed so"
         )
         raise UserError(f"nepa bench against=decode times Images whose files are decoded on access; {mend}")
-    rows = dataset.rows[:DECODED].tolist()
+    rows = dataset.rows[epoch_order(len(dataset), 0, 0)[:DECODED]].tolist()  # drawn: folders come class by class
     crop = v2.RandomResizedCrop(dataset.size, interpolation=v2.InterpolationMode.BICUBIC)
 
     def ours() -> None:
-        for _ in plain_batches(dataset, batch=64, device=torch.device("cpu"), limit=len(rows)):
+        for _ in plain_batches(dataset, batch=64, device=torch.device("cpu"), limit=len(rows), seed=0):
             pass
 
     def bare() -> None:
@@ -468,7 +469,8 @@ def _bare(config: PretrainConfig, ranks: World) -> BareTransformer:
 
 def _one_batch(config: Trained, ranks: World, size: int) -> Batch:
     data: Modality = config.data
-    batches: Iterator[Batch] = plain_batches(data.dataset("train"), batch=size, device=ranks.device, limit=size)
+    dataset = data.dataset("train")
+    batches: Iterator[Batch] = plain_batches(dataset, batch=size, device=ranks.device, limit=size, seed=0)
     return next(batches)
 
 

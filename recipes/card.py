@@ -24,8 +24,8 @@ SPACES = {
 
 
 def verdict_in(summary: dict[str, Any]) -> Verdict:
-    """The verdict part of a summary."""
-    return Verdict.model_validate({name: summary[name] for name in Verdict.model_fields})
+    """The verdict part of a summary; those of before lack what was not counted then."""
+    return Verdict.model_validate({name: summary[name] for name in Verdict.model_fields if name in summary})
 
 
 BASELINES = {
@@ -36,12 +36,17 @@ BASELINES = {
 
 
 def judgement(verdict: Verdict) -> str:
-    """A sentence or two: collapsed, nothing learned, less or no more than the best baseline, or more than all."""
+    """A sentence or two: collapsed, not known, nothing learned, behind or level with the best baseline, or ahead."""
     if verdict.collapsed:
         return (
             f"COLLAPSED. The embeddings span {verdict.effective_rank_embedding:.1f} effective dimensions, "
             f"less than {COLLAPSE_SHARE:.0%} of the {verdict.effective_rank_embedding_start:.1f} before training; "
             "whatever the loss says, targets that are all alike are easy to predict."
+        )
+    if not verdict.has_intervals:
+        return (
+            "NOT KNOWN. There is no interval: the held-out samples are too few, or all depend on each other, so no "
+            "difference can be told from chance."
         )
     if not verdict.beats_untrained:
         return "NOTHING LEARNED. The predictor identifies the next token no better than before training."
@@ -95,8 +100,8 @@ def covered(verdict: Verdict) -> str:
     """What the intervals are over."""
     if not verdict.clusters:  # of a summary of before
         return "95 %, paired over samples alone"
-    many = verdict.clusters < verdict.samples * 0.8
-    of = f"{verdict.clusters} independent stretches of them" if many else "these samples"
+    several = verdict.clusters < (verdict.asked or 0.8 * verdict.samples)
+    of = f"{verdict.clusters:,} independent groups of them" if several else "these samples"
     return f"95 %, paired over {of} alone; other seeds of the run differ, too"
 
 
@@ -118,8 +123,13 @@ def linear_control(verdict: Verdict) -> list[str]:
         assert verdict.linear_moved is not None
         text += (
             f". It is starved: the last doubling of its samples moved it by {100 * verdict.linear_moved:+.1f} points, "
-            f"and another such would leave a margin of {100 * verdict.starved_margin:+.1f}"
-            + (", though it has all the samples that the network had" if whole else "; raise verdict.fit_samples")
+            f"and another such would leave a margin of {100 * verdict.starved_margin:+.1f}; raise verdict.fit_samples"
+        )
+    elif verdict.linear_gains:
+        assert verdict.linear_moved is not None
+        text += (
+            f". It has all that the network had, and more would still make it stronger: the last doubling moved it by "
+            f"{100 * verdict.linear_moved:+.1f} points"
         )
     return [f"{text}."]
 

@@ -1,5 +1,8 @@
 """The classifiers and regressions of a probe: each is fitted on features of training samples and scored on others.
 
+What comes back is a credit for each sample it was scored on, float64 [S], in their order. Their mean is the score:
+accuracy (1 where the answer is right, else 0), or R2 (1 minus the squared error over the variance of the labels).
+
 All are deterministic (their random numbers come from generators of their own) and run on the device that their
 features lie on.
 
@@ -9,6 +12,7 @@ Shapes: S samples, T tokens, D width of a feature, C classes, K numbers. Feature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,8 +26,8 @@ from torch import Tensor, nn
 from nepa_core.runtime.optim import lr_factor
 from recipes.heads import AttentiveHead
 
-Classifier = Callable[[Tensor, Tensor, Tensor, Tensor], float]
-"""(features, labels, features to score on, their labels) -> accuracy, or R2 of a regression."""
+Classifier = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(features, labels, features to score on, their labels) -> credits [S] whose mean is accuracy, or R2."""
 
 _AT_ONCE = 2**27
 """Numbers in one intermediate matrix: half a gigabyte."""
@@ -32,15 +36,15 @@ _AT_ONCE = 2**27
 _RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the number of samples
 
 
-def ridge(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
-    """Ridge regression on features standardised by the training samples; numbers [S, K], gives R2.
+def ridge(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
+    """Ridge regression on features standardised by the training samples; numbers [S, K], credits of R2.
 
     The strength, of six, is the one that serves the last fifth of the training samples best when the others are
     fitted.
     """
     kept = len(x) - len(x) // 5
     held = _ridge(x[:kept], y[:kept], x[kept:])
-    best = max(_RIDGE_STRENGTHS, key=lambda strength: r2(held[strength], y[kept:]))
+    best = max(_RIDGE_STRENGTHS, key=lambda strength: float(r2(held[strength], y[kept:]).mean()))
     return r2(_ridge(x, y, x_test)[best], y_test)
 
 
@@ -57,8 +61,8 @@ def _ridge(x: Tensor, y: Tensor, x_test: Tensor) -> dict[float, Tensor]:
 
 def knn_regression(
     x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07
-) -> float:
-    """The mean of the numbers [S, K] of the neighbours that `knn` finds, weighted as there; gives R2."""
+) -> Tensor:
+    """The mean of the numbers [S, K] of the neighbours that `knn` finds, weighted as there; credits of R2."""
     x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
     found = []
     for some in x_test.split(max(_AT_ONCE // len(x), 1)):
@@ -67,31 +71,35 @@ def knn_regression(
     return r2(torch.cat(found), y_test)
 
 
-def r2(predicted: Tensor, truth: Tensor) -> float:
-    """Coefficient of determination, mean over the K numbers of [S, K]; 0 for one that does not vary."""
+def r2(predicted: Tensor, truth: Tensor) -> Tensor:
+    """What each sample adds to the coefficient of determination, [S], of numbers [S, K] each.
+
+    The mean over S is R2, itself the mean over the K numbers; 0 for one that does not vary. The variance of the labels
+    counts as known in what is made from single samples, such as intervals: it is the same for all that is compared.
+    """
     truth, predicted = truth.double(), predicted.double()
-    varied = (truth - truth.mean(0)).square().sum(0)
-    left = (truth - predicted).square().sum(0)
-    return float(torch.where(varied > 0, 1 - left / varied, 0.0).mean())
+    variance = (truth - truth.mean(0)).square().mean(0)
+    left = (truth - predicted).square()
+    return torch.where(variance > 0, 1 - left / variance, 0.0).mean(1)
 
 
-def knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07) -> float:
+def knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07) -> Tensor:
     """Weighted nearest neighbours as DINO defines them (arXiv 2104.14294, Appendix F.1).
 
     Each of the k training samples of the largest cosine similarity s votes for its class with exp(s / temperature).
     """
     x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
     classes = int(max(y.max(), y_test.max())) + 1
-    right = 0
+    right = []
     chunk = max(_AT_ONCE // len(x), 1)
     for some, truth in zip(x_test.split(chunk), y_test.split(chunk), strict=True):
         similarity, nearest = (some @ x.T).topk(min(k, len(x)), dim=1)
         votes = some.new_zeros(len(some), classes).scatter_add_(1, y[nearest], (similarity / temperature).exp())
-        right += int((votes.argmax(1) == truth).sum())
-    return right / len(x_test)
+        right.append(_right(votes, truth))
+    return torch.cat(right)
 
 
-def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
+def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
     """Logistic regression (L2, C = 1) on features standardised by the training samples, by L-BFGS.
 
     scikit-learn's `LogisticRegression`, on any device and without a matrix [S, C] at once. 200 iterations, which are
@@ -123,7 +131,7 @@ def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> float:
         options={"maxiter": 200, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps, "maxls": 50},
     )
     weight, bias = _unpacked(found.x, dim, x)
-    return _accuracy(torch.addmm(bias, x_test, weight), y_test)
+    return _right(torch.addmm(bias, x_test, weight), y_test)
 
 
 def standardised(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,11 +157,12 @@ class LinearProtocol(NamedTuple):
 
 MAE = LinearProtocol(base_lr=0.1, batch=16_384, epochs=90, warmup_epochs=10)
 """The linear-probe protocol of MAE (arXiv 2111.06377, Appendix A.1, "linear probing setting"): LARS without weight
-decay, momentum 0.9, lr 0.1 x batch / 256, cosine decay, BatchNorm without affine before the linear layer. Its
-random crops and flips are left out: features are computed once."""
+decay, momentum 0.9, lr 0.1 x batch / 256, cosine decay, BatchNorm without affine before the linear layer. The rate
+follows every step, from 0 at the first, as in MAE's code (util/lr_sched.py with a fraction of an epoch). Its random
+crops and flips are left out: features are computed once."""
 
 
-def lars(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, protocol: LinearProtocol = MAE) -> float:
+def lars(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, protocol: LinearProtocol = MAE) -> Tensor:
     """A linear layer behind a BatchNorm without affine, trained by LARS.
 
     An epoch is split into even batches, because the statistics of a small rest would be noise. Fewer samples than a
@@ -182,7 +191,7 @@ def lars(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, protocol: Line
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        return _accuracy(head(norm.eval()(x_test)), y_test)
+        return _right(head(norm.eval()(x_test)), y_test)
 
 
 def lars_optimizer(head: nn.Linear) -> torch.optim.Optimizer:
@@ -243,8 +252,8 @@ def attentive(
     y_test: Tensor,
     *,
     protocol: AttentiveProtocol = ATTENTIVE,
-) -> float:
-    """An `AttentiveHead` on standardised tokens, trained by AdamW; returns its accuracy. Runs on the labels' device.
+) -> Tensor:
+    """An `AttentiveHead` on standardised tokens, trained by AdamW. Runs on the labels' device.
 
     Holds one batch of tokens at a time.
     """
@@ -263,19 +272,19 @@ def attentive(
             order = torch.randperm(len(x), generator=draw).tensor_split(per_epoch)
         indices = order[step % per_epoch].sort().values  # sorted: the disk is read forwards
         for group in optimizer.param_groups:
-            group["lr"] = lr * lr_factor(step, warmup=int(protocol.warmup * steps), total=steps)
+            group["lr"] = lr * lr_factor(step, warmup=math.ceil(protocol.warmup * steps), total=steps)
         values, mask = x[indices.numpy()].to(device)
         loss = F.cross_entropy(head((values - mean) / std, mask), y[indices.to(device)])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    right = 0
+    right = []
     with torch.no_grad():
         for start in range(0, len(x_test), protocol.batch):
             values, mask = x_test[start : start + protocol.batch].to(device)
             logits = head((values - mean) / std, mask)
-            right += int((logits.argmax(1) == y_test[start : start + protocol.batch]).sum())
-    return right / len(x_test)
+            right.append(_right(logits, y_test[start : start + protocol.batch]))
+    return torch.cat(right)
 
 
 def _attentive_head(dim: int, classes: int, draw: torch.Generator) -> AttentiveHead:
@@ -305,5 +314,5 @@ def _token_moments(x: TokenFeatures, batch: int, device: torch.device) -> tuple[
     return mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float()
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels).double().mean())
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).double()

@@ -9,6 +9,8 @@ Who works on a pair holds its lock, which the kernel frees when the process ends
 shared by the processes of one command, by several commands in one folder, or by several machines on a file system with
 locks; and a pair whose process was killed is taken up by another, at the run's last checkpoint.
 
+What is compared is declared before the first run and counted look by look: see `recipes.protocol`.
+
 `ablate`, `orders` and `objectives` are presets of it: they give variants and a measure, and make a report of what
 comes back.
 """
@@ -44,7 +46,9 @@ from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import FREE_KEYS, Run, locked
+from recipes import protocol
 from recipes.pretrain import PretrainConfig, build_pretrainer, load_pretrained, pretrain, try_batch
+from recipes.protocol import Declared, Look
 from recipes.targets import is_run, read_target
 
 _POLL = 0.5  # seconds between looks at what other processes have finished
@@ -113,6 +117,18 @@ class Job(NamedTuple):
         return values
 
 
+class Compared(NamedTuple):
+    """What came out of a comparison.
+
+    Attributes:
+        rows: variant -> what was measured, a dictionary for each seed of the look.
+        look: which look at the folder it was, and of what seeds.
+    """
+
+    rows: dict[str, list[dict[str, Any]]]
+    look: Look
+
+
 def compare(
     variants: Sequence[Variant],
     seeds: Sequence[int],
@@ -120,17 +136,15 @@ def compare(
     out: Path,
     *,
     workers: int,
-    also: Sequence[Job] = (),
-) -> dict[str, list[dict[str, Any]]]:
+    also: Callable[[Sequence[int]], Sequence[Job]] | None = None,
+) -> Compared:
     """Pre-train and measure every variant with every seed, in `workers` processes.
 
     With the same seed all variants start from the same random numbers and see the samples in the same order.
 
     Args:
-        also: jobs that belong to no pair, shared out first.
-
-    Returns:
-        Variant -> what was measured, a dictionary for each seed.
+        seeds: that are declared now; those of earlier looks that all variants have are added (`recipes.protocol`).
+        also: seeds -> jobs that belong to no pair, shared out first.
 
     Raises:
         UserError: before anything is written: two variants have one name, a seed is negative, the folder holds
@@ -146,17 +160,56 @@ def compare(
         raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
     if min(seeds) < 0:
         raise UserError(f"seeds={min(seeds)}: a seed is a whole number from 0")
-    check_folder(out, measure.name, variants[0].config.recipe)
+    recipe = variants[0].config.recipe
+    check_folder(out, measure.name, recipe)
     keys = {variant.name: config_digest(variant.config, variant.content) for variant in variants}
     first = {keys[name]: name for name in reversed(names)}
     if same := [name for name in names if first[keys[name]] != name]:
         raise UserError(f"{same[0]} is the same setting as {first[keys[same[0]]]}; leave one of them out")
-    jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in seeds for variant in variants}
     for variant in variants:
-        if not all(jobs[variant.name, seed].done for seed in seeds):
+        if not all(pair(variant, seed, measure, out).done for seed in seeds):
             try_variant(variant)
-    share([*also, *jobs.values()], workers=workers)
-    return {name: [jobs[name, seed].values() for seed in seeds] for name in names}
+    look = declare(variants, seeds, measure, out, recipe)
+    jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in look.seeds for variant in variants}
+    share([*(also(look.seeds) if also else ()), *jobs.values()], workers=workers)
+    return Compared({name: [jobs[name, seed].values() for seed in look.seeds] for name in names}, look)
+
+
+def declare(variants: Sequence[Variant], seeds: Sequence[int], measure: Measure, out: Path, recipe: str) -> Look:
+    """Write what is compared into the folder, unless it was declared before; see `recipes.protocol`.
+
+    Raises:
+        UserError: the file of the protocol is damaged, or can't be written.
+    """
+    digests = {variant.name: config_digest(seeded(variant.config, 0), variant.content) for variant in variants}
+    of = digest([measure.name, measure.options.model_dump(mode="json")])
+    now = Declared(date=protocol.today(), variants=digests, seeds=tuple(seeds), measure=of)
+    with locked(out / ".protocol.lock", patient=True):
+        before = protocol.read(out)
+        folders = sorted(path.parent for path in out.glob("runs/*/config.json"))
+        known = {run_folder(v, seed, out).name: (v.name, seed) for v in variants for seed in _seeds_in(folders, seeds)}
+        finished = {path.parent.name for path in out.glob("runs/*/summary.json")}
+        found = protocol.found_runs(folders, known, digests) if before is None and finished else None
+        if found is not None and not (out / "summary.json").exists() and found.within(now):
+            found = None  # stopped before its first report: this goes on with it
+        kept, number = protocol.declare(
+            before, now, task=measure.name, recipe=recipe, found=found, measured=bool(finished)
+        )
+        if kept != before:
+            protocol.write(kept, out)
+    declared = sorted({seed for look in kept.looks[:number] for seed in look.seeds})
+    has = {v.name: {seed for seed in declared if run_folder(v, seed, out).name in finished} for v in variants}
+    return protocol.look_at(kept, number, has)
+
+
+def _seeds_in(folders: Sequence[Path], seeds: Sequence[int]) -> set[int]:
+    """These, and those that folders of runs are named by."""
+    return {*seeds, *(int(told[1]) for folder in folders if (told := re.search(r"-seed(\d+)-", folder.name)))}
+
+
+def run_summaries(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> dict[str, list[dict[str, Any]]]:
+    """Variant -> the summary of its pre-training for each seed."""
+    return {v.name: [Run(run_folder(v, seed, out)).summary() or {} for seed in seeds] for v in variants}
 
 
 def try_variant(variant: Variant) -> None:
@@ -189,6 +242,10 @@ def check_folder(out: Path, task: str, recipe: str) -> None:
         if found != (task, recipe):
             held = "no comparison" if found is None else f"`nepa {' '.join(found)}`"
             raise UserError(f"{out / 'summary.json'} is of {held} and would be lost; name another folder with out=DIR")
+    elif (declared := protocol.read(out)) is not None:
+        if (declared.task, declared.recipe) != (task, recipe):
+            held = f"`nepa {declared.task} {declared.recipe}`"
+            raise UserError(f"{out} was declared for {held}; name another folder with out=DIR")
     elif any(out.glob("[!.]*")) and not any(any(out.glob(pattern)) for pattern in _BEGUN):
         raise UserError(f"{out} holds files and is no comparison of `nepa {task}`; name another folder with out=DIR")
 
@@ -285,7 +342,7 @@ def share(jobs: Sequence[Job], *, workers: int) -> None:
     Worker i uses GPU i modulo their number. Progress goes to the error stream. A first failure stops all.
 
     Raises:
-        UserError: a job failed by something the user can mend, or a worker was killed.
+        UserError: a job failed by something the user can fix, or a worker was killed.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     count = min(workers, sum(not job.done for job in jobs))

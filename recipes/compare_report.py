@@ -10,23 +10,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
+from recipes.credits import unpack_credits
+from recipes.held_out import Clusters, pack_clusters, unpack_clusters
 from recipes.report import png_of
-from recipes.significance import LEVEL, Difference, points, shown_p, spread
+from recipes.significance import LEVEL, Credits, Difference, interval_of, points, shown_p, spread
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 TESTED = (
-    "Differences are paired over seeds. The noise is that of all variants of a table together, and more where a pair "
-    f"shows more. Real is p below {LEVEL} after Holm's correction for all differences of a table; the intervals are "
-    "not corrected. Needed: from how many points on this difference alone would have been real."
+    "Differences are paired over seeds, and over test samples where it is known what each adds. The noise of seeds is "
+    "that of all variants of a table together, and more where a pair shows more. Real is a difference with both p "
+    f"below {LEVEL}: over seeds, and over seeds and test samples together. Both are corrected for looks and, by Holm, "
+    "for every test of the table that this folder's variants ever made possible; the intervals are not. Needed: from "
+    "how many points on this difference alone would have been real."
 )
 """How `difference_table` is to be read."""
 
 _WIDE, _LONG = 5, 32  # columns, letters
 _ACROSS = 5  # panels
+_SIDES = ("model", "linear")  # of a run's credits
 
 
 class Column(NamedTuple):
@@ -37,14 +44,130 @@ class Column(NamedTuple):
     form: str = ".3f"
 
 
+def credits_of(rows: Rows, key: str) -> Credits | None:
+    """What every test sample adds to one measure; None where a row of before has none, or samples differ."""
+    every = [row for seeds in rows.values() for row in seeds]
+    if not all(key in row.get("credits", {}) for row in every):
+        return None
+    clusters = {row.get("clusters", {}).get(key) for row in every}
+    found = {name: [unpack_credits(row["credits"][key]) for row in seeds] for name, seeds in rows.items()}
+    if len(clusters) > 1 or len({len(each) for seeds in found.values() for each in seeds}) > 1:
+        return None
+    return Credits({name: torch.stack(seeds) for name, seeds in found.items()}, *_clusters(clusters.pop()))
+
+
+def _clusters(packed: str | None) -> Clusters:
+    """Of either packing."""
+    if packed is not None and ":" in packed:
+        return Clusters(unpack_credits(packed).long())
+    return unpack_clusters(packed)
+
+
 def spreads(rows: Rows, key: str) -> dict[str, dict[str, Any]]:
-    """The spread of one measure over seeds, for every variant."""
-    return {name: spread([float(row[key]) for row in seeds]) for name, seeds in rows.items()}
+    """The spread of one measure over seeds, and over test samples where they are known, for every variant."""
+    found = {}
+    for name, seeds in rows.items():
+        known = credits_of({name: seeds}, key)
+        values = [float(row[key]) for row in seeds]
+        found[name] = spread(values) if known is None else _spread(values, known, known.of[name])
+    return found
 
 
-def drawn(seeds: int) -> str:
-    """What the plots of a comparison show of every variant."""
-    return f"mean and 95 % interval over {seeds} seeds, a dot a seed" if seeds > 1 else "one seed"
+def gain_spreads(rows: Rows, controls: Rows, key: str, control: str) -> dict[str, dict[str, Any]]:
+    """`spreads` of what every variant has over a control of its own; the measure may be called otherwise there."""
+    found = {}
+    for name, seeds in rows.items():
+        values = [float(row[key]) - float(other[control]) for row, other in zip(seeds, controls[name], strict=True)]
+        own, theirs = credits_of({name: seeds}, key), credits_of({name: controls[name]}, control)
+        if own is None or theirs is None or own.of[name].shape != theirs.of[name].shape:
+            found[name] = spread(values)
+        else:
+            found[name] = _spread(values, own, own.of[name] - theirs.of[name])
+    return found
+
+
+def _spread(values: Sequence[float], known: Credits, credits: Tensor) -> dict[str, Any]:
+    return spread(values, credits, known.clusters, chained=known.chained)
+
+
+def margin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """How far pre-trained runs identify beyond the linear baseline, over seeds.
+
+    Args:
+        summaries: of the runs, one a seed.
+
+    Returns:
+        As `spread`, over seeds and held-out samples together where the summaries hold what single samples add under
+        "credits"; None where a run has no such figures.
+    """
+    keys = ("retrieval_top1", "retrieval_top1_linear")
+    if not all(key in each for each in summaries for key in keys):
+        return None
+    values = [float(each[keys[0]]) - float(each[keys[1]]) for each in summaries]
+    known = [each.get("credits") for each in summaries]
+    if not all(each and each.get("model") and each.get("linear") for each in known):
+        return spread(values)
+    rows = [
+        {"credits": {key: each[key] for key in _SIDES}, "clusters": dict.fromkeys(_SIDES, _packed(each))}
+        for each in known
+        if each is not None
+    ]
+    own, linear = (credits_of({"": rows}, key) for key in _SIDES)
+    if own is None or linear is None:
+        return spread(values)
+    return _spread(values, own, own.of[""] - linear.of[""])
+
+
+def _packed(credits: Mapping[str, Any]) -> str | None:
+    """Clusters of a run's credits, a list of numbers, as `pack_clusters` writes them."""
+    clusters, chained = credits.get("clusters"), bool(credits.get("chained"))
+    if clusters is None and chained:
+        clusters = list(range(len(unpack_credits(credits[_SIDES[0]]))))
+    return (
+        clusters
+        if clusters is None or isinstance(clusters, str)
+        else pack_clusters(torch.tensor(clusters), chained=chained)
+    )
+
+
+def margin_cell(found: Mapping[str, Any] | None) -> str:
+    """ "+1.3 ± 0.4": points."""
+    if found is None:
+        return ""
+    half = interval_of(found)
+    return f"{100 * found['mean']:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
+
+
+def margin_note(margins: Mapping[str, Mapping[str, Any] | None]) -> str:
+    """What the intervals of `margin` cover."""
+    if all(each is not None and "both" in each for each in margins.values()):
+        over = "seeds and held-out samples together"
+    else:
+        over = "seeds alone"
+    return f"Over linear: points of identification beyond the linear baseline, with the 95 % interval over {over}."
+
+
+def drawn(seeds: int, found: Sequence[Mapping[str, Any]] = ()) -> str:
+    """What the plots of a comparison show of every variant: the spreads `found`."""
+    samples = _samples(found)
+    if seeds == 1:
+        return f"one seed{' and its 95 % interval over' if samples else ''}{samples}"
+    return f"mean and 95 % interval over {seeds} seeds{' and' if samples else ''}{samples}, a dot a seed"
+
+
+def interval_words(seeds: int, found: Sequence[Mapping[str, Any]]) -> str:
+    """What "mean ± half" is in the tables, as the beginning of a sentence."""
+    samples = _samples(found)
+    if seeds == 1:
+        return f"One seed, with the 95 % interval over{samples} alone" if samples else "One seed"
+    return f"Mean and 95 % interval over {seeds} seeds{f' and{samples} together' if samples else ' alone'}"
+
+
+def _samples(found: Sequence[Mapping[str, Any]]) -> str:
+    known = sum("both" in each for each in found)
+    return (
+        "" if not known else " the test samples" if known == len(found) else " the test samples, where these were kept,"
+    )
 
 
 def groups(rows: Rows, key: str) -> dict[str, list[float]]:
@@ -53,21 +176,24 @@ def groups(rows: Rows, key: str) -> dict[str, list[float]]:
 
 
 def spread_table(rows: Rows, columns: Sequence[Column], *, half: str = "ci95") -> list[list[str]]:
-    """Head and a row a variant, mean ± `half`: "ci95" or "std"."""
+    """Head and a row a variant, mean ± `half`: "ci95" (over test samples, too, where they are known) or "std"."""
     lines = [["", *(column.title for column in columns)]]
+    found = {column.key: spreads(rows, column.key) for column in columns}
     for name, seeds in rows.items():
         line = [name]
         for key, _, form in columns:
-            found = spread([float(row[key]) for row in seeds])
-            width = "" if found[half] is None or len(seeds) < 2 else f" ± {found[half]:{form}}"
-            line.append(f"{found['mean']:{form}}{width}")
+            each = found[key][name]
+            width = interval_of(each) if half == "ci95" else each[half] if len(seeds) > 1 else None
+            line.append(f"{each['mean']:{form}}" + ("" if width is None else f" ± {width:{form}}"))
         lines.append(line)
     return lines
 
 
 def difference_table(found: Sequence[Difference]) -> list[list[str]]:
     """Head and a row a paired test, see `TESTED`."""
-    head = ["", "difference, 95 % interval", "needed", "p", "p, corrected", ""]
+    samples = any(each.both is not None for each in found)
+    with_samples = ["p, and over samples"] if samples else []
+    head = ["", "difference, 95 % interval", "needed", "p", "p, corrected", *with_samples, ""]
     rows = [
         [
             f"{each.better} > {each.worse}",
@@ -75,6 +201,7 @@ def difference_table(found: Sequence[Difference]) -> list[list[str]]:
             f"{100 * each.needed:.1f}",
             shown_p(each.p),
             shown_p(each.p_holm),
+            *(["" if each.p_both is None else shown_p(each.p_both)] if samples else []),
             "real" if each.real else "",
         ]
         for each in found
@@ -110,33 +237,34 @@ def _cell(text: str) -> str:
 
 
 def interval_plot(
-    values: Mapping[str, Sequence[float]],
+    spreads: Mapping[str, Mapping[str, Any]],
     *,
     x: str,
-    control: Mapping[str, Sequence[float]] | None = None,
+    control: Mapping[str, Mapping[str, Any]] | None = None,
     control_name: str = "random weights",
     reference: Mapping[str, float] | None = None,
     half: str = "ci95",
 ) -> bytes:
-    """A line a variant, from the best down: mean ± `half` over seeds, a dot a seed; PNG bytes.
+    """A line a variant, from the best down: mean ± `half`, a dot a seed; PNG bytes.
 
     Args:
-        control: the same variants without training, drawn in grey below each.
+        spreads: variant -> `spread`. control: the same variants without training, drawn in grey below each.
         reference: dashed lines.
-        half: "ci95" or "std".
+        half: "ci95" (over test samples, too, where they are known) or "std".
     """
-    ranked = sorted(values, key=lambda name: -spread(values[name])["mean"])
+    ranked = sorted(spreads, key=lambda name: -float(spreads[name]["mean"]))
     canvas = Canvas(figsize=(8, 0.9 + 0.3 * len(ranked)), dpi=110, layout="constrained")
     axes = canvas.subplots()
-    drawn = [(values, "pre-trained", "#08519c", 0.0 if control is None else -0.14, "o")]
+    drawn = [(spreads, "pre-trained", "#08519c", 0.0 if control is None else -0.14, "o")]
     if control is not None:
         drawn.append((control, control_name, "#888888", 0.16, "s"))
     for group, label, colour, shift, marker in drawn:
         for place, name in enumerate(ranked):
-            found = spread(group[name])
-            axes.plot(group[name], [place + shift] * len(group[name]), ".", color=colour, alpha=0.35, markersize=5)
+            found = group[name]
+            values, width = found["values"], interval_of(found) if half == "ci95" else found[half]
+            axes.plot(values, [place + shift] * len(values), ".", color=colour, alpha=0.35, markersize=5)
             axes.errorbar(
-                found["mean"], place + shift, xerr=found[half], fmt=marker, color=colour, markersize=5, capsize=3,
+                found["mean"], place + shift, xerr=width, fmt=marker, color=colour, markersize=5, capsize=3,
                 elinewidth=1.4, label=label if place == 0 else None,
             )  # fmt: skip
     for place, (name, value) in enumerate((reference or {}).items()):

@@ -4,25 +4,31 @@ The same functions serve pre-trained and random weights. Where samples have targ
 and taught by fine-tuning; a series without any is forecast instead.
 
 Learning rate, number of steps and attention are chosen for each start, seed and number of labels, in this order, each
-by training once with every choice: the network that does best on held-back training samples, which none of them is
-trained on, is the one whose held-out figure counts. Every start is given the same choices and samples, so random
-weights are tuned with the same care.
+by training with every choice (`best_setting`). Choosing needs no further labels: of few labels a class a setting is
+scored by cross-validation within them, of all labels on a part of them that is held back. The network whose held-out
+figure counts is then trained in the chosen setting on every label that was counted. A series is chosen for on its
+validation rows. Every start is given the same choices and samples, so random weights are tuned with the same care.
+
+"Tuned" means that the best learning rate and number of steps lie inside what was tried: while the best is at an end,
+the list grows there by the factor between its last two, `EXTENSIONS` times at most. Where it ends at that end, it is
+said.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from pydantic import BaseModel
+from torch.utils.data import Dataset
 
 from modalities.timeseries import TimeSeries
-from nepa_core.basics import FROZEN
+from nepa_core.basics import FROZEN, Batch
 from nepa_core.diagnostics import effective_rank
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
@@ -30,16 +36,40 @@ from nepa_core.predictor import Trace
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
 from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.fit import Diverged
 from nepa_core.runtime.run import Run
 from recipes import finetune, forecasters, measures, probe
+from recipes.credits import pack_credits
 from recipes.features import Row, network_reader, raw_reader, tokens_per_sample
+from recipes.forecast_report import stretches
 from recipes.goals import find_goal
 from recipes.heads import mean_of_tokens
-from recipes.measures import PROBE, Some, by_layer, few_labels, score_readers, short_tuning, trained
+from recipes.held_out import draw_seed, pack_clusters
+from recipes.measures import (
+    PROBE,
+    Figure,
+    Some,
+    as_row,
+    by_layer,
+    few_labels,
+    joined,
+    scaled_by,
+    score_readers,
+    short_tuning,
+    tested,
+    trained,
+)
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 
 HELD_BACK = 1000
-"""Most training samples that a setting is chosen on, and never more than a fifth of them."""
+"""Most training samples that a setting is chosen on where all are labelled, and never more than a fifth of them."""
+
+FOLDS = 3
+"""Parts that few labels are cut into to choose a setting by; choices a factor of 3 apart need no more."""
+
+EXTENSIONS = 2
+"""How often a list of learning rates or steps grows at either end while the best lies there: with factors of about 3 by
+ten times at most."""
 
 HORIZON = 96
 """Steps that a series without targets is forecast for where nobody says."""
@@ -47,11 +77,14 @@ HORIZON = 96
 _WINDOWS = 20_000  # most that forecasts are fitted on
 
 Tuning = TypeVar("Tuning", finetune.FinetuneConfig, forecasters.ForecastConfig)
-Found = TypeVar("Found")
 
 
 class Care(BaseModel):
-    """How a start is fine-tuned: training labels a class (None: all), the choices of `Setting`, steps of a forecast."""
+    """How a start is fine-tuned: training labels a class (None: all), the choices of `Setting`, steps of a forecast.
+
+    Attributes:
+        folds: see `FOLDS`. extensions: see `EXTENSIONS`; 0 leaves the lists as they are.
+    """
 
     model_config = FROZEN
 
@@ -60,6 +93,34 @@ class Care(BaseModel):
     finetune_steps: tuple[int, ...]
     finetune_causal: tuple[bool, ...]
     horizon: int
+    folds: int = FOLDS
+    extensions: int = EXTENSIONS
+
+    @property
+    def only(self) -> Setting | None:
+        """The one setting that there is, or None where there is a choice."""
+        if max(map(len, (self.learning_rates, self.finetune_steps, self.finetune_causal))) > 1:
+            return None
+        return Setting(self.learning_rates[0], self.finetune_steps[0], self.finetune_causal[0])
+
+
+class CareBefore(BaseModel):
+    """`Care` as it was when settings were chosen on 1,000 further labelled samples, from the lists as they are.
+
+    It names the results that were kept then, which still open.
+    """
+
+    model_config = FROZEN
+
+    labels: tuple[int | None, ...]
+    learning_rates: tuple[float, ...]
+    finetune_steps: tuple[int, ...]
+    finetune_causal: tuple[bool, ...]
+    horizon: int
+
+    @classmethod
+    def of(cls, care: Care) -> CareBefore:
+        return cls(**care.model_dump(include=set(cls.model_fields)))
 
 
 class Setting(NamedTuple):
@@ -75,11 +136,30 @@ class Setting(NamedTuple):
         return override(config, changes | {"train.checkpoint": self.steps})
 
 
-class Tuned(NamedTuple):
-    """A held-out figure and the setting that held-back samples chose for it."""
+class Chosen(NamedTuple):
+    """What `best_setting` found.
 
-    figure: float
+    Attributes:
+        setting: the best. kept: what was kept of it.
+        at_end: those of "lr" and "steps" whose best lies at an end of all that was tried, so that a longer list may
+            serve better; a list of one was not chosen from and is never named.
+    """
+
     setting: Setting
+    kept: Any
+    at_end: tuple[str, ...] = ()
+
+
+class Tuned(NamedTuple):
+    """A held-out figure, the setting that was chosen for it, and how many labels that took in all.
+
+    Attributes:
+        labels: labelled training samples (windows of a series) used, for choosing and for training.
+    """
+
+    figure: Figure
+    chosen: Chosen
+    labels: int
 
 
 def is_forecast(config: PretrainConfig) -> bool:
@@ -109,9 +189,10 @@ def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Car
 
     Returns:
         `probe`, of the layer that held-back samples choose, and its `probe_row`; `probe_final`, of the final norm;
-        `finetuned_50` and so on, "all" for None; `settings`: the chosen `Setting` of each as a dictionary; `layers`:
-        names, probes and (but for forecasts) effective ranks, layer by layer; `metric`: accuracy, r2, or skill of a
-        forecast, which is 1 - MSE / MSE of repeating the last value.
+        `finetuned_50` and so on, "all" for None; `settings`: the chosen `Setting` of each as a dictionary, with
+        `at_end` of `Chosen`; `label_counts`: how many labelled samples each used in all; `layers`: names, probes and
+        (but for forecasts) effective ranks, layer by layer; `metric`: accuracy, r2, or skill of a forecast, which is
+        1 - MSE / MSE of repeating the last value; `credits` and `clusters`: see `recipes.measures.Figure`.
     """
     device = next(model.parameters()).device
     tuned: dict[str, Tuned] = {}
@@ -122,8 +203,12 @@ def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Car
         else:
             tuned[name] = fine_tuned(config, init, device, labels, care)
     read = forecast_layers(config, model, care.horizon) if is_forecast(config) else probed_layers(config, model)
-    figures = {name: each.figure for name, each in tuned.items()}
-    return {**read, **figures, "settings": {name: each.setting._asdict() for name, each in tuned.items()}}
+    settings = {
+        name: each.chosen.setting._asdict() | {"at_end": list(each.chosen.at_end)} for name, each in tuned.items()
+    }
+    figures = as_row({name: each.figure for name, each in tuned.items()})
+    counts = {name: each.labels for name, each in tuned.items()}
+    return joined(read, figures) | {"settings": settings, "label_counts": counts}
 
 
 def finetunings(config: PretrainConfig, care: Care) -> tuple[int | None, ...]:
@@ -131,25 +216,78 @@ def finetunings(config: PretrainConfig, care: Care) -> tuple[int | None, ...]:
     return (None,) if is_forecast(config) else care.labels
 
 
-def best_setting(care: Care, at: Callable[[Setting], tuple[float, Found]]) -> tuple[Setting, Found]:
+def best_setting(care: Care, at: Callable[[Setting], tuple[float, Any]]) -> Chosen:
     """The best learning rate at the first number of steps and attention, then the best of each of these in its turn.
 
+    Of equally good ones that nearest the middle of the list is taken. Lists of learning rates and steps grow while the
+    best lies at an end, by the factor between the last two there, `care.extensions` times at most; lists of one are
+    taken as they are.
+
     Args:
-        at: trains in a setting -> (its score on held-back samples, where more is better; what is kept of the best).
+        at: trains in a setting -> (its score, where more is better; what is kept of the best).
+
+    Raises:
+        Diverged: training does in every setting.
     """
-    tried: dict[Setting, tuple[float, Found]] = {}
+    tried: dict[Setting, tuple[float, Any]] = {}
 
-    def best(settings: Sequence[Setting]) -> Setting:
-        for each in settings:
-            if each not in tried:
-                tried[each] = at(each)
-        scores = {each: tried[each][0] for each in settings}  # a setting that diverges is never the best
-        return max(scores, key=lambda each: scores[each] if math.isfinite(scores[each]) else -math.inf)
+    def score(setting: Setting) -> float:  # one that diverges is never the best
+        if setting not in tried:
+            try:
+                tried[setting] = at(setting)
+            except Diverged:
+                tried[setting] = -math.inf, None
+        found = tried[setting][0]
+        return found if math.isfinite(found) else -math.inf
 
-    chosen = best([Setting(lr, care.finetune_steps[0], care.finetune_causal[0]) for lr in care.learning_rates])
-    chosen = best([chosen, *(chosen._replace(steps=steps) for steps in care.finetune_steps)])
-    chosen = best([chosen, *(chosen._replace(causal=causal) for causal in care.finetune_causal)])
-    return chosen, tried[chosen][1]
+    def best(settings: Sequence[Setting]) -> int:
+        scores = [score(each) for each in settings]
+        if max(scores) == -math.inf:
+            return 0  # lower rates may not diverge
+        middle = (len(scores) - 1) / 2
+        return max(range(len(scores)), key=lambda place: (scores[place], -abs(place - middle), -place))
+
+    def along(start: Setting, key: str, values: Sequence[float]) -> tuple[Setting, bool]:
+        line = sorted(values)
+        left = {"low": care.extensions, "high": care.extensions} if len(line) > 1 else {"low": 0, "high": 0}
+        while True:
+            place = best([start._replace(**{key: value}) for value in line])
+            if place == 0 and left["low"]:
+                left["low"] -= 1
+                further = beyond(line[0], line[1])
+                line = [further, *line] if further < line[0] else line
+            elif place == len(line) - 1 and left["high"]:
+                left["high"] -= 1
+                line = [*line, beyond(line[-1], line[-2])]
+            else:
+                return start._replace(**{key: line[place]}), len(line) > 1 and place in (0, len(line) - 1)
+
+    start = Setting(care.learning_rates[0], care.finetune_steps[0], care.finetune_causal[0])
+    start, rate_at_end = along(start, "lr", care.learning_rates)
+    start, steps_at_end = along(start, "steps", care.finetune_steps)
+    causal = [start, *(start._replace(causal=causal) for causal in care.finetune_causal if causal != start.causal)]
+    scores = [score(each) for each in causal]
+    setting = causal[scores.index(max(scores))]
+    if score(setting) == -math.inf:
+        raise Diverged(f"fine-tuning diverges at every learning rate from {min(tried).lr:g} on: name lower ones")
+    ends = {"lr": rate_at_end, "steps": steps_at_end}
+    return Chosen(setting, tried[setting][1], tuple(key for key, end in ends.items() if end))
+
+
+def beyond(end: float, inner: float) -> float:
+    """The next value of a list after its end, by the factor between its last two; three digits, whole where they are.
+
+    Steps end at 1: there the end itself comes back.
+    """
+    if isinstance(end, int) and isinstance(inner, int):
+        return max(1, round(end * end / inner))
+    return float(f"{end * end / inner:.3g}")
+
+
+def middle_setting(care: Care) -> Setting:
+    """Where there is nothing to choose by: the middle learning rate and the first of the others."""
+    rates = sorted(care.learning_rates)
+    return Setting(rates[len(rates) // 2], care.finetune_steps[0], care.finetune_causal[0])
 
 
 def raw_figure(config: PretrainConfig, device: torch.device, horizon: int = HORIZON) -> float:
@@ -174,13 +312,13 @@ def compared(config: PretrainConfig, model: NEPA, run: Run, labels: Sequence[int
     """
     device = next(model.parameters()).device
 
-    def tuned(init: Path | None, count: int | None) -> float:
+    def tuned(init: Path | None, count: int | None) -> Figure:
         if is_forecast(config):
             return forecast_shortly(config, init, device, steps=steps)
         return measures.fine_tuned(config, init, device, labels=count, steps=steps)
 
     read = forecast_read_out(config, model) if is_forecast(config) else measures.read_out(config, model)
-    return {**read, **measures.fine_tunings(run, labels, tuned)}
+    return joined(read, measures.fine_tunings(run, labels, tuned))
 
 
 def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
@@ -225,26 +363,64 @@ def held_back(count: int, seed: int) -> tuple[list[int], list[int]]:
     return drawn[cut:], drawn[:cut]
 
 
+def folds(kinds: Sequence[int], count: int) -> list[tuple[list[int], list[int]]]:
+    """(places to train on, places to score) for each part of few labelled samples.
+
+    The samples of a class are dealt to the parts in turn, so no part takes all of a class. A class of one sample is
+    always trained on and never scored.
+
+    Args:
+        kinds: class of every sample. count: parts wanted; fewer where fewer samples can be scored.
+
+    Returns:
+        At least two parts, or none where no class has two samples.
+    """
+    several = [kind for kind in sorted(set(kinds)) if kinds.count(kind) > 1]
+    dealt = [place for kind in several for place, own in enumerate(kinds) if own == kind]
+    parts = [dealt[part::count] for part in range(min(count, len(dealt)))]
+    return [([place for place in range(len(kinds)) if place not in set(part)], part) for part in parts]
+
+
 def fine_tuned(
     config: PretrainConfig, init: Path | None, device: torch.device, labels: int | None, care: Care
 ) -> Tuned:
-    """Held-out accuracy (r2 of numbers) of all weights after `measures.short_tuning` on `labels` a class."""
+    """Held-out accuracy (r2 of numbers) of all weights after `measures.short_tuning` on `labels` a class.
+
+    No label beside these is used: see the head of this file. With one label a class there is nothing to choose by, and
+    `middle_setting` is taken.
+    """
     goal, seed = find_goal(config.data), config.train.seed
     whole, plain = (data.dataset("train") for data in (config.data, config.data.plain()))
-    rest, kept = held_back(len(cast(Any, whole)), seed)
-    samples, choosing = Some(whole, rest), Some(plain, kept)
-    if labels is not None:
-        samples = few_labels(samples, goal, labels, seed)
     alone = World(0, 1, device)
-    short = short_tuning(config, init, samples, whole=labels is None, steps=care.finetune_steps[0])
 
-    def at(setting: Setting) -> tuple[float, tuple[finetune.FinetuneConfig, finetune.Classifier]]:
-        tuning = setting.applied(short)
-        model = trained(tuning, goal, samples, device)
-        return finetune.measure(tuning, model, alone, choosing)[goal.headline], (tuning, model)
+    def short(samples: Dataset[Batch], setting: Setting) -> finetune.FinetuneConfig:
+        return setting.applied(short_tuning(config, init, samples, whole=labels is None, steps=setting.steps))
 
-    setting, (tuning, model) = best_setting(care, at)
-    return Tuned(finetune.measure(tuning, model, alone)[goal.headline], setting)
+    def at(setting: Setting) -> tuple[float, None]:
+        total = 0.0
+        for rest, kept in parts:
+            samples = Some(whole, rest)
+            tuning = short(samples, setting)
+            model = trained(tuning, goal, samples, device)
+            figures = finetune.measure(tuning, model, alone, Some(plain, kept))
+            # R2 of few samples is noise, and its loss is not.
+            total += len(kept) * (figures["accuracy"] if "accuracy" in figures else -figures["held_out_loss"])
+        return total / sum(len(kept) for _, kept in parts), None
+
+    if labels is None:
+        samples, used = whole, len(cast(Any, whole))
+        parts = [held_back(used, seed)]
+    else:
+        samples = few_labels(whole, goal, labels, seed)
+        goal = scaled_by(goal, samples)
+        used = len(samples)
+        parts = [
+            tuple([samples.indices[place] for place in places] for places in part)
+            for part in folds(samples.kinds, care.folds)
+        ]
+    chosen = best_setting(care, at) if parts and care.only is None else Chosen(middle_setting(care), None)
+    tuning = short(samples, chosen.setting)
+    return Tuned(tested(tuning, trained(tuning, goal, samples, device), device), chosen, used)
 
 
 # ------------------------------------------------------------------------------------ series without targets
@@ -259,15 +435,27 @@ def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON)
     of_layer = [{key: each for key, each in fitted.items() if key.startswith(f"{name},")} for name in names]
     repeated = persistence(data, horizon, device)
     rows = [forecasters.best_of(data, read, ridges, horizon, device) for ridges in of_layer]
-    skills = [1 - row["mse"] / repeated for row in rows]
-    best = min(range(len(rows)), key=lambda layer: float(rows[layer]["validation_scaled_mse"]))
-    return {
+    skills = [skill(data, horizon, row, repeated) for row in rows]
+    best = min(range(len(rows)), key=lambda layer: float(rows[layer]["validation_mse"]))
+    return as_row({"probe": skills[best], "probe_final": skills[-1]}) | {
         "metric": "skill",
-        "probe": skills[best],
         "probe_row": rows[best]["readout"],
-        "probe_final": skills[-1],
-        "layers": {"name": names, "probe": skills},
+        "layers": {"name": names, "probe": [each.value for each in skills]},
     }
+
+
+def skill(data: TimeSeries, horizon: int, found: Mapping[str, Any], repeated: float) -> Figure:
+    """1 - MSE / MSE of repeating the last value, over the test windows, with what each adds.
+
+    Windows that overlap depend on each other: they are one cluster by the stretch of time that they start in.
+
+    Args:
+        found: "mse", and "errors" [W], the squared error of every window. repeated: the other MSE.
+    """
+    credits = 1 - found["errors"].double() / repeated
+    packed = pack_credits(credits) if bool(credits.isfinite().all()) else None
+    clusters = pack_clusters(stretches(data.forecasts("test", horizon)), chained=True)
+    return Figure(1 - found["mse"] / repeated, packed, clusters)
 
 
 def persistence(data: TimeSeries, horizon: int, device: torch.device) -> float:
@@ -281,16 +469,19 @@ def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.devi
     start, steps = None if init is None else str(init), care.finetune_steps[0]
     short = forecasters.short(config, start, "predictor", care.horizon, steps=steps, samples=_WINDOWS)
 
-    def at(setting: Setting) -> tuple[float, float]:
+    def at(setting: Setting) -> tuple[float, dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
-            found = forecasters.train(setting.applied(short), Run(Path(folder)), World(0, 1, device), show=False)
-        return -found["validation_mse"], found["mse"]
+            run = Run(Path(folder))
+            found = forecasters.train(setting.applied(short), run, World(0, 1, device), show=False)
+            found = found | {"errors": forecasters.left_errors(run)}
+        return -found["validation_mse"], found
 
-    setting, error = best_setting(care, at)
-    return Tuned(1 - error / persistence(short.data, care.horizon, device), setting)
+    chosen = best_setting(care, at)
+    figure = skill(short.data, care.horizon, chosen.kept, persistence(short.data, care.horizon, device))
+    return Tuned(figure, chosen, min(_WINDOWS, len(short.data.forecasts("train", care.horizon))))
 
 
-def forecast_shortly(config: PretrainConfig, init: Path | None, device: torch.device, *, steps: int) -> float:
+def forecast_shortly(config: PretrainConfig, init: Path | None, device: torch.device, *, steps: int) -> Figure:
     """`forecast_tuned` in the one setting of `forecasters.short`."""
     lr = forecasters.short(config, None, "predictor", HORIZON, steps=steps, samples=_WINDOWS).optim.lr
     causal = config.objective.causal
@@ -313,10 +504,12 @@ def forecast_read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
 
 @torch.no_grad()
 def layer_ranks(config: PretrainConfig, model: NEPA) -> list[float]:
-    """Effective rank of held-out windows' means over tokens, from the embedding to the final norm."""
+    """Effective rank of drawn held-out windows' means over tokens, from the embedding to the final norm."""
     data, device = config.data.plain(), next(model.parameters()).device
     means: list[list[torch.Tensor]] = [[] for _ in range(config.model.depth + 2)]
-    for batch in plain_batches(data.dataset("test"), batch=forecasters.BATCH, device=device, limit=PROBE.test_samples):
+    windows, limit = data.dataset("test"), PROBE.test_samples
+    seed = draw_seed(windows, limit)
+    for batch in plain_batches(windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed):
         trace = Trace()
         mask = model(data.read(batch), causal=config.objective.causal, trace=trace).mask
         for found, hidden in zip(means, trace.hidden, strict=True):

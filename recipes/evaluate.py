@@ -1,8 +1,10 @@
 """nepa evaluate: held-out figures of a fine-tuned, imported or segmentation run, without training.
 
-The averaged weights are read, where there are any. Keys of the run can be set, such as data.root=DIR, causal=true
-or, of a segmentation run, evaluation.scales=[0.75,1.0,1.25] evaluation.flip=true; what the network is can't. The
-classes of the data must be those that the run was trained on, in number and, where both have names, by their names.
+The averaged weights are read, where there are any, and the pixels of held-out images are those that the run's recipe
+or the imported checkpoint says (data.crop_ratio, data.squash); both are printed. Keys of the run can be set, such as
+data.root=DIR, causal=true or, of a segmentation run, evaluation.scales=[0.75,1.0,1.25] evaluation.flip=true; what the
+network is can't. The classes of the data must be those that the run was trained on, in number and, where both have
+names, by their names.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from recipes.finetune import FinetuneConfig, load_classifier, measure, scored_sa
 from recipes.goals import FIGURES, Goal, Regression, find_goal
 from recipes.pretrain import PretrainConfig
 from recipes.segment import SegmentConfig
+from recipes.segment_metrics import classes_in_truth, lonely, score_text
+from recipes.segment_report import MEASURES
 from recipes.targets import is_run, read_target, task_of
 from recipes.training import at_work, provenance, unreadable
 from recipes.weights import Weights, class_names, read_weights
@@ -54,7 +58,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         if isinstance(config, SegmentConfig):
             compare_classes(target, config.data.class_names(), ranks)
             summary = segment.evaluate(config, weights, ranks)
-            text = f"mIoU {summary['mIoU']:.2%}, mAcc {summary['mAcc']:.2%}, aAcc {summary['aAcc']:.2%}"
+            present = classes_in_truth(summary)
+            text = ", ".join(f"{name} {score_text(summary[name], present)}" for name in MEASURES)
             text += f", {summary['images']} images"
         else:
             left_out: set[str] = set()
@@ -65,10 +70,14 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             text += f", {scored_samples(summary, 'samples')}"
         if ranks.is_main:
             kind = "ema" if weights.averaged else "raw"
-            Run(Path(target)).write_summary(summary | {"weights": kind, "made_with": provenance()}, "evaluate.json")
+            seen = config.data.held_out_as()
+            told = {"held_out_as": seen, "weights": kind, "made_with": provenance()}
+            Run(Path(target)).write_summary(summary | told, "evaluate.json")
+            if seen is not None:
+                print(f"Held-out {seen}.")
             print(f"Held out: {text}, {'averaged' if weights.averaged else 'raw'} weights.")
             if isinstance(config, SegmentConfig):
-                print(class_lines(summary["classes"]))
+                print("\n".join([class_lines(summary["classes"], classes_in_truth(summary)), *lonely(summary)]))
             for line in unreadable(summary, "evaluate.json"):
                 print(line)
 
@@ -132,10 +141,10 @@ def _numbered(names: Sequence[str]) -> bool:
     return all(re.fullmatch(r"(LABEL_|class )?\d+", name) for name in names)
 
 
-def class_lines(rows: Sequence[dict[str, Any]]) -> str:
-    """The IoU of every class as text."""
+def class_lines(rows: Sequence[dict[str, Any]], present: int) -> str:
+    """The IoU of every class as text; `present`: classes in the truth."""
     width = max(len(row["name"]) for row in rows)
-    ious = ("does not occur" if row["iou"] is None else f"{row['iou']:.1%}" for row in rows)
+    ious = (score_text(row["iou"], present, ".1%") for row in rows)
     return "\n".join(
         [f"{'class':<{width}}  IoU", *(f"{row['name']:<{width}}  {iou}" for row, iou in zip(rows, ious, strict=True))]
     )

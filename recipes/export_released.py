@@ -210,7 +210,8 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
 
 def preprocessor_of(data: Images) -> dict[str, Any]:
     """preprocessor_config.json for a run, but for the size."""
-    return {"image_mean": list(data.mean), "image_std": list(data.std), "crop_pct": data.crop_ratio}
+    crop = {"crop_pct": data.crop_ratio, "crop_mode": "squash" if data.squash else "center"}
+    return {"image_mean": list(data.mean), "image_std": list(data.std)} | crop
 
 
 def over(original: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import autocast_dtype
 from nepa_core.runtime.run import Meter
 from recipes.heads import canonical_tokens, last_token, mean_of_tokens
+from recipes.held_out import NUMBER, Numbered, draw_seed
 from recipes.pretrain import PretrainConfig
 
 POOLINGS = ("mean", "last", "bos", "attentive")
@@ -89,7 +90,10 @@ class Reader(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Which samples: a split, and how many of it. Of the training split a random choice, else the first."""
+    """Which samples: a split, and how many of it, drawn at random by a seed that is always the same.
+
+    A split other than "train" that is read whole keeps its order.
+    """
 
     config: PretrainConfig
     split: str
@@ -97,7 +101,11 @@ class Source(NamedTuple):
 
 
 Features = dict[str, np.ndarray]
-"""Name of an array -> memory map [S, ...]; the labels [S], or numbers [S, K], are under "labels"."""
+"""Name of an array -> memory map [S, ...]; the labels [S], or numbers [S, K], are under "labels", and the numbers of
+the samples in their data set, int64 [S], under "sample"."""
+
+BOOKS = ("labels", "sample")
+"""Arrays that every reader has beside its own; an array is never computed without them."""
 
 
 class Kept(NamedTuple):
@@ -264,10 +272,10 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
     samples = data.dataset(source.split)
     total = min(source.limit, len(cast(Sized, samples)))
     size = min(source.config.train.micro_batch or source.config.train.batch, 256)
-    seed = 0 if source.split == "train" else None
+    seed = 0 if source.split == "train" else draw_seed(samples, total)
     batches = partial(
         plain_batches,
-        samples,
+        Numbered(samples),
         batch=size,
         device=ranks.device,
         seed=seed,
@@ -282,7 +290,9 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
         "split": source.split,
         "samples": [total, len(cast(Sized, samples))],
         "first": _first_digest(data.read(first), labels),
-    } | ({"tokens": [PER_SAMPLE, size]} if per_token else {})  # the draw is one for each batch
+    }
+    of |= {"tokens": [PER_SAMPLE, size]} if per_token else {}  # the draw is one for each batch
+    of |= {"draw": seed} if source.split != "train" and seed is not None else {}  # else as it always was
     keys = [of | reader.key for reader in readers]
     folders = [store / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16] for key in keys]
     missing = _missing(folders, readers, ranks)
@@ -300,7 +310,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
             )
             _compute(share, data, readers, folders, missing, ranks, meter)
             _join(folders, keys, missing, ranks, unreadable=ranks.union(unreadable))
-    features = [_open(folder, (*reader.names, "labels")) for folder, reader in zip(folders, readers, strict=True)]
+    features = [_open(folder, (*reader.names, *BOOKS)) for folder, reader in zip(folders, readers, strict=True)]
     facts = _facts(folders[0])
     return Kept(features, facts.get("unreadable", 0), facts.get("unreadable_messages", []))
 
@@ -317,12 +327,12 @@ def _missing(folders: Sequence[Path], readers: Sequence[Reader], ranks: World) -
     """
     missing: list[list[str]] = []
     for i, (folder, reader) in enumerate(zip(folders, readers, strict=True)):
-        names = [*reader.names, "labels"] if folder not in folders[:i] else []
+        names = [*reader.names, *BOOKS] if folder not in folders[:i] else []
         known = _intact(folder, names) if ranks.is_main else set()
         absent = torch.tensor([float(ranks.is_main and name not in known) for name in names], device=ranks.device)
         flags = ranks.sum(absent).tolist()
         lost = [name for name, flag in zip(names, flags, strict=True) if flag]
-        missing.append([*lost, "labels"] if lost and "labels" not in lost else lost)
+        missing.append([*(name for name in lost if name not in BOOKS), *(BOOKS if lost else ())])
     return missing
 
 
@@ -369,13 +379,14 @@ def _compute(
         for done, batch in enumerate(batches, 1):
             tokens = data.read(batch)
             labels, per_token = read_labels(data, batch)
-            chosen = None
+            chosen, numbers = None, batch[NUMBER]
             if per_token:
                 mask = None if tokens.mask is None else tokens.canonical(tokens.mask)
                 chosen = drawn_tokens(labels, mask, seed=(done - 1) * ranks.size + ranks.rank)
+                numbers = numbers[:, None].expand_as(labels)
             for reader, names, part in zip(readers, missing, parts, strict=True):
                 if part is not None:
-                    arrays = {"labels": labels, **reader.read(tokens, names)}
+                    arrays = {"labels": labels, "sample": numbers, **reader.read(tokens, names)}
                     part.append(arrays if chosen is None else {name: x[chosen] for name, x in arrays.items()})
             meter.advance(done)
 

@@ -6,16 +6,21 @@ of integers is a class per token (see `recipes.goals`).
 RECIPE is a fine-tuning recipe, or a pre-training one, which then gives the data and the network to a short general
 setting; a RUN of `nepa pretrain` or `nepa import` is both recipe and `init=`, and one of `nepa finetune` is trained
 to its end or, with out=DIR, once more from its own start. `init=` takes a run, a folder in the released layout or a
-hub name; null starts from random weights, the control that every figure needs beside it. Reported are the raw and
-the averaged weights after the last step, never the best step on the held-out data.
+hub name; null starts from random weights. Reported are the raw and the averaged weights after the last step, never
+the best step on the held-out data.
+
+After the run its control is trained in RUN/control: the same from random weights, with an embedder that learns
+(control=false leaves it out). The verdict is the difference between the two, with a 95 % interval that is paired over
+held-out samples, of the averaged weights where there are any.
 """
 
 from __future__ import annotations
 
 import html
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -37,17 +42,19 @@ from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
 from nepa_core.runtime.run import Run
 from recipes.goals import FIGURES, Goal, Regression, find_goal, numbered
 from recipes.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonical_tokens
+from recipes.held_out import NUMBER, Numbered, clusters_of, is_chained
 from recipes.pretrain import PretrainConfig
 from recipes.report import Figure, line_plot, page
 from recipes.targets import default_out, is_imported, is_of, is_run, read_target, task_of
 from recipes.training import at_work, cost, opened, rendered, train, unreadable
-from recipes.weights import Weights, load_backbone, start_from
+from recipes.weights import Weights, load_backbone, read_weights, start_from
+from recipes.worth import RANDOM, Score, Worth, judge, sentences, without_control, worth_in
 
 
 class MixConfig(BaseModel):
     """Mixup and CutMix of the images of a batch, as timm defines them (`timm.data.mixup.Mixup`, mode "batch").
 
-    Rectangles of `data.erase` are filled after it, in the mixed image; timm's loader fills them before.
+    Rectangles of `data.erase` are filled before it, as in timm and in the released scripts, and are mixed, too.
 
     Attributes:
         mixup, cutmix: alpha of the Beta distribution that the share of an image is drawn from; 0 is off. Where both
@@ -109,6 +116,7 @@ class Options(BaseModel):
     model_config = FROZEN
 
     out: str | None = Field(default=None, description="run folder; default runs/NAME-finetune")
+    control: bool = Field(default=True, description="train the same from random weights, too, in RUN/control")
 
 
 class Classifier(nn.Module):
@@ -145,7 +153,11 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = finetune(config, run, ranks, setting="" if own else SHORT)
         if ranks.is_main:
-            print(rendered(lambda: render(summary, run), run, before=before))
+            print(rendered(lambda: render(summary, run), run, before=before), flush=True)  # the control takes as long
+        if options.control and config.init is not None:
+            summary = beside_control(config, run, ranks, summary)
+        if ranks.is_main:
+            print("\n".join(["", *verdict(summary, run)]))
 
 
 def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig:
@@ -187,7 +199,7 @@ def short(recipe: PretrainConfig | FinetuneConfig, init: str | None = None) -> F
             weight_decay=0.05,
             warmup=Duration(fraction=0.1),
             clip=1.0,
-            layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False),
+            layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False, head_counts=False),
         ),
         train=recipe.train.model_copy(update=values),
     )
@@ -243,6 +255,110 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
     write_report(run, summary, goal)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
+
+
+CONTROL = "control"
+"""The folder of the control, in that of its run."""
+
+
+def beside_control(
+    config: FinetuneConfig, run: Run, ranks: World, summary: dict[str, Any], *, show: bool = True
+) -> dict[str, Any]:
+    """Train the control of a finished run, compare the two, and write the verdict into summary.json and report/.
+
+    The control is a run of its own in RUN/control, which stops and goes on like any other. Nothing is trained or
+    measured where the summary has a verdict.
+
+    Args:
+        summary: of the run; of the main process's alone is read.
+
+    Returns:
+        The summary with `worth`, see `recipes.worth.Worth` (empty on the other ranks).
+
+    Raises:
+        UserError: the control can't be trained; the run is not touched.
+    """
+    if ranks.any(ranks.is_main and worth_in(summary) is not None):
+        return summary
+    control = Run(run.path / CONTROL)
+    same = config.model_copy(update={"init": None, "freeze_embedder": False})
+    finetune(
+        same,
+        control,
+        ranks,
+        setting=f"the same settings, as the control in {control.path}; control=false leaves it out",
+        show=show,
+    )
+    ranks.barrier()  # its last checkpoint is there
+    own, rival = (held_out_credits(each, of, ranks) for each, of in ((config, run), (same, control)))
+    if not torch.equal(own.numbers, rival.numbers):
+        raise UserError(f"the held-out samples changed while they were read; {_again(run)}")
+    if not ranks.is_main:
+        return {}
+    worth = compared(own, rival, config)
+    summary = summary | {"worth": worth.model_dump(mode="json")}
+    write_report(run, summary, find_goal(config.data))
+    run.write_summary(summary)
+    return summary
+
+
+def compared(own: Credits, rival: Credits, config: FinetuneConfig) -> Worth:
+    """The verdict on a run beside its control, of the credits of both on the same samples."""
+    held_out = config.data.plain().dataset("test")
+    clusters = clusters_of(held_out, own.numbers).repeat_interleave(own.weights)
+
+    def score(name: str, credits: Credits) -> Score:
+        each = credits.shares.repeat_interleave(credits.weights)
+        return Score(name, "", float(each.mean()), each if bool(each.isfinite().all()) else None)
+
+    return judge(
+        score(f"started from {config.init}", own),
+        [score(RANDOM, rival)],
+        clusters,
+        chained=is_chained(held_out),
+        metric="r2" if own.metric == "r2" else "accuracy",
+        unit="tokens" if own.per_token else "samples",
+    )
+
+
+class Credits(NamedTuple):
+    """What each held-out sample adds to the goal's headline figure, in the order of the split.
+
+    Attributes:
+        shares: [S] float64. weights: [S] int64, how many classes of the sample count; the figure is the mean of the
+            shares so weighted. numbers: [S] int64, the samples in the data set; those that can't be read are left out.
+        metric: the figure, accuracy or r2. per_token: samples have a class a token.
+    """
+
+    shares: Tensor
+    weights: Tensor
+    numbers: Tensor
+    metric: str
+    per_token: bool
+
+
+def held_out_credits(config: FinetuneConfig, run: Run, ranks: World) -> Credits:
+    """The credits of a finished run, of its averaged weights where there are any, the same on every rank."""
+    model = load_classifier(config, read_weights(str(run.path))).to(ranks.device)
+    if config.train.compile:
+        model.backbone.predictor.compile_blocks()
+    parts: list[Tensor] = []
+    measure(config, model, ranks, parts=parts)
+    every = torch.cat(ranks.in_order(parts))
+    shares, weights = model.goal.credits(every[:, 1:])
+    return Credits(shares, weights, every[:, 0].long(), model.goal.headline, model.goal.per_token)
+
+
+def verdict(summary: dict[str, Any], run: Run) -> list[str]:
+    """The closing sentences: the run beside its control, or that this is missing."""
+    worth = worth_in(summary)
+    if worth is None:
+        return [without_control(summary["init"], f"nepa finetune {shlex.quote(str(run.path))}")]
+    return sentences(worth, form=".2%" if worth.metric == "accuracy" else ".3f")
+
+
+def _again(run: Run) -> str:
+    return f"give `nepa finetune {shlex.quote(str(run.path))}` once more"
 
 
 def build_classifier(config: FinetuneConfig, goal: Goal) -> tuple[Classifier, list[str]]:
@@ -303,7 +419,7 @@ def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
     def step(model: nn.Module, batch: Batch) -> StepOutput:
         mixed, smoothing = None, config.label_smoothing
         if mix is not None:
-            batch, mixed = mix(batch)
+            batch, mixed = mix(config.data.before_mixing(batch))
             smoothing = 0.0  # it is in the mixed labels
         tokens, broken = config.data.read(batch), None
         if mixed is None:
@@ -362,6 +478,7 @@ def measure(
     samples: Dataset[Batch] | None = None,
     *,
     left_out: set[str] | None = None,
+    parts: list[Tensor] | None = None,
 ) -> dict[str, float]:
     """The figures of the model's goal over all held-out samples and the `COUNTS`, the same on every rank.
 
@@ -370,8 +487,9 @@ def measure(
     Args:
         samples: read in place of the held-out ones; without augmentation.
         left_out: gets name and cause of every sample that could not be read.
+        parts: gets, of every batch of this rank, the samples' numbers and `Goal.parts`, [B, 1 + parts] float64.
     """
-    goal = model.goal
+    goal, samples = model.goal, config.data.plain().dataset("test") if samples is None else samples
     sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
     seen, scored = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     unreadable: set[str] = set()
@@ -379,7 +497,7 @@ def measure(
     data, was_training = config.data.plain(), model.training
     model.eval()
     for batch in plain_batches(
-        data.dataset("test") if samples is None else samples,
+        samples if parts is None else Numbered(samples),
         batch=min(config.train.micro_batch or config.train.batch, 256),
         device=ranks.device,
         workers=config.train.workers,
@@ -394,6 +512,8 @@ def measure(
             outputs = model(tokens, causal=config.causal).float()
         truth = goal.truth(batch, tokens)
         sums += goal.sums(outputs, truth)
+        if parts is not None:
+            parts.append(torch.cat((batch[NUMBER][:, None].double(), goal.parts(outputs, truth)), dim=1).cpu())
         seen += len(outputs)
         scored += goal.scored(truth)
     model.train(was_training)
@@ -427,11 +547,13 @@ def render(summary: dict[str, Any], run: Run) -> str:
 
 
 def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
-    """ "40 samples", or "30 samples (10 more have no class)": on how many the figures are."""
-    without = int(summary.get("without_class", 0))
+    """ "40 samples", or "30 of 40 samples (10 have no class, 2 could not be read)": on how many the figures are."""
+    without, unread = int(summary.get("without_class", 0)), int(summary.get("unreadable_held_out", 0))
     if "samples" not in summary:
         return f"all {noun}"
-    return f"{int(summary['samples']) - without} {noun}" + (f" ({without} more have no class)" if without else "")
+    scored, every = int(summary["samples"]) - without, int(summary["samples"]) + unread
+    lost = [f"{without} have no class"] * bool(without) + [f"{unread} could not be read"] * bool(unread)
+    return f"{scored} of {every} {noun} ({', '.join(lost)})" if lost else f"{scored} {noun}"
 
 
 def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:
@@ -465,6 +587,8 @@ def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:
         ),
     ]  # fmt: skip
     foot = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
-    body = f"<pre>{html.escape(render(summary, run))}</pre>"
+    first, *rest = verdict(summary, run)
+    body = f"<h2>{html.escape(first)}</h2>" + "".join(f"<p>{html.escape(text)}</p>" for text in rest)
+    body += f"<pre>{html.escape(render(summary, run))}</pre>"
     with disk_errors(run.report):
         page(run.report, title=f"Fine-tuning: {run.path.name}", body=body, figures=figures, foot=foot)

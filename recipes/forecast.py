@@ -4,13 +4,20 @@ RUN is a run of `nepa pretrain` on an adapter for series. For every horizon: a r
 of the layer and read-out that validate best, the same from random weights, and on the raw look-back window; and the
 last value repeated. `finetune=[96]` also trains, through `fit`, the whole network from these weights and from random
 ones, and DLinear (arXiv 2205.13504). All of them are fitted on the same `fit_samples` windows. Ridge strength, layer
-and read-out are chosen on the validation split; the trained networks are taken after their last step. MSE and MAE are
-of z-scored values over every test window, in the window's own units where it was normalised; windows left out for
-missing values are counted under the table. A test window may look back into the validation rows for its input.
+and read-out are chosen on the validation split; the trained networks are taken after their last step. Windows left out
+for missing values are counted under the table. A test window may look back into the validation rows for its input.
 
-Every finished row is kept in RUN/forecast/ and found again by what it depends on (weights, data, samples, steps), so
-a stopped command goes on where it was, and another horizon costs only itself. `also=[RUN2,RUN3]` names runs of the
-same recipe with other seeds: the table is then mean ± standard deviation over all of them.
+**Units.** One error fits, chooses, trains and is reported, for all rows: that of the series z-scored by its training
+rows, MSE and MAE over every test window. Where windows are normalised one by one (`data.normalise=window`), a model
+sees and says numbers in a window's own units, which are undone before its error is taken.
+
+**Verdict.** The differences in MSE between pre-trained weights and random ones, the linear model, persistence and
+DLinear have 95 % intervals, over stretches of time as long as a look-back with its horizon, all channels together.
+
+Every finished row is kept in RUN/forecast/, its figures in summary.json and the squared error of each test window in
+errors.npy, and found again by what it depends on (weights, data, samples, steps), so a stopped command goes on where
+it was, and another horizon costs only itself. `also=[RUN2,RUN3]` names runs of the same recipe with other seeds: the
+table is then mean ± standard deviation over all of them, and intervals are over seeds and stretches together.
 """
 
 from __future__ import annotations
@@ -19,26 +26,41 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
+import torch
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
+from torch import Tensor
 
 from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
-from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import differences, listed
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes.features import weights_digest
+from recipes.forecast_report import (
+    DLINEAR,
+    ERRORS,
+    LINEAR,
+    PERSISTENCE,
+    UNTRAINED,
+    figures,
+    paired_differences,
+    render,
+    significant,
+    stretches,
+)
 from recipes.forecasters import (
     Network,
     Reader,
     best_ridge,
+    leave,
+    left_errors,
     network_features,
     raw_features,
     repeat_last,
@@ -51,6 +73,9 @@ from recipes.probe import FREE
 from recipes.significance import spread
 from recipes.targets import is_run
 from recipes.training import at_work, provenance
+
+FITTED = 2
+"""A part of every row's key: 1 was fitted in units of each window and kept no errors of single windows."""
 
 SEED_KEYS = ("recipe", "train.seed", "train.workers", "data.root")
 """Keys in which runs may differ to stand in one table."""
@@ -114,9 +139,11 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
                 run.write_summary(summary, "forecast.json")
             summaries.append(summary)
         if ranks.is_main:
+            whole = summaries[0]
             if options.also:
-                Run(Path(target)).write_summary(over_seeds(targets, summaries), "forecast_seeds.json")
-            print(render(summaries))
+                whole = over_seeds(targets, summaries, cast(TimeSeries, config.data))
+                Run(Path(target)).write_summary(whole, "forecast_seeds.json")
+            print(render(summaries, whole["differences"]))
 
 
 def check_runs(targets: Sequence[str]) -> None:
@@ -161,14 +188,16 @@ def forecast(
     for number, row in enumerate(rows, 1):
         place, start = Run(run.path / "forecast" / row.folder), time.perf_counter()
         kept = place.summary()
-        figures = kept or row.measure(place)
+        measured = kept or row.measure(place)
         if show and ranks.is_main:
             took = "kept" if kept else f"{time.perf_counter() - start:.0f} s"
-            cells = f"MSE {figures['mse']:.4f}, MAE {figures['mae']:.4f}"
+            cells = f"MSE {significant(measured['mse'], 4)}, MAE {significant(measured['mae'], 4)}"
             print(f"{number}/{len(rows)}  horizon {row.horizon}, {row.name}: {cells} ({took})", file=sys.stderr)
-        found[str(row.horizon)].append({"name": row.name, **figures})
-    return {
+        found[str(row.horizon)].append({"name": row.name, "folder": f"forecast/{row.folder}", **measured})
+    clusters = {str(horizon): stretches(of["test"]) for horizon, of in windows.items()}
+    summary = {
         "horizons": found,
+        "stretches": {horizon: len(set(each.tolist())) for horizon, each in clusters.items()},
         "windows": {str(horizon): len(of["test"]) for horizon, of in windows.items()},
         "left_out": {str(horizon): of["test"].left_out for horizon, of in windows.items()},
         "fitted_on": {str(horizon): min(len(of["train"]), options.fit_samples) for horizon, of in windows.items()},
@@ -181,6 +210,9 @@ def forecast(
         "fit_samples": options.fit_samples,
         "made_with": provenance(),
     }
+    if ranks.is_main:  # it alone has every row
+        summary["differences"] = over_windows([run], [summary], clusters)
+    return summary
 
 
 def table_rows(
@@ -191,6 +223,7 @@ def table_rows(
     horizons = sorted({*options.horizons, *options.finetune})
     untrained = build_model(config).to(device).eval()
     about = {
+        "fitted": FITTED,
         "data": data.model_dump(mode="json", exclude={"root"}),
         "series": hashlib.sha256(data.forecasts("test", horizons[0]).values.numpy().tobytes()).hexdigest(),
     }
@@ -198,13 +231,13 @@ def table_rows(
     weights = {"pre-trained": weights_digest(model), "random": weights_digest(untrained)}
     reads: dict[str, tuple[Reader, dict[str, str]]] = {
         "frozen": (partial(network_features, model, causal=causal), {"weights": weights["pre-trained"]}),
-        "frozen, random weights": (partial(network_features, untrained, causal=causal), {"weights": weights["random"]}),
-        "linear on the raw window": (raw_features, {}),
+        UNTRAINED["frozen"]: (partial(network_features, untrained, causal=causal), {"weights": weights["random"]}),
+        LINEAR: (raw_features, {}),
     }
     arms: dict[str, tuple[str | None, Network, str]] = {
         "fine-tuned": (str(run.path), "predictor", weights["pre-trained"]),
-        "fine-tuned, random weights": (None, "predictor", weights["random"]),
-        "DLinear": (None, "dlinear", ""),
+        UNTRAINED["fine-tuned"]: (None, "predictor", weights["random"]),
+        DLINEAR: (None, "dlinear", ""),
     }
 
     def ridge(name: str, horizon: int) -> Row:
@@ -214,7 +247,7 @@ def table_rows(
 
     def persistence(horizon: int) -> Row:
         measure = kept(lambda: score(data, "test", horizon, device, lambda batch: repeat_last(data, batch)), ranks)
-        return Row("persistence", horizon, about, measure)
+        return Row(PERSISTENCE, horizon, about, measure)
 
     def trained(name: str, horizon: int) -> Row:
         init, network, start = arms[name]
@@ -234,74 +267,56 @@ def kept(measure: Callable[[], dict[str, Any]], ranks: World) -> Callable[[Run],
     """A measurement that leaves its figures in a row's folder, as `train` does."""
 
     def measured(place: Run) -> dict[str, Any]:
-        figures = measure()
+        found = measure()
         if ranks.is_main:
-            with disk_errors(place.path):
-                place.path.mkdir(parents=True, exist_ok=True)
-            place.write_summary(figures)
-        return figures
+            return leave(place, found)
+        return {key: value for key, value in found.items() if key != "errors"}
 
     return measured
 
 
-def over_seeds(targets: Sequence[str], summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def over_windows(
+    runs: Sequence[Run], summaries: Sequence[dict[str, Any]], clusters: Mapping[str, Tensor]
+) -> dict[str, list[dict[str, Any]]]:
+    """Horizon -> `paired_differences` over the test windows of one run, or of several together.
+
+    Args:
+        clusters: horizon -> `stretches`.
+
+    Raises:
+        UserError: errors of a row are missing, or are of other windows in one run than in another.
+    """
+    found = {}
+    for horizon, rows in summaries[0]["horizons"].items():
+        errors = {}
+        for number, row in enumerate(rows):
+            each = [
+                left_errors(Run(run.path / summary["horizons"][horizon][number]["folder"]))
+                for run, summary in zip(runs, summaries, strict=True)
+            ]
+            if odd := [str(run.path) for run, left in zip(runs, each, strict=True) if len(left) != len(each[0])]:
+                raise UserError(
+                    f"also: {odd[0]} has other test windows than {runs[0].path}; name runs on the same data"
+                )
+            errors[row["name"]] = torch.stack(each)
+        found[horizon] = paired_differences(errors, clusters[horizon])
+    return found
+
+
+def over_seeds(targets: Sequence[str], summaries: Sequence[dict[str, Any]], data: TimeSeries) -> dict[str, Any]:
     """What forecast_seeds.json holds: the figures of every row with mean and deviation over the runs."""
     first = summaries[0]
+    clusters = {horizon: stretches(data.forecasts("test", int(horizon))) for horizon in first["horizons"]}
     return {
         **first,
         "horizons": {
             horizon: [
-                {"name": row["name"], **{key: spread(_figures(summaries, horizon, number, key)) for key in ERRORS}}
+                {"name": row["name"], **{key: spread(figures(summaries, horizon, number, key)) for key in ERRORS}}
                 for number, row in enumerate(rows)
             ]
             for horizon, rows in first["horizons"].items()
         },
+        "differences": over_windows([Run(Path(target)) for target in targets], summaries, clusters),
         "runs": list(targets),
         "seed": [summary["seed"] for summary in summaries],
     }
-
-
-ERRORS = ("mse", "mae")
-
-
-def _figures(summaries: Sequence[dict[str, Any]], horizon: str, row: int, key: str) -> list[float]:
-    return [float(summary["horizons"][horizon][row][key]) for summary in summaries]
-
-
-def render(summaries: Sequence[dict[str, Any]]) -> str:
-    """The table as text: of one run, or mean ± standard deviation over several."""
-    first = summaries[0]
-    names = list(dict.fromkeys(row["name"] for rows in first["horizons"].values() for row in rows))
-    cells = {
-        (row["name"], horizon): " / ".join(_cell(_figures(summaries, horizon, number, key)) for key in ERRORS)
-        for horizon, rows in first["horizons"].items()
-        for number, row in enumerate(rows)
-    }
-    width, column = max(map(len, names)), max(map(len, cells.values()))
-    lines = [f"{'MSE / MAE':<{width}}" + "".join(f"  {horizon:>{column}}" for horizon in first["horizons"])]
-    for name in names:
-        line = f"{name:<{width}}" + "".join(f"  {cells.get((name, h), ''):>{column}}" for h in first["horizons"])
-        lines.append(line.rstrip())
-    chosen = [f"{h}: {row['readout']}" for h, rows in first["horizons"].items() for row in rows[:1]]
-    seeds = ", ".join(str(summary["seed"]) for summary in summaries)
-    foot = [
-        f"z-scored values, look-back {first['look_back']}, {_scored(first)}; fitted on at most "
-        f"{first['fit_samples']} training windows, networks for {first['finetune_steps']} steps.",
-        f"Mean ± standard deviation over seeds {seeds}." if len(summaries) > 1 else f"Seed {seeds}.",
-        f"Frozen read-out chosen on validation data (seed {first['seed']}): {'; '.join(chosen)}.",
-    ]
-    return "\n".join([*lines, "", *foot])
-
-
-def _scored(summary: dict[str, Any]) -> str:
-    """Which test windows the figures are of; those of independent channels count one by one."""
-    lost = {horizon: count for horizon, count in summary["left_out"].items() if count}
-    counts = "; ".join(
-        f"{horizon}: {summary['windows'][horizon]} scored, {count} left out" for horizon, count in lost.items()
-    )
-    return f"test windows without the gaps of missing values ({counts})" if lost else "every test window"
-
-
-def _cell(values: Sequence[float]) -> str:
-    found = spread(values)
-    return f"{found['mean']:.3f}" + (f" ± {found['std']:.3f}" if len(values) > 1 else "")

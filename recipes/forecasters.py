@@ -1,8 +1,11 @@
 """What forecasts a series: ridge regressions on frozen features or raw values, persistence, and trained networks.
 
-All are fitted on the same random choice of training windows (`chosen`) and scored by `score`.
+All are fitted on the same random choice of training windows (`chosen`), by the error that `score` reports: that of the
+z-scored series. Where windows are normalised one by one, inputs and outputs of a model are in a window's own units, and
+what it says is multiplied by the window's deviation before it is compared. So a flat window, whose own units are next
+to nothing, counts for next to nothing.
 
-Shapes: B samples, L steps of look-back, H to forecast, C channels in a sample, F features, Y = H * C.
+Shapes: B samples, L steps of look-back, H to forecast, C channels in a sample, F features, Y = H * C, W windows.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -19,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
 from modalities.timeseries import TimeSeries
-from nepa_core.basics import FROZEN, Batch
+from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale, layers_above
 from nepa_core.predictor import PredictorConfig, Trace
+from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, fit
@@ -36,22 +41,22 @@ from recipes.weights import load_backbone, read_weights
 READOUTS = ("flattened tokens", "last token")
 STRENGTHS = tuple(10.0**power for power in range(-4, 4))  # of the ridge, times the mean variance of a feature
 BATCH = 256
+ERRORS_FILE = "errors.npy"
 TREND = 25  # steps of DLinear's moving average
 
 Network = Literal["predictor", "dlinear"]
 
 
-def chosen(data: TimeSeries, split: str, horizon: int, samples: int) -> Dataset[Batch]:
+def chosen(data: TimeSeries, split: str, horizon: int, samples: int) -> Subset[Batch]:
     """At most `samples` windows of a split, chosen at random: the same ones for all that is fitted."""
     windows = data.forecasts(split, horizon)
     return Subset(windows, epoch_order(len(windows), 0, 0)[:samples].tolist())
 
 
-def scaled_future(data: TimeSeries, batch: Batch) -> Tensor:
-    """The future [B, H, C] in the window's own units."""
+def in_series_units(data: TimeSeries, batch: Batch, future: Tensor) -> Tensor:
+    """A forecast [B, H, C] in the window's own units -> float32 in those of the z-scored series."""
     mean, std = data.scale(batch)
-    scaled: Tensor = (batch["future"] - mean) / std
-    return scaled
+    return future.float() * std + mean
 
 
 def repeat_last(data: TimeSeries, batch: Batch) -> Tensor:
@@ -66,15 +71,47 @@ def repeat_last(data: TimeSeries, batch: Batch) -> Tensor:
 @torch.no_grad()
 def score(
     data: TimeSeries, split: str, horizon: int, device: torch.device, predict: Callable[[Batch], Tensor]
-) -> dict[str, float]:
-    """MSE and MAE of z-scored values over every window of a split; `predict` gives [B, H, C]."""
-    squared, absolute, count = 0.0, 0.0, 0
+) -> dict[str, Any]:
+    """MSE and MAE of z-scored values over every window of a split; `predict` gives [B, H, C].
+
+    Returns:
+        "mse", "mae", and "errors" [W] float64 on the CPU, the squared errors of the windows, means over the horizon
+        and the channels of a sample.
+    """
+    squared, absolute = [], []
     for batch in plain_batches(data.forecasts(split, horizon), batch=BATCH, device=device):
-        error = predict(batch).float() - batch["future"]
-        squared += float(error.double().square().sum())
-        absolute += float(error.double().abs().sum())
-        count += error.numel()
-    return {"mse": squared / count, "mae": absolute / count}
+        error = (predict(batch).float() - batch["future"]).double()
+        squared.append(error.square().mean((1, 2)).cpu())
+        absolute.append(error.abs().mean((1, 2)).cpu())
+    errors = torch.cat(squared)
+    return {"mse": float(errors.mean()), "mae": float(torch.cat(absolute).mean()), "errors": errors}
+
+
+def leave(run: Run, figures: dict[str, Any]) -> dict[str, Any]:
+    """Write what `score` and its like gave to a row's folder: "errors" to errors.npy, then the rest to summary.json.
+
+    Returns:
+        The rest.
+    """
+    rest = {key: value for key, value in figures.items() if key != "errors"}
+    with disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        np.save(run.path / ERRORS_FILE, figures["errors"].float().numpy())
+    run.write_summary(rest)
+    return rest
+
+
+def left_errors(run: Run) -> Tensor:
+    """The squared errors [W] float32 of the test windows that `leave` wrote.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    file = run.path / ERRORS_FILE
+    try:
+        return torch.from_numpy(np.load(file))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} can't be read ({error}); delete {run.path} and give the same command again") from error
 
 
 # ----------------------------------------------------------------------------------- ridge on frozen features
@@ -103,9 +140,9 @@ def network_features(model: NEPA, data: TimeSeries, batch: Batch, *, causal: boo
 
 
 class Moments(NamedTuple):
-    """Sums over samples, float64 on the device: of 1, x, y, x x^T, x y^T and |y|^2."""
+    """Weighted sums over samples, float64 on the device: of 1, x, y, x x^T, x y^T and |y|^2."""
 
-    samples: int
+    weight: float
     x: Tensor
     y: Tensor
     xx: Tensor
@@ -133,60 +170,90 @@ def best_ridge(data: TimeSeries, read: Reader, horizon: int, samples: int, devic
 def fitted_ridges(
     data: TimeSeries, read: Reader, horizon: int, samples: int, device: torch.device
 ) -> dict[str, tuple[Ridge, float]]:
-    """`fit_ridge` of every read-out, from one pass over the training and validation windows."""
-    train, held = (
-        _moments(data, read, split, horizon, samples if split == "train" else max(samples // 4, 1), device)
-        for split in ("train", "validation")
-    )
-    return {name: fit_ridge(train[name], held[name]) for name in train}
+    """A ridge on every read-out and its validation MSE, from one pass over the training and validation windows.
+
+    A ridge says the future in the window's own units: z = std * (x @ weights + offset) + mean. The error in z is
+    weighted least squares, with weight std^2, on (z - mean) / std, for the offset alike. Channels that stand in one
+    sample have deviations of their own, so each has its own weights and strength.
+    """
+    held_on = chosen(data, "validation", horizon, max(samples // 4, 1))
+    train = _moments(data, read, chosen(data, "train", horizon, samples), device)
+    held = _moments(data, read, held_on, device)
+    found = {}
+    for name, of_groups in train.items():
+        fits = [fit_ridge(*pair) for pair in zip(of_groups, held[name], strict=True)]
+        weights, offset = (  # the groups are channels, or all of them are one
+            rearrange(torch.stack(parts), "g ... (h c) -> ... (h g c)", h=horizon)
+            for parts in zip(*(ridge for ridge, _ in fits), strict=True)
+        )
+        error = sum(error * each.weight for (_, error), each in zip(fits, held[name], strict=True))
+        found[name] = Ridge(weights, offset), error / (len(held_on) * len(fits))
+    return found
 
 
 @torch.no_grad()
 def best_of(
     data: TimeSeries, read: Reader, fitted: Mapping[str, tuple[Ridge, float]], horizon: int, device: torch.device
 ) -> dict[str, Any]:
-    """The test figures of the read-out that validates best."""
+    """What `score` gives on the test windows for the read-out that validates best; its name and validation MSE."""
     name = min(fitted, key=lambda name: fitted[name][1])
     ridge, validation = fitted[name]
 
     def predict(batch: Batch) -> Tensor:
+        future = rearrange(ridge(read(data, batch)[name].float()), "b (h c) -> b h c", h=horizon)
+        return in_series_units(data, batch, future)
+
+    return {**score(data, "test", horizon, device, predict), "readout": name, "validation_mse": validation}
+
+
+def _moments(data: TimeSeries, read: Reader, windows: Dataset[Batch], device: torch.device) -> dict[str, list[Moments]]:
+    """The moments of every read-out with the future, over some windows.
+
+    Weighted by std^2, for each channel of a sample apart; all channels are one group where windows keep their units.
+    Nothing is divided by std: std^2 x x^T comes of std x, and std^2 x y^T of std x and std y = z - mean.
+    """
+    sums: dict[str, list[list[Any]]] = {}
+    for batch in plain_batches(windows, batch=BATCH, device=device):
         mean, std = data.scale(batch)
-        return rearrange(ridge(read(data, batch)[name].float()), "b (h c) -> b h c", h=horizon) * std + mean
-
-    return {**score(data, "test", horizon, device, predict), "readout": name, "validation_scaled_mse": validation}
-
-
-def _moments(
-    data: TimeSeries, read: Reader, split: str, horizon: int, samples: int, device: torch.device
-) -> dict[str, Moments]:
-    """The moments of every read-out with the future, over the chosen windows of a split."""
-    sums: dict[str, list[Any]] = {}
-    for batch in plain_batches(chosen(data, split, horizon, samples), batch=BATCH, device=device):
-        y = scaled_future(data, batch).flatten(1)
+        future = batch["future"] - mean
+        whole = data.normalise == "none"
+        groups = [(std[:, 0, :1], future.flatten(1))] if whole else list(zip(*_channels(std, future), strict=True))
         for name, x in read(data, batch).items():
-            x = x.float()
-            parts = (len(x), *(part.double() for part in (x.sum(0), y.sum(0), x.T @ x, x.T @ y, y.square().sum())))
+            found = [_weighted(x.float(), own, y) for own, y in groups]
             if name in sums:
-                sums[name] = [total + part for total, part in zip(sums[name], parts, strict=True)]
-            else:
-                sums[name] = list(parts)
-    return {name: Moments(*parts) for name, parts in sums.items()}
+                found = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(sums[name], found, strict=True)]
+            sums[name] = found
+    return {name: [Moments(*parts) for parts in found] for name, found in sums.items()}
+
+
+def _channels(std: Tensor, future: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Channel by channel: std [B, 1, C] as [B, 1], and future [B, H, C] as [B, H]."""
+    return [each[:, 0, None] for each in std.unbind(2)], list(future.unbind(2))
+
+
+def _weighted(x: Tensor, std: Tensor, y: Tensor) -> list[Any]:
+    """The parts of `Moments` of a batch, of x [B, F], std [B, 1] and std * y [B, Y]."""
+    own = std * x
+    parts = ((std * own).sum(0), (std * y).sum(0), own.T @ own, own.T @ y, y.square().sum())
+    return [float(std.double().square().sum()), *(part.double() for part in parts)]
 
 
 def fit_ridge(train: Moments, held: Moments) -> tuple[Ridge, float]:
-    """The ridge whose strength serves `held` best, and its mean squared error there, in the scale it was fitted in.
+    """The ridge whose strength serves `held` best, and its (weighted) mean squared error there, per number of y.
 
     In the eigenbasis of the covariance a strength scales the rows of one matrix, so all of them cost one product.
     """
-    x, y = train.x / train.samples, train.y / train.samples
+    x, y = train.x / train.weight, train.y / train.weight
     cov, cross = _about(train, x, y)
     values, vectors = torch.linalg.eigh(cov)
     turned = vectors.T @ cross
     held_cov, held_cross = _about(held, x, y)
     held_cov = (vectors.T @ held_cov @ vectors) * (turned @ turned.T)
     held_cross = (turned * (vectors.T @ held_cross)).sum(1)
-    energy = held.yy / held.samples - 2 * (held.y / held.samples) @ y + y @ y
-    shrink = [1 / (values.clamp(min=0) + power * values.mean().clamp(min=1e-12)) for power in STRENGTHS]
+    energy = held.yy / held.weight - 2 * (held.y / held.weight) @ y + y @ y
+    scale = float(values.mean())
+    scale = scale if scale > 0 else 1.0  # features that never vary
+    shrink = [1 / (values.clamp(min=0) + power * scale) for power in STRENGTHS]
     errors = [float(energy - 2 * held_cross @ d + d @ held_cov @ d) / len(y) for d in shrink]
     best = min(range(len(errors)), key=errors.__getitem__)
     weights = vectors @ (turned * shrink[best][:, None])
@@ -195,9 +262,9 @@ def fit_ridge(train: Moments, held: Moments) -> tuple[Ridge, float]:
 
 def _about(moments: Moments, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of (x' - x)(x' - x)^T [F, F] and of (x' - x)(y' - y)^T [F, Y] over the samples x', y'."""
-    mean, target = moments.x / moments.samples, moments.y / moments.samples
-    cov = moments.xx / moments.samples - torch.outer(mean, x) - torch.outer(x, mean - x)
-    cross = moments.xy / moments.samples - torch.outer(mean, y) - torch.outer(x, target - y)
+    mean, target = moments.x / moments.weight, moments.y / moments.weight
+    cov = moments.xx / moments.weight - torch.outer(mean, x) - torch.outer(x, mean - x)
+    cross = moments.xy / moments.weight - torch.outer(mean, y) - torch.outer(x, target - y)
     return cov, cross
 
 
@@ -339,7 +406,8 @@ def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) 
         run=run,
         world=ranks,
         ema=ema,
-        height=lambda name: layers_above(name, config.model.depth),
+        changed_data=config.data.changed,
+        height=lambda name: layers_above(name, config.model.depth, head_counts=True),
         show=show,
     )
     if not ranks.is_main:
@@ -350,19 +418,18 @@ def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) 
             score(config.data, split, config.horizon, ranks.device, partial(_predict, config, model))
             for split in ("test", "validation")
         )
-    summary = {**test, "validation_mse": held["mse"], "steps": result.steps, "seconds": round(result.seconds, 2)}
-    run.write_summary(summary)
-    return summary
+    cost = {"steps": result.steps, "seconds": round(result.seconds, 2)}
+    return leave(run, {**test, "validation_mse": held["mse"], **cost})
 
 
 def make_step(config: ForecastConfig) -> StepFunction:
-    """The step function: batch -> mean squared error in the window's own units."""
+    """The step function: batch -> mean squared error of the z-scored series, as it is reported."""
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
         scale = draw_coord_scale(config.model.rope_rescale)
         future = model(config.data, batch, causal=config.causal, coord_scale=scale)
         with torch.autocast(future.device.type, enabled=False):
-            loss = F.mse_loss(future.float(), scaled_future(config.data, batch))
+            loss = F.mse_loss(in_series_units(config.data, batch, future), batch["future"])
         return StepOutput(loss, float(len(future)), len(future) * (config.data.window // config.data.patch))
 
     return step
@@ -370,6 +437,4 @@ def make_step(config: ForecastConfig) -> StepFunction:
 
 def _predict(config: ForecastConfig, model: nn.Module, batch: Batch) -> Tensor:
     """The future [B, H, C], z-scored: normalisation undone."""
-    mean, std = config.data.scale(batch)
-    future: Tensor = model(config.data, batch, causal=config.causal) * std + mean
-    return future
+    return in_series_units(config.data, batch, model(config.data, batch, causal=config.causal))

@@ -107,6 +107,17 @@ class Classification:
         loss = F.cross_entropy(logits, labels, reduction="sum").double()
         return torch.stack((among[:, 0].sum(), among.sum(), loss, torch.tensor(len(labels)).to(loss)))
 
+    def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """What each sample adds to the accuracy, [B, 2] float64: how many are right, and of how many classes."""
+        counted = truth >= 0
+        right = (outputs.argmax(-1) == truth) & counted
+        return torch.stack([each.reshape(len(truth), -1).sum(1) for each in (right, counted)], dim=1).double()
+
+    def credits(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `parts` [S, 2] of all samples: the share that is right [S] float64, and of how many [S] int64."""
+        right, count = parts.unbind(1)
+        return right / count.clamp(min=1), count.long()
+
     def figures(self, sums: Tensor) -> dict[str, float]:
         """Top-1, top-5 (of six classes or more, for it says nothing of fewer) and mean cross-entropy."""
         correct, among, loss, count = sums.tolist()
@@ -165,6 +176,18 @@ class Regression:
         mean, std = (x.to(truth.device).double() for x in (self.mean, self.std))
         y, error = (truth - mean) / std, (outputs - truth) / std
         return torch.stack((error.square(), error.abs(), y, y.square(), torch.ones_like(y))).sum(1)
+
+    def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """What each sample adds to R2, [B, 2 K] float64: squared errors and numbers, standardised."""
+        mean, std = (x.to(truth.device).double() for x in (self.mean, self.std))
+        return torch.cat((((outputs - truth) / std).square(), (truth - mean) / std), dim=1)
+
+    def credits(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `parts` [S, 2 K] of all samples: what each adds to R2, [S] float64 (the mean is R2), and ones [S]."""
+        squared, numbers = parts.chunk(2, dim=1)
+        variance = numbers.var(0, correction=0)
+        each = torch.where(variance > 1e-12 * numbers.square().mean(0), 1 - squared / variance, 0.0)
+        return each.mean(1), torch.ones(len(parts), dtype=torch.int64)
 
     def figures(self, sums: Tensor) -> dict[str, float]:
         """MSE and MAE in the unit of the labels, R2 (both mean over K) and the loss."""

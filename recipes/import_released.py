@@ -1,7 +1,10 @@
 """nepa import: a checkpoint in the released layout becomes a run, for probe, inspect, export and init=.
 
-DIR is a folder with config.json and model.safetensors (and ema.safetensors, the averaged weights), or a name on the
-Hugging Face hub, OWNER/NAME. A fine-tuned checkpoint becomes a run of `nepa finetune`, a pre-trained one a run of
+DIR is a folder with config.json and model.safetensors, or a name on the Hugging Face hub, OWNER/NAME. Averaged weights
+beside them, ema.safetensors or the authors' pytorch_model_ema.bin (of which nothing but tensors is read), come along,
+and are what every later task reads: evaluate, probe, inspect, finetune and init=. Held-out images are read as the
+published figures of that size were measured, unless preprocessor_config.json says otherwise by crop_pct and crop_mode
+("center", or "squash"). A fine-tuned checkpoint becomes a run of `nepa finetune`, a pre-trained one a run of
 `nepa pretrain`; `nepa finetune RUN` starts from either, in a folder of its own. The rest of the run's config is that
 of the released recipe; any key of it can be set, data.root=DIR above all, but for those that the weights decide. The
 source, its SHA-256 and its whole config.json are kept in import.json.
@@ -23,7 +26,7 @@ from nepa_core.runtime.run import Run
 from recipes import vision
 from recipes.finetune import FinetuneConfig
 from recipes.pretrain import PretrainConfig
-from recipes.released import AVERAGED, NetworkState, Released, digests, find, listed, pickles, read_released
+from recipes.released import NetworkState, Released, averages, digests, find, listed, read_released
 from recipes.targets import RECORD, is_run
 from recipes.training import at_work, provenance
 from recipes.weights import joined
@@ -81,12 +84,13 @@ def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
         raise UserError(f"{run.path} holds a run that was trained here; name another folder with out=DIR")
     if before is not None and before["sha256"] != record["sha256"]:
         raise UserError(f"{run.path} holds other weights, from {before['source']}; name another folder with out=DIR")
-    run.open(config if before is None or changes else run.load_config(type(config)))
+    kept = config if before is None or changes else run.load_config(type(config))
+    run.open(kept)
     if before is None:
         run.write_summary(record, RECORD)
     if load_latest(run.checkpoints)[0] is None:
         save_checkpoint(run.checkpoints, first_checkpoint(released), keep=1)
-    return describe(released, folder, run)
+    return describe(released, folder, run, kept)
 
 
 def run_config(released: Released, changes: Mapping[str, Any]) -> PretrainConfig | FinetuneConfig:
@@ -109,6 +113,7 @@ def run_config(released: Released, changes: Mapping[str, Any]) -> PretrainConfig
     }
     if "crop_pct" in released.preprocessor:
         found["data.crop_ratio"] = released.preprocessor["crop_pct"]
+        found["data.squash"] = released.preprocessor.get("crop_mode") == "squash"
     if released.averaged is None:
         found["train.ema"] = None
     if released.head:
@@ -128,22 +133,19 @@ def first_checkpoint(released: Released) -> Checkpoint:
     return Checkpoint(0, tensors, state)
 
 
-def describe(released: Released, folder: Path, run: Run) -> str:
-    """What the run is, and what was left behind, in a few lines."""
-    facts, config = released.facts, released.config
+def describe(released: Released, folder: Path, run: Run, config: PretrainConfig | FinetuneConfig) -> str:
+    """What the run is, which weights are read, and how held-out images are, in a few lines."""
+    facts, network = released.facts, released.config
     shown = facts.image_size if isinstance(facts.image_size, int) else " x ".join(map(str, facts.size))
     count = sum(value.numel() for value in (*released.model.values(), *released.head.values()))
     kind = f"fine-tuned for {len(released.labels)} classes" if released.head else "pre-trained"
     lines = [
-        f"{run.path}: {kind}, {'causal' if facts.is_causal else 'bidirectional'}, {config.depth} layers of width "
-        f"{config.dim}, {count / 1e6:.1f} million parameters, patch {facts.patch_size}, image {shown}, "
+        f"{run.path}: {kind}, {'causal' if facts.is_causal else 'bidirectional'}, {network.depth} layers of width "
+        f"{network.dim}, {count / 1e6:.1f} million parameters, patch {facts.patch_size}, image {shown}, "
         f"{'with' if released.averaged else 'without'} averaged weights"
     ]
-    averages = [path.name for path in pickles(folder) if "ema" in path.stem]
-    if averages and released.averaged is None:
-        lines.append(
-            f"Left behind: {listed(averages)}, averaged weights in a pickle, which can run code when read. Where you "
-            f"trust it, convert it to {AVERAGED} with torch.load(FILE, weights_only=True) and "
-            "safetensors.torch.save_file, and import into another folder."
-        )
+    if (side := averages(folder)) is not None:
+        lines.append(f"The averaged weights are those of {side.name}; evaluate, probe, finetune and init= read these.")
+    if released.head and (seen := config.data.held_out_as()) is not None:
+        lines.append(f"Held-out {seen}.")
     return "\n".join(lines)

@@ -504,8 +504,9 @@ def _body(readings: Sequence[Reading], noun: str, silent: str) -> str:
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in layer_table(readings)
     )
     heads = "".join(f"<th>{name}</th>" for name in HEADER)
+    line, noun = html.escape(silent or next_token_line(readings, noun)), html.escape(noun)
     return (
-        f"<p>{html.escape(silent or next_token_line(readings, noun))}</p><table><tr>{heads}</tr>{cells}</table>"
+        f"<p>{line}</p><table><tr>{heads}</tr>{cells}</table>"
         f"<p>Means over heads and the samples shown. Distance: from a {noun} to those it attends to, in units of the "
         f"{noun} grid, BOS left out. Entropy in nats. The last line is equal attention wherever it may look.</p>"
     )

@@ -7,10 +7,11 @@ back, so that they can be kept as JSON.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,8 +26,10 @@ from nepa_core.runtime.fit import fit
 from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
 from recipes import finetune, probe
+from recipes.credits import pack_credits
 from recipes.features import Reader, Source, kept_features, tokens_per_sample
-from recipes.goals import Classification, Goal, find_goal
+from recipes.goals import Classification, Goal, Regression, find_goal
+from recipes.held_out import clusters_of, draw_seed, is_chained, pack_clusters
 from recipes.maps import attention_figures, neighbour_share, token_positions, uniform_attention
 from recipes.pretrain import PretrainConfig
 
@@ -34,6 +37,35 @@ PROBE = probe.Options(poolings=("mean", "last"), classifiers=("linear",))
 """The same rows for every variant: BOS can be read in some of them only."""
 
 BASELINES = ("copy", "mean", "position_mean", "linear")
+
+
+class Figure(NamedTuple):
+    """A held-out figure and what every test sample adds to it.
+
+    Attributes:
+        value: the figure. credits: its credits, packed by `recipes.credits`, whose mean it is; None where one is not
+            finite. clusters: of samples that depend on each other, packed by `recipes.held_out`; None: each is its own.
+    """
+
+    value: float
+    credits: str | None = None
+    clusters: str | None = None
+
+
+def as_row(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """Values by name and, also by name, under "credits" and "clusters" what is known of single samples."""
+    return {
+        **{name: each.value for name, each in figures.items()},
+        "credits": {name: each.credits for name, each in figures.items() if each.credits is not None},
+        "clusters": {name: each.clusters for name, each in figures.items() if each.clusters is not None},
+    }
+
+
+def joined(*rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Measured values as one dictionary; their credits and clusters too."""
+    whole = {key: value for row in rows for key, value in row.items()}
+    per_sample = {key: {k: v for row in rows for k, v in row.get(key, {}).items()} for key in ("credits", "clusters")}
+    return whole | per_sample
 
 
 def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
@@ -46,18 +78,20 @@ def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
     """
     found = probe.probe(config, model, PROBE)
     own, random = (by_layer(rows) for rows in (found["layers"], found["random_init"]["layers"]))
-    return beside_random(own, random, found["raw_tokens"][own["metric"]])
+    row = beside_random(own, random, found["raw_tokens"][own["metric"]])
+    credits, clusters = found["credits"], found["credits"]["clusters"]
+    kept = {"probe": "best", "probe_random": "random_init"}
+    return joined(row, as_row({key: Figure(row[key], credits[name], clusters) for key, name in kept.items()}))
 
 
 def beside_random(own: dict[str, Any], random: dict[str, Any], raw: float) -> dict[str, Any]:
     """What `read_out` returns, of the two networks and the raw tokens."""
-    return {
-        **own,
-        "probe_random": random["probe"],
-        "probe_random_row": random["probe_row"],
-        "raw_tokens": raw,
-        "layers": own["layers"] | {f"{key}_random": random["layers"][key] for key in ("probe", "rank")},
-    }
+    twin = {f"{key}_random": random[key] for key in ("probe", "probe_row")}
+    for key in ("credits", "clusters"):
+        if "probe" in random.get(key, {}):
+            twin[key] = {"probe_random": random[key]["probe"]}
+    layers = own["layers"] | {f"{key}_random": random["layers"][key] for key in ("probe", "rank")}
+    return joined(own, twin, {"raw_tokens": raw, "layers": layers})
 
 
 def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -65,11 +99,11 @@ def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     best = probe.best_row(rows)
     metric = probe.metric_of(best)
     means = [row for row in rows if row["name"].endswith((", mean", ", token"))]
-    return {
+    read = {"probe": best, "probe_final": means[-1]}
+    figures = {key: Figure(row[metric], row.get("credits"), row.get("clusters")) for key, row in read.items()}
+    return as_row(figures) | {
         "metric": metric,
-        "probe": best[metric],
         "probe_row": best["name"],
-        "probe_final": means[-1][metric],
         "layers": {
             "name": [row["name"].partition(",")[0] for row in means],
             "probe": [row[metric] for row in means],
@@ -98,7 +132,7 @@ def rank_over_training(run: Run) -> list[list[float]]:
 
 
 def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: World) -> list[list[dict[str, Any]]]:
-    """The rows of every reader, scored as `PROBE` says; see `probe.score_rows`."""
+    """The rows of every reader, scored as `PROBE` says; see `probe.score_rows`. Each has its `clusters`, packed."""
     per_sample = tokens_per_sample(config.data.plain())
     with tempfile.TemporaryDirectory() as store:
         train, test = (
@@ -106,17 +140,25 @@ def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: Worl
             for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
         )
         splits = [probe.Split.of(*pair, ranks.device) for pair in zip(train.features, test.features, strict=True)]
-        return [probe.score_rows(split, PROBE.classifiers) for split in splits]
+        scored = [probe.score_rows(split, PROBE.classifiers) for split in splits]
+        numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
+    held_out = config.data.plain().dataset("test")
+    clusters = pack_clusters(clusters_of(held_out, numbers), chained=is_chained(held_out))
+    return [[row | {"clusters": clusters} for row in rows] for rows in scored]
 
 
 # ------------------------------------------------------------------------------------------- fine-tuning
 
 
 class Some(Dataset[Batch]):
-    """Chosen samples of a data set."""
+    """Chosen samples of a data set.
 
-    def __init__(self, whole: Dataset[Batch], indices: list[int]) -> None:
-        self.whole, self.indices = whole, indices
+    Args:
+        kinds: the class of each, where it is known.
+    """
+
+    def __init__(self, whole: Dataset[Batch], indices: list[int], kinds: list[int] | None = None) -> None:
+        self.whole, self.indices, self.kinds = whole, indices, kinds or []
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -126,10 +168,14 @@ class Some(Dataset[Batch]):
 
 
 def few_labels(whole: Dataset[Batch], goal: Goal, labels: int, seed: int) -> Some:
-    """`labels` samples of every class, drawn by `seed`; where targets are not one class a sample, so many in all."""
+    """`labels` samples of every class, drawn by `seed`; where targets are not one class a sample, so many in all.
+
+    Their classes come as `kinds`: 0 where targets are not one class a sample.
+    """
     per_class = isinstance(goal, Classification) and not goal.per_token
     classes = goal.outputs if per_class else 1
     chosen: list[int] = []
+    kinds: list[int] = []
     counts = [0] * classes
     for index in epoch_order(len(cast(Any, whole)), fold_seed(seed, "labels"), 0).tolist():
         try:
@@ -139,14 +185,25 @@ def few_labels(whole: Dataset[Batch], goal: Goal, labels: int, seed: int) -> Som
         if kind >= 0 and counts[kind] < labels:
             counts[kind] += 1
             chosen.append(index)
+            kinds.append(kind)
         if min(counts) == labels:
             break
-    return Some(whole, chosen)
+    return Some(whole, chosen, kinds)
+
+
+def scaled_by(goal: Goal, samples: Dataset[Batch]) -> Goal:
+    """The goal; of a regression with the scale of these labels alone, so that no others are used."""
+    if not isinstance(goal, Regression):
+        return goal
+    batches = plain_batches(samples, batch=256, device=torch.device("cpu"))
+    labels = torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])
+    mean, std = labels.mean(0), labels.std(0, correction=0)
+    return Regression(mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float())
 
 
 def fine_tuned(
     config: PretrainConfig, init: Path | None, device: torch.device, *, labels: int | None, steps: int
-) -> float:
+) -> Figure:
     """Held-out accuracy (r2 of numbers) of all weights after a short training on labels.
 
     The setting of `finetune.short` without layer decay and averages, the same for pre-trained and random weights.
@@ -160,9 +217,9 @@ def fine_tuned(
     samples = config.data.dataset("train")
     if labels is not None:
         samples = few_labels(samples, goal, labels, config.train.seed)
+        goal = scaled_by(goal, samples)
     tuning = short_tuning(config, init, samples, whole=labels is None, steps=steps)
-    model = trained(tuning, goal, samples, device)
-    return finetune.measure(tuning, model, World(0, 1, device))[goal.headline]
+    return tested(tuning, trained(tuning, goal, samples, device), device)
 
 
 def short_tuning(
@@ -207,10 +264,24 @@ def trained(
     return model
 
 
+def tested(tuning: finetune.FinetuneConfig, model: finetune.Classifier, device: torch.device) -> Figure:
+    """The goal's headline over all held-out samples, with what each adds."""
+    parts: list[Tensor] = []
+    goal = model.goal
+    value = finetune.measure(tuning, model, World(0, 1, device), parts=parts)[goal.headline]
+    every = torch.cat(parts)
+    shares, weights = goal.credits(every[:, 1:])
+    credits = shares.repeat_interleave(weights)
+    held_out = tuning.data.plain().dataset("test")
+    clusters = clusters_of(held_out, every[:, 0]).repeat_interleave(weights)
+    packed = pack_credits(credits) if bool(credits.isfinite().all()) else None
+    return Figure(value, packed, pack_clusters(clusters, chained=is_chained(held_out)))
+
+
 def fine_tunings(
-    run: Run, labels: Sequence[int | None], tuned: Callable[[Path | None, int | None], float]
-) -> dict[str, float]:
-    """`finetuned_50` and `finetuned_50_random` for every number of labels a class; "all" for None.
+    run: Run, labels: Sequence[int | None], tuned: Callable[[Path | None, int | None], Figure]
+) -> dict[str, Any]:
+    """`finetuned_50` and `finetuned_50_random` for every number of labels a class, as `as_row`; "all" for None.
 
     Args:
         tuned: (the run to start from, or None for random weights; labels) -> the figure.
@@ -220,7 +291,7 @@ def fine_tunings(
         name = f"finetuned_{'all' if count is None else count}"
         for key, init in ((name, run.path), (f"{name}_random", None)):
             found[key] = tuned(init, count)
-    return found
+    return as_row(found)
 
 
 # --------------------------------------------------------------------------------------------- attention
@@ -232,7 +303,7 @@ ATTENTION = ("distance", "entropy", "on_bos", "on_neighbours")
 def attention_by_layer(
     config: PretrainConfig, model: NEPA, device: torch.device, samples: int
 ) -> dict[str, list[list[float]]]:
-    """Means over held-out samples for every layer and head; distances in units of the grid, see `token_positions`.
+    """Means over drawn held-out samples for every layer and head; distances in units of `token_positions`.
 
     Returns:
         distance, entropy, on_bos, on_neighbours (the share on the 8 tokens around): layers x heads; and as `uniform`
@@ -243,7 +314,9 @@ def attention_by_layer(
     network.load_state_dict(model.state_dict())
     data, bos, causal = config.data.plain(), int(config.model.bos), config.objective.causal
     total, count = torch.zeros(4, config.model.depth + 1, config.model.heads, device=device), 0
-    batches = plain_batches(data.dataset("test"), batch=min(samples, 64), device=device, limit=samples)
+    held_out = data.dataset("test")
+    seed = draw_seed(held_out, samples)
+    batches = plain_batches(held_out, batch=min(samples, 64), device=device, limit=samples, seed=seed)
     for batch in batches:
         tokens, trace = data.read(batch), Trace()
         network(tokens, causal=causal, trace=trace)

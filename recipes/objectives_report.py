@@ -19,12 +19,15 @@ from recipes.compare_report import (
     difference_table,
     drawn,
     html_table,
+    interval_words,
+    margin_cell,
+    margin_note,
     spread_table,
     text_table,
 )
 from recipes.objective_names import OWN
 from recipes.report import Figure, compose, line_plot, png_of
-from recipes.significance import Difference, spread
+from recipes.significance import Difference, interval_of, spread
 
 NOT_COMPARABLE = (
     "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that "
@@ -39,6 +42,10 @@ PREDICTION = (
     Column("effective_rank_embedding_start", "before training", ".1f"),
 )
 RANDOM = "random weights"
+FORMERLY = (
+    "on up to 1,000 further labelled samples, as all was before it was chosen within the labels that are counted "
+    "(delete random/ in this folder to have it measured anew),"
+)
 _GREY = "#666666"
 
 
@@ -75,8 +82,8 @@ def accuracy_table(summary: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _cell(found: Mapping[str, Any]) -> str:
-    half = "" if found["ci95"] is None else f" ± {found['ci95']:.3f}"
-    return f"{found['mean']:.3f}{half}"
+    half = interval_of(found)
+    return f"{found['mean']:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def _words(verdicts: Sequence[str]) -> str:
@@ -90,9 +97,11 @@ def _words(verdicts: Sequence[str]) -> str:
 def foot(summary: Mapping[str, Any]) -> list[str]:
     """What the numbers are."""
     count, choices = len(summary["seeds"]), summary["choices"]
+    further = choices.get("extensions")  # None: measured before there were any
+    now = further is not None
     rates, steps = (" or ".join(f"{each:g}" for each in choices[key]) for key in ("learning_rates", "finetune_steps"))
     attention = " or ".join("causal" if causal else "both ways" for causal in choices["finetune_causal"])
-    interval = f"Mean and 95 % interval over {count} seeds" if count > 1 else "One seed"
+    interval = interval_words(count, shown_spreads(summary))
     skill = summary["metric"] == "skill"
     read = (
         f"skill of a forecast {choices['horizon']} steps ahead, 1 - MSE / MSE of repeating the last value. The probe "
@@ -102,13 +111,46 @@ def foot(summary: Mapping[str, Any]) -> list[str]:
         else f"held-out {summary['metric']}. The probe's layer is chosen on held-back training samples."
     )
     unit = "" if summary["metric"] == "accuracy" else " A point is 0.01."
-    held = "the validation rows" if skill else "held-back training samples"
+    held = "on the validation rows" if skill else "within the labels that are counted" if now else FORMERLY
     return [
         *own_objective(summary),
         f"{interval}, {read}{unit}",
-        f"Fine-tuning: learning rate {rates}, then {steps} steps, then attention {attention}, chosen on {held} for "
-        "every start, seed and number of labels alike; random weights too.",
+        f"Fine-tuning: learning rate {rates}, then {steps} steps, then attention {attention}, chosen {held} for "
+        "every start, seed and number of labels alike; random weights too."
+        + (
+            f" Rates and steps beyond these are tried while the best lies at an end, {further} times at most."
+            if now
+            else ""
+        ),
+        *label_counts(summary),
+        *([ends(summary)] if now else []),
     ]
+
+
+def shown_spreads(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of every cell of the table of accuracies."""
+    every = [*(summary["objectives"][name] for name in summary["ranking"]), summary["random"]]
+    return [found[key] for found in every for key in summary["measures"]]
+
+
+def label_counts(summary: Mapping[str, Any]) -> list[str]:
+    """A line on how many labels the fine-tunings used, choosing included."""
+    counts = summary["label_counts"]
+    if not counts or summary["metric"] == "skill":
+        return []
+    told = "; ".join(f"{_labels(key)}: {count:,}" for key, count in counts.items())
+    return [f"Labelled samples used in all, for choosing and for training: {told}."]
+
+
+def ends(summary: Mapping[str, Any]) -> str:
+    """A line on where the best settings lie."""
+    every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
+    settings = [each for found in every.values() for chosen in found["settings"].values() for each in chosen]
+    words = {"lr": "learning rate", "steps": "number of steps"}
+    counts = {word: sum(key in each.get("at_end", ()) for each in settings) for key, word in words.items()}
+    told = [f"the best {word} at an end of what was tried in {count}" for word, count in counts.items() if count]
+    inside = "every best rate and number of steps lies inside what was tried, or was given as the only one"
+    return f"Of {len(settings)} fine-tunings: {'; '.join(told) or inside}."
 
 
 def own_objective(summary: Mapping[str, Any]) -> list[str]:
@@ -142,11 +184,11 @@ def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], 
         layer_figure(ranked, random, summary),
         f'<h2 id="prediction">Prediction</h2><p>{NOT_COMPARABLE}</p>',
         html_table(prediction_table(ranked, summary)),
+        f"<p>{margin_note(summary['margins'])}</p>",
         rank_figure(ranked),
         f'<h2 id="tests">Paired tests</h2>{tests(summary)}',
         f'<h2 id="settings">Settings chosen</h2>{html_table(setting_table(summary))}'
-        "<p>Learning rate x steps, one a seed. *: the least or the greatest rate that was tried; a longer list may "
-        "serve better.</p>",
+        "<p>Learning rate x steps, one a seed. *: at an end of all that was tried; a longer list may serve better.</p>",
         f'<h2 id="commands">Commands</h2><pre class="long">{html.escape(commands(summary))}</pre>',
     ]
     with disk_errors(folder):
@@ -157,7 +199,8 @@ def accuracy_figure(summary: Mapping[str, Any]) -> Figure:
     """Every measure of every objective beside random weights."""
     return Figure(
         "accuracy.png",
-        f"Held-out {summary['metric']}: {drawn(len(summary['seeds']))}. Grey: random weights, fine-tuned with the same "
+        f"Held-out {summary['metric']}: "
+        f"{drawn(len(summary['seeds']), shown_spreads(summary))}. Grey: random weights, fine-tuned with the same "
         "care. Dashed: raw tokens. Losses of different objectives are not comparable, so objectives are ranked by "
         "accuracy.",
         accuracy_plot(summary),
@@ -172,8 +215,8 @@ def accuracy_plot(summary: Mapping[str, Any]) -> bytes:
         zip(canvas.subplots(1, len(measures), squeeze=False)[0], measures, strict=True)
     ):
         control = summary["random"][key]
-        if control["ci95"] is not None:
-            low, high = control["mean"] - control["ci95"], control["mean"] + control["ci95"]
+        if (half := interval_of(control)) is not None:
+            low, high = control["mean"] - half, control["mean"] + half
             axes.axvspan(low, high, color=_GREY, alpha=0.2, linewidth=0)
         axes.axvline(control["mean"], color=_GREY, linewidth=1.4)
         if key.startswith("probe"):
@@ -184,7 +227,7 @@ def accuracy_plot(summary: Mapping[str, Any]) -> bytes:
             axes.errorbar(
                 found["mean"],
                 line,
-                xerr=found["ci95"],
+                xerr=interval_of(found),
                 fmt="o",
                 color="#08519c",
                 markersize=5,
@@ -236,10 +279,11 @@ def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, ticks: Seq
     canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
     for number, (name, found) in enumerate(curves.items()):
-        beside = 0.0 if found[0]["ci95"] is None else (number - (len(curves) - 1) / 2) * 0.05
+        halves = [interval_of(each) for each in found]
+        beside = 0.0 if halves[0] is None else (number - (len(curves) - 1) / 2) * 0.05
         axes.errorbar(
             [place + beside for place in range(len(found))], [each["mean"] for each in found],
-            yerr=None if found[0]["ci95"] is None else [each["ci95"] for each in found],
+            yerr=None if halves[0] is None else halves,
             marker="s" if name == RANDOM else "o", markersize=4, capsize=2, linewidth=1.6, elinewidth=1,
             linestyle="--" if name == RANDOM else "-", color=_GREY if name == RANDOM else f"C{number}", label=name,
         )  # fmt: skip
@@ -268,19 +312,21 @@ def rank_figure(ranked: Rows) -> Figure:
 def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]]:
     """The words of the verdict and its figures."""
     (corner, *head), *lines = spread_table(ranked, PREDICTION)
-    rows = [[name, _words(summary["objectives"][name]["verdicts"]), *cells] for name, *cells in lines]
-    return [[corner, "verdict", *head], *rows]
+    rows = [
+        [name, _words(summary["objectives"][name]["verdicts"]), *cells, margin_cell(summary["margins"][name])]
+        for name, *cells in lines
+    ]
+    return [[corner, "verdict", *head, "over linear"], *rows]
 
 
 def setting_table(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The chosen settings of every start; a learning rate at an end of the list is marked."""
+    """The chosen settings of every start; a rate or number of steps at an end of what was tried is marked."""
     tuned = [key for key in summary["measures"] if key.startswith("finetuned_")]
-    rates = summary["choices"]["learning_rates"]
     every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
 
     def cell(setting: Mapping[str, Any]) -> str:
-        at_end = "*" if setting["lr"] in (min(rates), max(rates)) else ""
-        told = f"{setting['lr']:g}{at_end} x {setting['steps']}{' causal' if setting['causal'] else ''}"
+        rate, steps = (f"{setting[key]:g}{'*' if key in setting.get('at_end', ()) else ''}" for key in ("lr", "steps"))
+        told = f"{rate} x {steps}{' causal' if setting['causal'] else ''}"
         return told.replace(" ", "\N{NO-BREAK SPACE}")
 
     rows = [[name, *("; ".join(map(cell, found["settings"][key])) for key in tuned)] for name, found in every.items()]

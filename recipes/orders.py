@@ -7,13 +7,16 @@
 For each: a linear probe of the best layer, chosen on held-back training samples and never on the test samples, and a
 short fine-tuning on labels= a class, both also for the same network with random weights under the same order; the lift
 of the prediction over its baselines; attention; and what the order itself is like. Losses of different orders are not
-comparable, for each asks other questions: orders are ranked by accuracy, with 95 % intervals over seeds and paired
-tests. A series without targets is forecast instead, 96 steps ahead (see `recipes.downstream`).
+comparable, for each asks other questions: orders are ranked by accuracy, with 95 % intervals over seeds and test
+samples together, and paired tests. A series without targets is forecast instead, 96 steps ahead (see
+`recipes.downstream`).
 
 predict_position= gives every order, raster included, the same knowledge of where the next token lies; random_per_sample
-needs it. What is finished is kept: the same command goes on where it was stopped, more orders or seeds add to it, and
-several commands may share a folder, each on its own GPU. An order in a file is known by what the file holds, so a
-changed file is another order; a function is known by its name alone: after changing it, name another out=.
+needs it. What is finished is kept: the same command goes on where it was stopped, and several commands may share a
+folder, each on its own GPU. More orders or seeds add to it as a further look, which the tests are corrected for: what
+is compared is declared in protocol.json before the first run (see `recipes.protocol`). An order in a file is known by
+what the file holds, so a changed file is another order; a function is known by its name alone: after changing it, name
+another out=.
 """
 
 from __future__ import annotations
@@ -43,25 +46,18 @@ from recipes.compare import (
     read_recipe,
     reporting,
     run_folder,
+    run_summaries,
     share,
 )
-from recipes.compare_report import Rows, groups, spreads
+from recipes.compare_report import Rows, credits_of, gain_spreads, groups, margin, spreads
 from recipes.downstream import check, compared, is_forecast, read_as
+from recipes.held_out import draw_seed
 from recipes.maps import token_positions
 from recipes.measures import attention_by_layer, predicted
 from recipes.orders_report import render, write_report
 from recipes.pretrain import PretrainConfig, try_order
-from recipes.significance import (
-    COVERS,
-    LEAST_SEEDS,
-    Difference,
-    differences,
-    gains,
-    others,
-    spread,
-    unseen,
-    verdict,
-)
+from recipes.protocol import Look, alone
+from recipes.significance import LEAST_SEEDS, Credits, Difference, covers, differences, gains, others, unseen, verdict
 from recipes.targets import default_out, listed_or_all, once
 from recipes.training import provenance
 
@@ -139,11 +135,12 @@ def orders(config: PretrainConfig, options: Options, out: Path) -> dict[str, Any
     options = options.model_copy(update={"orders": tuple(variant.name for variant in variants), "labels": labels})
     workers = options.workers or default_workers()
     measured = Measure("orders", measure, MeasureOptions(labels=options.labels, finetune_steps=options.finetune_steps))
-    rows = compare(variants, options.seeds, measured, out, workers=workers)
-    summary = summarise(rows, options) | {"recipe": config.recipe}
+    rows, look = compare(variants, options.seeds, measured, out, workers=workers)
+    summary = summarise(rows, options, look) | {"recipe": config.recipe}
     if options.cross and len(variants) > 1:
-        summary["cross"] = read_across(variants, options.seeds[0], out, workers=workers)
-    folders = {v.name: [str(run_folder(v, seed, out)) for seed in options.seeds] for v in variants}
+        summary["cross"] = read_across(variants, look.seeds[0], out, workers=workers)
+    folders = {v.name: [str(run_folder(v, seed, out)) for seed in look.seeds] for v in variants}
+    summary["margins"] = {name: margin(each) for name, each in run_summaries(variants, look.seeds, out).items()}
     summary |= {"runs": folders, "made_with": provenance()}
     with reporting(out):
         write_report(out / "report", rows, summary)
@@ -204,9 +201,10 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
 
 
 def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
-    """`order_measures` of the order that held-out samples are read in, padding left out: a mean over samples."""
-    data = config.data.plain()
-    batches = plain_batches(data.dataset("test"), batch=_ORDER_SAMPLES, device=device, limit=_ORDER_SAMPLES)
+    """`order_measures` of the order that drawn held-out samples are read in, padding left out: a mean over samples."""
+    data, most = config.data.plain(), _ORDER_SAMPLES
+    held_out = data.dataset("test")
+    batches = plain_batches(held_out, batch=most, device=device, limit=most, seed=draw_seed(held_out, most))
     tokens = data.read(next(iter(batches)))
     positions = token_positions(tokens, data.describe(tokens).grid)
     mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
@@ -240,51 +238,60 @@ def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) 
 # ----------------------------------------------------------------------------------------------- summary
 
 
-def summarise(rows: Rows, options: Options) -> dict[str, Any]:
+def summarise(rows: Rows, options: Options, look: Look | None = None) -> dict[str, Any]:
     """summary.json.
 
+    Args:
+        look: that the rows are of; default: the first at a folder of its own.
+
     Returns:
-        `orders`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std` and `ci95`; the same
-        four of every other measure under its name, and `probe_gain` over random weights; `order`, what the order is
-        like; attention of the first seed. `ranking`: names by mean accuracy. `verdict`: the plain sentences.
-        `differences`, `against_random`: the paired tests behind the first and the third. `raw_tokens`: the probe of the
-        raw tokens.
+        `orders`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std`, `ci95` and (where test
+        samples are known one by one) `both`, see `spread`; the same of every other measure under its name, and
+        `probe_gain` over random weights; `order`, what the order is like; attention of the first seed. `ranking`: names
+        by mean accuracy. `verdict`: the plain sentences. `differences`, `against_random`: the paired tests behind the
+        first and the third. `raw_tokens`: the probe of the raw tokens. `look`: of `recipes.protocol`. `margins` adds
+        that of identification over the linear baseline, see `compare_report.margin`.
     """
+    look = look or alone(len(rows), options.seeds)
     keys = [key for key, value in next(iter(rows.values()))[0].items() if isinstance(value, float | int)]
     found = {key: spreads(rows, key) for key in keys}
-    accuracy, random = groups(rows, "probe"), groups(rows, "probe_random")
-    gain = {name: [a - b for a, b in zip(accuracy[name], random[name], strict=True)] for name in rows}
-    apart = differences(accuracy)
-    paired = gains(accuracy, random, called=RANDOM)
+    gain = gain_spreads(rows, rows, "probe", "probe_random")
+    apart = differences(groups(rows, "probe"), correction=look.pairs(), credits=credits_of(rows, "probe"))
+    paired = _gains(rows, "probe", look)
     first = next(iter(rows.values()))[0]
-    words: dict[str, Any] = {"noun": "orders", "seeds": len(options.seeds)}
+    words: dict[str, Any] = {"noun": "orders", "seeds": len(look.seeds)}
+    more = _more(rows, "probe", look)
     sentences = [
         verdict(apart, of=f"probe {first['metric']}", **words),
-        verdict(differences(gain), of="what pre-training adds to the probe of random weights", brief=True, **words),
+        verdict(more, of="what pre-training adds to the probe of random weights", brief=True, **words),
         pretraining(paired, list(rows)),
     ]
+    tests = [*apart, *more, *paired]
     for labels in options.labels:
         name = f"finetuned_{'all' if labels is None else labels}"
         of = "fine-tuning on all labels" if labels is None else f"fine-tuning on {labels} labels a class"
-        tuned, scratch = groups(rows, name), groups(rows, f"{name}_random")
-        sentences.append(verdict(differences(tuned), of=of, brief=True, **words))
-        sentences.append(pretraining(gains(tuned, scratch, called=RANDOM), list(rows), of=of))
-    sentences += [COVERS] if len(options.seeds) >= LEAST_SEEDS else []
+        tuned = differences(groups(rows, name), correction=look.pairs(), credits=credits_of(rows, name))
+        scratch = _gains(rows, name, look)
+        sentences.append(verdict(tuned, of=of, brief=True, **words))
+        sentences.append(pretraining(scratch, list(rows), of=of))
+        tests += [*tuned, *scratch]
+    sentences += [covers(tests, look.told())] if len(look.seeds) >= LEAST_SEEDS else []
     return {
         "task": "orders",
-        "seeds": list(options.seeds),
+        "seeds": list(look.seeds),
+        "look": look._asdict(),
         "metric": first["metric"],
         "labels": ["all" if labels is None else labels for labels in options.labels],
         "finetune_steps": options.finetune_steps,
-        "verdict": list(dict.fromkeys(sentences)),  # of too few seeds every test says the same
+        "verdict": [*dict.fromkeys(sentences), *look.notes],  # of too few seeds every test says the same
         "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
         "raw_tokens": first["raw_tokens"],
         "orders": {
             name: {
                 "accuracies": found["probe"][name]["values"],
-                **{key: found["probe"][name][key] for key in ("mean", "std", "ci95")},
+                **{key: value for key, value in found["probe"][name].items() if key != "values"},
                 **{key: found[key][name] for key in keys},
-                "probe_gain": spread(gain[name]),
+                "probe_gain": gain[name],
                 **{key: each[0][key] for key in ("order", "attention", "layers", "loss_per_position")},
                 "probe_rows": [row["probe_row"] for row in each],
             }
@@ -293,6 +300,26 @@ def summarise(rows: Rows, options: Options) -> dict[str, Any]:
         "differences": [each._asdict() for each in apart],
         "against_random": [each._asdict() for each in paired],
     }
+
+
+def _gains(rows: Rows, key: str, look: Look) -> list[Difference]:
+    """Every order against random weights under the same order."""
+    own, control = credits_of(rows, key), credits_of(rows, f"{key}_random")
+    known = None if own is None or control is None else (own, control)
+    values, scratch = groups(rows, key), groups(rows, f"{key}_random")
+    return gains(values, scratch, called=RANDOM, correction=look.controls(), credits=known)
+
+
+def _more(rows: Rows, key: str, look: Look) -> list[Difference]:
+    """What one order gains over random weights against what another does."""
+    own, control = credits_of(rows, key), credits_of(rows, f"{key}_random")
+    values, scratch = groups(rows, key), groups(rows, f"{key}_random")
+    gain = {name: [a - b for a, b in zip(values[name], scratch[name], strict=True)] for name in rows}
+    known = None
+    if own is not None and control is not None:
+        apart = {name: own.of[name] - control.of[name] for name in rows}
+        known = Credits(apart, own.clusters, own.chained)
+    return differences(gain, correction=look.pairs(), credits=known)
 
 
 def pretraining(paired: list[Difference], names: list[str], of: str = "the probe") -> str:

@@ -21,18 +21,21 @@ from recipes.compare_report import (
     Rows,
     difference_table,
     drawn,
-    groups,
     html_table,
     interval_plot,
+    interval_words,
+    margin_cell,
+    margin_note,
     matrix_plot,
     panels_plot,
     spread_table,
+    spreads,
     strip_plot,
     text_table,
 )
 from recipes.pretrain import load_pretrained
 from recipes.report import Figure, Panel, compose, line_plot, panel_plot
-from recipes.significance import Difference
+from recipes.significance import Difference, interval_of
 from recipes.weights import read_weights
 
 NOT_COMPARABLE = (
@@ -84,14 +87,14 @@ def render(summary: Mapping[str, Any]) -> str:
 
 
 def _cell(found: Mapping[str, Any]) -> str:
-    half = "" if found["ci95"] is None else f" ± {found['ci95']:.3f}"
-    return f"{found['mean']:.3f}{half}"
+    half = interval_of(found)
+    return f"{found['mean']:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def foot(summary: Mapping[str, Any]) -> str:
     """What the numbers are."""
-    count = len(summary["seeds"])
-    interval = f"Mean and 95 % interval over {count} seeds" if count > 1 else "One seed"
+    shown = [summary["orders"][name][column.key] for name in summary["ranking"] for column in accuracy_columns(summary)]
+    interval = interval_words(len(summary["seeds"]), shown)
     forecast = summary["metric"] == "skill"
     held, attention = (
         ("the validation rows", "as in pre-training") if forecast else ("held-back training samples", "both ways")
@@ -127,7 +130,8 @@ def write_report(folder: Path, rows: Rows, summary: Mapping[str, Any]) -> None:
         f"<p>{LEGEND}</p>",
         *seen_figures(ranked),
         f'<h2 id="prediction">Prediction</h2><p>{NOT_COMPARABLE}</p>',
-        html_table(spread_table(ranked, PREDICTION)),
+        html_table(prediction_table(ranked, summary)),
+        f"<p>{margin_note(summary['margins'])}</p>",
         position_figure(ranked),
         '<h2 id="attention">Attention</h2>',
         html_table(attention_table(ranked)),
@@ -143,17 +147,25 @@ def write_report(folder: Path, rows: Rows, summary: Mapping[str, Any]) -> None:
         compose(folder, title=f"Which order? {summary['recipe']}", parts=parts, foot=made)
 
 
+def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]]:
+    """Losses, lifts and identification, with its margin over the linear baseline."""
+    head, *lines = spread_table(ranked, PREDICTION)
+    return [[*head, "over linear"], *([*line, margin_cell(summary["margins"][line[0]])] for line in lines)]
+
+
 def accuracy_figure(ranked: Rows, summary: Mapping[str, Any]) -> Figure:
     """The probe, ranked, with random weights and raw tokens."""
+    own, control = spreads(ranked, "probe"), spreads(ranked, "probe_random")
     return Figure(
         "accuracy.png",
-        f"Linear probe of the best layer, held-out {summary['metric']}: {drawn(len(summary['seeds']))}. Grey: random "
+        f"Linear probe of the best layer, held-out {summary['metric']}: "
+        f"{drawn(len(summary['seeds']), [*own.values(), *control.values()])}. Grey: random "
         "weights under the same order. Losses of different orders are not comparable, so orders are ranked by "
         "accuracy.",
         interval_plot(
-            groups(ranked, "probe"),
+            own,
             x=f"probe {summary['metric']}",
-            control=groups(ranked, "probe_random"),
+            control=control,
             reference={"raw tokens": summary["raw_tokens"]},
         ),
     )
@@ -166,9 +178,9 @@ def fine_tuning_figures(ranked: Rows, summary: Mapping[str, Any]) -> list[Figure
             f"finetuned_{labels}.png",
             f"Fine-tuned on {_told(labels)} for {summary['finetune_steps']} steps; grey: from random weights.",
             interval_plot(
-                groups(ranked, f"finetuned_{labels}"),
+                spreads(ranked, f"finetuned_{labels}"),
                 x=f"held-out {summary['metric']}",
-                control=groups(ranked, f"finetuned_{labels}_random"),
+                control=spreads(ranked, f"finetuned_{labels}_random"),
             ),
         )
         for labels in summary["labels"]

@@ -25,9 +25,9 @@ from torch.utils.data import Dataset
 from nepa_core.baselines import fit_baselines
 from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.diagnostics import health, learning
-from nepa_core.drawing import Drawn, apart, draw
+from nepa_core.drawing import RIVALS, Drawn, apart, draw
 from nepa_core.ema import Ema, applied
-from nepa_core.gathered import Gathered, gather, gather_parts
+from nepa_core.gathered import Gathered, gather, gather_targets
 from nepa_core.modality import Modality, Tokens
 from nepa_core.model import NEPA, Prediction, draw_coord_scale
 from nepa_core.objective import pair_count
@@ -39,7 +39,7 @@ from nepa_core.runtime.distributed import World, gather_samples, world
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, TrainConfig, samples_at_once
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Meter, Run
-from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge
+from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
 from recipes import card
 from recipes.credits import pack_credits
 from recipes.targets import default_out, find_recipe, read_target
@@ -61,7 +61,7 @@ class VerdictConfig(BaseModel):
 
     Attributes:
         fit_samples: training samples that the baselines are fitted on; None for the whole split.
-        test_samples: held-out samples that are judged.
+        test_samples: held-out samples that are judged; fewer where they would take more than `VERDICT_BYTES`.
         health_samples: held-out samples behind each line of rank, spread and loss while training.
         draw: seed of the draw of held-out samples, whatever the run's own seed is.
     """
@@ -270,6 +270,8 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     if (finished := opened(config, run, ranks)) is not None:
         return finished
     check_samples(config, ranks.size)
+    if len(cast(Sized, config.data.plain().dataset("test"))) < 2:
+        raise UserError("the held-out split has fewer than two samples, and each is told from others: hold out more")
     model = build_pretrainer(config).to(ranks.device)
     try_batch(config, model)
 
@@ -419,6 +421,9 @@ def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tu
 
     That is the mean over the batches, without gradient and without hidden inputs: terms that compare samples compare
     those of a batch, which is a micro-batch of at least 2 and at most 256 samples.
+
+    Raises:
+        UserError: what the model gives is not finite.
     """
     sums = [0.0, 0.0]
 
@@ -436,11 +441,11 @@ def verdict_of(
     config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False
 ) -> tuple[Judged, float, set[str]]:
     """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
-    samples = held_out(config, device, config.verdict.test_samples)
+    most = min(config.verdict.test_samples, room_for(config))
+    untrained = build_pretrainer(config).to(device)
+    before = start_of(gather_held_out(config, untrained, held_out(config, device, most))[0])
+    samples = held_out(config, device, most)
     trained, objective = gather_held_out(config, model, samples)
-    untrained, _ = gather_held_out(
-        config, build_pretrainer(config).to(device), held_out(config, device, config.verdict.test_samples)
-    )
     train = config.data.plain().dataset("train")
     every = len(cast(Sized, train))
     judged = judge(
@@ -451,11 +456,22 @@ def verdict_of(
             device=device,
         ),
         trained,
-        untrained,
+        before,
         training_samples=every,
         rivals_overlap=not apart(config.data.plain().dataset("test")),
     )
     return judged, objective, samples.unreadable
+
+
+VERDICT_BYTES = 2**29
+"""Most that the held-out samples of a verdict may take: raw tokens, embeddings and predictions, in float32."""
+
+
+def room_for(config: PretrainConfig) -> int:
+    """How many held-out samples fit into `VERDICT_BYTES`, by the first training sample; 64 at least."""
+    tokens = config.data.plain().read(_first_samples(config, 1, torch.device("cpu")))
+    count, size = tokens.values.shape[1:]
+    return max(RIVALS, VERDICT_BYTES // (4 * count * (size + 4 * config.model.dim)))
 
 
 def training_parts(
@@ -474,8 +490,7 @@ def training_parts(
         tokenize=config.data.plain().tokenize,
     )
     with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
-        parts = gather_parts(model, config.data.plain(), batches, causal=config.objective.causal)
-        for done, part in enumerate(parts, 1):
+        for done, part in enumerate(gather_targets(model, config.data.plain(), batches), 1):
             yield part
             meter.advance(done)
 
@@ -485,24 +500,34 @@ def packed(judged: Judged) -> dict[str, Any]:
     found = {name: pack_credits(credit) for name, credit in judged.credits.items()}
     clusters = None if judged.clusters is None else judged.clusters.unique(return_inverse=True)[1]
     alone = clusters is None or int(clusters.max()) + 1 == len(clusters)
-    return {**found, "clusters": None if alone or clusters is None else clusters.tolist()}
+    return {**found, "clusters": None if alone or clusters is None else clusters.tolist()} | {"chained": judged.chained}
 
 
 def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """At most two lines on what to try where nothing, or no more than a baseline says, was learned: the run's facts."""
     if not verdict.collapsed and verdict.beats_all:
         return []
+    if not verdict.collapsed and not verdict.has_intervals:
+        return ["Hold out more data: two samples that don't depend on each other are needed, and dozens are better."]
     found = []
     rank, start = verdict.effective_rank_embedding, verdict.effective_rank_embedding_start
     lr, scale = config.optim.peak(config.train.batch), config.model.layer_scale
     steps = int(metrics[-1]["step"]) if metrics else 0
     wanted = recipe_steps(config)
+    if start < ALIKE:
+        return [
+            f"The tokens were alike before training (effective rank {start:.2f}): look at the data by `nepa inspect`."
+        ]
     if rank < RANK_LOST * start:
         found.append(
             f"The embeddings lost rank ({start:.1f} to {rank:.1f}): lower optim.lr (its peak was {lr:.1e})"
-            + (f" or start with a larger model.layer_scale (it was {scale:g})." if scale < 1 else ".")
+            + (
+                f" or start with a larger model.layer_scale (it was {scale:g})."
+                if scale is not None and scale < 1
+                else "."
+            )
         )
-    if scale < SMALL_SCALE and steps < LONG_RUN:
+    if scale is not None and scale < SMALL_SCALE and steps < LONG_RUN:
         found.append(
             f"model.layer_scale={scale:g} starves the blocks in a run of {steps:,} steps: 1.0 suits runs below some "
             f"{LONG_RUN:,}."
@@ -523,6 +548,8 @@ def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[s
     return found[:2]
 
 
+ALIKE = 1.05
+"""Rank before training below which there is next to nothing in the tokens to predict."""
 RANK_LOST = 0.7
 """Share of the rank before training below which a loss of rank is the first thing to look at."""
 SMALL_SCALE, LONG_RUN, SMALL_RATE = 0.01, 10_000, 3e-5

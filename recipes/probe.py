@@ -15,6 +15,10 @@ An attentive row is a learned pooling trained together with its linear layer, an
 best row is the one the first classifier reads best on a fifth of the training samples held back, never on the test
 samples. Standardised features hide collapse, so the effective rank stands beside the accuracies.
 
+It ends with a verdict: the best row beside the best of random weights and of the raw tokens, each with the classifier
+that read held-back training samples best, and 95 % intervals of the differences, paired over the test samples. Where
+these are fewer than the split has, they are drawn from all of it, the same ones in every run.
+
 Where tokens have classes of their own ("target" [N]; of scenes the class that most pixels of a patch have), a row reads
 single tokens of a layer, without pooling, beside the share of the most frequent class; the samples that are counted are
 tokens, 16 of each image or sequence.
@@ -32,7 +36,7 @@ recipe and the weights of a run, of a folder in the released layout, or of a hub
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -53,7 +57,9 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
 from recipes import classifiers
 from recipes.classifiers import Classifier, TokenFeatures
+from recipes.credits import pack_credits, unpack_credits
 from recipes.features import (
+    BOOKS,
     Features,
     Row,
     Source,
@@ -63,12 +69,14 @@ from recipes.features import (
     tokens_per_sample,
 )
 from recipes.finetune import FinetuneConfig
+from recipes.held_out import clusters_of, is_chained, pack_clusters
 from recipes.presets import small
 from recipes.pretrain import PretrainConfig, build_model, load_pretrained
 from recipes.segment import SegmentConfig
 from recipes.targets import default_out, is_run, read_target, task_of
-from recipes.training import at_work, provenance, unreadable
+from recipes.training import at_work, provenance, say_leaks, unreadable
 from recipes.weights import load_backbone, read_weights
+from recipes.worth import MAJORITY, RANDOM, RAW, Score, Worth, judge, sentences, worth_in
 
 Pooling = Literal["mean", "last", "bos", "attentive"]
 Name = Literal["linear", "knn", "lars"]
@@ -110,7 +118,9 @@ class Options(BaseModel):
         default=("linear", "knn"), description="what reads the rows; the first chooses the best one", min_length=1
     )
     train_samples: int = Field(default=5000, gt=4, description="most training samples the classifiers are fitted on")
-    test_samples: int = Field(default=10_000, gt=0, description="most held-out samples they are scored on")
+    test_samples: int = Field(
+        default=10_000, gt=0, description="most held-out samples they are scored on, drawn from all"
+    )
 
     @model_validator(mode="after")
     def _attentive_is_linear(self) -> Self:
@@ -130,6 +140,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     run = Run(Path(options.out or (target if is_run(target) else default_out(target, "probe"))))
     with world() as ranks, at_work(run, ranks, trains=False):
         config, model, tuned = subject(target, options.init, changes, ranks.device)
+        if ranks.is_main:
+            say_leaks(config.data)
         summary = probe(config, model, options, tuned=tuned, store=run.path / "features", ranks=ranks, show=True)
         if ranks.is_main:
             summary |= {"made_with": provenance()}
@@ -196,7 +208,10 @@ def probe(
         best validation; `random_init`: the same two for the untrained network; `raw_tokens`: its row, and
         `raw_tokens_attentive` where asked for; `paper`: the rows of `PAPER` that were read, where they are the
         paper's; `majority`: where tokens have classes, the accuracy of the most frequent one of the training samples;
-        `notes`: what was left out, and why. Empty on the other ranks.
+        `notes`: what was left out, and why; `worth`: the verdict, see `recipes.worth.Worth`; `credits`: what every
+        test sample adds to the figure of the plain two, of the rows "best", "random_init" (its best) and "raw_tokens",
+        packed by `recipes.credits.pack_credits` (None where one is not finite), and "clusters", by
+        `recipes.held_out.pack_clusters`. Empty on the other ranks.
     """
     device = next(model.parameters()).device
     ranks = ranks or World(0, 1, device)
@@ -225,15 +240,27 @@ def probe(
             return {}
         splits = [Split.of(*pair, device) for pair in zip(train.features, test.features, strict=True)]
         check_regression(splits[0], options)
-        layers, random_init, raw = (score_rows(split, options.classifiers) for split in splits)
+        found = layers, random_init, raw = [score_rows(split, options.classifiers) for split in splits]
+        numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
+    held_out = config.data.plain().dataset("test")
+    clusters, chained = clusters_of(held_out, numbers), is_chained(held_out)
+    best = {"best": best_row(layers), "random_init": best_row(random_init), "raw_tokens": raw[0]}
+    credits = {key: row["credits"] for key, row in best.items()} | {
+        "clusters": pack_clusters(clusters, chained=chained)
+    }
+    several = len(options.classifiers) > 1
+    worth = verdict(found, splits[0], clusters, chained=chained, several=several, per_token=per_sample > 0)
+    layers, random_init, raw = (list(map(without_credits, rows)) for rows in found)
     return {
         "layers": layers,
         "best": best_row(layers),
         "random_init": {"layers": random_init, "best": best_row(random_init)},
         "raw_tokens": raw[0],
         **({"raw_tokens_attentive": raw[1]} if len(raw) > 1 else {}),
+        "worth": worth.model_dump(mode="json"),
+        "credits": credits,
         "paper": {} if tuned or not (causal and config.objective.causal) else paper_rows(layers),
-        **({"majority": majority_share(splits[0])} if per_sample else {}),
+        **({"majority": float(majority_credits(splits[0]).mean())} if per_sample else {}),
         "causal": causal,
         "train_samples": len(splits[0].labels),
         "test_samples": len(splits[0].test_labels),
@@ -251,9 +278,63 @@ def paper_rows(layers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: row for name, wanted in PAPER.items() for row in layers if row["name"] == wanted}
 
 
-def majority_share(split: Split) -> float:
-    """Accuracy on the test samples of always naming the most frequent class of the training samples."""
-    return float((split.test_labels == split.labels.bincount().argmax()).double().mean())
+def majority_credits(split: Split) -> Tensor:
+    """Credits [S] of always naming the most frequent class of the training samples."""
+    return (split.test_labels == split.labels.bincount().argmax()).double()
+
+
+def verdict(
+    found: Sequence[Sequence[dict[str, Any]]],
+    split: Split,
+    clusters: Tensor,
+    *,
+    chained: bool = False,
+    several: bool,
+    per_token: bool,
+) -> Worth:
+    """The best reading of the network beside the best of random weights and of the raw tokens.
+
+    Of every classifier's rows: what is beside the network must not look worse for the choice of a classifier.
+
+    Args:
+        found: rows of the network, of random weights, and of the raw tokens, as `score_rows` gives them.
+        clusters, chained: of the held-out samples, see `recipes.held_out`.
+        several: name the classifiers.
+    """
+    own, control, raw = (
+        best_reading(rows, name, several=several)
+        for rows, name in zip(found, ("this network", RANDOM, RAW), strict=True)
+    )
+    rivals = [control, raw]
+    if per_token:
+        always = majority_credits(split).cpu()
+        rivals.append(Score(MAJORITY, "", float(always.mean()), always))
+    return judge(
+        own,
+        rivals,
+        clusters,
+        chained=chained,
+        metric="r2" if split.metric == "r2" else "accuracy",
+        unit="tokens" if per_token else "samples",
+    )
+
+
+def best_reading(rows: Sequence[dict[str, Any]], name: str, *, several: bool) -> Score:
+    """The row and the classifier with the best validation figure."""
+    row, key = max(
+        ((row, key) for row in rows for key in row["scores"]), key=lambda each: each[0]["scores"][each[1]]["validation"]
+    )
+    score, of = row["scores"][key], "" if name == row["name"] else row["name"]
+    by = f"by {TITLES[key]}" if several else ""
+    credits = None if score["credits"] is None else unpack_credits(score["credits"])
+    return Score(name, ", ".join(filter(None, (of, by))), score[metric_of(score)], credits)
+
+
+def without_credits(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row as it stands in probe.json, where only the best rows keep their credits."""
+    plain = {key: value for key, value in row.items() if key != "credits"}
+    scores = {name: {k: v for k, v in score.items() if k != "credits"} for name, score in row["scores"].items()}
+    return plain | {"scores": scores}
 
 
 def check_regression(split: Split, options: Options) -> None:
@@ -349,8 +430,11 @@ class Split(NamedTuple):
 
 
 def score_rows(split: Split, names: Sequence[Name]) -> list[dict[str, Any]]:
-    """The rows of one reader, in their order; a row is in memory only while it is read."""
-    rows = [name for name in split.train if name not in ("labels", "mask")]
+    """The rows of one reader, in their order; a row is in memory only while it is read.
+
+    Each holds `credits` beside its figures, as does each of its `scores`: see `scores_of`.
+    """
+    rows = [name for name in split.train if name not in (*BOOKS, "mask")]
     small = all(split.train[name].size < _SMALL for name in rows) and split.labels.device.type == "cpu"
     score = partial(score_row, split, names=names)
     if not small:
@@ -389,13 +473,20 @@ def check_count(samples: int) -> None:
         raise UserError(f"{samples} training samples are too few: a fifth of them chooses the layer; give 5 or more")
 
 
-def scores_of(split: Split, fit_and_score: Callable[..., float], x: Any, x_test: Any) -> dict[str, float]:
-    """`accuracy` (or `r2`) on the test samples; `validation` on the last fifth of the training samples by the rest."""
+def scores_of(split: Split, classifier: Callable[..., Tensor], x: Any, x_test: Any) -> dict[str, Any]:
+    """Scores of one classifier on one row.
+
+    Returns:
+        `accuracy` (or `r2`) on the test samples; `validation`, on the last fifth of the training samples by the rest;
+        `credits`, what each test sample adds, packed by `recipes.credits`; None where one is not finite.
+    """
     y, kept = split.labels, len(x) - len(x) // 5  # the training samples come in random order
     check_count(len(x))
+    credits = classifier(x, y, x_test, split.test_labels)
     return {
-        split.metric: fit_and_score(x, y, x_test, split.test_labels),
-        "validation": fit_and_score(x[:kept], y[:kept], x[kept:], y[kept:]),
+        split.metric: float(credits.mean()),
+        "validation": float(classifier(x[:kept], y[:kept], x[kept:], y[kept:]).mean()),
+        "credits": pack_credits(credits) if bool(credits.isfinite().all()) else None,
     }
 
 
@@ -410,7 +501,7 @@ def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def render(summary: dict[str, Any]) -> str:
-    """The table as text: each classifier, its random-weights twin beside it."""
+    """The table as text, each classifier with its random-weights twin beside it, and the verdict."""
     names = list(dict.fromkeys(key for row in summary["layers"] for key in row["scores"]))
     metric = metric_of(summary["raw_tokens"])
     raw, best, best_random = summary["raw_tokens"], summary["best"], summary["random_init"]["best"]
@@ -432,7 +523,9 @@ def render(summary: dict[str, Any]) -> str:
         f"random weights {best_random['name']} {best_random[metric]:.3f}; raw tokens {raw[metric]:.3f}"
         + (f"; always the most frequent class {summary['majority']:.3f}." if "majority" in summary else ".")
     )
-    return "\n".join([*(line.rstrip() for line in lines), "", *notes, chosen])
+    worth = worth_in(summary)
+    closing = [] if worth is None else ["", *sentences(worth, form=".3f")]
+    return "\n".join([*(line.rstrip() for line in lines), "", *notes, chosen, *closing])
 
 
 def _cell(row: dict[str, Any] | None, classifier: str, width: int) -> str:

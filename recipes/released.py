@@ -1,14 +1,18 @@
 """The checkpoint layout of the authors' release, read and written: a Hugging Face folder.
 
-It holds config.json, model.safetensors, where there are averaged weights ema.safetensors with the same names, and
-where the pixels' statistics are told preprocessor_config.json. `layout` is the one table of names and shapes: what is
-read, checked and written all goes by it. Tensors that are read stay mapped to their file until they are used.
+It holds config.json, model.safetensors, where there are averaged weights ema.safetensors with the same names (or the
+authors' pytorch_model_ema.bin, a pickle, of which nothing but tensors is read), and where the pixels' statistics are
+told preprocessor_config.json. `layout` is the one table of names and shapes: what is read, checked and written all
+goes by it. Tensors that are read stay mapped to their file until they are used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import shlex
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -29,6 +33,7 @@ from recipes.heads import MeanHead
 CONFIG = "config.json"
 RAW = "model.safetensors"
 AVERAGED = "ema.safetensors"
+AVERAGED_PICKLE = "pytorch_model_ema.bin"
 PREPROCESSOR = "preprocessor_config.json"
 
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
@@ -146,7 +151,7 @@ class Released(NamedTuple):
         config: the network's shape and switches.
         model: state dict of `NEPA`, in the dtype of the file.
         head: state dict of `MeanHead`; empty for a pre-trained checkpoint.
-        averaged: the same two of ema.safetensors, or None where there is no such file.
+        averaged: the same two of the averaged weights, or None where there are none, see `averages`.
         preprocessor: preprocessor_config.json, or empty where there is no such file.
     """
 
@@ -217,7 +222,7 @@ def layout(config: PredictorConfig, *, patch: int, channels: int, classes: int) 
     places = {name: place(released_names(name), tensor) for name, tensor in model.items()}
     places["bos"] = places["bos"]._replace(shape=torch.Size((1, 1, config.dim)))
     places["embed.weight"] = places["embed.weight"]._replace(shape=torch.Size((config.dim, channels, patch, patch)))
-    return Layout(places, {name: place((_head_name(name),), tensor) for name, tensor in head.items()})
+    return Layout(places, {name: place((head_name(name),), tensor) for name, tensor in head.items()})
 
 
 def released_names(name: str) -> tuple[str, ...]:
@@ -232,7 +237,8 @@ def released_names(name: str) -> tuple[str, ...]:
     return tuple(f"{block}{theirs}.{kind}" for theirs in _BLOCK[part])
 
 
-def _head_name(name: str) -> str:
+def head_name(name: str) -> str:
+    """What the release calls a parameter of `MeanHead`."""
     part, _, kind = name.partition(".")
     return f"{_HEAD[part]}.{kind}"
 
@@ -348,7 +354,7 @@ def find(name: str, key: str = "") -> Path:
     import huggingface_hub  # half a second to import
 
     try:
-        files = [CONFIG, PREPROCESSOR, "*.safetensors"]
+        files = [CONFIG, PREPROCESSOR, "*.safetensors", AVERAGED_PICKLE]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise UserError(
@@ -361,8 +367,9 @@ def read_released(folder: Path | str) -> Released:
     """Read a folder in the released layout.
 
     Raises:
-        UserError: a file is missing, damaged or a pickle; config.json lacks a key or holds a setting this model has
-            no place for; tensors are missing, extra or misshapen, or not finite (all are listed).
+        UserError: a file is missing or damaged, or a pickle of more than tensors; config.json lacks a key or holds a
+            setting this model has no place for; tensors are missing, extra or misshapen, or not finite (all are
+            listed).
     """
     folder = Path(folder)
     facts = _read_config(folder / CONFIG)
@@ -385,14 +392,20 @@ def read_released(folder: Path | str) -> Released:
             )
         return from_released(state, places)
 
-    averages = folder / AVERAGED
+    side = averages(folder)
     return Released(
         facts,
         config,
         *translated(raw, RAW),
-        translated(_read_tensors(averages), AVERAGED) if averages.exists() else None,
+        None if side is None else translated(_read_tensors(side), side.name),
         _read_preprocessor(folder / PREPROCESSOR),
     )
+
+
+def averages(folder: Path) -> Path | None:
+    """The file of the averaged weights: ema.safetensors, else pytorch_model_ema.bin; None where there is neither."""
+    files = (folder / name for name in (AVERAGED, AVERAGED_PICKLE))
+    return next((file for file in files if file.exists()), None)
 
 
 def _classes(facts: ReleasedConfig, raw: State, folder: Path) -> int:
@@ -439,7 +452,7 @@ def _read_json(path: Path) -> Any:
 
 def _read_tensors(path: Path) -> State:
     try:
-        return load_file(path)
+        return load_file(path) if path.suffix not in PICKLES else _read_pickle(path)
     except FileNotFoundError as error:
         mend = _pickle_mend(pickles(path.parent))
         raise UserError(f"{path} is missing; give a folder that holds {CONFIG} and {RAW}{mend}") from error
@@ -450,11 +463,41 @@ def _read_tensors(path: Path) -> State:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that `read_released` reads, by name."""
     found = {}
-    for name in (CONFIG, PREPROCESSOR, RAW, AVERAGED):
-        if (folder / name).exists():
-            with (folder / name).open("rb") as stream:
-                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    for file in (folder / CONFIG, folder / PREPROCESSOR, folder / RAW, averages(folder)):
+        if file is not None and file.exists():
+            with file.open("rb") as stream:
+                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return found
+
+
+def _read_pickle(path: Path) -> State:
+    """The tensors of a pickled state dict by torch's weights-only loader, which runs no code of the file.
+
+    Raises:
+        UserError: it holds something else, or is damaged.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise UserError(_refusal(path)) from error
+    except Exception as error:  # a damaged archive raises a dozen kinds
+        raise UserError(f"{path} can't be read ({_first_line(error)}); fetch it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(_refusal(path))
+    return dict(state)
+
+
+def _refusal(path: Path) -> str:
+    out = path.with_name(AVERAGED)
+    code = (
+        "import torch, safetensors.torch as s; "
+        f"state = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
+        f"s.save_file({{k: v.clone().contiguous() for k, v in state.items()}}, {str(out)!r})"
+    )
+    return (
+        f"{path} holds more than tensors, which can run code when read, and is left unread; where you trust it, "
+        f"convert it with `python -c {shlex.quote(code)}`, else remove it"
+    )
 
 
 def pickles(folder: Path) -> list[Path]:

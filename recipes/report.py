@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +15,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
+from matplotlib.legend import Legend
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from modalities.listing import printable
 from nepa_core.modality import Sketch
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$\\frac{1"
@@ -70,7 +73,7 @@ def line_plot(
     if from_zero:
         axes.set_ylim(0, max(axes.dataLim.y1, 1e-12) * (1 + HEADROOM) if np.isfinite(axes.dataLim.y1) else None)
     axes.grid(alpha=0.3)
-    canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
+    _plain(canvas.legend(loc="outside right upper", frameon=False, fontsize="small"))
     return png_of(canvas)
 
 
@@ -91,10 +94,17 @@ def picture_table(
         for axes, picture, title in zip(line, pictures, titles, strict=True):
             axes.imshow(picture)
             axes.set_axis_off()
-            axes.set_title(title, fontsize="medium", parse_math=False)
-    patches = [Patch(color=tuple(colour), label=name) for name, colour in legend.items()]
-    canvas.legend(handles=patches, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+            axes.set_title(printable(title), fontsize="medium", parse_math=False)
+    patches = [Patch(color=tuple(colour)) for colour in legend.values()]
+    _plain(canvas.legend(patches, [*legend], loc="outside lower center", ncols=6, frameon=False, fontsize="small"))
     return png_of(canvas)
+
+
+def _plain(legend: Legend) -> None:
+    """Take names as they are: a class may well be called "$5", or hold what no font has."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
 
 
 class Panel(NamedTuple):
@@ -139,7 +149,8 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
     top = 0.0
     for name, row in rows:
         top += heading
-        canvas.text(GAP / 2 / width, 1 - (top - 0.05) / height, name, fontsize=8, weight="bold", parse_math=False)
+        place = (GAP / 2 / width, 1 - (top - 0.05) / height)
+        canvas.text(*place, printable(name), fontsize=8, weight="bold", parse_math=False)
         for place, panel in enumerate(row):
             left, above = GAP / 2 + place % across * cell, top + place // across * line + TITLE - GAP / 2
             high = wide * _aspect(panel.sketch)
@@ -163,7 +174,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
     (rows, columns), canvas = panel.sketch.grid, panel.sketch.canvas[0].float().cpu()
     whole: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
     heat = None
-    axes.set_title(panel.title, fontsize=7, pad=4, loc="left")  # a frame may stand out by 2
+    axes.set_title(
+        printable(panel.title), fontsize=7, pad=4, loc="left", parse_math=False
+    )  # a frame may stand out by 2
     if panel.colours is not None:
         axes.imshow(panel.colours.nan_to_num(1.0).view(rows, columns, 3).numpy(), **whole)
     elif not panel.sketch.curves:
@@ -222,12 +235,16 @@ def compose(folder: Path, *, title: str, parts: Sequence[str | Figure], foot: st
     (folder / "index.html").write_text(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>{''.join(shown)}"
-        f"<footer>{html.escape(foot)}</footer></body></html>\n"
+        f"<footer>{html.escape(foot)}</footer></body></html>\n",
+        encoding="utf-8",
+        errors="backslashreplace",
     )
 
 
 def png_of(canvas: Canvas) -> bytes:
     """A drawing as PNG bytes."""
     stream = io.BytesIO()
-    canvas.savefig(stream, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script
+        canvas.savefig(stream, format="png")
     return stream.getvalue()

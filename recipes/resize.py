@@ -28,15 +28,16 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from modalities.hub import one_line
 from modalities.image import Images
-from modalities.image_data import JPEG, Channels, decode
+from modalities.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
 from modalities.image_shards import CLASS_NAMES
-from modalities.image_sources import SPLITS, Pixels, Source, open_source
+from modalities.image_sources import SPLITS, Source, open_source
 from nepa_core.basics import FROZEN, UserError, cores
 from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.run import holding, lock_beside
 from recipes.pretrain import PretrainConfig
 from recipes.targets import default_out, read_target
 
+JPEG = b"\xff\xd8\xff"
 DONE = "shards"  # folder of finished shards while others are missing
 
 
@@ -126,7 +127,7 @@ def write_shard(data: Images, options: Options, out: Path, shard: Shard) -> Shar
         with draft.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
             for row in range(shard.first, shard.last):
                 try:
-                    content = smaller(source.read(row), options, data.channels)
+                    content = smaller(source.read(row), options, data.channels, data.max_pixels)
                 except Exception as error:  # PIL raises a dozen kinds for a damaged file
                     unreadable.append(f"{source.name(row)}: {one_line(error)}")
                     continue
@@ -137,9 +138,9 @@ def write_shard(data: Images, options: Options, out: Path, shard: Shard) -> Shar
     return shard
 
 
-def smaller(stored: bytes | Pixels, options: Options, channels: Channels) -> bytes:
+def smaller(stored: bytes | Pixels, options: Options, channels: Channels, max_pixels: int = LARGEST_IMAGE) -> bytes:
     """An image as JPEG whose shorter side is at most `options.size` pixels."""
-    pixels = decode(stored, channels)
+    pixels = decode(stored, channels, max_pixels)
     if isinstance(stored, bytes) and stored[:3] == JPEG and min(pixels.shape[1:]) <= options.size:
         return stored
     image = to_pil_image(pixels)

@@ -23,7 +23,7 @@ from einops import rearrange
 from pydantic import BaseModel, Field, SerializeAsAny, model_validator
 from torch import Tensor, nn
 
-from modalities.scene_data import IGNORED
+from modalities.scene_masks import IGNORED
 from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema, applied
@@ -202,6 +202,7 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
     summary = {
         **headline(measured),
         "classes": class_rows(config.data.class_names(), measured),
+        "classes_in_truth": measured[""].scores.present,
         "images": measured[""].images,
         "unreadable_held_out": len(measured[""].unreadable),
         "unreadable_held_out_messages": measured[""].unreadable,
@@ -266,6 +267,7 @@ def evaluate(config: SegmentConfig, weights: Weights, ranks: World) -> dict[str,
     return {
         **headline(measured),
         "classes": class_rows(config.data.class_names(), measured),
+        "classes_in_truth": measured[""].scores.present,
         "images": measured[""].images,
         "unreadable_held_out": len(measured[""].unreadable),
         "unreadable_held_out_messages": measured[""].unreadable,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ class Scores(NamedTuple):
         macc: mean accuracy over the classes that occur in the truth.
         aacc: accuracy over all labelled pixels.
         iou, acc: of every class; None where it does not occur, as above.
+        present: classes that occur in the truth. Of one there is nothing to tell apart, see `score_text`.
     """
 
     miou: float
@@ -25,6 +27,7 @@ class Scores(NamedTuple):
     aacc: float
     iou: list[float | None]
     acc: list[float | None]
+    present: int
 
 
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -49,7 +52,7 @@ def scores(counts: Tensor) -> Scores:
     hits, truth, predicted = counts.diagonal().tolist(), counts.sum(1).tolist(), counts.sum(0).tolist()
     iou = [_share(h, t + p - h) for h, t, p in zip(hits, truth, predicted, strict=True)]
     acc = [_share(h, t) for h, t in zip(hits, truth, strict=True)]
-    return Scores(_mean(iou), _mean(acc), sum(hits) / sum(truth), iou, acc)
+    return Scores(_mean(iou), _mean(acc), sum(hits) / sum(truth), iou, acc, sum(each > 0 for each in truth))
 
 
 def _share(part: int, whole: int) -> float | None:
@@ -59,3 +62,25 @@ def _share(part: int, whole: int) -> float | None:
 def _mean(values: list[float | None]) -> float:
     present = [value for value in values if value is not None]
     return sum(present) / len(present)
+
+
+def score_text(score: float | None, present: int, form: str = ".2%") -> str:
+    """A score as text. Where the truth has one class, a network that names it everywhere would score 100 %: "-"."""
+    if score is None:
+        return "does not occur"
+    return format(score, form) if present > 1 else "-"
+
+
+def classes_in_truth(summary: Mapping[str, Any]) -> int:
+    """Classes that occur in the held-out truth; of a summary of before this was counted, all of them."""
+    return int(summary.get("classes_in_truth", len(summary["classes"])))
+
+
+def lonely(summary: Mapping[str, Any]) -> list[str]:
+    """A line on held-out pixels that all have the same class, or none."""
+    if classes_in_truth(summary) > 1:
+        return []
+    return [
+        f"Of {len(summary['classes'])} classes one alone occurs in the held-out annotations, so there is no score: "
+        "look at the annotations, data.first_label and data.ignored_labels."
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import html
 from collections.abc import Sequence
+from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
 from recipes.report import Figure, line_plot, page, picture_table
+from recipes.segment_metrics import classes_in_truth, lonely, score_text
 from recipes.training import unreadable
 
 MEASURES = ("mIoU", "mAcc", "aAcc")
@@ -56,15 +58,25 @@ def picture_grid(pictures: Sequence[Picture], names: Sequence[str]) -> bytes:
 
 def render(summary: dict[str, Any], run: Run) -> str:
     """The result as text."""
-    lines = [f"{'':<18}" + "".join(f"  {name:>6}" for name in MEASURES)]
+    lines, present = [f"{'':<18}" + "".join(f"  {name:>6}" for name in MEASURES)], classes_in_truth(summary)
     for ending, weights in _kinds(summary).items():
-        lines.append(f"{weights:<18}" + "".join(f"  {summary[name + ending]:>6.2%}" for name in MEASURES))
+        cells = (score_text(summary[name + ending], present) for name in MEASURES)
+        lines.append(f"{weights:<18}" + "".join(f"  {cell:>6}" for cell in cells))
     start = "random weights" if summary["init"] is None else summary["init"]
     lines += ["", f"On {summary['images']} held-out images after the last of {summary['steps']} steps, from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
-    lines += unreadable(summary)
+    lines += [*lonely(summary), *unreadable(summary), *_no_control(summary, run)]
     return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+
+
+def _no_control(summary: dict[str, Any], run: Run) -> list[str]:
+    """A line with the command for the control, where the run needs one and its folder does not stand beside the run."""
+    control = run.path.with_name(f"{run.path.name}-control")
+    if summary["init"] is None or (control / "summary.json").exists():
+        return []
+    command = f"nepa segment {quote(str(run.path))} init=null freeze_embedder=false out={quote(str(control))}"
+    return [f"No control was run: `{command}` trains random weights in the same way."]
 
 
 def _kinds(summary: dict[str, Any]) -> dict[str, str]:
@@ -111,16 +123,12 @@ def write_report(run: Run, summary: dict[str, Any], pictures: Sequence[Picture])
 
 
 def _class_table(summary: dict[str, Any]) -> str:
-    kinds = _kinds(summary)
+    kinds, present = _kinds(summary), classes_in_truth(summary)
     head = "".join(f"<th>IoU, {weights}</th>" for weights in kinds.values())
     rows = "".join(
         f"<tr><td>{html.escape(row['name'])}</td>"
-        + "".join(f"<td>{_percent(row[f'iou{ending}'])}</td>" for ending in kinds)
+        + "".join(f"<td>{score_text(row[f'iou{ending}'], present, '.1%')}</td>" for ending in kinds)
         + "</tr>"
         for row in summary["classes"]
     )
     return f"<table><tr><th>class</th>{head}</tr>{rows}</table>"
-
-
-def _percent(value: float | None) -> str:
-    return "does not occur" if value is None else f"{value:.1%}"

@@ -1,4 +1,7 @@
-"""Which differences between variants are real? Intervals and paired tests over seeds."""
+"""Which differences between variants are real? Intervals and paired tests over seeds, and over test samples with them.
+
+Shapes: K seeds, S test samples.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +13,75 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t as student_t
+from torch import Tensor
+
+from nepa_core.intervals import over_both, over_samples
 
 LEVEL = 0.05
 """Differences with a corrected p below this are called real."""
 
-COVERS = (
-    "Real is a difference beyond the noise of the seeds; whether other test samples would show it is not tested. Every "
-    "measure is a family of its own, corrected alone: the more measures, the more are found by chance."
-)
-"""What the tests say and what they don't."""
+FAMILIES = "Every measure is a family of its own, corrected alone: the more measures, the more are found by chance."
+"""What is not corrected for."""
 
 LEAST_SEEDS = 3
 """With fewer seeds no difference is tested: two have one degree of freedom."""
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Values over seeds with mean, standard deviation and the half-width of the 95 % t-interval of the mean.
+class Correction(NamedTuple):
+    """What the tests of a family are corrected for beside their own number.
 
-    Of one value the last is None: nothing is known of its spread.
+    Attributes:
+        tests: that ever belonged to the family, where these are more than are made now; the others count as p = 1.
+        share: of the level, that this look at the data may spend.
+    """
+
+    tests: int = 0
+    share: float = 1.0
+
+
+UNCORRECTED = Correction()
+"""One look at a family that is whole."""
+
+
+class Credits(NamedTuple):
+    """What every test sample adds to a measure.
+
+    Attributes:
+        of: variant -> [K, S] float32, whose means over S are its values. clusters: [S] int64, equal for samples that
+            depend on each other, or None. chained: clusters are stretches of a series (`over_samples`).
+    """
+
+    of: Mapping[str, Tensor]
+    clusters: Tensor | None = None
+    chained: bool = False
+
+
+def spread(
+    values: Sequence[float], credits: Tensor | None = None, clusters: Tensor | None = None, *, chained: bool = False
+) -> dict[str, Any]:
+    """Values over seeds with mean, standard deviation and half-widths of 95 % intervals of the mean.
+
+    Args:
+        credits: [K, S], what the test samples add. clusters, chained: of `Credits`.
+
+    Returns:
+        `values`, `mean`, `std`; `ci95`: t-interval over seeds alone, None of one seed, of whose spread nothing is
+        known; with credits also `both`: over seeds and test samples together (`over_both`), of one seed over samples
+        alone.
     """
     count = len(values)
     std = statistics.stdev(values) if count > 1 else 0.0
     ci95 = float(student_t.ppf(0.975, count - 1)) * std / math.sqrt(count) if count > 1 else None
-    return {"values": list(values), "mean": statistics.fmean(values), "std": std, "ci95": ci95}
+    found = {"values": list(values), "mean": statistics.fmean(values), "std": std, "ci95": ci95}
+    if credits is not None and (half := over_both(credits, clusters, chained=chained).half) is not None:
+        found["both"] = half
+    return found
+
+
+def interval_of(found: Mapping[str, Any]) -> float | None:
+    """Half-width of the widest interval that `spread` knows, or None."""
+    half: float | None = found.get("both", found["ci95"])
+    return half
 
 
 class Contrast(NamedTuple):
@@ -57,10 +106,13 @@ class Difference(NamedTuple):
 
     Attributes:
         mean: mean over seeds of the difference, never negative.
-        ci95: half-width of its 95 % t-interval, not corrected for the number of comparisons.
-        p: two-sided, see `contrasts`. p_holm: corrected by Holm for all differences of the family.
+        ci95: half-width of its 95 % t-interval over seeds alone, not corrected for the number of comparisons.
+        p: two-sided, over seeds alone, see `contrasts`. p_holm: corrected by Holm for all differences of the family,
+            and for looks (`Correction`).
         needed: the least mean that would have been real were no other one of the family: p under the level at the
             first step of Holm's correction.
+        both: half-width of the 95 % interval over seeds and test samples together, never below `ci95`; None where
+            nothing is known of single samples. p_both: of that interval, corrected as `p_holm`.
     """
 
     better: str
@@ -70,10 +122,23 @@ class Difference(NamedTuple):
     p: float
     p_holm: float
     needed: float
+    both: float | None = None
+    p_both: float | None = None
+
+    @property
+    def p_corrected(self) -> float:
+        """The larger of both: below the level where the difference is real."""
+        return self.p_holm if self.p_both is None else max(self.p_holm, self.p_both)
+
+    @property
+    def half(self) -> float:
+        """Half-width of the widest interval that is known, not corrected."""
+        return self.ci95 if self.both is None else self.both
 
     @property
     def real(self) -> bool:
-        return self.p_holm < LEVEL
+        """Beyond the noise of seeds, and with an interval over seeds and samples, at the same level, without 0."""
+        return self.p_corrected < LEVEL
 
 
 def contrasts(groups: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]]) -> list[Contrast]:
@@ -96,7 +161,7 @@ def contrasts(groups: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, 
 
     and of differences of 4 std between equally noisy variants it finds, all pairs being tested, 41 to 47 % with 3
     seeds and 91 to 98 % with 5, where paired t-tests find 3 to 20 % and 33 to 88 %. (Pooled: the additive model's
-    variance for every pair.)
+    variance for every pair.) What a first look spends of the level (`recipes.protocol`) leaves 33 and 89 to 96 %.
 
     Args:
         groups: variant -> a value for each seed, two or more; the same seed has the same place in all.
@@ -134,49 +199,116 @@ def noise_of_variants(table: Sequence[Sequence[float]]) -> np.ndarray:
     return noise
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the chance of any false claim among all stays below the level (Holm 1979)."""
+def over_samples_too(
+    seeds: Contrast, apart: Tensor, clusters: Tensor | None, *, chained: bool = False
+) -> Contrast | None:
+    """A contrast over seeds and test samples, as if both were drawn anew; None of fewer than two clusters.
+
+    Crossed random effects, as `nepa_core.intervals.over_both`, with the noise of seeds as `contrasts` has it, which is
+    never below the pair's own: variances add up, and degrees of freedom are Satterthwaite's.
+
+    Args:
+        apart: [K, S], what the samples add to the difference. clusters, chained: of `Credits`.
+    """
+    samples = over_samples(apart.double().mean(0), clusters, chained=chained)
+    if samples.half is None:
+        return None
+    of_seeds, of_samples = seeds.error**2, (samples.half / float(student_t.ppf(0.975, samples.df))) ** 2
+    total = of_seeds + of_samples
+    if not total:
+        return seeds
+    df = total**2 / (of_seeds**2 / seeds.df + of_samples**2 / samples.df)
+    return Contrast(seeds.mean, math.sqrt(total), df)
+
+
+def holm(p_values: Sequence[float], correction: Correction = UNCORRECTED) -> list[float]:
+    """Holm's step-down correction: the chance of any false claim among all stays below the level (Holm 1979).
+
+    With a `correction` also for tests that are not made now, and below this look's share of the level.
+    """
+    count = max(len(p_values), correction.tests)
     ranked = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, highest = [1.0] * len(p_values), 0.0
     for rank, i in enumerate(ranked):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        highest = max(highest, min(1.0, (count - rank) * p_values[i] / correction.share))
         corrected[i] = highest
     return corrected
 
 
 def differences(
-    groups: Mapping[str, Sequence[float]], pairs: Sequence[tuple[str, str]] | None = None
+    groups: Mapping[str, Sequence[float]],
+    pairs: Sequence[tuple[str, str]] | None = None,
+    *,
+    correction: Correction = UNCORRECTED,
+    credits: Credits | None = None,
 ) -> list[Difference]:
     """The paired tests of a family, the surest first; none with fewer than three seeds.
 
     Args:
         groups: variant -> a value for each seed, in the order of the seeds.
         pairs: which variants are compared; default: all with all.
+        correction: for what else than these tests.
+        credits: of all variants, where they are known; else only the seeds count.
     """
     chosen = list(combinations(groups, 2)) if pairs is None else list(pairs)
     if not chosen or min(map(len, groups.values())) < LEAST_SEEDS:
         return []
     tested = contrasts(groups, chosen)
+    both: list[Contrast | None] = [None] * len(chosen)
+    if credits is not None:
+        both = [
+            over_samples_too(each, credits.of[a] - credits.of[b], credits.clusters, chained=credits.chained)
+            for (a, b), each in zip(chosen, tested, strict=True)
+        ]
+    p_both = holm([1.0 if each is None else each.p for each in both], correction)
+    level = LEVEL * correction.share / max(len(chosen), correction.tests)
     found = []
-    for (a, b), each, p_holm in zip(chosen, tested, holm([each.p for each in tested]), strict=True):
+    for number, ((a, b), each, p_holm) in enumerate(
+        zip(chosen, tested, holm([each.p for each in tested], correction), strict=True)
+    ):
         better, worse = (a, b) if each.mean >= 0 else (b, a)
-        ci95, needed = each.half_width(0.05), each.half_width(LEVEL / len(chosen))
-        found.append(Difference(better, worse, abs(each.mean), ci95, each.p, p_holm, needed))
-    return sorted(found, key=lambda each: (each.p_holm, each.p, -each.mean))
+        ci95, needed = each.half_width(0.05), each.half_width(level)
+        difference = Difference(better, worse, abs(each.mean), ci95, each.p, p_holm, needed)
+        if (with_samples := both[number]) is not None:
+            difference = difference._replace(
+                both=max(ci95, with_samples.half_width(0.05)),
+                p_both=p_both[number],
+                needed=max(needed, with_samples.half_width(level)),
+            )
+        found.append(difference)
+    return sorted(found, key=lambda each: (each.p_corrected, each.p, -each.mean))
 
 
 def gains(
-    groups: Mapping[str, Sequence[float]], controls: Mapping[str, Sequence[float]], *, called: str
+    groups: Mapping[str, Sequence[float]],
+    controls: Mapping[str, Sequence[float]],
+    *,
+    called: str,
+    correction: Correction = UNCORRECTED,
+    credits: tuple[Credits, Credits] | None = None,
 ) -> list[Difference]:
     """Every variant against a control of its own, which has its name and `called` in the tests; see `differences`.
 
     What is tested are the gains, against a variant that gains nothing. (In one table of variants and controls, controls
     that rise and fall together would hide their noise: with 3 x the std of the variants, 13 % of the families have a
     false claim; this way 5.6 % with 3 seeds and 4.7 % with 5.)
+
+    Args:
+        credits: of the variants and of their controls.
     """
     none = f"nothing, {called}"
     table = {name: [a - b for a, b in zip(values, controls[name], strict=True)] for name, values in groups.items()}
-    found = differences(table | {none: [0.0] * len(next(iter(table.values())))}, [(name, none) for name in table])
+    known = None
+    if credits is not None:
+        own, control = credits
+        apart = {name: own.of[name] - control.of[name] for name in table}
+        known = Credits(apart | {none: 0 * next(iter(apart.values()))}, own.clusters, own.chained)
+    found = differences(
+        table | {none: [0.0] * len(next(iter(table.values())))},
+        [(name, none) for name in table],
+        correction=correction,
+        credits=known,
+    )
     return [
         each._replace(better=f"{each.worse}, {called}") if each.better == none
         else each._replace(worse=f"{each.better}, {called}")
@@ -205,11 +337,11 @@ def verdict(found: Sequence[Difference], *, of: str, noun: str, seeds: int, most
         largest = max(found, key=lambda each: each.mean)
         told = (
             f" ({tested}); the {'largest' if count > 1 else 'only one'}, {largest.better} over {largest.worse}, is "
-            f"{points(largest)}, p = {shown_p(largest.p_holm)}"
+            f"{points(largest)}, p = {shown_p(largest.p_corrected)}"
         )
         return f"{none}{'' if brief else told}; {unseen(found)}."
     named = "; ".join(
-        f"{each.better} > {each.worse} by {points(each)}, p = {shown_p(each.p_holm)}" for each in real[:most]
+        f"{each.better} > {each.worse} by {points(each)}, p = {shown_p(each.p_corrected)}" for each in real[:most]
     )
     more = f"; and {len(real) - most} more" if len(real) > most else ""
     return f"In {of}: {named}{more}{'' if brief else f' ({tested})'}. {others(found)}"
@@ -234,7 +366,7 @@ def against(found: Sequence[Difference], rival: str, what: str, *, called: str) 
         corrected = " after Holm's correction" if len(found) > 1 else ""
         return (
             f"In {what} {who} from {called} by more than the noise; {most} is {points(widest)} {side}, "
-            f"p = {shown_p(widest.p_holm)}{corrected}; {unseen(found)}."
+            f"p = {shown_p(widest.p_corrected)}{corrected}; {unseen(found)}."
         )
     said = []
     for verb, side in (("beats", "worse"), ("does worse than", "better")):
@@ -263,16 +395,45 @@ def least(found: Sequence[Difference]) -> str:
 
 def unseen(found: Sequence[Difference]) -> str:
     """Where none is real: what may hide in the noise."""
-    return f"differences below about {least(found)} can't be seen with these seeds"
+    return f"differences below about {least(found)} can't be seen with {these(found)}"
 
 
 def seen(found: Sequence[Difference]) -> str:
     """Where some are real: what the surest of them had to be. Holm's later steps ask less of the others."""
     if len(found) == 1:
-        return f"With these seeds it had to be about {least(found)} to be seen."
-    surest = min(found, key=lambda each: (each.p_holm, each.p))
+        return f"With {these(found)} it had to be about {least(found)} to be seen."
+    surest = min(found, key=lambda each: (each.p_corrected, each.p))
     needed = _needed(surest)
-    return f"With these seeds the surest had to be about {needed} to be seen; once it is, less is asked of the others."
+    had = f"With {these(found)} the surest had to be about {needed} to be seen"
+    return f"{had}; once it is, less is asked of the others."
+
+
+def these(found: Sequence[Difference]) -> str:
+    """ "these seeds": what the tests were made on."""
+    return "these seeds" if any(each.both is None for each in found) else "these seeds and test samples"
+
+
+def covers(found: Sequence[Difference], corrected: str) -> str:
+    """What the tests of a comparison say and what they don't.
+
+    Args:
+        found: any of its families. corrected: what they are corrected for, as `recipes.protocol.Look.told` says it.
+    """
+    unknown = [each for each in found if each.both is None]
+    if found and not unknown:
+        real = (
+            "Intervals are over seeds and test samples together. Real is a difference that is beyond the noise of the "
+            f"seeds and whose interval over seeds and test samples leaves out 0, both at level {LEVEL}, corrected "
+            f"{corrected}."
+        )
+    else:
+        some = "Some intervals" if len(unknown) < len(found) else "Intervals"
+        real = (
+            f"{some} are over seeds alone, and real is a difference beyond their noise: p below {LEVEL}, corrected "
+            f"{corrected}. Whether other test samples would show it is not tested there: nothing is known of single "
+            "samples in what was measured before they were kept."
+        )
+    return f"{real} {FAMILIES}"
 
 
 def _needed(difference: Difference) -> str:
@@ -289,7 +450,7 @@ def shown_p(p: float) -> str:
 
 def points(difference: Difference) -> str:
     """ "2.1 ± 0.9 points": of a hundred."""
-    mean, half = (_hundredths(value, difference.ci95) for value in (difference.mean, difference.ci95))
+    mean, half = (_hundredths(value, difference.half) for value in (difference.mean, difference.half))
     return f"{mean} ± {half} points"
 
 

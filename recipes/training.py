@@ -16,11 +16,12 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from modalities.listing import say, shared_content
 from nepa_core.basics import UserError
 from nepa_core.contract import check_first_batches
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
-from nepa_core.model import layers_above
+from nepa_core.model import at_head_rate, layers_above
 from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
@@ -153,7 +154,9 @@ def train(
     """
     dataset = config.data.dataset("train")
     plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
-    if ranks.is_main:  # the others have checked it in `opened`, and would meet a folder half made here
+    if ranks.is_main:
+        say_leaks(config.data)
+        # the others have checked the folder in `opened`, and would meet one half made here
         run.open(cast(BaseModel, config))
     if announce and show and ranks.is_main and not run.metrics_path.exists():
         print(announce, file=sys.stderr)
@@ -174,17 +177,36 @@ def train(
         ema=ema,
         evaluate=lambda: evaluate(ema),
         untrained=untrained,
+        changed_data=config.data.changed,
         height=height(config),
+        head=head(config),
         show=show,
     )
     return result, ema
 
 
+def say_leaks(data: Modality) -> None:
+    """Say on stderr how many held-out samples are training samples, too, by a hash of what is stored.
+
+    Of datasets with a method `contents`, see `modalities.listing.Contents`; a second or two for the largest.
+    """
+    train = getattr(data.dataset("train"), "contents", lambda: None)()
+    test = None if train is None else getattr(data.plain().dataset("test"), "contents", lambda: None)()
+    if train is not None and test is not None and (line := shared_content(train, test).line()):
+        say(line)
+
+
 def height(config: Recipe) -> Callable[[str], int]:
     """Parameter name -> layers above it where there is layer decay, else always 0, which needs fewer groups."""
-    if config.optim.layer_decay is None:
+    decay = config.optim.layer_decay
+    if decay is None:
         return lambda name: 0
-    return lambda name: layers_above(name, config.model.depth)
+    return lambda name: layers_above(name, config.model.depth, head_counts=decay.head_counts)
+
+
+def head(config: Recipe) -> Callable[[str], bool]:
+    """Parameter name -> whether it trains at `optim.head_lr`; always False where there is none."""
+    return at_head_rate if config.optim.head_lr is not None else lambda name: False
 
 
 def cost(result: FitResult, model: nn.Module) -> dict[str, Any]:

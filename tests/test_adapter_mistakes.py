@@ -30,9 +30,9 @@ class Samples(Modality):
 
     def dataset(self, split: str) -> Dataset[Batch]:
         waves = Waves(samples=self.samples).dataset(split)
-        return cast(Dataset[Batch], [self.changed(index, waves[index], split) for index in range(self.samples)])
+        return cast(Dataset[Batch], [self.altered(index, waves[index], split) for index in range(self.samples)])
 
-    def changed(self, index: int, sample: Batch, split: str) -> Batch:
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
         return sample
 
     def tokenize(self, batch: Batch) -> Tokens:
@@ -40,12 +40,12 @@ class Samples(Modality):
 
 
 class Unequal(Samples):
-    def changed(self, index: int, sample: Batch, split: str) -> Batch:
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
         return {**sample, "values": sample["values"][: 6 - index % 2]}
 
 
 class UnequalLater(Samples):
-    def changed(self, index: int, sample: Batch, split: str) -> Batch:
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
         return {**sample, "values": sample["values"][: 5 if index == 40 else 6]}
 
 
@@ -83,7 +83,7 @@ class Coords(Samples):
 
 
 class Widths(Samples):
-    def changed(self, index: int, sample: Batch, split: str) -> Batch:
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
         return {**sample, "values": sample["values"][:, : 4 if split == "train" else 3]}
 
 
@@ -93,14 +93,14 @@ class Twice(Samples):
 
 
 class Strings(Samples):
-    def changed(self, index: int, sample: Batch, split: str) -> Batch:
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
         return {**sample, "name": "wave"}
 
 
 class Broken(Samples):
     """Sample 3 of training and 5 of the held-out ones hold NaN."""
 
-    def changed(self, index: int, sample: Batch, split: str) -> Batch:
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
         values = sample["values"].clone()
         if index == (3 if split == "train" else 5):
             values[2, 1] = torch.nan
@@ -237,7 +237,7 @@ def test_held_out_samples_that_are_broken_are_left_out_in_their_places() -> None
 class Gaps(Samples):
     """Raw samples with NaN that tokenize masks: sound."""
 
-    def changed(self, index: int, sample: Batch, split: str) -> Batch:
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
         values = sample["values"].clone()
         values[4:, 0] = torch.nan
         return {**sample, "values": values}

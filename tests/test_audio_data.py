@@ -1,3 +1,4 @@
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from modalities.audio_data import FSDD_NAME, Clips, FrontEnd, Recordings, log_mel, open_audio, open_source, read_file
+from modalities.listing import shared_content
 from nepa_core.basics import UnreadableSample, UserError
 from tests.sounds import tone, write, write_classes, write_fsdd
 
@@ -164,7 +166,7 @@ def test_a_csv_manifest_names_files_beside_it(tmp_path: Path) -> None:
     write(tmp_path / "x" / "a.wav", tone(0.1))
     file = tmp_path / "all.csv"
     file.write_text(
-        "split,path,label,extra\ntrain,x/a.wav,dog,1\ntrain,x/b.wav,cat,2\nval,x/c.wav,cat,\ntest,d.wav,dog,\n"
+        "split,path,label,extra\ntrain,x/a.wav,dog,1\ntrain,x/b.wav,cat,2\nval,x/c.wav,cat,\nval,d.wav,dog,\n"
     )
     train, test = (open_source("folder", split, root=str(file)) for split in ("train", "test"))
     assert train.classes == ("cat", "dog")
@@ -199,8 +201,6 @@ def test_class_folders_that_nobody_divided_are_divided_each(tmp_path: Path) -> N
     assert train.classes == test.classes == ("high", "low")
     assert test.labels.bincount().tolist() == [4, 2]
     assert train.labels.bincount().tolist() == [16, 8]
-    write(tmp_path / "once" / "31.wav", tone(0.1))  # can't be in both
-    assert open_source("folder", "train", root=str(tmp_path)).classes is None
 
 
 def test_train_and_val_without_class_folders_have_no_labels(tmp_path: Path) -> None:
@@ -308,3 +308,178 @@ def test_data_that_are_not_there_are_named(
 ) -> None:
     with pytest.raises(UserError, match=words):
         open_source("folder", "train", root=str(make(tmp_path)), **options)
+
+
+# ---- what was lost without a word
+
+
+def _open_both(root: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> tuple[Recordings, Recordings, str]:
+    train, test = (open_source("folder", split, root=str(root), **options) for split in ("train", "test"))
+    assert isinstance(train, Recordings)
+    assert isinstance(test, Recordings)
+    return train, test, capsys.readouterr().err
+
+
+def test_a_loose_file_and_a_class_of_one_clip_cost_no_other_its_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(12):
+        write(tmp_path / ("high" if i < 8 else "low") / f"{i}.wav", tone(0.1))
+    write(tmp_path / "noise.wav", tone(0.1))
+    write(tmp_path / "once" / "31.wav", tone(0.1))
+    write(tmp_path / "low" / "deep" / "12.wav", tone(0.1))
+    train, test, said = _open_both(tmp_path, capsys)
+    assert train.classes == ("high", "low")
+    assert train.labels is not None
+    assert (train.labels.bincount().tolist(), len(test)) == ([7, 4], 2)
+    assert "left out: 1 beside the class folders, such as" in said
+    assert "noise.wav" in said
+    assert "left out, for one file can't be in both splits: once" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([f"{i}.wav" for i in range(5)] + ["a/1.wav", "a/2.wav", "b/1.wav", "b/2.wav"], "5 of 9 files lie beside them"),
+        (["a/1.wav", "b/1.wav", "c/1.wav"], "all but 0 hold one file"),
+        (
+            [f"speaker{s}/chapter{c}/{i}.wav" for s in range(2) for c in range(2) for i in range(2)],
+            "lie deeper in them",
+        ),
+    ],
+)
+def test_labels_are_not_given_up_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: list[str], said: str
+) -> None:
+    for name in names:
+        write(tmp_path / name, tone(0.1))
+    train, test, heard = _open_both(tmp_path, capsys)
+    assert train.labels is None
+    assert len(train) + len(test) == len(names)
+    assert f"no labels, though there are {len({n.split('/')[0] for n in names if '/' in n})} folders" in heard
+    assert said in heard
+
+
+@pytest.mark.parametrize("above", ["", "audio/"])
+@pytest.mark.parametrize("inner", ["", "dog/", "cat/"])
+def test_folds_are_no_classes_and_held_out_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], above: str, inner: str
+) -> None:
+    classes = ("dog/", "cat/") if inner else ("",)
+    for fold in (1, 2, 10):
+        for name in classes:
+            write(tmp_path / f"{above}fold{fold}/{name}{fold}.wav", tone(0.1))
+    train, test, said = _open_both(tmp_path, capsys)
+    assert train.classes == (("cat", "dog") if inner else None)
+    assert {Path(test.name(row)).name for row in range(len(test))} == {"1.wav"}
+    assert len(train) == 2 * len(classes)
+    assert "fold1 to fold10 are folds and no classes; fold1 held out" in said
+
+
+def test_classes_that_vanish_and_what_is_passed_over_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_classes(tmp_path, clips=2)
+    for name in ("train/bird/1.m4a", "train/bird/2.m4a", "train/.ipynb_checkpoints/1.wav", "train/high/x.opus"):
+        write(tmp_path / "x.wav", tone(0.1))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "x.wav").rename(tmp_path / name)
+    write(tmp_path / "train" / "loose.wav", tone(0.1))
+    (tmp_path / "train" / "high" / "up").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "train" / "low" / "pipe.wav")
+    train, _, said = _open_both(tmp_path, capsys)
+    assert (train.classes, len(train)) == (("high", "low"), 4)
+    assert "in the folders bird, so they are no classes" in said
+    assert "2 with the suffix .m4a" in said
+    assert "1 with the suffix .opus" in said
+    assert "loose.wav" in said
+    assert ".ipynb_checkpoints" in said
+    assert "pipe.wav" in said
+
+
+def test_of_several_held_out_splits_the_first_is_taken_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_classes(tmp_path, clips=2)
+    shutil.copytree(tmp_path / "val", tmp_path / "test")
+    assert "val is held out, and test left aside" in _open_both(tmp_path, capsys)[2]
+    text = "".join(f"{i}.wav,{'ab'[i // 3 % 2]},{('train', 'test', 'Val')[i % 3]}\n" for i in range(6))
+    (tmp_path / "m.csv").write_text("Path,LABEL,Split\n" + text)
+    _, test, said = _open_both(tmp_path / "m.csv", capsys)
+    assert [Path(name).name for name in test.paths] == ["2.wav", "5.wav"]
+    assert "val is held out, and test left aside" in said
+    assert "4 of 4 clips are not there and are skipped as unreadable" in said
+
+
+@pytest.mark.parametrize("other", ["0.wav", "./0.wav", "x/../0.wav"])
+def test_a_clip_in_both_splits_of_a_manifest_is_refused(tmp_path: Path, other: str) -> None:
+    (tmp_path / "m.csv").write_text(f"path,split\n0.wav,train\n1.wav,val\n\n{other},val\n")
+    with pytest.raises(UserError, match=r"m\.csv, row 5: .*0\.wav is held out here or in row 2, and trained on"):
+        open_source("folder", "train", root=str(tmp_path / "m.csv"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_manifests_of_any_encoding_and_separator(tmp_path: Path, encoding: str, separator: str) -> None:
+    rows = ["Split,,File,Class", "Train,0,ä\\1.wav,hü", "VAL,1,b.wav,hü"]
+    write(tmp_path / "ä" / "1.wav", tone(0.1))
+    (tmp_path / "m.csv").write_bytes("\r\n".join(rows).replace(",", separator).encode(encoding))
+    train = open_source("folder", "train", root=str(tmp_path / "m.csv"))
+    assert train.classes == ("hü",)
+    assert len(train.read(0, 8000, 8000)) == 800
+
+
+@pytest.mark.parametrize(
+    ("points", "subtype", "said"),
+    [
+        (np.round(20000 * tone(0.3)), "FLOAT", "have numbers up to 16,384, as integers have"),
+        (np.stack([tone(0.3), -0.99 * tone(0.3)], 1), None, "have channels that cancel each other"),
+        (np.clip(8 * tone(0.3), -1, 1), None, "are clipped"),
+        (2 * tone(0.3), None, None),
+        (np.stack([tone(0.3), 0 * tone(0.3)], 1), None, None),
+    ],
+)
+def test_odd_sound_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], points: np.ndarray, subtype: str | None, said: str | None
+) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.wav", points, subtype=subtype)
+    heard = _open_both(tmp_path, capsys)[2]
+    if said is None:
+        assert not heard
+    else:
+        assert f"1 of 1 clips listened to, such as {tmp_path / 'a.wav'}, {said}" in heard
+
+
+def test_channels_that_cancel_each_other_are_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", np.stack([tone(0.2), -tone(0.2)], 1))
+    with pytest.raises(ValueError, match="is silent: its channels cancel each other"):
+        read_file(str(path), 8000, 8000)
+
+
+def test_names_that_are_no_utf8_are_read_and_shown_escaped(tmp_path: Path) -> None:
+    for i in range(4):
+        write(tmp_path / "a" / f"{i}.wav", tone(0.1))
+        write(tmp_path / "b" / f"{i}.wav", tone(0.1))
+    (tmp_path / "a").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    source = open_source("folder", "train", root=str(tmp_path))
+    assert source.classes == ("b", "caf\\xe9")
+    assert len(source.read(len(source) - 1, 8000, 8000)) == 800
+    source.name(len(source) - 1).encode()
+
+
+def test_clips_in_both_splits_are_found_and_the_list_has_a_fingerprint(tmp_path: Path) -> None:
+    write_classes(tmp_path, clips=4)
+    shutil.copy(tmp_path / "train" / "low" / "1.wav", tmp_path / "val" / "low" / "copy.wav")
+    train, test = clips(tmp_path).contents(), clips(tmp_path, "test").contents()
+    assert train is not None
+    assert test is not None
+    found = shared_content(train, test)
+    assert found.names[-1][0].endswith("copy.wav")
+    before = clips(tmp_path).fingerprint()
+    shutil.copytree(tmp_path, tmp_path.with_name("moved"))
+    assert clips(tmp_path.with_name("moved")).fingerprint() == before
+    write(tmp_path.with_name("moved") / "train" / "low" / "new.wav", tone(0.1))
+    shutil.move(tmp_path.with_name("moved"), tmp_path.with_name("again"))
+    assert clips(tmp_path.with_name("again")).fingerprint() != before
+    assert clips(tmp_path, limit=3).fingerprint() != before

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from nepa_core import baselines
 from nepa_core.baselines import fit_baselines
+from nepa_core.diagnostics import identified
 from nepa_core.gathered import Gathered
 from nepa_core.objective import negative_cosine
 
@@ -48,7 +49,8 @@ def test_a_stream_gives_what_all_samples_at_once_give(monkeypatch: pytest.Monkey
     for name, expected in once.predictions.items():
         torch.testing.assert_close(stream.predictions[name], expected, rtol=0, atol=2e-5)
     for (_, a), (_, b) in zip(once.curve, stream.curve, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        assert torch.equal(a.isnan(), b.isnan())
+        assert (a.nan_to_num() - b.nan_to_num()).abs().mean() < 0.01  # a tie may fall the other way
 
 
 def test_shorter_and_longer_batches_join_one_stream() -> None:
@@ -84,16 +86,16 @@ def test_all_samples_are_used_once_the_strength_is_chosen() -> None:
 def test_the_curve_rises_where_the_control_is_starved() -> None:
     """60 features a place and few samples: more of them make it better; of a tiny source the curve is flat."""
 
-    def losses(part: Gathered, test: Gathered) -> list[float]:
+    def shares(part: Gathered, test: Gathered) -> list[float]:
         found = fit_baselines([part], test, total=len(part.values))
-        every = [*(x for _, x in found.curve), found.predictions["linear"]]
-        return [float(negative_cosine(x, test.targets)[:, -1].mean()) for x in every]
+        every = [*(x for _, x in found.curve), identified(found.predictions["linear"], test)]
+        return [float(x.nanmean()) for x in every]
 
-    starved = losses(_source(128, tokens=24), _source(400, tokens=24))
-    fed = losses(_source(8000, tokens=3), _source(400, tokens=3))
-    assert starved[0] > starved[1] + 0.005
-    assert starved[1] > starved[2] + 0.005
-    assert abs(fed[1] - fed[2]) < 0.005
+    starved = shares(_source(128, tokens=24), _source(640, tokens=24))
+    fed = shares(_source(8000, tokens=3), _source(640, tokens=3))
+    assert starved[0] < starved[1] - 0.01
+    assert starved[1] < starved[2] - 0.01
+    assert abs(fed[1] - fed[2]) < 0.01
 
 
 def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:

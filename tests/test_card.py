@@ -3,12 +3,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import Subset
 
+from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from nepa_core.verdict import LinearPoint, Verdict
-from recipes.card import covered, judgement, linear_control
+from recipes.card import covered, judgement, linear_control, verdict_in
 from recipes.pretrain import PretrainConfig, advice, pretrain
 from recipes.training import unreadable
 
@@ -19,7 +21,7 @@ def verdict(**changes: Any) -> Verdict:
     found: dict[str, Any] = dict.fromkeys(Verdict.model_fields, 0.0)
     found |= {f"margin_{name}": 0.2 for name in names} | {f"margin_{name}_ci95": 0.01 for name in names}
     found |= {f"retrieval_top1_{name}": 0.1 for name in names}
-    found |= {"retrieval_top1": 0.3, "samples": 500, "clusters": 500, "retrieval_candidates": 64}
+    found |= {"retrieval_top1": 0.3, "samples": 500, "asked": 500, "clusters": 500, "retrieval_candidates": 64}
     found |= {"fitted_samples": 1000, "training_samples": 1000, "linear_features": 64, "linear_of": 64}
     found |= {"rivals_overlap": False, "collapsed": False, "linear_moved": None, "linear_moved_ci95": None}
     found |= {"effective_rank_embedding": 4.0, "effective_rank_embedding_start": 5.0, "linear_curve": ()}
@@ -47,7 +49,7 @@ def against(name: str, margin: float) -> dict[str, float]:
         ),
         (against("copy", -0.2) | against("linear", 0.009), "LEARNED, BUT LESS THAN COPYING"),
         (against("copy", -0.2) | against("untrained", 0.005), "NOTHING LEARNED"),
-        ({"margin_untrained_ci95": None}, "NOTHING LEARNED"),  # one cluster: nothing is known
+        ({"margin_untrained_ci95": None}, "NOT KNOWN"),  # one cluster
         ({"collapsed": True}, "COLLAPSED"),
     ],
 )
@@ -61,15 +63,18 @@ STARVED = {"linear_moved": 0.05, "linear_moved_ci95": 0.01}
 
 def test_a_starved_control_is_said_and_takes_the_verdict_where_the_margin_depends_on_it() -> None:
     curve = tuple(LinearPoint(samples=n, retrieval_top1=x) for n, x in ((250, 0.04), (500, 0.07), (1000, 0.1)))
-    wide = verdict(**STARVED, linear_curve=curve)
+    wide = verdict(**STARVED, linear_curve=curve, training_samples=4000)
     assert judgement(wide).startswith("LEARNED. ")
     (told,) = linear_control(wide)
-    assert "fitted on all 1,000 samples (identified 4.0% on 250, 7.0% on 500, 10.0% on 1,000)" in told
+    assert "fitted on 1,000 of 4,000 samples (identified 4.0% on 250, 7.0% on 500, 10.0% on 1,000)" in told
     assert "It is starved: the last doubling of its samples moved it by +5.0 points" in told
-    assert "another such would leave a margin of +15.0, though it has all the samples" in told
-    narrow = verdict(**STARVED, margin_linear=0.04)
+    assert "another such would leave a margin of +15.0; raise verdict.fit_samples" in told
+    narrow = verdict(**STARVED, margin_linear=0.04, training_samples=4000)
     assert judgement(narrow).startswith("LEARNED, BUT THE LINEAR CONTROL IS STARVED")
     assert not narrow.beats_all
+    whole = verdict(**STARVED, margin_linear=0.04)  # a control that had all that the network had is a fair one
+    assert judgement(whole).startswith("LEARNED. ")
+    assert "more would still make it stronger: the last doubling moved it by +5.0 points" in linear_control(whole)[0]
     fed = verdict(
         linear_moved=0.009, linear_moved_ci95=0.01, margin_linear=0.015, fitted_samples=600, linear_features=32
     )
@@ -81,7 +86,8 @@ def test_a_starved_control_is_said_and_takes_the_verdict_where_the_margin_depend
 
 def test_the_interval_says_what_it_covers() -> None:
     assert "these samples alone; other seeds of the run differ" in covered(verdict())
-    assert "8 independent stretches of them alone" in covered(verdict(clusters=8))
+    assert "8 independent groups of them alone" in covered(verdict(clusters=8, asked=500))
+    assert "these samples alone" in covered(verdict(samples=100, clusters=64, asked=64)), "36 had too few rivals"
 
 
 @pytest.mark.parametrize(
@@ -89,11 +95,21 @@ def test_the_interval_says_what_it_covers() -> None:
     [
         ({}, {}, []),
         ({}, against("linear", -0.1), ["Rank, rate and length look sound here"]),
+        (
+            {},
+            against("untrained", 0.0) | {"effective_rank_embedding": 1.0, "effective_rank_embedding_start": 1.0},
+            ["The tokens were alike before training (effective rank 1.00)"],
+        ),
         ({}, against("linear", -0.1) | {"effective_rank_embedding": 3.0}, ["The embeddings lost rank (5.0 to 3.0)"]),
         (
             {"model.layer_scale": 1e-5, "optim.lr": 1e-6},
             against("untrained", 0.0),
             ["model.layer_scale=1e-05 starves the blocks in a run of 10 steps", "The learning rate is small"],
+        ),
+        (
+            {},
+            dict.fromkeys([f"margin_{name}_ci95" for name in ("linear", "copy", "untrained")]),
+            ["Hold out more data"],
         ),
         ({"recipe": "recipes.vision:digits"}, against("linear", -0.1), ["Only 10 of the recipe's 800 steps were done"]),
     ],
@@ -104,6 +120,36 @@ def test_what_to_try_comes_from_the_facts_of_the_run(
     said = advice(verdict(**found), override(tiny_recipe, changes), [{"step": 10}])
     assert len(said) == len(tried) <= 2
     assert all(text.startswith(words) for text, words in zip(said, tried, strict=True))
+
+
+def test_the_verdict_of_a_run_of_before_still_opens() -> None:
+    """Its summary has neither clusters nor the curve of the linear control."""
+    whole = verdict().model_dump()
+    for key in ("asked", "clusters", "rivals_overlap", "training_samples", "linear_features", "linear_of"):
+        del whole[key]
+    for key in ("linear_curve", "linear_moved", "linear_moved_ci95"):
+        del whole[key]
+    before = verdict_in(whole)
+    assert judgement(before).startswith("LEARNED. ")
+    assert linear_control(before) == []
+    assert "these samples" not in covered(before)
+
+
+def test_a_held_out_split_of_one_sample_is_refused_before_training(
+    tiny_recipe: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = type(tiny_recipe.data).dataset
+    one = lambda data, split: Subset(whole(data, split), range(1 if split == "test" else 48))  # noqa: E731
+    monkeypatch.setattr(type(tiny_recipe.data), "dataset", one)
+    with pytest.raises(UserError, match="held-out split has fewer than two samples"):
+        pretrain(tiny_recipe, Run(tmp_path / "run"), World(0, 1, torch.device("cpu")), show=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_that_is_not_finite_is_said_in_one_line(tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
+    config = override(tiny_recipe, {"optim.lr": 1e4})
+    with pytest.raises(UserError, match="NaN or infinity on held-out samples"):
+        pretrain(config, Run(tmp_path), World(0, 1, torch.device("cpu")), show=False)
 
 
 @pytest.mark.parametrize(

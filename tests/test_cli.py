@@ -136,7 +136,7 @@ def test_help_lists_the_keys_that_the_task_takes_and_no_others(nepa: Nepa) -> No
             i for i, line in enumerate(lines) if line.startswith((f"keys of {run}:", f"nepa {task} takes {run}"))
         )
         listed[task] = [line.strip().partition("=")[0] for line in lines[start + 1 :]]
-    data = [f"data.{key}" for key in Waves.model_fields]
+    data = [*(f"data.{key}" for key in Waves.model_fields if key != "changed"), "data.changed"]  # never stored: last
     assert listed["probe"] == [*data, "train.workers", "train.max_unreadable"]
     assert listed["export"] == []
     assert listed["inspect"] == data

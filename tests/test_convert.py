@@ -267,7 +267,7 @@ def test_tuning_an_imported_run_starts_from_it_and_leaves_it_as_it_came(
     words = ["train.length.steps=1", "train.workers=0", "optim.lr=1e-30", "train.batch=32"]
     convert("finetune", run, *words)
     said = capsys.readouterr()
-    assert said.err == f"Fine-tuning from {run} with the preset recipes.finetune:short.\n"
+    assert said.err.splitlines()[0] == f"Fine-tuning from {run} with the preset recipes.finetune:short."
     assert f"started from {run}." in said.out
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     config = load_config(FinetuneConfig, tuned / "config.json")
@@ -410,14 +410,85 @@ def test_statistics_that_are_none_are_named(
     assert "data.mean" in complaint(capsys, "import", tmp_path / "source", f"out={tmp_path / 'run'}")
 
 
-def test_averages_in_a_pickle_are_left_behind_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_release(tmp_path / "source", FACTS, random_release(FACTS))
-    (tmp_path / "source" / "pytorch_model_ema.bin").write_bytes(pickle.dumps(print))
-    (tmp_path / "source" / "training_args.bin").write_bytes(b"")
-    convert("import", tmp_path / "source", f"out={tmp_path / 'run'}")
-    said = capsys.readouterr().out
-    assert "without averaged weights" in said
-    assert "Left behind: pytorch_model_ema.bin, averaged" in said
+def test_averages_in_a_pickle_of_more_than_tensors_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every reader of the folder: figures of the raw weights would pass for those of the averages."""
+    source = tmp_path / "source"
+    write_release(source, FACTS, random_release(FACTS))
+    (source / "training_args.bin").write_bytes(b"")
+    (source / "pytorch_model_ema.bin").write_bytes(pickle.dumps(print, protocol=2))
+    words = [["import", source], ["finetune", "recipes.vision:digits", f"init={source}"]]
+    for line in words:
+        assert "convert it with `python -c " in complaint(capsys, *line, f"out={tmp_path / 'run'}")
+        assert not (tmp_path / "run").exists()
+    (source / "pytorch_model_ema.bin").unlink()
+    convert("import", source, f"out={tmp_path / 'run'}")
+    assert "without averaged weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_averages_beside_the_weights_come_back_byte_for_byte(
+    classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the authors' pytorch_model_ema.bin and from a safetensors file, through a run and out again, twice."""
+    facts = FACTS | (LABELS if classes else {})
+    raw, averaged = (random_release(facts, classes=classes, seed=seed) for seed in (0, 1))
+    averaged["vit_nepa.layernorm.bias"][0] = -0.0
+    source = tmp_path / "source"
+    write_release(source, facts, raw)
+    torch.save(averaged, source / "pytorch_model_ema.bin")
+    told = "pytorch_model_ema.bin"
+    for turn in range(2):
+        run, out = tmp_path / f"run{turn}", tmp_path / f"out{turn}"
+        convert("import", source, f"out={run}")
+        said = capsys.readouterr().out
+        assert f"The averaged weights are those of {told}; evaluate, probe, finetune and init= read these." in said
+        for weights in (read_weights(str(source)), read_weights(str(run))):
+            assert weights.averaged
+            assert torch.equal(weights.model["bos"][0], averaged["vit_nepa.embeddings.cls_token"][0, 0])
+        convert("export", run, f"out={out}")
+        for name, state in {"model.safetensors": raw, "ema.safetensors": averaged}.items():
+            found = load_file(out / name)
+            assert found.keys() == state.keys()
+            for key, value in state.items():
+                assert found[key].numpy().tobytes() == value.numpy().tobytes(), key
+        source, told = out, "ema.safetensors"
+    names = ("model.safetensors", "ema.safetensors")
+    first, second = ([(tmp_path / folder / name).read_bytes() for name in names] for folder in ("out0", "out1"))
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("width", "told", "said"),
+    [
+        (32, None, "pixels: short side 6, centre crop 6"),
+        (1024, None, "pixels: squashed to 6 x 6, centre crop 6"),
+        (32, {"crop_pct": 0.5}, "pixels: short side 12, centre crop 6"),
+        (1024, {"crop_pct": 0.5}, "pixels: short side 12, centre crop 6"),
+        (32, {"crop_pct": 0.5, "crop_mode": "squash"}, "pixels: squashed to 12 x 12, centre crop 6"),
+    ],
+)
+def test_an_imported_classifier_is_evaluated_on_the_pixels_of_its_published_figure(
+    width: int, told: dict[str, Any] | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of the recipe of its size, unless the folder says otherwise; both commands name them."""
+    facts = FACTS | LABELS | {"hidden_size": width, "num_hidden_layers": 1, "intermediate_size": 8}
+    write_release(tmp_path / "source", facts, random_release(facts, classes=3))
+    if told is not None:
+        (tmp_path / "source" / "preprocessor_config.json").write_text(json.dumps(told))
+    image = encoded(picture(0, 20, 12))
+    files = {f"{split}/{name}/0.png": image for split in ("train", "val") for name in ("ant", "bee", "cat")}
+    write_tree(tmp_path / "data", files)
+    run = tmp_path / "run"
+    convert("import", tmp_path / "source", f"out={run}", f"data.root={tmp_path / 'data'}", "train.workers=0")
+    assert f"\nHeld-out {said}.\n" in capsys.readouterr().out
+    convert("evaluate", run)
+    assert capsys.readouterr().out.startswith(f"Held-out {said}.\nHeld out: top-1 ")
+    assert json.loads((run / "evaluate.json").read_text())["held_out_as"] == said
+    convert("export", run, f"out={tmp_path / 'out'}")
+    convert("import", tmp_path / "out", f"out={tmp_path / 'back'}")
+    assert f"\nHeld-out {said}.\n" in capsys.readouterr().out, "they go out and come back"
 
 
 # ------------------------------------------------------------------------------------------------ what has no place

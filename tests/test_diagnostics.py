@@ -13,7 +13,7 @@ from nepa_core.basics import Batch
 from nepa_core.diagnostics import effective_rank, health, identification, shared_direction, spread
 from nepa_core.gathered import Gathered, gather
 from nepa_core.objective import masked_mean, negative_cosine
-from nepa_core.verdict import Judged, Verdict
+from nepa_core.verdict import Judged, Verdict, start_of
 from nepa_core.verdict import judge as judge_fitted
 from tests.tiny import SHAPE
 
@@ -37,7 +37,7 @@ def linear_autoregression(train: Gathered, test: Gathered) -> Tensor:
 
 
 def judged(train: Gathered, test: Gathered, untrained: Gathered) -> Judged:
-    return judge_fitted(fitted(train, test), test, untrained)
+    return judge_fitted(fitted(train, test), test, start_of(untrained))
 
 
 def judge(train: Gathered, test: Gathered, untrained: Gathered) -> Verdict:

@@ -1,9 +1,18 @@
 """Which held-out samples are judged, and who is a rival of whom."""
 
+import math
+from itertools import combinations
+from pathlib import Path
+
 import pytest
 import torch
 
 from nepa_core.drawing import RIVALS, Spans, apart, draw
+from nepa_core.runtime.config import override
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
+from recipes import vision
+from recipes.pretrain import load_pretrained, pretrain, verdict_of
 
 
 class Windows:
@@ -18,7 +27,7 @@ class Windows:
         return len(self.first)
 
     def spans(self) -> Spans:
-        return Spans(self.first // self.length, self.track, self.first, self.first + self.length)
+        return Spans(self.first // self.length, self.track, self.first, self.first + self.length, chained=True)
 
 
 def test_samples_of_class_folders_are_drawn_over_all_of_them() -> None:
@@ -36,6 +45,16 @@ def test_a_draw_is_a_function_of_its_seed_alone() -> None:
     torch.manual_seed(2)
     assert torch.equal(one.indices, draw(range(500), 100, seed=3).indices)
     assert not torch.equal(one.indices, draw(range(500), 100, seed=4).indices)
+
+
+def test_rivals_stay_apart_where_two_windows_just_fit() -> None:
+    """Most phases leave room for one alone."""
+    windows = Windows(rows=200, length=96)
+    drawn = draw(windows, 64, seed=0)
+    assert apart(windows)
+    assert len(drawn.indices) == 64
+    first = windows.first[drawn.indices].view(-1, 2)
+    assert (first.diff().abs() >= 96).all()
 
 
 @pytest.mark.parametrize("tracks", [1, 7])
@@ -63,3 +82,21 @@ def test_where_two_do_not_fit_rivals_overlap_and_it_is_said() -> None:
     assert len(drawn.indices) == 32
     assert apart(Windows(rows=2880, length=96))
     assert apart(range(3))
+
+
+@pytest.mark.slow
+def test_the_verdicts_of_three_draws_agree_within_their_intervals(tmp_path: Path) -> None:
+    """Of one trained network, each on 256 of the 500 held-out digits."""
+    config = override(vision.digits(), {"verdict.test_samples": 256, "train.evaluate": 800})
+    pretrain(config, Run(tmp_path), World(0, 1, torch.device("cpu")), show=False)
+    config, model = load_pretrained(Run(tmp_path), torch.device("cpu"))
+    margins = []
+    for seed in range(3):
+        verdict = verdict_of(override(config, {"verdict.draw": seed}), model, torch.device("cpu"))[0].verdict
+        assert verdict.beats_linear
+        margins.append(verdict.linear)
+    assert len({margin.mean for margin in margins}) == 3  # other samples
+    for one, other in combinations(margins, 2):
+        assert one.half is not None
+        assert other.half is not None
+        assert abs(one.mean - other.mean) < math.hypot(one.half, other.half)

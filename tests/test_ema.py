@@ -18,14 +18,16 @@ def _steps(model: nn.Module, ema: Ema, count: int, size: float = 1.0) -> list[di
 
 
 def test_the_average_follows_its_closed_form() -> None:
+    """It starts from the parameters after the first step, as in the released scripts; those before have no part."""
     torch.manual_seed(0)
     model, decay = nn.Linear(3, 4), 0.8
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     ema = Ema(model, decay)
-    history = _steps(model, ema, 5)
-    assert ema.averages.keys() == start.keys() == {"weight", "bias"}
+    before = {name: average.clone() for name, average in ema.averages.items()}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()), "what is measured untrained"
+    first, *history = _steps(model, ema, 6)
+    assert ema.averages.keys() == first.keys() == {"weight", "bias"}
     for name, average in ema.averages.items():
-        expected = decay**5 * start[name]
+        expected = decay**5 * first[name]
         for k, values in enumerate(history, start=1):
             expected = expected + (1 - decay) * decay ** (5 - k) * values[name]
         torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
@@ -37,6 +39,7 @@ def test_the_average_is_float32_where_parameters_are_bfloat16() -> None:
     model = nn.Linear(8, 8).bfloat16()
     nn.init.constant_(model.weight, 1.0)
     ema = Ema(model, 0.999)
+    ema.update()
     nn.init.constant_(model.weight, 2.0)
     for _ in range(100):
         ema.update()
@@ -44,6 +47,22 @@ def test_the_average_is_float32_where_parameters_are_bfloat16() -> None:
     torch.testing.assert_close(ema.averages["weight"], torch.full((8, 8), 2 - 0.999**100), rtol=1e-4, atol=0)
     with ema.applied():
         assert model.weight.dtype == torch.bfloat16
+
+
+def test_the_first_average_is_the_weights_after_the_first_step_and_stored_ones_go_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 4)
+    whole = Ema(model, 0.9)
+    (first,) = _steps(model, whole, 1)
+    assert all(torch.equal(whole.averages[name], value) for name, value in first.items())
+    resumed = Ema(model, 0.9)
+    resumed.restore({name: value.clone() for name, value in whole.averages.items()})
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    whole.update()
+    resumed.update()
+    assert torch.equal(resumed.averages["weight"], whole.averages["weight"])
+    assert not torch.equal(resumed.averages["weight"], model.weight), "it is no first step"
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -16,7 +16,7 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
 from nepa_core.runtime.config import override
-from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.data import epoch_order, plain_batches
 from nepa_core.runtime.distributed import World
 from recipes import features
 from recipes.cli import main
@@ -63,7 +63,12 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return passes
 
 
-BOTH = ["final norm, last", "labels", "layer 1, mean"]
+BOTH = ["final norm, last", "labels", "layer 1, mean", "sample"]
+
+
+def drawn(limit: int, count: int) -> list[int]:
+    """The samples of a split that are read."""
+    return epoch_order(count, 0, 0)[:limit].tolist()
 
 
 def same(a: Features, b: Features) -> bool:
@@ -81,7 +86,9 @@ def test_kept_features_are_what_the_network_gives(tiny_recipe: PretrainConfig, m
     assert again.unreadable == 3, "also where features are found"
     assert again.messages == ["sample 0: torn", "sample 10: torn", "sample 9: torn"]
     dataset = config.data.dataset("test")
-    samples = [dataset[i] for i in range(20) if i not in (0, 9, 10)]
+    numbers = [i for i in drawn(20, 30) if i not in (0, 9, 10)]
+    assert kept["sample"].tolist() == numbers
+    samples = [dataset[i] for i in numbers]
     assert kept["labels"].tolist() == [int(sample["label"]) for sample in samples]
     for i, sample in enumerate(samples):
         length = int(sample["length"])
@@ -131,7 +138,7 @@ def test_features_are_found_again(
     assert computed == [BOTH]
     more = keep(tiny_recipe, model, tmp_path, [*ROWS, Row(2, "mean")])
     assert same(first, {name: array for name, array in more.items() if name != "layer 2, mean"})
-    assert computed == [BOTH, ["labels", "layer 2, mean"]], "only the row that was not there"
+    assert computed == [BOTH, ["labels", "layer 2, mean", "sample"]], "only the row that was not there"
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -156,6 +163,42 @@ def test_other_features_are_computed_anew(
     other = keep(config, model, tmp_path, **changes)
     assert computed == [BOTH, BOTH]
     assert not same(first, other)
+
+
+def test_held_out_samples_are_drawn_from_the_whole_split(
+    tiny_recipe: PretrainConfig, model: NEPA, tmp_path: Path
+) -> None:
+    """Not its first, which are of few classes in a folder of classes; the same for every network and every run."""
+    some = keep(tiny_recipe, model, tmp_path, split="test", limit=9)
+    assert some["sample"].tolist() == drawn(9, 48) != list(range(9))
+    other = override(tiny_recipe, {"train.seed": 5, "model.dim": 32})
+    again = keep(other, build_model(other), tmp_path, split="test", limit=9)
+    assert np.array_equal(again["sample"], some["sample"])
+    whole = keep(tiny_recipe, model, tmp_path, split="test", limit=100)
+    assert whole["sample"].tolist() == list(range(48)), "all are read in their order"
+    labels = [int(sample["label"]) for sample in tiny_recipe.data.dataset("test")]  # type: ignore[attr-defined]
+    assert whole["labels"].tolist() == labels
+
+
+def test_features_of_the_first_samples_kept_by_earlier_versions_are_not_those_of_drawn_ones(
+    tiny_recipe: PretrainConfig, model: NEPA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed: list[list[str]]
+) -> None:
+    """Where all samples are read they are the same, and found again, but for the numbers of the samples."""
+
+    def keep_as_before(limit: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(features, "draw_seed", lambda *_: None)
+            patch.setattr(features, "_first_digest", lambda *_: "the same")
+            patch.setattr(features, "BOOKS", ("labels",))
+            keep(tiny_recipe, model, tmp_path, split="test", limit=limit)
+
+    for limit in (40, 48):
+        keep_as_before(limit)
+    monkeypatch.setattr(features, "_first_digest", lambda *_: "the same")
+    computed.clear()
+    assert keep(tiny_recipe, model, tmp_path, split="test", limit=40)["sample"].tolist() == drawn(40, 48)
+    assert keep(tiny_recipe, model, tmp_path, split="test", limit=48)["sample"].tolist() == list(range(48))
+    assert computed == [BOTH, ["labels", "sample"]]
 
 
 def test_an_edited_adapter_is_noticed(
@@ -187,7 +230,7 @@ def test_damaged_features_are_computed_again(
     else:
         record.write_text("" if harm == "empty record" else record.read_text()[:-40])
     assert same(keep(tiny_recipe, model, tmp_path), first)
-    assert computed[1:] == [BOTH if "record" in harm else ["labels", "layer 1, mean"]]
+    assert computed[1:] == [BOTH if "record" in harm else ["labels", "layer 1, mean", "sample"]]
     assert set(json.loads(record.read_text())["arrays"]) == set(BOTH)
 
 
@@ -231,7 +274,7 @@ def test_rows_of_other_labels_are_not_put_side_by_side(
     tiny_recipe: PretrainConfig, model: NEPA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Labels that change behind the first samples, which alone are part of the key."""
-    keep(tiny_recipe, model, tmp_path, split="test")
+    keep(tiny_recipe, model, tmp_path, split="test", limit=48)
     dataset = Waves.dataset
 
     def edited(self: Waves, split: str) -> Any:
@@ -243,9 +286,9 @@ def test_rows_of_other_labels_are_not_put_side_by_side(
     monkeypatch.setattr(Waves, "dataset", edited)
     rows = [Row(1, "mean"), Row(2, "mean")]
     with pytest.raises(UserError, match="differ from those of an earlier pass over the same data"):
-        keep(tiny_recipe, model, tmp_path, rows, split="test")
-    kept = keep(tiny_recipe, model, tmp_path, rows, split="test")
-    assert same(kept, keep(tiny_recipe, model, tmp_path / "elsewhere", rows, split="test"))
+        keep(tiny_recipe, model, tmp_path, rows, split="test", limit=48)
+    kept = keep(tiny_recipe, model, tmp_path, rows, split="test", limit=48)
+    assert same(kept, keep(tiny_recipe, model, tmp_path / "elsewhere", rows, split="test", limit=48))
 
 
 def test_the_same_weights_twice_are_computed_once(

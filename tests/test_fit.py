@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.model import layers_above
+from nepa_core.runtime import fit as fit_module
 from nepa_core.runtime import run as runtime_run
 from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
@@ -37,9 +38,9 @@ from nepa_core.runtime.optim import (
     set_rates,
 )
 from nepa_core.runtime.run import Meter, Run
-from recipes.pretrain import PretrainConfig, build_model, held_out_health, make_step
+from recipes.pretrain import PretrainConfig, build_model, held_out_health, make_step, pretrain
 from tests import tiny
-from tests.tiny import interrupted_at, training
+from tests.tiny import CPU, Series, interrupted_at, training
 
 
 def metrics(folder: Path, key: str = "loss") -> dict[int, Any]:
@@ -245,8 +246,7 @@ OPTIM = OptimConfig(
 
 def test_the_schedule_rises_linearly_and_falls_along_a_cosine_to_zero() -> None:
     factors = [lr_factor(step, warmup=4, total=12) for step in range(13)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
-    assert factors[4] == 1.0
+    assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0], "the first step is at rate 0, as in the released scripts"
     assert factors[8] == pytest.approx(0.5)
     assert factors[10] == pytest.approx(0.5 - 0.5 * math.sqrt(0.5))
     assert factors[12] == pytest.approx(0.0)
@@ -257,15 +257,20 @@ def test_the_schedule_rises_linearly_and_falls_along_a_cosine_to_zero() -> None:
 @pytest.mark.parametrize(("decay", "halfway"), [("linear", 0.5), ("poly", 0.5**0.9)])
 def test_other_decays_fall_from_the_peak_to_zero(decay: str, halfway: float) -> None:
     factors = [lr_factor(step, warmup=4, total=12, decay=decay) for step in range(13)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert factors[8] == pytest.approx(halfway)
     assert factors[12] == 0.0
 
 
 def test_layer_decay_follows_the_number_of_layers_above() -> None:
-    """Written out for a network of two blocks: the paper's rate rises to 1, the released one stays."""
+    """Written out for a network of two blocks: the paper's rate rises to 1, the released one stays.
+
+    Here in the numbering of BEiT and MAE; tests/test_recipe_rates.py has that of the released scripts.
+    """
     model = nn.ModuleDict({"backbone": build_model(tiny.random()), "head": nn.Linear(2, 2)})
-    heights = {name: layers_above(name, 2) for name, _ in model.named_parameters()}
+    heights = {name: layers_above(name, 2, head_counts=True) for name, _ in model.named_parameters()}
+    below = {name: layers_above(name, 2, head_counts=False) for name in heights}
+    assert below == {name: max(height - 1, 0) for name, height in heights.items()}
     assert {name: height for name, height in heights.items() if height not in (1, 2)} == {
         "backbone.bos": 3,
         "backbone.mask_token": 3,
@@ -281,22 +286,25 @@ def test_layer_decay_follows_the_number_of_layers_above() -> None:
 
     def rates(decay: LayerDecay, step: int, warmup: int) -> dict[int, float]:
         optim = OPTIM.model_copy(update={"layer_decay": decay, "decay": "linear"})
-        optimizer = make_optimizer(model, optim, lambda name: layers_above(name, 2))
+        optimizer = make_optimizer(model, optim, lambda name: layers_above(name, 2, head_counts=True))
         assert len(optimizer.param_groups) == 8, "four heights, matrices and vectors"
-        assert set_rates(optimizer, optim, peak=2.0, step=step, total=11, warmup=warmup) == pytest.approx(
-            2.0 * lr_factor(step, warmup=warmup, total=11, decay="linear")
-        )
-        return {group["height"]: group["lr"] for group in optimizer.param_groups}
+        top = set_rates(optimizer, optim, peak=2.0, step=step, total=11, warmup=warmup)
+        found = {group["height"]: group["lr"] for group in optimizer.param_groups}
+        assert top == found[0], "what is logged is the rate of the topmost layers"
+        return found
 
     rising = LayerDecay(start=0.5, end=1.0, staggered_warmup=False)
     assert rates(rising, 0, 0) == pytest.approx({0: 2.0, 1: 1.0, 2: 0.5, 3: 0.25})
-    assert rates(rising, 5, 0) == pytest.approx({h: 2 * (1 - 5 / 11) * 0.75**h for h in range(4)})
-    assert rates(rising, 10, 0) == pytest.approx(dict.fromkeys(range(4), 2 * (1 - 10 / 11)))
+    third = 0.75 - 0.25 * math.cos(math.pi * 4 / 11)  # half a cosine from 0.5 to 1.0
+    assert rates(rising, 4, 0) == pytest.approx({h: 2 * (1 - 4 / 11) * third**h for h in range(4)})
+    last = 0.75 + 0.25 * math.cos(math.pi / 11)
+    assert rates(rising, 10, 0) == pytest.approx({h: 2 * (1 - 10 / 11) * last**h for h in range(4)})
     staggered = LayerDecay(start=0.5, end=0.5, staggered_warmup=True)
     steps = {0: 1, 1: 4, 2: 6, 3: 7}  # 8 * (1 - 0.5 ** height), at least one
     expected = {h: 2 * 0.5**h * lr_factor(3, warmup=w, total=11, decay="linear") for h, w in steps.items()}
     assert rates(staggered, 3, 8) == pytest.approx(expected)
-    assert expected[3] == pytest.approx(2 * 0.125 * 4 / 7)
+    assert expected[3] == pytest.approx(2 * 0.125 * 3 / 7)
+    assert rates(staggered, 0, 0) == pytest.approx({h: 2 * 0.5**h for h in range(4)}), "no warm-up is none"
 
 
 def test_the_run_uses_the_schedule_and_the_scaled_peak(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:
@@ -313,6 +321,7 @@ def test_the_run_uses_the_schedule_and_the_scaled_peak(tmp_path: Path, tiny_reci
         (Duration(steps=7), 7),
         (Duration(epochs=1.5), 15),
         (Duration(fraction=0.25), 10),
+        (Duration(fraction=0.251), 11),
         (Duration(steps=0), 0),
         (Duration(epochs=50), 40),
     ],
@@ -606,3 +615,31 @@ def test_metrics_hold_no_wall_clock(uninterrupted: dict[str, bytes]) -> None:
     lines = [json.loads(line) for line in uninterrupted["step_00000012/metrics.jsonl"].splitlines()]
     assert [line["step"] for line in lines] == [0, 3, 5, 6, 9, 10, 12, 12]
     assert {key for line in lines for key in line if "second" in key or "time" in key} == set()
+
+
+# ------------------------------------------------------------------------------- data that changed meanwhile
+
+
+def test_data_that_changed_between_a_stop_and_its_resumption_is_refused(
+    tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files were added: the order of the samples would be another. `data.changed=true` goes on."""
+    with pytest.raises(Interrupted):
+        training(tiny_recipe, tmp_path, step=interrupted_at({5}, make_step(tiny_recipe)))
+    assert load_latest(tmp_path / "checkpoints")[0].state["data"] == "48 samples"
+    monkeypatch.setattr(Series, "fingerprint", lambda self: "49 samples, 7 bytes", raising=False)
+    with pytest.raises(UserError, match=r"changed since step 5 \(then 48 samples; now 49 .*data.changed=true"):
+        pretrain(tiny_recipe, Run(tmp_path), World(0, 1, CPU), show=False)
+    allowed = override(tiny_recipe, {"data.changed": True})
+    assert pretrain(allowed, Run(tmp_path), World(0, 1, CPU), show=False)["steps"] == 12
+    assert "changed" not in json.loads((tmp_path / "config.json").read_text())["data"]
+
+
+def test_checkpoints_of_before_say_nothing_of_the_data_and_go_on(
+    tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(fit_module, "fingerprint_of", lambda dataset: None)
+        with pytest.raises(Interrupted):
+            training(tiny_recipe, tmp_path, step=interrupted_at({5}, make_step(tiny_recipe)))
+    assert training(tiny_recipe, tmp_path)[2].steps == 12

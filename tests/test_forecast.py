@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from torch import nn
 
 from modalities.timeseries import TimeSeries, Windows
@@ -18,15 +21,20 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes.cli import main
 from recipes.forecast import Options
+from recipes.forecast_report import cell, paired_differences, significant, stretches, verdict
 from recipes.forecasters import (
     DLinear,
     Moments,
+    _predict,
     best_ridge,
+    build,
     chosen,
     fit_ridge,
+    fitted_ridges,
+    in_series_units,
+    make_step,
     raw_features,
     repeat_last,
-    scaled_future,
     score,
     short,
     train,
@@ -101,7 +109,167 @@ def test_dlinear_is_linear_in_the_window_and_starts_as_its_mean(tmp_path: Path) 
     one, two = (model(data, {"series": batch["series"][i : i + 1]}, causal=True) for i in range(2))
     both = model(data, {"series": batch["series"].sum(0, keepdim=True)}, causal=True)
     assert torch.allclose(both, one + two, atol=1e-3)
-    assert scaled_future(data, batch).shape == out.shape
+    assert in_series_units(data, batch, out).shape == batch["future"].shape
+
+
+def bursts(rows: int = 1200, columns: int = 1) -> np.ndarray:
+    """Waves under noise, flat in 3 % of the rows: as a sensor that stops for a while."""
+    draw = np.random.default_rng(0)
+    steps = np.arange(rows)[:, None]
+    values = 3 * np.sin(steps / np.arange(4, 4 + columns)) + 0.3 * draw.normal(size=(rows, columns))
+    values[400:418] = values[400]
+    values[700:718] = values[700]
+    return values
+
+
+CASES = [("independent", "window"), ("mixing", "window"), ("mixing", "none"), ("independent", "none")]
+
+
+@pytest.mark.parametrize("channels", ["independent", "mixing"])
+def test_flat_windows_do_not_spoil_the_linear_row(tmp_path: Path, channels: str) -> None:
+    """In units of their own deviation they would be all that counts."""
+    root = write_csv(tmp_path, bursts(columns=2))
+    data = adapter(root, normalise="window", channels=channels, parts=(800, 200, 200))
+    windows = data.forecasts("train", 8)
+    std = data.scale(windows.__getitems__(list(range(len(windows)))))[1]
+    assert 0.005 < float((std < 1e-4).float().mean()) < 0.04
+    row = best_ridge(data, raw_features, 8, 20_000, CPU)
+    repeated = score(data, "test", 8, CPU, lambda batch: repeat_last(data, batch))
+    assert row["mse"] < 0.2 * repeated["mse"]
+
+
+@pytest.mark.parametrize(("channels", "normalise"), CASES)
+def test_the_ridge_is_the_least_squares_fit_of_the_z_scored_series(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: str, normalise: str
+) -> None:
+    """Beside one that is solved window by window, whose unknowns are weights and offset in the window's own units."""
+    monkeypatch.setattr("recipes.forecasters.STRENGTHS", (1e-8,))
+    root = write_csv(tmp_path, bursts(columns=2))
+    data = adapter(root, normalise=normalise, channels=channels, parts=(800, 200, 200))
+    ridge, validation = fitted_ridges(data, raw_features, 3, 20_000, CPU)["raw"]
+
+    def predicted(batch: Batch) -> torch.Tensor:
+        return in_series_units(data, batch, rearrange(ridge(raw_features(data, batch)["raw"]), "b (h c) -> b h c", h=3))
+
+    windows = data.forecasts("train", 3)
+    batch = windows.__getitems__(list(range(len(windows))))
+    mean, std = data.scale(batch)
+    x = torch.cat((raw_features(data, batch)["raw"], torch.ones(len(windows), 1)), 1).double()
+    best = 0.0
+    for c in range(batch["future"].shape[2]):
+        design, y = x * std[:, 0, c, None], (batch["future"] - mean)[..., c].double()
+        best += (
+            float((design @ torch.linalg.lstsq(design, y, rcond=1e-5, driver="gelsd").solution - y).square().mean())
+            / batch["future"].shape[2]
+        )
+    assert float((predicted(batch) - batch["future"]).square().mean()) == pytest.approx(best, rel=1e-3)
+    assert score(data, "validation", 3, CPU, predicted)["mse"] == pytest.approx(validation, rel=1e-3)
+
+
+@pytest.mark.parametrize("network", ["predictor", "dlinear"])
+def test_networks_train_on_the_error_that_is_reported(tmp_path: Path, network: Any) -> None:
+    changes = {"data.source": "file", "data.root": write_csv(tmp_path, bursts()), "data.parts": (800, 200, 200)}
+    config = short(override(recipe(), changes | {"data.stride": 1}), None, network, 4, steps=3, samples=50)
+    model = build(config)
+    windows = config.data.forecasts("validation", 4)
+    loss = make_step(config)(model, windows.__getitems__(list(range(len(windows))))).loss
+    measured = score(config.data, "validation", 4, CPU, partial(_predict, config, model))
+    assert float(loss.detach()) == pytest.approx(measured["mse"], rel=1e-5)
+    assert float(measured["errors"].mean()) == measured["mse"]
+    assert measured["errors"].shape == (len(windows),)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1.3351, "1.335"),
+        (0.43651, "0.437"),
+        (0.0123, "0.0123"),
+        (7.1e-13, "7.10e-13"),
+        (0, "0.000"),
+        (3e-3, "0.00300"),
+        (3e-5, "3.00e-05"),
+    ],
+)
+def test_small_errors_keep_their_digits(value: float, shown: str) -> None:
+    assert significant(value) == shown
+
+
+def test_a_spread_that_is_not_zero_is_not_printed_as_zero() -> None:
+    assert cell([0.437, 0.439]) == "0.438 ± 0.001"
+    assert cell([0.437, 0.43702]) == "0.437 ± 1e-05"
+    assert cell([2e-13, 4e-13]) == "3.00e-13 ± 1e-13"
+    assert cell([0.437]) == "0.437"
+
+
+def test_stretches_hold_all_channels_and_are_as_long_as_a_window_with_its_future(tmp_path: Path) -> None:
+    values = walk()
+    values[100, 1] = math.nan
+    for channels, count in (("independent", 2), ("mixing", 1)):
+        windows = adapter(write_csv(tmp_path, values), channels=channels).forecasts("test", 4)
+        found = stretches(windows)
+        assert len(found) == len(windows) < 37 * count
+        numbers = torch.arange(len(windows)) if windows.kept is None else windows.kept
+        starts = 37  # of which two stretches of 16 and more can be made
+        assert found.tolist() == [number // count * 2 // starts for number in numbers.tolist()]
+
+
+def test_intervals_over_overlapping_windows_cover_what_they_should(tmp_path: Path) -> None:
+    """Differences whose errors at every step are noise: the mean over windows is 0, and windows share most steps."""
+    windows = adapter(write_csv(tmp_path, walk(800, 1)), parts=(60, 20, 720)).forecasts("test", 24)
+    assert isinstance(windows, Windows)
+    clusters, draw = stretches(windows), torch.Generator().manual_seed(0)
+    hits = {"stretches": 0, "rows": 0}
+    for _ in range(400):
+        steps = torch.randn(720, generator=draw).double()
+        errors = {"frozen": torch.zeros(1, 697).double(), "persistence": steps.unfold(0, 24, 1).mean(1)[None]}
+        for name, of in (("stretches", clusters), ("rows", torch.arange(697))):
+            (found,) = paired_differences(errors, of)
+            hits[name] += abs(found["mean"]) < found["half"]
+    assert 0.93 < hits["stretches"] / 400 < 0.99
+    assert hits["rows"] / 400 < 0.6
+
+
+def test_differences_are_paired_and_signed(tmp_path: Path) -> None:
+    """Of two rows that differ by a constant the interval is a point, however both vary."""
+    draw = torch.Generator().manual_seed(0)
+    frozen = torch.rand(2, 60, generator=draw).double()
+    errors = {"frozen": frozen, "frozen, random weights": frozen + 0.25, "persistence": frozen.flip(1)}
+    random, repeated = paired_differences(errors, torch.arange(60) // 10)
+    assert (random["row"], random["rival"]) == ("frozen", "frozen, random weights")
+    assert (random["mean"], random["half"]) == (pytest.approx(0.25), pytest.approx(0, abs=1e-9))
+    assert repeated["mean"] == pytest.approx(0)
+    assert repeated["half"] > 0.03
+    assert repeated["mse"] == pytest.approx(float(frozen.mean()))
+
+
+def difference(rival: str, mean: float, half: float | None, mse: float) -> dict[str, Any]:
+    return {"row": "frozen", "rival": rival, "mse": mse, "mean": mean, "half": half, "df": 3.0}
+
+
+def test_the_verdict_names_the_best_baseline_and_what_the_intervals_cover() -> None:
+    pairs = [
+        difference("frozen, random weights", 0.0103, 0.0021, 0.4),
+        difference("linear on the raw window", -0.00123, 0.00042, 0.38),
+        difference("persistence", 0.9, 0.1, 1.3),
+    ]
+    one: dict[str, Any] = {"stretches": {"96": 6}, "seed": 0}
+    text, rest = verdict([one], {"96": pairs})
+    assert text == (
+        "VERDICT  96 steps ahead frozen pre-trained weights beat random weights (MSE lower by 0.0103 ± 0.0021), and "
+        "are beaten by linear on the raw window (MSE higher by 0.00123 ± 0.00042), the best baseline."
+    )
+    assert "over the test windows alone; another pre-training may differ" in rest
+    assert "(96: 6)" in rest
+    assert "over seeds and test windows together (2 seeds)" in verdict([one, one], {"96": pairs})[-1]
+    pairs[0] = difference("frozen, random weights", 0.0103, 0.011, 0.4)
+    assert "are level with random weights (MSE lower by 0.010 ± 0.011)" in verdict([one], {"96": pairs})[0]
+    pairs[0] = difference("frozen, random weights", -0.0045, 0.12, 0.4)
+    assert "are level with random weights (MSE higher by 0.004 ± 0.120)" in verdict([one], {"96": pairs})[0]
+    pairs[0] = difference("frozen, random weights", -3e-13, 1e-13, 0.4)
+    assert "are beaten by random weights (MSE higher by 3.0e-13 ± 1.0e-13)" in verdict([one], {"96": pairs})[0]
+    pairs[0] = difference("frozen, random weights", -0.0103, None, 0.4)
+    assert "can't be judged beside random weights" in verdict([one], {"96": pairs})[0]
 
 
 WORDS = ("horizons=[4,8]", "finetune=[4]", "steps=3", "fit_samples=200")
@@ -138,10 +306,25 @@ def test_forecast_writes_every_row_and_finds_finished_ones_again(
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert table(run)["horizons"] == found["horizons"]
     assert capsys.readouterr().err.count("(kept)") == 11
+    errors = np.load(tmp_path / "run" / found["horizons"]["4"][0]["folder"] / "errors.npy")
+    assert errors.shape == (4 * 77,)
+    assert errors.mean() == pytest.approx(found["horizons"]["4"][0]["mse"], rel=1e-5)
+    rivals = [(each["row"], each["rival"]) for each in found["differences"]["4"]]
+    baselines = ["linear on the raw window", "persistence", "DLinear"]
+    assert rivals == [(row, f"{row}, random weights") for row in ("frozen",)] + [
+        ("frozen", each) for each in baselines
+    ] + [("fine-tuned", each) for each in ("fine-tuned, random weights", *baselines)]
+    assert "VERDICT  4 steps ahead frozen pre-trained weights " in said.out
+    assert "another pre-training may differ" in said.out
     assert main(["forecast", run, *WORDS[:3], "fit_samples=100"]) == 0
     assert capsys.readouterr().err.count("(kept)") == 2, "persistence is fitted on nothing"
     assert table(run)["horizons"]["4"][:3] != found["horizons"]["4"][:3]
     tuned = next((tmp_path / "run" / "forecast").glob("4_fine-tuned_[0-9a-f]*"))
+    kept = tmp_path / "run" / found["horizons"]["4"][4]["folder"]
+    (kept / "errors.npy").unlink()
+    capsys.readouterr()
+    assert main(["forecast", run, *WORDS]) == 2
+    assert f"delete {kept} and give the same command again" in capsys.readouterr().err
     assert main(["bench", str(tuned)]) == 2
     assert "is a run of `nepa forecast`" in capsys.readouterr().err
 
@@ -190,11 +373,26 @@ def test_a_stopped_forecast_goes_on_with_the_next_row(tmp_path: Path, monkeypatc
     assert table(run)["horizons"] == table(whole)["horizons"]
 
 
+def test_rows_fitted_in_other_units_are_not_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = pretrained(tmp_path / "run"), ("horizons=4", "fit_samples=200")
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.forecast.FITTED", 1)
+        assert main(["forecast", run, *words]) == 0
+    assert main(["forecast", run, *words]) == 0
+    assert "(kept)" not in capsys.readouterr().err
+
+
 def test_runs_with_other_seeds_stand_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (pretrained(tmp_path / str(seed), seed) for seed in (0, 1))
     assert main(["forecast", one, *WORDS, f"also=[{two}]"]) == 0
-    assert "Mean ± standard deviation over seeds 0, 1." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Mean ± standard deviation over seeds 0, 1." in said
     both = table(one, "forecast_seeds.json")
+    alone, together = (each["differences"]["4"][0] for each in (table(one), both))
+    assert together["mean"] == pytest.approx((alone["mean"] + table(two)["differences"]["4"][0]["mean"]) / 2)
+    assert "over seeds and test windows together (2 seeds)" in said
     for number, row in enumerate(both["horizons"]["4"]):
         values = [table(run)["horizons"]["4"][number]["mse"] for run in (one, two)]
         assert row["mse"]["values"] == values
@@ -222,7 +420,7 @@ def test_ridge_and_networks_are_fitted_on_the_same_windows(tmp_path: Path, monke
 
     def watched(self: Windows, indices: list[int]) -> Batch:
         batch = batches(self, indices)
-        if self.starts[0] == every.starts[0]:
+        if self.starts[0] == every.starts[0] and self.horizon:  # what is checked before training has no future
             seen.update(tuple(row.flatten().tolist()) for row in batch["series"])
         return batch
 

@@ -21,9 +21,20 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes import goals, probe
 from recipes.cli import main
-from recipes.finetune import FinetuneConfig, build_classifier, finetune, load_classifier, make_step, measure, short
-from recipes.pretrain import PretrainConfig, build_model
+from recipes.finetune import (
+    FinetuneConfig,
+    beside_control,
+    build_classifier,
+    finetune,
+    held_out_credits,
+    load_classifier,
+    make_step,
+    measure,
+    short,
+)
+from recipes.pretrain import PretrainConfig, build_model, pretrain
 from recipes.weights import read_weights
+from recipes.worth import worth_in
 from tests import tiny
 from tests.tiny import CPU
 from tests.tiny_scenes import scenes, write_scenes
@@ -133,7 +144,7 @@ def test_the_figures_of_numbers_are_in_their_own_unit(tmp_path: Path, readout: s
 
 def test_numbers_are_learned(tmp_path: Path) -> None:
     data = Taught(teach="numbers", samples=512)
-    config = tuning(data, train__length__steps=100, train__evaluate=100, optim__lr=0.01)
+    config = tuning(data, train__length__steps=200, train__evaluate=200, optim__lr=0.002)
     summary = finetune(config, Run(tmp_path / "run"), ALONE, show=False)
     assert summary["r2"] > 0.3, "two thirds is the most: the third number does not vary"
 
@@ -236,3 +247,32 @@ def test_a_probe_of_numbers_gives_r2_beside_random_weights_and_raw_tokens() -> N
     shown = probe.render(result)
     assert "The figures are R2" in shown
     assert f"raw tokens {result['raw_tokens']['r2']:.3f}" in shown
+
+
+@pytest.mark.parametrize("teach", ["numbers", "tokens"])
+def test_the_credits_of_a_run_are_its_figure_and_its_control_stands_beside_it(teach: Any, tmp_path: Path) -> None:
+    """Also of numbers, and of a class per token, where a sample is a cluster and counts by its tokens."""
+    data = Taught(teach=teach, ragged=True)
+    pre = tiny.recipe().model_copy(update={"data": tiny.Waves(ragged=True)})
+    pretrain(pre, Run(tmp_path / "pre"), ALONE, show=False)
+    config = tuning(data, init=str(tmp_path / "pre"))
+    run = Run(tmp_path / "run")
+    summary = finetune(config, run, ALONE, show=False)
+    key = goals.find_goal(data).headline
+    credits = held_out_credits(config, run, ALONE)
+    each = credits.shares.repeat_interleave(credits.weights)
+    assert float(each.mean()) == pytest.approx(summary[f"{key}_ema"], abs=1e-6)
+    assert credits.numbers.tolist() == list(range(48))
+    lengths = [int(sample["length"]) for sample in data.dataset("test")]  # type: ignore[attr-defined]
+    assert credits.weights.tolist() == (lengths if teach == "tokens" else [1] * 48)
+
+    worth = worth_in(beside_control(config, run, ALONE, summary, show=False))
+    control = Run(run.path / "control").summary()
+    assert worth is not None
+    assert control is not None
+    assert worth.metric == key
+    assert worth.figure == pytest.approx(summary[f"{key}_ema"], abs=1e-6)
+    assert worth.beside[0].figure == pytest.approx(control[f"{key}_ema"], abs=1e-6)
+    assert worth.beside[0].margin == pytest.approx(worth.figure - worth.beside[0].figure)
+    assert (worth.samples, worth.clusters) == (int(credits.weights.sum()), 48)
+    assert worth.unit == ("tokens" if teach == "tokens" else "samples")

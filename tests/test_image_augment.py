@@ -22,7 +22,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 from modalities.image import Images
 from modalities.image_augment import CentreCrop, ErasedBox, RandAugment, erase
-from modalities.image_data import decode, open_images
+from modalities.image_data import open_images
+from modalities.image_decode import decode
+from nepa_core.runtime.config import override
+from recipes import vision
+from recipes.finetune import FinetuneConfig
 from tests.contract import check_modality
 from tests.pictures import encoded, open_folder, picture, pixels, write_tree
 
@@ -85,7 +89,7 @@ def test_a_jpeg_that_torchvision_refuses_is_left_to_pil(monkeypatch: pytest.Monk
 
     stored = encoded(smooth(4, 16, 16), "jpeg")
     expected = decode(stored, 3)
-    monkeypatch.setattr("modalities.image_data.decode_jpeg", refuse)
+    monkeypatch.setattr("modalities.image_decode.decode_jpeg", refuse)
     assert torch.equal(decode(stored, 3), expected)
 
 
@@ -114,6 +118,42 @@ def test_the_centre_crop_is_torchvisions_and_timms(ratio: float, width: int, hei
     assert torch.equal(found, pixels(v2.Compose([resize, v2.CenterCrop(64)])(image)))
     timms = transforms_imagenet_eval(64, crop_pct=ratio, interpolation="bicubic", normalize=False)
     assert torch.equal(found, timms(image))
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 333), (300, 500), (235, 235)])
+def test_the_pixels_of_the_published_figures_are_torchvisions(width: int, height: int, tmp_path: Path) -> None:
+    """Base: short side 256, centre crop 224. Large: exactly 235 x 235, which squashes, centre crop 224. Bicubic."""
+    image = picture(0, width, height)
+    content = encoded(image)
+    write_tree(tmp_path, {"train/a/x.png": content, "val/a/x.png": content})
+    bicubic = v2.InterpolationMode.BICUBIC
+    sizes: dict[str, tuple[FinetuneConfig, int | list[int]]] = {
+        "pixels: short side 256, centre crop 224": (vision.base_in1k_finetune(), 256),
+        "pixels: squashed to 235 x 235, centre crop 224": (vision.large_in1k_finetune(), [235, 235]),
+    }
+    for told, (recipe, scaled) in sizes.items():
+        assert recipe.data.held_out_as() == told
+        for in_memory in (False, True):
+            data = override(recipe, {"data.root": str(tmp_path), "data.in_memory": in_memory}).data
+            expected = v2.Compose([v2.Resize(scaled, interpolation=bicubic), v2.CenterCrop(224)])(image)
+            assert torch.equal(data.plain().dataset("test")[0]["image"], pixels(expected))
+
+
+def test_the_pixels_are_told_for_any_shape() -> None:
+    assert adapter().held_out_as() == "pixels: short side 8, centre crop 8"
+    wide = adapter(size=(8, 16), crop_ratio=0.8)
+    assert wide.held_out_as() == "pixels: scaled to cover 10 x 20, centre crop 8 x 16"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_random_crop_is_torchvisions_of_that_interpolation(interpolation: str, tmp_path: Path) -> None:
+    write_tree(tmp_path, {f"{split}/a/x.png": encoded(picture(0, 90, 70)) for split in ("train", "val")})
+    crop = v2.RandomResizedCrop((24, 24), interpolation=v2.InterpolationMode(interpolation))
+    images = open_folder(tmp_path, "train", size=(24, 24), augment="crop", interpolation=interpolation)
+    torch.manual_seed(3)
+    found = images[0]["image"]
+    torch.manual_seed(3)
+    assert torch.equal(found, crop(pixels(picture(0, 90, 70))))
 
 
 def test_a_crop_ratio_reaches_every_way_of_reading(tmp_path: Path) -> None:

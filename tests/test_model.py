@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nepa_core import NEPA, PredictorConfig, Tokens
+from nepa_core.basics import UserError
 from nepa_core.model import draw_coord_scale
 from nepa_core.predictor import Trace
 from tests import tiny
@@ -137,7 +138,7 @@ def test_learned_positions_follow_the_canonical_index_and_skip_bos() -> None:
 
 
 def test_more_tokens_than_learned_positions_is_an_error_that_names_the_key() -> None:
-    with pytest.raises(ValueError, match=r"6 tokens, but model\.learned_positions=5"):
+    with pytest.raises(UserError, match=r"model\.learned_positions=5 is less than the 6 tokens"):
         _model(learned_positions=5)(_tokens(), causal=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,16 @@ import torch
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
+from nepa_core.runtime.fit import Diverged
 from recipes import compare, downstream, finetune, measures, objectives
 from recipes.cli import main, split_options
+from recipes.credits import pack_credits
 from recipes.downstream import Care, Setting, best_setting, fine_tuned, held_back
 from recipes.objective_names import named
 from recipes.objectives import Options, summarise
 from recipes.objectives_report import RANDOM, render
 from recipes.pretrain import PretrainConfig, build_model
+from recipes.protocol import alone
 from recipes.significance import Difference, against
 from tests.test_forecast import recipe as series_recipe
 from tests.tiny import CPU, Waves
@@ -28,7 +32,7 @@ PICTURES = ("accuracy", "labels", "layers", "rank")
 PARTS = ("answer", "accuracy", "layers", "prediction", "tests", "settings", "commands")
 MIXTURE = ['objective.terms={"mse":1,"barlow":0.25}', "objective.stop_gradient=false", "objective.redundancy=0.1"]
 WORDS = ["objectives", "tests.tiny:recipe", "objectives=cosine,recipe", "seeds=0", "finetune_steps=3", *MIXTURE]
-CARE = ["labels=2,all", "learning_rates=1e-3,1e-2", "finetune_causal=false"]
+CARE = ["labels=2,all", "learning_rates=1e-2", "finetune_causal=false"]
 
 
 @pytest.fixture
@@ -148,41 +152,141 @@ def test_a_comparison_is_not_written_over_by_one_of_another_kind_or_recipe(
 # ------------------------------------------------------------------------------------------------- tuning
 
 
-def test_the_learning_rate_is_chosen_on_held_back_training_samples(
+class Watched:
+    """Which samples every training of a fine-tuning was on, and which were read to choose by."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.trained_on: list[list[int]] = []
+        self.chosen_by: list[list[int]] = []
+        train, measure = measures.trained, finetune.measure
+
+        def watched_train(tuning: Any, goal: Any, samples: Any, device: torch.device) -> Any:
+            self.trained_on.append(indices(samples))
+            return train(tuning, goal, samples, device)
+
+        def watched_measure(tuning: Any, model: Any, ranks: Any, samples: Any = None, **more: Any) -> dict[str, float]:
+            if samples is not None:
+                self.chosen_by.append(indices(samples))
+            found: dict[str, float] = measure(tuning, model, ranks, samples, **more)
+            return found
+
+        patch.setattr(downstream, "trained", watched_train)
+        patch.setattr(finetune, "measure", watched_measure)
+
+
+def indices(samples: Any) -> list[int]:
+    return sorted(int(samples[place]["index"]) for place in range(len(samples)))
+
+
+def test_few_labels_are_all_that_a_setting_is_chosen_on(
     tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read while choosing is never trained on and never a test sample."""
-    trained_on, chosen_by = [], []
-    train, measure = measures.trained, finetune.measure
+    """No label beside the stated ones is read, but for the test samples at the end; and all of them are trained on."""
+    watched = Watched(monkeypatch)
+    care = care_of((30,), finetune_steps=(30,), learning_rates=(1e-9, 1e-2), finetune_causal=(False,), extensions=0)
+    config = override(tiny_recipe, {"data.samples": 200, "train.batch": 32})
+    found = fine_tuned(config, None, CPU, 30, care)
+    assert found.chosen.setting.lr == 1e-2, "1e-9 learns nothing"
+    assert found.labels == 60  # thirty of each of two classes
+    *folds_trained, last = watched.trained_on
+    assert len(last) == 60
+    assert len(folds_trained) == 2 * 3  # two rates, three parts
+    assert all(set(rest) < set(last) and len(rest) == 40 for rest in folds_trained)
+    assert sorted(index for part in watched.chosen_by[:3] for index in part) == last, (
+        "every label is read once for each rate"
+    )
+    assert all(not set(a) & set(b) for a, b in zip(folds_trained, watched.chosen_by, strict=True))
 
-    def watched_train(tuning: Any, goal: Any, samples: Any, device: torch.device) -> Any:
-        trained_on.append([int(samples[place]["index"]) for place in range(len(samples))])
-        return train(tuning, goal, samples, device)
 
-    def watched_measure(tuning: Any, model: Any, ranks: Any, samples: Any = None) -> dict[str, float]:
-        if samples is not None:
-            chosen_by.append([int(samples[place]["index"]) for place in range(len(samples))])
-        found: dict[str, float] = measure(tuning, model, ranks, samples)
-        return found
+def test_of_all_labels_a_part_is_held_back_and_trained_on_in_the_end(
+    tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched = Watched(monkeypatch)
+    care = care_of((None,), finetune_steps=(3,), learning_rates=(1e-3, 1e-2), finetune_causal=(False,), extensions=0)
+    found = fine_tuned(tiny_recipe, None, CPU, None, care)
+    assert found.labels == 48 == len(watched.trained_on[-1])
+    assert [len(each) for each in watched.chosen_by] == [48 // 5] * 2
+    assert not set(watched.chosen_by[0]) & set(watched.trained_on[0])
 
-    monkeypatch.setattr(downstream, "trained", watched_train)
-    monkeypatch.setattr(finetune, "measure", watched_measure)
-    care = care_of((60,), finetune_steps=(60,), learning_rates=(1e-9, 1e-2), finetune_causal=(False,))
-    config = override(tiny_recipe, {"data.samples": 400, "train.batch": 32})
-    found = fine_tuned(config, None, CPU, 60, care)
-    assert found.setting.lr == 1e-2, "1e-9 learns nothing"
-    assert found.figure > 0.6
-    assert [len(each) for each in trained_on] == [120, 120]  # sixty of each of two classes
-    assert trained_on[0] == trained_on[1]
-    assert chosen_by[0] == chosen_by[1]
-    assert len(chosen_by[0]) == 400 // 5
-    assert not set(trained_on[0]) & set(chosen_by[0])
+
+def test_one_setting_is_taken_without_choosing(tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    one = care_of((4,), finetune_steps=(2,), learning_rates=(1e-3,), finetune_causal=(True,))
+    assert fine_tuned(tiny_recipe, None, CPU, 4, one).chosen.setting == Setting(1e-3, 2, True)
+    several = care_of((1,), finetune_steps=(2, 3), learning_rates=(1e-4, 1e-3, 1e-2), finetune_causal=(False,))
+    of_one = fine_tuned(tiny_recipe, None, CPU, 1, several)  # a label a class: nothing to choose by
+    assert of_one.chosen.setting == Setting(1e-3, 2, False)
+    assert (len(watched.trained_on), watched.chosen_by) == (2, [])
+
+
+@pytest.mark.parametrize("per_class", [(1, 1), (2, 2), (2, 1, 5), (7, 7, 7), (1, 2), (30, 3)])
+def test_folds_score_every_label_once_and_keep_a_sample_of_every_class(per_class: tuple[int, ...]) -> None:
+    kinds = [kind for kind, count in enumerate(per_class) for _ in range(count)]
+    kinds = kinds[::2] + kinds[1::2]
+    parts = downstream.folds(kinds, 3)
+    scored = sorted(place for _, part in parts for place in part)
+    assert scored == [place for place, kind in enumerate(kinds) if per_class[kind] > 1]
+    assert len(parts) == (0 if max(per_class) == 1 else min(3, len(scored)))
+    for rest, part in parts:
+        assert sorted([*rest, *part]) == list(range(len(kinds)))
+        assert {kinds[place] for place in rest} == set(kinds)
+        assert part
+
+
+# A made score: best where the logarithm of the rate is nearest a number, and where steps are.
+@pytest.mark.parametrize(
+    ("best_lr", "best_steps", "chosen", "at_end"),
+    [
+        (1e-3, 170, (1e-3, 100), ()),
+        (9e-5, 300, (9e-5, 300), ()),  # below the list
+        (1e-2, 1000, (9e-3, 900), ()),  # above it
+        (1e-9, 30, (2.7e-5, 33), ("lr",)),  # below the stated end
+        (1e3, 10**6, (2.7e-2, 2700), ("lr", "steps")),  # above it: no optimum within reach
+        (1e-3, 1, (1e-3, 11), ("steps",)),
+    ],
+)
+def test_lists_grow_until_the_best_lies_inside(
+    best_lr: float, best_steps: int, chosen: tuple[float, int], at_end: tuple[str, ...]
+) -> None:
+    care = care_of((), learning_rates=(3e-4, 3e-3, 1e-3), finetune_steps=(100, 300), finetune_causal=(False, True))
+    tried: list[Setting] = []
+
+    def at(setting: Setting) -> tuple[float, None]:
+        tried.append(setting)
+        near = abs(math.log(setting.lr / best_lr)) + abs(math.log(setting.steps / best_steps))
+        return -near + 0.1 * setting.causal, None
+
+    found = best_setting(care, at)
+    assert (found.setting, found.at_end) == (Setting(*chosen, True), at_end)
+    assert len(tried) == len(set(tried)), "every setting is tried once"
+    assert min(each.lr for each in tried) >= 2.7e-5
+    assert max(each.lr for each in tried) <= 2.7e-2
+
+
+def test_equal_scores_take_the_middle_and_a_list_of_one_is_taken_as_it_is() -> None:
+    care = care_of((), learning_rates=(1.0, 2.0, 4.0), finetune_steps=(7,), finetune_causal=(False,))
+    assert best_setting(care, lambda setting: (0.5, None)).setting == Setting(2.0, 7, False)
+    one = care_of((), learning_rates=(1.0,), finetune_steps=(7,), finetune_causal=(False,))
+    assert best_setting(one, lambda setting: (0.5, "kept")) == (Setting(1.0, 7, False), "kept", ())
+
+
+def test_a_training_that_diverges_is_passed_over() -> None:
+    care = care_of((), learning_rates=(1.0, 2.0), finetune_steps=(7,), finetune_causal=(False,))
+
+    def at(setting: Setting, most: float = 2.0) -> tuple[float, None]:
+        if setting.lr > most:
+            raise Diverged("not finite")
+        return setting.lr, None
+
+    assert best_setting(care, at) == (Setting(2.0, 7, False), None, ())
+    with pytest.raises(Diverged, match=r"every learning rate from 0\.25 on"):
+        best_setting(care, lambda setting: at(setting, 0.0))
 
 
 def test_steps_and_attention_are_chosen_at_the_best_learning_rate() -> None:
     """Each setting is tried once, and one that diverges is never the best."""
-    care = Care(
-        labels=(), learning_rates=(1.0, 2.0, 3.0), finetune_steps=(10, 20), finetune_causal=(False, True), horizon=1
+    care = care_of(
+        (), learning_rates=(1.0, 2.0, 3.0), finetune_steps=(10, 20), finetune_causal=(False, True), extensions=0
     )
     tried: list[Setting] = []
 
@@ -191,7 +295,7 @@ def test_steps_and_attention_are_chosen_at_the_best_learning_rate() -> None:
         score = {1.0: 0.5, 2.0: 0.6, 3.0: float("nan")}[setting.lr] + setting.steps / 100 - 0.3 * setting.causal
         return score, f"kept of {setting.lr:g}, {setting.steps}"
 
-    assert best_setting(care, at) == (Setting(2.0, 20, False), "kept of 2, 20")
+    assert best_setting(care, at) == (Setting(2.0, 20, False), "kept of 2, 20", ("steps",))
     assert tried == [
         *(Setting(lr, 10, False) for lr in (1.0, 2.0, 3.0)), Setting(2.0, 20, False), Setting(2.0, 20, True)
     ]  # fmt: skip
@@ -297,6 +401,27 @@ def care_of(labels: tuple[int | None, ...], **choices: Any) -> Care:
     return Care(labels=labels, horizon=4, **choices)
 
 
+def test_results_kept_by_the_former_rule_open_as_a_whole_or_not_at_all(
+    tiny_recipe: PretrainConfig, tmp_path: Path
+) -> None:
+    options, variants = Options(objectives=("cosine",), seeds=(0, 1)), [compare.Variant("cosine", tiny_recipe)]
+    before = downstream.CareBefore.of(options.care)
+    former = compare.Measure("objectives", objectives.measure, before)
+    for seed in (0, 1):
+        jobs = (
+            compare.pair(variants[0], seed, former, tmp_path),
+            objectives.control(tiny_recipe, seed, before, tmp_path),
+        )
+        for job in jobs:
+            job.result.parent.mkdir(parents=True, exist_ok=True)
+            job.result.write_text("{}")
+    assert objectives.care_of(variants, tiny_recipe, options, tmp_path) == before
+    more = options.model_copy(update={"seeds": (0, 1, 2)})
+    assert objectives.care_of(variants, tiny_recipe, more, tmp_path) == options.care, "two rules are never mixed"
+    jobs[1].result.unlink()
+    assert objectives.care_of(variants, tiny_recipe, options, tmp_path) == options.care
+
+
 def row(value: float) -> dict[str, Any]:
     measured = {"probe": value, "probe_final": value, "finetuned_50": value}
     return measured | {
@@ -335,6 +460,33 @@ def test_the_verdict_says_whether_pre_training_pays() -> None:
     assert not any("cosine" in line for line in alone["verdict"])
 
 
+def test_what_is_real_is_so_over_test_samples_too() -> None:
+    """A gain that all seeds agree on is real on 1,000 test samples and not on 20; of results of before seeds decide."""
+
+    def rows_of(gain: float, samples: int, *, kept: bool) -> list[dict[str, Any]]:
+        found = []
+        for seed in range(3):
+            draw = torch.Generator().manual_seed(seed)
+            credits = (torch.rand(samples, generator=draw) < 0.5 + gain).float()
+            value = 0.5 + gain + 0.001 * seed * (-1) ** (gain > 0)
+            figures = {"probe": value, "probe_final": value, "finetuned_50": value}
+            packed = {"credits": dict.fromkeys(figures, pack_credits(credits)), "clusters": {}} if kept else {}
+            found.append(row(value) | figures | packed | {"raw_tokens": 0.4, "label_counts": {"finetuned_50": 500}})
+        return found
+
+    for samples, kept, real in ((1000, True, True), (20, True, False), (20, False, True)):
+        options = Options(objectives=("cosine",), labels=(50,))
+        summary = summarise({"cosine": rows_of(0.1, samples, kept=kept)}, rows_of(0.0, samples, kept=kept), options)
+        (test,) = summary["against_random"]["probe"]
+        assert (test["p_both"] is None) == (not kept)
+        assert Difference(**test).real is real
+        assert ("both" in summary["random"]["probe"]) == kept
+        over = "over seeds and test samples together" if kept else "over seeds alone"
+        assert any(over in line for line in summary["verdict"])
+        shown = summary | {"recipe": "my:recipe", "margins": {"cosine": None}}
+        assert "Labelled samples used in all, for choosing and for training: 50 labels a class: 500." in render(shown)
+
+
 def test_the_headline_answers_for_the_probe_and_for_fine_tuning() -> None:
     def pair(better: str, worse: str, p: float) -> Difference:
         return Difference(better, worse, 0.03, 0.01, p, p, 0.02)
@@ -345,7 +497,7 @@ def test_the_headline_answers_for_the_probe_and_for_fine_tuning() -> None:
         "finetuned_10": [pair("b", RANDOM, 0.5), pair(RANDOM, "c", 0.06)],
         "finetuned_all": [pair("b", RANDOM, 0.5), pair(RANDOM, "c", 0.01)],
     }
-    assert objectives.sentences(pays, {}, seeds=3)[0] == (
+    assert objectives.sentences(pays, {}, alone(4, (0, 1, 2)))[0] == (
         "Better than random weights? In the probe of the best layer yes (InfoNCE, b); in fine-tuning on 10 labels a "
         "class not beyond the noise; in fine-tuning on all labels no, worse (c)."
     )

@@ -168,7 +168,7 @@ def test_the_other_weights_are_those_of_the_same_seed_without_it() -> None:
     assert add.keys() - off.keys() == {"next_position.weight"}
     assert start("rotate").keys() == off.keys()
     assert all(torch.equal(add[name], value) for name, value in off.items())
-    assert layers_above("backbone.next_position.weight", depth=4) == 5
+    assert layers_above("backbone.next_position.weight", depth=4, head_counts=True) == 5
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch import Tensor
 from nepa_core import NEPA, ObjectiveConfig, Prediction, Pretrainer, UserError, next_embedding_loss
 from nepa_core.baselines import fit_baselines
 from nepa_core.diagnostics import health, identification, learning
-from nepa_core.gathered import gather
+from nepa_core.gathered import gather, gather_targets, joined
 from nepa_core.model import HeadOutputs
 from nepa_core.objective import pair_up
 from nepa_core.predictor import Trace
@@ -22,7 +22,7 @@ from nepa_core.pretrainer import TERMS, Heads, objective_loss
 from nepa_core.runtime.config import load_config, override, parse_assignments
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from nepa_core.verdict import judge
+from nepa_core.verdict import judge, start_of
 from recipes import vision
 from recipes.objective_names import NAMED, named
 from recipes.presets import PAPER_OBJECTIVE
@@ -470,7 +470,7 @@ def test_what_is_measured_while_training_is_what_the_verdict_says() -> None:
     config = tiny.ragged()
     model, _ = network(config)
     train, test = (gather(model, config.data, held_out(config, CPU, 32).batches, causal=True) for _ in range(2))
-    figures, verdict = learning(test), judge(fit_baselines([train], test, total=32), test, test).verdict
+    figures, verdict = learning(test), judge(fit_baselines([train], test, total=32), test, start_of(test)).verdict
     assert figures["retrieval_top1"] == pytest.approx(verdict.retrieval_top1, abs=1e-6)
     assert figures["copy_gap"] == pytest.approx(verdict.baseline_copy - verdict.loss, abs=1e-6)
     own, target, counted = pair_up(test.predictions, test.embeddings, test.mask, shift=True)
@@ -486,3 +486,17 @@ def test_a_falling_rank_is_warned_of_once_each_time_it_falls(tmp_path: Path) -> 
         run.log({"step": step, **figures})
         run.log({"step": step, "loss": 0.0})
     assert warned == [False, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("name", ["cosine", "sigreg", "projected_cosine"])
+def test_the_targets_of_baselines_are_those_that_predictions_are_judged_by(name: str) -> None:
+    """Without running the predictor over the training split."""
+    config = named(name, tiny.ragged())
+    model, _ = network(config)
+    whole = gather(model, config.data, held_out(config, CPU, 32).batches, causal=True)
+    alone = joined(list(gather_targets(model, config.data, held_out(config, CPU, 32).batches)))
+    assert torch.equal(alone.embeddings, whole.embeddings)
+    assert torch.equal(alone.values, whole.values)
+    assert alone.mask is not None
+    assert whole.mask is not None
+    assert torch.equal(alone.mask, whole.mask)

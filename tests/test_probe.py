@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,14 @@ import torch
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
+from nepa_core.runtime.data import epoch_order
 from nepa_core.runtime.run import Run
 from recipes import classifiers, probe
 from recipes.cli import main
+from recipes.credits import unpack_credits
+from recipes.held_out import unpack_clusters
 from recipes.pretrain import PretrainConfig, build_model
+from recipes.worth import sentences, worth_in
 from tests import tiny
 from tests.tiny import CPU, Waves
 from tests.tiny_scenes import scenes, write_scenes
@@ -50,6 +55,53 @@ def test_every_layer_stands_beside_random_weights_and_raw_tokens(
         assert row["scores"]["linear"] == {key: row[key] for key in ("accuracy", "validation")}
         assert all(0 <= score["accuracy"] <= 1 for score in row["scores"].values())
     assert all(name in shown for name in [*expected, "raw tokens", "random weights", "linear", "k-NN"])
+
+
+def test_it_ends_with_a_verdict_beside_random_weights_and_raw_tokens(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["probe", str(finished.path), "test_samples=40", f"out={tmp_path}"]
+    assert main(words) == 0
+    result = Run(tmp_path).summary("probe.json")
+    assert result is not None
+    worth = worth_in(result)
+    assert worth is not None
+    assert capsys.readouterr().out.strip().splitlines()[-3:] == sentences(worth, form=".3f")
+    rows = result["layers"], result["random_init"]["layers"], [result["raw_tokens"]]
+    chosen = [max((s["validation"], s["accuracy"]) for row in each for s in row["scores"].values()) for each in rows]
+    assert worth.figure in {
+        score["accuracy"] for row in rows[0] for score in row["scores"].values() if score["validation"] == chosen[0][0]
+    }
+    assert [each.name for each in worth.beside] == ["random weights", "raw tokens"]
+    assert [each.margin for each in worth.beside] == pytest.approx(
+        [worth.figure - each.figure for each in worth.beside]
+    )
+    assert (worth.samples, worth.clusters, worth.unit) == (40, 40, "samples")
+
+    kept = {key: unpack_credits(value) for key, value in result["credits"].items() if value is not None}
+    best = {"best": result["best"], "random_init": result["random_init"]["best"], "raw_tokens": result["raw_tokens"]}
+    assert {key: float(each.mean()) for key, each in kept.items()} == pytest.approx(
+        {key: row["accuracy"] for key, row in best.items()}
+    )
+    assert "credits" not in json.dumps([*rows, best]), "those of the best rows alone, and in one place"
+
+
+def test_the_verdict_takes_the_classifier_that_reads_best_on_each_side() -> None:
+    """Raw tokens that k-NN alone can read must not look bad because the first classifier is linear."""
+    draw = np.random.default_rng(0)
+    turn = draw.uniform(0, 2 * np.pi, size=(400, 1))
+    labels = (np.floor(turn[:, 0] / np.pi * 4) % 2).astype(np.int64)  # eight sectors in turn
+    circle = np.concatenate((np.cos(turn), np.sin(turn)), 1).astype(np.float32)
+    weak = (labels[:, None] + draw.normal(size=(400, 1))).astype(np.float32)
+    found = []
+    for name, x in (("layer 1, mean", weak), ("layer 1, mean", weak[::-1].copy()), ("raw tokens", circle)):
+        parts = [{"labels": labels[half], name: x[half]} for half in (slice(300), slice(300, None))]
+        found.append(probe.score_rows(split := probe.Split.of(*parts, CPU), ["linear", "knn"]))
+    worth = probe.verdict(found, split, torch.arange(100), chained=False, several=True, per_token=False)
+    assert worth.headline == "BEHIND RAW TOKENS"
+    assert (worth.of, worth.beside[1].of) == ("layer 1, mean, by linear", "by k-NN")
+    one = probe.verdict(found, split, torch.arange(100) // 100, chained=False, several=False, per_token=False)
+    assert (one.headline, one.of) == ("NOT KNOWN", "layer 1, mean")
 
 
 def test_the_rows_of_the_paper_are_named_as_in_the_paper(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,14 +155,22 @@ def test_where_tokens_have_classes_single_tokens_are_read(tiny_recipe: PretrainC
     assert result["paper"] == {}
 
     def counted(split: str, samples: int) -> torch.Tensor:
-        found = [s["target"][: s["length"]] for s in config.data.dataset(split)][:samples]
-        return torch.cat([target[target >= 0] for target in found])
+        found = [s["target"][: s["length"]] for s in config.data.dataset(split)]
+        return torch.cat([found[i][found[i] >= 0] for i in epoch_order(48, 0, 0)[:samples].tolist()])
 
     train, test = counted("train", 48), counted("test", 11)  # 64 tokens at 6 a sample
     assert (result["train_samples"], result["test_samples"]) == (len(train), len(test))
     assert result["majority"] == pytest.approx(float((test == train.mode().values).double().mean()))
     assert result["raw_tokens"]["scores"]["linear"]["accuracy"] > 0.9, "the class is told by the token itself"
     assert "always the most frequent class" in probe.render(result)
+    worth = worth_in(result)
+    assert worth is not None
+    assert [each.name for each in worth.beside] == ["random weights", "raw tokens", "the most frequent class"]
+    assert worth.beside[2].figure == pytest.approx(result["majority"])
+    assert (worth.samples, worth.clusters, worth.unit) == (len(test), 11, "tokens"), "one cluster a sequence"
+    clusters = unpack_clusters(result["credits"]["clusters"]).of
+    assert clusters is not None
+    assert clusters.bincount().sum() == len(test)
     pooled = probe.probe(config, build_model(config), probe.Options(poolings=("attentive",), layers=(1,)))
     assert names(pooled["layers"]) == ["layer 1, token"]
     assert "read, not pooled" in pooled["notes"][0]

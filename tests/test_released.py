@@ -5,6 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import shlex
+import subprocess
+import sys
+from collections import UserDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ from recipes.released import (
     NetworkState,
     Released,
     ReleasedConfig,
+    digests,
     find,
     folded,
     from_released,
@@ -29,6 +35,7 @@ from recipes.released import (
 )
 from tests.release import FACTS, random_release, write_release
 
+BIAS = "vit_nepa.embeddings.patch_embeddings.projection.bias"
 SWITCHES = list(itertools.product([True, False], repeat=4))
 LABELS = {"id2label": {str(i): name for i, name in enumerate(("ant", "bee", "cat"))}}
 
@@ -203,7 +210,7 @@ def test_all_keys_that_the_config_lacks_are_listed(tmp_path: Path) -> None:
 )
 def test_a_setting_this_model_has_no_place_for_is_named(key: str, value: Any, tmp_path: Path) -> None:
     write_release(tmp_path, FACTS | {key: value}, random_release(FACTS))
-    assert str(value).replace(" ", "") in _complaint(tmp_path)
+    assert json.dumps(value, separators=(",", ":")).strip('"') in _complaint(tmp_path)  # as it is typed
 
 
 @pytest.mark.parametrize(
@@ -255,6 +262,71 @@ def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
+def sprung(file: Path) -> bool:
+    """Whether the trap went off; it would again, if it were set again."""
+    gone = file.exists()
+    file.unlink(missing_ok=True)
+    return gone
+
+
+def malicious(path: Path, trap: Trap, state: dict[str, Tensor], kind: str) -> None:
+    """Averages that write a file when they are unpickled without care, in each form that torch.load knows."""
+    contents: dict[str, Any] = {"bare": trap, "value": state | {"more": trap}, "zip": state | {"more": trap}}
+    if kind == "zip":
+        torch.save(contents[kind], path)
+    else:
+        path.write_bytes(pickle.dumps(contents[kind], protocol=2))
+
+
+@pytest.mark.parametrize("kind", ["bare", "value", "zip"])
+def test_averages_that_would_run_code_are_refused_unread(kind: str, tmp_path: Path) -> None:
+    """Issue: read by a weights-only loader, or refused with the one command that converts it."""
+    folder, trap = tmp_path / "source", Trap(tmp_path / "gone-off")
+    state = random_release(FACTS)
+    write_release(folder, FACTS, state)
+    file = folder / "pytorch_model_ema.bin"
+    malicious(file, trap, state, kind)
+    message = _complaint(folder)
+    assert not sprung(trap.file)
+    assert f"{file} holds more than tensors, which can run code when read, and is left unread" in message
+    with suppress(RuntimeError):  # torch looks for a magic number in a bare pickle, having read it
+        torch.load(file, weights_only=False)
+    assert sprung(trap.file), "it is a trap"
+
+
+def test_the_command_of_a_refusal_converts_what_is_trusted(tmp_path: Path) -> None:
+    folder, averaged = tmp_path / "it's here", random_release(FACTS, seed=1)
+    write_release(folder, FACTS, random_release(FACTS))
+    (folder / "pytorch_model_ema.bin").write_bytes(b"")
+    assert "pytorch_model_ema.bin can't be read" in _complaint(folder)
+    torch.save(UserDict(averaged), folder / "pytorch_model_ema.bin")
+    command = shlex.split(_complaint(folder).partition("convert it with `")[2].partition("`")[0])
+    assert command[:2] == ["python", "-c"]
+    subprocess.run([sys.executable, *command[1:]], check=True, timeout=60)
+    released = read_released(folder)
+    assert released.averaged is not None
+    assert torch.equal(released.averaged.model["embed.bias"], averaged[BIAS])
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_averages_in_a_plain_pickle_are_read_and_safetensors_go_first(zipped: bool, tmp_path: Path) -> None:
+    raw, averaged, other = (random_release(FACTS, seed=seed) for seed in (0, 1, 2))
+    write_release(tmp_path, FACTS, raw)
+    torch.save(averaged, tmp_path / "pytorch_model_ema.bin", _use_new_zipfile_serialization=zipped)
+    found = read_released(tmp_path).averaged
+    assert found is not None
+    assert torch.equal(found.model["embed.bias"], averaged[BIAS])
+    assert set(digests(tmp_path)) == {"config.json", "model.safetensors", "pytorch_model_ema.bin"}
+    write_release(tmp_path, FACTS, raw, other)
+    found = read_released(tmp_path).averaged
+    assert found is not None
+    assert torch.equal(found.model["embed.bias"], other[BIAS])
+    assert set(digests(tmp_path)) == {"config.json", "model.safetensors", "ema.safetensors"}
+    (tmp_path / "ema.safetensors").unlink()
+    torch.save({name: value for name, value in averaged.items() if name != BIAS}, tmp_path / "pytorch_model_ema.bin")
+    assert f"pytorch_model_ema.bin is not the network of its config.json: 1 missing: {BIAS}" in _complaint(tmp_path)
+
+
 # ------------------------------------------------------------------------------------------------------- the hub
 
 
@@ -267,7 +339,8 @@ def test_a_hub_name_is_fetched_without_pickles(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert find("SixAILab/nepa") == tmp_path / "snapshot"
-    assert asked == [("SixAILab/nepa", ["config.json", "preprocessor_config.json", "*.safetensors"])]
+    names = ["config.json", "preprocessor_config.json", "*.safetensors", "pytorch_model_ema.bin"]
+    assert asked == [("SixAILab/nepa", names)], "and of pickles the averages alone, of which tensors are read"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "SixAILab/nepa").mkdir(parents=True)
     assert find("SixAILab/nepa") == Path("SixAILab/nepa"), "a folder of that name goes first"

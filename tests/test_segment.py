@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -31,7 +33,7 @@ from recipes.pretrain import pretrain
 from recipes.segment import Measured, SegmentConfig, build_segmenter, make_step, measure, pixel_loss, segment
 from recipes.segment_metrics import confusion, scores
 from recipes.segment_predict import EvaluationConfig, predict, slide, whole, window_starts
-from recipes.segment_report import palette
+from recipes.segment_report import palette, render
 from tests import tiny, tiny_scenes
 from tests.test_distributed import torchrun
 from tests.tiny import CPU, interrupted_at
@@ -302,8 +304,15 @@ def test_what_is_not_pre_training_starts_from_the_run_that_init_names(root: Path
     assert new == [f"predictor.blocks.{k}.attention.{each}_norm.weight" for k in range(4) for each in "kq"]
     with pytest.raises(UserError, match=r"model\.depth is 2 in the recipe and 4"):
         build_segmenter(recipe(root, init=str(tmp_path / "pre"), model__depth=2, head="linear"))
-    tuned = recipe(root, init=str(tmp_path / "pre"), freeze_embedder=True)
-    segment(tuned, Run(tmp_path / "run"), ALONE, show=False)
+    tuned, run = recipe(root, init=str(tmp_path / "pre"), freeze_embedder=True), Run(tmp_path / "run")
+    summary = segment(tuned, run, ALONE, show=False)
+    (said,) = (line for line in render(summary, run).splitlines() if "control" in line)
+    assert html.escape(said) in (run.report / "index.html").read_text()
+    assert main(shlex.split(said.split("`")[1])[1:]) == 0, "the command for the control can be given as it stands"
+    assert "control" not in render(summary, run), "it has run"
+    control = Run(tmp_path / "run-control").summary()
+    assert control is not None
+    assert (control["init"], control["steps"]) == (None, summary["steps"])
     after = load_file(next((tmp_path / "run/checkpoints").glob("*6")) / "model.safetensors")
     moved = [name for name, value in stored.items() if not torch.equal(after[f"backbone.{name}"], value)]
     assert set(stored) - set(moved) == {"embed.weight", "embed.bias"}

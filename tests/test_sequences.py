@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as torch_save_file
 
-from modalities.features import Features
+from modalities.features import Features, open_both
+from modalities.features_data import open_split
+from modalities.listing import shared_content
 from nepa_core.basics import UnreadableSample, UserError
 from nepa_core.runtime.run import Run
 from recipes.cli import main
@@ -104,6 +107,49 @@ def test_tokens_are_standardised_masked_and_placed(tmp_path: Path) -> None:
     assert torch.equal(raw.values, batch["values"])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_neither_a_tiny_unit_nor_a_large_offset_costs_the_signal(tmp_path: Path, layout: str) -> None:
+    """Of what float64 holds; a constant stays 0."""
+    wave = np.sin(np.arange(24.0 * 7)).reshape(24, 7)
+    values = np.stack([wave, 1e-12 * wave, 1e9 + 10 * wave, np.full_like(wave, 0.1)], 2)
+    for split in ("train", "test"):
+        write(tmp_path / layout, split, layout, {"values": values, "lengths": np.full(24, 7)})
+    features = Features(root=str(tmp_path / layout))
+    samples = features.dataset("train")
+    tokens = features.read(torch.utils.data.default_collate([samples[i] for i in range(24)])).values
+    assert tokens.dtype == torch.float32
+    standard = torch.tensor((wave - wave.mean()) / wave.std(), dtype=torch.float32)
+    for place in range(3):
+        assert torch.allclose(tokens[..., place], standard, atol=1e-6)
+    assert float(tokens[..., 3].abs().max()) < 1e-6
+
+
+def test_integers_are_exact_and_files_of_several_dtypes_make_one(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        np.save(tmp_path / split / "0.npy", 10**9 + np.arange(8).reshape(4, 2))
+        np.save(tmp_path / split / "1.npy", np.ones((4, 2), np.float32))
+    samples = Features(root=str(tmp_path)).dataset("train")
+    assert {samples[i]["values"].dtype for i in range(2)} == {torch.float64}
+    assert (samples[0]["values"] - 10**9).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    raw = Features(root=str(tmp_path), standardise=False)
+    assert raw.read(torch.utils.data.default_collate([samples[0], samples[1]])).values.dtype == torch.float32
+
+
+def test_rounding_of_float32_is_no_feature(tmp_path: Path) -> None:
+    """A constant that a network computed differs in its last digit from sample to sample."""
+    values = np.random.default_rng(0).normal(size=SHAPE).astype(np.float32)
+    values[..., 1] = np.where(values[..., 0] > 0, np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1)))
+    for split in ("train", "test"):
+        write(tmp_path, split, "npy", {"values": values})
+    features = Features(root=str(tmp_path))
+    batch = torch.utils.data.default_collate([features.dataset("train")[i] for i in range(24)])
+    assert batch["values"].dtype == torch.float32
+    tokens = features.read(batch).values
+    assert float(tokens[..., 1].abs().max()) < 1e-6
+    assert float(tokens[..., 0].std()) == pytest.approx(1, rel=0.05)
+
+
 def test_shared_coordinates_stay_shared_and_whole_sequences_need_no_mask(tmp_path: Path) -> None:
     for split in ("train", "test"):
         data = arrays(split, axes=None)
@@ -182,15 +228,168 @@ def test_files_that_are_damaged_missing_or_of_another_width_are_named(tmp_path: 
         Features(root=str(tmp_path)).dataset("train")
     features = written(tmp_path / "data", "folder")
     (tmp_path / "data" / "train" / "005.npy").write_bytes(b"torn")
-    with pytest.raises(UserError, match=r"train.* can't be read"):
-        features.dataset("train")
+    fresh()
+    assert len(features.dataset("train")) == 24  # type: ignore[arg-type]
     np.save(tmp_path / "data" / "train" / "005.npy", np.zeros((4, 9)))
+    fresh()
     with pytest.raises(UserError, match=r"005\.npy has shape \[4, 9\]; make it \[n, 3\]"):
         features.dataset("train")
     (tmp_path / "data" / "train" / "005.npy").unlink()
     (tmp_path / "data" / "train" / "006.coords.npy").unlink()
     with pytest.raises(UserError, match=r"006\.coords\.npy is missing"):
         features.dataset("train")
+
+
+def fresh() -> None:
+    """Forget what has been opened."""
+    open_split.cache_clear()
+    open_both.cache_clear()
+
+
+@pytest.mark.parametrize("key", ["values", "coords"])
+@pytest.mark.parametrize("harm", ["text", "nothing", "cut", "head", "npz", "strings"])
+def test_a_damaged_file_among_many_is_one_unreadable_sequence_and_the_labels_stay(
+    tmp_path: Path, key: str, harm: str
+) -> None:
+    features = written(tmp_path, "folder")
+    file = tmp_path / "train" / f"005{'' if key == 'values' else '.coords'}.npy"
+    content = file.read_bytes()
+    spoiled = {"text": b"no array", "nothing": b"", "cut": content[:-5], "head": content[:20] + b"(((" + content[23:]}
+    if harm == "npz":
+        np.savez(tmp_path / "x.npz", a=np.zeros(3))
+        spoiled["npz"] = (tmp_path / "x.npz").read_bytes()
+    if harm == "strings":
+        np.save(file, np.array([["a"]]))
+    else:
+        file.write_bytes(spoiled[harm])
+    samples, data = features.dataset("train"), arrays("train")
+    assert len(samples) == 24  # type: ignore[arg-type]
+    with pytest.raises(UnreadableSample, match=r"005\.npy: ") as raised:
+        samples[5]
+    assert "\n" not in str(raised.value)
+    assert [int(samples[i]["label"]) for i in range(24) if i != 5] == [
+        int(y) for i, y in enumerate(data["label"]) if i != 5
+    ]
+    for each in (tmp_path / "train").glob("*.npy"):
+        each.write_bytes(b"torn")
+    fresh()
+    with pytest.raises(UserError, match=r"000\.npy can't be read: .*nor can any other file"):
+        features.dataset("train")
+
+
+@pytest.mark.parametrize("name", ["train.npy", "train.label.npy", "train.lengths.npy", "train.coords.npy"])
+def test_a_damaged_array_is_named(tmp_path: Path, name: str) -> None:
+    features = written(tmp_path, "npy")
+    (tmp_path / name).write_bytes(b"torn")
+    with pytest.raises(UserError, match=rf"{name} can't be read: it is damaged or no npy file"):
+        features.dataset("train")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=rf"{name} can't be read: it is no regular file"):
+        features.dataset("train")
+
+
+def test_numbers_in_names_are_sorted_as_numbers_and_keep_their_labels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for i in range(12):
+            np.save(tmp_path / split / f"{i}.npy", np.full((6, 4), i, np.float32))
+        np.save(tmp_path / f"{split}.label.npy", np.arange(12))
+    (tmp_path / "train" / "._3.npy").write_bytes(b"\0")
+    (tmp_path / "train" / "12.npz").write_bytes(b"\0")
+    (tmp_path / "train" / "old").mkdir()
+    os.mkfifo(tmp_path / "train" / "13.npy")
+    samples = Features(root=str(tmp_path)).dataset("train")
+    assert [(int(samples[i]["values"][0, 0]), int(samples[i]["label"])) for i in range(12)] == [
+        (i, i) for i in range(12)
+    ]
+    said = capsys.readouterr().err
+    assert "files have their labels in the order of the numbers in their names: 2.npy is number 2" in said
+    for what in (
+        "1 hidden or made by a system (such as ._3.npy)",
+        "1 with the suffix .npz",
+        "1 folders",
+        "1 no regular",
+    ):
+        assert what in said
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (lambda x: x % 3 + 5_000_000, "3 classes occur in training, numbered from 5000000 to 5000002, and none is 0"),
+        (lambda x: (x % 2) << 40, "2 classes occur in training, numbered from 0 to 1099511627776, and none is 1"),
+        (lambda x: x % 3 + 1, "numbered from 1 to 3, and none is 0; number them from 0 to 2"),
+        (lambda x: x % 3 - 1, "has the class -1"),
+        (lambda x: np.where(x == 3, 2**64 - 1, x % 3).astype(np.uint64), "a label of 18446744073709551615 is beyond"),
+        (lambda x: x.astype(str), "holds <U"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["npy", "folder"])
+def test_numbers_of_classes_with_a_gap_are_one_line(tmp_path: Path, layout: str, labels: Any, said: str) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, layout, arrays(split, label="none") | {"label": labels(np.arange(24))})
+    with pytest.raises(UserError, match=said):
+        Features(root=str(tmp_path)).dataset("train")
+
+
+def test_classes_with_a_gap_in_parquet_are_one_line(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, "parquet", spoil(arrays(split), "label", lambda x: x + 7))
+    with pytest.raises(UserError, match=r"train\.parquet: label: 2 classes occur in training, numbered from 7 to 8"):
+        Features(root=str(tmp_path)).dataset("train")
+
+
+def test_whole_floating_point_labels_are_said_to_be_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "test"):
+        write(tmp_path, split, "npy", spoil(arrays(split), "label", lambda x: x.astype(float)))
+    assert Features(root=str(tmp_path)).classes() is None
+    assert "labels are floating-point and so numbers to predict" in capsys.readouterr().err
+
+
+def test_of_several_layouts_and_splits_the_one_that_is_read_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, "npy")
+    written(tmp_path, "parquet")
+    write(tmp_path, "val", "npy", arrays("val"))
+    Features(root=str(tmp_path)).dataset("test")
+    said = capsys.readouterr().err
+    assert "train.npy is read, and train.parquet left aside" in said
+    assert "test.npy is read, and test.parquet, val.npy left aside" in said
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sequences_in_both_splits_are_found_and_the_list_has_a_fingerprint(tmp_path: Path, layout: str) -> None:
+    train, test = arrays("train"), arrays("test")
+    for key in ("values", "lengths"):
+        test[key][3] = train[key][8]
+    write(tmp_path, "train", layout, train)
+    write(tmp_path, "test", layout, test)
+    samples = [Features(root=str(tmp_path)).dataset(split) for split in ("train", "test")]
+    found = shared_content(*(each.contents() for each in samples))  # type: ignore[attr-defined]
+    assert found.count == 1
+    assert "3" in found.names[0][0]
+    before = samples[0].fingerprint()  # type: ignore[attr-defined]
+    fresh()
+    write(tmp_path / "more", "train", layout, {key: each[:23] for key, each in train.items()})
+    write(tmp_path / "more", "test", layout, test)
+    assert Features(root=str(tmp_path / "more")).dataset("train").fingerprint() != before  # type: ignore[attr-defined]
+
+
+def test_rows_of_an_array_are_read_without_a_map_of_the_file(tmp_path: Path) -> None:
+    features = written(tmp_path, "npy")
+    stored = open_both(str(tmp_path))["train"]
+    np.testing.assert_array_equal(stored.values(7), arrays("train")["values"][7])
+    row = stored.values(7)
+    while row.base is not None:
+        row = row.base  # type: ignore[assignment]
+    assert not isinstance(row, np.memmap)
+    np.save(tmp_path / "train.npy", np.asfortranarray(arrays("train")["values"]))
+    fresh()
+    np.testing.assert_array_equal(features.dataset("train")[7]["values"][:2], arrays("train")["values"][7][:2])
 
 
 def ragged_values(first: Any, rows: int = 3) -> dict[str, Any]:

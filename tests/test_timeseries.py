@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modalities.series_data import read_labelled, read_table
-from modalities.timeseries import TimeSeries, Windows, _autoregression, _series, _transition
+from modalities.timeseries import TimeSeries, Windows, _autoregression, _series, _transition, standardised
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override, parse_assignments, validated
 from recipes import card
@@ -59,7 +59,7 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
     for path in (csv, parquet):
         table = read_table(path)
         assert table.columns == ("a", "b")
-        np.testing.assert_array_equal(table.values, values.astype(np.float32))
+        np.testing.assert_array_equal(table.values, values)
     assert read_table(csv, columns=("b",)).columns == ("b",)
     assert read_table(write_csv(tmp_path, values, time=False)).columns == ("a", "b")
 
@@ -69,19 +69,19 @@ def test_csv_and_parquet_read_alike_and_the_time_column_is_found(tmp_path: Path)
     [
         ("date\n2020-01-01\n", "no numeric column"),
         ("date,a,b\n2020-01-01,x,y\n2020-01-02,z,1\n", "no numeric column among a, b"),
-        ("date,a,b\n2020-01-01,x,1\n", "row 1 of column 'a' is 'x', which is no number"),
+        ("date,a,b\n2020-01-01,x,1\n", "row 2 of column 'a' is 'x', which is no number"),
         ("date,a\n", "no rows below its head"),
-        ("date,a\n2020-01-01,1\n2020-01-02,x\n", "row 2 of column 'a' is 'x', which is no number"),
-        ("date,a\n2020-01-01,1\n2020-01-02,inf\n", "row 2 of column 'a' is infinite"),
+        ("date,a\n2020-01-01,1\n2020-01-02,x\n", "row 3 of column 'a' is 'x', which is no number"),
+        ("date,a\n2020-01-01,1\n2020-01-02,inf\n", "row 3 of column 'a' is infinite"),
         ("date,a\n2020-01-01,1\n2020-01-02,1e39\n", "is infinite, or beyond the 3.4e38 that float32 holds"),
-        ("date,a\n2020-01-02,1\n2020-01-01,2\n", "row 2 (2020-01-01) is earlier than the row above"),
-        ("date,a\n2020-01-02,1\n2020-01-02,2\n", "row 2 (2020-01-02) repeats the time stamp"),
-        ("date,a\n2020-01-02,1\n,2\n", "row 2 has no time stamp in column 'date'"),
+        ("date,a\n2020-01-02,1\n2020-01-01,2\n", "row 3 (2020-01-01) is earlier than the row above"),
+        ("date,a\n2020-01-02,1\n2020-01-02,2\n", "row 3 (2020-01-02) repeats the time stamp"),
+        ("date,a\n2020-01-02,1\n,2\n", "row 3 has no time stamp in column 'date'"),
         ("when,a\nfoo,1\nbar,2\n", "column 'when' holds text such as 'foo'"),
         ("date,a\n2020-01-02,1,2\n", "Expected 2 columns, got 3"),
         ("date,a,b,a\n2020-01-02,1,2,3\n", "2 columns are called 'a'; rename them"),
-        ("timestamp,a\n1600003600,1\n1600000000,2\n", "row 2 (1600000000) is earlier than the row above"),
-        ("DS,station,a\n2,x,1\n3,x,2\n", "row 1 of column 'station' is 'x', which is no number"),
+        ("timestamp,a\n1600003600,1\n1600000000,2\n", "row 3 (1600000000) is earlier than the row above"),
+        ("DS,station,a\n2,x,1\n3,x,2\n", "row 2 of column 'station' is 'x', which is no number"),
         ("date,date,a\n2020-01-02,2020-01-02,3\n", "2 columns are called 'date'; rename them"),
     ],
 )
@@ -131,7 +131,7 @@ def test_time_stamps_are_compared_over_the_borders_of_blocks(tmp_path: Path, mon
     path = tmp_path / "long.csv"
     path.write_text("t,a\n" + "".join(f"{i},{i}.5\n" for i in [*range(1, 50), 49]))
     assert len(read_table(str(path), columns=("a",)).values) == 50, "without time stamps there is nothing to compare"
-    with pytest.raises(UserError, match="row 50 \\(49\\) repeats the time stamp"):
+    with pytest.raises(UserError, match="row 51 \\(49\\) repeats the time stamp"):
         read_table(str(path), time="t")
 
 
@@ -184,6 +184,61 @@ def test_splits_do_not_reach_over_borders_and_statistics_are_those_of_training(t
         assert len(futures) == end - start - 5 + 1, "every window is scored"
         sample = futures[0]
         assert float(sample["future"][0, 0] - sample["series"][-1, 0]) == pytest.approx(1 / std, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "labelled"])
+def test_neither_a_tiny_unit_nor_a_large_offset_costs_the_signal(tmp_path: Path, kind: str) -> None:
+    wave = np.sin(np.arange(float(ROWS)))
+    columns = np.stack([wave, 1e-12 * wave, 1e9 + 10 * wave, 1e8 + np.sign(wave)], 1)
+    if kind == "labelled":
+        for split in ("TRAIN", "TEST"):
+            rows = (
+                ":".join(",".join(map(repr, part.tolist())) for part in each.T) for each in columns.reshape(4, 30, 4)
+            )
+            (tmp_path / f"Made_{split}.ts").write_text("@data\n" + "\n".join(f"{row}:up" for row in rows) + "\n")
+        samples = adapter(str(tmp_path), source="labelled", window=30).dataset("train")
+        values = torch.cat([samples[i]["series"] for i in range(4)])
+    else:
+        root = write_csv(tmp_path, columns)
+        if kind == "parquet":
+            pa.parquet.write_table(pa.csv.read_csv(root), tmp_path / "series.parquet")
+            root = str(tmp_path / "series.parquet")
+        series = _series(adapter(root, parts=(ROWS - 40, 20, 20)))
+        values = series.values[: ROWS - 40]
+    assert values.dtype == torch.float32
+    assert torch.allclose(values.mean(0), torch.zeros(4), atol=1e-6)
+    assert torch.allclose(values.std(0, correction=0), torch.ones(4), atol=1e-6)
+    for place in (1, 2):
+        assert torch.allclose(values[:, place], values[:, 0], atol=1e-6)
+    assert len(values[:, 3].round(decimals=3).unique()) <= 3, "1e8 - 1, 1e8 and 1e8 + 1"
+
+
+def test_standardising_takes_the_place_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modalities.timeseries._ROWS", 7)
+    for rows in (30, 31):
+        values, mean, std = 5 + walk(rows, 3), np.array([1.0, 2, 3]), np.array([4.0, 5, 6])
+        wanted = ((values - mean) / std).astype(np.float32)
+        found = standardised(values, mean, std)
+        np.testing.assert_array_equal(found, wanted)
+        assert np.shares_memory(found, values), "a series is not held twice"
+        assert values.nbytes <= wanted.nbytes + 12, "half of the memory is given back"
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-4, 1e4])
+def test_windows_are_flat_by_their_own_rounding_alone(tmp_path: Path, unit: float) -> None:
+    """However little a window varies beside the series, its own units are its own."""
+    data = adapter(write_csv(tmp_path, walk()), normalise="window")
+    wave = unit * torch.sin(torch.arange(12.0))[None, :, None]
+    flat, zero = torch.full_like(wave, 0.3), torch.zeros_like(wave)
+    batch = {"series": torch.cat((wave, flat, zero))}
+    mean, std = data.scale(batch)
+    assert float(std[0]) == pytest.approx(float(wave.std(correction=0)), rel=1e-3)
+    assert 0 < float(std[1]) < 1e-6
+    tokens = data.tokenize(batch).values
+    assert tokens.isfinite().all()
+    assert float(tokens[0].std(correction=0)) == pytest.approx(1, rel=1e-3)
+    assert float(tokens[1:].abs().max()) < 0.1
+    assert torch.allclose(tokens.view(3, 12, 1) * std + mean, batch["series"], atol=1e-6 * unit)
 
 
 def test_shares_and_rows_give_the_same_borders(tmp_path: Path) -> None:
@@ -413,11 +468,11 @@ def test_the_optimum_is_known_only_where_it_is() -> None:
 def test_the_card_names_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
     from nepa_core.baselines import fit_baselines
     from nepa_core.gathered import Gathered
-    from nepa_core.verdict import judge
+    from nepa_core.verdict import judge, start_of
 
     torch.manual_seed(0)
     seen = Gathered(torch.randn(20, 4, 3), torch.randn(20, 5, 6), torch.randn(20, 5, 6), None)
-    verdict = judge(fit_baselines([seen], seen, total=20), seen, seen).verdict
+    verdict = judge(fit_baselines([seen], seen, total=20), seen, start_of(seen)).verdict
     summary = {**verdict.model_dump(), "objective": verdict.loss, "causal": True, "unreadable_samples": 0}
     assert not any("best possible" in text for text in card.remarks(summary, "patch"))
     texts = card.remarks(summary | {"optimum": -0.875}, "patch")

@@ -169,7 +169,7 @@ def _no_setting(data: Modality, name: str) -> str:
     """ "; did you mean data.limit?", or all settings that an adapter has."""
     if close := difflib.get_close_matches(name, type(data).model_fields, n=1, cutoff=0.6):
         return f"; did you mean data.{close[0]}?"
-    has = ", ".join(type(data).model_fields) or "none"
+    has = ", ".join(name for name, field in type(data).model_fields.items() if not field.exclude) or "none"
     return f": the adapter {type(data).__name__} has no such setting; it has {has}"
 
 
@@ -274,9 +274,10 @@ def shown(value: Any, most: int = 80) -> str:
 
 
 def keys(config: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Every dotted key of a config with its value, in the order of the fields."""
+    """Every dotted key of a config with its value, in the order of the fields; those that are never stored last."""
     found: dict[str, Any] = {}
-    for name in type(config).model_fields:
+    fields = type(config).model_fields
+    for name in sorted(fields, key=lambda name: bool(fields[name].exclude)):
         value = getattr(config, name)
         if isinstance(value, BaseModel):
             found |= keys(value, f"{prefix}{name}.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -51,6 +52,19 @@ class World(NamedTuple):
             every = [set()] * self.size
             dist.all_gather_object(every, names)
         return sorted(set().union(*every))
+
+    def in_order(self, mine: Sequence[Tensor]) -> list[Tensor]:
+        """One tensor a batch of `plain_batches`, of all ranks, in the order of one process; on the CPU of every rank.
+
+        Args:
+            mine: of every `size`-th batch, from this rank's on.
+        """
+        own = [part.cpu() for part in mine]
+        every = [own]
+        if self.size > 1:
+            every = [[]] * self.size
+            dist.all_gather_object(every, own)
+        return [part for turn in zip_longest(*every) for part in turn if part is not None]
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as the fit loop calls it: gradients are averaged over ranks."""

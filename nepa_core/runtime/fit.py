@@ -108,6 +108,10 @@ class FitResult(NamedTuple):
     unreadable: list[str]
 
 
+class Diverged(UserError):
+    """The gradients are no longer finite. A search of learning rates may go on without this one."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop and did, after a checkpoint. `status` is the exit status for it."""
 
@@ -219,7 +223,9 @@ def fit(
     ema: Ema | None = None,
     evaluate: Callable[[], Mapping[str, Any]] | None = None,
     untrained: bool = True,
+    changed_data: bool = False,
     height: Callable[[str], int] = lambda name: 0,
+    head: Callable[[str], bool] = lambda name: False,
     watch: Stopwatch | None = None,
     show: bool = True,
 ) -> FitResult:
@@ -234,7 +240,9 @@ def fit(
             `config.evaluate` steps and after the last; what the main process returns is logged, and a "warning" in it
             is shown, too.
         untrained: False leaves out the evaluation before the first step, as where a new head gives only zeros.
+        changed_data: go on although the data is not what it was at the last checkpoint, see `Modality.changed`.
         height: parameter name -> number of layers above its own, for `optim.layer_decay`.
+        head: parameter name -> whether it trains at `optim.head_lr`.
         watch: told where the time of every step goes.
         show: progress on the screen.
 
@@ -245,8 +253,9 @@ def fit(
     """
     samples = len(cast(Sized, dataset))
     steps = plan(config, optim, samples=samples, ranks=world.size)
-    optimizer = make_optimizer(model, optim, height)
+    optimizer = make_optimizer(model, optim, height, head)
     tally = _Tally(world.device)
+    found = fingerprint_of(dataset)
     watch = watch or Stopwatch()
     parameters = [value for value in model.parameters() if value.requires_grad]
     names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
@@ -276,12 +285,21 @@ def fit(
             "tokens": tokens,
             "tally_steps": tally.steps,
             "unreadable": unreadable,
+            "data": found,
         }
         save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep)
 
     with Meter(steps.total, enabled=show and world.is_main) as meter, _stop_requests() as stop:
         sitting = restore(
-            run, world, model=model, optimizer=optimizer, names=names, ema=ema, tally=tally, say=meter.say
+            run,
+            world,
+            model=model,
+            optimizer=optimizer,
+            names=names,
+            ema=ema,
+            tally=tally,
+            data=None if changed_data else found,
+            say=meter.say,
         )
         start = sitting.step
         tokens = torch.tensor(sitting.tokens, device=world.device)  # stays there: reading it would wait for the device
@@ -344,6 +362,12 @@ def fit(
     )
 
 
+def fingerprint_of(dataset: Dataset[Batch]) -> str:
+    """Tells a data set from what it becomes when files are added or lost: its own `fingerprint()`, or its length."""
+    own = getattr(dataset, "fingerprint", None)
+    return f"{len(cast(Sized, dataset))} samples" if own is None else str(own())
+
+
 class Sitting(NamedTuple):
     """Where an earlier sitting of a run stopped: steps done, time and tokens spent, samples found unreadable."""
 
@@ -362,6 +386,7 @@ def restore(
     names: Mapping[Tensor, str],
     ema: Ema | None,
     tally: _Tally,
+    data: str | None,
     say: Callable[[str], None],
 ) -> Sitting:
     """The one place where training state is restored.
@@ -369,12 +394,21 @@ def restore(
     Precedence: the newest undamaged checkpoint of this run; else the model as it was handed in (from the seed, or
     from an `init=` that the task has loaded).
 
+    Args:
+        data: `fingerprint_of` the data, which must be that of the checkpoint; None where that does not matter.
+
     Raises:
-        UserError: the network that the recipe builds now is not the one that was stored.
+        UserError: the network that the recipe builds now is not the one that was stored, or the data has changed.
     """
     checkpoint, notes = load_latest(run.checkpoints)
     for note in notes:
         say(note)
+    if checkpoint is not None and data is not None and (stored := checkpoint.state.get("data")) not in (None, data):
+        raise UserError(
+            f"the training data of {run.path} changed since step {checkpoint.step} (then {stored}; now {data}), so the "
+            "samples would come in another order: give it back, go on all the same with data.changed=true, or name "
+            "another folder with out=DIR"
+        )
     if checkpoint is None:
         if world.is_main:
             run.truncate_metrics(0)
@@ -412,8 +446,7 @@ def _restored(
         ) from error
     restore_optimizer(optimizer, names, tensors["optimizer"])
     if ema is not None:
-        for name, value in _with_heads("ema", checkpoint).items():
-            ema.averages[name].copy_(value)
+        ema.restore(_with_heads("ema", checkpoint))
     for name, value in tensors["tally"].items():
         tally.sums[name].copy_(value)
     tally.steps = state["tally_steps"]
@@ -517,11 +550,11 @@ def _metrics_line(tally: _Tally, *, done: int, lr: float, epoch: float) -> dict[
     """The figures since the last line.
 
     Raises:
-        UserError: no step since then had a finite gradient.
+        Diverged: no step since then had a finite gradient.
     """
     sums, steps = tally.take()
     if sums["skipped"] == steps:
-        raise UserError(
+        raise Diverged(
             f"the last {steps} steps up to step {done} had gradients that are not finite: lower optim.lr or look for "
             "broken samples; checkpoints before this are kept"
         )

@@ -33,23 +33,32 @@ class Duration(BaseModel):
         return self
 
     def in_steps(self, *, steps_per_epoch: int, total: int) -> int:
-        """This duration in optimiser steps; `total` is what a fraction is taken of."""
+        """This duration in optimiser steps.
+
+        Args:
+            total: what a fraction is taken of; the result is rounded up, as in the released scripts: a warm-up of
+                2.5 % of 1,001 steps is 26.
+        """
         if self.steps is not None:
             return self.steps
         if self.epochs is not None:
             return round(self.epochs * steps_per_epoch)
         assert self.fraction is not None
-        return round(self.fraction * total)
+        return math.ceil(self.fraction * total)
 
 
 class LayerDecay(BaseModel):
     """Smaller learning rates for lower layers, in fine-tuning: a layer's factor is rate ** (layers above it).
 
     Attributes:
-        start, end: the rate at the first and at the last step, moving linearly between them. The paper fine-tunes
-            with 0.35 to 1.0 (B) and 0.60 to 1.0 (L), the released scripts with a fixed 0.65 and 0.75.
-        staggered_warmup: a layer whose factor is g at the start warms up over warmup * (1 - g) steps, at least one,
-            so that lower layers take longer (the released scripts).
+        start, end: the rate at the start and at the end of the run, along half a cosine between them (the released
+            scripts). The paper fine-tunes with 0.35 to 1.0 (B) and 0.60 to 1.0 (L), the released scripts with a fixed
+            0.65 and 0.75.
+        staggered_warmup: a layer whose factor is g at the start warms up over warmup less round(warmup * g) steps, at
+            least one, so that lower layers take longer and the topmost has its full rate from the second step on (the
+            released scripts).
+        head_counts: what lies on the blocks is a layer of its own, as BEiT and MAE count; False gives the last block
+            the factor 1, too (the released scripts). See `nepa_core.model.layers_above`.
     """
 
     model_config = FROZEN
@@ -57,18 +66,18 @@ class LayerDecay(BaseModel):
     start: float = Field(gt=0, le=1)
     end: float = Field(gt=0, le=1)
     staggered_warmup: bool
+    head_counts: bool = True
 
     def factor(self, height: int, step: int, total: int) -> float:
         """The factor of a layer with `height` layers above it at a step (from 0) of `total`."""
-        progress = step / max(total - 1, 1)
-        rate = self.start + (self.end - self.start) * progress
+        rate = self.start + (self.end - self.start) * 0.5 * (1 - math.cos(math.pi * step / total))
         return float(rate**height)
 
     def warmup(self, height: int, warmup: int) -> int:
         """Steps of warm-up of a layer."""
-        if not self.staggered_warmup:
+        if not self.staggered_warmup or warmup == 0:
             return warmup
-        return max(round(warmup * (1 - self.start**height)), 1)
+        return max(warmup - round(warmup * self.start**height), 1)
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -83,11 +92,13 @@ class OptimConfig(BaseModel):
         lr_batch: the global batch that `lr` is meant for; the rate used is lr * train.batch / lr_batch. None
             uses `lr` as it stands.
         betas, weight_decay: of AdamW; biases, norms and LayerScale are not decayed.
-        warmup: linear rise from 0.
+        warmup: linear rise from 0, which is the rate of the first step.
         clip: largest norm of the gradient, or None.
         decay: from the peak to zero by half a "cosine", in a "linear" way, or by the "poly" rule of DeepLab,
             (1 - progress) ** 0.9.
         layer_decay: smaller rates for lower layers, or None.
+        head_lr: in fine-tuning the peak rate of a classifier and of the predictor's final norm, never scaled by the
+            batch (the released scripts), see `nepa_core.model.at_head_rate`; None gives them the rate of the body.
     """
 
     model_config = FROZEN
@@ -100,6 +111,7 @@ class OptimConfig(BaseModel):
     clip: float | None = Field(gt=1e-12, le=1e12)
     decay: Literal["cosine", "linear", "poly"] = "cosine"
     layer_decay: LayerDecay | None = None
+    head_lr: float | None = Field(default=None, gt=0)
 
     def peak(self, batch: int) -> float:
         """The peak learning rate at this global batch."""
@@ -107,9 +119,9 @@ class OptimConfig(BaseModel):
 
 
 def lr_factor(step: int, *, warmup: int, total: int, decay: str = "cosine") -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up, then `OptimConfig.decay` to 0."""
+    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then `OptimConfig.decay` to 0."""
     if step < warmup:
-        return (step + 1) / warmup
+        return step / warmup
     progress = (step - warmup) / max(total - warmup, 1)
     if decay == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
@@ -120,40 +132,55 @@ def set_rates(
     optimizer: torch.optim.Optimizer, config: OptimConfig, *, peak: float, step: int, total: int, warmup: int
 ) -> float:
     """Give every parameter group its learning rate for a step (from 0); returns that of the topmost layers."""
-    for group in optimizer.param_groups:
+
+    def rate(height: int) -> float:
         steps, factor = warmup, 1.0
         if config.layer_decay is not None:
-            steps = config.layer_decay.warmup(group["height"], warmup)
-            factor = config.layer_decay.factor(group["height"], step, total)
-        group["lr"] = peak * factor * lr_factor(step, warmup=steps, total=total, decay=config.decay)
-    return peak * lr_factor(step, warmup=warmup, total=total, decay=config.decay)
+            steps = config.layer_decay.warmup(height, warmup)
+            factor = config.layer_decay.factor(height, step, total)
+        return factor * lr_factor(step, warmup=steps, total=total, decay=config.decay)
+
+    for group in optimizer.param_groups:
+        own = config.head_lr if group["head"] and config.head_lr is not None else peak
+        group["lr"] = own * rate(group["height"])
+    return peak * rate(0)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, height: Callable[[str], int]) -> list[dict[str, object]]:
-    """Trainable parameters by height (layers above) and kind: matrices decay, vectors don't.
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    height: Callable[[str], int],
+    head: Callable[[str], bool] = lambda name: False,
+) -> list[dict[str, object]]:
+    """Trainable parameters by height (layers above), by head or body, and by kind: matrices decay, vectors don't.
 
-    Vectors are biases, norm weights and LayerScale. Every trainable parameter is in exactly one group.
+    Vectors are biases, norm weights and LayerScale; BOS, which is [1, D], decays. Every trainable parameter is in
+    exactly one group.
     """
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int, bool, bool], list[nn.Parameter]] = {}
     for name, value in model.named_parameters():  # names each parameter once, also a shared one
         if value.requires_grad:
-            groups.setdefault((height(name), value.ndim >= 2), []).append(value)
+            groups.setdefault((height(name), head(name), value.ndim >= 2), []).append(value)
     return [
-        {"params": values, "height": above, "weight_decay": weight_decay if matrix else 0.0}
-        for (above, matrix), values in groups.items()
+        {"params": values, "height": above, "head": on_top, "weight_decay": weight_decay if matrix else 0.0}
+        for (above, on_top, matrix), values in groups.items()
     ]
 
 
 def make_optimizer(
-    model: nn.Module, config: OptimConfig, height: Callable[[str], int] = lambda name: 0
+    model: nn.Module,
+    config: OptimConfig,
+    height: Callable[[str], int] = lambda name: 0,
+    head: Callable[[str], bool] = lambda name: False,
 ) -> torch.optim.AdamW:
     """AdamW in its fused form, which can also scale gradients and skip a step on the device.
 
     Args:
         height: name of a parameter -> number of layers above its own, for `OptimConfig.layer_decay`.
+        head: name of a parameter -> whether its rate is `OptimConfig.head_lr`.
     """
     return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay, height),
+        parameter_groups(model, config.weight_decay, height, head),
         lr=0.0,  # set before every step by the schedule
         betas=config.betas,
         fused=True,

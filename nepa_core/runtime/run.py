@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -30,7 +30,14 @@ from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, shortened, write_whole
 from nepa_core.runtime.config import Config, differences, imports_of, load_config, save_config, shown
 
-FREE_KEYS = ("train.workers", "train.checkpoint", "train.keep", "train.max_unreadable", "train.recompute")
+FREE_KEYS = (
+    "data.changed",
+    "train.workers",
+    "train.checkpoint",
+    "train.keep",
+    "train.max_unreadable",
+    "train.recompute",
+)
 """Keys that may change between two sittings of a run: they do not touch what is computed."""
 
 
@@ -183,8 +190,10 @@ def reading_back(file: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        text = shown(str(error), 120)
-        lacks = f"lacks {text}" if isinstance(error, KeyError) else f"holds something else than was written ({text})"
+        text, missing = shown(str(error), 120), isinstance(error, KeyError)
+        if isinstance(error, ValidationError) and error.errors()[0]["type"] == "missing":
+            text, missing = str(error.errors()[0]["loc"][0]), True
+        lacks = f"lacks {text}" if missing else f"holds something else than was written ({text})"
         raise UserError(f"{file} {lacks}; delete it and give the same command again") from error
 
 
