@@ -54,7 +54,11 @@ NUMBERS = [
 ELSEWHERE = [("out", place) for place in ("/nope", "/", "..", ".", "a b")]
 """These are folders that can be written to, some of them not the test's."""
 
-LONG = [("train.length.steps", "1000000000"), ("train.length.steps", "1000000"), ("data.tokens", "1e4")]
+LONG = [
+    *(("train.length.steps", steps) for steps in ("1000000000", "1000000", "1e4")),
+    *(("train.length.epochs", epochs) for epochs in ("1000000000", "1000000", "1e4", "1e3")),
+    ("data.tokens", "1e4"),
+]
 """These would be done, some day."""
 
 

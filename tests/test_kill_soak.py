@@ -30,7 +30,7 @@ KILLS = 3  # of each kind
 KINDS: dict[str, tuple[str, ...]] = {
     "pretrain": ("pretrain", RANDOM, *LONG, "out=OUT"),
     "finetune": ("finetune", "base", *LONG, "out=OUT"),
-    "segment": ("segment", "tests.tiny_scenes:recipe", "data.root=scenes", "train.length.steps=20", "out=OUT"),
+    "segment": ("segment", "tests.tiny_scenes:recipe", "data.root=soak-scenes", "train.length.steps=20", "out=OUT"),
     "forecast": ("forecast", "OUT", "horizons=8", "finetune=8", "steps=40", "fit_samples=500"),
     "probe": ("probe", "base", "out=OUT", "poolings=mean,attentive"),
     "orders": (
@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("soak")
     with contextlib.chdir(folder):
         assert main(["pretrain", "tests.tiny:recipe", "out=base", "train.length.steps=2"]) == 0
-        write_scenes(folder / "scenes")
+        write_scenes(folder / "soak-scenes")
         for name in ("whole-forecast", "killed-forecast"):
             series = ("train.length.steps=2", "verdict.fit_samples=100", "verdict.test_samples=100")
             assert main(["pretrain", "recipes.timeseries:demo", *series, f"out={name}"]) == 0

@@ -66,22 +66,22 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     patch = pytest.MonkeyPatch()
     place = tmp_path_factory.mktemp("pages")
     patch.chdir(place)
-    write_images(place / "data")
+    write_images(place / "hostile-data")
     run = CLASSES[0]
-    words = ("recipes.vision:cifar10", "data.root=data", "data.limit=null", *TINY)
+    words = ("recipes.vision:cifar10", "data.root=hostile-data", "data.limit=null", *TINY)
     assert main(["pretrain", *words, f"out={run}"]) == 0
     assert main(["inspect", run, "samples=2"]) == 0
     found = {"pretrain": Path(run) / "report", "inspect": Path(run) / "inspect"}
     assert main(["finetune", run, f"out={run}2", "train.length.steps=1"]) == 0
-    assert main(["inspect", f"{run}2", f"images=[{next(Path('data/val').rglob('*.png'))}]"]) == 0
+    assert main(["inspect", f"{run}2", f"images=[{next(Path('hostile-data/val').rglob('*.png'))}]"]) == 0
     found |= {"finetune": Path(f"{run}2") / "report", "inspect of files": Path(f"{run}2") / "inspect"}
-    write_scenes(place / "scenes", train=4, test=2)
-    for file in sorted((place / "scenes").rglob("ADE_*")):
+    write_scenes(place / "hostile-scenes", train=4, test=2)
+    for file in sorted((place / "hostile-scenes").rglob("ADE_*")):
         file.rename(file.with_name(file.name.replace("ADE_", FILE)))
-    (place / "scenes" / "objectInfo150.txt").write_text(
+    (place / "hostile-scenes" / "objectInfo150.txt").write_text(
         "Idx\tRatio\tTrain\tVal\tName\n" + "".join(f"{i}\t0\t0\t0\t{name}\n" for i, name in enumerate(CLASSES[:3], 1))
     )
-    segment = ("tests.tiny_scenes:recipe", "data.root=scenes", "train.length.steps=1", f"out={run}3")
+    segment = ("tests.tiny_scenes:recipe", "data.root=hostile-scenes", "train.length.steps=1", f"out={run}3")
     assert main(["segment", *segment]) == 0
     assert main(["inspect", f"{run}3", "samples=1"]) == 0
     found |= {"segment": Path(f"{run}3") / "report", "inspect of scenes": Path(f"{run}3") / "inspect"}
