@@ -32,7 +32,7 @@ _SEEN_FEATURES = 1024  # the same where there is a matrix of its own for every p
 _BYTES = 2**29  # most for the matrices of all places, where each has its own
 _HELD = 1024  # most samples that the strength is chosen on
 _CHUNK = 1024  # samples whose moments are taken at once
-_SAMPLES_BYTES = 2**27  # most of either of these
+_SAMPLES_BYTES = 2**26  # most of either of these
 
 
 class Fitted(NamedTuple):
@@ -194,7 +194,7 @@ class _Moments:
         count = max(self.count, 1)
         x, y = (self.x / count).float(), (self.y / count).float()
         cross = self.xy / count - torch.outer(x, y)
-        weights = torch.cholesky_solve(cross, _factor(self.xx / count - torch.outer(x, x), strength))
+        weights = torch.cholesky_solve(cross, _factor(_covariance(self.xx, x, count), strength))
         return weights, y - x @ weights
 
     @property
@@ -204,17 +204,23 @@ class _Moments:
 
 
 def _factor(gram: Tensor, strength: float) -> Tensor:
-    """Cholesky factor of gram + strength. A strength that rounding would swallow is raised until the factor exists.
+    """Cholesky factor of gram + strength; gram is written over. A strength that rounding would swallow is raised until the factor exists.
 
     So it is where there are many features and few rows, as at the last places of sequences of unequal length.
     """
     ridge = max(strength, 2 * torch.finfo(gram.dtype).eps * float(gram.trace()), 1e-8)
-    eye = torch.eye(len(gram), device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+    gram.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     while int(failed) and math.isfinite(ridge):
+        gram.diagonal().add_(9 * ridge)
         ridge *= 10
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
+        factor, failed = torch.linalg.cholesky_ex(gram)
     return cast(Tensor, factor)
+
+
+def _covariance(xx: Tensor, mean: Tensor, count: int) -> Tensor:
+    """Of features with these sums of products, as a matrix of its own."""
+    return (xx / count).addr_(mean, mean, alpha=-1)
 
 
 class _Features(NamedTuple):
@@ -246,7 +252,7 @@ class _Features(NamedTuple):
         """[S, N, K]."""
         x = part.values - self.mean
         if part.mask is not None:
-            x = x * part.mask[:, part.bos :, None]
+            x *= part.mask[:, part.bos :, None]
         return x if self.basis is None else x @ self.basis
 
 
@@ -297,7 +303,7 @@ class _Autoregression:
         if self.ragged:
             return [moments.solve(strength * self.scale) for moments in self.moments]
         count, x = max(self.shared.count, 1), (self.shared.x / max(self.shared.count, 1)).float()
-        factor = _factor(self.shared.xx / count - torch.outer(x, x), strength * self.scale)
+        factor = _factor(_covariance(self.shared.xx, x, count), strength * self.scale)
         solved = []
         for place, product in enumerate(self.xy):
             width, y = len(product), (self.y[place] / count).float()

@@ -463,7 +463,7 @@ def verdict_of(
     return judged, objective, samples.unreadable
 
 
-VERDICT_BYTES = 2**29
+VERDICT_BYTES = 2**28
 """Most that the held-out samples of a verdict may take: raw tokens, embeddings and predictions, in float32."""
 
 
