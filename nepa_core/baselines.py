@@ -206,7 +206,8 @@ class _Moments:
 def _factor(gram: Tensor, strength: float) -> Tensor:
     """Cholesky factor of gram + strength; gram is written over.
 
-    A strength that rounding would swallow is raised until the factor exists. So it is where there are many features and few rows, as at the last places of sequences of unequal length.
+    A strength that rounding would swallow is raised until the factor exists, as it must be where there are many
+    features and few rows, at the last places of sequences of unequal length.
     """
     ridge = max(strength, 2 * torch.finfo(gram.dtype).eps * float(gram.trace()), 1e-8)
     gram.diagonal().add_(ridge)
