@@ -52,7 +52,7 @@ def check_modality(modality: Modality) -> None:
     gives the next token away is yours to judge.
 
     Raises:
-        AssertionError: in plain words, what is wrong and how to mend it.
+        AssertionError: in plain words, what is wrong and how to fix it.
     """
     checks = (
         check_splits_have_samples,
