@@ -6,11 +6,12 @@ Shapes: S samples, N tokens, T places (with BOS), Q = T - 1 predictions, P numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.drawing import Drawn
@@ -107,42 +108,66 @@ class Gathered(NamedTuple):
         )
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 @torch.no_grad()
-def gather_parts(
+def gather(
     model: NEPA,
     modality: Modality,
     batches: Iterable[Batch],
     *,
     causal: bool,
+    limit: int | None = None,
     watch: Callable[[Prediction], None] | None = None,
-) -> Iterator[Gathered]:
-    """Run the model over batches (already on its device), in evaluation mode; what it gives for each of them.
+) -> Gathered:
+    """Run the model over batches (already on its device), in evaluation mode, for up to `limit` samples.
 
     Args:
         watch: shown what the model gives for every batch.
+
+    Raises:
+        UserError: what it gives is not finite.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    parts: list[Gathered] = []
+    count = 0
+    with _evaluating(model):
         for batch in batches:
             tokens = modality.read(batch)
             out = model(tokens, causal=causal)
             if watch is not None:
                 watch(out)
-            predictions, embeddings = model.judged(out) if isinstance(model, Pretrainer) else (out.predictions, None)
-            kept = {"values": tokens.values, "embeddings": out.embeddings, "predictions": predictions}
-            if embeddings is not None and embeddings is not out.embeddings:
-                kept |= {"embeddings": embeddings, "encoded": out.embeddings}
-            part = {name: x.float().cpu() for name, x in kept.items()}
-            if not all(part[name].isfinite().all() for name in ("embeddings", "predictions")):
-                raise UserError(
-                    "the network gives NaN or infinity on held-out samples, so training has diverged: lower optim.lr "
-                    "or model.layer_scale; checkpoints before this are kept"
-                )
-            mask = None if out.mask is None else out.mask.cpu()
-            yield Gathered(**part, mask=mask, order=_own_order(model, tokens))
-    finally:
-        model.train(was_training)
+            parts.append(_gathered(model, tokens, out))
+            count += len(out.embeddings)
+            if limit is not None and count >= limit:
+                break
+    return joined(parts).rows(slice(limit))
+
+
+def _gathered(model: NEPA, tokens: Tokens, out: Prediction) -> Gathered:
+    """What the model made of one batch."""
+    predictions, embeddings = model.judged(out) if isinstance(model, Pretrainer) else (out.predictions, out.embeddings)
+    if not (embeddings.isfinite().all() and predictions.isfinite().all()):
+        raise UserError(
+            "the network gives NaN or infinity on held-out samples, so training has diverged: lower optim.lr or "
+            "model.layer_scale; checkpoints before this are kept"
+        )
+    return Gathered(
+        values=tokens.values.float().cpu(),
+        embeddings=embeddings.float().cpu(),
+        predictions=predictions.float().cpu(),
+        mask=None if out.mask is None else out.mask.cpu(),
+        order=_own_order(model, tokens),
+        encoded=None if embeddings is out.embeddings else out.embeddings.float().cpu(),
+    )
 
 
 @torch.no_grad()
@@ -151,9 +176,7 @@ def gather_targets(model: NEPA, modality: Modality, batches: Iterable[Batch]) ->
 
     `predictions` are the embeddings once more, for their shape.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         for batch in batches:
             tokens = modality.read(batch)
             embeddings, mask = model.embedded(tokens)
@@ -167,34 +190,12 @@ def gather_targets(model: NEPA, modality: Modality, batches: Iterable[Batch]) ->
                 mask=None if mask is None else mask.cpu(),
                 order=_own_order(model, tokens),
             )
-    finally:
-        model.train(was_training)
 
 
 def _own_order(model: NEPA, tokens: Tokens) -> Tensor | None:
     """The order of every sample, where each has its own and the model is told the position that it predicts."""
     told = model.config.predict_position != "off" and tokens.order is not None and tokens.order.ndim == 2
     return tokens.order.cpu() if told and tokens.order is not None else None
-
-
-def gather(
-    model: NEPA,
-    modality: Modality,
-    batches: Iterable[Batch],
-    *,
-    causal: bool,
-    limit: int | None = None,
-    watch: Callable[[Prediction], None] | None = None,
-) -> Gathered:
-    """`gather_parts` of up to `limit` samples as one."""
-    parts: list[Gathered] = []
-    count = 0
-    for part in gather_parts(model, modality, batches, causal=causal, watch=watch):
-        parts.append(part)
-        count += len(part.values)
-        if limit is not None and count >= limit:
-            break
-    return joined(parts).rows(slice(limit))
 
 
 def joined(parts: list[Gathered]) -> Gathered:

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from recipes.credits import unpack_credits
-from recipes.held_out import Clusters, pack_clusters, unpack_clusters
+from recipes.held_out import unpack_clusters
 from recipes.report import png_of
 from recipes.significance import LEVEL, Credits, Difference, interval_of, points, shown_p, spread
 
@@ -53,14 +53,7 @@ def credits_of(rows: Rows, key: str) -> Credits | None:
     found = {name: [unpack_credits(row["credits"][key]) for row in seeds] for name, seeds in rows.items()}
     if len(clusters) > 1 or len({len(each) for seeds in found.values() for each in seeds}) > 1:
         return None
-    return Credits({name: torch.stack(seeds) for name, seeds in found.items()}, *_clusters(clusters.pop()))
-
-
-def _clusters(packed: str | None) -> Clusters:
-    """Of either packing."""
-    if packed is not None and ":" in packed:
-        return Clusters(unpack_credits(packed).long())
-    return unpack_clusters(packed)
+    return Credits({name: torch.stack(seeds) for name, seeds in found.items()}, *unpack_clusters(clusters.pop()))
 
 
 def spreads(rows: Rows, key: str) -> dict[str, dict[str, Any]]:
@@ -108,7 +101,7 @@ def margin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not all(each and each.get("model") and each.get("linear") for each in known):
         return spread(values)
     rows = [
-        {"credits": {key: each[key] for key in _SIDES}, "clusters": dict.fromkeys(_SIDES, _packed(each))}
+        {"credits": {key: each[key] for key in _SIDES}, "clusters": dict.fromkeys(_SIDES, each.get("clusters"))}
         for each in known
         if each is not None
     ]
@@ -116,18 +109,6 @@ def margin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if own is None or linear is None:
         return spread(values)
     return _spread(values, own, own.of[""] - linear.of[""])
-
-
-def _packed(credits: Mapping[str, Any]) -> str | None:
-    """Clusters of a run's credits, a list of numbers, as `pack_clusters` writes them."""
-    clusters, chained = credits.get("clusters"), bool(credits.get("chained"))
-    if clusters is None and chained:
-        clusters = list(range(len(unpack_credits(credits[_SIDES[0]]))))
-    return (
-        clusters
-        if clusters is None or isinstance(clusters, str)
-        else pack_clusters(torch.tensor(clusters), chained=chained)
-    )
 
 
 def margin_cell(found: Mapping[str, Any] | None) -> str:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import BaseModel, Field, NonNegativeInt, SerializeAsAny, field_validator
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 
 from modalities.image import Images
 from modalities.scene_data import IGNORED
@@ -43,6 +43,7 @@ from nepa_core.runtime.config import keys, load_adapter, nearest, override, read
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.run import Run
+from recipes.held_out import NUMBER, Numbered
 from recipes.maps import (
     AttentionFigures,
     attention_figures,
@@ -61,7 +62,6 @@ from recipes.training import at_work, provenance
 from recipes.weights import Weights, load_backbone, read_weights
 
 QUERY, NEXT = "red", "white"  # frames
-PLACE = "place in the split"  # a key of samples
 FREE = ("data.",)
 """Keys of a run that may be changed here."""
 
@@ -225,8 +225,8 @@ def chosen_samples(data: Modality, options: Options, device: torch.device) -> It
     if not options.images:
         samples = data.dataset(options.split)
         places = sorted(draw(samples, options.samples, seed=0).indices.tolist())
-        for batch in plain_batches(_Placed(samples, places), batch=1, device=device):
-            yield sample_name(data, samples, options.split, int(batch.pop(PLACE)), batch.get("label")), batch
+        for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places):
+            yield sample_name(data, samples, options.split, int(batch.pop(NUMBER)), batch.get("label")), batch
         return
     if not isinstance(data, Images | Scenes):
         raise UserError(f"images= are for runs on images; {type(data).__name__} shows samples= of a split=")
@@ -236,29 +236,6 @@ def chosen_samples(data: Modality, options: Options, device: torch.device) -> It
             yield Path(path).name, to_device(default_collate([files[index]]), device)
         except UnreadableSample as error:
             raise UserError(f"images: {error}; name image files") from error
-
-
-class _Placed(Dataset[Batch]):
-    """Samples at these places of a split, each with its place under PLACE.
-
-    Unreadable ones are left out on the way, so that counting them would name the others wrong.
-    """
-
-    def __init__(self, samples: Dataset[Batch], places: Sequence[int]) -> None:
-        self.samples, self.places = samples, places
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def __getitem__(self, index: int) -> Batch:
-        return {**self.samples[self.places[index]], PLACE: torch.as_tensor(self.places[index])}
-
-    def __getitems__(self, indices: list[int]) -> Batch:
-        """A batch in the data set's own form, where it has one: clips, for instance, then carry no padding."""
-        places = [self.places[index] for index in indices]
-        together = getattr(self.samples, "__getitems__", None)
-        batch = default_collate([self.samples[i] for i in places]) if together is None else together(places)
-        return {**batch, PLACE: torch.as_tensor(places)}
 
 
 def sample_name(data: Modality, samples: Any, split: str, index: int, label: Tensor | None) -> str:

@@ -12,7 +12,7 @@ question.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
@@ -41,8 +41,10 @@ from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Meter, Run
 from nepa_core.verdict import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
 from recipes import card
+from recipes.advice import advice
 from recipes.credits import pack_credits
-from recipes.targets import default_out, find_recipe, read_target
+from recipes.held_out import pack_clusters
+from recipes.targets import default_out, read_target
 from recipes.training import at_work, cost, opened, rendered, train
 from recipes.weights import newest
 
@@ -366,8 +368,8 @@ class HeldOut(NamedTuple):
     kept: list[int]
     unreadable: set[str]
 
-    def told(self, gathered: Gathered) -> Gathered:
-        """With which samples these are."""
+    def of(self, gathered: Gathered) -> Gathered:
+        """What was gathered of them, with which samples these are."""
         return gathered._replace(drawn=self.drawn.at(torch.tensor(self.kept)))
 
 
@@ -434,7 +436,7 @@ def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tu
         sums[1] += count
 
     gathered = gather(model, config.data.plain(), samples.batches, causal=config.objective.causal, watch=add)
-    return samples.told(gathered), sums[0] / max(sums[1], 1.0)
+    return samples.of(gathered), sums[0] / max(sums[1], 1.0)
 
 
 def verdict_of(
@@ -497,84 +499,9 @@ def training_parts(
 
 def packed(judged: Judged) -> dict[str, Any]:
     """Which samples had their tokens identified, for intervals over several seeds."""
-    found = {name: pack_credits(credit) for name, credit in judged.credits.items()}
-    clusters = None if judged.clusters is None else judged.clusters.unique(return_inverse=True)[1]
-    alone = clusters is None or int(clusters.max()) + 1 == len(clusters)
-    return {**found, "clusters": None if alone or clusters is None else clusters.tolist()} | {"chained": judged.chained}
-
-
-def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """At most two lines on what to try where nothing, or no more than a baseline says, was learned: the run's facts."""
-    if not verdict.collapsed and verdict.beats_all:
-        return []
-    if not verdict.collapsed and not verdict.has_intervals:
-        return ["Hold out more data: two samples that don't depend on each other are needed, and dozens are better."]
-    found = []
-    rank, start = verdict.effective_rank_embedding, verdict.effective_rank_embedding_start
-    lr, scale = config.optim.peak(config.train.batch), config.model.layer_scale
-    steps = int(metrics[-1]["step"]) if metrics else 0
-    wanted = recipe_steps(config)
-    if start < ALIKE:
-        return [
-            f"The tokens were alike before training (effective rank {start:.2f}): look at the data by `nepa inspect`."
-        ]
-    if rank < RANK_LOST * start:
-        found.append(
-            f"The embeddings lost rank ({start:.1f} to {rank:.1f}): lower optim.lr (its peak was {lr:.1e})"
-            + (
-                f" or start with a larger model.layer_scale (it was {scale:g})."
-                if scale is not None and scale < 1
-                else "."
-            )
-        )
-    if scale is not None and scale < SMALL_SCALE and steps < LONG_RUN:
-        found.append(
-            f"model.layer_scale={scale:g} starves the blocks in a run of {steps:,} steps: 1.0 suits runs below some "
-            f"{LONG_RUN:,}."
-        )
-    if wanted is not None and steps < wanted:
-        found.append(f"Only {steps:,} of the recipe's {wanted:,} steps were done: train longer.")
-    elif (fell := still_falling(metrics)) is not None:
-        found.append(
-            f"The held-out objective still fell, by {fell:.0%} of all it fell, in the last fifth: train longer."
-        )
-    if not verdict.beats_untrained and lr < SMALL_RATE:
-        found.append(f"The learning rate is small (optim.lr peaks at {lr:.1e}): try ten times as much.")
-    if not found:
-        found.append(
-            "Rank, rate and length look sound here: try another objective (`nepa objectives RECIPE`) or tokens of "
-            "another size; where all structure is linear, nothing more can be learned."
-        )
-    return found[:2]
-
-
-ALIKE = 1.05
-"""Rank before training below which there is next to nothing in the tokens to predict."""
-RANK_LOST = 0.7
-"""Share of the rank before training below which a loss of rank is the first thing to look at."""
-SMALL_SCALE, LONG_RUN, SMALL_RATE = 0.01, 10_000, 3e-5
-"""LayerScale that starves runs shorter than that many steps, and a rate at which little moves."""
-
-
-def recipe_steps(config: PretrainConfig) -> int | None:
-    """Steps that the built-in recipe of a run has, where it counts in steps; nothing is imported but our own."""
-    if not config.recipe.startswith("recipes."):
-        return None
-    try:
-        preset = find_recipe(config.recipe)()
-    except UserError:  # a recipe of another version, or a file that says something else
-        return None
-    return preset.train.length.steps if isinstance(preset, PretrainConfig) else None
-
-
-def still_falling(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    """The last fifth's share of the fall of the held-out objective, where it is above a tenth."""
-    lines = [line["held_out_objective"] for line in metrics if "held_out_objective" in line]
-    if len(lines) < 6:
-        return None
-    late = lines[-1 - len(lines) // 5] - lines[-1]
-    share = late / max(lines[0] - lines[-1], 1e-12)
-    return share if share > 0.1 and late > 0 else None
+    found: dict[str, Any] = {name: pack_credits(credit) for name, credit in judged.credits.items()}
+    clusters = None if judged.clusters is None else pack_clusters(judged.clusters, chained=judged.chained)
+    return found | {"clusters": clusters}
 
 
 def best_possible(config: PretrainConfig, model: NEPA) -> float | None:

@@ -10,8 +10,9 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from nepa_core.verdict import LinearPoint, Verdict
+from recipes.advice import advice
 from recipes.card import covered, judgement, linear_control, verdict_in
-from recipes.pretrain import PretrainConfig, advice, pretrain
+from recipes.pretrain import PretrainConfig, pretrain
 from recipes.training import unreadable
 
 
@@ -86,6 +87,7 @@ def test_a_starved_control_is_said_and_takes_the_verdict_where_the_margin_depend
 
 def test_the_interval_says_what_it_covers() -> None:
     assert "these samples alone; other seeds of the run differ" in covered(verdict())
+    assert "3 independent groups of them alone (few for an interval); other" in covered(verdict(clusters=3))
     assert "8 independent groups of them alone" in covered(verdict(clusters=8, asked=500))
     assert "these samples alone" in covered(verdict(samples=100, clusters=64, asked=64)), "36 had too few rivals"
 

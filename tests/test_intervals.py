@@ -107,7 +107,7 @@ def test_the_margin_over_linear_is_over_both_where_runs_kept_their_samples() -> 
     assert margin([{"loss": 1.0}]) is None
     for chained in (False, True):  # as a run on overlapping windows keeps them
         for run in runs:
-            run["credits"] |= {"clusters": [0, 0, 1, 1, 2, 2], "chained": chained}  # type: ignore[operator]
+            run["credits"] |= {"clusters": pack_clusters(torch.tensor([0, 0, 1, 1, 2, 2]), chained=chained)}  # type: ignore[operator]
         windows = margin(runs)
         assert windows is not None
         expected = over_both(model - linear, torch.tensor([0, 0, 1, 1, 2, 2]), chained=chained).half
