@@ -589,6 +589,6 @@ def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:
     foot = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
     first, *rest = verdict(summary, run)
     body = f"<h2>{html.escape(first)}</h2>" + "".join(f"<p>{html.escape(text)}</p>" for text in rest)
-    body += f"<pre>{html.escape(render(summary, run))}</pre>"
+    body += f'<pre class="long">{html.escape(render(summary, run))}</pre>'
     with disk_errors(run.report):
         page(run.report, title=f"Fine-tuning: {run.path.name}", body=body, figures=figures, foot=foot)

@@ -61,11 +61,12 @@ def line_plot(
     from_zero: bool = False,
     markers: bool = False,
 ) -> bytes:
-    """One axes with a line for each named (x values, y values); PNG bytes."""
+    """One axes with a line for each named (x values, y values), a dot where that is one point; PNG bytes."""
     canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
     for name, (xs, ys) in series.items():
-        axes.plot(xs, ys, marker="o" if markers else None, markersize=3, linewidth=1.6, label=name)
+        marker = "o" if markers or len(xs) == 1 else None
+        axes.plot(xs, ys, marker=marker, markersize=3 if markers else 5, linewidth=1.6, label=name)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps, places, layers
     axes.set_xlabel(x)
     axes.set_ylabel(y)

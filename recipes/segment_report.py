@@ -116,7 +116,7 @@ def write_report(run: Run, summary: dict[str, Any], pictures: Sequence[Picture])
         page(
             run.report,
             title=f"Segmentation: {run.path.name}",
-            body=f"<pre>{html.escape(render(summary, run))}</pre>{_class_table(summary)}",
+            body=f'<pre class="long">{html.escape(render(summary, run))}</pre>{_class_table(summary)}',
             figures=figures,
             foot=foot,
         )

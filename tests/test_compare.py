@@ -72,7 +72,9 @@ def test_the_job_of_a_killed_process_is_taken_up(tmp_path: Path) -> None:
     (slow,) = make_jobs(tmp_path, 1, seconds=60)
     killed = FORK.Process(target=compare.work_through, args=([slow],))
     killed.start()
-    while not (tmp_path / "log").exists():
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "log").exists() or not lines(tmp_path):  # the file comes before its line
+        assert time.monotonic() < deadline
         time.sleep(0.005)
     (quick,) = make_jobs(tmp_path, 1)
     assert not compare.attempt(quick), "it is held, and must not be done twice"

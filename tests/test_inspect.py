@@ -220,6 +220,13 @@ def test_lines_that_start_at_zero_do_not_touch_the_frame(values: list[float]) ->
         assert rows.min() > top + 15
 
 
+@pytest.mark.parametrize("markers", [False, True])
+def test_a_line_of_one_point_is_seen(markers: bool) -> None:
+    pixels = _pixels(line_plot({"a": ([200], [1.5])}, x="x", y="y", markers=markers))
+    plot = pixels[:, : pixels.shape[1] * 3 // 4]  # without the legend
+    assert (abs(plot - (31, 119, 180)).sum(-1) < 30).sum() > 9
+
+
 # --------------------------------------------------------------------------------------------------- reading
 
 
