@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import Batch, UnreadableSample
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import PredictorConfig
+from nepa_core.tokens import Tokens
 
 BATCH = 8
 TRIED = 256  # samples that are looked at for BATCH that can be read, before training
