@@ -11,7 +11,7 @@ from nepa_core.basics import FROZEN
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.run import Run
-from recipes.comparison import engine as compare
+from recipes.comparison import engine
 from recipes.comparison.measures import rank_over_training, read_out
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import find_goal
@@ -70,13 +70,13 @@ def ablate(config: PretrainConfig, options: AblateOptions, out: Path) -> dict[st
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
     find_goal(config.data)  # says what is wrong before minutes of training, not after
-    arms = [compare.Variant(name, override(config, changes)) for name, changes in ARMS.items()]
-    measured = compare.Measure("ablate", measure, Nothing())
-    workers = options.workers or compare.default_workers()
-    rows, look = compare.compare(arms, options.seeds, measured, out, workers=workers)
+    arms = [engine.Variant(name, override(config, changes)) for name, changes in ARMS.items()]
+    measured = engine.Measure("ablate", measure, Nothing())
+    workers = options.workers or engine.default_workers()
+    rows, look = engine.compare(arms, options.seeds, measured, out, workers=workers)
     result = summarise(rows, look) | {"recipe": config.recipe, "made_with": provenance()}
-    result["margins"] = {name: margin(each) for name, each in compare.run_summaries(arms, look.seeds, out).items()}
-    with compare.reporting(out):
+    result["margins"] = {name: margin(each) for name, each in engine.run_summaries(arms, look.seeds, out).items()}
+    with engine.reporting(out):
         write_report(out / "report", f"Ablations: {config.recipe}", result)
         Run(out).write_summary(result)
     return result

@@ -38,7 +38,7 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import Diverged
 from nepa_core.runtime.run import Run
 from nepa_core.verdict.diagnostics import effective_rank
-from recipes import configs as finetune_configs
+from recipes import configs
 from recipes.comparison import measures
 from recipes.comparison.measures import (
     PROBE,
@@ -57,13 +57,12 @@ from recipes.comparison.measures import (
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import find_goal
 from recipes.networks.heads import mean_of_tokens
-from recipes.readout import forecasters
-from recipes.readout import probing as probe
+from recipes.readout import forecasters, probing
 from recipes.readout.features import Row, network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import draw_seed, pack_clusters
-from recipes.training import finetuning as finetune_finetuning
+from recipes.training import finetuning
 from recipes.training.pretraining import load_pretrained
 from recipes.training.starting import build_model
 
@@ -82,7 +81,7 @@ HORIZON = 96
 
 _WINDOWS = 20_000  # most that forecasts are fitted on
 
-Tuning = TypeVar("Tuning", finetune_configs.FinetuneConfig, forecasters.ForecastConfig)
+Tuning = TypeVar("Tuning", configs.FinetuneConfig, forecasters.ForecastConfig)
 
 
 class Care(BaseModel):
@@ -304,7 +303,7 @@ def raw_figure(config: PretrainConfig, device: torch.device, horizon: int = HORI
         return float(1 - found["mse"] / persistence(data, horizon, device))
     reader = raw_reader(attentive=False, per_token=tokens_per_sample(config.data.plain()) > 0)
     ((row,),) = score_readers(config, [reader], World(0, 1, device))
-    return float(row[probe.metric_of(row)])
+    return float(row[probing.metric_of(row)])
 
 
 # --------------------------------------------------------------------- in one setting, beside random weights
@@ -343,8 +342,8 @@ def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
         rows = [Row(layer, "token" if per_sample else "mean") for layer in range(config.model.depth + 2)]
         reader = network_reader(config, model, rows, causal=config.objective.causal)
         (scored,) = score_readers(config, [reader], ranks)
-    best = probe.best_row(scored)
-    return {"probe": best[probe.metric_of(best)], "probe_row": best["name"]}
+    best = probing.best_row(scored)
+    return {"probe": best[probing.metric_of(best)], "probe_row": best["name"]}
 
 
 # --------------------------------------------------------------------------------------------- with targets
@@ -354,9 +353,9 @@ def probed_layers(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
     """The rows that `nepa orders` reads, too: every layer, mean over tokens and last token, or single tokens."""
     causal, depth = config.objective.causal, config.model.depth
     if per_sample := tokens_per_sample(config.data.plain()):
-        rows, _ = probe.token_rows(PROBE, depth=depth, per_sample=per_sample)
+        rows, _ = probing.token_rows(PROBE, depth=depth, per_sample=per_sample)
     else:
-        rows, _ = probe.chosen_rows(PROBE, depth=depth, bos=config.model.bos, causal=causal)
+        rows, _ = probing.chosen_rows(PROBE, depth=depth, bos=config.model.bos, causal=causal)
     device = next(model.parameters()).device
     (scored,) = score_readers(config, [network_reader(config, model, rows, causal=causal)], World(0, 1, device))
     return by_layer(scored)
@@ -399,7 +398,7 @@ def fine_tuned(
     whole, plain = (data.dataset("train") for data in (config.data, config.data.plain()))
     alone = World(0, 1, device)
 
-    def short(samples: Dataset[Batch], setting: Setting) -> finetune_configs.FinetuneConfig:
+    def short(samples: Dataset[Batch], setting: Setting) -> configs.FinetuneConfig:
         return setting.applied(short_tuning(config, init, samples, whole=labels is None, steps=setting.steps))
 
     def at(setting: Setting) -> tuple[float, None]:
@@ -408,7 +407,7 @@ def fine_tuned(
             samples = Some(whole, rest)
             tuning = short(samples, setting)
             model = trained(tuning, goal, samples, device)
-            figures = finetune_finetuning.measure(tuning, model, alone, Some(plain, kept))
+            figures = finetuning.measure(tuning, model, alone, Some(plain, kept))
             # R2 of few samples is noise, and its loss is not.
             total += len(kept) * (figures["accuracy"] if "accuracy" in figures else -figures["held_out_loss"])
         return total / sum(len(kept) for _, kept in parts), None

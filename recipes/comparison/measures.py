@@ -25,18 +25,17 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import fit
 from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
-from recipes import configs as finetune_configs
-from recipes import presets as finetune_presets
+from recipes import configs, presets
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import Classification, Goal, Regression, find_goal
-from recipes.readout import probing as probe
+from recipes.readout import probing
 from recipes.readout.features import Reader, Source, kept_features, tokens_per_sample
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import clusters_of, draw_seed, is_chained, pack_clusters
 from recipes.statistics.maps import attention_figures, neighbour_share, token_positions, uniform_attention
-from recipes.training import finetuning as finetune_finetuning
+from recipes.training import finetuning
 
-PROBE = probe.ProbeOptions(poolings=("mean", "last"), classifiers=("linear",))
+PROBE = probing.ProbeOptions(poolings=("mean", "last"), classifiers=("linear",))
 """The same rows for every variant: BOS can be read in some of them only."""
 
 BASELINES = ("copy", "mean", "position_mean", "linear")
@@ -81,7 +80,7 @@ def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
         `raw_tokens`; `metric`, accuracy or r2; `layers`: names, accuracies and effective ranks of the means over
         tokens (of single tokens where these have the classes), layer by layer, with and without pre-training.
     """
-    found = probe.probe(config, model, PROBE)
+    found = probing.probe(config, model, PROBE)
     own, random = (by_layer(rows) for rows in (found["layers"], found["random_init"]["layers"]))
     row = beside_random(own, random, found["raw_tokens"][own["metric"]])
     credits, clusters = found["credits"], found["credits"]["clusters"]
@@ -101,8 +100,8 @@ def beside_random(own: dict[str, Any], random: dict[str, Any], raw: float) -> di
 
 def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What is kept of the rows of a probe: `metric`, `probe`, `probe_row`, `probe_final`, `layers`; see `read_out`."""
-    best = probe.best_row(rows)
-    metric = probe.metric_of(best)
+    best = probing.best_row(rows)
+    metric = probing.metric_of(best)
     means = [row for row in rows if row["name"].endswith((", mean", ", token"))]
     read = {"probe": best, "probe_final": means[-1]}
     figures = {key: Figure(row[metric], row.get("credits"), row.get("clusters")) for key, row in read.items()}
@@ -137,15 +136,15 @@ def rank_over_training(run: Run) -> list[list[float]]:
 
 
 def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: World) -> list[list[dict[str, Any]]]:
-    """The rows of every reader, scored as `PROBE` says; see `probe.score_rows`. Each has its `clusters`, packed."""
+    """The rows of every reader, scored as `PROBE` says; see `probing.score_rows`. Each has its `clusters`, packed."""
     per_sample = tokens_per_sample(config.data.plain())
     with tempfile.TemporaryDirectory() as store:
         train, test = (
             kept_features(Source(config, split, -(-limit // max(per_sample, 1))), readers, Path(store), ranks)
             for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
         )
-        splits = [probe.Split.of(*pair, ranks.device) for pair in zip(train.features, test.features, strict=True)]
-        scored = [probe.score_rows(split, PROBE.classifiers) for split in splits]
+        splits = [probing.Split.of(*pair, ranks.device) for pair in zip(train.features, test.features, strict=True)]
+        scored = [probing.score_rows(split, PROBE.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
     held_out = config.data.plain().dataset("test")
     clusters = pack_clusters(clusters_of(held_out, numbers), chained=is_chained(held_out))
@@ -211,7 +210,7 @@ def fine_tuned(
 ) -> Figure:
     """Held-out accuracy (r2 of numbers) of all weights after a short training on labels.
 
-    The setting of `finetune_presets.short` without layer decay and averages, the same for pre-trained and random
+    The setting of `presets.short` without layer decay and averages, the same for pre-trained and random
     weights.
 
     Args:
@@ -230,13 +229,13 @@ def fine_tuned(
 
 def short_tuning(
     config: PretrainConfig, init: Path | None, samples: Dataset[Batch], *, whole: bool, steps: int
-) -> finetune_configs.FinetuneConfig:
-    """`finetune_presets.short` without layer decay and averages, for so many steps on these samples.
+) -> configs.FinetuneConfig:
+    """`presets.short` without layer decay and averages, for so many steps on these samples.
 
     Args:
         whole: they are not so few that a batch fits in memory at once.
     """
-    tuning = finetune_presets.short(config, None if init is None else str(init))
+    tuning = presets.short(config, None if init is None else str(init))
     train = tuning.train.model_copy(
         update={
             "length": Duration(steps=steps),
@@ -251,15 +250,15 @@ def short_tuning(
 
 
 def trained(
-    tuning: finetune_configs.FinetuneConfig, goal: Goal, samples: Dataset[Batch], device: torch.device
-) -> finetune_finetuning.Classifier:
+    tuning: configs.FinetuneConfig, goal: Goal, samples: Dataset[Batch], device: torch.device
+) -> finetuning.Classifier:
     """A classifier after its training on these samples, by this process alone; nothing of the run is kept."""
-    model, _ = finetune_finetuning.build_classifier(tuning, goal)
+    model, _ = finetuning.build_classifier(tuning, goal)
     model = model.to(device)
     with tempfile.TemporaryDirectory() as folder:
         fit(
             model=model,
-            step_function=finetune_finetuning.make_step(tuning, goal),
+            step_function=finetuning.make_step(tuning, goal),
             dataset=samples,
             config=tuning.train,
             optim=tuning.optim,
@@ -270,13 +269,11 @@ def trained(
     return model
 
 
-def tested(
-    tuning: finetune_configs.FinetuneConfig, model: finetune_finetuning.Classifier, device: torch.device
-) -> Figure:
+def tested(tuning: configs.FinetuneConfig, model: finetuning.Classifier, device: torch.device) -> Figure:
     """The goal's headline over all held-out samples, with what each adds."""
     parts: list[Tensor] = []
     goal = model.goal
-    value = finetune_finetuning.measure(tuning, model, World(0, 1, device), parts=parts)[goal.headline]
+    value = finetuning.measure(tuning, model, World(0, 1, device), parts=parts)[goal.headline]
     every = torch.cat(parts)
     shares, weights = goal.credits(every[:, 1:])
     credits = shares.repeat_interleave(weights)

@@ -29,7 +29,7 @@ from nepa_core.tokens import Tokens
 from nepa_core.verdict.drawing import draw
 from recipes.configs import SegmentConfig
 from recipes.released.weights import Weights, load_backbone
-from recipes.report.plots import spread_out as spread
+from recipes.report.plots import spread_out
 from recipes.report.segment import Picture, palette
 from recipes.statistics.held_out import NUMBER, Numbered
 from recipes.statistics.maps import (
@@ -159,7 +159,7 @@ def segmented(config: SegmentConfig, weights: Weights, options: InspectOptions, 
     """
     data, model, pictures = config.data, load_segmenter(config, weights).to(device), []
     scenes = data.whole_files(options.images) if options.images else data.whole(options.split)
-    for index in spread(len(scenes), len(options.images) or options.samples):
+    for index in spread_out(len(scenes), len(options.images) or options.samples):
         with suppress(UnreadableSample):
             scene = scenes[index]
             predicted = predict_image(config, model, scene["image"].to(device)).cpu()

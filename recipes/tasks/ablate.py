@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recipes.comparison import engine as compare
+from recipes.comparison import engine
 from recipes.comparison.ablate import AblateOptions as Options
 from recipes.comparison.ablate import ablate
 from recipes.report.ablate import render
@@ -20,7 +20,7 @@ from recipes.resolve import default_out
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    config = compare.read_recipe("ablate", target, changes)
+    config = engine.read_recipe("ablate", target, changes)
     out = Path(options.out or default_out(target, "ablate"))
     print(render(ablate(config, options, out)))
     print(f"Report: {out / 'report' / 'index.html'}")

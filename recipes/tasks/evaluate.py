@@ -26,7 +26,7 @@ from recipes.report.provenance import provenance, unreadable
 from recipes.report.segment import MEASURES
 from recipes.resolve import is_run, read_target, task_of
 from recipes.statistics.segment_metrics import classes_in_truth, lonely, score_text
-from recipes.training import segmentation as segment
+from recipes.training import segmentation
 from recipes.training.evaluating import class_lines, compare_classes, measured
 
 FREE = (
@@ -55,7 +55,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         weights = read_weights(target)
         if isinstance(config, SegmentConfig):
             compare_classes(target, config.data.class_names(), ranks)
-            summary = segment.evaluate(config, weights, ranks)
+            summary = segmentation.evaluate(config, weights, ranks)
             present = classes_in_truth(summary)
             text = ", ".join(f"{name} {score_text(summary[name], present)}" for name in MEASURES)
             text += f", {summary['images']} images"

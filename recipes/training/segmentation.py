@@ -26,7 +26,7 @@ from recipes.networks.heads import DenseHead, canonical_tokens
 from recipes.networks.upernet import UPerNet, resize
 from recipes.networks.windows import WindowLogits, predict
 from recipes.released.weights import Weights, load_backbone, start_from
-from recipes.report.plots import spread_out as spread
+from recipes.report.plots import spread_out
 from recipes.report.segment import Picture, write_report
 from recipes.statistics.segment_metrics import Scores, confusion, scores
 from recipes.training.train import cost, opened, train
@@ -334,7 +334,7 @@ def pictures(config: SegmentConfig, model: Segmenter, device: torch.device) -> l
     scenes = config.data.whole("test")
     was_training, shown = model.training, []
     model.eval()
-    for index in spread(len(scenes), config.evaluation.pictures):
+    for index in spread_out(len(scenes), config.evaluation.pictures):
         with suppress(UnreadableSample):
             scene = scenes[index]
             predicted = predict_image(config, model, scene["image"].to(device))

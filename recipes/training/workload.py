@@ -13,10 +13,7 @@ from nepa_core.runtime.fit import StepFunction
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from recipes.networks.goals import find_goal
 from recipes.resolve import is_run, read_target, task_of
-from recipes.training import finetuning as finetune
-from recipes.training import pretraining as pretrain_pretraining
-from recipes.training import segmentation as segment
-from recipes.training import starting as pretrain_starting
+from recipes.training import finetuning, pretraining, segmentation, starting
 
 Trained = PretrainConfig | FinetuneConfig | SegmentConfig
 KINDS: dict[str, type[Trained]] = {kind.task: kind for kind in (PretrainConfig, FinetuneConfig, SegmentConfig)}
@@ -41,11 +38,11 @@ def read_trained(target: str, changes: dict[str, Any]) -> Trained:
 def network(config: Trained) -> nn.Module:
     """The network with random weights, whatever `init` says: the time of a step does not hang on it."""
     if isinstance(config, PretrainConfig):
-        return pretrain_starting.build_pretrainer(config)
+        return starting.build_pretrainer(config)
     start = config.model_copy(update={"init": None})
     if isinstance(start, FinetuneConfig):
-        return finetune.build_classifier(start, find_goal(start.data))[0]
-    return segment.build_segmenter(start)[0]
+        return finetuning.build_classifier(start, find_goal(start.data))[0]
+    return segmentation.build_segmenter(start)[0]
 
 
 def predictor_in(model: nn.Module) -> Predictor:
@@ -56,7 +53,7 @@ def predictor_in(model: nn.Module) -> Predictor:
 def step_function(config: Trained) -> StepFunction:
     """What `fit` calls for every micro-batch of that task."""
     if isinstance(config, PretrainConfig):
-        return pretrain_pretraining.make_step(config)
+        return pretraining.make_step(config)
     if isinstance(config, FinetuneConfig):
-        return finetune.make_step(config, find_goal(config.data))
-    return segment.make_step(config)
+        return finetuning.make_step(config, find_goal(config.data))
+    return segmentation.make_step(config)
