@@ -431,7 +431,7 @@ def check_training(modality: Modality) -> None:
         out = model(tokens, causal=True)
         loss = next_embedding_loss(out.predictions, out.embeddings, out.mask)
         assert loss.isfinite(), f"the loss of training step {step} is {loss.item()}: standardise Tokens.values"
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         _check_gradients(model.embed)
         optimizer.step()
 

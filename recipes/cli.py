@@ -118,7 +118,7 @@ def _in_one_line(error: Exception, words: list[str]) -> str | None:
         return f"something is nested too deeply to be followed{_largest(words)}"
     if isinstance(error, OverflowError) or "verflow" in text:
         return f"a number is too large or too small to compute with{_largest(words)}: {text.splitlines()[0][:120]}"
-    if isinstance(error, torch.linalg.LinAlgError):
+    if type(error).__name__ == "LinAlgError":
         return "training has diverged, as a matrix holds NaN or infinity: lower optim.lr or model.layer_scale"
     return None
 

@@ -180,7 +180,7 @@ def index_shard(file: Path) -> ShardIndex:
                         labels[kind[1:]][key] = label
                 else:
                     passed.add(f"with the suffix {printable(kind[:16])}" if kind else "without a suffix", name)
-                tar.members = []  # of a million members, the list that tarfile keeps would take a gigabyte
+                vars(tar)["members"] = []  # of a million members, the list that tarfile keeps would take a gigabyte
             _check_end(tar)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{file}: a damaged or cut tar shard ({error}); copy it again") from error
@@ -210,8 +210,10 @@ def _samples(file: Path, images: Found, labels: dict[str, int | UserError], pass
                 f"{file}: the image {printable(key)} has no label; a sample is KEY.jpg with KEY.cls, or a json with "
                 "label"
             )
-        for values, value in zip(index[:4], (printable(key), offset, size, label), strict=True):
-            values.append(value)
+        index.keys.append(printable(key))
+        index.offsets.append(offset)
+        index.sizes.append(size)
+        index.labels.append(label)
     for key in labels.keys() - used.keys():
         passed.add("labels without an image", key)
     return index

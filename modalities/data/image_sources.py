@@ -295,14 +295,15 @@ def _layouts(folder: Path, split: str) -> dict[str, Callable[[], Source]]:
     """What a folder holds, in words, and how a split of it is opened; the first is the one to read."""
     found: dict[str, Callable[[], Source]] = {}
     train, test = (_subfolder(folder, names) for names in SPLITS.values())
-    saved = train and test and all((place / "state.json").is_file() for place in (train, test))
-    folders = None if saved or not (train and test) else partial(_open_class_folders, train, test, split)
-    if folders and subfolders(train) and subfolders(test):
+    both = {"train": train, "test": test} if train and test else {}
+    saved = bool(both) and all((place / "state.json").is_file() for place in both.values())
+    folders = partial(_open_class_folders, train, test, split) if train and test and not saved else None
+    if folders and all(subfolders(place) for place in both.values()):
         found[CLASS_FOLDERS] = folders
     if (folder / CIFAR10.base_folder).is_dir():
         found["torchvision's files of CIFAR-10"] = lambda: _checked(_open_cifar10(folder, split))
     if saved:
-        found["tables of save_to_disk"] = lambda: _checked(_open_saved({"train": train, "test": test}, split))
+        found["tables of save_to_disk"] = lambda: _checked(_open_saved(both, split))
     parquet = {each: parquet_files(folder, names) for each, names in SPLITS.items()}
     if all(parquet.values()):
         found["parquet files"] = lambda: _checked(_open_parquet(parquet, split))

@@ -351,22 +351,22 @@ class Shared(NamedTuple):
     """Held-out samples whose stored bytes are also those of a training sample.
 
     Attributes:
-        count: of them, of `held_out`; at least so many where the splits were too large to compare everything.
+        shared: their number, of `held_out`; at least so many where the splits were too large to compare everything.
         names: (held-out, training), of the first few.
     """
 
-    count: int
+    shared: int
     held_out: int
     complete: bool
     names: list[tuple[str, str]]
 
     def line(self) -> str | None:
         """One line that says it, or None where nothing is shared."""
-        if not self.count:
+        if not self.shared:
             return None
         test, train = self.names[0]
         return (
-            f"leak: {'' if self.complete else 'at least '}{self.count:,} of {self.held_out:,} held-out samples are "
+            f"leak: {'' if self.complete else 'at least '}{self.shared:,} of {self.held_out:,} held-out samples are "
             f"training samples, too, byte for byte, such as {test} and {train}; scores on them say nothing: remove "
             "them from one of the splits"
         )
@@ -378,7 +378,7 @@ def shared_content(train: Contents, test: Contents, budget: int = READ_BUDGET) -
     Only samples that have the size of one on the other side are read, and no more than `budget` bytes (a second or
     two): of larger splits a fixed choice of samples is compared. Samples that can't be read are no leak.
     """
-    count, complete, pairs = 0, True, []
+    count, complete, pairs = 0, True, list[tuple[str, str]]()
     held_out: dict[int, list[int]] = {}
     for row in np.random.default_rng(0).permutation(len(test.sizes)).tolist():
         held_out.setdefault(int(test.sizes[row]), []).append(row)

@@ -31,12 +31,12 @@ class Numbering(NamedTuple):
     """How an annotation numbers the classes.
 
     Attributes:
-        count: of classes C.
+        classes: their number C.
         first: the stored value of class 0; the others follow it.
         ignored: stored values that become IGNORED; 255 always does.
     """
 
-    count: int
+    classes: int
     first: int
     ignored: tuple[int, ...]
 
@@ -87,9 +87,9 @@ def read_mask(stored: bytes, name: str, max_pixels: int) -> Mask:
 
 def _storage(image: Image.Image) -> tuple[str, str, int | None]:
     """PIL's decoder, its name for the stored layout and, of a PGM, the value that stands for white."""
-    if not getattr(image, "tile", None):
+    if not (tiles := getattr(image, "tile", None)):
         return "", "", None
-    decoder, *_, settings = image.tile[0]
+    decoder, *_, settings = tiles[0]
     settings = settings if isinstance(settings, tuple) else (settings,)
     raw = settings[0] if settings and isinstance(settings[0], str) else ""
     largest = settings[1] if decoder.startswith("ppm") and len(settings) > 1 else None
@@ -133,7 +133,7 @@ class Census:
 
     def absent(self, numbering: Numbering) -> list[int]:
         """The stored values of the declared classes that never occur."""
-        declared = range(numbering.first, numbering.first + numbering.count)
+        declared = range(numbering.first, numbering.first + numbering.classes)
         return [value for value in declared if not self.pixels[value]]
 
     def undeclared(self, numbering: Numbering) -> int:
@@ -159,7 +159,7 @@ def take_census(total: int, read: Callable[[int], Labels], numbering: Numbering,
         except Exception:
             continue
         absent = census.absent(numbering)
-        odd = census.undeclared(numbering) or len(absent) >= numbering.count - 1
+        odd = census.undeclared(numbering) or len(absent) >= numbering.classes - 1
         if not absent or (tried >= ENOUGH and not odd) or tried >= MOST:
             break
     return census
@@ -176,7 +176,7 @@ def judge_census(census: Census, numbering: Numbering, where: str) -> str | None
     if not census.masks or not absent:
         return None
     shown = ", ".join(map(str, absent[:6])) + (f" and {len(absent) - 6} more" if len(absent) > 6 else "")
-    told = f"{where}: of the {numbering.count} declared classes, what is stored as {shown} never occurs"
+    told = f"{where}: of the {numbering.classes} declared classes, what is stored as {shown} never occurs"
     if share:
         line = (
             f"{told} in {census.masks:,} annotations, while 255, which no loss and no metric counts, covers "
@@ -186,6 +186,6 @@ def judge_census(census: Census, numbering: Numbering, where: str) -> str | None
         if census.masks < min(census.total, MOST):
             return line
         raise UserError(line)
-    if len(absent) == numbering.count - 1:
+    if len(absent) == numbering.classes - 1:
         return f"{told} in {census.masks:,} annotations: with one class there is nothing to tell apart"
     return None

@@ -274,7 +274,8 @@ def scaled(image: Tensor, target: Tensor, short_side: int, scale: float = 1.0) -
 def scaled_image(image: Tensor, short_side: int, scale: float = 1.0) -> Tensor:
     """uint8 [..., H, W] at `fitted_size`, on its device."""
     size = fitted_size((image.shape[-2], image.shape[-1]), short_side, scale)
-    return image_ops.resize(image, list(size), antialias=True)
+    resized: Tensor = image_ops.resize(image, list(size), antialias=True)
+    return resized
 
 
 def padded(x: Tensor, size: Size, value: int = 0) -> Tensor:
@@ -344,7 +345,7 @@ def _at(image: Tensor, target: Tensor, place: tuple[int, int], crop: Size) -> tu
 def _tables(numbering: Numbering) -> tuple[np.ndarray, np.ndarray]:
     """Stored value -> target (uint8 [256]) and whether the value may occur (bool [256])."""
     targets, known = np.full(256, IGNORED, dtype=np.uint8), np.zeros(256, dtype=bool)
-    classes = np.arange(numbering.count)
+    classes = np.arange(numbering.classes)
     targets[classes + numbering.first] = classes
     known[classes + numbering.first] = True
     known[[*numbering.ignored, IGNORED]] = True
@@ -518,8 +519,8 @@ def _open_tree(tree: Path, split: str) -> PairFiles:
     if spare := len(annotations) - len(images):
         first = printable(min(annotations.keys() - images.keys()))
         say(f"{tree / 'annotations' / place}: {spare:,} annotations have no image (such as {first}) and are left out")
-    pair = ([os.fsencode(files[stem]) for stem in stems] for files in (images, annotations))
-    return PairFiles(*(pa.array(paths, pa.large_binary()) for paths in pair), str(tree))
+    paths = [[os.fsencode(files[stem]) for stem in stems] for files in (images, annotations)]
+    return PairFiles(pa.array(paths[0], pa.large_binary()), pa.array(paths[1], pa.large_binary()), str(tree))
 
 
 def _by_stem(folder: Path) -> dict[str, str]:

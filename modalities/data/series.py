@@ -279,7 +279,7 @@ def _suspects(file: _File, names: Sequence[str], time: str | None, columns: Sequ
         names = () if time is not None else [name for name in file.names if name not in known]
     kinds = dict(zip(file.names, file.types, strict=True))
     wanted = [name for name in names if file.names.count(name) == 1 and _is_number(kinds[name])]
-    first = next((batch for batch in _batches(file, {}, wanted, None) if len(batch)), None) if wanted else None
+    first = next((batch for batch in _batches(file, (), wanted, None) if len(batch)), None) if wanted else None
     if first is None:
         return []
     integer = {name for name in wanted if pa.types.is_integer(kinds[name])}

@@ -518,7 +518,7 @@ def _accumulate(
             if out.broken is not None:
                 batches.suspect(out.broken)
             weighted = out.loss * out.weight
-            weighted.backward()  # type: ignore[no-untyped-call]
+            weighted.backward()
         sums[0] += weighted.detach()
         sums[1] += out.weight
         sums[2] += out.tokens

@@ -252,7 +252,7 @@ def best_setting(care: Care, at: Callable[[Setting], tuple[float, Any]]) -> Chos
         middle = (len(scores) - 1) / 2
         return max(range(len(scores)), key=lambda place: (scores[place], -abs(place - middle), -place))
 
-    def along(start: Setting, key: str, values: Sequence[float]) -> tuple[Setting, bool]:
+    def along(start: Setting, key: str, values: Sequence[Any]) -> tuple[Setting, bool]:
         line = sorted(values)
         left = {"low": care.extensions, "high": care.extensions} if len(line) > 1 else {"low": 0, "high": 0}
         while True:
@@ -420,8 +420,8 @@ def fine_tuned(
         goal = scaled_by(goal, samples)
         used = len(samples)
         parts = [
-            tuple([samples.indices[place] for place in places] for places in part)
-            for part in folds(samples.kinds, care.folds)
+            ([samples.indices[place] for place in train], [samples.indices[place] for place in held])
+            for train, held in folds(samples.kinds, care.folds)
         ]
     chosen = best_setting(care, at) if parts and care.only is None else Chosen(middle_setting(care), None)
     tuning = short(samples, chosen.setting)
@@ -466,7 +466,7 @@ def skill(data: TimeSeries, horizon: int, found: Mapping[str, Any], repeated: fl
 def persistence(data: TimeSeries, horizon: int, device: torch.device) -> float:
     """MSE of repeating the last value."""
     repeat = forecasters.score(data, "test", horizon, device, lambda batch: forecasters.repeat_last(data, batch))
-    return repeat["mse"]
+    return float(repeat["mse"])
 
 
 def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.device, care: Care) -> Tuned:

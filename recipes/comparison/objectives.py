@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
@@ -161,7 +161,7 @@ def control(config: PretrainConfig, seed: int, care: Care | CareBefore, out: Pat
     config = seeded(config.model_copy(update={"objective": neutral}), seed)
     key = digest([config_digest(config), care.model_dump(mode="json")])
     folder, name = out / "random", f"seed{seed}-{key}"
-    work = partial(untrained, config, care)
+    work = partial(untrained, config, cast(Care, care))  # results of the rule before are only looked up
     return Job(f"{RANDOM}, seed {seed}", folder / f"{name}.json", folder / f".{name}.lock", work)
 
 

@@ -285,7 +285,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
     )
     first = next(batches(limit=min(FIRST, total)))
     labels, per_token = read_labels(data, first)
-    of = {
+    of: dict[str, Any] = {
         "adapter": import_path(type(data)),
         "data": data.model_dump(mode="json"),
         "split": source.split,

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, field_validator
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from modalities.data.scenes import IGNORED
+from modalities.data.scene_masks import IGNORED
 from modalities.image import Images
 from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError

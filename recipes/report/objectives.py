@@ -280,11 +280,11 @@ def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, ticks: Seq
     canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
     for number, (name, found) in enumerate(curves.items()):
-        halves = [interval_of(each) for each in found]
-        beside = 0.0 if halves[0] is None else (number - (len(curves) - 1) / 2) * 0.05
+        halves = [half for each in found if (half := interval_of(each)) is not None]
+        beside = 0.0 if not halves else (number - (len(curves) - 1) / 2) * 0.05
         axes.errorbar(
             [place + beside for place in range(len(found))], [each["mean"] for each in found],
-            yerr=None if halves[0] is None else halves,
+            yerr=halves or None,
             marker="s" if name == RANDOM else "o", markersize=4, capsize=2, linewidth=1.6, elinewidth=1,
             linestyle="--" if name == RANDOM else "-", color=_GREY if name == RANDOM else f"C{number}", label=name,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
 from matplotlib.legend import Legend
@@ -77,7 +78,7 @@ def picture_table(
             axes.imshow(picture)
             axes.set_axis_off()
             axes.set_title(printable(title), fontsize="medium", parse_math=False)
-    patches = [Patch(color=tuple(colour)) for colour in legend.values()]
+    patches = [Patch(color=to_rgb((colour[0], colour[1], colour[2]))) for colour in legend.values()]
     _plain(canvas.legend(patches, [*legend], loc="outside lower center", ncols=6, frameon=False, fontsize="small"))
     return png_of(canvas)
 
@@ -131,8 +132,9 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
     top = 0.0
     for name, row in rows:
         top += heading
-        place = (GAP / 2 / width, 1 - (top - 0.05) / height)
-        canvas.text(*place, printable(name), fontsize=8, weight="bold", parse_math=False)
+        canvas.text(
+            GAP / 2 / width, 1 - (top - 0.05) / height, printable(name), fontsize=8, weight="bold", parse_math=False
+        )
         for place, panel in enumerate(row):
             left, above = GAP / 2 + place % across * cell, top + place // across * line + TITLE - GAP / 2
             high = wide * _aspect(panel.sketch)

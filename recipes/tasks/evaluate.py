@@ -96,4 +96,6 @@ def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | Segmen
             f"{target} was pre-trained only and has no head to evaluate: `nepa probe {target}` reads it out, "
             f"`nepa finetune {target}` trains one"
         )
-    return read_target(SegmentConfig if task_of(target) == SegmentConfig.task else FinetuneConfig, target, changes)
+    if task_of(target) == SegmentConfig.task:
+        return read_target(SegmentConfig, target, changes)
+    return read_target(FinetuneConfig, target, changes)

@@ -200,7 +200,8 @@ class BareBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, places, dim))
-        return x + self.mlp(self.norm2(x))
+        after: Tensor = x + self.mlp(self.norm2(x))
+        return after
 
 
 def bare_step(config: Trained, model: nn.Module, ranks: World) -> Callable[[Batch], None]:
