@@ -152,7 +152,7 @@ def contents(samples: list[bytes], name: str) -> Contents:
 def test_the_same_content_in_both_splits_is_counted() -> None:
     train = [b"a", b"bb", b"cc", b"dd", b"e"]
     shared = shared_content(contents(train, "train"), contents([b"cc", b"xx", b"e", b"long one", b"e"], "test"))
-    assert shared.shared == 3
+    assert shared.count == 3
     assert shared.complete
     assert shared.held_out == 5
     assert shared.names == [("test0", "train2"), ("test2", "train4"), ("test4", "train4")]
@@ -160,7 +160,7 @@ def test_the_same_content_in_both_splits_is_counted() -> None:
     assert line is not None
     assert line.startswith("leak: 3 of 5 held-out samples")
     assert shared_content(contents(train, "train"), contents([b"z"], "test")).line() is None
-    assert shared_content(contents([], "train"), contents([], "test")).shared == 0
+    assert shared_content(contents([], "train"), contents([], "test")).count == 0
 
 
 def test_only_samples_of_equal_size_are_read_and_no_more_than_the_budget() -> None:
@@ -173,7 +173,7 @@ def test_only_samples_of_equal_size_are_read_and_no_more_than_the_budget() -> No
     train = Contents(np.array([1000] * 50 + [7] * 50), reading, str)
     test = Contents(np.array([1000] * 10 + [9] * 10), reading, str)
     whole = shared_content(train, test)
-    assert whole.shared == 10
+    assert whole.count == 10
     assert whole.complete
     assert sorted(set(read)) == list(range(50))
     assert len(read) == 60
@@ -192,7 +192,7 @@ def test_a_sample_that_cannot_be_read_is_no_leak() -> None:
         raise OSError("gone")
 
     lost = Contents(np.array([3, 3]), broken, str)
-    assert shared_content(lost, lost).shared == 0
+    assert shared_content(lost, lost).count == 0
 
 
 def test_a_fingerprint_changes_with_names_sizes_and_order() -> None:

@@ -370,7 +370,7 @@ def test_sequences_in_both_splits_are_found_and_the_list_has_a_fingerprint(tmp_p
     write(tmp_path, "test", layout, test)
     samples = [Features(root=str(tmp_path)).dataset(split) for split in ("train", "test")]
     found = shared_content(*(each.contents() for each in samples))  # type: ignore[attr-defined]
-    assert found.shared == 1
+    assert found.count == 1
     assert "3" in found.names[0][0]
     before = samples[0].fingerprint()  # type: ignore[attr-defined]
     fresh()

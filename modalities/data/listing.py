@@ -347,26 +347,27 @@ class Contents(NamedTuple):
     opening: int = OPENING
 
 
-class Shared(NamedTuple):
+@dataclass(frozen=True)
+class Shared:
     """Held-out samples whose stored bytes are also those of a training sample.
 
     Attributes:
-        shared: their number, of `held_out`; at least so many where the splits were too large to compare everything.
+        count: of them, of `held_out`; at least so many where the splits were too large to compare everything.
         names: (held-out, training), of the first few.
     """
 
-    shared: int
+    count: int
     held_out: int
     complete: bool
     names: list[tuple[str, str]]
 
     def line(self) -> str | None:
         """One line that says it, or None where nothing is shared."""
-        if not self.shared:
+        if not self.count:
             return None
         test, train = self.names[0]
         return (
-            f"leak: {'' if self.complete else 'at least '}{self.shared:,} of {self.held_out:,} held-out samples are "
+            f"leak: {'' if self.complete else 'at least '}{self.count:,} of {self.held_out:,} held-out samples are "
             f"training samples, too, byte for byte, such as {test} and {train}; scores on them say nothing: remove "
             "them from one of the splits"
         )
