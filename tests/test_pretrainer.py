@@ -389,7 +389,7 @@ def test_a_term_without_its_head_is_an_error_of_the_caller(term: str, changes: d
 
 @pytest.mark.parametrize("name", NAMED)
 def test_every_named_objective_trains_on_digits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.report.card.write_report", lambda *_: None)  # its plots take longer than the training
+    monkeypatch.setattr("recipes.report.page.Report.write", lambda *_: None)  # its plots take longer than the training
     changes = {
         **{"train.length.steps": 3, "train.evaluate": 3, "train.log": 1, "train.checkpoint": 3, "data.limit": 128},
         **{"verdict.fit_samples": 64, "verdict.test_samples": 64, "verdict.health_samples": 64, "model.depth": 2},

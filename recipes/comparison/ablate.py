@@ -15,7 +15,7 @@ from recipes.comparison import engine
 from recipes.comparison.measures import rank_over_training, read_out
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import find_goal
-from recipes.report.ablate import COLUMNS, write_report
+from recipes.report.ablate import COLUMNS, report
 from recipes.report.provenance import provenance
 from recipes.report.tables import (
     Rows,
@@ -77,7 +77,7 @@ def ablate(config: PretrainConfig, options: AblateOptions, out: Path) -> dict[st
     result = summarise(rows, look) | {"recipe": config.recipe, "made_with": provenance()}
     result["margins"] = {name: margin(each) for name, each in engine.run_summaries(arms, look.seeds, out).items()}
     with engine.reporting(out):
-        write_report(out / "report", f"Ablations: {config.recipe}", result)
+        report(result).write(out / "report")
         Run(out).write_summary(result)
     return result
 

@@ -23,6 +23,7 @@ from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
+from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.tokens import Tokens
@@ -170,14 +171,16 @@ def segmented(config: SegmentConfig, weights: Weights, options: InspectOptions, 
 
 def write_masks(folder: Path, pictures: Sequence[Picture], data: Scenes) -> None:
     """A palette image for every picture, of the same size: class k is stored as data.first_label + k."""
-    folder.mkdir(parents=True, exist_ok=True)
     colours = np.zeros((IGNORED + 1, 3), dtype=np.uint8)
     colours[data.first_label : data.first_label + data.class_count] = palette(data.class_count)
     stems = [Path(picture.name).stem for picture in pictures]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for place, (stem, picture) in enumerate(zip(stems, pictures, strict=True)):
         mask = Image.fromarray((picture.prediction + data.first_label).to(torch.uint8).numpy())
         mask.putpalette(colours.flatten().tolist())
-        mask.save(folder / (f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{place}.png"))
+        with disk_errors(folder):
+            mask.save(folder / (f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{place}.png"))
 
 
 @torch.no_grad()

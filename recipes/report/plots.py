@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -42,6 +43,7 @@ def line_plot(
     y: str,
     from_zero: bool = False,
     markers: bool = False,
+    title: str = "",
 ) -> bytes:
     """One axes with a line for each named (x values, y values), a dot where that is one point; PNG bytes."""
     canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
@@ -50,6 +52,7 @@ def line_plot(
         marker = "o" if markers or len(xs) == 1 else None
         axes.plot(xs, ys, marker=marker, markersize=3 if markers else 5, linewidth=1.6, label=name)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps, places, layers
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.margins(y=HEADROOM)
@@ -210,6 +213,14 @@ def png_of(canvas: Canvas) -> bytes:
 _ACROSS = 5  # panels
 
 
+def inside(mean: float, half: float | None, metric: str) -> list[list[float]] | None:
+    """The arms of an error bar, [[below], [above]], cut where the metric ends: no accuracy is above 1 or below 0."""
+    if half is None:
+        return None
+    low = 0.0 if metric == "accuracy" else -math.inf  # R2 and skill end at 1 alone
+    return [[max(0.0, min(half, mean - low))], [max(0.0, min(half, 1.0 - mean))]]
+
+
 def interval_plot(
     spreads: Mapping[str, Mapping[str, Any]],
     *,
@@ -218,13 +229,14 @@ def interval_plot(
     control_name: str = "random weights",
     reference: Mapping[str, float] | None = None,
     half: str = "ci95",
+    metric: str = "accuracy",
 ) -> bytes:
     """A line a variant, from the best down: mean ± `half`, a dot a seed; PNG bytes.
 
     Args:
         spreads: variant -> `spread`. control: the same variants without training, drawn in grey below each.
         reference: dashed lines.
-        half: "ci95" (over test samples, too, where they are known) or "std".
+        half: "ci95" (over test samples, too, where they are known) or "std". metric: see `inside`.
     """
     ranked = sorted(spreads, key=lambda name: -float(spreads[name]["mean"]))
     canvas = Canvas(figsize=(8, 0.9 + 0.3 * len(ranked)), dpi=110, layout="constrained")
@@ -238,7 +250,7 @@ def interval_plot(
             values, width = found["values"], interval_of(found) if half == "ci95" else found[half]
             axes.plot(values, [place + shift] * len(values), ".", color=colour, alpha=0.35, markersize=5)
             axes.errorbar(
-                found["mean"], place + shift, xerr=width, fmt=marker, color=colour, markersize=5, capsize=3,
+                found["mean"], place + shift, xerr=inside(found["mean"], width, metric), fmt=marker, color=colour, markersize=5, capsize=3,
                 elinewidth=1.4, label=label if place == 0 else None,
             )  # fmt: skip
     for place, (name, value) in enumerate((reference or {}).items()):

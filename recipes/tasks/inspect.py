@@ -24,7 +24,6 @@ from pydantic import BaseModel, SerializeAsAny
 from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.modality import Modality
-from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import keys, load_adapter, nearest, override, read_saved
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
@@ -33,7 +32,7 @@ from recipes.configs import SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
 from recipes.readout.inspecting import inspect, load_network, segmented, why_silent, write_masks
 from recipes.released.weights import read_weights
-from recipes.report.inspect import render, write_page
+from recipes.report.inspect import report
 from recipes.resolve import is_run, read_target, task_of
 
 FREE = ("data.",)
@@ -53,20 +52,22 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         if task_of(target) == SegmentConfig.task:
             pictures = segmented(read_target(SegmentConfig, target, changes), weights, options, ranks.device)
         folder = Path(target) / "inspect"
-        with disk_errors(folder):
-            write_page(
-                folder,
-                readings,
-                data,
-                layer=options.layer,
-                head=options.head,
-                causal=causal,
-                silent=silent,
-                pictures=pictures,
-            )
-            if pictures and options.images:
-                write_masks(folder / "masks", pictures, cast(Scenes, data))
-        print(f"{render(readings, data.token_name, silent)}\n\nReport: {folder / 'index.html'}")
+        for stale in ("order.png", "classes.png"):  # of an earlier call, which may have had them
+            (folder / stale).unlink(missing_ok=True)
+        found = report(
+            Path(target),
+            readings,
+            data,
+            layer=options.layer,
+            head=options.head,
+            causal=causal,
+            silent=silent,
+            pictures=pictures,
+        )
+        found.write(folder)
+        if pictures and options.images:
+            write_masks(folder / "masks", pictures, cast(Scenes, data))
+        print(found.text(folder))
 
 
 class InspectConfig(BaseModel):

@@ -43,4 +43,4 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = pretrain(config, run, ranks)
         if ranks.is_main:
-            print(rendered(lambda: card.render(summary, config.data, run), run, before=before))
+            print(rendered(lambda: card.report(run, summary, config.data), run, before=before))

@@ -26,7 +26,7 @@ from recipes.networks.goals import Goal, Regression, find_goal, numbered
 from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonical_tokens
 from recipes.presets import short
 from recipes.released.weights import Weights, load_backbone, read_weights, start_from
-from recipes.report.finetune import COUNTS, start_of, write_report
+from recipes.report.finetune import COUNTS, report, start_of
 from recipes.resolve import is_imported, is_run, read_target, task_of
 from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained
 from recipes.statistics.worth import RANDOM, Score, Worth, judge, worth_in
@@ -113,7 +113,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
         "causal": config.causal,
         **cost(result, model),
     }
-    write_report(run, summary, goal)
+    report(run, summary).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
 
@@ -158,7 +158,7 @@ def beside_control(
         return {}
     worth = compared(own, rival, config)
     summary = summary | {"worth": worth.model_dump(mode="json")}
-    write_report(run, summary, find_goal(config.data))
+    report(run, summary).write(run.report)
     run.write_summary(summary)
     return summary
 

@@ -27,7 +27,7 @@ from recipes.networks.upernet import UPerNet, resize
 from recipes.networks.windows import WindowLogits, predict
 from recipes.released.weights import Weights, load_backbone, start_from
 from recipes.report.plots import spread_out
-from recipes.report.segment import Picture, write_report
+from recipes.report.segment import Picture, report
 from recipes.statistics.segment_metrics import Scores, confusion, scores
 from recipes.training.train import cost, opened, train
 
@@ -135,7 +135,7 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
     }
     with applied(ema):
         shown = pictures(config, model, ranks.device)
-    write_report(run, summary, shown)
+    report(run, summary, shown).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
 
