@@ -204,7 +204,7 @@ def tries(summary: dict[str, Any]) -> list[str]:
 def report(run: Run, summary: dict[str, Any], data: Modality) -> Report:
     """The card, then loss.png, learning.png, rank.png, spread.png and position.png, then the settings."""
     said, title = render(summary, data), f"Pre-training: {run.path.name}"
-    return Report(title, said, summary["made_with"], lambda: _parts(run, summary, data.token_name))
+    return Report(title, said, summary["made_with"], lambda: _parts(run, summary, data.token_name), "card.txt")
 
 
 def _parts(run: Run, summary: dict[str, Any], noun: str) -> Iterator[Part]:

@@ -74,12 +74,14 @@ class Report:
     Attributes:
         title: of the page. said: the result as text. made_with: command, commit, device and versions.
         parts: what the page holds, in reading order; asked for when it is written, as plots take their time.
+        text_file: the name of a file beside the page that gets the text; "" for none.
     """
 
     title: str
     said: str
     made_with: Mapping[str, Any]
     parts: Callable[[], Iterable[Part]]
+    text_file: str = ""
 
     def text(self, folder: Path) -> str:
         """For the screen, with where the page lies."""
@@ -98,6 +100,8 @@ class Report:
             for part in parts:
                 if isinstance(part, Figure):
                     (folder / part.name).write_bytes(part.png)
+            if self.text_file:
+                (folder / self.text_file).write_text(self.text(folder) + "\n")
             (folder / "index.html").write_text(
                 f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
                 f"<style>{STYLE}</style></head><body><h1>{escape(self.title)}</h1>{shown}"

@@ -248,9 +248,10 @@ def interval_plot(
         for place, name in enumerate(ranked):
             found = group[name]
             values, width = found["values"], interval_of(found) if half == "ci95" else found[half]
+            arms = inside(found["mean"], width, metric)
             axes.plot(values, [place + shift] * len(values), ".", color=colour, alpha=0.35, markersize=5)
             axes.errorbar(
-                found["mean"], place + shift, xerr=inside(found["mean"], width, metric), fmt=marker, color=colour, markersize=5, capsize=3,
+                found["mean"], place + shift, xerr=arms, fmt=marker, color=colour, markersize=5, capsize=3,
                 elinewidth=1.4, label=label if place == 0 else None,
             )  # fmt: skip
     for place, (name, value) in enumerate((reference or {}).items()):

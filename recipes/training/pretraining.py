@@ -14,7 +14,6 @@ from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.objective import pair_count
 from nepa_core.pretrainer import objective_loss
-from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import replace_broken
 from nepa_core.runtime.distributed import World, gather_samples
@@ -72,10 +71,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     summary |= {"credits": packed(judged), "advice": advice(judged.verdict, config, run.metrics())}
     if optimum is not None:
         summary["optimum"] = optimum
-    report = card.report(run, summary, config.data)
-    report.write(run.report)
-    with disk_errors(run.report):
-        (run.report / "card.txt").write_text(report.text(run.report) + "\n")
+    card.report(run, summary, config.data).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
 
