@@ -100,6 +100,8 @@ def _in_one_line(error: Exception, words: list[str]) -> str | None:
     """What the system says of a command that is too large for it or names what it can't open; None for a defect."""
     import torch
 
+    from nepa_core.runtime.data import KILLED, LOADER_DIED
+
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         from nepa_core.runtime.checkpoint import shortened
@@ -110,9 +112,7 @@ def _in_one_line(error: Exception, words: list[str]) -> str | None:
         return f"{named[:80]}: there is no such user; give the path without ~"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "not enough mem" in text:
         return f"out of memory{_largest(words)}: lower train.micro_batch or train.batch, or the sizes of model."
-    if "DataLoader worker" in text:
-        from nepa_core.runtime.data import LOADER_DIED
-
+    if KILLED in text:
         return LOADER_DIED
     if isinstance(error, RecursionError):
         return f"something is nested too deeply to be followed{_largest(words)}"

@@ -9,7 +9,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +19,52 @@ from nepa_core.runtime.checkpoint import disk_errors, read_json
 from nepa_core.runtime.config import shown
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+
+# ------------------------------------------------------------------------------------------------------ nothing left
+
+_BEGUN = ("config.json", "metrics.jsonl", "timing.jsonl", "checkpoints")
+"""What a run has written before its first checkpoint; none of it is worth keeping without one."""
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """A run that is begun within the block, in this folder or below, is gone again where the block ends in an error.
+
+    Only that is removed: files of `_BEGUN` that were not there before, in a folder without a checkpoint and without
+    any other file, and folders that are new and empty. The caller holds the lock of the folder.
+    """
+    before = _inside(folder)
+    try:
+        yield
+    except Exception:
+        for place in sorted(each for each in _inside(folder) - before if each.is_dir() and not each.is_symlink())[::-1]:
+            take_back(place, before)
+            with suppress(OSError):  # it holds something
+                place.rmdir()
+        take_back(folder, before)
+        raise
+
+
+def _inside(folder: Path) -> set[Path]:
+    return {Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)}
+
+
+def take_back(folder: Path, before: Container[Path] = ()) -> None:
+    """Remove the files of a run that has begun and has no checkpoint; nothing where anything else lies beside them.
+
+    Args:
+        before: paths that are not the caller's to remove.
+    """
+    with suppress(OSError):
+        found = [path for path in folder.iterdir() if path.name != ".lock"]
+        if any(path.name not in _BEGUN or path in before or (path.is_dir() and any(path.iterdir())) for path in found):
+            return
+        for path in found:
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
+
 
 # ------------------------------------------------------------------------------------------------------- two at once
 
@@ -128,7 +174,7 @@ def holding(folder: Path, *, trains: bool, lock: Path | None = None) -> Iterator
     """Be the only one who writes in a folder within the block; who only reads needs no lock.
 
     For a task that takes seconds to minutes another one waits, with a line that says for whom; for training it does
-    not. What was made for the lock alone is gone afterwards.
+    not. What was made for the lock alone is gone afterwards, and after an error what `nothing_left` removes.
 
     Args:
         trains: this process may take hours.
@@ -149,7 +195,8 @@ def holding(folder: Path, *, trains: bool, lock: Path | None = None) -> Iterator
         while True:
             with locked(file, keep=False, trains=trains) as mine:
                 if mine:
-                    yield
+                    with nothing_left(folder):
+                        yield
                     return
             other = holder(file)
             if other is not None and other.trains:
@@ -181,11 +228,11 @@ def at_work(run: Run, ranks: World, *, trains: bool) -> Iterator[None]:
     """
     refused: set[str] = set()
     with ExitStack() as stack:
-        if ranks.is_main and not (trains and run.summary() is not None):
-            try:
+        try:
+            if ranks.is_main and not (trains and run.summary() is not None):
                 stack.enter_context(holding(run.path, trains=trains))
-            except UserError as error:
-                refused.add(str(error))
+        except UserError as error:
+            refused.add(str(error))
         for line in ranks.union(refused):  # on every rank, and none goes on before
             raise UserError(line)
         yield
