@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -69,6 +70,7 @@ def take_back(folder: Path, before: Container[Path] = ()) -> None:
 # ------------------------------------------------------------------------------------------------------- two at once
 
 _HELD: set[int] = set()  # descriptors of the locks of this process
+_TRIES = 100  # to make a folder that others remove
 _WAIT = 0.2  # seconds between looks at a lock that another process has
 
 
@@ -142,11 +144,16 @@ def locked(file: Path, *, patient: bool = False, keep: bool = True, trains: bool
 
 def _taken(file: Path) -> int | None:
     """A descriptor that holds the lock, or None where another one does."""
+    failed = 0
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:  # who had it before has just removed the folder that it made
+        except FileNotFoundError as error:  # who had it before has just removed the folder that it made
+            failed += 1
+            if failed == _TRIES:  # or no folder can be made here, as in /proc
+                raise NotADirectoryError(errno.ENOTDIR, "No folder can be made there", file) from error
+            time.sleep(0.001)
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
