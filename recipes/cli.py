@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import pkgutil
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -76,6 +78,8 @@ A run that names code (an adapter, an order) and was not made here by you is ref
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for something the user can mend, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder may be called by bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(words)
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -100,6 +104,8 @@ def _in_one_line(error: Exception, words: list[str]) -> str | None:
     """What the system says of a command that is too large for it or names what it can't open; None for a defect."""
     import torch
 
+    from nepa_core.runtime.data import KILLED, LOADER_DIED
+
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         from nepa_core.runtime.checkpoint import shortened
@@ -110,9 +116,7 @@ def _in_one_line(error: Exception, words: list[str]) -> str | None:
         return f"{named[:80]}: there is no such user; give the path without ~"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "not enough mem" in text:
         return f"out of memory{_largest(words)}: lower train.micro_batch or train.batch, or the sizes of model."
-    if "DataLoader worker" in text:
-        from nepa_core.runtime.data import LOADER_DIED
-
+    if KILLED in text:
         return LOADER_DIED
     if isinstance(error, RecursionError):
         return f"something is nested too deeply to be followed{_largest(words)}"
@@ -176,9 +180,20 @@ def split_options(kind: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]
     """The task's own options (plain names) and the changes to the recipe (every other key)."""
     from nepa_core.runtime.config import parse_assignments, validated
 
-    given = parse_assignments(words)
+    given = {key: at_home(key, value) for key, value in parse_assignments(words).items()}
     own = {key: value for key, value in given.items() if key in kind.model_fields}
     return validated(kind, own), {key: value for key, value in given.items() if key not in own}
+
+
+def at_home(key: str, value: Any) -> Any:
+    """Put the home directory for the ~ that some shells leave in out=~/runs and init=~/runs/x.
+
+    Raises:
+        RuntimeError: it is that of a user who does not exist.
+    """
+    if key in ("out", "init") and isinstance(value, str) and value.startswith("~"):
+        return str(Path(value).expanduser())
+    return value
 
 
 def list_recipes() -> str:

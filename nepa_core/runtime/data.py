@@ -119,7 +119,11 @@ class _Batches(Dataset[Batch | bytes]):
         try:
             batch = self._load(draw.indices)
         except UserError as error:  # crosses the worker boundary as data, to stay one line
-            return {_ERROR: str(error)}
+            return {_ERROR: UserError(str(error))}
+        except (OSError, MemoryError, OverflowError, RecursionError) as error:  # so do those that the command explains
+            if isinstance(error, OSError) and error.errno is None:
+                raise
+            return {_ERROR: error}
         return batch if _fits_shared_memory([batch]) else pickle.dumps(batch)
 
     def _load(self, indices: list[int]) -> Batch:
@@ -328,6 +332,9 @@ def plain_batches(
         raise UserError(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
+KILLED = "DataLoader worker (pid"
+"""How torch begins to say that; of an exception in such a process it says "Caught ... in DataLoader worker process"."""
+
 LOADER_DIED = (
     "the system has killed a process that loads data, perhaps for want of memory: lower train.batch, or load in the "
     "main process with train.workers=0; checkpoints are kept"
@@ -360,7 +367,7 @@ def _loaded(
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
+            if KILLED in str(error):
                 raise UserError(LOADER_DIED) from error
             raise
         yield pickle.loads(found) if isinstance(found, bytes) else found
@@ -383,5 +390,5 @@ def _say_once(line: str) -> None:
 
 def _raise_error(batch: Batch) -> Batch:
     if _ERROR in batch:
-        raise UserError(batch[_ERROR])
+        raise batch[_ERROR]
     return batch

@@ -45,7 +45,7 @@ from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
-from nepa_core.runtime.locks import locked
+from nepa_core.runtime.locks import locked, nothing_left, take_back
 from nepa_core.runtime.run import FREE_KEYS, Run
 from recipes.configs import PretrainConfig
 from recipes.resolve import is_run, read_target
@@ -173,14 +173,24 @@ def compare(
     for variant in variants:
         if not all(pair(variant, seed, measure, out).done for seed in seeds):
             try_variant(variant)
-    look = declare(variants, seeds, measure, out, recipe)
-    jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in look.seeds for variant in variants}
-    share([*(also(look.seeds) if also else ()), *jobs.values()], workers=workers)
+    made, claim = [place for place in (out, *out.parents) if not place.exists()], None
+    try:
+        look, claim = declare(variants, seeds, measure, out, recipe)
+        jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in look.seeds for variant in variants}
+        share([*(also(look.seeds) if also else ()), *jobs.values()], workers=workers)
+    except UserError:
+        if out in made:
+            withdraw(out, claim)
+            for place in made:
+                _remove_empty(place)
+        raise
     return Compared({name: [jobs[name, seed].values() for seed in look.seeds] for name in names}, look)
 
 
-def declare(variants: Sequence[Variant], seeds: Sequence[int], measure: Measure, out: Path, recipe: str) -> Look:
-    """Write what is compared into the folder, unless it was declared before; see `recipes.statistics.protocol`.
+def declare(
+    variants: Sequence[Variant], seeds: Sequence[int], measure: Measure, out: Path, recipe: str
+) -> tuple[Look, protocol.Claim]:
+    """Write what is compared into the folder, also where it was declared before; see `recipes.statistics.protocol`.
 
     Raises:
         UserError: the file of the protocol is damaged, or can't be written.
@@ -199,11 +209,33 @@ def declare(variants: Sequence[Variant], seeds: Sequence[int], measure: Measure,
         kept, number = protocol.declare(
             before, now, task=measure.name, recipe=recipe, found=found, measured=bool(finished)
         )
-        if kept != before:
-            protocol.write(kept, out)
+        claim = protocol.write(kept, out)
     declared = sorted({seed for look in kept.looks[:number] for seed in look.seeds})
     has = {v.name: {seed for seed in declared if run_folder(v, seed, out).name in finished} for v in variants}
-    return protocol.look_at(kept, number, has)
+    return protocol.look_at(kept, number, has), claim
+
+
+def withdraw(out: Path, claim: protocol.Claim | None) -> None:
+    """Take back what a command has declared in a folder that it made, where no run of it could be gone on from.
+
+    Nothing goes where another command has declared something there since, or has begun a run.
+    """
+    with suppress(OSError, UserError), locked(out / ".protocol.lock", patient=True, keep=False):
+        for folder in out.glob("runs/*"):  # of a worker that was stopped
+            with locked(folder / ".lock", keep=False) as mine:
+                if mine:
+                    take_back(folder)
+            _remove_empty(folder)
+        _remove_empty(out / "runs")
+        file = out / protocol.NAME
+        only = {path.name for path in out.iterdir()} == {".protocol.lock", file.name}
+        if only and protocol.claimed(file) == claim:
+            file.unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def _seeds_in(folders: Sequence[Path], seeds: Sequence[int]) -> set[int]:
@@ -377,15 +409,18 @@ def attempt(job: Job) -> bool:
     """Do a job unless it was done; False if another process holds it."""
     if job.done:
         return True
-    with locked(job.lock) as mine:
-        if mine and not job.done:
-            try:
-                values = job.work()
-            except UserError as error:
-                raise UserError(f"{job.name}: {error}") from error
-            with disk_errors(job.result):
-                write_whole(job.result, json.dumps(values, indent=1) + "\n")
-        return mine
+    folder = job.lock.parent
+    try:
+        with locked(job.lock, keep=False) as mine:
+            if mine and not job.done:
+                with nothing_left(folder):
+                    values = job.work()
+                with disk_errors(job.result):
+                    write_whole(job.result, json.dumps(values, indent=1) + "\n")
+            return mine
+    except UserError as error:
+        _remove_empty(folder)
+        raise UserError(f"{job.name}: {error}") from error
 
 
 @contextmanager

@@ -101,7 +101,9 @@ class Report:
                 if isinstance(part, Figure):
                     (folder / part.name).write_bytes(part.png)
             if self.text_file:
-                (folder / self.text_file).write_text(self.text(folder) + "\n")
+                (folder / self.text_file).write_text(
+                    self.text(folder) + "\n", encoding="utf-8", errors="backslashreplace"
+                )
             (folder / "index.html").write_text(
                 f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
                 f"<style>{STYLE}</style></head><body><h1>{escape(self.title)}</h1>{shown}"

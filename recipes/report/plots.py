@@ -221,6 +221,12 @@ def inside(mean: float, half: float | None, metric: str) -> list[list[float]] | 
     return [[max(0.0, min(half, mean - low))], [max(0.0, min(half, 1.0 - mean))]]
 
 
+def label_of(name: str) -> str:
+    """A name as a picture has room for it: of a long one, such as a file's, the end."""
+    shown = printable(name)
+    return shown if len(shown) < 26 else f"...{shown[-23:]}"
+
+
 def interval_plot(
     spreads: Mapping[str, Mapping[str, Any]],
     *,
@@ -256,7 +262,7 @@ def interval_plot(
             )  # fmt: skip
     for place, (name, value) in enumerate((reference or {}).items()):
         axes.axvline(value, linestyle="--", color=f"C{place + 1}", linewidth=1.2, label=name)
-    axes.set_yticks(range(len(ranked)), ranked)
+    axes.set_yticks(range(len(ranked)), [label_of(name) for name in ranked])
     axes.set_ylim(len(ranked) - 0.5, -0.5)
     axes.set_xlabel(x)
     axes.grid(alpha=0.3, axis="x")
@@ -281,7 +287,7 @@ def panels_plot(panels: Mapping[str, Sequence[Curve]], *, x: str, y: str) -> byt
     for axes, (name, curves) in zip(grid, panels.items(), strict=False):
         for curve in curves:
             axes.plot(curve.x, curve.y, **curve.style)
-        axes.set_title(name if len(name) < 26 else f"...{name[-23:]}", fontsize=8, parse_math=False)
+        axes.set_title(label_of(name), fontsize=8, parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.tick_params(labelsize=7, labelbottom=True)
         axes.grid(alpha=0.3)
@@ -300,7 +306,7 @@ def strip_plot(strips: Mapping[str, Sequence[float]], *, x: str) -> bytes:
     canvas = Canvas(figsize=(8, 0.8 + 0.26 * len(strips)), dpi=110, layout="constrained")
     axes = canvas.subplots()
     shown = axes.imshow(grid, cmap="viridis", aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(strips)), list(strips))
+    axes.set_yticks(range(len(strips)), [label_of(name) for name in strips])
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel(x)
     canvas.colorbar(shown, ax=axes, pad=0.02).ax.tick_params(labelsize=8)
@@ -318,6 +324,7 @@ def matrix_plot(values: Sequence[Sequence[float]], names: Sequence[str], *, x: s
     for (row, column), value in np.ndenumerate(grid):
         colour = "black" if value > middle else "white"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    names = [label_of(name) for name in names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel(x)

@@ -19,6 +19,7 @@ from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, autocast_dtype
+from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
 from nepa_core.tokens import Tokens
 from recipes.configs import FinetuneConfig, MixConfig, PretrainConfig
@@ -143,13 +144,14 @@ def beside_control(
         return summary
     control = Run(run.path / CONTROL)
     same = config.model_copy(update={"init": None, "freeze_embedder": False})
-    finetune(
-        same,
-        control,
-        ranks,
-        setting=f"the same settings, as the control in {control.path}; control=false leaves it out",
-        show=show,
-    )
+    with at_work(control, ranks, trains=True):  # the run's own lock is not taken once that is finished
+        finetune(
+            same,
+            control,
+            ranks,
+            setting=f"the same settings, as the control in {control.path}; control=false leaves it out",
+            show=show,
+        )
     ranks.barrier()  # its last checkpoint is there
     own, rival = (held_out_credits(each, of, ranks) for each, of in ((config, run), (same, control)))
     if not torch.equal(own.numbers, rival.numbers):
