@@ -44,6 +44,7 @@ from modalities.listing import (
     printable,
     read_whole,
     say,
+    say_left_aside,
     subfolders,
 )
 from modalities.text_files import read_lines
@@ -536,8 +537,7 @@ def _say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None
     """Say what a listing passed over, and which of several held-out splits is taken."""
     if line := passed.line(root):
         say(line)
-    if len(held_out) > 1:
-        say(f"{root}: {held_out[0]} is held out, and {' and '.join(held_out[1:])} left aside")
+    say_left_aside(root, held_out)
 
 
 def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = False) -> Recordings:

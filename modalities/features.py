@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from modalities.features_data import Sequences, Stored, open_split
 from modalities.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
+from modalities.numbering import check_numbering, first_unknown
 from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, Tokens
@@ -110,30 +111,15 @@ def open_both(root: str) -> dict[str, Stored]:
     if train.shared is not None and len(train.shared) < max(train.longest, test.longest):
         raise UserError(f"{test.path} has longer sequences than {train.path} has coordinates for")
     if train.labels is not None and test.labels is not None and _kind(train) == "classes":
-        check_numbering(train.labels, f"{train.path}: label")
-        unknown = np.flatnonzero(~np.isin(test.labels, train.labels))
-        if unknown.size:
-            row = int(unknown[0])
+        check_numbering(
+            train.labels, f"{train.path}: label", ", or store numbers to predict in floating point"
+        )
+        if (row := first_unknown(train.labels, test.labels)) is not None:
             raise UserError(
                 f"{test.name(row)} has the class {test.labels[row]}, which no sequence of {train.path} has; fix the "
                 "labels, or leave such sequences out"
             )
     return {"train": train, "test": test}
-
-
-def check_numbering(labels: np.ndarray[Any, Any], where: str) -> None:
-    """See that the classes [S] of training samples are numbered from 0 on: a gap would be a class that never occurs.
-
-    Raises:
-        UserError: they are not.
-    """
-    found = np.unique(labels)
-    gaps = np.flatnonzero(found != np.arange(len(found)))
-    if len(gaps):
-        raise UserError(
-            f"{where}: {len(found)} classes occur in training, numbered from {found[0]} to {found[-1]}, and none is "
-            f"{gaps[0]}; number them from 0 to {len(found) - 1}, or store numbers to predict in floating point"
-        )
 
 
 def _kind(stored: Stored) -> str:

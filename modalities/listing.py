@@ -65,6 +65,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def say_left_aside(where: str | Path, held_out: Sequence[str]) -> None:
+    """Say which of several held-out splits is read, the first, and that the rest are not."""
+    if len(held_out) > 1:
+        say(f"{where}: {held_out[0]} is held out, and {' and '.join(held_out[1:])} left aside")
+
+
 def printable(name: str) -> str:
     """A name from data as a message, a page or a JSON file can hold it: the rest of its characters are escaped.
 

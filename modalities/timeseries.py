@@ -6,7 +6,7 @@ independent), H time steps to forecast, p steps in a patch, N = L / p tokens, P 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
@@ -32,7 +32,7 @@ from modalities.orders import Ordered
 from modalities.series_data import LabelledSeries, read_labelled, read_table
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.drawing import Spans
-from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.modality import LARGEST_VALUE, Modality, Sketch, Tokens
 from nepa_core.runtime.config import listed
 
 SPLITS = ("train", "validation", "test")
@@ -335,6 +335,13 @@ class Windows(Dataset[Batch]):
         """Samples that are none for what is missing in them."""
         return len(self.starts) * self.channels - len(self)
 
+    def name(self, index: int) -> str:
+        """What a message calls that window: its rows, 1 the first of the table below its head, and its channel."""
+        number = index if self.kept is None else int(self.kept[index])
+        first = int(self.starts[number // self.channels]) + 1
+        channel = f" of channel {number % self.channels + 1}" if self.independent and self.channels > 1 else ""
+        return f"the window of rows {first} to {first + self.window + self.horizon - 1}{channel}"
+
     def spans(self) -> Spans:
         """Windows overlap; those of one stretch of their length, of whatever channel, are one cluster."""
         numbers = torch.arange(len(self)) if self.kept is None else self.kept
@@ -445,19 +452,32 @@ def _read(
 ) -> Series:
     breaks: tuple[int, ...] = ()
     gap: str | None = None
+    row: Callable[[int], str] = "row {}".format
     if root is None:
         names = tuple(map(str, range(VAR_CHANNELS)))
         drawn = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)
         values = drawn[0].numpy().astype(np.float64)
     else:
-        names, values, breaks, gap, notes = read_table(root, time=time, columns=columns)
+        names, values, breaks, gap, notes, row = read_table(root, time=time, columns=columns)
         for note in notes:
             say(note)
         if gap is not None:
             say(f"{root}: {gap}")
     borders = _borders(len(values), parts, root or "var")
-    mean, std = _statistics(values[slice(*borders["train"])], [f"{root or 'var'}: column {name!r}" for name in names])
+    train = values[slice(*borders["train"])]
+    mean, std = _statistics(train, [f"{root or 'var'}: column {name!r}" for name in names])
+    flat = [name for name, column in zip(names, train.T, strict=True) if np.fmin.reduce(column) == np.fmax.reduce(column)]
+    if flat:
+        shown = ", ".join(map(repr, flat[:6])) + (f" and {len(flat) - 6} more" if len(flat) > 6 else "")
+        say(f"{root}: constant in the training rows, so that there is nothing to learn from: column {shown}")
     values = standardised(values, mean, std)
+    for place, (name, column) in enumerate(zip(names, values.T, strict=True)):
+        if max(np.fmax.reduce(column), -np.fmin.reduce(column)) > LARGEST_VALUE:
+            far = int(np.nanargmax(np.abs(column)))
+            raise UserError(
+                f"{root}: {row(far)} of column {name!r} is more than {LARGEST_VALUE:g} standard deviations of the "
+                f"training rows ({std[place]:g}) away from their mean; empty the cell if the value is missing"
+            )
     return Series(
         torch.from_numpy(values), torch.from_numpy(mean).float(), torch.from_numpy(std).float(), borders, breaks, gap
     )
