@@ -5,8 +5,10 @@ Shapes: B samples, N tokens, P numbers in a token, A coordinate axes.
 
 from __future__ import annotations
 
+import os
+import re
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.features_data import Sequences, Stored, open_split
+from modalities.listing import is_hidden, printable, say
 from modalities.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
 from modalities.numbering import check_numbering, first_unknown
 from modalities.orders import Ordered, padding_behind
@@ -100,6 +103,8 @@ def open_both(root: str) -> dict[str, Stored]:
             sequences have a class that no training sequence has.
     """
     train, test = (open_split(root, name) for name in ("train", "test"))
+    if train.labels is None and test.labels is None:
+        _say_unread_labels(root, train)
     for what, mine, others in (
         ("numbers in a token", train.width, test.width),
         ("coordinate axes", train.axes, test.axes),
@@ -111,15 +116,30 @@ def open_both(root: str) -> dict[str, Stored]:
     if train.shared is not None and len(train.shared) < max(train.longest, test.longest):
         raise UserError(f"{test.path} has longer sequences than {train.path} has coordinates for")
     if train.labels is not None and test.labels is not None and _kind(train) == "classes":
-        check_numbering(
-            train.labels, f"{train.path}: label", ", or store numbers to predict in floating point"
-        )
+        check_numbering(train.labels, f"{train.path}: label", ", or store numbers to predict in floating point")
         if (row := first_unknown(train.labels, test.labels)) is not None:
             raise UserError(
                 f"{test.name(row)} has the class {test.labels[row]}, which no sequence of {train.path} has; fix the "
                 "labels, or leave such sequences out"
             )
     return {"train": train, "test": test}
+
+
+def _say_unread_labels(root: str, train: Stored) -> None:
+    """Say which files beside the data look like labels, where none were found."""
+    endings = (".csv", ".tsv", ".txt", ".json", ".jsonl")
+    names = [entry.name for entry in os.scandir(train.path.parent) if entry.is_file() and not is_hidden(entry.name)]
+    odd = sorted(
+        name
+        for name in names
+        if name.lower().endswith(endings) or (name != train.path.name and re.search("label|target|class", name.lower()))
+    )
+    if odd:
+        shown = ", ".join(map(printable, odd[:4])) + (f" and {len(odd) - 4} more" if len(odd) > 4 else "")
+        say(
+            f"{root}: no labels; {shown} beside the data {'is' if len(odd) == 1 else 'are'} not read. Labels of arrays "
+            "and folders are train.label.npy and test.label.npy, a number for each sequence"
+        )
 
 
 def _kind(stored: Stored) -> str:

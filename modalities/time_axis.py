@@ -259,8 +259,9 @@ def counts(name: str, values: Array, few: int = _FEW) -> str | None:
     """What a column counts, in words, or None where it is a channel.
 
     Whole numbers that rise or fall by the same step in every row, or rise under the name of a counter or a clock, or
-    are seconds since 1970 (or thousandths, ...) and rise mostly by one step, or are dates (20200131) and rise; and other numbers that rise under the name
-    of a clock. Under the names that pandas gives its index, whole numbers of any kind.
+    are seconds since 1970 (or thousandths, ...) and rise mostly by one step, or are dates (20200131) and rise; and
+    other numbers that rise under the name of a clock. Under the names that pandas gives its index, whole numbers of
+    any kind.
 
     Args:
         values: [T], all of them.

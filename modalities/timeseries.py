@@ -6,6 +6,7 @@ independent), H time steps to forecast, p steps in a patch, N = L / p tokens, P 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -350,9 +351,9 @@ class Windows(Dataset[Batch]):
         return Spans(first // (self.window + self.horizon), numbers % self.channels, first, end, chained=True)
 
     def fingerprint(self) -> str:
-        """Changes where the table has other rows or columns, or other windows are cut from it."""
+        """Changes where the table has other rows, columns or values, or other windows are cut from it."""
         rows, columns = self.values.shape
-        return f"{len(self)} samples, {rows} rows, {columns} columns"
+        return f"{len(self)} samples, {rows} rows, {columns} columns, {_digest(self.values)}"
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -420,8 +421,13 @@ class Labelled(Dataset[Batch]):
         return Contents(ends.astype(np.int64), read, self.name)
 
     def fingerprint(self) -> str:
-        """Changes where the file has other rows, or others have values."""
-        return fingerprint([Path(self.stored.path).name], np.array([len(self), int((~self.values.isnan()).sum())]))
+        """Changes where the file has other rows, in another order, or other values or labels."""
+        name = f"{Path(self.stored.path).name} {_digest(self.values)}"
+        return fingerprint([name], np.array([len(self), int((~self.values.isnan()).sum())]), self.labels.numpy())
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.blake2b(values.contiguous().numpy().data, digest_size=8).hexdigest()
 
 
 # The caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
@@ -466,7 +472,9 @@ def _read(
     borders = _borders(len(values), parts, root or "var")
     train = values[slice(*borders["train"])]
     mean, std = _statistics(train, [f"{root or 'var'}: column {name!r}" for name in names])
-    flat = [name for name, column in zip(names, train.T, strict=True) if np.fmin.reduce(column) == np.fmax.reduce(column)]
+    flat = [
+        name for name, column in zip(names, train.T, strict=True) if np.fmin.reduce(column) == np.fmax.reduce(column)
+    ]
     if flat:
         shown = ", ".join(map(repr, flat[:6])) + (f" and {len(flat) - 6} more" if len(flat) > 6 else "")
         say(f"{root}: constant in the training rows, so that there is nothing to learn from: column {shown}")

@@ -19,7 +19,6 @@ from torch.utils.data import Dataset, default_collate
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.predictor import init_weights
 
-
 LARGEST_VALUE = 1e15
 """Of a number in a token: the square of a larger one, times a width, is beyond float32, so that a norm gives NaN."""
 

@@ -512,7 +512,9 @@ def layer_ranks(config: PretrainConfig, model: NEPA) -> list[float]:
     means: list[list[torch.Tensor]] = [[] for _ in range(config.model.depth + 2)]
     windows, limit = data.dataset("test"), PROBE.test_samples
     seed = draw_seed(windows, limit)
-    for batch in plain_batches(windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed, tokenize=data.tokenize):
+    for batch in plain_batches(
+        windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed, tokenize=data.tokenize
+    ):
         trace = Trace()
         mask = model(data.read(batch), causal=config.objective.causal, trace=trace).mask
         for found, hidden in zip(means, trace.hidden, strict=True):

@@ -361,7 +361,7 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
 
 
 def whole_tokens(data: Scenes, batch: Batch) -> Tokens:
-    """The tokens of images uint8 [B, 3, H, W] of any size, filled up to whole patches: to see whether they are sound."""
+    """The tokens of images uint8 [B, 3, H, W] of any size, filled up to whole patches, to see that they are sound."""
     size = batch["image"].shape[-2:]
     height, width = (-(-side // step) * step for side, step in zip(size, data.patch, strict=True))
     return data.tokenize({**batch, "image": padded(batch["image"], (height, width))})
