@@ -16,7 +16,7 @@ from einops import rearrange
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from modalities.audio_data import (
+from modalities.data.audio import (
     HELD_OUT,
     SYNTHETIC_NOISE,
     Clips,
@@ -32,8 +32,9 @@ from modalities.audio_data import (
 from modalities.image import patchify, unpatchify
 from modalities.orders import Ordered, grid_order, is_static, known_order, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.modality import Modality
 from nepa_core.predictor import init_weights
+from nepa_core.tokens import Sketch, Tokens
 
 UNIT = 8
 """Tokens to one unit of a coordinate, on both axes."""
@@ -49,7 +50,7 @@ class Audio(Ordered, Modality):
 
     Attributes:
         source, root, held_out_speaker, held_out: where clips come from, and which of them are held out, see
-            `modalities.audio_data.open_source`.
+            `modalities.data.audio.open_source`.
         seconds: of the longest clip; longer ones are cut at their end.
         sample_rate: in Hz, to which every clip is brought.
         bands, window_ms, hop_ms: mel bands, length of the Hann window and distance of two frames in milliseconds.

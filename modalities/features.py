@@ -16,13 +16,14 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.features_data import Sequences, Stored, open_split
-from modalities.listing import is_hidden, printable, say
-from modalities.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
-from modalities.numbering import check_numbering, first_unknown
+from modalities.data.listing import is_hidden, printable, say
+from modalities.data.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
+from modalities.data.numbering import check_numbering, first_unknown
+from modalities.data.vectors import Sequences, Stored, open_split
 from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality
+from nepa_core.tokens import Tokens
 
 _MEASURED = 1024  # training sequences that the scale of the features is measured on
 
@@ -31,7 +32,7 @@ class Features(Ordered, Modality):
     """Vectors from disk, a token each; sequences may differ in length.
 
     Attributes:
-        root: a folder in one of the layouts of `modalities.features_data`.
+        root: a folder in one of the layouts of `modalities.data.vectors`.
         standardise: shift and scale every feature by its mean and deviation over (1,024) training sequences.
         coord_scale: multiplies stored coordinates. Neighbours should be about a quarter apart, for one unit is the
             wavelength of the fastest rotary angle; without stored coordinates they are: token i lies at i / 4.

@@ -15,22 +15,23 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.image_augment import Augment, Interpolation, erase
-from modalities.image_data import open_files, open_images
-from modalities.image_decode import LARGEST_IMAGE, Channels
-from modalities.image_sources import SourceName, open_source
+from modalities.data.image_augment import Augment, Interpolation, erase
+from modalities.data.image_decode import LARGEST_IMAGE, Channels
+from modalities.data.image_sources import SourceName, open_source
+from modalities.data.images import open_files, open_images
 from modalities.orders import Ordered
 from nepa_core.basics import Batch
-from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.modality import Modality
+from nepa_core.tokens import Sketch, Tokens
 
 
 class Images(Ordered, Modality):
     """Images of one size; a token holds the standardised pixels of one patch.
 
     Attributes:
-        source, root: where they come from, see `modalities.image_sources.open_source`.
+        source, root: where they come from, see `modalities.data.image_sources.open_source`.
         channels, augment, interpolation, crop_ratio, squash, erase, in_memory, limit, max_pixels: see
-            `modalities.image_data.open_images`.
+            `modalities.data.images.open_images`.
         size: (height, width) in pixels, to which every image is brought.
         patch: (height, width) of a patch in pixels; it divides the size.
         mean, std: of each channel, pixels being between 0 and 1.

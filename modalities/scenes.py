@@ -18,11 +18,10 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.image import Images, channel_statistics, patch_centres, patchify, unpatchify
-from modalities.image_decode import LARGEST_IMAGE
-from modalities.listing import printable
-from modalities.orders import Ordered
-from modalities.scene_data import (
+from modalities.data.image_decode import LARGEST_IMAGE
+from modalities.data.listing import printable
+from modalities.data.scene_masks import IGNORED, Numbering
+from modalities.data.scenes import (
     Augmentation,
     CroppedScenes,
     SceneFiles,
@@ -32,9 +31,11 @@ from modalities.scene_data import (
     open_pairs,
     scene_tree,
 )
-from modalities.scene_masks import IGNORED, Numbering
+from modalities.image import Images, channel_statistics, patch_centres, patchify, unpatchify
+from modalities.orders import Ordered
 from nepa_core.basics import Batch
-from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.modality import Modality
+from nepa_core.tokens import Sketch, Tokens
 
 
 class Scenes(Ordered, Modality):
@@ -47,7 +48,7 @@ class Scenes(Ordered, Modality):
     varied it by 2 either way (`rope_rescale`).
 
     Attributes:
-        root: the folder, see `modalities.scene_data.open_pairs`; `ADEChallengeData2016` or the folder it lies in.
+        root: the folder, see `modalities.data.scenes.open_pairs`; `ADEChallengeData2016` or the folder it lies in.
         source: "folder", or "hub", where `root` is the name of a data set on the Hugging Face hub.
         crop: (height, width) of a training crop and of an evaluation window, in pixels.
         patch: (height, width) of a patch in pixels; it divides the crop.

@@ -27,14 +27,14 @@ from pydantic import (
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from modalities.listing import Contents, fingerprint, say
-from modalities.moments import ROUNDING, ColumnMoments
+from modalities.data.listing import Contents, fingerprint, say
+from modalities.data.moments import ROUNDING, ColumnMoments
+from modalities.data.series import LabelledSeries, read_labelled, read_table
 from modalities.orders import Ordered
-from modalities.series_data import LabelledSeries, read_labelled, read_table
 from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.drawing import Spans
-from nepa_core.modality import LARGEST_VALUE, Modality, Sketch, Tokens
+from nepa_core.modality import Modality
 from nepa_core.runtime.config import listed
+from nepa_core.tokens import LARGEST_VALUE, Sketch, Spans, Tokens
 
 SPLITS = ("train", "validation", "test")
 VAR_ROWS = 24_000
@@ -56,7 +56,7 @@ class TimeSeries(Ordered, Modality):
         source: "file" (a .csv or .parquet table), "labelled" (a folder of the UCR or UEA layout, split as it is), or
             "var": a synthetic vector autoregression of 4 channels, whose best loss is known.
         root: the file or folder.
-        time, columns: see `modalities.series_data.read_table`.
+        time, columns: see `modalities.data.series.read_table`.
         window: steps in a sample, the look-back of forecasting. Labelled series are filled up to it at their end.
         patch: steps in a token; it divides the window.
         stride: steps between the starts of two windows. Forecasting scores every window, whatever it is here.
@@ -67,7 +67,7 @@ class TimeSeries(Ordered, Modality):
             time.
         parts: training, validation and test rows, as numbers or as shares; what is left over at the end is unused.
         gaps: "cut" leaves out the windows in which time is missing between two rows (see
-            `modalities.time_axis.find_gaps`), "bridge" keeps them, for series whose hours are meant to follow each
+            `modalities.data.time_axis.find_gaps`), "bridge" keeps them, for series whose hours are meant to follow each
             other, such as those of trading days.
     """
 

@@ -9,11 +9,12 @@ D model width, H heads, K head width, P raw token size, A coordinate axes, S sam
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema
-from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.pretrainer import ObjectiveConfig, Pretrainer
+from nepa_core.tokens import Sketch, Tokens
 
 __all__ = [
     "NEPA",

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import Batch, UnreadableSample
-from nepa_core.modality import LARGEST_VALUE, Modality, Tokens
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import PredictorConfig
+from nepa_core.tokens import LARGEST_VALUE, Tokens
 
 BATCH = 8
 TRIED = 256  # samples that are looked at for BATCH that can be read, before training
@@ -436,7 +437,7 @@ def check_training(modality: Modality) -> None:
         out = model(tokens, causal=True)
         loss = next_embedding_loss(out.predictions, out.embeddings, out.mask)
         assert loss.isfinite(), f"the loss of training step {step} is {loss.item()}: standardise Tokens.values"
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         _check_gradients(model.embed)
         optimizer.step()
 

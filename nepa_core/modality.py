@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sized
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import ClassVar, Self, cast
 
 import torch
@@ -18,117 +17,7 @@ from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.predictor import init_weights
-
-LARGEST_VALUE = 1e15
-"""Of a number in a token: the square of a larger one, times a width, is beyond float32, so that a norm gives NaN."""
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """A batch of token sequences.
-
-    Attributes:
-        values: [B, N, P] float32, the content of each token. Nothing positional belongs here:
-            the targets of the objective are made from `values` alone.
-        coords: [N, A] when all samples share them, else [B, N, A]; float32, in any unit. One unit is the
-            wavelength of the fastest rotary angle. Leave shared coordinates on the CPU: their rotary
-            table is then found in a cache instead of being made anew each step.
-        mask: [B, N] bool, True for a real token, or None when every token is real.
-        order: [N] or [B, N] int64, the canonical index of the token at each place, or None while
-            the tokens stand in canonical order. Set by `reordered`.
-    """
-
-    values: Tensor
-    coords: Tensor
-    mask: Tensor | None = None
-    order: Tensor | None = None
-
-    def real_count(self) -> Tensor | int:
-        """Tokens of the batch that are real; a scalar on their device where there is a mask."""
-        return self.values.shape[0] * self.values.shape[1] if self.mask is None else self.mask.sum()
-
-    def finite(self) -> Tensor:
-        """[B] bool on their device: samples without NaN, infinity or numbers beyond `LARGEST_VALUE`."""
-        sound = (self.values.abs() <= LARGEST_VALUE).flatten(1).all(1)
-        return sound if self.coords.ndim == 2 else sound & self.coords.isfinite().flatten(1).all(1).to(sound.device)
-
-    def rows(self, index: Tensor) -> Tokens:
-        """These samples, [n] int64, in this order; one may come several times."""
-        return replace(
-            self,
-            values=self.values[index],
-            coords=self.coords if self.coords.ndim == 2 else self.coords[index],
-            mask=None if self.mask is None else self.mask[index],
-            order=self.order if self.order is None or self.order.ndim == 1 else self.order[index],
-        )
-
-    def reordered(self, order: Tensor | None) -> Tokens:
-        """Apply one permutation to values, coordinates and mask together.
-
-        Args:
-            order: [N] or [B, N] int64; place t of the result holds token `order[t]`. None changes nothing.
-        """
-        if order is None:
-            return self
-        if self.order is not None:
-            raise ValueError("these tokens have been reordered already; an order is applied once")
-        return Tokens(
-            values=_take(self.values, order),
-            coords=_take_coords(self.coords, order),
-            mask=None if self.mask is None else _take(self.mask, order),
-            order=order,
-        )
-
-    def canonical(self, features: Tensor) -> Tensor:
-        """Bring per-token features [B, N, ...] back from this order to the canonical one."""
-        if self.order is None:
-            return features
-        return _take(features, torch.argsort(self.order, dim=-1))
-
-    def to(self, device: torch.device) -> Tokens:
-        """Move to a device; shared coordinates stay where they are (see `coords`)."""
-        shared = self.coords.ndim == 2
-        return replace(
-            self,
-            values=self.values.to(device, non_blocking=True),
-            coords=self.coords if shared else self.coords.to(device, non_blocking=True),
-            mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
-            order=None if self.order is None else self.order.to(device, non_blocking=True),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Sketch:
-    """How samples are drawn, and where their tokens lie on the drawing.
-
-    Attributes:
-        canvas: pictures between 0 and 1, [B, H, W] grey or [B, H, W, 3] RGB, the first row on top; or with `curves`
-            C curves of L points, [B, L, C] in any unit, NaN where there is nothing to draw.
-        grid: (rows, columns) of equal cells that cover the canvas; N = rows * columns, and token i in canonical
-            order lies in row i // columns and column i % columns.
-        curves: the canvas holds curves. Where the grid has C rows, each of them has a row of its own.
-    """
-
-    canvas: Tensor
-    grid: tuple[int, int]
-    curves: bool = False
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Index the token axis of x [B, N, ...] with order [N] or [B, N]."""
-    order = order.to(x.device)
-    if order.ndim == 1:
-        return x.index_select(1, order)
-    return x[torch.arange(len(order), device=x.device)[:, None], order]
-
-
-def _take_coords(coords: Tensor, order: Tensor) -> Tensor:
-    """The same for coordinates, whose token axis comes first when all samples share them."""
-    if coords.ndim == 3:
-        return _take(coords, order)
-    if order.ndim == 1:
-        return coords[order.to(coords.device)]
-    return coords.to(order.device, non_blocking=True)[order]  # where the order is: fetching that would wait for it
+from nepa_core.tokens import Sketch, Tokens
 
 
 class Modality(BaseModel, ABC):
@@ -159,7 +48,7 @@ class Modality(BaseModel, ABC):
         from one recording, its `spans()` says so (`nepa_core.drawing.Spans`): a verdict then keeps rivals apart and
         makes its intervals from recordings, not from samples. Its `fingerprint()`, a short text such as the number and
         digest of the files, is part of a checkpoint: data that changed between a stop and its resumption is then
-        refused. Its `contents()` (`modalities.listing.Contents`) lets samples that are in both splits be counted.
+        refused. Its `contents()` (`modalities.data.listing.Contents`) lets samples that are in both splits be counted.
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nepa_core.basics import UserError
-from nepa_core.modality import Tokens
 from nepa_core.predictor import Predictor, PredictorConfig, Trace, init_weights
 from nepa_core.rope import of_next, rotary_table
+from nepa_core.tokens import Tokens
 
 
 class HeadOutputs(NamedTuple):

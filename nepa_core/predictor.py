@@ -17,10 +17,10 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nepa_core.attention import Allowed, Backend, attend, attention_mask, has_varlen_kernel
 from nepa_core.basics import FROZEN
-from nepa_core.fused import NormRotate, ScaledLinear
-from nepa_core.packing import Packing, pack_rows
+from nepa_core.kernels.attention import Allowed, Backend, attend, attention_mask, has_varlen_kernel
+from nepa_core.kernels.fused import NormRotate, ScaledLinear
+from nepa_core.kernels.packing import Packing, pack_rows
 from nepa_core.rope import RotaryPair, RotaryTable, norm_rotations, of_next, rotary_matrices, rotary_table, rotate
 
 Rope = RotaryTable | RotaryPair | Tensor | None
@@ -52,8 +52,8 @@ class PredictorConfig(BaseModel):
         drop_path: stochastic depth, rising linearly from 0 to this rate at the last block.
         norm_eps: epsilon of every LayerNorm.
         attention: back-end of `attend`.
-        pack: put several short sequences in one row (see `nepa_core.packing`): the same results in less time where
-            much of a batch is padding. Without a mask where `has_varlen_kernel`.
+        pack: put several short sequences in one row (see `nepa_core.kernels.packing`): the same results in less time
+            where much of a batch is padding. Without a mask where `has_varlen_kernel`.
     """
 
     model_config = FROZEN

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from nepa_core import objective
 from nepa_core.basics import FROZEN, UserError
-from nepa_core.modality import Tokens
 from nepa_core.model import NEPA, HeadOutputs, Prediction
 from nepa_core.objective import Gather, Term, pair_up
 from nepa_core.predictor import PredictorConfig, Trace, init_weights
+from nepa_core.tokens import Tokens
 
 # Names of terms, by what they compare. A term over several heads is the mean over them.
 AS_THEY_ARE = ("cosine", "mse", "mse_normalised", "infonce_sample", "infonce_position", "horizons")

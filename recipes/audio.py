@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from modalities.audio import Audio
 from nepa_core.runtime.config import override
+from recipes.configs import PretrainConfig
 from recipes.presets import small
-from recipes.pretrain import PretrainConfig
 
 
 def demo() -> PretrainConfig:

@@ -21,24 +21,38 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "pretrain": Task("recipes.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
-    "probe": Task("recipes.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
+    "pretrain": Task("recipes.tasks.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
+    "probe": Task("recipes.tasks.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task(
-        "recipes.finetune", "RUN or RECIPE", "accuracy after training on labels, from init= or random weights"
+        "recipes.tasks.finetune",
+        "RUN or RECIPE",
+        "accuracy after training on labels, from init= or random weights",
     ),
-    "segment": Task("recipes.segment", "RECIPE", "mIoU after training on pixel labels, from init= or random weights"),
-    "forecast": Task("recipes.forecast", "RUN", "the next steps of a series, beside linear models and persistence"),
-    "evaluate": Task("recipes.evaluate", "RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
-    "inspect": Task("recipes.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"),
-    "orders": Task("recipes.orders", "RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
-    "objectives": Task("recipes.objectives", "RECIPE", "does pre-training pay, and with which objective? as one page"),
-    "ablate": Task("recipes.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
+    "segment": Task(
+        "recipes.tasks.segment", "RECIPE", "mIoU after training on pixel labels, from init= or random weights"
+    ),
+    "forecast": Task(
+        "recipes.tasks.forecast", "RUN", "the next steps of a series, beside linear models and persistence"
+    ),
+    "evaluate": Task("recipes.tasks.evaluate", "RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
+    "inspect": Task(
+        "recipes.tasks.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"
+    ),
+    "orders": Task("recipes.tasks.orders", "RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
+    "objectives": Task(
+        "recipes.tasks.objectives", "RECIPE", "does pre-training pay, and with which objective? as one page"
+    ),
+    "ablate": Task("recipes.tasks.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
     "import": Task(
-        "recipes.import_released", "DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"
+        "recipes.tasks.import_released", "DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"
     ),
-    "export": Task("recipes.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
-    "resize": Task("recipes.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"),
-    "bench": Task("recipes.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
+    "export": Task("recipes.tasks.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
+    "resize": Task(
+        "recipes.tasks.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"
+    ),
+    "bench": Task(
+        "recipes.tasks.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"
+    ),
 }
 
 HELP = """usage: nepa TASK RECIPE-or-RUN [key=value ...]
@@ -104,7 +118,7 @@ def _in_one_line(error: Exception, words: list[str]) -> str | None:
         return f"something is nested too deeply to be followed{_largest(words)}"
     if isinstance(error, OverflowError) or "verflow" in text:
         return f"a number is too large or too small to compute with{_largest(words)}: {text.splitlines()[0][:120]}"
-    if isinstance(error, torch.linalg.LinAlgError):
+    if type(error).__name__ == "LinAlgError":
         return "training has diverged, as a matrix holds NaN or infinity: lower optim.lr or model.layer_scale"
     return None
 
@@ -175,6 +189,8 @@ def list_recipes() -> str:
 
     rows = []
     for info in pkgutil.iter_modules(recipes.__path__):
+        if info.ispkg:  # a room of the library
+            continue
         module = importlib.import_module(f"recipes.{info.name}")
         for name, function in _recipe_functions(module).items():
             line = (function.__doc__ or "").strip().splitlines()[0]
@@ -208,13 +224,14 @@ def _help() -> str:
 
 def _task_help(name: str, task: Any, rest: list[str]) -> str:
     from nepa_core.runtime.config import keys
-    from recipes.targets import describe_fields, given, is_run, read_target
+    from recipes.options import describe_fields, given
+    from recipes.resolve import is_run, read_target
 
     lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
     if fields := describe_fields(task.Options):
         lines += ["options:", fields, ""]
     if rest and "=" not in rest[0]:
-        from recipes.pretrain import PretrainConfig
+        from recipes.configs import PretrainConfig
 
         read = getattr(task, "read_config", partial(read_target, PretrainConfig))
         config = read(rest[0], split_options(task.Options, rest[1:])[1])

@@ -7,7 +7,7 @@ from typing import Any
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import nearest, override
-from recipes.pretrain import PretrainConfig
+from recipes.configs import PretrainConfig
 
 NAMED: dict[str, dict[str, Any]] = {
     "cosine": {"objective.terms": {"cosine": 1.0}},

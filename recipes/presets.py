@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from modalities.features import Features
 from nepa_core.modality import Modality
 from nepa_core.predictor import PredictorConfig
 from nepa_core.pretrainer import ObjectiveConfig
 from nepa_core.runtime.fit import TrainConfig
-from nepa_core.runtime.optim import Duration, OptimConfig
-from recipes.pretrain import PretrainConfig, VerdictConfig
+from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
+from recipes.configs import FinetuneConfig, PretrainConfig, VerdictConfig
 
 PAPER_OBJECTIVE = ObjectiveConfig(causal=True, shift=True, stop_gradient=True, input_mask=0.0)
 """Algorithm 1 of the paper."""
@@ -48,10 +50,48 @@ def small(data: Modality) -> PretrainConfig:
 
 
 def features() -> PretrainConfig:
-    """Sequences of vectors computed before, in data.root=DIR (`modalities.features_data` has the layouts).
+    """Sequences of vectors computed before, in data.root=DIR (`modalities.data.vectors` has the layouts).
 
     `nepa pretrain recipes.presets:features data.root=DIR`: the network of `small`, packed, so that sequences of unequal
     length cost no padding.
     """
     config = small(Features())
     return config.model_copy(update={"model": config.model.model_copy(update={"pack": True})})
+
+
+SHORT = "the preset recipes.presets:short"
+LARGE_BATCH = 256
+"""A larger batch than this, as those of the paper, belongs to a setting for many accelerators."""
+
+
+def short(recipe: PretrainConfig | FinetuneConfig, init: str | None = None) -> FinetuneConfig:
+    """The preset for the data and network of another recipe: 20 epochs, seconds to minutes on small data.
+
+    Bidirectional (an imported classifier stays causal if it was), mean over tokens, no mixing. Batches are the
+    recipe's, but 64 in parts of 16 where those are larger than 256. Meant for LayerScale 1.0. Chosen here and not
+    tuned, neither for pre-trained nor for random weights.
+    """
+    values: dict[str, Any] = {"length": Duration(epochs=20), "ema": 0.99, "evaluate": 200, "compile": False}
+    if recipe.train.batch > LARGE_BATCH:
+        values |= {"batch": 64, "micro_batch": 16, "log": 20, "checkpoint": 200, "keep": 2}
+    return FinetuneConfig(
+        recipe=recipe.recipe,
+        init=init,
+        data=recipe.data,
+        model=recipe.model.model_copy(update={"mask_token": False, "rope_rescale": 1.0}),
+        causal=isinstance(recipe, FinetuneConfig) and recipe.causal,
+        readout="mean",
+        freeze_embedder=False,
+        label_smoothing=0.1,
+        mix=None,
+        optim=OptimConfig(
+            lr=1e-3,
+            lr_batch=None,
+            betas=(0.9, 0.999),
+            weight_decay=0.05,
+            warmup=Duration(fraction=0.1),
+            clip=1.0,
+            layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False, head_counts=False),
+        ),
+        train=recipe.train.model_copy(update=values),
+    )

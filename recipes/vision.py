@@ -12,18 +12,16 @@ from __future__ import annotations
 
 from typing import Literal
 
+from modalities.data.image_augment import Augment, Interpolation
 from modalities.image import Images
-from modalities.image_augment import Augment, Interpolation
 from modalities.scenes import Scenes
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.fit import TrainConfig
 from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
-from recipes.finetune import FinetuneConfig, MixConfig
+from recipes.configs import FinetuneConfig, MixConfig, PretrainConfig, SegmentConfig, VerdictConfig
+from recipes.networks.upernet import UPerNetConfig
+from recipes.networks.windows import EvaluationConfig
 from recipes.presets import PAPER_OBJECTIVE, small
-from recipes.pretrain import PretrainConfig, VerdictConfig
-from recipes.segment import SegmentConfig
-from recipes.segment_predict import EvaluationConfig
-from recipes.upernet import UPerNetConfig
 
 CAMVID_CLASSES = (
     "sky",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.pretrain import PretrainConfig
+from recipes.configs import PretrainConfig
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from webdataset import TarWriter
 
-from modalities.image_data import open_images
+from modalities.data.images import open_images
 
 
 def open_folder(root: Path, split: str = "train", **changes: Any) -> Any:

@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.contract import check_modality
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import plain_batches, replace_broken
+from nepa_core.tokens import Tokens
 from recipes.cli import main
-from recipes.pretrain import PretrainConfig
+from recipes.configs import PretrainConfig
 from tests import tiny
 from tests.tiny import CPU, Waves
 

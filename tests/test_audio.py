@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch.utils.data import default_collate
 
-from modalities import audio, audio_data
+from modalities import audio
 from modalities.audio import Audio, StandardisedLinear, redrawn_tokens, token_statistics, unbiased_length
-from modalities.audio_data import Synthetic, open_source
+from modalities.data import audio as audio_data
+from modalities.data.audio import Synthetic, open_source
 from nepa_core.basics import UserError
-from nepa_core.modality import Tokens
 from nepa_core.objective import negative_cosine
 from nepa_core.runtime.config import override
+from nepa_core.tokens import Tokens
 from recipes.audio import demo
 from recipes.cli import main
-from recipes.pretrain import PretrainConfig
+from recipes.configs import PretrainConfig
 from tests.contract import check_modality
 from tests.sounds import tone, write, write_classes
 from tests.tiny import recipe

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modalities.audio_data import FSDD_NAME, Clips, FrontEnd, Recordings, log_mel, open_audio, open_source, read_file
-from modalities.listing import shared_content
+from modalities.data.audio import FSDD_NAME, Clips, FrontEnd, Recordings, log_mel, open_audio, open_source, read_file
+from modalities.data.listing import shared_content
 from nepa_core.basics import UnreadableSample, UserError
 from tests.sounds import tone, write, write_classes, write_fsdd
 

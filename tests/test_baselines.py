@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nepa_core import baselines
-from nepa_core.baselines import fit_baselines
-from nepa_core.diagnostics import identified
-from nepa_core.gathered import Gathered
 from nepa_core.objective import negative_cosine
+from nepa_core.verdict import baselines
+from nepa_core.verdict.baselines import fit_baselines
+from nepa_core.verdict.diagnostics import identified
+from nepa_core.verdict.gathered import Gathered
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,12 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from nepa_core.verdict import LinearPoint, Verdict
-from recipes.advice import advice
-from recipes.card import covered, judgement, linear_control, verdict_in
-from recipes.pretrain import PretrainConfig, pretrain
-from recipes.training import unreadable
+from nepa_core.verdict.judge import LinearPoint, Verdict
+from recipes.configs import PretrainConfig
+from recipes.report.card import covered, judgement, linear_control, verdict_in
+from recipes.report.provenance import unreadable
+from recipes.training.advice import advice
+from recipes.training.pretraining import pretrain
 
 
 def verdict(**changes: Any) -> Verdict:

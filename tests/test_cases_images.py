@@ -19,19 +19,19 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from modalities import image_sources, listing
-from modalities.image_data import open_files, open_images
-from modalities.image_decode import SUFFIXES, decode
-from modalities.image_shards import index_shard
-from modalities.image_sources import open_source
-from modalities.scene_masks import read_mask
+from modalities.data import image_sources, listing
+from modalities.data.image_decode import SUFFIXES, decode
+from modalities.data.image_shards import index_shard
+from modalities.data.image_sources import open_source
+from modalities.data.images import open_files, open_images
+from modalities.data.scene_masks import read_mask
 from modalities.scenes import Scenes
 from nepa_core.basics import UnreadableSample, UserError
 from nepa_core.runtime.run import Run
-from recipes.report import picture_table
-from recipes.segment_metrics import score_text, scores
-from recipes.segment_report import Picture, render, write_report
-from recipes.training import say_leaks
+from recipes.report.plots import picture_table
+from recipes.report.segment import Picture, render, write_report
+from recipes.statistics.segment_metrics import score_text, scores
+from recipes.training.train import say_leaks
 from tests.pictures import encoded, open_folder, picture, pixels, sample, write_shard, write_tree
 from tests.tiny_scenes import scenes as tiny_scenes
 from tests.tiny_scenes import write_scenes
@@ -252,7 +252,7 @@ def test_a_label_of_gigabytes_is_not_read(tmp_path: Path) -> None:
 def test_a_member_larger_than_the_limit_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = both(tmp_path, ("a.png", PNG), ("a.cls", b"0"))
     monkeypatch.setattr(listing, "LARGEST_FILE", 100)
-    monkeypatch.setattr("modalities.listing.check_size.__defaults__", (100,))
+    monkeypatch.setattr("modalities.data.listing.check_size.__defaults__", (100,))
     with pytest.raises(ValueError, match=f"{len(PNG)} bytes, more than the 100"):
         source.read(0)
 
@@ -430,7 +430,7 @@ def test_a_bomb_is_refused_by_its_header(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("modalities.image_decode.decode_jpeg", never)
+    monkeypatch.setattr("modalities.data.image_decode.decode_jpeg", never)
     monkeypatch.setattr(Image.Image, "load", never)
     with pytest.raises(
         ValueError, match=r"pixels,? (more )?than data\.max_pixels=89478485|more pixels than data\.max_"

@@ -12,8 +12,9 @@ from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
-from recipes import classifiers
-from recipes.classifiers import (
+from recipes.networks.heads import AttentiveHead
+from recipes.readout import classifiers
+from recipes.readout.classifiers import (
     MAE,
     AttentiveProtocol,
     TokenFeatures,
@@ -26,7 +27,6 @@ from recipes.classifiers import (
     r2,
     ridge,
 )
-from recipes.heads import AttentiveHead
 
 
 def clusters(samples: int, dim: int, classes: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:

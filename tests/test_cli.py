@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field
 from nepa_core.runtime import checkpoint
 from recipes import vision
 from recipes.cli import TASKS, main
-from recipes.targets import describe_fields
-from recipes.training import provenance
+from recipes.options import describe_fields
+from recipes.report.provenance import provenance
 from tests.conftest import ROOT, largest_file
 from tests.tiny import Waves
 

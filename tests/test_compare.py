@@ -18,12 +18,23 @@ from scipy import stats
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
-from recipes import compare, objectives
-from recipes.ablate import Nothing
-from recipes.compare import Job, Measure, Variant
-from recipes.compare_report import Column, difference_table, html_table, spread_table, text_table
-from recipes.pretrain import PretrainConfig
-from recipes.significance import Difference, against, contrasts, differences, gains, holm, shown_p, spread, verdict
+from recipes.comparison import engine as compare
+from recipes.comparison import objectives
+from recipes.comparison.ablate import Nothing
+from recipes.comparison.engine import Job, Measure, Variant
+from recipes.configs import PretrainConfig
+from recipes.report.tables import Column, difference_table, html_table, spread_table, text_table
+from recipes.statistics.significance import (
+    Difference,
+    against,
+    contrasts,
+    differences,
+    gains,
+    holm,
+    shown_p,
+    spread,
+    verdict,
+)
 
 FORK = multiprocessing.get_context("fork")  # starts at once; the jobs here need no device
 
@@ -209,7 +220,7 @@ def test_a_comparison_goes_on_in_its_folder_however_it_was_stopped(tmp_path: Pat
     with compare.locked(job.lock):
         (stopped / "report").mkdir()
         (stopped / "notes.txt").write_text("of the user's")
-    with compare.locked(objectives.control(recipe, 0, objectives.Options().care, early).lock):
+    with compare.locked(objectives.control(recipe, 0, objectives.ObjectivesOptions().care, early).lock):
         pass
     for folder in (new, empty, stopped, early):
         compare.check_folder(folder, "orders", "my:recipe")

@@ -20,14 +20,16 @@ import torch
 from modalities.orders import grid_order
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from recipes import compare, measures, orders
 from recipes.cli import main, split_options
-from recipes.goals import Classification
-from recipes.maps import grid_positions, neighbour_share
-from recipes.measures import Some, few_labels
-from recipes.orders import MeasureOptions, Options, ordered
-from recipes.orders_report import accuracy_figure, head_curves, seen_figures
-from recipes.pretrain import PretrainConfig
+from recipes.comparison import engine as compare
+from recipes.comparison import measures, orders
+from recipes.comparison.measures import Some, few_labels
+from recipes.comparison.orders import MeasureOptions, ordered
+from recipes.comparison.orders import OrdersOptions as Options
+from recipes.configs import PretrainConfig
+from recipes.networks.goals import Classification
+from recipes.report.orders import accuracy_figure, head_curves, seen_figures
+from recipes.statistics.maps import grid_positions, neighbour_share
 from recipes.vision import digits_2x2
 from tests.conftest import ROOT
 from tests.test_forecast import recipe as series_recipe

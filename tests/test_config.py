@@ -17,7 +17,7 @@ from nepa_core.runtime.config import (
     save_config,
 )
 from nepa_core.runtime.optim import Duration, LayerDecay
-from recipes.pretrain import PretrainConfig
+from recipes.configs import PretrainConfig
 from tests import tiny
 
 

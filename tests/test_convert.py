@@ -15,16 +15,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modalities.image import Images, patchify
-from nepa_core.modality import Tokens
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+from nepa_core.tokens import Tokens
 from recipes.cli import main
-from recipes.finetune import FinetuneConfig, load_classifier
+from recipes.configs import FinetuneConfig, PretrainConfig
 from recipes.presets import small
-from recipes.pretrain import PretrainConfig, build_model, load_pretrained, pretrain
-from recipes.released import read_released
-from recipes.weights import read_weights
+from recipes.released.layout import read_released
+from recipes.released.weights import read_weights
+from recipes.training.finetuning import load_classifier
+from recipes.training.pretraining import load_pretrained, pretrain
+from recipes.training.starting import build_model
 from tests import tiny
 from tests.conftest import ROOT
 from tests.pictures import encoded, picture, write_tree
@@ -267,7 +269,7 @@ def test_tuning_an_imported_run_starts_from_it_and_leaves_it_as_it_came(
     words = ["train.length.steps=1", "train.workers=0", "optim.lr=1e-30", "train.batch=32"]
     convert("finetune", run, *words)
     said = capsys.readouterr()
-    assert said.err.splitlines()[0] == f"Fine-tuning from {run} with the preset recipes.finetune:short."
+    assert said.err.splitlines()[0] == f"Fine-tuning from {run} with the preset recipes.presets:short."
     assert f"started from {run}." in said.out
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
     config = load_config(FinetuneConfig, tuned / "config.json")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from recipes.credits import pack_credits, unpack_credits
+from recipes.statistics.credits import pack_credits, unpack_credits
 
 
 @pytest.mark.parametrize("samples", [1, 7, 8, 9, 1000])

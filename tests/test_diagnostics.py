@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 
-from nepa_core import NEPA, Modality, PredictorConfig, Tokens, baselines
-from nepa_core.baselines import Fitted, fit_baselines
+from nepa_core import NEPA, Modality, PredictorConfig, Tokens
 from nepa_core.basics import Batch
-from nepa_core.diagnostics import effective_rank, health, identification, shared_direction, spread
-from nepa_core.gathered import Gathered, gather
 from nepa_core.objective import masked_mean, negative_cosine
-from nepa_core.verdict import Judged, Verdict, start_of
-from nepa_core.verdict import judge as judge_fitted
+from nepa_core.verdict import baselines
+from nepa_core.verdict.baselines import Fitted, fit_baselines
+from nepa_core.verdict.diagnostics import effective_rank, health, identification, shared_direction, spread
+from nepa_core.verdict.gathered import Gathered, gather
+from nepa_core.verdict.judge import Judged, Verdict, start_of
+from nepa_core.verdict.judge import judge as judge_fitted
 from tests.tiny import SHAPE
 
 

@@ -18,15 +18,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from nepa_core.runtime import run as run_module
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override, save_config
 from nepa_core.runtime.distributed import World, leave, world
 from nepa_core.runtime.run import Run
-from recipes.finetune import build_classifier, finetune, measure, short
-from recipes.goals import numbered
-from recipes.pretrain import PretrainConfig, pretrain
-from recipes.targets import read_target
+from recipes.configs import PretrainConfig
+from recipes.networks.goals import numbered
+from recipes.presets import short
+from recipes.resolve import read_target
+from recipes.training.finetuning import build_classifier, finetune, measure
+from recipes.training.pretraining import pretrain
 from tests import tiny
 from tests.conftest import ROOT
 from tests.tiny import CPU
@@ -108,7 +109,7 @@ def slow_disk(ranks: World) -> Iterator[None]:
             time.sleep(0.4)
         return answer
 
-    with patch.object(run_module, "save_config", write), patch.object(Path, "exists", exists):
+    with patch("nepa_core.runtime.run.save_config", write), patch.object(Path, "exists", exists):
         yield
 
 

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nepa_core.drawing import RIVALS, Spans, apart, draw
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+from nepa_core.tokens import Spans
+from nepa_core.verdict.drawing import RIVALS, apart, draw
 from recipes import vision
-from recipes.pretrain import load_pretrained, pretrain, verdict_of
+from recipes.training.judging import verdict_of
+from recipes.training.pretraining import load_pretrained, pretrain
 
 
 class Windows:

@@ -18,10 +18,11 @@ from nepa_core.predictor import Trace
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import epoch_order, plain_batches
 from nepa_core.runtime.distributed import World
-from recipes import features
 from recipes.cli import main
-from recipes.features import Features, Reader, Row, Source, kept_features, network_reader, project, raw_reader
-from recipes.pretrain import PretrainConfig, build_model
+from recipes.configs import PretrainConfig
+from recipes.readout import features
+from recipes.readout.features import Features, Reader, Row, Source, kept_features, network_reader, project, raw_reader
+from recipes.training.starting import build_model
 from tests.conftest import largest_file
 from tests.test_distributed import torchrun
 from tests.tiny import CPU, Waves

@@ -17,21 +17,26 @@ from timm.data.mixup import Mixup
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from modalities.data.image_augment import ErasedBox, erase
 from modalities.image import Images, patchify
-from modalities.image_augment import ErasedBox, erase
 from nepa_core import Tokens
 from nepa_core.basics import UserError
-from nepa_core.intervals import over_samples
 from nepa_core.runtime.checkpoint import Checkpoint, save_checkpoint
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
+from nepa_core.verdict.intervals import over_samples
 from recipes import vision
 from recipes.cli import main
-from recipes.finetune import (
-    FinetuneConfig,
-    MixConfig,
+from recipes.configs import FinetuneConfig, MixConfig
+from recipes.networks.goals import numbered
+from recipes.presets import short
+from recipes.released.weights import load_backbone, read_weights
+from recipes.report.finetune import scored_samples
+from recipes.resolve import default_out
+from recipes.statistics.worth import sentences, worth_in
+from recipes.training.finetuning import (
     build_classifier,
     finetune,
     load_classifier,
@@ -39,14 +44,9 @@ from recipes.finetune import (
     make_step,
     measure,
     read_config,
-    scored_samples,
-    short,
 )
-from recipes.goals import numbered
-from recipes.pretrain import build_model, pretrain
-from recipes.targets import default_out
-from recipes.weights import load_backbone, read_weights
-from recipes.worth import sentences, worth_in
+from recipes.training.pretraining import pretrain
+from recipes.training.starting import build_model
 from tests import tiny
 from tests.test_distributed import torchrun
 from tests.tiny import CPU
@@ -74,7 +74,7 @@ def test_a_run_is_recipe_and_start_at_once(pretrained: str, tmp_path: Path, caps
     assert main(words) == 0
     said, told = capsys.readouterr()
     assert told.splitlines() == [
-        f"Fine-tuning from {pretrained} with the preset recipes.finetune:short.",
+        f"Fine-tuning from {pretrained} with the preset recipes.presets:short.",
         f"Fine-tuning from random weights with the same settings, as the control in {out / 'control'}; control=false "
         "leaves it out.",
     ]
@@ -151,7 +151,9 @@ def test_a_finished_run_without_its_control_trains_it_when_asked_again(
     assert not (run.path / "control").exists()
 
     with monkeypatch.context() as patch:  # Ctrl-C in the middle of the control
-        patch.setattr("recipes.finetune.make_step", lambda *given: tiny.interrupted_at({5}, make_step(*given)))
+        patch.setattr(
+            "recipes.training.finetuning.make_step", lambda *given: tiny.interrupted_at({5}, make_step(*given))
+        )
         assert main(words) == 130
     shown = capsys.readouterr()
     assert "top-1" in shown.out, "the run's own figures are shown before its control is trained"
@@ -163,7 +165,7 @@ def test_a_finished_run_without_its_control_trains_it_when_asked_again(
     assert after is not None
     assert after.pop("worth")
     assert after == before, "what a summary had it keeps"
-    monkeypatch.setattr("recipes.finetune.measure", None)
+    monkeypatch.setattr("recipes.training.finetuning.measure", None)
     assert main([*words, "control=false"]) == 0, "and a verdict that was made is shown"
     assert "over random weights" in capsys.readouterr().out
 
@@ -207,7 +209,9 @@ def test_a_stopped_fine_tuning_goes_on_to_the_same_bytes(
     config = tuning(init=pretrained, train__evaluate=5, data__jitter=0.2)
     finetune(config, Run(tmp_path / "whole"), ALONE, show=False)
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.finetune.make_step", lambda *given: tiny.interrupted_at({step}, make_step(*given)))
+        patch.setattr(
+            "recipes.training.finetuning.make_step", lambda *given: tiny.interrupted_at({step}, make_step(*given))
+        )
         with pytest.raises(Interrupted):
             finetune(config, Run(tmp_path / "parts"), ALONE, show=False)
     finetune(config, Run(tmp_path / "parts"), ALONE, show=False)

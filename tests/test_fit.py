@@ -23,11 +23,11 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.model import layers_above
 from nepa_core.runtime import fit as fit_module
-from nepa_core.runtime import run as runtime_run
 from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted, StepFunction, StepOutput, plan, update
+from nepa_core.runtime.meter import Meter
 from nepa_core.runtime.optim import (
     Duration,
     LayerDecay,
@@ -37,8 +37,11 @@ from nepa_core.runtime.optim import (
     parameter_groups,
     set_rates,
 )
-from nepa_core.runtime.run import Meter, Run
-from recipes.pretrain import PretrainConfig, build_model, held_out_health, make_step, pretrain
+from nepa_core.runtime.run import Run
+from recipes.configs import PretrainConfig
+from recipes.training.judging import held_out_health
+from recipes.training.pretraining import make_step, pretrain
+from recipes.training.starting import build_model
 from tests import tiny
 from tests.tiny import CPU, Series, interrupted_at, training
 
@@ -600,7 +603,7 @@ def test_a_summary_is_none_until_it_is_written_whole(tmp_path: Path) -> None:
 def test_the_bar_says_that_held_out_data_is_read_and_then_the_loss_again(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = functools.partial(Console, file=screen, force_terminal=True, width=120)
-    monkeypatch.setattr(runtime_run, "Console", lambda **_: console())
+    monkeypatch.setattr("nepa_core.runtime.meter.Console", lambda **_: console())
     with Meter(10, enabled=True) as meter:
         meter.note("loss 0.5")
         for busy in (True, False):

@@ -20,9 +20,8 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes.cli import main
-from recipes.forecast import Options
-from recipes.forecast_report import cell, paired_differences, significant, stretches, verdict
-from recipes.forecasters import (
+from recipes.configs import PretrainConfig
+from recipes.readout.forecasters import (
     DLinear,
     Moments,
     _predict,
@@ -39,7 +38,8 @@ from recipes.forecasters import (
     short,
     train,
 )
-from recipes.pretrain import PretrainConfig
+from recipes.readout.forecasting import ForecastOptions as Options
+from recipes.report.forecast import cell, paired_differences, significant, stretches, verdict
 from recipes.timeseries import demo
 from tests import tiny
 from tests.test_timeseries import adapter, walk, write_csv
@@ -143,7 +143,7 @@ def test_the_ridge_is_the_least_squares_fit_of_the_z_scored_series(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, channels: str, normalise: str
 ) -> None:
     """Beside one that is solved window by window, whose unknowns are weights and offset in the window's own units."""
-    monkeypatch.setattr("recipes.forecasters.STRENGTHS", (1e-8,))
+    monkeypatch.setattr("recipes.readout.forecasters.STRENGTHS", (1e-8,))
     root = write_csv(tmp_path, bursts(columns=2))
     data = adapter(root, normalise=normalise, channels=channels, parts=(800, 200, 200))
     ridge, validation = fitted_ridges(data, raw_features, 3, 20_000, CPU)["raw"]
@@ -362,7 +362,7 @@ def test_a_stopped_forecast_goes_on_with_the_next_row(tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         return best_ridge(*given)
 
-    monkeypatch.setattr("recipes.forecast.best_ridge", counted)
+    monkeypatch.setattr("recipes.readout.forecasting.best_ridge", counted)
     assert main(["forecast", run, *words]) == 130
     assert not (tmp_path / "run" / "forecast.json").exists()
     assert main(["forecast", run, *words]) == 0
@@ -378,7 +378,7 @@ def test_rows_fitted_in_other_units_are_not_found_again(
 ) -> None:
     run, words = pretrained(tmp_path / "run"), ("horizons=4", "fit_samples=200")
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.forecast.FITTED", 1)
+        patch.setattr("recipes.readout.forecasting.FITTED", 1)
         assert main(["forecast", run, *words]) == 0
     assert main(["forecast", run, *words]) == 0
     assert "(kept)" not in capsys.readouterr().err

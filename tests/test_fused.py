@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import nepa_core.predictor as predictor_module
-from nepa_core.fused import NormRotate, ScaledLinear
+from nepa_core.kernels.fused import NormRotate, ScaledLinear
 from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.rope import RotaryTable, norm_rotations, rotary_table, rotate
 

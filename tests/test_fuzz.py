@@ -16,8 +16,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from nepa_core.runtime.config import keys
-from recipes import evaluate, finetune, inspect, pretrain, probe, segment
+from recipes import presets as finetune_presets
 from recipes.cli import TASKS, main
+from recipes.readout.inspecting import InspectOptions
+from recipes.readout.probing import ProbeOptions
+from recipes.tasks import finetune as finetune_finetune
+from recipes.tasks import pretrain, segment
+from recipes.tasks.evaluate import Options as EvaluateOptions
 from tests import tiny, tiny_scenes
 
 pytestmark = pytest.mark.slow
@@ -74,7 +79,7 @@ def test_keys_with_odd_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     commands = []
     for kind, task, recipe, config, count in (
         (pretrain.Options, "pretrain", TINY, tiny.recipe(), 150),
-        (finetune.Options, "finetune", TINY, finetune.short(tiny.recipe()), 60),
+        (finetune_finetune.Options, "finetune", TINY, finetune_presets.short(tiny.recipe()), 60),
         (segment.Options, "segment", SCENES, tiny_scenes.recipe(), 30),
     ):
         found = keys(config)
@@ -100,10 +105,11 @@ def test_words_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         bad = ["key", "=", "=1", "a=b", "seeds=x", "seeds=-1", "workers=x", "layers=99", "out=\x00", "zz=1", "trust=x"]
         for target in draw.sample(targets, 5):
             commands.append(Command((task, target, draw.choice(bad))))
-    for task, target, module in (
-        ("probe", "runs/base", probe), ("inspect", "runs/base", inspect), ("evaluate", "runs/tuned", evaluate)
+    for task, target, options in (
+        ("probe", "runs/base", ProbeOptions), ("inspect", "runs/base", InspectOptions),
+        ("evaluate", "runs/tuned", EvaluateOptions)
     ):  # fmt: skip
-        names = [*module.Options.model_fields, "data.samples", "train.max_unreadable", "data.size", "data.unreadable"]
+        names = [*options.model_fields, "data.samples", "train.max_unreadable", "data.size", "data.unreadable"]
         for name, value in draw.sample([(name, value) for name in names for value in ODD], 18):
             commands.append(Command((task, target, f"{name}={value}")))
     faults = [fault for command in commands if (fault := tried(command, tmp_path, capsys, runs))]

@@ -15,14 +15,18 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import Batch, UserError
-from nepa_core.modality import Tokens
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from recipes import goals, probe
+from nepa_core.tokens import Tokens
 from recipes.cli import main
-from recipes.finetune import (
-    FinetuneConfig,
+from recipes.configs import FinetuneConfig, PretrainConfig
+from recipes.networks import goals
+from recipes.presets import short
+from recipes.readout import probing as probe
+from recipes.released.weights import read_weights
+from recipes.statistics.worth import worth_in
+from recipes.training.finetuning import (
     beside_control,
     build_classifier,
     finetune,
@@ -30,11 +34,9 @@ from recipes.finetune import (
     load_classifier,
     make_step,
     measure,
-    short,
 )
-from recipes.pretrain import PretrainConfig, build_model, pretrain
-from recipes.weights import read_weights
-from recipes.worth import worth_in
+from recipes.training.pretraining import pretrain
+from recipes.training.starting import build_model
 from tests import tiny
 from tests.tiny import CPU
 from tests.tiny_scenes import scenes, write_scenes
@@ -238,7 +240,7 @@ def test_wrong_targets_are_one_line() -> None:
 
 def test_a_probe_of_numbers_gives_r2_beside_random_weights_and_raw_tokens() -> None:
     config = recipe().model_copy(update={"data": Taught(teach="number", samples=200, ragged=True)})
-    options = probe.Options(layers=(1, "final"), poolings=("mean",))
+    options = probe.ProbeOptions(layers=(1, "final"), poolings=("mean",))
     result = probe.probe(config, build_model(config), options)
     for row in (*result["layers"], *result["random_init"]["layers"], result["raw_tokens"]):
         assert {"r2", "validation"} <= set(row)

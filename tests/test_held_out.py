@@ -9,12 +9,13 @@ import torch
 from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch
-from nepa_core.drawing import Spans
 from nepa_core.runtime.data import epoch_order, plain_batches
 from nepa_core.runtime.distributed import World
-from recipes import bench, downstream, measures, orders
-from recipes.held_out import NUMBER, Numbered, clusters_of, draw_seed, pack_clusters, unpack_clusters
-from recipes.pretrain import build_model
+from nepa_core.tokens import Spans
+from recipes.comparison import downstream, measures, orders
+from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, draw_seed, pack_clusters, unpack_clusters
+from recipes.training import bench
+from recipes.training.starting import build_model
 from tests import tiny
 from tests.tiny import CPU, Series, Waves
 

@@ -39,8 +39,12 @@ def _imports(path: Path) -> set[str]:
     [
         ("nepa_core/**/*.py", ("modalities", "recipes", "tests")),
         ("nepa_core/*.py", ("nepa_core.runtime",)),
-        ("modalities/*.py", ("recipes", "tests")),
-        ("recipes/*.py", ("tests",)),
+        ("modalities/**/*.py", ("recipes", "tests")),
+        ("recipes/**/*.py", ("tests",)),
+        ("nepa_core/verdict/*.py", ("nepa_core.runtime",)),
+        ("nepa_core/kernels/*.py", ("nepa_core.runtime",)),
+        ("recipes/**/*.py", ("recipes.tasks",)),
+        ("tests/[!t]*.py", ("recipes.tasks",)),
     ],
 )
 def test_imports_point_one_way(files: str, forbidden: tuple[str, ...]) -> None:

@@ -16,8 +16,8 @@ from torch.utils.data import default_collate
 from torchvision.datasets import CIFAR10
 from torchvision.transforms import v2
 
+from modalities.data.images import AugmentedImages, DecodedImages, MemoryImages, open_images
 from modalities.image import Images, patchify
-from modalities.image_data import AugmentedImages, DecodedImages, MemoryImages, open_images
 from nepa_core.basics import UnreadableSample, UserError
 from tests.pictures import encoded, open_folder, picture, pixels, write_parquet, write_tree
 

@@ -20,13 +20,13 @@ from torch.utils.data import default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
+from modalities.data.image_augment import CentreCrop, ErasedBox, RandAugment, erase
+from modalities.data.image_decode import decode
+from modalities.data.images import open_images
 from modalities.image import Images
-from modalities.image_augment import CentreCrop, ErasedBox, RandAugment, erase
-from modalities.image_data import open_images
-from modalities.image_decode import decode
 from nepa_core.runtime.config import override
 from recipes import vision
-from recipes.finetune import FinetuneConfig
+from recipes.configs import FinetuneConfig
 from tests.contract import check_modality
 from tests.pictures import encoded, open_folder, picture, pixels, write_tree
 
@@ -89,7 +89,7 @@ def test_a_jpeg_that_torchvision_refuses_is_left_to_pil(monkeypatch: pytest.Monk
 
     stored = encoded(smooth(4, 16, 16), "jpeg")
     expected = decode(stored, 3)
-    monkeypatch.setattr("modalities.image_decode.decode_jpeg", refuse)
+    monkeypatch.setattr("modalities.data.image_decode.decode_jpeg", refuse)
     assert torch.equal(decode(stored, 3), expected)
 
 

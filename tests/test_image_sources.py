@@ -17,12 +17,12 @@ import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from modalities import image_shards, image_sources
-from modalities.hub import load_hub
+from modalities.data import image_shards, image_sources
+from modalities.data.hub import load_hub
+from modalities.data.image_shards import Shards
+from modalities.data.image_sources import Rows, open_source
+from modalities.data.images import open_images
 from modalities.image import Images
-from modalities.image_data import open_images
-from modalities.image_shards import Shards
-from modalities.image_sources import Rows, open_source
 from nepa_core.basics import UnreadableSample, UserError
 from nepa_core.runtime.data import DrawSampler, TrainingBatches
 from tests.pictures import encoded, open_folder, picture, pixels, sample, write_parquet, write_shard, write_tree

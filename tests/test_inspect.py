@@ -15,16 +15,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modalities.image_data import open_images
+from modalities.data.images import open_images
 from nepa_core.basics import UserError
-from nepa_core.modality import Modality, Sketch, Tokens
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig, Trace
 from nepa_core.runtime.config import load_config
 from nepa_core.runtime.data import plain_batches
+from nepa_core.tokens import Sketch, Tokens
 from recipes.cli import main
-from recipes.inspect import Options, chosen_samples, inspect, load_network, read_config
-from recipes.maps import (
+from recipes.configs import PretrainConfig, SegmentConfig
+from recipes.readout.inspecting import InspectOptions as Options
+from recipes.readout.inspecting import chosen_samples, inspect, load_network
+from recipes.released.weights import read_weights
+from recipes.report.plots import Panel, line_plot, panel_plot
+from recipes.report.plots import spread_out as spread
+from recipes.report.segment import palette
+from recipes.statistics.maps import (
     attention_figures,
     chosen_attention,
     grid_positions,
@@ -33,11 +40,8 @@ from recipes.maps import (
     pca_colours,
     uniform_attention,
 )
-from recipes.pretrain import PretrainConfig
-from recipes.report import Panel, line_plot, panel_plot, spread
-from recipes.segment import SegmentConfig, load_segmenter, predict_image
-from recipes.segment_report import palette
-from recipes.weights import read_weights
+from recipes.tasks.inspect import read_config
+from recipes.training.segmentation import load_segmenter, predict_image
 from tests import tiny
 from tests.test_image import adapter, encoded, picture
 from tests.tiny import CPU, Waves

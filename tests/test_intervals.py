@@ -8,11 +8,11 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from nepa_core.intervals import Interval, over_both, over_samples
-from recipes.compare_report import credits_of, gain_spreads, margin, spreads
-from recipes.credits import pack_credits
-from recipes.held_out import pack_clusters
-from recipes.significance import Credits, differences, spread
+from nepa_core.verdict.intervals import Interval, over_both, over_samples
+from recipes.report.tables import credits_of, gain_spreads, margin, spreads
+from recipes.statistics.credits import pack_credits
+from recipes.statistics.held_out import pack_clusters
+from recipes.statistics.significance import Credits, differences, spread
 
 # -------------------------------------------------------------------------------------------- exact values
 

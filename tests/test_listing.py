@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modalities import listing
-from modalities.listing import (
+from modalities.data import listing
+from modalities.data.listing import (
     Contents,
     Passed,
     data_folder,

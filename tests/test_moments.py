@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from modalities.moments import ROUNDING, ColumnMoments
+from modalities.data.moments import ROUNDING, ColumnMoments
 
 
 def added(rows: np.ndarray, blocks: int) -> ColumnMoments:

@@ -15,16 +15,20 @@ import torch
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.fit import Diverged
-from recipes import compare, downstream, finetune, measures, objectives
 from recipes.cli import main, split_options
-from recipes.credits import pack_credits
-from recipes.downstream import Care, Setting, best_setting, fine_tuned, held_back
+from recipes.comparison import downstream, measures, objectives
+from recipes.comparison import engine as compare
+from recipes.comparison.downstream import Care, Setting, best_setting, fine_tuned, held_back
+from recipes.comparison.objectives import ObjectivesOptions as Options
+from recipes.comparison.objectives import summarise
+from recipes.configs import PretrainConfig
 from recipes.objective_names import named
-from recipes.objectives import Options, summarise
-from recipes.objectives_report import RANDOM, render
-from recipes.pretrain import PretrainConfig, build_model
-from recipes.protocol import alone
-from recipes.significance import Difference, against
+from recipes.report.objectives import RANDOM, render
+from recipes.statistics.credits import pack_credits
+from recipes.statistics.protocol import alone
+from recipes.statistics.significance import Difference, against
+from recipes.training import finetuning as finetune
+from recipes.training.starting import build_model
 from tests.test_forecast import recipe as series_recipe
 from tests.tiny import CPU, Waves
 

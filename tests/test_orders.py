@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from modalities.order_curves import Grid, cells, hilbert
-from modalities.order_measures import mean_measures, order_measures
 from modalities.orders import ORDERS, grid_order, inverse, is_static, known_order, padding_behind, read_order
+from modalities.orders.curves import Grid, cells, hilbert
+from modalities.orders.measures import mean_measures, order_measures
 from nepa_core.basics import UserError
-from nepa_core.modality import Tokens
 from nepa_core.runtime.config import override
+from nepa_core.tokens import Tokens
 from recipes.vision import digits_2x2
 
 SIZES = list(itertools.product(range(1, 25), repeat=2))

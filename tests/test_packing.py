@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from nepa_core.basics import Batch, UserError
-from nepa_core.modality import Tokens
+from nepa_core.kernels.packing import pack_rows
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
-from nepa_core.packing import pack_rows
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepOutput
-from recipes import bench
-from recipes.pretrain import build_model, make_step
+from nepa_core.tokens import Tokens
+from recipes.training import bench
+from recipes.training.pretraining import make_step
+from recipes.training.starting import build_model
 from tests import tiny
 
 LENGTHS = (2, 9, 5, 1, 3, 4, 9, 6)
@@ -154,13 +155,13 @@ def test_a_recipe_is_packed_by_one_key() -> None:
 def test_bench_measures_packing_against_padding() -> None:
     ranks = World(0, 1, tiny.CPU)
     config = override(tiny.ragged(), {"data.tokens": 40, "train.batch": 48, "model.drop_path": 0.2})
-    figures = bench.against_padding(config, bench.Options(repeats=2), ranks)
+    figures = bench.against_padding(config, bench.BenchOptions(repeats=2), ranks)
     assert 40 < figures["real tokens %"] < 70
     rate = "packed / padded rows, real tokens/s"
     assert figures[f"{rate}, lowest"] <= figures[rate] <= figures[f"{rate}, highest"]
     assert abs(figures["packed - padded rows, loss"]) < 1e-5
     with pytest.raises(UserError, match="no token of a batch is padding here"):
-        bench.against_padding(tiny.recipe(), bench.Options(), ranks)
+        bench.against_padding(tiny.recipe(), bench.BenchOptions(), ranks)
 
 
 @pytest.mark.parametrize("pack", [False, True])

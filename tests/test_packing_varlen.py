@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from nepa_core import attention, predictor
-from nepa_core.attention import Backend, attend_sequences, block_diagonal_bias, has_varlen_kernel
-from nepa_core.modality import Tokens
+from nepa_core import predictor
+from nepa_core.kernels import attention
+from nepa_core.kernels.attention import Backend, attend_sequences, block_diagonal_bias, has_varlen_kernel
+from nepa_core.kernels.packing import pack_rows
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
-from nepa_core.packing import pack_rows
 from nepa_core.predictor import Trace
+from nepa_core.tokens import Tokens
 from tests.test_packing import LENGTHS, batch, network
 
 kernels = pytest.mark.parametrize("kernel", ["sdpa", "xformers"], indirect=True)

@@ -25,8 +25,10 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted, StepFunction
 from nepa_core.runtime.run import Run
+from recipes.configs import PretrainConfig
 from recipes.presets import small
-from recipes.pretrain import PretrainConfig, have_one_order, make_step, pretrain, try_order
+from recipes.training.pretraining import make_step, pretrain
+from recipes.training.starting import have_one_order, try_order
 from recipes.vision import digits_2x2
 from tests.tiny import CPU, SHAPE, training
 

@@ -15,18 +15,20 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import epoch_order
 from nepa_core.runtime.run import Run
-from recipes import classifiers, probe
 from recipes.cli import main
-from recipes.credits import unpack_credits
-from recipes.held_out import unpack_clusters
-from recipes.pretrain import PretrainConfig, build_model
-from recipes.worth import sentences, worth_in
+from recipes.configs import PretrainConfig
+from recipes.readout import classifiers
+from recipes.readout import probing as probe
+from recipes.statistics.credits import unpack_credits
+from recipes.statistics.held_out import unpack_clusters
+from recipes.statistics.worth import sentences, worth_in
+from recipes.training.starting import build_model
 from tests import tiny
 from tests.tiny import CPU, Waves
 from tests.tiny_scenes import scenes, write_scenes
 
 LAYERS = ("embedding", "layer 1", "layer 2", "final norm")
-QUICK = probe.Options(layers=(1,), poolings=("mean", "last"), classifiers=("knn",))
+QUICK = probe.ProbeOptions(layers=(1,), poolings=("mean", "last"), classifiers=("knn",))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def test_the_rows_of_the_paper_are_named_as_in_the_paper(finished: Run, capsys: 
 
 
 def test_no_other_rows_are_named_as_in_the_paper(finished: Run, tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
-    options = probe.Options(layers=("final",), poolings=("mean",), classifiers=("knn",))
+    options = probe.ProbeOptions(layers=("final",), poolings=("mean",), classifiers=("knn",))
     model, both = build_model(tiny_recipe), override(tiny_recipe, {"objective.causal": False})
     assert list(probe.probe(tiny_recipe, model, options)["paper"]) == ["average embedding"]
     for config, causal, tuned in ((tiny_recipe, None, True), (tiny_recipe, False, False), (both, True, False)):
@@ -150,7 +152,7 @@ class Phases(Waves):
 @pytest.mark.parametrize("ragged", [False, True])
 def test_where_tokens_have_classes_single_tokens_are_read(tiny_recipe: PretrainConfig, ragged: bool) -> None:
     config = tiny_recipe.model_copy(update={"data": Phases(ragged=ragged)})
-    result = probe.probe(config, build_model(config), probe.Options(test_samples=64))
+    result = probe.probe(config, build_model(config), probe.ProbeOptions(test_samples=64))
     assert names(result["layers"]) == [f"{layer}, token" for layer in LAYERS]
     assert result["paper"] == {}
 
@@ -171,7 +173,7 @@ def test_where_tokens_have_classes_single_tokens_are_read(tiny_recipe: PretrainC
     clusters = unpack_clusters(result["credits"]["clusters"]).of
     assert clusters is not None
     assert clusters.bincount().sum() == len(test)
-    pooled = probe.probe(config, build_model(config), probe.Options(poolings=("attentive",), layers=(1,)))
+    pooled = probe.probe(config, build_model(config), probe.ProbeOptions(poolings=("attentive",), layers=(1,)))
     assert names(pooled["layers"]) == ["layer 1, token"]
     assert "read, not pooled" in pooled["notes"][0]
 
@@ -188,7 +190,7 @@ def test_a_run_on_scenes_is_probed_by_the_classes_of_its_patches(
     assert names(result["layers"]) == ["embedding, token", "layer 1, token"]
     assert result["layers"][0]["accuracy"] > 0.9 > result["majority"], "patches of one colour each"
     assert "Single tokens are read, not pooled: 16 of each sample" in shown
-    again = probe.probe(config, build_model(config), probe.Options(layers=(0,)), store=tmp_path / "run/features")
+    again = probe.probe(config, build_model(config), probe.ProbeOptions(layers=(0,)), store=tmp_path / "run/features")
     assert again["raw_tokens"]["scores"]["knn"] == result["raw_tokens"]["scores"]["knn"]
 
 
@@ -278,7 +280,7 @@ def test_numbers_are_read_by_regressions_of_their_own() -> None:
     assert probe.Split.of(half, half, CPU).labels.shape == (200, 1)
     with pytest.raises(UserError, match="NaN or infinity"):
         probe.Split.of(half | {"labels": told[:, 0] * np.inf}, half, CPU)
-    for options in (QUICK.model_copy(update={"classifiers": ("lars",)}), probe.Options(poolings=("attentive",))):
+    for options in (QUICK.model_copy(update={"classifiers": ("lars",)}), probe.ProbeOptions(poolings=("attentive",))):
         with pytest.raises(UserError, match="is for classes, and 'label' holds numbers here"):
             probe.check_regression(split, options)
 

@@ -13,12 +13,13 @@ from nepa_core.basics import UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
-from recipes import compare, protocol
-from recipes.ablate import Nothing
-from recipes.compare import Compared, Measure, Variant
-from recipes.pretrain import PretrainConfig
-from recipes.protocol import Declared, Look, Protocol, alone, spends
-from recipes.significance import Correction, covers, differences, holm
+from recipes.comparison import engine as compare
+from recipes.comparison.ablate import Nothing
+from recipes.comparison.engine import Compared, Measure, Variant
+from recipes.configs import PretrainConfig
+from recipes.statistics import protocol
+from recipes.statistics.protocol import Declared, Look, Protocol, alone, spends
+from recipes.statistics.significance import Correction, covers, differences, holm
 
 # ------------------------------------------------------------------------------------------ the false claims
 

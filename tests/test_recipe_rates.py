@@ -18,10 +18,11 @@ from nepa_core.runtime.config import differences, load_config, save_config
 from nepa_core.runtime.fit import plan
 from nepa_core.runtime.optim import Duration, make_optimizer, set_rates
 from recipes import vision
-from recipes.finetune import Classifier, FinetuneConfig, build_head
-from recipes.goals import numbered
-from recipes.released import PREFIX, head_name, released_names
-from recipes.training import head, height
+from recipes.configs import FinetuneConfig
+from recipes.networks.goals import numbered
+from recipes.released.layout import PREFIX, head_name, released_names
+from recipes.training.finetuning import Classifier, build_head
+from recipes.training.train import head, height
 
 GOLDEN = json.loads((Path(__file__).parent / "fixtures" / "released_finetune_rates.json").read_text())
 PRESETS = {"base": vision.base_in1k_finetune, "large": vision.large_in1k_finetune}

@@ -20,7 +20,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from nepa_core import NEPA, Tokens, UserError
-from recipes.released import (
+from recipes.released.layout import (
     NetworkState,
     Released,
     ReleasedConfig,

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from modalities.image_sources import open_source
+from modalities.data.image_sources import open_source
 from nepa_core.basics import UserError
-from recipes import resize
 from recipes.cli import main
+from recipes.training import resizing as resize
 from tests.pictures import encoded, open_folder, picture, write_tree
 
 SMALL = encoded(picture(9, 30, 20), "jpeg")

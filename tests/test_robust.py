@@ -21,9 +21,9 @@ from nepa_core.runtime.checkpoint import disk_errors, read_json
 from nepa_core.runtime.config import nearest_key, shown
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.run import Run
-from recipes import training
 from recipes.cli import main
-from recipes.pretrain import PretrainConfig
+from recipes.configs import PretrainConfig
+from recipes.training import train as training
 from tests import tiny
 from tests.tiny import CPU, Waves
 
@@ -103,10 +103,10 @@ def test_numbers_that_are_too_large_for_the_machine_are_not_left_to_the_system(
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
 
     monkeypatch.setattr(training, "memory", lambda: 10**12)
-    monkeypatch.setattr("recipes.pretrain.build_pretrainer", full)
+    monkeypatch.setattr("recipes.training.pretraining.build_pretrainer", full)
     line = fails("pretrain", TINY, "verdict.test_samples=5000")
     assert line.startswith("out of memory (verdict.test_samples=5000): lower train.micro_batch or train.batch")
-    monkeypatch.setattr("recipes.pretrain.build_pretrainer", lambda config: [].pop())
+    monkeypatch.setattr("recipes.training.pretraining.build_pretrainer", lambda config: [].pop())
     with pytest.raises(IndexError):  # a defect keeps its traceback
         main(["pretrain", TINY])
 

@@ -18,8 +18,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from modalities import scene_data
-from modalities.scene_data import IGNORED, Augmentation, augmented, distorted, fitted_size, open_pairs, scaled
+from modalities.data import scenes as scene_data
+from modalities.data.scenes import IGNORED, Augmentation, augmented, distorted, fitted_size, open_pairs, scaled
 from nepa_core.basics import UnreadableSample, UserError
 from tests.contract import check_modality
 from tests.tiny_scenes import scene, scenes, write_scenes

@@ -20,20 +20,21 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modalities.scene_data import IGNORED
+from modalities.data.scenes import IGNORED
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World, leave, world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
-from recipes import segment as task
 from recipes import vision
 from recipes.cli import main
-from recipes.pretrain import pretrain
-from recipes.segment import Measured, SegmentConfig, build_segmenter, make_step, measure, pixel_loss, segment
-from recipes.segment_metrics import confusion, scores
-from recipes.segment_predict import EvaluationConfig, predict, slide, whole, window_starts
-from recipes.segment_report import palette, render
+from recipes.configs import SegmentConfig
+from recipes.networks.windows import EvaluationConfig, predict, slide, whole, window_starts
+from recipes.report.segment import palette, render
+from recipes.statistics.segment_metrics import confusion, scores
+from recipes.training import segmentation as task
+from recipes.training.pretraining import pretrain
+from recipes.training.segmentation import Measured, build_segmenter, make_step, measure, pixel_loss, segment
 from tests import tiny, tiny_scenes
 from tests.test_distributed import torchrun
 from tests.tiny import CPU, interrupted_at

@@ -14,9 +14,9 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as torch_save_file
 
+from modalities.data.listing import shared_content
+from modalities.data.vectors import open_split
 from modalities.features import Features, open_both
-from modalities.features_data import open_split
-from modalities.listing import shared_content
 from nepa_core.basics import UnreadableSample, UserError
 from nepa_core.runtime.run import Run
 from recipes.cli import main

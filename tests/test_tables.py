@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from modalities.listing import shared_content
-from modalities.series_data import Table, read_labelled, read_table
+from modalities.data.listing import shared_content
+from modalities.data.series import Table, read_labelled, read_table
 from modalities.timeseries import Labelled, TimeSeries, Windows
 from nepa_core.basics import UnreadableSample, UserError
 from nepa_core.runtime.config import validated
@@ -181,7 +181,7 @@ def test_the_row_of_a_bad_cell_is_its_line_in_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far: bool, above: str, comment: str, spoil: str
 ) -> None:
     if far:  # not in the first block, from which the types are known
-        monkeypatch.setattr("modalities.series_data.BLOCK", 512)
+        monkeypatch.setattr("modalities.data.series.BLOCK", 512)
     rows = [f"{t},{y}" for t, y in zip(HOURS, VALUES, strict=True)]
     rows[20] = comment + rows[20]
     place = 50 if far else 30

@@ -15,13 +15,17 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.config import load_object, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
-from recipes import ablate, bench, orders
-from recipes.bench import read_config
 from recipes.cli import main
-from recipes.finetune import finetune, short
+from recipes.comparison import ablate, orders
+from recipes.configs import PretrainConfig
 from recipes.objective_names import NAMED
-from recipes.pretrain import PretrainConfig, build_pretrainer, load_pretrained, pretrain, try_batch
-from recipes.workload import network
+from recipes.presets import short
+from recipes.tasks.bench import read_config
+from recipes.training import bench
+from recipes.training.finetuning import finetune
+from recipes.training.pretraining import load_pretrained, pretrain
+from recipes.training.starting import build_pretrainer, try_batch
+from recipes.training.workload import network
 from tests.conftest import ROOT
 from tests.contract import check_modality
 from tests.pictures import encoded, picture, write_tree
@@ -144,7 +148,7 @@ def test_ablate_runs_every_arm_once(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_bench_accounts_for_the_whole_step(tiny_recipe: PretrainConfig) -> None:
-    figures = bench.bench(tiny_recipe, bench.Options(steps=4), ALONE)
+    figures = bench.bench(tiny_recipe, bench.BenchOptions(steps=4), ALONE)
     shares = [figures[f"{phase} %"] for phase in bench.PHASES]
     assert sum(shares) == pytest.approx(100)
     assert all(share > 0 for share in shares)
@@ -158,19 +162,19 @@ def test_bench_reads_recipes_of_every_task_and_their_runs(tmp_path: Path, change
     finetune(tuned, run, ALONE, show=False)
     config = read_config(str(run.path), {})
     assert config == tuned
-    figures = bench.bench(config, bench.Options(steps=2), ALONE)
+    figures = bench.bench(config, bench.BenchOptions(steps=2), ALONE)
     assert figures["samples/s"] > 0
     scenes = read_config("recipes.vision:camvid_segment", {"train.batch": 2})
     assert network(scenes).backbone.config == scenes.model
     with pytest.raises(UserError, match="against=transformer compares pre-training steps"):
-        bench.against_bare_transformer(config, bench.Options(steps=2), ALONE)
+        bench.against_bare_transformer(config, bench.BenchOptions(steps=2), ALONE)
     with pytest.raises(UserError, match="which trains nothing"):
         read_config("tests.test_tasks:no_recipe", {})
 
 
-def no_recipe() -> bench.Options:
+def no_recipe() -> bench.BenchOptions:
     """A config that no task trains."""
-    return bench.Options()
+    return bench.BenchOptions()
 
 
 def test_bench_counts_the_operations_of_a_step(tiny_recipe: PretrainConfig) -> None:

@@ -15,14 +15,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modalities.series_data import read_labelled, read_table
+from modalities.data.series import read_labelled, read_table
 from modalities.timeseries import TimeSeries, Windows, _autoregression, _series, _transition, standardised
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override, parse_assignments, validated
-from recipes import card
-from recipes.goals import find_goal
-from recipes.pretrain import best_possible, build_model
+from recipes.networks.goals import find_goal
+from recipes.report import card
 from recipes.timeseries import demo
+from recipes.training.judging import best_possible
+from recipes.training.starting import build_model
 from tests.contract import check_modality
 
 ROWS = 120
@@ -127,7 +128,7 @@ def test_columns_of_one_name_do_no_harm_where_others_are_read(tmp_path: Path) ->
 
 
 def test_time_stamps_are_compared_over_the_borders_of_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("modalities.series_data.BLOCK", 64)
+    monkeypatch.setattr("modalities.data.series.BLOCK", 64)
     path = tmp_path / "long.csv"
     path.write_text("t,a\n" + "".join(f"{i},{i}.5\n" for i in [*range(1, 50), 49]))
     assert len(read_table(str(path), columns=("a",)).values) == 50, "without time stamps there is nothing to compare"
@@ -466,9 +467,9 @@ def test_the_optimum_is_known_only_where_it_is() -> None:
 
 
 def test_the_card_names_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nepa_core.baselines import fit_baselines
-    from nepa_core.gathered import Gathered
-    from nepa_core.verdict import judge, start_of
+    from nepa_core.verdict.baselines import fit_baselines
+    from nepa_core.verdict.gathered import Gathered
+    from nepa_core.verdict.judge import judge, start_of
 
     torch.manual_seed(0)
     seen = Gathered(torch.randn(20, 4, 3), torch.randn(20, 5, 6), torch.randn(20, 5, 6), None)

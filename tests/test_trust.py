@@ -205,7 +205,7 @@ def test_what_the_user_s_own_code_names_is_trusted_where_a_file_names_it_too(tmp
     "recipe",
     ["builtins:input", "os:abort", "os:getcwd", "builtins:dict", "tests.tiny:Waves", "pathlib:Path", "this:d",
      "code:interact", "tests.tiny:SHAPE", "recipes.cli:main", "recipes.cli:list_recipes",
-     "recipes.compare:default_workers", "tests.test_trust:bad_annotation", "tests.test_trust:re_exported"],
+     "recipes.comparison.engine:default_workers", "tests.test_trust:bad_annotation", "tests.test_trust:re_exported"],
 )  # fmt: skip
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_what_can_t_be_a_recipe_is_refused_before_it_is_called(place: Place, recipe: str, task: str) -> None:

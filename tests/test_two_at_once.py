@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from nepa_core.basics import UserError
-from nepa_core.runtime import run as runs
-from nepa_core.runtime.run import holder, holding, lock_beside, locked
+from nepa_core.runtime import locks as runs
+from nepa_core.runtime.locks import holder, holding, lock_beside, locked
 from recipes.cli import main
 from tests.conftest import ROOT
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nepa_core.model import NEPA
-from recipes.heads import DenseHead, canonical_tokens
-from recipes.segment import SegmentConfig, Segmenter, build_segmenter
-from recipes.upernet import UPerNet, UPerNetConfig
+from recipes.configs import SegmentConfig
+from recipes.networks.heads import DenseHead, canonical_tokens
+from recipes.networks.upernet import UPerNet, UPerNetConfig
+from recipes.training.segmentation import Segmenter, build_segmenter
 from tests import tiny_scenes
 
 CONFIG = UPerNetConfig(levels=(0, 1, 2, 3), channels=6, dropout=0.0, auxiliary_channels=5, auxiliary_weight=0.4)

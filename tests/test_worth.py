@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.worth import MAJORITY, RANDOM, RAW, Score, Worth, judge, sentences, without_control, worth_in
+from recipes.statistics.worth import MAJORITY, RANDOM, RAW, Score, Worth, judge, sentences, without_control, worth_in
 
 SAMPLES = 1000
 EACH = torch.arange(SAMPLES)

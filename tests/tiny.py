@@ -18,14 +18,18 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UnreadableSample
 from nepa_core.ema import Ema
-from nepa_core.modality import Modality, Tokens
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, StepOutput, fit
 from nepa_core.runtime.run import Run
+from nepa_core.tokens import Tokens
+from recipes.configs import PretrainConfig
 from recipes.presets import small
-from recipes.pretrain import PretrainConfig, build_pretrainer, held_out_health, make_step
+from recipes.training.judging import held_out_health
+from recipes.training.pretraining import make_step
+from recipes.training.starting import build_pretrainer
 
 CPU = torch.device("cpu")
 
@@ -168,7 +172,7 @@ def training(
     step_at: Callable[[float], StepFunction] | None = None,
     evaluate: Callable[[NEPA], dict[str, float]] | None = None,
 ) -> tuple[NEPA, Ema, FitResult]:
-    """The training part of `recipes.pretrain.pretrain` alone, with step functions or an evaluation of its own."""
+    """The training part of `recipes.training.pretraining.pretrain` alone, with a step or an evaluation of its own."""
     run = Run(folder)
     run.open(config)
     world = World(0, 1, CPU)

@@ -14,9 +14,9 @@ from PIL import Image
 from modalities.scenes import Scenes
 from nepa_core.runtime.config import override
 from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
-from recipes.segment import SegmentConfig
-from recipes.segment_predict import EvaluationConfig
-from recipes.upernet import UPerNetConfig
+from recipes.configs import SegmentConfig
+from recipes.networks.upernet import UPerNetConfig
+from recipes.networks.windows import EvaluationConfig
 from tests import tiny
 
 COLOURS = np.array([[40, 40, 200], [200, 60, 40], [60, 200, 60]], dtype=np.uint8)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from nepa_core.basics import Batch, UnreadableSample, UserError, cores
-from nepa_core.modality import LARGEST_VALUE, Tokens
+from nepa_core.tokens import LARGEST_VALUE, Tokens
 
 _SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
 _ERROR = "_error"  # key of a batch that is a user's error instead

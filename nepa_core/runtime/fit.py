@@ -35,8 +35,9 @@ from nepa_core.runtime.checkpoint import (
 )
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, seed_step
 from nepa_core.runtime.distributed import World
+from nepa_core.runtime.meter import Meter
 from nepa_core.runtime.optim import Duration, OptimConfig, make_optimizer, set_rates
-from nepa_core.runtime.run import Meter, Run
+from nepa_core.runtime.run import Run
 
 
 class TrainConfig(BaseModel):
@@ -517,7 +518,7 @@ def _accumulate(
             if out.broken is not None:
                 batches.suspect(out.broken)
             weighted = out.loss * out.weight
-            weighted.backward()  # type: ignore[no-untyped-call]
+            weighted.backward()
         sums[0] += weighted.detach()
         sums[1] += out.weight
         sums[2] += out.tokens

@@ -1,0 +1,1 @@
+"""Where samples come from: listing, images, shards, audio, series, vectors, the hub."""

@@ -1,0 +1,801 @@
+"""Audio as samples: found, read, mixed to one channel, resampled, and turned into log-mel frames.
+
+Shapes: n points of a waveform, T frames, F mel bands, B samples. Every data set is map-style and gives
+{"mel": float32 [T, F], "frames": int64 scalar} and, where there are labels, "label", an int64 scalar (a class) or a
+float32 one (a number to predict): clips are padded with silence (zeros) at their end, and "frames" says how many are
+real. A source knows the label of every row and gives the row's waveform.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+import os
+import re
+import stat
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from torchaudio.functional import melscale_fbanks
+from torchaudio.transforms import MelSpectrogram, Resample
+
+from modalities.data.listing import (
+    Contents,
+    Passed,
+    file_sizes,
+    fingerprint,
+    is_hidden,
+    list_files,
+    list_groups,
+    natural_key,
+    printable,
+    read_whole,
+    say,
+    say_left_aside,
+    subfolders,
+)
+from modalities.data.text_files import read_lines
+from nepa_core.basics import Batch, UnreadableSample, UserError
+
+SourceName = Literal["synthetic", "folder"]
+Padding = Literal["batch", "full"]
+
+SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
+"""What a split may be called where it is stored; the first name found is taken."""
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+FSDD_NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
+NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+"""Labels of a CSV file that all look like this are numbers to predict."""
+FSDD_TEST = 5
+"""Recordings 0 to 4 of each digit and speaker are FSDD's test split."""
+
+FLOOR = 1e-6
+"""Mel power that counts as silence, above the rounding of 16 bits (1e-8) and below any microphone's noise."""
+_LARGEST_KERNEL = 2**24  # numbers in the filters of a resampling; two rates without a common factor need more
+
+HELD_OUT = 0.1
+"""The share of clips that is held out where nothing says which."""
+
+FOLD = re.compile(r"(fold|split|part)[ _-]?\d+", re.IGNORECASE)
+"""Folders of this name divide a data set for cross-validation; they are no classes."""
+
+COLUMNS = {
+    "path": ("path", "file", "filename", "file_name"),
+    "split": ("split", "set", "subset"),
+    "label": ("label", "class", "category"),
+}
+"""What the columns of a manifest may be called, in any case."""
+
+_ROUNDING = 1e-4  # of samples of 16 bits, three steps of them
+_LISTENED = 48  # clips of a split that are looked at when it is opened, for _LISTENED_SECONDS each
+_LISTENED_SECONDS = 5
+
+Row = tuple[str, str, str]
+"""Path, label ("" for none), and "train" or "test"."""
+
+SYNTHETIC_CLASSES = ("tone", "rising", "falling", "pulsed")
+SYNTHETIC_COUNT = {"train": 2000, "test": 512}
+SYNTHETIC_NOISE = 0.05
+
+
+class FrontEnd(NamedTuple):
+    """How a waveform becomes frames; all lengths are whole numbers.
+
+    Attributes:
+        sample_rate: in Hz. bands: F.
+        window, hop: in points of the waveform.
+        step: frames in a token; a clip is filled up to whole tokens.
+        longest: frames of the longest clip, a multiple of `step`; what lies beyond is cut off.
+    """
+
+    sample_rate: int
+    bands: int
+    window: int
+    hop: int
+    step: int
+    longest: int
+
+    @property
+    def n_fft(self) -> int:
+        """A power of two of at least two windows: the spectrum is interpolated, so narrow low bands aren't empty."""
+        return 1 << (2 * self.window - 1).bit_length()
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _mel_spectrogram(form: FrontEnd) -> MelSpectrogram:
+    return MelSpectrogram(
+        form.sample_rate, n_fft=form.n_fft, win_length=form.window, hop_length=form.hop, n_mels=form.bands, center=False
+    )
+
+
+def empty_bands(form: FrontEnd) -> int:
+    """How many mel bands are so narrow that no frequency of the spectrum falls into them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchaudio warns of what is counted here
+        filters = melscale_fbanks(form.n_fft // 2 + 1, 0.0, form.sample_rate / 2, form.bands, form.sample_rate)
+    return int((filters.amax(0) == 0).sum())
+
+
+def log_mel(wave: Tensor, form: FrontEnd) -> Tensor:
+    """log(1 + mel power / FLOOR) of a waveform [..., n] between -1 and 1: [..., n // hop, F] float32, silence is 0.
+
+    Frame i is centred on point i * hop, and beyond its ends the clip is silent, so padding a clip with zeros changes
+    none of its frames.
+    """
+    return log_power(_mel_spectrogram(form)(F.pad(wave, (form.n_fft // 2, form.n_fft // 2))))[
+        ..., : wave.shape[-1] // form.hop, :
+    ]
+
+
+def log_power(mel: Tensor) -> Tensor:
+    """Mel power [..., F, T] to its logarithm [..., T, F]."""
+    return (mel.transpose(-1, -2) / FLOOR).log1p()
+
+
+def framed_log_mel(segments: Tensor, form: FrontEnd) -> Tensor:
+    """The frames that lie whole within segments [..., (T - 1) * hop + n_fft]: [..., T, F]."""
+    return log_power(_mel_spectrogram(form)(segments))
+
+
+# ------------------------------------------------------------------------------------------------------- data sets
+
+
+class Clips(Dataset[Batch]):
+    """Clips as log-mel frames.
+
+    Args:
+        rows: [S] int64, the row of the source behind each sample.
+        padding: pad a batch to its longest clip, or every batch to `form.longest`. A single sample always has
+            `form.longest` frames, so that any collate can stack it.
+        memory: row -> frames of a clip, or why it can't be read; filled on access. None keeps nothing.
+    """
+
+    def __init__(
+        self, source: Source, rows: Tensor, form: FrontEnd, padding: Padding, memory: dict[int, Tensor | str] | None
+    ) -> None:
+        self.source, self.rows, self.form = source, rows, form
+        self.labels = None if source.labels is None else source.labels[rows]
+        self.padding, self.memory = padding, memory
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        clip = self._frames(index)
+        mel = F.pad(clip, (0, 0, 0, self.form.longest - len(clip)))
+        return {"mel": mel, "frames": torch.tensor(len(clip))} | self._label(index)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A whole batch at once; raises UnreadableSample for the first clip in it that can't be read."""
+        clips = [self._frames(index) for index in indices]
+        mel = pad_sequence(clips, batch_first=True)
+        if self.padding == "full":
+            mel = F.pad(mel, (0, 0, 0, self.form.longest - mel.shape[1]))
+        frames = torch.tensor([len(clip) for clip in clips])
+        return {"mel": mel, "frames": frames} | self._label(torch.as_tensor(indices))
+
+    def _label(self, place: int | Tensor) -> Batch:
+        return {} if self.labels is None else {"label": self.labels[place]}
+
+    def name(self, index: int) -> str:
+        """What a message calls that clip: its file, or where it lies."""
+        return self.source.name(int(self.rows[index]))
+
+    def contents(self) -> Contents | None:
+        """The stored bytes of every clip; None where there are none."""
+        paths = self._paths()
+        return None if paths is None else Contents(file_sizes(paths), lambda index: read_whole(paths[index]), self.name)
+
+    def fingerprint(self) -> str:
+        """Changes where other files are listed, or one of another size or label."""
+        paths = self._paths()
+        if paths is None:
+            return f"{len(self)} samples"
+        top = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
+        labels = None if self.labels is None else self.labels.numpy()
+        return fingerprint((os.path.relpath(path, top) for path in paths), file_sizes(paths), labels)
+
+    def _paths(self) -> list[str] | None:
+        return self.source.paths[self.rows.numpy()].tolist() if isinstance(self.source, Recordings) else None
+
+    def _frames(self, index: int) -> Tensor:
+        """[T, F] of one clip, T its own."""
+        row = int(self.rows[index])
+        found = None if self.memory is None else self.memory.get(row)
+        if found is None:
+            found = _read_frames(self.source, row, self.form)
+            if self.memory is not None:
+                self.memory[row] = found
+        if isinstance(found, str):
+            raise UnreadableSample(found)
+        return found
+
+
+def _read_frames(source: Source, row: int, form: FrontEnd) -> Tensor | str:
+    """The frames of a clip filled up to whole tokens, or a line that says why there are none."""
+    token, most = form.step * form.hop, form.longest * form.hop
+    try:
+        wave = source.read(row, form.sample_rate, most)[:most]
+        if len(wave) <= token:
+            seconds = len(wave) / form.sample_rate
+            raise ValueError(
+                f"{seconds:.3f} s are not more than one token of {token / form.sample_rate:.3f} s, so there is nothing "
+                "to predict"
+            )
+        return log_mel(F.pad(wave, (0, -len(wave) % token)), form)
+    except (OSError, ValueError) as error:
+        return f"{source.name(row)}: {' '.join(str(error).split())}"
+
+
+@lru_cache(maxsize=4)
+def _memory(source: Source, form: FrontEnd) -> dict[int, Tensor | str]:
+    """What has been read of a source; all data sets of it share this."""
+    return {}
+
+
+def open_audio(
+    source: SourceName,
+    split: str,
+    *,
+    form: FrontEnd,
+    root: str | None = None,
+    held_out_speaker: str | None = None,
+    held_out: float = HELD_OUT,
+    padding: Padding = "batch",
+    in_memory: bool = False,
+    limit: int | None = None,
+) -> Clips:
+    """The clips of a split as log-mel frames.
+
+    Args:
+        source, root, held_out_speaker, held_out: see `open_source`.
+        split: "train" or "test".
+        padding: see `Clips`.
+        in_memory: keep the frames of every clip once it has been read.
+        limit: at most this many training clips, drawn by a permutation that never changes.
+
+    Raises:
+        UserError: the data can't be found, or are in none of the layouts.
+        UnreadableSample: from the data set, on access to a clip that can't be read, is empty, silent, not longer than a
+            token, or holds NaN.
+    """
+    stored = open_source(source, split, root=root, held_out_speaker=held_out_speaker, held_out=held_out)
+    count = len(stored)
+    rows = torch.arange(count)
+    if limit is not None and split == "train":
+        rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
+    return Clips(stored, rows, form, padding, _memory(stored, form) if in_memory else None)
+
+
+# --------------------------------------------------------------------------------------------------------- sources
+
+
+class Source(Hashable, Protocol):
+    """Labels and waveforms."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[n] int64, or float32 for numbers to predict; None where there are none."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Place k names label k; None where labels are no classes."""
+
+    def __len__(self) -> int:
+        """How many clips there are."""
+
+    def read(self, row: int, sample_rate: int, most: int) -> Tensor:
+        """The waveform of a row, one channel, [n] float32 at that rate; no more than about its first `most` points."""
+
+    def name(self, row: int) -> str:
+        """What a message calls that row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Recordings:
+    """Audio files. Their paths are a NumPy array: a list of strings would be copied into every worker."""
+
+    paths: np.ndarray[tuple[int], np.dtype[np.str_]]
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, row: int, sample_rate: int, most: int) -> Tensor:
+        return read_file(str(self.paths[row]), sample_rate, most)
+
+    def name(self, row: int) -> str:
+        return printable(str(self.paths[row]))
+
+
+@dataclass(frozen=True, eq=False)
+class Synthetic:
+    """Tones, rising and falling chirps and pulsed tones of 0.4 to 0.8 s under white noise, made from (seed, row).
+
+    Pitch (200 to 1,600 Hz), loudness and length are drawn for each clip whatever its class, so that only what happens
+    over time tells the class.
+    """
+
+    seed: int
+    labels: Tensor
+    classes: tuple[str, ...] = SYNTHETIC_CLASSES
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, row: int, sample_rate: int, most: int) -> Tensor:
+        clean, noise = self.parts(row, sample_rate)
+        return clean + noise
+
+    def parts(self, row: int, sample_rate: int) -> tuple[Tensor, Tensor]:
+        """The clip without its noise, and the noise of standard deviation SYNTHETIC_NOISE; [n] float32 each."""
+        draw = np.random.default_rng((self.seed, row))
+        kind = SYNTHETIC_CLASSES[int(self.labels[row])]
+        time = np.arange(int(draw.uniform(0.4, 0.8) * sample_rate)) / sample_rate
+        octaves = {"rising": 1.0, "falling": -1.0}.get(kind, 0.0) * time
+        pitch = 200 * 8 ** draw.uniform() * 2**octaves
+        wave = draw.uniform(0.2, 0.8) * np.sin(2 * np.pi * (np.cumsum(pitch) / sample_rate + draw.uniform()))
+        if kind == "pulsed":
+            wave *= 0.5 + 0.5 * np.sin(2 * np.pi * (5 * time + draw.uniform()))
+        noise = SYNTHETIC_NOISE * draw.standard_normal(len(time))
+        return torch.from_numpy(wave.astype(np.float32)), torch.from_numpy(noise.astype(np.float32))
+
+    def name(self, row: int) -> str:
+        return f"synthetic:{row}"
+
+
+def read_file(path: str, sample_rate: int, most: int) -> Tensor:
+    """The first `most` points of an audio file, its channels averaged, resampled; [n] float32.
+
+    Raises:
+        OSError, ValueError: it can't be read, or there is nothing in it to learn from.
+    """
+    rate, points, _ = _read_points(path, sample_rate, most)
+    wave = torch.from_numpy(points.mean(1))
+    if not len(wave):
+        raise ValueError("holds no samples")
+    if not wave.isfinite().all():
+        raise ValueError("holds NaN or infinite samples")
+    if wave.abs().max() < _ROUNDING and _cancels(points):
+        raise ValueError("is silent: its channels cancel each other, for one is the other upside down")
+    if wave.min() == wave.max():
+        raise ValueError("is silent: all of its samples are equal")
+    resampled: Tensor = wave if rate == sample_rate else _resampling(rate, sample_rate)(wave)
+    return resampled
+
+
+def _read_points(path: str, sample_rate: int, most: int) -> tuple[int, np.ndarray, str]:
+    """Rate, the first points [n, channels] float32 that make `most` at `sample_rate`, and how they are stored."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError("no regular file")  # a pipe might never end
+        with soundfile.SoundFile(os.fsencode(path)) as file:
+            rate = int(file.samplerate)
+            _check_rate(rate, sample_rate)
+            points = file.read(math.ceil(most * rate / sample_rate), dtype="float32", always_2d=True)
+            return rate, points, str(file.subtype)
+    except FileNotFoundError as error:
+        raise ValueError("there is no such file") from error
+    except soundfile.LibsndfileError as error:
+        raise ValueError(error.error_string) from error
+
+
+def _cancels(points: np.ndarray) -> bool:
+    """Whether the mean of the channels [n, channels] has less than a thousandth of their power (30 dB)."""
+    if points.shape[1] < 2:
+        return False
+    apart = points - points.mean(0)
+    return bool(1000 * np.square(apart.mean(1)).mean() < np.square(apart).mean())
+
+
+def _listen(root: str, paths: Sequence[str]) -> None:
+    """Say what is odd about the sound of a few clips, evenly spread over the list."""
+    chosen = paths if len(paths) <= _LISTENED else [paths[i * len(paths) // _LISTENED] for i in range(_LISTENED)]
+    found: dict[str, list[str]] = {}
+    read = 0
+    for path in chosen:
+        try:
+            _, points, kind = _read_points(path, 16_000, _LISTENED_SECONDS * 16_000)
+        except (OSError, ValueError):
+            continue  # is named when it is read as a sample
+        if not len(points) or not np.isfinite(points).all():
+            continue
+        read += 1
+        peak = float(np.abs(points).max())
+        if kind in ("FLOAT", "DOUBLE") and peak > 8:
+            what = (
+                f"have numbers up to {_power_of_two(peak):,}, as integers have, in a file of floating-point samples, "
+                "which should lie between -1 and 1; divide them"
+            )
+            found.setdefault(what, []).append(path)
+        if _cancels(points):
+            what = "have channels that cancel each other when they are averaged; keep one of them"
+            found.setdefault(what, []).append(path)
+        flat = (points[1:] == points[:-1]) & (np.abs(points[1:]) > 0.99)  # a loud tone touches full scale, and turns
+        if kind not in ("FLOAT", "DOUBLE") and len(flat) and flat.mean() > 0.005:
+            found.setdefault("are clipped: they stay at full scale for several samples at a time", []).append(path)
+    for what, named in found.items():
+        say(f"{root}: {len(named)} of {read} clips listened to, such as {printable(min(named))}, {what}")
+
+
+def _power_of_two(number: float) -> int:
+    return int(2 ** math.ceil(math.log2(number)))
+
+
+def _check_rate(rate: int, wanted: int) -> None:
+    common = math.gcd(rate, wanted)
+    if not 1000 <= rate <= 1_000_000 or (wanted // common) * (rate // common) > _LARGEST_KERNEL:
+        raise ValueError(
+            f"its header says {rate} samples a second, which can't be brought to data.sample_rate={wanted}; "
+            "fix the header"
+        )
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _resampling(rate: int, wanted: int) -> Resample:
+    return Resample(rate, wanted)
+
+
+def open_source(
+    source: SourceName,
+    split: str,
+    *,
+    root: str | None = None,
+    held_out_speaker: str | None = None,
+    held_out: float = HELD_OUT,
+) -> Source:
+    """Where the clips of a split come from; what has been opened once is kept.
+
+    Args:
+        source: "synthetic" (see `Synthetic`) or "folder".
+        split: "train" or "test" (held out).
+        root: for "folder",
+            - a folder with class folders, `train/<class>/*` and `val/<class>/*`, or with `train/*` and `val/*` for
+              clips without labels;
+            - a folder with files of FSDD's naming, `{digit}_{speaker}_{index}.wav` (there, in fsdd/ or in recordings/),
+              whose recordings 0 to 4 of each digit and speaker are held out;
+            - a CSV file with the columns path (seen from its folder) and split and, where clips have labels, label:
+              classes, or numbers to predict where every one of them is written with a decimal point;
+            - `<class>/*` alone, two or more class folders: a share of each is held out. A class of one file and the
+              few files that lie beside the folders (a tenth at most) are left out;
+            - folders fold1, fold2, ... (or split1, part1), with class folders in them or without: whole folds are held
+              out, the first ones;
+            - any other folder with audio files in it, at any depth: clips without labels, of which a share is held out.
+            The held-out split may be called val, validation or test; of several the first in this order, and the rest
+            are left aside. What is passed over (`modalities.data.listing`) or left out is said.
+        held_out_speaker: with FSDD's naming, hold out all recordings of this speaker instead.
+        held_out: the share of clips that is held out where nothing else says which, those whose paths (seen from
+            `root`) have the lowest hashes: moving the folder changes nothing, and a new file hardly anything. Where
+            several files are of one recording, divide them yourself, or the same sound is in both splits.
+
+    Raises:
+        UserError: there is no such data, or they are in none of these layouts, the classes of the splits differ, or a
+            manifest has one clip in both of them.
+    """
+    if split not in SPLITS:
+        raise ValueError(f'split is "train" or "test", not {split!r}')
+    if source == "synthetic":
+        return _open_synthetic(split)
+    if root is None:
+        raise UserError("data.source=folder needs data.root=DIR, the folder that holds the audio files")
+    return _open_folder(root, split, held_out_speaker, held_out)
+
+
+@lru_cache(maxsize=2)
+def _open_synthetic(split: str) -> Synthetic:
+    return Synthetic(list(SPLITS).index(split), torch.arange(SYNTHETIC_COUNT[split]) % len(SYNTHETIC_CLASSES))
+
+
+@lru_cache(maxsize=4)
+def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: float) -> Recordings:
+    place = Path(root).expanduser()
+    if not place.exists():
+        raise UserError(f"data.root={root}: there is no such folder or CSV file; give the one that holds the audio")
+    fsdd = None if place.is_file() else _fsdd_files(place)
+    if fsdd:
+        return _open_fsdd(root, fsdd, split, held_out_speaker)
+    if held_out_speaker is not None:
+        raise UserError(f"data.held_out_speaker needs files of FSDD's naming, and data.root={root} holds none")
+    if place.is_file():
+        rows = _manifest_rows(place)
+        return _recordings(root, rows, split, numbers=all(NUMBER.fullmatch(label) for _, label, _ in rows))
+    passed = Passed()
+    folders = {each: [place / n for n in names if (place / n).is_dir()] for each, names in SPLITS.items()}
+    if all(folders.values()):
+        rows = [(path, label, each) for each, found in folders.items() for path, label in _tree(found[0], passed)]
+        _say_passed(root, passed, [folder.name for folder in folders["test"]])
+        return _recordings(root, rows, split)
+    if not any(folders.values()):
+        files, passed = list_files(place, SUFFIXES)
+        _say_passed(root, passed)
+        if files:
+            rows = _divided(root, place, files, held_out)
+            _say_without_files(place, files, rows)
+            return _recordings(root, rows, split)
+    raise UserError(
+        f"data.root={root}: looked for train/<class>/* or train/* with the same in val/ (or validation/, test/), for "
+        "files named {digit}_{speaker}_{index}.wav, and for a folder of audio files without train/ and val/, but found "
+        "none complete; a CSV manifest is given as data.root=FILE.csv"
+    )
+
+
+def _say_without_files(folder: Path, files: Sequence[str], rows: Sequence[Row]) -> None:
+    """Name the folders that would be classes if they held a file that is read."""
+    held = {os.path.relpath(path, folder).split(os.sep)[0] for path in files}
+    empty = [printable(name) for name in subfolders(folder) if name not in held]
+    if empty and {label for _, label, _ in rows} <= held:
+        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {_some(empty)}, so they are no classes")
+
+
+def _say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
+    """Say what a listing passed over, and which of several held-out splits is taken."""
+    if line := passed.line(root):
+        say(line)
+    say_left_aside(root, held_out)
+
+
+def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = False) -> Recordings:
+    """A split of (path, label or "", "train" or "test"); classes are numbered in the order of their names."""
+    names = {each: sorted({label for _, label, part in rows if part == each}) for each in SPLITS}
+    for each, found in names.items():
+        if not found:
+            raise UserError(
+                f"data.root={root}: no audio file ({', '.join(SUFFIXES)}) in the "
+                f"{'training' if each == 'train' else 'held-out'} split"
+            )
+    mine = [(path, label) for path, label, part in rows if part == split]
+    paths = np.array([path for path, _ in mine])
+    _listen(root, paths.tolist())
+    if names["train"] == names["test"] == [""]:
+        return Recordings(paths, None, None)
+    if numbers:
+        return Recordings(paths, torch.tensor([float(label) for _, label in mine]), None)
+    alone = sorted(set(names["test"]) ^ set(names["train"]))
+    if "" in alone:
+        raise UserError(
+            f"data.root={root}: clips of one split have labels, and those of the other none; give both, or none"
+        )
+    if alone:
+        raise UserError(f"data.root={root}: both splits need the same classes; only one has {', '.join(alone[:6])}")
+    classes = names["train"]
+    number = {label: place for place, label in enumerate(classes)}
+    return Recordings(paths, torch.tensor([number[label] for _, label in mine]), tuple(map(printable, classes)))
+
+
+def _tree(folder: Path, passed: Passed) -> list[tuple[str, str]]:
+    """(path, class) of all audio files in the class folders, sorted; without class folders those there, of class ""."""
+    beside = Passed()
+    labels = subfolders(folder, beside)
+    groups = list_groups(folder, [folder / label for label in labels], SUFFIXES)
+    found = sorted((path, label) for label, group in zip(labels, groups, strict=True) for path in group.paths)
+    if not found:
+        listed = list_files(folder, SUFFIXES)
+        passed.merge(listed.passed)
+        return [(path, "") for path in listed.paths]
+    passed.merge(beside)
+    for group in groups:
+        passed.merge(group.passed)
+    if empty := [printable(label) for label, group in zip(labels, groups, strict=True) if not group.paths]:
+        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {_some(empty)}, so they are no classes")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> list[Row]:
+    """Files that nobody divided: of every class those whose paths have the lowest hashes are held out.
+
+    `open_source` says what becomes a class.
+    """
+    if len(files) < 2:
+        raise UserError(f"data.root={root} holds one audio file; two are wanted, for one of them is held out")
+    seen = {path: os.path.relpath(path, folder) for path in files}
+    parts = {path: name.split(os.sep) for path, name in seen.items()}
+    lowest = parts  # seen from the lowest folder that holds all files
+    while len({each[0] for each in lowest.values()}) == 1 and all(len(each) > 1 for each in lowest.values()):
+        lowest = {path: each[1:] for path, each in lowest.items()}
+    tops = sorted({each[0] for each in lowest.values() if len(each) > 1}, key=natural_key)
+    if len(tops) > 1 and all(map(FOLD.fullmatch, tops)):
+        return _by_folds(root, lowest, tops, held_out)
+    label = _classes_of(root, parts)
+    alike: dict[str, list[str]] = {}
+    for path in sorted(label, key=lambda path: hashlib.sha256(os.fsencode(seen[path])).digest()):
+        alike.setdefault(label[path], []).append(path)
+    held = {path for each in alike.values() for path in each[: min(max(round(held_out * len(each)), 1), len(each) - 1)]}
+    return [(path, label[path], "test" if path in held else "train") for path in files if path in label]
+
+
+def _by_folds(root: str, parts: dict[str, list[str]], folds: Sequence[str], held_out: float) -> list[Row]:
+    """Whole folds are held out: clips of one recording lie in one of them."""
+    inner = {path: each for path, each in parts.items() if len(each) > 1}
+    names = {each[1] for each in inner.values() if len(each) > 2}
+    classes = len(names) > 1 and all(len(each) > 2 for each in inner.values())
+    held = folds[: min(max(round(held_out * len(folds)), 1), len(folds) - 1)]
+    lost = len(parts) - len(inner)
+    say(
+        f"{root}: {folds[0]} to {folds[-1]} are folds and no classes; {_some(held)} held out, "
+        + ("classes are the folders in them" if classes else "no labels: no class folders are in all of them")
+        + (f"; {lost} files beside them are left out" if lost else "")
+    )
+    return [(path, each[1] if classes else "", "test" if each[0] in held else "train") for path, each in inner.items()]
+
+
+def _classes_of(root: str, parts: dict[str, list[str]]) -> dict[str, str]:
+    """path -> class of the files that count; "" for all of them where folders are no classes.
+
+    Args:
+        parts: path -> folders and name, seen from the root.
+    """
+    inner = {path: each for path, each in parts.items() if len(each) > 1}
+    counts = Counter(each[0] for each in inner.values())
+    if len(counts) < 2:
+        return dict.fromkeys(parts, "")
+    loose = sorted(path for path, each in parts.items() if len(each) == 1)
+    single = sorted(name for name, count in counts.items() if count == 1)
+    deep = sum(len(each) > 2 for each in inner.values())
+    none = f"{root}: no labels, though there are {len(counts)} folders:"
+    if 2 * deep > len(inner):
+        say(f"{none} most files lie deeper in them; name classes by a CSV file")
+    elif len(loose) > max(len(parts) // 10, 1):
+        say(f"{none} {len(loose):,} of {len(parts):,} files lie beside them; move these away, or into folders")
+    elif len(counts) - len(single) < 2:
+        say(f"{none} all but {len(counts) - len(single)} hold one file, and one of each class is held out")
+    else:
+        if loose:
+            say(f"{root}: left out: {len(loose)} beside the class folders, such as {printable(loose[0])}")
+        if single:
+            say(f"{root}: left out, for one file can't be in both splits: {_some(list(map(printable, single)))}")
+        return {path: each[0] for path, each in inner.items() if counts[each[0]] > 1}
+    return dict.fromkeys(parts, "")
+
+
+def _manifest_rows(file: Path) -> list[Row]:
+    lines = [f"{line}\n" for line in read_lines(file)]
+    separator = max(",;\t|", key=next((line for line in lines if line.strip()), "").count)
+    known = {name: each for each, names in SPLITS.items() for name in names}
+    found: list[tuple[int, str, str, str]] = []
+    try:
+        table = csv.reader(lines, delimiter=separator)
+        head = next((row for row in table if any(row)), [])
+        names = [name.strip().lower() for name in head]
+        places = {
+            key: next((names.index(name) for name in also if name in names), None) for key, also in COLUMNS.items()
+        }
+        missing = [name for name in ("path", "split") if places[name] is None]
+        if missing:
+            raise UserError(
+                f"{file}: the first line must name the columns path and split, and label where clips have labels; "
+                f"no {missing[0]}"
+            )
+        for row in table:
+            if not any(row):
+                continue
+            path, label, split = (
+                row[place].strip() if place is not None and place < len(row) else ""
+                for place in (places["path"], places["label"], places["split"])
+            )
+            if not path or "\0" in path or split.lower() not in known:
+                raise UserError(
+                    f"{file}, row {table.line_num}: needs a path and a split of {', '.join(known)}, not {path!r}, "
+                    f"{split!r}"
+                )
+            found.append((table.line_num, _beside(file, path), label, split.lower()))
+    except csv.Error as error:
+        raise UserError(f"{file}: not a readable CSV file ({error})") from error
+    held_out = [name for name in SPLITS["test"] if any(split == name for *_, split in found)]
+    _say_passed(str(file), Passed(), held_out)
+    rows = [each for each in found if each[3] not in held_out[1:]]
+    bare = [number for number, _, label, _ in rows if not label]
+    if 0 < len(bare) < len(rows):
+        raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
+    _check_once(file, [(number, path, known[split], label) for number, path, label, split in rows])
+    _check_kind(file, [(number, label) for number, _, label, _ in rows])
+    return [(path, label, known[split]) for _, path, label, split in rows]
+
+
+def _beside(file: Path, path: str) -> str:
+    """A path of a manifest, seen from its folder; one with the separators of Windows too."""
+    if "\\" in path and "/" not in path and not (file.parent / path).exists():
+        path = path.replace("\\", "/")
+    return os.path.normpath(file.parent / path)
+
+
+def _check_kind(file: Path, rows: Sequence[tuple[int, str]]) -> None:
+    """See that labels are all classes or all numbers to predict, which have a decimal point each.
+
+    Args:
+        rows: number in the file and label of each.
+    """
+    numbers = [bool(NUMBER.fullmatch(label)) for _, label in rows]
+    if any(numbers) and not all(numbers) and all(_reads_as_number(label) for _, label in rows):
+        number, label = rows[numbers.index(False)]
+        raise UserError(
+            f"{file}, row {number}: the label {label!r} has no decimal point, and others have; write numbers to "
+            "predict with one (2.0), classes without"
+        )
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_once(file: Path, rows: Sequence[tuple[int, str, str, str]]) -> None:
+    """See that no clip is in both splits or has two labels; say how many are named twice, and how many are not there.
+
+    Args:
+        rows: number in the file, path, split and label of each.
+    """
+    first: dict[str, tuple[int, str, str]] = {}
+    twice = 0
+    for number, path, split, label in rows:
+        before, other, known = first.setdefault(path, (number, split, label))
+        if other != split:
+            raise UserError(
+                f"{file}, row {number}: {printable(path)} is held out here or in row {before}, and trained on in the "
+                "other; name it once"
+            )
+        if known != label:
+            raise UserError(
+                f"{file}, row {number}: {printable(path)} has the label {printable(label)} here and {printable(known)} "
+                f"in row {before}; name it once"
+            )
+        twice += before != number
+    if twice:
+        say(f"{file}: {twice:,} rows name a clip that a row above has named")
+    gone = [path for path, size in zip(first, file_sizes(list(first)), strict=True) if size < 0]
+    if gone:
+        say(
+            f"{file}: {len(gone):,} of {len(first):,} clips are not there and are skipped as unreadable, such as "
+            f"{printable(gone[0])}"
+        )
+
+
+def _fsdd_files(folder: Path) -> list[tuple[Path, re.Match[str]]]:
+    for place in (folder, folder / "fsdd", folder / "recordings"):
+        files = [file for file in sorted(place.glob("*.wav")) if not is_hidden(file.name) and file.is_file()]
+        named = [(file, match) for file in files if (match := FSDD_NAME.fullmatch(file.name))]
+        if named:
+            other = set(files) - {file for file, _ in named}
+            if other:
+                raise UserError(
+                    f"{min(other)}: beside files named {{digit}}_{{speaker}}_{{index}}.wav; rename or remove"
+                )
+            return named
+    return []
+
+
+def _open_fsdd(
+    root: str, files: Sequence[tuple[Path, re.Match[str]]], split: str, held_out_speaker: str | None
+) -> Recordings:
+    speakers = sorted({match["speaker"] for _, match in files})
+    if held_out_speaker is not None and held_out_speaker not in speakers:
+        raise UserError(f"data.held_out_speaker={held_out_speaker}: the speakers are {', '.join(speakers)}")
+    rows = []
+    for file, match in files:
+        index_held = held_out_speaker is None and int(match["index"]) < FSDD_TEST
+        held = index_held or match["speaker"] == held_out_speaker
+        rows.append((str(file), match["digit"], "test" if held else "train"))
+    return _recordings(root, rows, split)

@@ -1,0 +1,307 @@
+"""Images as samples: decoded on access or all at once, brought to one size, augmented.
+
+Shapes: n samples, C channels, H x W pixels. Every data set is map-style and gives
+{"image": uint8 [C, H, W], "label": int64 scalar}. Where images come from: `modalities.data.image_sources`; what is
+done to them: `modalities.data.image_augment`; how bytes become pixels: `modalities.data.image_decode`. `DecodedImages`
+turns a source into samples on access, `MemoryImages` holds them decoded. Every data set has `fingerprint()` and
+`contents()`, see `modalities.data.listing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from modalities.data.hub import one_line
+from modalities.data.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
+from modalities.data.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
+from modalities.data.image_sources import Arrays, Files, Noise, Rows, Size, Source, SourceName, files_of, open_source
+from modalities.data.listing import IN_PLACE, OPENING, Contents, fingerprint
+from nepa_core.basics import Batch, UnreadableSample, cores
+
+SHARE = 256  # images that a process decodes at a time
+WORTH_A_PROCESS = 2000  # images that repay the start of one
+JPEG = b"\xff\xd8\xff"
+
+
+def open_images(
+    source: SourceName,
+    split: str,
+    *,
+    size: Size,
+    channels: Channels,
+    root: str | None = None,
+    augment: Augment = "none",
+    interpolation: Interpolation = "bicubic",
+    crop_ratio: float = 1.0,
+    squash: bool = False,
+    erase: float = 0.0,
+    mean: tuple[float, ...] | None = None,
+    in_memory: bool = False,
+    limit: int | None = None,
+    max_pixels: int = LARGEST_IMAGE,
+) -> Dataset[Batch]:
+    """The images of a split, scaled (bicubic, antialiased) to cover `size`, then cropped to it at the centre.
+
+    What has been listed, read or decoded is kept, so opening the same split again costs nothing.
+
+    Args:
+        source, root: see `modalities.data.image_sources.open_source`.
+        split: "train" or "test".
+        size: (height, width) in pixels.
+        channels: 1 converts to greyscale, 3 to RGB.
+        augment: what is done to the training split instead of fitting: "crop", "crop_flip" or "randaugment", see
+            `modalities.data.image_augment.augmentation`. Drawn from torch's global generator.
+        interpolation: of those random crops.
+        crop_ratio: the share of the scaled image's sides that the centre crop keeps: it is scaled to cover
+            `size` / `crop_ratio` (timm's crop_pct).
+        squash: it is scaled to exactly `size` / `crop_ratio`, and so loses its own shape.
+        erase: probability that a training sample names a rectangle to erase, under the key "erase", see
+            `modalities.data.image_augment.ErasedBox`.
+        mean: of each channel between 0 and 1, with which RandAugment fills corners; default mid-grey.
+        in_memory: decode everything at once, at `size`. Random crops are then taken out of the centre crops.
+        limit: at most this many training images, drawn by a permutation that never changes.
+        max_pixels: of a stored image; a larger one is unreadable, and only its header has been read.
+
+    Raises:
+        UserError: the data can't be found, or can't be read as one of the layouts.
+        UnreadableSample: from the data set, on access to an image that can't be decoded.
+    """
+    stored = open_source(source, split, root=root, size=size)
+    train = split == "train"
+    limit = limit if train else None
+    transform = augmentation(augment, size, mean or (0.5,) * channels, interpolation) if train else None
+    box = ErasedBox(erase, size) if train and erase else None
+    fitted = CentreCrop(size, crop_ratio, squash=squash)
+    if not in_memory:
+        rows = _subset(len(stored.labels), limit)
+        return DecodedImages(stored, rows, size, channels, transform or fitted, box, max_pixels)
+    memory = _in_memory(stored, size, channels, limit, crop_ratio, squash, max_pixels)
+    return memory if transform is None and box is None else AugmentedImages(memory, transform, box)
+
+
+def open_files(
+    paths: Sequence[str], *, size: Size, channels: Channels, max_pixels: int = LARGEST_IMAGE
+) -> Dataset[Batch]:
+    """Image files by name, scaled to cover `size` and cropped; their label is -1, for none is known."""
+    files = files_of(paths, torch.full((len(paths),), -1), None)
+    return DecodedImages(files, torch.arange(len(paths)), size, channels, CentreCrop(size, 1.0), None, max_pixels)
+
+
+class DecodedImages(Dataset[Batch]):
+    """Images decoded on access.
+
+    Args:
+        source: the undecoded images.
+        rows: [n] int64, the row of the source behind each sample.
+        transform: from uint8 [C, h, w] as stored to uint8 [C, H, W]; None fits the image to `size`.
+        erase: draws the rectangle that the sample carries under "erase".
+        max_pixels: of an image as it is stored.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rows: Tensor,
+        size: Size,
+        channels: Channels,
+        transform: Transform | None = None,
+        erase: Callable[[], Tensor] | None = None,
+        max_pixels: int = LARGEST_IMAGE,
+    ) -> None:
+        self.source = source
+        self.rows = rows
+        self.labels = source.labels[rows]
+        self.size = size
+        self.channels = channels
+        self.transform = transform or CentreCrop(size)
+        self.erase = erase
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        pixels = self.transform(self._decode(int(self.rows[index])))
+        return _with_box({"image": pixels, "label": self.labels[index]}, self.erase)
+
+    def name(self, index: int) -> str:
+        """What a message calls that image: its file, or where it lies."""
+        return self.source.name(int(self.rows[index]))
+
+    def fingerprint(self) -> str:
+        """See `modalities.data.listing.fingerprint`."""
+        names, rows = self.source.relative_names(), self.rows.tolist()
+        labels = None if isinstance(self.source, Files) else self.labels.numpy()  # of files the folder says it
+        return fingerprint((names[row] for row in rows), self.source.sizes()[rows], labels)
+
+    def contents(self) -> Contents | None:
+        """See `modalities.data.listing.Contents`; None of noise, which is made on access."""
+        if isinstance(self.source, Noise):
+            return None
+        opening = IN_PLACE if isinstance(self.source, Arrays | Rows) else OPENING
+        return Contents(self.source.sizes()[self.rows.numpy()], self._stored, self.name, opening)
+
+    def _stored(self, index: int) -> bytes:
+        stored = self.source.read(int(self.rows[index]))
+        return stored if isinstance(stored, bytes) else stored.tobytes()
+
+    def _decode(self, row: int) -> Tensor:
+        try:
+            return decode(self.source.read(row), self.channels, self.max_pixels)
+        except Exception as error:  # PIL raises a dozen kinds for a damaged file
+            raise UnreadableSample(f"{self.source.name(row)}: {one_line(error)}") from error
+
+
+class MemoryImages(Dataset[Batch]):
+    """Decoded images, uint8 [n, C, H, W].
+
+    Args:
+        unreadable: the index of a damaged one -> its message.
+        stored: what they were decoded from.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, unreadable: dict[int, str], stored: DecodedImages) -> None:
+        self.images = images
+        self.labels = labels
+        self.unreadable = unreadable
+        self.stored = stored
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Batch:
+        self._check([index])
+        return {"image": self.images[index], "label": self.labels[index]}
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        """A whole batch at once; raises UnreadableSample for the first damaged image in it."""
+        self._check(indices)
+        chosen = torch.as_tensor(indices)
+        return {"image": self.images.index_select(0, chosen), "label": self.labels.index_select(0, chosen)}
+
+    def name(self, index: int) -> str:
+        """See `DecodedImages.name`."""
+        return self.stored.name(index)
+
+    def fingerprint(self) -> str:
+        """See `modalities.data.listing.fingerprint`."""
+        return self.stored.fingerprint()
+
+    def contents(self) -> Contents | None:
+        """See `modalities.data.listing.Contents`."""
+        return self.stored.contents()
+
+    def _check(self, indices: list[int]) -> None:
+        for index in indices:
+            if index in self.unreadable:
+                raise UnreadableSample(self.unreadable[index])
+
+
+class AugmentedImages(Dataset[Batch]):
+    """Images in memory, each transformed on access (and so without `__getitems__`)."""
+
+    def __init__(
+        self, images: MemoryImages, transform: Transform | None, erase: Callable[[], Tensor] | None = None
+    ) -> None:
+        self.images = images
+        self.transform = transform
+        self.erase = erase
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Batch:
+        sample = self.images[index]
+        if self.transform is not None:
+            sample["image"] = self.transform(sample["image"])
+        return _with_box(sample, self.erase)
+
+    def name(self, index: int) -> str:
+        """See `DecodedImages.name`."""
+        return self.images.name(index)
+
+    def fingerprint(self) -> str:
+        """See `modalities.data.listing.fingerprint`."""
+        return self.images.fingerprint()
+
+    def contents(self) -> Contents | None:
+        """See `modalities.data.listing.Contents`."""
+        return self.images.contents()
+
+
+def _with_box(sample: Batch, erase: Callable[[], Tensor] | None) -> Batch:
+    return sample if erase is None else sample | {"erase": erase()}
+
+
+def _subset(count: int, limit: int | None) -> Tensor:
+    """The rows to use: all in turn, or the head of a fixed permutation (folders are sorted by class)."""
+    if limit is None:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
+
+
+@lru_cache(maxsize=4)  # both splits of two data sets
+def _in_memory(
+    stored: Source,
+    size: Size,
+    channels: Channels,
+    limit: int | None,
+    crop_ratio: float,
+    squash: bool,
+    max_pixels: int,
+) -> MemoryImages:
+    """Decode everything, in several processes where there is enough to do.
+
+    Not in threads: with small images the interpreter's lock makes two threads slower than one.
+    """
+    rows, fitted = _subset(len(stored.labels), limit), CentreCrop(size, crop_ratio, squash=squash)
+    lazy = DecodedImages(stored, rows, size, channels, fitted, None, max_pixels)
+    images = torch.zeros(len(lazy), channels, *size, dtype=torch.uint8)
+    unreadable: dict[int, str] = {}
+    loader = DataLoader(
+        DecodedShares(lazy),
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=min(cores(), len(lazy) // WORTH_A_PROCESS),
+        generator=torch.Generator(),  # a loader draws a seed, which must not come from the global generator
+    )
+    for share, (pixels, bad) in enumerate(loader):
+        images[share * SHARE : (share + 1) * SHARE] = torch.from_numpy(pixels)
+        unreadable |= bad
+    return MemoryImages(images, lazy.labels, unreadable, lazy)
+
+
+class DecodedShares(Dataset[tuple[Pixels, dict[int, str]]]):
+    """Images in shares of SHARE: their pixels uint8 [SHARE, C, H, W] and the messages of the damaged ones.
+
+    NumPy arrays travel between processes through a pipe; tensors would need room in /dev/shm.
+    """
+
+    def __init__(self, images: DecodedImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // SHARE)
+
+    def __getitem__(self, share: int) -> tuple[Pixels, dict[int, str]]:
+        first = share * SHARE
+        count = min(SHARE, len(self.images) - first)
+        pixels = np.zeros((count, self.images.channels, *self.images.size), dtype=np.uint8)
+        bad: dict[int, str] = {}
+        for place in range(count):
+            try:
+                pixels[place] = self.images[first + place]["image"].numpy()
+            except UnreadableSample as error:
+                bad[first + place] = str(error)
+        return pixels, bad
+
+
+def _as_is(share: Any) -> Any:
+    return share

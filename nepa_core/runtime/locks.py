@@ -1,0 +1,191 @@
+"""One command at a time writes in a run's folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from nepa_core.basics import UserError
+from nepa_core.runtime.checkpoint import disk_errors, read_json
+from nepa_core.runtime.config import shown
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
+
+# ------------------------------------------------------------------------------------------------------- two at once
+
+_HELD: set[int] = set()  # descriptors of the locks of this process
+_WAIT = 0.2  # seconds between looks at a lock that another process has
+
+
+def _let_go() -> None:
+    """In a process forked from this one, such as a loader: the lock is the parent's, and must end with it."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
+
+
+class Holder(NamedTuple):
+    """Who has a lock: a process and its command.
+
+    Attributes:
+        trains: it may take hours, so that nobody waits for it.
+    """
+
+    pid: int
+    host: str
+    command: str
+    since: str
+    trains: bool
+
+    def __str__(self) -> str:
+        return f"`{shown(self.command, 120)}` (process {self.pid} on {self.host}, since {self.since})"
+
+
+def this_process(*, trains: bool) -> Holder:
+    """What this process leaves in a lock."""
+    command = shlex.join(["nepa", *sys.argv[1:]])
+    return Holder(os.getpid(), socket.gethostname(), command, time.strftime("%Y-%m-%d %H:%M:%S"), trains)
+
+
+@contextmanager
+def locked(file: Path, *, patient: bool = False, keep: bool = True, trains: bool = True) -> Iterator[bool]:
+    """Whether this process could take a lock, which it then has in the block; the kernel frees it when it ends.
+
+    The file says who has it, to people and to `holder`; a file alone is no lock.
+
+    Args:
+        patient: wait until it can be taken.
+        keep: leave the file where it is.
+        trains: see `Holder`.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    with disk_errors(file):
+        while (descriptor := _taken(file)) is None and patient:
+            time.sleep(_WAIT)
+        if descriptor is not None:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(this_process(trains=trains)._asdict()).encode(), 0)
+    if descriptor is None:
+        yield False
+        return
+    _HELD.add(descriptor)
+    try:
+        yield True
+    finally:
+        if descriptor in _HELD:  # not in a process forked from this one
+            _HELD.discard(descriptor)
+            if not keep:
+                file.unlink(missing_ok=True)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it with a process that was just forked
+            os.close(descriptor)
+
+
+def _taken(file: Path) -> int | None:
+    """A descriptor that holds the lock, or None where another one does."""
+    while True:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:  # who had it before has just removed the folder that it made
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # who had it before has removed the file: this lock keeps nobody out
+
+
+def holder(file: Path) -> Holder | None:
+    """Who has a lock, as far as its file says it."""
+    try:
+        return Holder(**read_json(file))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+@contextmanager
+def holding(folder: Path, *, trains: bool, lock: Path | None = None) -> Iterator[None]:
+    """Be the only one who writes in a folder within the block; who only reads needs no lock.
+
+    For a task that takes seconds to minutes another one waits, with a line that says for whom; for training it does
+    not. What was made for the lock alone is gone afterwards.
+
+    Args:
+        trains: this process may take hours.
+        lock: where the lock lies; FOLDER/.lock, that of `recipes.comparison.engine`.
+
+    Raises:
+        UserError: another process trains in the folder, or it can't be written.
+    """
+    file = lock or folder / ".lock"
+    with disk_errors(folder):
+        made = [place for place in (file.parent, *file.parent.parents) if not place.exists()]
+        no_folder = file.parent.exists() and not file.parent.is_dir()
+    if no_folder:  # the task says what is wrong with it
+        yield
+        return
+    told = False
+    try:
+        while True:
+            with locked(file, keep=False, trains=trains) as mine:
+                if mine:
+                    yield
+                    return
+            other = holder(file)
+            if other is not None and other.trains:
+                raise UserError(
+                    f"{folder} is in use by {other}: wait for it or stop it, or name another folder with out=DIR"
+                )
+            if other is not None and not told:
+                print(f"waiting for {other}, which writes in {folder}", file=sys.stderr)
+                told = True
+            time.sleep(_WAIT)
+    finally:
+        for place in made:
+            with suppress(OSError):  # it holds something now
+                place.rmdir()
+
+
+def lock_beside(folder: Path) -> Path:
+    """The lock of a folder that must not hold one: it is new, or is given to others."""
+    whole = folder.absolute()
+    return whole.parent / f".lock_{whole.name}"
+
+
+@contextmanager
+def at_work(run: Run, ranks: World, *, trains: bool) -> Iterator[None]:
+    """Be the only command that writes in a run's folder, see `nepa_core.runtime.locks.holding`; the main process is.
+
+    Args:
+        trains: this is training; where that is finished it is only shown, which needs no lock.
+    """
+    refused: set[str] = set()
+    with ExitStack() as stack:
+        if ranks.is_main and not (trains and run.summary() is not None):
+            try:
+                stack.enter_context(holding(run.path, trains=trains))
+            except UserError as error:
+                refused.add(str(error))
+        for line in ranks.union(refused):  # on every rank, and none goes on before
+            raise UserError(line)
+        yield

@@ -1,0 +1,1 @@
+"""The judgement: baselines, diagnostics, intervals, and whether anything was learned."""

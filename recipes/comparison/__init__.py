@@ -1,0 +1,1 @@
+"""Comparisons over seeds: orders, objectives, ablations, and the engine that runs them."""

@@ -1,0 +1,340 @@
+"""What comparisons measure of a finished run: read-outs, fine-tuning on few labels, attention.
+
+Each stands beside the same figure of the same network with random weights, or of equal attention. Plain values come
+back, so that they can be kept as JSON.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nepa_core.basics import Batch, UnreadableSample
+from nepa_core.model import NEPA
+from nepa_core.predictor import Trace
+from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import fit
+from nepa_core.runtime.optim import Duration
+from nepa_core.runtime.run import Run
+from recipes import configs, presets
+from recipes.configs import PretrainConfig
+from recipes.networks.goals import Classification, Goal, Regression, find_goal
+from recipes.readout import probing
+from recipes.readout.features import Reader, Source, kept_features, tokens_per_sample
+from recipes.statistics.credits import pack_credits
+from recipes.statistics.held_out import clusters_of, draw_seed, is_chained, pack_clusters
+from recipes.statistics.maps import attention_figures, neighbour_share, token_positions, uniform_attention
+from recipes.training import finetuning
+
+PROBE = probing.ProbeOptions(poolings=("mean", "last"), classifiers=("linear",))
+"""The same rows for every variant: BOS can be read in some of them only."""
+
+BASELINES = ("copy", "mean", "position_mean", "linear")
+
+
+class Figure(NamedTuple):
+    """A held-out figure and what every test sample adds to it.
+
+    Attributes:
+        value: the figure. credits: its credits, packed by `recipes.statistics.credits`, whose mean it is; None where
+        one
+            is not finite. clusters: of samples that depend on each other, packed by `recipes.statistics.held_out`;
+            None: each is its own.
+    """
+
+    value: float
+    credits: str | None = None
+    clusters: str | None = None
+
+
+def as_row(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """Values by name and, also by name, under "credits" and "clusters" what is known of single samples."""
+    return {
+        **{name: each.value for name, each in figures.items()},
+        "credits": {name: each.credits for name, each in figures.items() if each.credits is not None},
+        "clusters": {name: each.clusters for name, each in figures.items() if each.clusters is not None},
+    }
+
+
+def joined(*rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Measured values as one dictionary; their credits and clusters too."""
+    whole = {key: value for row in rows for key, value in row.items()}
+    per_sample = {key: {k: v for row in rows for k, v in row.get(key, {}).items()} for key in ("credits", "clusters")}
+    return whole | per_sample
+
+
+def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
+    """Linear probe of the layer and pooling that serve held-back training samples best, beside random weights.
+
+    Returns:
+        `probe`, `probe_row`; `probe_final`, of the mean after the final norm; `probe_random`, `probe_random_row`;
+        `raw_tokens`; `metric`, accuracy or r2; `layers`: names, accuracies and effective ranks of the means over
+        tokens (of single tokens where these have the classes), layer by layer, with and without pre-training.
+    """
+    found = probing.probe(config, model, PROBE)
+    own, random = (by_layer(rows) for rows in (found["layers"], found["random_init"]["layers"]))
+    row = beside_random(own, random, found["raw_tokens"][own["metric"]])
+    credits, clusters = found["credits"], found["credits"]["clusters"]
+    kept = {"probe": "best", "probe_random": "random_init"}
+    return joined(row, as_row({key: Figure(row[key], credits[name], clusters) for key, name in kept.items()}))
+
+
+def beside_random(own: dict[str, Any], random: dict[str, Any], raw: float) -> dict[str, Any]:
+    """What `read_out` returns, of the two networks and the raw tokens."""
+    twin = {f"{key}_random": random[key] for key in ("probe", "probe_row")}
+    for key in ("credits", "clusters"):
+        if "probe" in random.get(key, {}):
+            twin[key] = {"probe_random": random[key]["probe"]}
+    layers = own["layers"] | {f"{key}_random": random["layers"][key] for key in ("probe", "rank")}
+    return joined(own, twin, {"raw_tokens": raw, "layers": layers})
+
+
+def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is kept of the rows of a probe: `metric`, `probe`, `probe_row`, `probe_final`, `layers`; see `read_out`."""
+    best = probing.best_row(rows)
+    metric = probing.metric_of(best)
+    means = [row for row in rows if row["name"].endswith((", mean", ", token"))]
+    read = {"probe": best, "probe_final": means[-1]}
+    figures = {key: Figure(row[metric], row.get("credits"), row.get("clusters")) for key, row in read.items()}
+    return as_row(figures) | {
+        "metric": metric,
+        "probe_row": best["name"],
+        "layers": {
+            "name": [row["name"].partition(",")[0] for row in means],
+            "probe": [row[metric] for row in means],
+            "rank": [row["effective_rank"] for row in means],
+        },
+    }
+
+
+def predicted(run: Run) -> dict[str, Any]:
+    """Loss, lift over the baselines (how much lower the loss is), identification, and loss at each place."""
+    summary = run.summary()
+    assert summary is not None
+    return {
+        "loss": summary["loss"],
+        **{f"lift_{name}": summary[f"baseline_{name}"] - summary["loss"] for name in BASELINES},
+        **{name: value for name, value in summary.items() if name.startswith(("retrieval_top1", "effective_rank_"))},
+        "collapsed": summary["collapsed"],
+        "loss_per_position": summary["loss_per_position"],
+    }
+
+
+def rank_over_training(run: Run) -> list[list[float]]:
+    """[step, effective rank of the embeddings] at every evaluation of a run."""
+    name = "effective_rank_embedding"
+    return [[line["step"], line[name]] for line in run.metrics() if name in line]
+
+
+def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: World) -> list[list[dict[str, Any]]]:
+    """The rows of every reader, scored as `PROBE` says; see `probing.score_rows`. Each has its `clusters`, packed."""
+    per_sample = tokens_per_sample(config.data.plain())
+    with tempfile.TemporaryDirectory() as store:
+        train, test = (
+            kept_features(Source(config, split, -(-limit // max(per_sample, 1))), readers, Path(store), ranks)
+            for split, limit in (("train", PROBE.train_samples), ("test", PROBE.test_samples))
+        )
+        splits = [probing.Split.of(*pair, ranks.device) for pair in zip(train.features, test.features, strict=True)]
+        scored = [probing.score_rows(split, PROBE.classifiers) for split in splits]
+        numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
+    held_out = config.data.plain().dataset("test")
+    clusters = pack_clusters(clusters_of(held_out, numbers), chained=is_chained(held_out))
+    return [[row | {"clusters": clusters} for row in rows] for rows in scored]
+
+
+# ------------------------------------------------------------------------------------------- fine-tuning
+
+
+class Some(Dataset[Batch]):
+    """Chosen samples of a data set.
+
+    Args:
+        kinds: the class of each, where it is known.
+    """
+
+    def __init__(self, whole: Dataset[Batch], indices: list[int], kinds: list[int] | None = None) -> None:
+        self.whole, self.indices, self.kinds = whole, indices, kinds or []
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.whole[self.indices[index]]
+
+
+def few_labels(whole: Dataset[Batch], goal: Goal, labels: int, seed: int) -> Some:
+    """`labels` samples of every class, drawn by `seed`; where targets are not one class a sample, so many in all.
+
+    Their classes come as `kinds`: 0 where targets are not one class a sample.
+    """
+    per_class = isinstance(goal, Classification) and not goal.per_token
+    classes = goal.outputs if per_class else 1
+    chosen: list[int] = []
+    kinds: list[int] = []
+    counts = [0] * classes
+    for index in epoch_order(len(cast(Any, whole)), fold_seed(seed, "labels"), 0).tolist():
+        try:
+            kind = int(whole[index]["label"]) if per_class else 0
+        except UnreadableSample:
+            continue
+        if kind >= 0 and counts[kind] < labels:
+            counts[kind] += 1
+            chosen.append(index)
+            kinds.append(kind)
+        if min(counts) == labels:
+            break
+    return Some(whole, chosen, kinds)
+
+
+def scaled_by(goal: Goal, samples: Dataset[Batch]) -> Goal:
+    """The goal; of a regression with the scale of these labels alone, so that no others are used."""
+    if not isinstance(goal, Regression):
+        return goal
+    batches = plain_batches(samples, batch=256, device=torch.device("cpu"))
+    labels = torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])
+    mean, std = labels.mean(0), labels.std(0, correction=0)
+    return Regression(mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float())
+
+
+def fine_tuned(
+    config: PretrainConfig, init: Path | None, device: torch.device, *, labels: int | None, steps: int
+) -> Figure:
+    """Held-out accuracy (r2 of numbers) of all weights after a short training on labels.
+
+    The setting of `presets.short` without layer decay and averages, the same for pre-trained and random
+    weights.
+
+    Args:
+        config: of pre-training; its seed gives the random weights, the labels and the order of the samples.
+        init: the run to start from; None for random weights.
+        labels: training samples a class, or None for all.
+    """
+    goal = find_goal(config.data)
+    samples = config.data.dataset("train")
+    if labels is not None:
+        samples = few_labels(samples, goal, labels, config.train.seed)
+        goal = scaled_by(goal, samples)
+    tuning = short_tuning(config, init, samples, whole=labels is None, steps=steps)
+    return tested(tuning, trained(tuning, goal, samples, device), device)
+
+
+def short_tuning(
+    config: PretrainConfig, init: Path | None, samples: Dataset[Batch], *, whole: bool, steps: int
+) -> configs.FinetuneConfig:
+    """`presets.short` without layer decay and averages, for so many steps on these samples.
+
+    Args:
+        whole: they are not so few that a batch fits in memory at once.
+    """
+    tuning = presets.short(config, None if init is None else str(init))
+    train = tuning.train.model_copy(
+        update={
+            "length": Duration(steps=steps),
+            "batch": min(tuning.train.batch, len(cast(Any, samples))),
+            "micro_batch": tuning.train.micro_batch if whole else None,
+            "ema": None,
+            "checkpoint": steps,
+        }
+    )
+    optim = tuning.optim.model_copy(update={"layer_decay": None})
+    return tuning.model_copy(update={"train": train, "optim": optim})
+
+
+def trained(
+    tuning: configs.FinetuneConfig, goal: Goal, samples: Dataset[Batch], device: torch.device
+) -> finetuning.Classifier:
+    """A classifier after its training on these samples, by this process alone; nothing of the run is kept."""
+    model, _ = finetuning.build_classifier(tuning, goal)
+    model = model.to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(
+            model=model,
+            step_function=finetuning.make_step(tuning, goal),
+            dataset=samples,
+            config=tuning.train,
+            optim=tuning.optim,
+            run=Run(Path(folder)),
+            world=World(0, 1, device),
+            show=False,
+        )
+    return model
+
+
+def tested(tuning: configs.FinetuneConfig, model: finetuning.Classifier, device: torch.device) -> Figure:
+    """The goal's headline over all held-out samples, with what each adds."""
+    parts: list[Tensor] = []
+    goal = model.goal
+    value = finetuning.measure(tuning, model, World(0, 1, device), parts=parts)[goal.headline]
+    every = torch.cat(parts)
+    shares, weights = goal.credits(every[:, 1:])
+    credits = shares.repeat_interleave(weights)
+    held_out = tuning.data.plain().dataset("test")
+    clusters = clusters_of(held_out, every[:, 0]).repeat_interleave(weights)
+    packed = pack_credits(credits) if bool(credits.isfinite().all()) else None
+    return Figure(value, packed, pack_clusters(clusters, chained=is_chained(held_out)))
+
+
+def fine_tunings(
+    run: Run, labels: Sequence[int | None], tuned: Callable[[Path | None, int | None], Figure]
+) -> dict[str, Any]:
+    """`finetuned_50` and `finetuned_50_random` for every number of labels a class, as `as_row`; "all" for None.
+
+    Args:
+        tuned: (the run to start from, or None for random weights; labels) -> the figure.
+    """
+    found = {}
+    for count in labels:
+        name = f"finetuned_{'all' if count is None else count}"
+        for key, init in ((name, run.path), (f"{name}_random", None)):
+            found[key] = tuned(init, count)
+    return as_row(found)
+
+
+# --------------------------------------------------------------------------------------------- attention
+
+ATTENTION = ("distance", "entropy", "on_bos", "on_neighbours")
+
+
+@torch.no_grad()
+def attention_by_layer(
+    config: PretrainConfig, model: NEPA, device: torch.device, samples: int
+) -> dict[str, list[list[float]]]:
+    """Means over drawn held-out samples for every layer and head; distances in units of `token_positions`.
+
+    Returns:
+        distance, entropy, on_bos, on_neighbours (the share on the 8 tokens around): layers x heads; and as `uniform`
+        the same four, one number each, of equal attention wherever a token may look.
+    """
+    eager = config.model.model_copy(update={"attention": "eager"})
+    network = NEPA(eager, config.data.embedder(eager.dim)).to(device).eval()
+    network.load_state_dict(model.state_dict())
+    data, bos, causal = config.data.plain(), int(config.model.bos), config.objective.causal
+    total, count = torch.zeros(4, config.model.depth + 1, config.model.heads, device=device), 0
+    held_out = data.dataset("test")
+    seed = draw_seed(held_out, samples)
+    batches = plain_batches(
+        held_out, batch=min(samples, 64), device=device, limit=samples, seed=seed, tokenize=data.tokenize
+    )
+    for batch in batches:
+        tokens, trace = data.read(batch), Trace()
+        network(tokens, causal=causal, trace=trace)
+        shape = tokens.values.shape[:2]
+        mask = torch.ones(shape, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask
+        positions = token_positions(tokens, data.describe(tokens).grid)
+        uniform = uniform_attention(F.pad(mask, (bos, 0), value=True), causal=causal)
+        for layer, weights in enumerate([*trace.attention, uniform]):
+            figures = [*attention_figures(weights, positions, mask), neighbour_share(weights, positions, mask)]
+            total[:, layer] += torch.stack([x.sum(0).expand(config.model.heads) for x in figures])
+        count += len(mask)
+    means: Tensor = total / count
+    figures_by_layer = {name: rows[:-1].tolist() for name, rows in zip(ATTENTION, means, strict=True)}
+    return figures_by_layer | {"uniform": means[:, -1].mean(-1).tolist()}

@@ -1,0 +1,322 @@
+"""Several patch orders on one recipe."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import torch
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveInt
+
+from modalities.orders import file_content
+from modalities.orders.measures import mean_measures, order_measures
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.model import NEPA
+from nepa_core.runtime.config import listed, override
+from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.run import Run
+from recipes.comparison.downstream import check, compared, is_forecast, read_as
+from recipes.comparison.engine import (
+    Job,
+    Measure,
+    Variant,
+    compare,
+    default_workers,
+    digest,
+    reporting,
+    run_folder,
+    run_summaries,
+    share,
+)
+from recipes.comparison.measures import attention_by_layer, predicted
+from recipes.comparison.order_pictures import pictures
+from recipes.configs import PretrainConfig
+from recipes.options import listed_or_all, once
+from recipes.report.orders import write_report
+from recipes.report.provenance import provenance
+from recipes.report.tables import Rows, credits_of, gain_spreads, groups, margin, spreads
+from recipes.statistics.held_out import draw_seed
+from recipes.statistics.maps import token_positions
+from recipes.statistics.protocol import Look, alone
+from recipes.statistics.significance import (
+    LEAST_SEEDS,
+    Credits,
+    Difference,
+    covers,
+    differences,
+    gains,
+    others,
+    unseen,
+    verdict,
+)
+from recipes.training.starting import try_order
+
+DEFAULT = (
+    *("raster", "column", "snake", "hilbert", "morton", "spiral_in", "diagonal"),
+    *("random:1", "random:2", "random:3"),
+)
+"""Orders that are compared where none are named."""
+
+SEEDED = ("random", "random_per_sample")
+"""Those that `data.order_seed` changes; what random_annealed draws hangs on the seed of the run alone."""
+
+RANDOM = "random weights"
+"""What the same network without pre-training is called in the tests."""
+
+_ATTENTION_SAMPLES = 256
+_ORDER_SAMPLES = 16  # whose orders are measured, where each sample has its own
+
+
+class OrdersOptions(BaseModel):
+    """OrdersOptions of `nepa orders`."""
+
+    model_config = FROZEN
+
+    orders: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        default=DEFAULT, min_length=1, description=f"such as raster,my_orders:by_saliency; default {','.join(DEFAULT)}"
+    )
+    seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
+        default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
+    )
+    predict_position: Literal["off", "add", "rotate"] | None = Field(
+        default=None, description="of every order: off, add or rotate; default: as in the recipe"
+    )
+    labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all), AfterValidator(once)] = Field(
+        default=(50,),
+        min_length=1,
+        description="training labels a class to fine-tune on, such as 10,50,all; default 50",
+    )
+    finetune_steps: int = Field(default=150, gt=0, description="steps of each fine-tuning; default 150")
+    cross: bool = Field(default=True, description="also read the models of the first seed by every other order")
+    out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-orders")
+    workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, or one a GPU")
+
+
+class MeasureOptions(BaseModel):
+    """What the measured values depend on beside the run."""
+
+    model_config = FROZEN
+
+    labels: tuple[int | None, ...]
+    finetune_steps: int
+
+
+def orders(config: PretrainConfig, options: OrdersOptions, out: Path) -> dict[str, Any]:
+    """Run and measure everything that is not yet, and write summary.json and report/ into `out`.
+
+    Returns:
+        The summary, see `summarise`.
+
+    Raises:
+        UserError: an order is not known or the adapter has none, or the samples have nothing to train on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+    """
+    check(config)
+    variants = [variant_of(config, name, options.predict_position) for name in options.orders]
+    variants = [variant for variant in variants if fits(variant, named=options.orders != DEFAULT)]
+    labels = (None,) if is_forecast(config) else options.labels
+    options = options.model_copy(update={"orders": tuple(variant.name for variant in variants), "labels": labels})
+    workers = options.workers or default_workers()
+    measured = Measure("orders", measure, MeasureOptions(labels=options.labels, finetune_steps=options.finetune_steps))
+    rows, look = compare(variants, options.seeds, measured, out, workers=workers)
+    summary = summarise(rows, options, look) | {"recipe": config.recipe}
+    if options.cross and len(variants) > 1:
+        summary["cross"] = read_across(variants, look.seeds[0], out, workers=workers)
+    folders = {v.name: [str(run_folder(v, seed, out)) for seed in look.seeds] for v in variants}
+    summary["margins"] = {name: margin(each) for name, each in run_summaries(variants, look.seeds, out).items()}
+    summary |= {"runs": folders, "made_with": provenance()}
+    with reporting(out):
+        write_report(out / "report", rows, summary, pictures(summary))
+        Run(out).write_summary(summary)
+    return summary
+
+
+def fits(variant: Variant, *, named: bool) -> bool:
+    """Whether samples can be read in this order. One that the user has named must; another is left out with a line.
+
+    Raises:
+        UserError: one that was named does not.
+    """
+    try:
+        try_order(variant.config)
+    except UserError as error:
+        if named:
+            raise UserError(f"{variant.name}: {error}") from error
+        print(f"left out: {variant.name}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> PretrainConfig:
+    """The recipe under an order: a name, NAME:SEED, module:function or a file.
+
+    Raises:
+        UserError: there is no such order, it hangs on no seed, or the adapter takes none.
+    """
+    if "patch_order" not in type(config.data).model_fields:
+        raise UserError(f"{type(config.data).__name__} takes no data.patch_order, so its orders can't be compared")
+    base, _, seed = name.rpartition(":")
+    if base in SEEDED and not seed.isdecimal():
+        raise UserError(f"orders={name}: {seed!r} is no seed, which is a whole number from 0, such as {base}:1")
+    drawn = {"data.patch_order": base, "data.order_seed": int(seed)} if seed.isdecimal() else {"data.patch_order": name}
+    told = {} if predict_position is None else {"model.predict_position": predict_position}
+    changed = override(config, drawn | told)
+    if seed.isdecimal() and base not in SEEDED:
+        raise UserError(f"orders={name}: {base} hangs on no seed (those that do are {', '.join(SEEDED)}); name {base}")
+    return changed
+
+
+def variant_of(config: PretrainConfig, name: str, predict_position: str | None) -> Variant:
+    """`ordered`; an order in a file is told from others by what the file holds, too."""
+    changed = ordered(config, name, predict_position)
+    return Variant(name, changed, file_content(cast(Any, changed.data).patch_order))
+
+
+def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptions) -> dict[str, Any]:
+    """Everything that is compared, of one run."""
+    device = next(model.parameters()).device
+    return {
+        **compared(config, model, run, options.labels, options.finetune_steps),
+        **predicted(run),
+        "attention": attention_by_layer(config, model, device, _ATTENTION_SAMPLES),
+        "order": measured_order(config, device),
+    }
+
+
+def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
+    """`order_measures` of the order that drawn held-out samples are read in, padding left out: a mean over samples."""
+    data, most = config.data.plain(), _ORDER_SAMPLES
+    held_out = data.dataset("test")
+    seed = draw_seed(held_out, most)
+    batches = plain_batches(held_out, batch=most, device=device, limit=most, seed=seed, tokenize=data.tokenize)
+    tokens = data.read(next(iter(batches)))
+    positions = token_positions(tokens, data.describe(tokens).grid)
+    mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
+    if positions.ndim == 2 and mask.all():
+        return order_measures(positions)
+    found = [order_measures(each[real]) for each, real in zip(positions.expand(*mask.shape, -1), mask, strict=True)]
+    return mean_measures(found)
+
+
+def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) -> dict[str, Any]:
+    """Probe accuracy of the model of every order (a row of `accuracy`) when it is read by every order (a column)."""
+    jobs = {}
+    for trained in variants:
+        folder = run_folder(trained, seed, out)
+        for read in variants:
+            data = read.config.data
+            key = [read.name, data.model_dump(mode="json"), *([read.content] if read.content else [])]
+            file = f"read-{digest(key)}.json"
+            lock = folder / f".{file}.lock"
+            name = f"{trained.name} read as {read.name}"
+            jobs[trained.name, read.name] = Job(name, folder / file, lock, partial(read_as, folder, data))
+    share(list(jobs.values()), workers=workers)
+    names = [variant.name for variant in variants]
+    return {
+        "orders": names,
+        "seed": seed,
+        "accuracy": [[jobs[row, column].values()["probe"] for column in names] for row in names],
+    }
+
+
+# ----------------------------------------------------------------------------------------------- summary
+
+
+def summarise(rows: Rows, options: OrdersOptions, look: Look | None = None) -> dict[str, Any]:
+    """summary.json.
+
+    Args:
+        look: that the rows are of; default: the first at a folder of its own.
+
+    Returns:
+        `orders`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std`, `ci95` and (where test
+        samples are known one by one) `both`, see `spread`; the same of every other measure under its name, and
+        `probe_gain` over random weights; `order`, what the order is like; attention of the first seed. `ranking`: names
+        by mean accuracy. `verdict`: the plain sentences. `differences`, `against_random`: the paired tests behind the
+        first and the third. `raw_tokens`: the probe of the raw tokens. `look`: of `recipes.statistics.protocol`.
+        `margins` adds that of identification over the linear baseline, see `recipes.report.tables.margin`.
+    """
+    look = look or alone(len(rows), options.seeds)
+    keys = [key for key, value in next(iter(rows.values()))[0].items() if isinstance(value, float | int)]
+    found = {key: spreads(rows, key) for key in keys}
+    gain = gain_spreads(rows, rows, "probe", "probe_random")
+    apart = differences(groups(rows, "probe"), correction=look.pairs(), credits=credits_of(rows, "probe"))
+    paired = _gains(rows, "probe", look)
+    first = next(iter(rows.values()))[0]
+    words: dict[str, Any] = {"noun": "orders", "seeds": len(look.seeds)}
+    more = _more(rows, "probe", look)
+    sentences = [
+        verdict(apart, of=f"probe {first['metric']}", **words),
+        verdict(more, of="what pre-training adds to the probe of random weights", brief=True, **words),
+        pretraining(paired, list(rows)),
+    ]
+    tests = [*apart, *more, *paired]
+    for labels in options.labels:
+        name = f"finetuned_{'all' if labels is None else labels}"
+        of = "fine-tuning on all labels" if labels is None else f"fine-tuning on {labels} labels a class"
+        tuned = differences(groups(rows, name), correction=look.pairs(), credits=credits_of(rows, name))
+        scratch = _gains(rows, name, look)
+        sentences.append(verdict(tuned, of=of, brief=True, **words))
+        sentences.append(pretraining(scratch, list(rows), of=of))
+        tests += [*tuned, *scratch]
+    sentences += [covers(tests, look.told())] if len(look.seeds) >= LEAST_SEEDS else []
+    return {
+        "task": "orders",
+        "seeds": list(look.seeds),
+        "look": look._asdict(),
+        "metric": first["metric"],
+        "labels": ["all" if labels is None else labels for labels in options.labels],
+        "finetune_steps": options.finetune_steps,
+        "verdict": [*dict.fromkeys(sentences), *look.notes],  # of too few seeds every test says the same
+        "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
+        "raw_tokens": first["raw_tokens"],
+        "orders": {
+            name: {
+                "accuracies": found["probe"][name]["values"],
+                **{key: value for key, value in found["probe"][name].items() if key != "values"},
+                **{key: found[key][name] for key in keys},
+                "probe_gain": gain[name],
+                **{key: each[0][key] for key in ("order", "attention", "layers", "loss_per_position")},
+                "probe_rows": [row["probe_row"] for row in each],
+            }
+            for name, each in rows.items()
+        },
+        "differences": [each._asdict() for each in apart],
+        "against_random": [each._asdict() for each in paired],
+    }
+
+
+def _gains(rows: Rows, key: str, look: Look) -> list[Difference]:
+    """Every order against random weights under the same order."""
+    own, control = credits_of(rows, key), credits_of(rows, f"{key}_random")
+    known = None if own is None or control is None else (own, control)
+    values, scratch = groups(rows, key), groups(rows, f"{key}_random")
+    return gains(values, scratch, called=RANDOM, correction=look.controls(), credits=known)
+
+
+def _more(rows: Rows, key: str, look: Look) -> list[Difference]:
+    """What one order gains over random weights against what another does."""
+    own, control = credits_of(rows, key), credits_of(rows, f"{key}_random")
+    values, scratch = groups(rows, key), groups(rows, f"{key}_random")
+    gain = {name: [a - b for a, b in zip(values[name], scratch[name], strict=True)] for name in rows}
+    known = None
+    if own is not None and control is not None:
+        apart = {name: own.of[name] - control.of[name] for name in rows}
+        known = Credits(apart, own.clusters, own.chained)
+    return differences(gain, correction=look.pairs(), credits=known)
+
+
+def pretraining(paired: list[Difference], names: list[str], of: str = "the probe") -> str:
+    """The plain sentence on whether pre-training helps there at all."""
+    if not paired:
+        return f"Whether pre-training helps {of} can't be told from so few seeds."
+    better = [each.better for each in paired if each.real and each.better in names]
+    worse = [each.worse for each in paired if each.real and each.worse in names]
+    said = [f"Pre-training does better than random weights in {of} under {', '.join(better)}."] if better else []
+    said += [f"Pre-training does worse than random weights in {of} under {', '.join(worse)}."] if worse else []
+    if not said:
+        under = "Under no order does pre-training" if len(names) > 1 else f"Under {names[0]} pre-training does not"
+        return f"{under} change {of} against random weights by more than the noise; {unseen(paired)}."
+    return " ".join([*said, others(paired)])

@@ -1,0 +1,277 @@
+"""What fine-tuning teaches a network to say, told by what the samples of an adapter hold.
+
+  "label", an integer            one class a sample
+  "label", float32 [] or [K]     one or K numbers a sample (regression)
+  "target", integers [N]         one class a token, in canonical order; without a "label" beside it
+
+A negative class is none: it counts in no loss and in no figure, like the targets of padding.
+
+Shapes: B samples, N tokens, C classes, K numbers, O outputs (C or K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.modality import Modality
+from nepa_core.runtime.data import plain_batches
+from nepa_core.tokens import Tokens
+
+NONE = -100
+"""The class of what has none, as `F.cross_entropy` has it."""
+
+_STATISTICS = 10_000  # most training labels that the scale of a regression is measured on
+
+Kind = Literal["class", "numbers", "token classes"]
+
+
+class Shown(NamedTuple):
+    """A held-out figure as it is shown: its key in the summary, its title, and its format."""
+
+    key: str
+    title: str
+    form: str
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """One class a sample or, with `per_token`, one a token."""
+
+    names: tuple[str, ...]
+    per_token: bool = False
+
+    headline: ClassVar[str] = "accuracy"
+    loss_name: ClassVar[str] = "cross-entropy"
+    shown: ClassVar[tuple[Shown, ...]] = (Shown("accuracy", "top-1", ".2%"), Shown("top5", "top-5", ".2%"))
+
+    @property
+    def outputs(self) -> int:
+        return len(self.names)
+
+    @property
+    def sums_shape(self) -> tuple[int, ...]:
+        return (4,)
+
+    def truth(self, batch: Batch, tokens: Tokens) -> Tensor:
+        """The classes [B] or [B, N] int64 of a batch, `NONE` where there is none.
+
+        Raises:
+            UserError: there is not one target a token.
+        """
+        if not self.per_token:
+            label: Tensor = batch["label"]
+            return torch.where(label < 0, NONE, label.long())
+        target, count = batch["target"], tokens.values.shape[1]
+        if target.shape[1:] != (count,):
+            raise UserError(f"the key 'target' has shape {list(target.shape[1:])} for {count} tokens; make it [N]")
+        counted = target >= 0
+        if tokens.mask is not None:
+            counted &= tokens.canonical(tokens.mask)
+        return torch.where(counted, target.long(), NONE)
+
+    def scored(self, truth: Tensor) -> Tensor:
+        """How many samples have a class, int64 scalar: classes [B] or [B, N]."""
+        return (truth.reshape(len(truth), -1) >= 0).any(1).sum()
+
+    def loss(self, outputs: Tensor, truth: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor | float]:
+        """Mean cross-entropy, and over how many classes: logits [B, C] or [B, N, C], classes or shares [B, C]."""
+        if truth.is_floating_point():
+            return F.cross_entropy(outputs, truth, label_smoothing=smoothing), float(len(outputs))
+        count = (truth >= 0).sum()
+        total = F.cross_entropy(
+            outputs.flatten(0, -2), truth.flatten(), label_smoothing=smoothing, ignore_index=NONE, reduction="sum"
+        )
+        return total / count.clamp(min=1), count
+
+    def sums(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """[4] float64: first right, right among five, loss, and how many classes.
+
+        Raises:
+            UserError: a class that the network has no output for.
+        """
+        logits, labels = outputs.flatten(0, -2), truth.flatten()
+        logits, labels = logits[labels >= 0], labels[labels >= 0]
+        if len(labels) and labels.max() >= self.outputs:
+            raise UserError(
+                f"the held-out data holds class {int(labels.max())} and the network tells {self.outputs} apart, from 0 "
+                "on; mend its labels, or name other data with data.root=DIR"
+            )
+        among = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+        loss = F.cross_entropy(logits, labels, reduction="sum").double()
+        return torch.stack((among[:, 0].sum(), among.sum(), loss, torch.tensor(len(labels)).to(loss)))
+
+    def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """What each sample adds to the accuracy, [B, 2] float64: how many are right, and of how many classes."""
+        counted = truth >= 0
+        right = (outputs.argmax(-1) == truth) & counted
+        return torch.stack([each.reshape(len(truth), -1).sum(1) for each in (right, counted)], dim=1).double()
+
+    def credits(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `parts` [S, 2] of all samples: the share that is right [S] float64, and of how many [S] int64."""
+        right, count = parts.unbind(1)
+        return right / count.clamp(min=1), count.long()
+
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        """Top-1, top-5 (of six classes or more, for it says nothing of fewer) and mean cross-entropy."""
+        correct, among, loss, count = sums.tolist()
+        if not count:
+            raise UserError("no held-out sample has a class; every 'label' or 'target' there is negative or padding")
+        five = {"top5": among / count} if self.outputs > 5 else {}
+        return {"accuracy": correct / count, **five, "held_out_loss": loss / count}
+
+
+@dataclass(frozen=True, eq=False)
+class Regression:
+    """Numbers [K] a sample; `mean` and `std` [K] are those of the training labels, by which the loss is scaled."""
+
+    mean: Tensor
+    std: Tensor
+
+    per_token: ClassVar[bool] = False
+    names: ClassVar[None] = None
+    headline: ClassVar[str] = "r2"
+    loss_name: ClassVar[str] = "mean squared error, standardised"
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("mse", "MSE", ".4g"),
+        Shown("mae", "MAE", ".4g"),
+        Shown("r2", "R2", ".3f"),
+    )
+
+    @property
+    def outputs(self) -> int:
+        return len(self.mean)
+
+    @property
+    def sums_shape(self) -> tuple[int, ...]:
+        return (5, self.outputs)
+
+    def truth(self, batch: Batch, tokens: Tokens) -> Tensor:
+        """The numbers [B, K] float32 of a batch.
+
+        Raises:
+            UserError: they are not K.
+        """
+        label: Tensor = batch["label"].float().reshape(len(batch["label"]), -1)
+        if label.shape[1] != self.outputs:
+            raise UserError(f"the key 'label' holds {label.shape[1]} numbers where {self.outputs} are wanted")
+        return label
+
+    def scored(self, truth: Tensor) -> int:
+        """How many samples have numbers: all."""
+        return len(truth)
+
+    def loss(self, outputs: Tensor, truth: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor | float]:
+        """Mean squared error of standardised numbers [B, K], and over how many samples."""
+        return ((outputs - truth) / self.std.to(truth.device)).square().mean(), float(len(truth))
+
+    def sums(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """[5, K] float64, standardised: squared and absolute errors, numbers and their squares; and how many."""
+        mean, std = (x.to(truth.device).double() for x in (self.mean, self.std))
+        y, error = (truth - mean) / std, (outputs - truth) / std
+        return torch.stack((error.square(), error.abs(), y, y.square(), torch.ones_like(y))).sum(1)
+
+    def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """What each sample adds to R2, [B, 2 K] float64: squared errors and numbers, standardised."""
+        mean, std = (x.to(truth.device).double() for x in (self.mean, self.std))
+        return torch.cat((((outputs - truth) / std).square(), (truth - mean) / std), dim=1)
+
+    def credits(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `parts` [S, 2 K] of all samples: what each adds to R2, [S] float64 (the mean is R2), and ones [S]."""
+        squared, numbers = parts.chunk(2, dim=1)
+        variance = numbers.var(0, correction=0)
+        each = torch.where(variance > 1e-12 * numbers.square().mean(0), 1 - squared / variance, 0.0)
+        return each.mean(1), torch.ones(len(parts), dtype=torch.int64)
+
+    def figures(self, sums: Tensor) -> dict[str, float]:
+        """MSE and MAE in the unit of the labels, R2 (both mean over K) and the loss."""
+        squared, absolute, total, squares, count = sums.cpu()
+        std = self.std.cpu().double()
+        varied = squares - total.square() / count
+        r2 = torch.where(varied > 1e-12 * squares, 1 - squared / varied, 0.0)
+        return {
+            "mse": float((squared / count * std.square()).mean()),
+            "mae": float((absolute / count * std).mean()),
+            "r2": float(r2.mean()),
+            "held_out_loss": float((squared / count).mean()),
+        }
+
+
+Goal = Classification | Regression
+FIGURES = (*Classification.shown, *Regression.shown)
+
+
+def find_goal(data: Modality) -> Goal:
+    """What the samples of an adapter can teach.
+
+    Raises:
+        UserError: nothing; or numbers that are not finite.
+    """
+    sample = _first_sample(data)
+    kind = kind_of(sample)
+    if kind == "numbers":
+        return Regression(*label_statistics(data))
+    target = sample.get("target")
+    if kind is None and target is not None and target.ndim == 2:
+        raise UserError(
+            f"{type(data).__name__} has a class for every pixel: train on them with `nepa segment`, such as "
+            "recipes.vision:camvid_segment init=RUN"
+        )
+    names = data.classes()
+    if kind is None or not names:
+        raise UserError(
+            f"{type(data).__name__} gives no class to train on; add to its samples an integer 'label', numbers to "
+            "predict as a float 'label', or a class per token as 'target' [N]"
+        )
+    return Classification(names, per_token=kind == "token classes")
+
+
+def numbered(classes: int, *, per_token: bool = False) -> Classification:
+    """Classes named by their numbers."""
+    return Classification(tuple(map(str, range(classes))), per_token)
+
+
+def kind_of(sample: Mapping[str, Any]) -> Kind | None:
+    """The kind of target in a sample, by its dtype and shape; a "label" goes before a "target"."""
+    if "label" in sample:
+        label = torch.as_tensor(sample["label"])
+        if label.is_floating_point():
+            return "numbers" if label.ndim <= 1 else None
+        return "class" if label.ndim == 0 else None
+    target = sample.get("target")
+    if target is None or target.is_floating_point() or target.ndim != 1:
+        return None
+    return "token classes"
+
+
+def label_statistics(data: Modality) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [K] float32 of the training labels (10,000 drawn ones, where there are more).
+
+    The deviation of a number that is always the same is 1.
+
+    Raises:
+        UserError: a label is NaN or infinite.
+    """
+    batches = plain_batches(
+        data.plain().dataset("train"), batch=256, device=torch.device("cpu"), limit=_STATISTICS, seed=0
+    )
+    labels = torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])
+    if not labels.isfinite().all():
+        raise UserError(f"{type(data).__name__} has a 'label' that is NaN or infinite; leave such samples out")
+    mean, std = labels.mean(0), labels.std(0, correction=0)
+    return mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float()
+
+
+def _first_sample(data: Modality) -> Mapping[str, Any]:
+    samples = data.dataset("train")
+    for index in range(len(cast(Sized, samples))):
+        with suppress(UnreadableSample):
+            return samples[index]
+    raise UserError(f"{type(data).__name__}: no training sample can be read; look at what dataset('train') gives")

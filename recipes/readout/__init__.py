@@ -1,0 +1,1 @@
+"""Reading out a trained network: features, probes, forecasts, maps."""

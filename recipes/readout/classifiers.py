@@ -1,0 +1,318 @@
+"""The classifiers and regressions of a probe: each is fitted on features of training samples and scored on others.
+
+What comes back is a credit for each sample it was scored on, float64 [S], in their order. Their mean is the score:
+accuracy (1 where the answer is right, else 0), or R2 (1 minus the squared error over the variance of the labels).
+
+All are deterministic (their random numbers come from generators of their own) and run on the device that their
+features lie on.
+
+Shapes: S samples, T tokens, D width of a feature, C classes, K numbers. Features [S, D] float32, labels [S] int64 in
+0..C-1, or [S, K] float32 for a regression.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize
+from torch import Tensor, nn
+
+from nepa_core.runtime.optim import lr_factor
+from recipes.networks.heads import AttentiveHead
+
+Classifier = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(features, labels, features to score on, their labels) -> credits [S] whose mean is accuracy, or R2."""
+
+_AT_ONCE = 2**27
+"""Numbers in one intermediate matrix: half a gigabyte."""
+
+
+_RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the number of samples
+
+
+def ridge(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
+    """Ridge regression on features standardised by the training samples; numbers [S, K], credits of R2.
+
+    The strength, of six, is the one that serves the last fifth of the training samples best when the others are
+    fitted.
+    """
+    kept = len(x) - len(x) // 5
+    held = _ridge(x[:kept], y[:kept], x[kept:])
+    best = max(_RIDGE_STRENGTHS, key=lambda strength: float(r2(held[strength], y[kept:]).mean()))
+    return r2(_ridge(x, y, x_test)[best], y_test)
+
+
+def _ridge(x: Tensor, y: Tensor, x_test: Tensor) -> dict[float, Tensor]:
+    """Predictions [S, K] for `x_test` by every strength."""
+    x, x_test = (part.double() for part in standardised(x, x_test))
+    middle = y.double().mean(0)
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    onto, read = vectors.T @ (x.T @ (y.double() - middle)) / len(x), x_test @ vectors
+    return {
+        strength: read @ (onto / (values.clamp(min=0) + strength)[:, None]) + middle for strength in _RIDGE_STRENGTHS
+    }
+
+
+def knn_regression(
+    x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """The mean of the numbers [S, K] of the neighbours that `knn` finds, weighted as there; credits of R2."""
+    x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
+    found = []
+    for some in x_test.split(max(_AT_ONCE // len(x), 1)):
+        similarity, nearest = (some @ x.T).topk(min(k, len(x)), dim=1)
+        found.append(((similarity / temperature).softmax(1)[..., None] * y[nearest]).sum(1))
+    return r2(torch.cat(found), y_test)
+
+
+def r2(predicted: Tensor, truth: Tensor) -> Tensor:
+    """What each sample adds to the coefficient of determination, [S], of numbers [S, K] each.
+
+    The mean over S is R2, itself the mean over the K numbers; 0 for one that does not vary. The variance of the labels
+    counts as known in what is made from single samples, such as intervals: it is the same for all that is compared.
+    """
+    truth, predicted = truth.double(), predicted.double()
+    variance = (truth - truth.mean(0)).square().mean(0)
+    left = (truth - predicted).square()
+    return torch.where(variance > 0, 1 - left / variance, 0.0).mean(1)
+
+
+def knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """Weighted nearest neighbours as DINO defines them (arXiv 2104.14294, Appendix F.1).
+
+    Each of the k training samples of the largest cosine similarity s votes for its class with exp(s / temperature).
+    """
+    x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
+    classes = int(max(y.max(), y_test.max())) + 1
+    right = []
+    chunk = max(_AT_ONCE // len(x), 1)
+    for some, truth in zip(x_test.split(chunk), y_test.split(chunk), strict=True):
+        similarity, nearest = (some @ x.T).topk(min(k, len(x)), dim=1)
+        votes = some.new_zeros(len(some), classes).scatter_add_(1, y[nearest], (similarity / temperature).exp())
+        right.append(_right(votes, truth))
+    return torch.cat(right)
+
+
+def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
+    """Logistic regression (L2, C = 1) on features standardised by the training samples, by L-BFGS.
+
+    scikit-learn's `LogisticRegression`, on any device and without a matrix [S, C] at once. 200 iterations, which are
+    enough to compare rows.
+    """
+    x, x_test = standardised(x, x_test)
+    samples, dim = x.shape
+    classes = int(max(y.max(), y_test.max())) + 1
+    chunk = max(_AT_ONCE // classes, 1)
+
+    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weight, bias = _unpacked(flat, dim, x)
+        loss = 0.5 * float(weight.double().square().sum())
+        gradient = torch.cat((weight, torch.zeros_like(bias)[None]))
+        for some, truth in zip(x.split(chunk), y.split(chunk), strict=True):
+            log_p = torch.addmm(bias, some, weight).log_softmax(1)
+            loss -= float(log_p.gather(1, truth[:, None]).sum())
+            error = log_p.exp_()
+            error[torch.arange(len(truth), device=x.device), truth] -= 1
+            gradient[:-1].addmm_(some.T, error)
+            gradient[-1] += error.sum(0)
+        return loss / samples, (gradient.double().cpu().numpy() / samples).ravel()
+
+    found = minimize(
+        loss_and_gradient,
+        np.zeros((dim + 1) * classes),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 200, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps, "maxls": 50},
+    )
+    weight, bias = _unpacked(found.x, dim, x)
+    return _right(torch.addmm(bias, x_test, weight), y_test)
+
+
+def standardised(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, shifted and scaled by the mean and standard deviation of x; constant features become 0."""
+    mean, std = x.mean(0), x.std(0, correction=0)
+    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
+    return (x - mean) / std, (x_test - mean) / std
+
+
+def _unpacked(flat: np.ndarray, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    both = torch.from_numpy(flat).to(like).view(dim + 1, -1)
+    return both[:-1], both[-1]
+
+
+class LinearProtocol(NamedTuple):
+    """A linear probe trained by LARS."""
+
+    base_lr: float
+    batch: int
+    epochs: int
+    warmup_epochs: int
+
+
+MAE = LinearProtocol(base_lr=0.1, batch=16_384, epochs=90, warmup_epochs=10)
+"""The linear-probe protocol of MAE (arXiv 2111.06377, Appendix A.1, "linear probing setting"): LARS without weight
+decay, momentum 0.9, lr 0.1 x batch / 256, cosine decay, BatchNorm without affine before the linear layer. The rate
+follows every step, from 0 at the first, as in MAE's code (util/lr_sched.py with a fraction of an epoch). Its random
+crops and flips are left out: features are computed once."""
+
+
+def lars(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, protocol: LinearProtocol = MAE) -> Tensor:
+    """A linear layer behind a BatchNorm without affine, trained by LARS.
+
+    An epoch is split into even batches, because the statistics of a small rest would be noise. Fewer samples than a
+    batch are one batch at the same learning rate; 90 such steps are few, so compare its rows with each other only.
+    """
+    classes = int(max(y.max(), y_test.max())) + 1
+    norm = nn.BatchNorm1d(x.shape[1], eps=1e-6, affine=False).to(x.device)
+    draw = torch.Generator().manual_seed(0)
+    with torch.device("meta"):  # nothing is drawn from the global generator
+        head = nn.Linear(x.shape[1], classes)
+    head.to_empty(device="cpu")
+    nn.init.trunc_normal_(head.weight, std=0.01, generator=draw)
+    nn.init.zeros_(head.bias)
+    head.to(x.device)
+    parts = -(-len(x) // protocol.batch)
+    optimizer = lars_optimizer(head)
+    lr, steps = protocol.base_lr * protocol.batch / 256, protocol.epochs * parts
+    for epoch in range(protocol.epochs):
+        for part, indices in enumerate(torch.randperm(len(x), generator=draw).tensor_split(parts)):
+            step = epoch * parts + part
+            for group in optimizer.param_groups:
+                group["lr"] = lr * lr_factor(step, warmup=protocol.warmup_epochs * parts, total=steps)
+            indices = indices.to(x.device)
+            loss = F.cross_entropy(head(norm(x[indices])), y[indices])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        return _right(head(norm.eval()(x_test)), y_test)
+
+
+def lars_optimizer(head: nn.Linear) -> torch.optim.Optimizer:
+    """LARS as MAE uses it: the trust ratio (coefficient 0.001) scales the matrix, the bias takes the plain lr."""
+    from timm.optim.lars import Lars  # importing timm takes longer than a probe of small data
+
+    groups = [{"params": [head.weight], "always_adapt": True}, {"params": [head.bias], "always_adapt": False}]
+    return Lars(groups, lr=0.0, momentum=0.9, weight_decay=0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFeatures:
+    """Features of all tokens, as memory maps: values [S, T, D], mask [S, T] bool (True = a real token)."""
+
+    values: np.ndarray
+    mask: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, samples: slice | np.ndarray) -> TokenFeatures:
+        return TokenFeatures(self.values[samples], self.mask[samples])
+
+    def to(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Values in float32 and mask on the device."""
+        values = torch.from_numpy(np.array(self.values, np.float32))
+        return values.to(device), torch.from_numpy(np.array(self.mask)).to(device)
+
+
+class AttentiveProtocol(NamedTuple):
+    """The recipe of an attentive probe: AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+        lr, most_lr: peak learning rate at width 768, in inverse proportion to the width up to `most_lr`.
+        steps: least number of steps; more where `epochs` of the data are more.
+        warmup: share of the steps.
+    """
+
+    lr: float
+    most_lr: float
+    weight_decay: float
+    batch: int
+    epochs: int
+    steps: int
+    warmup: float
+
+
+ATTENTIVE = AttentiveProtocol(
+    lr=1e-3, most_lr=1e-2, weight_decay=0.05, batch=256, epochs=20, steps=500, warmup=0.1
+)  # fmt: skip
+"""Chosen here, by validation on digits; the papers sweep over learning rates and decays for every row."""
+
+
+def attentive(
+    x: TokenFeatures,
+    y: Tensor,
+    x_test: TokenFeatures,
+    y_test: Tensor,
+    *,
+    protocol: AttentiveProtocol = ATTENTIVE,
+) -> Tensor:
+    """An `AttentiveHead` on standardised tokens, trained by AdamW. Runs on the labels' device.
+
+    Holds one batch of tokens at a time.
+    """
+    device = y.device
+    classes = int(max(y.max(), y_test.max())) + 1
+    mean, std = _token_moments(x, protocol.batch, device)
+    draw = torch.Generator().manual_seed(0)
+    head = _attentive_head(x.values.shape[-1], classes, draw).to(device)
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=protocol.weight_decay)
+    per_epoch = -(-len(x) // protocol.batch)
+    epochs = max(protocol.epochs, -(-protocol.steps // per_epoch))
+    steps = epochs * per_epoch
+    lr = min(protocol.lr * 768 / x.values.shape[-1], protocol.most_lr)
+    for step in range(steps):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(x), generator=draw).tensor_split(per_epoch)
+        indices = order[step % per_epoch].sort().values  # sorted: the disk is read forwards
+        for group in optimizer.param_groups:
+            group["lr"] = lr * lr_factor(step, warmup=math.ceil(protocol.warmup * steps), total=steps)
+        values, mask = x[indices.numpy()].to(device)
+        loss = F.cross_entropy(head((values - mean) / std, mask), y[indices.to(device)])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = []
+    with torch.no_grad():
+        for start in range(0, len(x_test), protocol.batch):
+            values, mask = x_test[start : start + protocol.batch].to(device)
+            logits = head((values - mean) / std, mask)
+            right.append(_right(logits, y_test[start : start + protocol.batch]))
+    return torch.cat(right)
+
+
+def _attentive_head(dim: int, classes: int, draw: torch.Generator) -> AttentiveHead:
+    """Truncated normal weights, zero biases, zero query; a function of this generator alone."""
+    with torch.device("meta"):
+        head = AttentiveHead(dim, classes)
+    head.to_empty(device="cpu")
+    for name, parameter in head.named_parameters():
+        if name.endswith("weight"):
+            nn.init.trunc_normal_(parameter, std=parameter.shape[1] ** -0.5, generator=draw)
+        else:
+            nn.init.zeros_(parameter)
+    return head
+
+
+def _token_moments(x: TokenFeatures, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [D] over all real tokens; 1 for a constant feature."""
+    sums = torch.zeros(2, x.values.shape[-1], dtype=torch.float64, device=device)
+    count = 0
+    for start in range(0, len(x), batch):
+        values, mask = x[start : start + batch].to(device)
+        real = values[mask].double()
+        sums += torch.stack((real.sum(0), real.square().sum(0)))
+        count += len(real)
+    mean = sums[0] / count
+    std = (sums[1] / count - mean.square()).clamp(min=0).sqrt()
+    return mean.float(), torch.where(std > 1e-6 * mean.abs(), std, 1.0).float()
+
+
+def _right(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.argmax(1) == labels).double()

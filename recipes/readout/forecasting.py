@@ -1,0 +1,282 @@
+"""Forecasts of a series from frozen features, beside linear models and persistence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
+from torch import Tensor
+
+from modalities.timeseries import TimeSeries
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.model import NEPA
+from nepa_core.runtime.config import differences, listed
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.run import Run
+from recipes.configs import PretrainConfig
+from recipes.readout.features import weights_digest
+from recipes.readout.forecasters import (
+    Network,
+    Reader,
+    best_ridge,
+    leave,
+    left_errors,
+    network_features,
+    raw_features,
+    repeat_last,
+    score,
+    short,
+    train,
+)
+from recipes.report.forecast import (
+    DLINEAR,
+    ERRORS,
+    LINEAR,
+    PERSISTENCE,
+    UNTRAINED,
+    figures,
+    paired_differences,
+    significant,
+    stretches,
+)
+from recipes.report.provenance import provenance
+from recipes.resolve import is_run
+from recipes.statistics.significance import spread
+from recipes.training.starting import build_model
+
+FITTED = 2
+"""A part of every row's key: 1 was fitted in units of each window and kept no errors of single windows."""
+
+SEED_KEYS = ("recipe", "train.seed", "train.workers", "data.root")
+"""Keys in which runs may differ to stand in one table."""
+
+
+class ForecastOptions(BaseModel):
+    """ForecastOptions of `nepa forecast`."""
+
+    model_config = FROZEN
+
+    horizons: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = Field(
+        default=(96, 192, 336, 720), min_length=1, description="steps to forecast"
+    )
+    finetune: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = Field(
+        default=(), description="horizons to train whole networks for, too"
+    )
+    steps: PositiveInt = Field(default=800, description="training steps of each of these networks")
+    fit_samples: PositiveInt = Field(
+        default=20_000, description="most samples (windows, times channels where independent) each row is fitted on"
+    )
+    also: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
+        default=(), description="runs with other seeds, for mean ± standard deviation"
+    )
+
+
+class Row(NamedTuple):
+    """One row of the table at one horizon.
+
+    Attributes:
+        depends: what its figures depend on, plain values: its key.
+        measure: given a folder of its own -> the figures.
+    """
+
+    name: str
+    horizon: int
+    depends: dict[str, Any]
+    measure: Callable[[Run], dict[str, Any]]
+
+    @property
+    def folder(self) -> str:
+        """Such as "96_fine-tuned_1f3a5b7c9d"."""
+        key = hashlib.sha256(json.dumps(self.depends | {"horizon": self.horizon}, sort_keys=True).encode()).hexdigest()
+        return f"{self.horizon}_{self.name.replace(',', '').replace(' ', '_')}_{key[:10]}"
+
+
+def check_runs(targets: Sequence[str]) -> None:
+    """Whether all targets are runs of one recipe.
+
+    Raises:
+        UserError: one is no run folder, is named twice, or differs in more than its seed.
+    """
+    for place, target in enumerate(targets):
+        if not is_run(target):
+            raise UserError(f"{target} is not a run folder; pre-train first and name the run")
+        if target in targets[:place]:
+            raise UserError(f"also: {target} stands twice; name runs with different seeds")
+    first, *rest = (Run(Path(target)).load_config(PretrainConfig) for target in targets)
+    for target, config in zip(targets[1:], rest, strict=True):
+        other = [key for key in differences(first, config) if not key.startswith(SEED_KEYS)]
+        if other:
+            raise UserError(f"also: {target} differs from {targets[0]} in {', '.join(other)}, not in train.seed alone")
+
+
+def forecast(
+    config: PretrainConfig, model: NEPA, run: Run, options: ForecastOptions, ranks: World, *, show: bool = False
+) -> dict[str, Any]:
+    """All rows of all horizons: what forecast.json holds. Finished rows are found again in RUN/forecast/.
+
+    Args:
+        show: a line on the screen for every row.
+
+    Raises:
+        UserError: the adapter is none for series, or a horizon does not fit in a split.
+    """
+    data = config.data.plain()
+    if not isinstance(data, TimeSeries):
+        raise UserError(f"forecast is for series; the data of {run.path} is {type(data).__name__}")
+    horizons = sorted({*options.horizons, *options.finetune})
+    windows = {
+        horizon: {split: data.forecasts(split, horizon) for split in ("train", "validation", "test")}
+        for horizon in horizons
+    }
+    rows = table_rows(config, data, model, run, options, ranks, show=show)
+    found: dict[str, list[dict[str, Any]]] = {str(horizon): [] for horizon in horizons}
+    for number, row in enumerate(rows, 1):
+        place, start = Run(run.path / "forecast" / row.folder), time.perf_counter()
+        kept = place.summary()
+        measured = kept or row.measure(place)
+        if show and ranks.is_main:
+            took = "kept" if kept else f"{time.perf_counter() - start:.0f} s"
+            cells = f"MSE {significant(measured['mse'], 4)}, MAE {significant(measured['mae'], 4)}"
+            print(f"{number}/{len(rows)}  horizon {row.horizon}, {row.name}: {cells} ({took})", file=sys.stderr)
+        found[str(row.horizon)].append({"name": row.name, "folder": f"forecast/{row.folder}", **measured})
+    clusters = {str(horizon): stretches(of["test"]) for horizon, of in windows.items()}
+    summary = {
+        "horizons": found,
+        "stretches": {horizon: len(set(each.tolist())) for horizon, each in clusters.items()},
+        "windows": {str(horizon): len(of["test"]) for horizon, of in windows.items()},
+        "left_out": {str(horizon): of["test"].left_out for horizon, of in windows.items()},
+        "fitted_on": {str(horizon): min(len(of["train"]), options.fit_samples) for horizon, of in windows.items()},
+        "look_back": data.window,
+        "patch": data.patch,
+        "channels": data.channels,
+        "normalise": data.normalise,
+        "seed": config.train.seed,
+        "finetune_steps": options.steps,
+        "fit_samples": options.fit_samples,
+        "made_with": provenance(),
+    }
+    if ranks.is_main:  # it alone has every row
+        summary["differences"] = over_windows([run], [summary], clusters)
+    return summary
+
+
+def table_rows(
+    config: PretrainConfig,
+    data: TimeSeries,
+    model: NEPA,
+    run: Run,
+    options: ForecastOptions,
+    ranks: World,
+    *,
+    show: bool,
+) -> list[Row]:
+    """The rows of the table; the networks that are trained come last, as they take longest."""
+    samples, device, causal = options.fit_samples, ranks.device, config.objective.causal
+    horizons = sorted({*options.horizons, *options.finetune})
+    untrained = build_model(config).to(device).eval()
+    about = {
+        "fitted": FITTED,
+        "data": data.model_dump(mode="json", exclude={"root"}),
+        "series": hashlib.sha256(data.forecasts("test", horizons[0]).values.numpy().tobytes()).hexdigest(),
+    }
+    fitted = about | {"samples": samples, "causal": causal}
+    weights = {"pre-trained": weights_digest(model), "random": weights_digest(untrained)}
+    reads: dict[str, tuple[Reader, dict[str, str]]] = {
+        "frozen": (partial(network_features, model, causal=causal), {"weights": weights["pre-trained"]}),
+        UNTRAINED["frozen"]: (partial(network_features, untrained, causal=causal), {"weights": weights["random"]}),
+        LINEAR: (raw_features, {}),
+    }
+    arms: dict[str, tuple[str | None, Network, str]] = {
+        "fine-tuned": (str(run.path), "predictor", weights["pre-trained"]),
+        UNTRAINED["fine-tuned"]: (None, "predictor", weights["random"]),
+        DLINEAR: (None, "dlinear", ""),
+    }
+
+    def ridge(name: str, horizon: int) -> Row:
+        read, own = reads[name]
+        measure = kept(lambda: best_ridge(data, read, horizon, samples, device), ranks)
+        return Row(name, horizon, fitted | own, measure)
+
+    def persistence(horizon: int) -> Row:
+        measure = kept(lambda: score(data, "test", horizon, device, lambda batch: repeat_last(data, batch)), ranks)
+        return Row(PERSISTENCE, horizon, about, measure)
+
+    def trained(name: str, horizon: int) -> Row:
+        init, network, start = arms[name]
+        arm = short(config, init, network, horizon, steps=options.steps, samples=samples)
+        settings = arm.model_dump(mode="json", exclude={"init", "data"})
+        measure = partial(train, arm, ranks=ranks, show=show)
+        return Row(name, horizon, fitted | {"weights": start, "settings": settings}, measure)
+
+    return [
+        *(ridge(name, horizon) for name in reads for horizon in horizons),
+        *(persistence(horizon) for horizon in horizons),
+        *(trained(name, horizon) for horizon in sorted(set(options.finetune)) for name in arms),
+    ]
+
+
+def kept(measure: Callable[[], dict[str, Any]], ranks: World) -> Callable[[Run], dict[str, Any]]:
+    """A measurement that leaves its figures in a row's folder, as `train` does."""
+
+    def measured(place: Run) -> dict[str, Any]:
+        found = measure()
+        if ranks.is_main:
+            return leave(place, found)
+        return {key: value for key, value in found.items() if key != "errors"}
+
+    return measured
+
+
+def over_windows(
+    runs: Sequence[Run], summaries: Sequence[dict[str, Any]], clusters: Mapping[str, Tensor]
+) -> dict[str, list[dict[str, Any]]]:
+    """Horizon -> `paired_differences` over the test windows of one run, or of several together.
+
+    Args:
+        clusters: horizon -> `stretches`.
+
+    Raises:
+        UserError: errors of a row are missing, or are of other windows in one run than in another.
+    """
+    found = {}
+    for horizon, rows in summaries[0]["horizons"].items():
+        errors = {}
+        for number, row in enumerate(rows):
+            each = [
+                left_errors(Run(run.path / summary["horizons"][horizon][number]["folder"]))
+                for run, summary in zip(runs, summaries, strict=True)
+            ]
+            if odd := [str(run.path) for run, left in zip(runs, each, strict=True) if len(left) != len(each[0])]:
+                raise UserError(
+                    f"also: {odd[0]} has other test windows than {runs[0].path}; name runs on the same data"
+                )
+            errors[row["name"]] = torch.stack(each)
+        found[horizon] = paired_differences(errors, clusters[horizon])
+    return found
+
+
+def over_seeds(targets: Sequence[str], summaries: Sequence[dict[str, Any]], data: TimeSeries) -> dict[str, Any]:
+    """What forecast_seeds.json holds: the figures of every row with mean and deviation over the runs."""
+    first = summaries[0]
+    clusters = {horizon: stretches(data.forecasts("test", int(horizon))) for horizon in first["horizons"]}
+    return {
+        **first,
+        "horizons": {
+            horizon: [
+                {"name": row["name"], **{key: spread(figures(summaries, horizon, number, key)) for key in ERRORS}}
+                for number, row in enumerate(rows)
+            ]
+            for horizon, rows in first["horizons"].items()
+        },
+        "differences": over_windows([Run(Path(target)) for target in targets], summaries, clusters),
+        "runs": list(targets),
+        "seed": [summary["seed"] for summary in summaries],
+    }

@@ -1,0 +1,259 @@
+"""What a network makes of single samples: attention, similarity, layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import BaseModel, Field, NonNegativeInt, field_validator
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from modalities.data.scene_masks import IGNORED
+from modalities.image import Images
+from modalities.scenes import Scenes
+from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
+from nepa_core.modality import Modality
+from nepa_core.model import NEPA
+from nepa_core.predictor import Trace
+from nepa_core.runtime.config import read_saved
+from nepa_core.runtime.data import plain_batches, to_device
+from nepa_core.tokens import Tokens
+from nepa_core.verdict.drawing import draw
+from recipes.configs import SegmentConfig
+from recipes.released.weights import Weights, load_backbone
+from recipes.report.plots import spread_out
+from recipes.report.segment import Picture, palette
+from recipes.statistics.held_out import NUMBER, Numbered
+from recipes.statistics.maps import (
+    Reading,
+    attention_figures,
+    chosen_attention,
+    grid_positions,
+    next_rank,
+    next_similarity,
+    uniform_attention,
+)
+from recipes.training.segmentation import load_segmenter, predict_image
+
+
+class InspectOptions(BaseModel):
+    """InspectOptions of `nepa inspect`."""
+
+    model_config = FROZEN
+
+    images: tuple[str, ...] = Field(
+        default=(), description="image files to show, [a.jpg,b.png]; default: the data's own"
+    )
+    samples: int = Field(default=4, gt=0, description="how many samples to show, drawn from the whole split")
+    split: Literal["train", "test"] = Field(default="test", description="the split they are taken from")
+    query: tuple[NonNegativeInt, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=2,
+        description="the token that asks: its canonical index or [row,column], from 0; default: the middle one",
+    )
+    layer: int | None = Field(default=None, ge=1, description="layer of the attention map, from 1; default: their mean")
+    head: int | None = Field(default=None, ge=1, description="head of the attention map, from 1; default: their mean")
+    causal: bool | None = Field(default=None, description="attend backwards only; default: as the run was trained")
+
+    @field_validator("query", mode="before")
+    @classmethod
+    def _index(cls, given: Any) -> Any:
+        return given if given is None or isinstance(given, list | tuple) else (given,)
+
+    @field_validator("images", mode="before")
+    @classmethod
+    def _names(cls, given: Any) -> Any:
+        """A shell takes the quotes out of a JSON list, so names may stand in brackets, or alone, without them."""
+        return [name.strip() for name in given.strip("[]").split(",")] if isinstance(given, str) else given
+
+
+def why_silent(target: str, weights: Weights, noun: str, *, causal: bool) -> str:
+    """Why the output of this network says nothing about the next token, as a sentence; "" where it does."""
+    left_out = f"No similarity map and no ranks of the next {noun}:"
+    if weights.head:
+        return f"{left_out} this network was trained on labels, and its output no longer predicts a {noun}."
+    if not causal:
+        return f"{left_out} attention is bidirectional, so that a place sees the {noun} that it would predict."
+    if not read_saved(Path(target) / "config.json").get("objective", {}).get("shift", True):
+        return f"{left_out} this network was trained to give back the {noun} that it sees (objective.shift=false)."
+    return ""
+
+
+def load_network(weights: Weights, data: Modality, device: torch.device) -> NEPA:
+    """The network in evaluation mode, under the "eager" back-end: that alone leaves attention maps in a `Trace`.
+
+    Raises:
+        UserError: changed data have tokens of another size.
+    """
+    config = weights.config.model_copy(update={"attention": "eager"})
+    model = NEPA(config, data.embedder(config.dim))
+    load_backbone(model, config, weights)
+    return model.to(device).eval()
+
+
+def inspect(model: NEPA, data: Modality, options: InspectOptions, *, causal: bool) -> list[Reading]:
+    """Read the samples that the options name, one by one, so that all attention maps are never held at once.
+
+    Raises:
+        UserError: an image can't be read, or the query, layer or head does not exist.
+    """
+    for name, given, count in (
+        ("layer", options.layer, model.config.depth),
+        ("head", options.head, model.config.heads),
+    ):
+        if given is not None and given > count:
+            raise UserError(f"{name}={given}: this network has {name}s 1 to {count}")
+    device = next(model.parameters()).device
+    return [
+        read_sample(model, data, name, batch, options, causal=causal)
+        for name, batch in chosen_samples(data, options, device)
+    ]
+
+
+def chosen_samples(data: Modality, options: InspectOptions, device: torch.device) -> Iterator[tuple[str, Batch]]:
+    """Name and batch of one of every sample to show."""
+    if not options.images:
+        samples = data.dataset(options.split)
+        places = sorted(draw(samples, options.samples, seed=0).indices.tolist())
+        for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places, tokenize=data.tokenize):
+            yield sample_name(data, samples, options.split, int(batch.pop(NUMBER)), batch.get("label")), batch
+        return
+    if not isinstance(data, Images | Scenes):
+        raise UserError(f"images= are for runs on images; {type(data).__name__} shows samples= of a split=")
+    files = data.files(options.images)
+    for index, path in enumerate(options.images):
+        try:
+            yield Path(path).name, to_device(default_collate([files[index]]), device)
+        except UnreadableSample as error:
+            raise UserError(f"images: {error}; name image files") from error
+
+
+def sample_name(data: Modality, samples: Any, split: str, index: int, label: Tensor | None) -> str:
+    """ "test 3, cat, 0004.png": the place in the split, and the class and the file where they are known."""
+    parts = [f"{split} {index}"]
+    if label is not None and not label.is_floating_point() and label.numel() == 1 and int(label) >= 0:
+        named = type(data).classes is not Modality.classes  # by default classes are found by reading all samples
+        classes = (data.classes() if named else None) or ()
+        word = classes[int(label)] if int(label) < len(classes) else str(int(label))
+        parts.append(f"class {word}" if word.isdigit() else word)
+    if hasattr(samples, "name"):
+        parts.append(Path(samples.name(index)).name)
+    return ", ".join(parts)
+
+
+@torch.no_grad()
+def segmented(config: SegmentConfig, weights: Weights, options: InspectOptions, device: torch.device) -> list[Picture]:
+    """The classes of the pixels of the same samples, each at its stored size; unreadable ones are left out.
+
+    Raises:
+        UserError: the weights don't fit the config.
+    """
+    data, model, pictures = config.data, load_segmenter(config, weights).to(device), []
+    scenes = data.whole_files(options.images) if options.images else data.whole(options.split)
+    for index in spread_out(len(scenes), len(options.images) or options.samples):
+        with suppress(UnreadableSample):
+            scene = scenes[index]
+            predicted = predict_image(config, model, scene["image"].to(device)).cpu()
+            truth = None if options.images else scene["target"]
+            pictures.append(Picture(scene["image"], truth, predicted, Path(scenes.name(index)).name))
+    return pictures
+
+
+def write_masks(folder: Path, pictures: Sequence[Picture], data: Scenes) -> None:
+    """A palette image for every picture, of the same size: class k is stored as data.first_label + k."""
+    folder.mkdir(parents=True, exist_ok=True)
+    colours = np.zeros((IGNORED + 1, 3), dtype=np.uint8)
+    colours[data.first_label : data.first_label + data.class_count] = palette(data.class_count)
+    stems = [Path(picture.name).stem for picture in pictures]
+    for place, (stem, picture) in enumerate(zip(stems, pictures, strict=True)):
+        mask = Image.fromarray((picture.prediction + data.first_label).to(torch.uint8).numpy())
+        mask.putpalette(colours.flatten().tolist())
+        mask.save(folder / (f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{place}.png"))
+
+
+@torch.no_grad()
+def read_sample(
+    model: NEPA, data: Modality, name: str, batch: Batch, options: InspectOptions, *, causal: bool
+) -> Reading:
+    """Run the network on one sample; `model` has the "eager" back-end."""
+    tokens = data.read(batch)
+    check_count(model, tokens)
+    sketch, trace = data.describe(tokens), Trace()
+    out = model(tokens, causal=causal, trace=trace)
+    bos, count = int(model.bos is not None), tokens.values.shape[1]
+    if sketch.grid[0] * sketch.grid[1] != count:
+        raise UserError(f"{type(data).__name__}.describe gives a grid of {sketch.grid} for {count} tokens; mend it")
+    canonical = torch.arange(count, device=tokens.values.device)
+    order = canonical if tokens.order is None else tokens.order.to(canonical.device).expand(1, -1)[0]
+    mask = torch.ones_like(canonical, dtype=torch.bool)[None] if tokens.mask is None else tokens.mask
+    real = tokens.canonical(mask)[0]
+    query = chosen_query(options.query, sketch.grid, real, name)
+    place = int(order.argsort()[query])
+
+    similarity = next_similarity(out.predictions, out.embeddings, bos=bool(bos))
+    ranks = next_rank(similarity, mask)[0]
+    last = bos + place == len(ranks) or ranks[bos + place].isnan()
+    attention = chosen_attention(trace.attention, layer=options.layer, head=options.head)[:, bos + place]
+    uniform = uniform_attention(F.pad(mask, (bos, 0), value=True), causal=causal)
+    seen = uniform[:, 0, bos + place, bos:] > 0
+    positions = grid_positions(sketch.grid).to(order.device)[order]
+
+    def drawn(values: Tensor, shown: Tensor) -> Tensor:
+        return tokens.canonical(values.masked_fill(~shown, torch.nan))[0].float().cpu()
+
+    return Reading(
+        name=name,
+        sketch=sketch,
+        order=order.cpu(),
+        real=real.cpu(),
+        query=query,
+        next=None if last else int(order[place + 1]),
+        attention=drawn(attention[:, bos:], seen),
+        on_bos=float(attention[0, :bos].sum()),
+        similarity=drawn(similarity[:, bos + place], mask),
+        rank=float("nan") if last else float(ranks[bos + place]),
+        ranks=ranks[~ranks.isnan()].cpu(),
+        hidden=[tokens.canonical(x[:, bos:])[0].float().cpu() for x in trace.hidden],
+        layers=[attention_figures(weights, positions, mask) for weights in [*trace.attention, uniform]],
+    )
+
+
+def check_count(model: NEPA, tokens: Tokens) -> None:
+    """Changed data may have more tokens than there are learned positions.
+
+    Raises:
+        UserError: they have.
+    """
+    count = tokens.values.shape[1]
+    if 0 < model.config.learned_positions < count:
+        raise UserError(f"{count} tokens are more than model.learned_positions={model.config.learned_positions}")
+
+
+def chosen_query(given: tuple[int, ...] | None, grid: tuple[int, int], real: Tensor, name: str) -> int:
+    """The canonical index of the query; by default the middle of the grid, or of the real tokens.
+
+    Raises:
+        UserError: there is no such token in this sample.
+    """
+    rows, columns = grid
+    if given is None:
+        found = real.nonzero()[:, 0].tolist()
+        if not found:
+            raise UserError(f"{name} has no real token to ask; name other samples")
+        return rows // 2 * columns + columns // 2 if real.all() else found[len(found) // 2]
+    row, column = given if len(given) == 2 else divmod(given[0], columns)
+    named = "query=" + json.dumps(given[0] if len(given) == 1 else given).replace(" ", "")
+    if row >= rows or column >= columns:
+        raise UserError(f"{named}: the tokens lie on {rows} rows and {columns} columns, counted from 0")
+    if not real[row * columns + column]:
+        raise UserError(f"{named}: {name} has padding there, {int(real.sum())} real tokens; name another")
+    return row * columns + column

@@ -1,0 +1,222 @@
+"""Weights that a task starts from: `init=` names a run, a folder in the released layout, or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from nepa_core.basics import UserError
+from nepa_core.modality import Modality
+from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime.checkpoint import Checkpoint, load_latest
+from nepa_core.runtime.config import load_adapter, read_saved, validated
+from nepa_core.runtime.run import Run, reading_back
+from recipes.released.layout import NetworkState, State, digests, find, new_weights, read_released
+from recipes.resolve import RECORD, is_run, task_of
+
+FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "pack", "mask_token")
+"""Keys of the network that may differ between the weights and the recipe that starts from them: they are starts,
+training-time noise, ways to compute the same, or of pre-training alone."""
+
+TOKEN_KEYS = ("patch", "channels", "patch_order", "order_seed")
+"""Keys of data that decide what a token of an image is, and which one comes next."""
+
+HEAD, BACKBONE = "head.", "backbone."
+
+
+class Weights(NamedTuple):
+    """A trained network, as `init=` or a task that reads runs finds it.
+
+    Attributes:
+        source: what the user named.
+        config: the network's shape and switches.
+        causal: the attention it was trained with.
+        data: the adapter of a run; None for a folder in the released layout.
+        seed: of the run, which gives the untrained twin; 0 for a released folder.
+        model: state dict of `NEPA`, averaged where there is an average.
+        head: state dict of the read-out on it; empty after pre-training.
+        digest: what tells this checkpoint from others.
+        averaged: whether `model` and `head` are averages.
+        tokens: the keys of images that decide what a token is, `TOKEN_KEYS`, with their values.
+    """
+
+    source: str
+    config: PredictorConfig
+    causal: bool
+    data: Modality | None
+    seed: int
+    model: dict[str, Tensor]
+    head: dict[str, Tensor]
+    digest: str
+    averaged: bool
+    tokens: dict[str, Any]
+
+
+class Start(Protocol):
+    """The part of a config that says what a network is made for."""
+
+    @property
+    def data(self) -> Modality: ...
+    @property
+    def model(self) -> PredictorConfig: ...
+    @property
+    def causal(self) -> bool: ...
+
+
+def read_weights(name: str) -> Weights:
+    """The newest weights of a run of any task, or those of a folder in the released layout.
+
+    Raises:
+        UserError: there is nothing of the kind, or it is damaged.
+    """
+    if is_run(name):
+        return _of_run(name)
+    folder = find(name, "init")
+    released = read_released(folder)
+    model, head = released.averaged or (released.model, released.head)
+    digest = ", ".join(digests(folder).values())
+    averaged = released.averaged is not None
+    tokens = {"patch": (released.patch, released.patch), "channels": released.facts.num_channels}
+    tokens |= {"patch_order": "raster", "order_seed": 0}
+    return Weights(name, released.config, released.causal, None, 0, model, head, digest, averaged, tokens)
+
+
+def _of_run(name: str) -> Weights:
+    run = Run(Path(name))
+    file = run.path / "config.json"
+    saved = read_saved(file)
+    checkpoint = newest(run)
+    try:
+        config = validated(PredictorConfig, _part(saved, "model"), "model.")
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    data = load_adapter(saved, file)
+    model, head = split(current_weights(checkpoint))
+    causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
+    seed = int(_part(saved, "train").get("seed", 0))
+    averaged = "ema" in checkpoint.tensors
+    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest, averaged, _token_keys(data))
+
+
+def _token_keys(data: Modality | None) -> dict[str, Any]:
+    return {key: getattr(data, key) for key in TOKEN_KEYS if hasattr(data, key)}
+
+
+def newest(run: Run) -> Checkpoint:
+    """The newest undamaged checkpoint of a run.
+
+    Raises:
+        UserError: there is none; the message has the command that makes one.
+    """
+    checkpoint, notes = load_latest(run.checkpoints)
+    if checkpoint is not None:
+        return checkpoint
+    record = run.summary(RECORD)
+    command = f"nepa {task_of(str(run.path))} {run.path}"
+    if record is not None:
+        command = f"nepa import {record.get('source', 'SOURCE')} out={run.path}"
+    elif run.summary() is not None:  # or the command would only show what was finished
+        command = f"rm {run.path / 'summary.json'} && {command}"
+    what = "undamaged checkpoint" if notes else "checkpoint"
+    cause = f" ({notes[0].removesuffix('; passing over it')})" if notes else ""
+    raise UserError(f"{run.checkpoints} holds no {what}; run `{command}` {'again' if notes else 'first'}{cause}")
+
+
+def class_names(run: Run) -> tuple[str, ...]:
+    """Names of the classes that a finished or an imported run tells apart; none where nothing has been written down."""
+    with reading_back(run.path / "summary.json"):
+        rows = (run.summary() or {}).get("classes") or ()
+        names = tuple(str(row["name"] if isinstance(row, dict) else row) for row in rows)
+    with reading_back(run.path / RECORD):
+        labels = (run.summary(RECORD) or {}).get("config", {}).get("id2label", {})
+        return names or tuple(labels[str(number)] for number in range(len(labels)))
+
+
+def split(state: State) -> NetworkState:
+    """The state dict of a run's module, `NEPA` or `Classifier`, in its two parts."""
+    head = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
+    model = {name.removeprefix(BACKBONE): value for name, value in state.items() if not name.startswith(HEAD)}
+    return NetworkState(model, head)
+
+
+def joined(state: NetworkState) -> State:
+    """The way back of `split`: of `Classifier` where there is a head, else of `NEPA`."""
+    if not state.head:
+        return state.model
+    parts = {BACKBONE: state.model, HEAD: state.head}
+    return {prefix + name: value for prefix, part in parts.items() for name, value in part.items()}
+
+
+def _part(saved: dict[str, Any], key: str) -> dict[str, Any]:
+    value = saved.get(key, {})
+    return value if isinstance(value, dict) else {}
+
+
+def current_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The model's tensors, averaged where there is an average (of parameters only: buffers have none)."""
+    return checkpoint.tensors["model"] | checkpoint.tensors.get("ema", {})
+
+
+def start_from(init: str, model: nn.Module, config: Start) -> list[str]:
+    """Load what `init=` names into a `NEPA` built by `config.model`, see `load_backbone`.
+
+    Returns:
+        The names of the weights that are new.
+
+    Raises:
+        UserError: the tokens, their order (where attention is causal) or the networks differ; all keys are listed.
+    """
+    weights = read_weights(init)
+    mine, theirs = _token_keys(config.data), weights.tokens
+    looked = ["patch", "channels"]
+    if config.causal:
+        looked += ["patch_order", *(["order_seed"] if mine.get("patch_order") == "random" else [])]
+    differing = [name for name in looked if name in mine and name in theirs and mine[name] != theirs[name]]
+    if differing:
+        told = "; ".join(f"data.{name} is {mine[name]} in the recipe and {theirs[name]} there" for name in differing)
+        mend = "set the recipe's keys to fit" + (", or causal=false" if "order" in differing[0] else "")
+        raise UserError(f"init={init} was trained on other tokens: {told}; {mend}")
+    return load_backbone(model, config.model, weights)
+
+
+def load_backbone(model: nn.Module, config: PredictorConfig, weights: Weights) -> list[str]:
+    """Load weights into a `NEPA` built by `config`.
+
+    QK-norm weights that the checkpoint lacks start at 1 (the released base has none, its fine-tuned form has), and
+    what only pre-training uses (a mask token) is left out.
+
+    Returns:
+        The names of the weights that are new.
+
+    Raises:
+        UserError: the two networks differ; every differing key or tensor is listed.
+    """
+    check_shape(config, weights)
+    expected = {name: value.shape for name, value in model.state_dict().items()}
+    given = {name: value for name, value in weights.model.items() if name != "mask_token" or name in expected}
+    new = new_weights(expected, given, f"init={weights.source}")
+    model.load_state_dict(given, strict=False)  # what strictness would find has been listed above
+    return new
+
+
+def check_shape(config: PredictorConfig, weights: Weights) -> None:
+    """Compare the recipe's network with that of the weights.
+
+    Raises:
+        UserError: keys that decide what the network computes differ; all are listed.
+    """
+    differing = []
+    for name in PredictorConfig.model_fields:
+        mine, theirs = getattr(config, name), getattr(weights.config, name)
+        if name == "layer_scale":
+            mine, theirs = ("none" if value is None else "some" for value in (mine, theirs))
+        elif name in FREE_SHAPE or (name, mine, theirs) == ("qk_norm", "affine", "plain"):
+            continue
+        if mine != theirs:
+            differing.append(f"model.{name} is {mine} in the recipe and {theirs} in the weights")
+    if differing:
+        raise UserError(
+            f"init={weights.source} is another network: {'; '.join(differing)}; set the recipe's keys to fit"
+        )

@@ -1,0 +1,287 @@
+"""The verdict in plain words, and the report page of a pre-training run."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from nepa_core.modality import Modality
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.run import Run
+from nepa_core.verdict.drawing import RIVALS
+from nepa_core.verdict.intervals import Interval
+from nepa_core.verdict.judge import COLLAPSE_SHARE, Verdict
+from recipes.report.page import Figure, page
+from recipes.report.plots import line_plot
+from recipes.report.provenance import unreadable
+
+SPACES = {
+    "projected": "Losses and identification, also those before training and of the baselines, are measured behind the "
+    "objective's projector, where prediction and target meet; the rank is that of the embeddings themselves.",
+    "standardised": "The objective compares with standardised targets; these figures compare with the embeddings as "
+    "they are, and so may understate it.",
+}
+"""What to know where prediction and target don't meet in the space of the embeddings."""
+
+
+def verdict_in(summary: dict[str, Any]) -> Verdict:
+    """The verdict part of a summary; those of before lack what was not counted then."""
+    return Verdict.model_validate({name: summary[name] for name in Verdict.model_fields if name in summary})
+
+
+BASELINES = {
+    "linear": ("LINEAR", "a ridge regression on the previous tokens", "retrieval_top1_linear"),
+    "copying": ("COPYING", "the current token itself", "retrieval_top1_copy"),
+}
+"""Baselines that a prediction should beat: attribute of the verdict -> its name, what it is, its figure."""
+
+
+def judgement(verdict: Verdict) -> str:
+    """A sentence or two: collapsed, not known, nothing learned, behind or level with the best baseline, or ahead."""
+    if verdict.collapsed:
+        return (
+            f"COLLAPSED. The embeddings span {verdict.effective_rank_embedding:.1f} effective dimensions, "
+            f"less than {COLLAPSE_SHARE:.0%} of the {verdict.effective_rank_embedding_start:.1f} before training; "
+            "whatever the loss says, targets that are all alike are easy to predict."
+        )
+    if not verdict.has_intervals:
+        return (
+            "NOT KNOWN. There is no interval: the held-out samples are too few, or all depend on each other, so no "
+            "difference can be told from chance."
+        )
+    if not verdict.beats_untrained:
+        return "NOTHING LEARNED. The predictor identifies the next token no better than before training."
+    unbeaten = [name for name in BASELINES if not getattr(verdict, name).above]
+    if unbeaten:
+        best = max(unbeaten, key=lambda name: float(getattr(verdict, BASELINES[name][2])))
+        name, what, key = BASELINES[best]
+        figures = f"{getattr(verdict, key):.1%} of the next tokens, the predictor {verdict.retrieval_top1:.1%}"
+        if getattr(verdict, best).below:
+            return f"LEARNED, BUT LESS THAN {name}. {what[0].upper()}{what[1:]} identifies {figures}."
+        return (
+            f"LEARNED, BUT NO MORE THAN {name}. {what[0].upper()}{what[1:]} identifies {figures}: within the interval."
+        )
+    if verdict.beats_starved_alone:
+        return (
+            "LEARNED, BUT THE LINEAR CONTROL IS STARVED. The predictor is ahead of a ridge regression that gains more "
+            "from its next samples than that lead."
+        )
+    return "LEARNED. The predictor identifies the next token better than an untrained one, a linear one and a copy."
+
+
+def headline(verdict: Verdict, noun: str) -> str:
+    """Next-token identification beside its baselines."""
+    return (
+        f"Next {noun} identified among {verdict.retrieval_candidates}: NEPA {verdict.retrieval_top1:.1%}, "
+        f"linear autoregression {verdict.retrieval_top1_linear:.1%}, copy {verdict.retrieval_top1_copy:.1%}, "
+        f"untrained {verdict.retrieval_top1_untrained:.1%}, chance {verdict.chance:.1%}."
+    )
+
+
+def table(verdict: Verdict, noun: str) -> list[tuple[str, str, str]]:
+    """Rows of (predictor, held-out loss, identified)."""
+    rows = [
+        ("NEPA", verdict.loss, verdict.retrieval_top1),
+        ("linear autoregression", verdict.baseline_linear, verdict.retrieval_top1_linear),
+        ("mean embedding of the position", verdict.baseline_position_mean, verdict.retrieval_top1_position_mean),
+        ("mean embedding", verdict.baseline_mean, verdict.retrieval_top1_mean),
+        (f"copy of the current {noun}", verdict.baseline_copy, verdict.retrieval_top1_copy),
+    ]
+    lines = [(name, f"{loss:.3f}", f"{top1:.1%}") for name, loss, top1 in rows]
+    return [*lines, ("NEPA before training", "", f"{verdict.retrieval_top1_untrained:.1%}")]
+
+
+def margin(of: Interval) -> str:
+    """ "+6.0 ± 1.4", in points."""
+    half = "unknown" if of.half is None else f"{100 * of.half:.1f}"
+    return f"{100 * of.mean:+.1f} ± {half}"
+
+
+FEW = 5
+"""Groups below which an interval covers too little where they are of unequal size: 86 % with three, simulated."""
+
+
+def covered(verdict: Verdict) -> str:
+    """What the intervals are over."""
+    if not verdict.clusters:  # of a summary of before
+        return "95 %, paired over samples alone"
+    several = verdict.clusters < (verdict.asked or 0.8 * verdict.samples)
+    groups = f"{verdict.clusters:,} independent group{'' if verdict.clusters == 1 else 's'} of them"
+    few = " (few for an interval)" if several and verdict.clusters < FEW else ""
+    return f"95 %, paired over {groups if several else 'these samples'} alone{few}; other seeds of the run differ, too"
+
+
+def linear_control(verdict: Verdict) -> list[str]:
+    """On how many samples the linear control was fitted, what it reads, and whether more would make it stronger."""
+    if not verdict.linear_of:
+        return []
+    whole = verdict.fitted_samples >= verdict.training_samples
+    fitted = (
+        f"all {verdict.fitted_samples:,}" if whole else f"{verdict.fitted_samples:,} of {verdict.training_samples:,}"
+    )
+    read = "" if verdict.linear_features >= verdict.linear_of else f" of {verdict.linear_of:,}"
+    text = f"The linear control reads {verdict.linear_features:,}{read} numbers a sequence, fitted on {fitted} samples"
+    curve = verdict.linear_curve
+    if len(curve) > 1:
+        steps = ", ".join(f"{point.retrieval_top1:.1%} on {point.samples:,}" for point in curve)
+        text += f" (identified {steps})"
+    if verdict.linear_is_starved:
+        assert verdict.linear_moved is not None
+        text += (
+            f". It is starved: the last doubling of its samples moved it by {100 * verdict.linear_moved:+.1f} points, "
+            f"and another such would leave a margin of {100 * verdict.starved_margin:+.1f}; raise verdict.fit_samples"
+        )
+    elif verdict.linear_gains:
+        assert verdict.linear_moved is not None
+        text += (
+            f". It has all that the network had, and more would still make it stronger: the last doubling moved it by "
+            f"{100 * verdict.linear_moved:+.1f} points"
+        )
+    return [f"{text}."]
+
+
+def remarks(summary: dict[str, Any], noun: str) -> list[str]:
+    """The sentences under the table."""
+    verdict = verdict_in(summary)
+    found = [
+        f"NEPA minus linear: {margin(verdict.linear)} points; minus copy: {margin(verdict.copying)}; minus untrained: "
+        f"{margin(verdict.untrained)} ({covered(verdict)}).",
+        *linear_control(verdict),
+        f"Effective rank of the embeddings {verdict.effective_rank_embedding:.1f} "
+        f"(before training {verdict.effective_rank_embedding_start:.1f}), of the predictions "
+        f"{verdict.effective_rank_prediction:.1f} ({verdict.effective_rank_prediction_start:.1f}).",
+        f"Best constant direction: cosine {verdict.shared_direction_embedding:.2f} with the embeddings "
+        f"(before training {verdict.shared_direction_embedding_start:.2f}).",
+        f"Copying the current {noun} would have beaten the prediction at {verdict.copy_wins:.0%} of the places.",
+    ]
+    if verdict.rivals_overlap:
+        found.append("The held-out split has no room for two samples without common values: rivals are near-copies.")
+    if "optimum" in summary:
+        found.append(
+            f"The best possible loss here is {summary['optimum']:.3f}; NEPA reached {verdict.loss:.3f}, the linear "
+            f"autoregression {verdict.baseline_linear:.3f}, the copy baseline {verdict.baseline_copy:.3f}."
+        )
+    if abs(summary["objective"] - verdict.loss) > 1e-6:
+        found.append(
+            f"The run's own objective on held-out data is {summary['objective']:.3f}; it is not the loss above."
+        )
+    if summary.get("space") in SPACES:
+        found.append(SPACES[summary["space"]])
+    if not summary["causal"]:
+        found.append("Attention was bidirectional: each prediction could see its target, so these figures flatter it.")
+    return found + unreadable(summary)
+
+
+def render(summary: dict[str, Any], data: Modality, run: Run) -> str:
+    """The card as text."""
+    verdict, noun = verdict_in(summary), data.token_name
+    rows = [("", "loss", "identified"), *table(verdict, noun)]
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:<{width}}  {loss:>7}  {top1:>10}" for name, loss, top1 in rows]
+    cost = (
+        f"{summary['steps']} steps, {summary['seconds']:.0f} s, {summary['parameters']:,} parameters; judged on "
+        f"{verdict.samples} held-out samples with the {summary['weights']} weights."
+    )
+    report = f"Report: {run.report / 'index.html'}"
+    return "\n".join(
+        [
+            "",
+            judgement(verdict),
+            headline(verdict, noun),
+            *tries(summary),
+            "",
+            *lines,
+            "",
+            *remarks(summary, noun),
+            cost,
+            report,
+        ]
+    )
+
+
+def tries(summary: dict[str, Any]) -> list[str]:
+    """What to try where the verdict is not what one hoped for."""
+    return [f"To try: {text}" for text in summary.get("advice", [])]
+
+
+def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
+    """report/: rank.png, spread.png, learning.png, position.png, loss.png and a page that holds them and the card."""
+    verdict, noun = verdict_in(summary), data.token_name
+    metrics = run.metrics()
+    health = [line for line in metrics if "effective_rank_embedding" in line]
+    learning = [line for line in health if "retrieval_top1" in line]
+    training = [line for line in metrics if "loss" in line]
+    steps = [line["step"] for line in health]
+    figures = [
+        Figure(
+            "rank.png",
+            "Effective rank over training: collapse shows here, not in the loss.",
+            line_plot(
+                {of: (steps, [line[f"effective_rank_{of}"] for line in health]) for of in ("embedding", "prediction")},
+                x="step", y="effective rank", from_zero=True,
+            ),
+        ),
+        Figure(
+            "spread.png",
+            "Spread per dimension (1 is isotropic, 0 collapsed), and the cosine of the best constant direction.",
+            line_plot(
+                {
+                    f"{name.replace('_', ' ')}, {of}": (steps, [line[f"{name}_{of}"] for line in health])
+                    for name in ("spread", "shared_direction") for of in ("embedding", "prediction")
+                },
+                x="step", y="share", from_zero=True,
+            ),
+        ),
+        Figure(
+            "learning.png",
+            f"Share of places where the next {noun} is identified among up to {RIVALS} while training, and by how "
+            f"much the cosine of the prediction with the next {noun} exceeds that of the current one.",
+            line_plot(
+                {
+                    name: ([line["step"] for line in learning], [line[key] for line in learning])
+                    for name, key in {"identified": "retrieval_top1", "copy gap": "copy_gap"}.items()
+                },
+                x="step", y="share; cosine",
+            ),
+        ),
+        Figure(
+            "position.png",
+            f"Held-out loss of the prediction made at each place (its target is the next {noun}); lower is better.",
+            line_plot(
+                {
+                    {"model": "NEPA"}.get(name, name.replace("_", " ")): (list(range(len(values))), values)
+                    for name, values in verdict.loss_per_position.items()
+                },
+                x="place in the sequence", y="negative cosine", markers=True,
+            ),
+        ),
+        Figure(
+            "loss.png",
+            "The objective over training.",
+            line_plot(
+                {
+                    "training batches": ([line["step"] for line in training], [line["loss"] for line in training]),
+                    "held out": (steps, [line["held_out_objective"] for line in health]),
+                },
+                x="step", y="objective",
+            ),
+        ),
+    ]  # fmt: skip
+    made = summary["made_with"]
+    body = (
+        f"<h2>{html.escape(judgement(verdict))}</h2><p>{html.escape(headline(verdict, noun))}</p>"
+        + "".join(f"<p>{html.escape(text)}</p>" for text in tries(summary))
+        + "<table><tr><th>predictor</th><th>held-out loss</th><th>identified</th></tr>"
+        + "".join(
+            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table(verdict, noun)
+        )
+        + "</table>"
+        + "".join(f"<p>{html.escape(text)}</p>" for text in remarks(summary, noun))
+        + "".join(
+            f"<p>Step {line['step']}: {html.escape(line['warning'])}.</p>" for line in health if "warning" in line
+        )
+    )
+    foot = ", ".join(f"{name} {value}" for name, value in made.items())
+    with disk_errors(run.report):
+        page(run.report, title=f"Pre-training: {run.path.name}", body=body, figures=figures, foot=foot)
+        (run.report / "card.txt").write_text(render(summary, data, run) + "\n")

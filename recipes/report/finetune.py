@@ -1,0 +1,98 @@
+"""What nepa finetune shows: figures, verdict, curves."""
+
+from __future__ import annotations
+
+import html
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.run import Run
+from recipes.networks.goals import FIGURES, Goal
+from recipes.report.page import Figure, page
+from recipes.report.plots import line_plot
+from recipes.report.provenance import unreadable
+from recipes.statistics.worth import sentences, without_control, worth_in
+
+
+def verdict(summary: dict[str, Any], run: Run) -> list[str]:
+    """The closing sentences: the run beside its control, or that this is missing."""
+    worth = worth_in(summary)
+    if worth is None:
+        return [without_control(summary["init"], f"nepa finetune {shlex.quote(str(run.path))}")]
+    return sentences(worth, form=".2%" if worth.metric == "accuracy" else ".3f")
+
+
+COUNTS = ("samples", "without_class", "unreadable_held_out")
+"""What `measure` counts, the same for raw and for averaged weights."""
+
+
+def start_of(init: str | None) -> str:
+    """Where the weights come from, in words."""
+    return "random weights" if init is None else init
+
+
+def render(summary: dict[str, Any], run: Run) -> str:
+    """The result as text."""
+    shown = [figure for figure in FIGURES if figure.key in summary]
+    rows = {"raw weights": ""} | ({"averaged weights": "_ema"} if f"{shown[0].key}_ema" in summary else {})
+    lines = [f"{'':<18}" + "".join(f"  {figure.title:>7}" for figure in shown)]
+    for name, suffix in rows.items():
+        cells = (f"  {format(summary[figure.key + suffix], figure.form):>7}" for figure in shown)
+        lines.append(f"{name:<18}" + "".join(cells))
+    where = f"on {scored_samples(summary, 'held-out samples')}"
+    start = start_of(summary["init"])
+    lines += ["", f"Figures {where} after the last of {summary['steps']} steps, started from {start}."]
+    if summary["new_weights"]:
+        lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
+    lines += unreadable(summary)
+    return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+
+
+def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
+    """ "40 samples", or "30 of 40 samples (10 have no class, 2 could not be read)": on how many the figures are."""
+    without, unread = int(summary.get("without_class", 0)), int(summary.get("unreadable_held_out", 0))
+    if "samples" not in summary:
+        return f"all {noun}"
+    scored, every = int(summary["samples"]) - without, int(summary["samples"]) + unread
+    lost = [f"{without} have no class"] * bool(without) + [f"{unread} could not be read"] * bool(unread)
+    return f"{scored} of {every} {noun} ({', '.join(lost)})" if lost else f"{scored} {noun}"
+
+
+def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:
+    """report/: the goal's first figure and the loss over training, and a page that holds them."""
+    metrics = run.metrics()
+    key = goal.headline
+    tested = [line for line in metrics if key in line]
+    trained = [line for line in metrics if "loss" in line]
+    steps = [line["step"] for line in tested]
+    curves = {key: "raw weights", f"{key}_ema": "averaged weights"}
+    losses = {"held_out_loss": "held out", "held_out_loss_ema": "held out, averaged weights"}
+    title = next(figure.title for figure in goal.shown if figure.key == key)
+    figures = [
+        Figure(
+            f"{key}.png",
+            f"Held-out {title} over training.",
+            line_plot(
+                {name: (steps, [line[key] for line in tested]) for key, name in curves.items() if key in summary},
+                x="step", y=title, from_zero=key == "accuracy",
+            ),
+        ),
+        Figure(
+            "loss.png",
+            f"{goal.loss_name.capitalize()} over training; "
+            "that of the training batches includes mixing and label smoothing.",
+            line_plot(
+                {"training batches": ([line["step"] for line in trained], [line["loss"] for line in trained])}
+                | {name: (steps, [line[key] for line in tested]) for key, name in losses.items() if key in summary},
+                x="step", y=goal.loss_name,
+            ),
+        ),
+    ]  # fmt: skip
+    foot = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
+    first, *rest = verdict(summary, run)
+    body = f"<h2>{html.escape(first)}</h2>" + "".join(f"<p>{html.escape(text)}</p>" for text in rest)
+    body += f'<pre class="long">{html.escape(render(summary, run))}</pre>'
+    with disk_errors(run.report):
+        page(run.report, title=f"Fine-tuning: {run.path.name}", body=body, figures=figures, foot=foot)

@@ -1,0 +1,162 @@
+"""The page of nepa inspect."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from modalities.scenes import Scenes
+from nepa_core.modality import Modality
+from recipes.report.page import Figure, page
+from recipes.report.plots import Panel, panel_plot
+from recipes.report.provenance import provenance
+from recipes.report.segment import Picture, picture_grid
+from recipes.statistics.maps import (
+    Reading,
+    pca_colours,
+)
+
+QUERY, NEXT = "red", "white"  # frames
+
+
+# --------------------------------------------------------------------------------------------------- page
+
+
+def write_page(
+    folder: Path,
+    readings: Sequence[Reading],
+    data: Modality,
+    layer: int | None,
+    head: int | None,
+    *,
+    causal: bool,
+    silent: str,
+    pictures: Sequence[Picture],
+) -> None:
+    """index.html, maps.png, layers.png, order.png unless the order is the canonical one, and classes.png of `pictures`.
+
+    Args:
+        silent: see `why_silent`. pictures: see `segmented`.
+    """
+    noun = data.token_name
+    which = "averaged over layers" if layer is None else f"layer {layer}"
+    which += ", averaged over heads" if head is None else f", head {head}"
+    blind = "; whitened: what it may not see" if causal else ""
+    similarity = (
+        f" Similarity: cosine between the embedding predicted at the query's place and every {noun}; the one to be "
+        f"predicted has a {NEXT} frame."
+    )
+    maps = Figure(
+        "maps.png",
+        f"Attention of the query {noun} ({QUERY} frame), {which}{blind}.{'' if silent else similarity}",
+        panel_plot([(reading.name, map_panels(reading, noun, silent)) for reading in readings], across=3),
+    )
+    layers = Figure(
+        "layers.png",
+        "The input and every layer: the first three principal components as red, green and blue, taken for each layer "
+        "over all samples shown. Like colours are like features.",
+        panel_plot(_layer_panels(readings), across=8),
+    )
+    figures = [maps, layers]
+    (folder / "order.png").unlink(missing_ok=True)  # of an earlier call, perhaps with another order
+    if orders := _order_panels(readings):
+        plot = panel_plot([("", orders)], across=4)
+        figures.append(Figure("order.png", "The order of prediction, from the dot on.", plot))
+    (folder / "classes.png").unlink(missing_ok=True)
+    if pictures:
+        plot = picture_grid(pictures, cast(Scenes, data).class_names())
+        figures.insert(
+            0, Figure("classes.png", "The class of every pixel, by the averaged weights if there are any.", plot)
+        )
+    foot = ", ".join(f"{name} {value}" for name, value in provenance().items())
+    title = f"Inside {folder.parent.resolve().name}"
+    page(folder, title=title, body=_body(readings, noun, silent), figures=figures, foot=foot)
+
+
+def map_panels(reading: Reading, noun: str, silent: str = "") -> list[Panel]:
+    """The sample, the attention of the query and, unless `silent` says why not, its similarity map, side by side."""
+    query = {QUERY: reading.query}
+    both = query if reading.next is None or silent else query | {NEXT: reading.next}
+    found = "" if reading.next is None else f", next {noun} ranked {reading.rank:g} of {int(reading.real.sum())}"
+    on_bos = f", {reading.on_bos:.0%} on BOS" if reading.on_bos else ""
+    panels = [
+        Panel("input", reading.sketch, marks=both),
+        Panel(f"attention{on_bos}", reading.sketch, heat=reading.attention, marks=query),
+    ]
+    if silent:
+        return panels
+    return [*panels, Panel(f"similarity{found}", reading.sketch, heat=reading.similarity, marks=both)]
+
+
+def _layer_panels(readings: Sequence[Reading]) -> list[tuple[str, list[Panel]]]:
+    depth = len(readings[0].hidden)
+    names = ["embedding", *(f"layer {i}" for i in range(1, depth - 1)), "final norm"]
+    rows = [(reading.name, [Panel("input", reading.sketch)]) for reading in readings]
+    for level, name in enumerate(names):
+        colours = pca_colours(torch.cat([reading.hidden[level][reading.real] for reading in readings]))
+        shares = colours.split([int(reading.real.sum()) for reading in readings])
+        for reading, share, (_, panels) in zip(readings, shares, rows, strict=True):
+            shown = torch.full((len(reading.real), 3), torch.nan)
+            shown[reading.real] = share
+            panels.append(Panel(name, reading.sketch, colours=shown))
+    return rows
+
+
+def _order_panels(readings: Sequence[Reading]) -> list[Panel]:
+    """A panel for every different order among the samples, but none for the canonical one."""
+    orders = {tuple(reading.order.tolist()): reading for reading in readings}
+    return [
+        Panel(reading.name if len(orders) > 1 else "", reading.sketch, path=reading.order)
+        for order, reading in orders.items()
+        if list(order) != sorted(order)
+    ]
+
+
+def layer_table(readings: Sequence[Reading]) -> list[tuple[str, str, str, str]]:
+    """Rows of (layer, attention distance, entropy, share on BOS): means over heads and samples."""
+    depth = len(readings[0].layers) - 1
+    rows = []
+    for level, name in enumerate([*(f"layer {i}" for i in range(1, depth + 1)), "uniform attention"]):
+        means = [
+            float(torch.stack([each.mean() for each in figures]).mean())
+            for figures in zip(*(reading.layers[level] for reading in readings), strict=True)
+        ]
+        rows.append((name, f"{means[0]:.2f}", f"{means[1]:.2f}", f"{means[2]:.1%}"))
+    return rows
+
+
+def next_token_line(readings: Sequence[Reading], noun: str) -> str:
+    """How the predictions at all places rank the token that comes next."""
+    ranks = torch.cat([reading.ranks for reading in readings])
+    guess = torch.cat([(reading.real.sum() + 1) / 2 * torch.ones_like(reading.ranks) for reading in readings])
+    return (
+        f"The true next {noun} among all of its sample: mean rank {ranks.mean():.1f} (a guess has {guess.mean():.1f}), "
+        f"first at {(ranks == 1).float().mean():.0%} of {len(ranks)} places."
+    )
+
+
+HEADER = ("", "distance", "entropy", "on BOS")
+
+
+def _body(readings: Sequence[Reading], noun: str, silent: str) -> str:
+    cells = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in layer_table(readings)
+    )
+    heads = "".join(f"<th>{name}</th>" for name in HEADER)
+    line, noun = html.escape(silent or next_token_line(readings, noun)), html.escape(noun)
+    return (
+        f"<p>{line}</p><table><tr>{heads}</tr>{cells}</table>"
+        f"<p>Means over heads and the samples shown. Distance: from a {noun} to those it attends to, in units of the "
+        f"{noun} grid, BOS left out. Entropy in nats. The last line is equal attention wherever it may look.</p>"
+    )
+
+
+def render(readings: Sequence[Reading], noun: str, silent: str) -> str:
+    """The table and the line about the next token, or why there is none, as text."""
+    rows = [HEADER, *layer_table(readings)]
+    lines = [f"{row[0]:<18}" + "".join(f"{cell:>10}" for cell in row[1:]) for row in rows]
+    return "\n".join([*lines, "", silent or next_token_line(readings, noun)])

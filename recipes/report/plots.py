@@ -1,0 +1,313 @@
+"""Plots as PNG bytes."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure as Canvas
+from matplotlib.image import AxesImage
+from matplotlib.legend import Legend
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from modalities.data.listing import printable
+from nepa_core.tokens import Sketch
+from recipes.statistics.significance import interval_of
+
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$\\frac{1"
+
+
+HEADROOM = 0.08  # of the height, between what is plotted and the frame
+
+
+def spread_out(count: int, most: int) -> list[int]:
+    """At most so many of `count` indices, from the first to the last, equally far apart: neighbours are often alike."""
+    shown = min(count, most)
+    return [place * (count - 1) // max(shown - 1, 1) for place in range(shown)]
+
+
+def line_plot(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    x: str,
+    y: str,
+    from_zero: bool = False,
+    markers: bool = False,
+) -> bytes:
+    """One axes with a line for each named (x values, y values), a dot where that is one point; PNG bytes."""
+    canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
+    axes = canvas.subplots()
+    for name, (xs, ys) in series.items():
+        marker = "o" if markers or len(xs) == 1 else None
+        axes.plot(xs, ys, marker=marker, markersize=3 if markers else 5, linewidth=1.6, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps, places, layers
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.margins(y=HEADROOM)
+    if from_zero:
+        axes.set_ylim(0, max(axes.dataLim.y1, 1e-12) * (1 + HEADROOM) if np.isfinite(axes.dataLim.y1) else None)
+    axes.grid(alpha=0.3)
+    _plain(canvas.legend(loc="outside right upper", frameon=False, fontsize="small"))
+    return png_of(canvas)
+
+
+def picture_table(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, heads: Sequence[str], legend: Mapping[str, Sequence[float]]
+) -> bytes:
+    """Named rows of pictures [H, W, 3] over a legend of named colours (0 to 1); PNG bytes.
+
+    The name stands above the first picture of its row, `heads` above the others of the first row.
+    """
+    lines = -(-len(legend) // 6)
+    wide = 11 / (len(heads) + 1)
+    high = sum(wide * min(max(row[0].shape[0] / row[0].shape[1], 0.3), 1.5) + 0.25 for _, row in rows)
+    canvas = Canvas(figsize=(11, high + 0.25 * lines + 0.3), dpi=90, layout="constrained")
+    for y, line in enumerate(canvas.subplots(len(rows), len(heads) + 1, squeeze=False)):
+        name, pictures = rows[y]
+        titles = (name, *(heads if y == 0 else [""] * len(heads)))
+        for axes, picture, title in zip(line, pictures, titles, strict=True):
+            axes.imshow(picture)
+            axes.set_axis_off()
+            axes.set_title(printable(title), fontsize="medium", parse_math=False)
+    patches = [Patch(color=to_rgb((colour[0], colour[1], colour[2]))) for colour in legend.values()]
+    _plain(canvas.legend(patches, [*legend], loc="outside lower center", ncols=6, frameon=False, fontsize="small"))
+    return png_of(canvas)
+
+
+def _plain(legend: Legend) -> None:
+    """Take names as they are: a class may well be called "$5", or hold what no font has."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+        text.set_text(printable(text.get_text()))
+
+
+class Panel(NamedTuple):
+    """One sample with something laid over it.
+
+    Attributes:
+        title: a few words.
+        sketch: of one sample, as `Modality.describe` gives it for a batch of one.
+        heat: [N] float, a number for each token in canonical order, shown over the canvas beside a colour bar; NaN
+            whitens the token.
+        colours: [N, 3] RGB between 0 and 1, shown in place of the canvas; NaN is white.
+        marks: colour -> the token that gets a frame of it.
+        path: [N] int, the tokens in an order that is drawn as a line.
+    """
+
+    title: str
+    sketch: Sketch
+    heat: Tensor | None = None
+    colours: Tensor | None = None
+    marks: Mapping[str, int] | None = None
+    path: Tensor | None = None
+
+
+WIDTH, GAP, TITLE, HEADING, BAR = 9.0, 0.12, 0.24, 0.22, 0.42  # inches, of `panel_plot`
+
+
+def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> bytes:
+    """For each row a heading and then its panels, `across` to a line of 9 inches; PNG bytes."""
+    panels = [panel for _, row in rows for panel in row]
+    bar = BAR if any(panel.heat is not None for panel in panels) else 0.0
+    cell = WIDTH / across
+    wide = cell - bar - GAP
+    line = TITLE + wide * max(_aspect(panel.sketch) for panel in panels)
+    heading = HEADING if any(name for name, _ in rows) else 0.0
+    width = cell * min(across, max(len(row) for _, row in rows))
+    height = sum(heading + line * -(-len(row) // across) for _, row in rows) + GAP / 2
+    canvas = Canvas(figsize=(width, height), dpi=110)
+
+    def axes_at(left: float, top: float, wide: float, high: float) -> Axes:
+        return canvas.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+
+    top = 0.0
+    for name, row in rows:
+        top += heading
+        canvas.text(
+            GAP / 2 / width, 1 - (top - 0.05) / height, printable(name), fontsize=8, weight="bold", parse_math=False
+        )
+        for place, panel in enumerate(row):
+            left, above = GAP / 2 + place % across * cell, top + place // across * line + TITLE - GAP / 2
+            high = wide * _aspect(panel.sketch)
+            heat = _draw_panel(axes_at(left, above, wide, high), panel)
+            if heat is not None:
+                beside = axes_at(left + wide + 0.04, above, 0.07, high)
+                canvas.colorbar(heat, cax=beside).ax.tick_params(labelsize=6, length=2, pad=1)
+        top += line * -(-len(row) // across)
+    return png_of(canvas)
+
+
+def _aspect(sketch: Sketch) -> float:
+    """Height of a panel over its width: the canvas' own within limits, beyond which it is stretched."""
+    if sketch.curves:
+        return min(1.2, 0.3 + 0.12 * sketch.grid[0])
+    return min(max(sketch.canvas.shape[1] / sketch.canvas.shape[2], 0.3), 1.5)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
+    """Draw in units of tokens, (0, 0) being the top left corner; gives the heat map where there is one."""
+    (rows, columns), canvas = panel.sketch.grid, panel.sketch.canvas[0].float().cpu()
+    whole: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
+    heat = None
+    axes.set_title(
+        printable(panel.title), fontsize=7, pad=4, loc="left", parse_math=False
+    )  # a frame may stand out by 2
+    if panel.colours is not None:
+        axes.imshow(panel.colours.nan_to_num(1.0).view(rows, columns, 3).numpy(), **whole)
+    elif not panel.sketch.curves:
+        grey = canvas if canvas.ndim == 2 or panel.heat is None else canvas.mean(-1)
+        axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, **whole)
+    if panel.heat is not None:
+        values = panel.heat.view(rows, columns).numpy()
+        axes.imshow(np.where(np.isnan(values), 1.0, np.nan), cmap="gray", vmin=0, vmax=1, alpha=0.75, **whole)
+        heat = axes.imshow(values, cmap="viridis", alpha=0.75, **whole)
+    if panel.sketch.curves and panel.colours is None:
+        _draw_curves(axes, canvas, rows, columns)
+    if panel.path is not None:
+        axes.imshow(np.ones((1, 1)), cmap="gray", vmin=0, vmax=1, alpha=0.6, **whole)
+        axes.plot(panel.path % columns + 0.5, panel.path // columns + 0.5, color="C1", linewidth=1)
+        axes.plot(panel.path[0] % columns + 0.5, panel.path[0] // columns + 0.5, "o", color="C1", markersize=5)
+    for colour, token in (panel.marks or {}).items():
+        frame = Rectangle(
+            (token % columns, token // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False
+        )
+        frame.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
+        axes.add_patch(frame)
+    axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+    return heat
+
+
+def _draw_curves(axes: Axes, curves: Tensor, rows: int, columns: int) -> None:
+    """Curves [L, C] from their lowest to their highest value, in a row each where there are as many, else together."""
+    length, count = curves.shape
+    bands = count if rows == count else 1
+    high = rows / bands
+    for band, together in enumerate(curves.chunk(bands, dim=1)):
+        finite = together[together.isfinite()]
+        low, top = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+        heights = (band + 0.95 - 0.9 * (together - low) / max(float(top - low), 1e-12)) * high
+        axes.plot((np.arange(length) + 0.5) / length * columns, heights, linewidth=0.8)
+
+
+def png_of(canvas: Canvas) -> bytes:
+    """A drawing as PNG bytes."""
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # of a name in another script
+        canvas.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+_ACROSS = 5  # panels
+
+
+def interval_plot(
+    spreads: Mapping[str, Mapping[str, Any]],
+    *,
+    x: str,
+    control: Mapping[str, Mapping[str, Any]] | None = None,
+    control_name: str = "random weights",
+    reference: Mapping[str, float] | None = None,
+    half: str = "ci95",
+) -> bytes:
+    """A line a variant, from the best down: mean ± `half`, a dot a seed; PNG bytes.
+
+    Args:
+        spreads: variant -> `spread`. control: the same variants without training, drawn in grey below each.
+        reference: dashed lines.
+        half: "ci95" (over test samples, too, where they are known) or "std".
+    """
+    ranked = sorted(spreads, key=lambda name: -float(spreads[name]["mean"]))
+    canvas = Canvas(figsize=(8, 0.9 + 0.3 * len(ranked)), dpi=110, layout="constrained")
+    axes = canvas.subplots()
+    drawn = [(spreads, "pre-trained", "#08519c", 0.0 if control is None else -0.14, "o")]
+    if control is not None:
+        drawn.append((control, control_name, "#888888", 0.16, "s"))
+    for group, label, colour, shift, marker in drawn:
+        for place, name in enumerate(ranked):
+            found = group[name]
+            values, width = found["values"], interval_of(found) if half == "ci95" else found[half]
+            axes.plot(values, [place + shift] * len(values), ".", color=colour, alpha=0.35, markersize=5)
+            axes.errorbar(
+                found["mean"], place + shift, xerr=width, fmt=marker, color=colour, markersize=5, capsize=3,
+                elinewidth=1.4, label=label if place == 0 else None,
+            )  # fmt: skip
+    for place, (name, value) in enumerate((reference or {}).items()):
+        axes.axvline(value, linestyle="--", color=f"C{place + 1}", linewidth=1.2, label=name)
+    axes.set_yticks(range(len(ranked)), ranked)
+    axes.set_ylim(len(ranked) - 0.5, -0.5)
+    axes.set_xlabel(x)
+    axes.grid(alpha=0.3, axis="x")
+    canvas.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    return png_of(canvas)
+
+
+class Curve(NamedTuple):
+    """A line, or markers without one, of `panels_plot`: places, heights, and how matplotlib is to draw them."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    style: Mapping[str, Any]
+
+
+def panels_plot(panels: Mapping[str, Sequence[Curve]], *, x: str, y: str) -> bytes:
+    """A small panel a variant, all on the same scales; PNG bytes."""
+    across = min(len(panels), _ACROSS)
+    down = -(-len(panels) // across)
+    canvas = Canvas(figsize=(max(3.2, 1.75 * across), 0.5 + 1.5 * down), dpi=110, layout="constrained")
+    grid = canvas.subplots(down, across, sharex=True, sharey=True, squeeze=False).flat
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        for curve in curves:
+            axes.plot(curve.x, curve.y, **curve.style)
+        axes.set_title(name if len(name) < 26 else f"...{name[-23:]}", fontsize=8, parse_math=False)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.tick_params(labelsize=7, labelbottom=True)
+        axes.grid(alpha=0.3)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    canvas.supxlabel(x, fontsize=9)
+    canvas.supylabel(y, fontsize=9)
+    return png_of(canvas)
+
+
+def strip_plot(strips: Mapping[str, Sequence[float]], *, x: str) -> bytes:
+    """A row of coloured cells a variant, their colours on one scale; rows may differ in length; PNG bytes."""
+    grid = np.full((len(strips), max(map(len, strips.values()))), np.nan)
+    for row, values in zip(grid, strips.values(), strict=True):
+        row[: len(values)] = values
+    canvas = Canvas(figsize=(8, 0.8 + 0.26 * len(strips)), dpi=110, layout="constrained")
+    axes = canvas.subplots()
+    shown = axes.imshow(grid, cmap="viridis", aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(strips)), list(strips))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.set_xlabel(x)
+    canvas.colorbar(shown, ax=axes, pad=0.02).ax.tick_params(labelsize=8)
+    return png_of(canvas)
+
+
+def matrix_plot(values: Sequence[Sequence[float]], names: Sequence[str], *, x: str, y: str) -> bytes:
+    """A square of numbers, rows named on the left and columns on top; PNG bytes."""
+    grid = np.asarray(values)
+    side = 1.8 + 0.52 * len(names)
+    canvas = Canvas(figsize=(side + 0.6, side), dpi=110, layout="constrained")
+    axes = canvas.subplots()
+    shown = axes.imshow(grid, cmap="viridis")
+    middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
+    for (row, column), value in np.ndenumerate(grid):
+        colour = "black" if value > middle else "white"
+        axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    canvas.colorbar(shown, ax=axes, shrink=0.8).ax.tick_params(labelsize=7)
+    return png_of(canvas)

@@ -1,0 +1,135 @@
+"""What nepa segment shows: the scores as text, predictions beside the truth, and the page that holds them."""
+
+from __future__ import annotations
+
+import colorsys
+import html
+from collections.abc import Sequence
+from shlex import quote
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.run import Run
+from recipes.report.page import Figure, page
+from recipes.report.plots import line_plot, picture_table
+from recipes.report.provenance import unreadable
+from recipes.statistics.segment_metrics import classes_in_truth, lonely, score_text
+
+MEASURES = ("mIoU", "mAcc", "aAcc")
+WEIGHTS = {"": "raw weights", "_ema": "averaged weights"}
+"""Ending of a measure's name -> the weights it is of."""
+
+
+class Picture(NamedTuple):
+    """One image, uint8 [3, H, W]; its truth, if known, and prediction, integers [H, W], black from C on."""
+
+    image: Tensor
+    truth: Tensor | None
+    prediction: Tensor
+    name: str
+
+
+def palette(classes: int) -> np.ndarray:
+    """A colour for every class, uint8 [C, 3]; class k has the same one in every report.
+
+    Hues go round by the golden ratio, so that neighbours in number are far apart in colour.
+    """
+    colours = [
+        colorsys.hsv_to_rgb(k * 0.618034 % 1, (0.85, 0.5, 0.7)[k % 3], (0.95, 0.8, 0.55)[k // 3 % 3])
+        for k in range(classes)
+    ]
+    return (np.array(colours) * 255).round().astype(np.uint8)
+
+
+def picture_grid(pictures: Sequence[Picture], names: Sequence[str]) -> bytes:
+    """Rows of image, truth where it is known, and prediction over a legend of the classes that occur; PNG bytes."""
+    colours = np.concatenate([palette(len(names)), np.zeros((256 - len(names), 3), dtype=np.uint8)])
+    rows, present = [], set()
+    for shown in pictures:
+        maps = [shown.prediction] if shown.truth is None else [shown.truth, shown.prediction]
+        rows.append((shown.name, [shown.image.permute(1, 2, 0).numpy(), *(colours[each] for each in maps)]))
+        present |= {int(k) for each in maps for k in each.unique()}
+    heads = ["prediction"] if pictures[0].truth is None else ["truth (black: not labelled)", "prediction"]
+    legend = {names[k]: colours[k] / 255 for k in sorted(present) if k < len(names)}
+    return picture_table(rows, heads=heads, legend=legend)
+
+
+def render(summary: dict[str, Any], run: Run) -> str:
+    """The result as text."""
+    lines, present = [f"{'':<18}" + "".join(f"  {name:>6}" for name in MEASURES)], classes_in_truth(summary)
+    for ending, weights in _kinds(summary).items():
+        cells = (score_text(summary[name + ending], present) for name in MEASURES)
+        lines.append(f"{weights:<18}" + "".join(f"  {cell:>6}" for cell in cells))
+    start = "random weights" if summary["init"] is None else summary["init"]
+    lines += ["", f"On {summary['images']} held-out images after the last of {summary['steps']} steps, from {start}."]
+    if summary["new_weights"]:
+        lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
+    lines += [*lonely(summary), *unreadable(summary), *_no_control(summary, run)]
+    return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+
+
+def _no_control(summary: dict[str, Any], run: Run) -> list[str]:
+    """A line with the command for the control, where the run needs one and its folder does not stand beside the run."""
+    control = run.path.with_name(f"{run.path.name}-control")
+    if summary["init"] is None or (control / "summary.json").exists():
+        return []
+    command = f"nepa segment {quote(str(run.path))} init=null freeze_embedder=false out={quote(str(control))}"
+    return [f"No control was run: `{command}` trains random weights in the same way."]
+
+
+def _kinds(summary: dict[str, Any]) -> dict[str, str]:
+    return {ending: weights for ending, weights in WEIGHTS.items() if f"mIoU{ending}" in summary}
+
+
+def write_report(run: Run, summary: dict[str, Any], pictures: Sequence[Picture]) -> None:
+    """report/: predictions.png, miou.png, loss.png, and a page that holds them and the IoU of every class."""
+    metrics = run.metrics()
+    tested = [line for line in metrics if "mIoU" in line]
+    trained = [line for line in metrics if "loss" in line]
+    steps, kinds = [line["step"] for line in tested], _kinds(summary)
+    names = [row["name"] for row in summary["classes"]]
+    figures = [
+        Figure(
+            "miou.png",
+            f"mIoU over training, on {summary['evaluation']['images']} held-out images at most.",
+            line_plot(
+                {weights: (steps, [line[f"mIoU{ending}"] for line in tested]) for ending, weights in kinds.items()},
+                x="step", y="mIoU", from_zero=True,
+            ),
+        ),
+        Figure(
+            "loss.png",
+            "Cross-entropy of the training crops, with that of the auxiliary head.",
+            line_plot(
+                {"training crops": ([line["step"] for line in trained], [line["loss"] for line in trained])},
+                x="step", y="cross-entropy", from_zero=True,
+            ),
+        ),
+    ]  # fmt: skip
+    if pictures:
+        caption = f"Held-out images, with the {list(kinds.values())[-1]}."
+        figures.insert(0, Figure("predictions.png", caption, picture_grid(pictures, names)))
+    foot = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
+    with disk_errors(run.report):
+        page(
+            run.report,
+            title=f"Segmentation: {run.path.name}",
+            body=f'<pre class="long">{html.escape(render(summary, run))}</pre>{_class_table(summary)}',
+            figures=figures,
+            foot=foot,
+        )
+
+
+def _class_table(summary: dict[str, Any]) -> str:
+    kinds, present = _kinds(summary), classes_in_truth(summary)
+    head = "".join(f"<th>IoU, {weights}</th>" for weights in kinds.values())
+    rows = "".join(
+        f"<tr><td>{html.escape(row['name'])}</td>"
+        + "".join(f"<td>{score_text(row[f'iou{ending}'], present, '.1%')}</td>" for ending in kinds)
+        + "</tr>"
+        for row in summary["classes"]
+    )
+    return f"<table><tr><th>class</th>{head}</tr>{rows}</table>"

@@ -1,0 +1,1 @@
+"""Intervals, tests, protocols and the samples behind them."""

@@ -1,0 +1,102 @@
+"""Which held-out samples are read, and which of them depend on each other.
+
+Shapes: S samples.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sized
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from nepa_core.basics import Batch
+from nepa_core.verdict.drawing import spans_of
+
+NUMBER = "number of the sample"
+"""The key under which a batch of `Numbered` says which samples it holds, int64 [B]."""
+
+DRAW_SEED = 0
+"""Of every draw of held-out samples, so that all runs of a comparison are read on the same ones."""
+
+
+def draw_seed(dataset: Dataset[Any], limit: int) -> int | None:
+    """The `seed` of `plain_batches` for at most `limit` samples: a fixed draw, or None where all are read, in order.
+
+    The first samples of class folders are of a few classes only, and the first windows of a series lie side by side.
+    """
+    return DRAW_SEED if len(cast(Sized, dataset)) > limit else None
+
+
+class Numbered(Dataset[Batch]):
+    """The same samples with their number in the data set under `NUMBER`: samples that can't be read leave gaps."""
+
+    def __init__(self, dataset: Dataset[Batch]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(cast(Sized, self.dataset))
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.dataset[index] | {NUMBER: torch.as_tensor(index)}
+
+    def name(self, index: int) -> str:
+        """What a message calls that sample."""
+        name = getattr(self.dataset, "name", None)
+        return f"sample {index}" if name is None else str(name(index))
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        whole = getattr(self.dataset, "__getitems__", None)
+        batch = default_collate([self.dataset[index] for index in indices]) if whole is None else whole(indices)
+        return cast(Batch, batch | {NUMBER: torch.tensor(indices)})
+
+
+def clusters_of(dataset: Dataset[Any], numbers: Tensor) -> Tensor:
+    """The cluster of samples, int64 [S] by their numbers [S]: equal where they depend on each other.
+
+    Windows of one stretch of a series and frames of one clip, as `nepa_core.verdict.drawing.spans_of` says; else every
+    sample is its own, and several entries of one sample (its tokens) are one cluster.
+    """
+    spans = spans_of(dataset)
+    return numbers.long() if spans is None else spans.cluster[numbers.long()]
+
+
+def is_chained(dataset: Dataset[Any]) -> bool:
+    """Whether clusters are stretches of a series, so that samples of neighbours overlap, too; see `Spans`."""
+    spans = spans_of(dataset)
+    return spans is not None and spans.chained
+
+
+class Clusters(NamedTuple):
+    """Cluster of each sample, int64 [S], or None where each is its own; chained: see `is_chained`."""
+
+    of: Tensor | None
+    chained: bool = False
+
+
+def pack_clusters(clusters: Tensor, *, chained: bool = False) -> str | None:
+    """Clusters int64 [S] as base64 of little-endian uint32, numbered in their order; None where each is its own.
+
+    Chained ones have "chained " before it.
+    """
+    number = clusters.unique(return_inverse=True)[1]
+    if int(number.max()) + 1 == len(number) and not chained:
+        return None
+    packed = base64.b64encode(number.numpy().astype("<u4").tobytes()).decode("ascii")
+    return f"{_CHAINED if chained else ''}{packed}"
+
+
+def unpack_clusters(packed: str | None) -> Clusters:
+    """What `pack_clusters` was given, numbered from 0; None where each sample is its own."""
+    if packed is None:
+        return Clusters(None)
+    raw = base64.b64decode(packed.removeprefix(_CHAINED))
+    of = torch.from_numpy(np.frombuffer(raw, "<u4").astype(np.int64))
+    return Clusters(of, packed.startswith(_CHAINED))
+
+
+_CHAINED = "chained "

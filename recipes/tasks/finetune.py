@@ -1,0 +1,57 @@
+"""nepa finetune: train the whole network on targets, starting from pre-trained weights or from random ones.
+
+What is taught follows from the samples: an integer "label" is a class, a float one [K] is regression, a "target" [N]
+of integers is a class per token (see `recipes.networks.goals`).
+
+RECIPE is a fine-tuning recipe, or a pre-training one, which then gives the data and the network to a short general
+setting; a RUN of `nepa pretrain` or `nepa import` is both recipe and `init=`, and one of `nepa finetune` is trained
+to its end or, with out=DIR, once more from its own start. `init=` takes a run, a folder in the released layout or a
+hub name; null starts from random weights. Reported are the raw and the averaged weights after the last step, never
+the best step on the held-out data.
+
+After the run its control is trained in RUN/control: the same from random weights, with an embedder that learns
+(control=false leaves it out). The verdict is the difference between the two, with a 95 % interval that is paired over
+held-out samples, of the averaged weights where there are any.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from nepa_core.basics import FROZEN
+from nepa_core.runtime.distributed import world
+from nepa_core.runtime.locks import at_work
+from nepa_core.runtime.run import Run
+from recipes.configs import FinetuneConfig
+from recipes.presets import SHORT
+from recipes.report.finetune import render, verdict
+from recipes.report.provenance import rendered
+from recipes.resolve import default_out, is_imported, is_of
+from recipes.training.finetuning import beside_control, finetune, read_config
+
+
+class Options(BaseModel):
+    """Options of `nepa finetune`."""
+
+    model_config = FROZEN
+
+    out: str | None = Field(default=None, description="run folder; default runs/NAME-finetune")
+    control: bool = Field(default=True, description="train the same from random weights, too, in RUN/control")
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    config = read_config(target, changes)
+    run = Run(Path(options.out or default_out(target, "finetune")))
+    own = is_of(FinetuneConfig, target) and not is_imported(target)
+    before = run.summary() is not None
+    with world() as ranks, at_work(run, ranks, trains=True):
+        summary = finetune(config, run, ranks, setting="" if own else SHORT)
+        if ranks.is_main:
+            print(rendered(lambda: render(summary, run), run, before=before), flush=True)  # the control takes as long
+        if options.control and config.init is not None:
+            summary = beside_control(config, run, ranks, summary)
+        if ranks.is_main:
+            print("\n".join(["", *verdict(summary, run)]))

@@ -1,0 +1,65 @@
+"""nepa forecast: the next steps of a series, read from a pre-trained network, beside what needs none.
+
+RUN is a run of `nepa pretrain` on an adapter for series. For every horizon: a ridge regression on the frozen features
+of the layer and read-out that validate best, the same from random weights, and on the raw look-back window; and the
+last value repeated. `finetune=[96]` also trains, through `fit`, the whole network from these weights and from random
+ones, and DLinear (arXiv 2205.13504). All of them are fitted on the same `fit_samples` windows. Ridge strength, layer
+and read-out are chosen on the validation split; the trained networks are taken after their last step. Windows left out
+for missing values are counted under the table. A test window may look back into the validation rows for its input.
+
+**Units.** One error fits, chooses, trains and is reported, for all rows: that of the series z-scored by its training
+rows, MSE and MAE over every test window. Where windows are normalised one by one (`data.normalise=window`), a model
+sees and says numbers in a window's own units, which are undone before its error is taken.
+
+**Verdict.** The differences in MSE between pre-trained weights and random ones, the linear model, persistence and
+DLinear have 95 % intervals, over stretches of time as long as a look-back with its horizon, all channels together.
+
+Every finished row is kept in RUN/forecast/, its figures in summary.json and the squared error of each test window in
+errors.npy, and found again by what it depends on (weights, data, samples, steps), so a stopped command goes on where
+it was, and another horizon costs only itself. `also=[RUN2,RUN3]` names runs of the same recipe with other seeds: the
+table is then mean ± standard deviation over all of them, and intervals are over seeds and stretches together.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+from modalities.timeseries import TimeSeries
+from nepa_core.basics import UserError
+from nepa_core.runtime.distributed import world
+from nepa_core.runtime.locks import at_work
+from nepa_core.runtime.run import Run
+from recipes.readout.forecasting import ForecastOptions as Options
+from recipes.readout.forecasting import check_runs, forecast, over_seeds
+from recipes.readout.probing import FREE
+from recipes.report.forecast import (
+    render,
+)
+from recipes.training.pretraining import load_pretrained
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    refused = [key for key in changes if not key.startswith(FREE)]
+    if refused:
+        raise UserError(f"nepa forecast reads a finished run; {refused[0]} is not one of its options")
+    targets = [target, *options.also]
+    check_runs(targets)
+    with world() as ranks, ExitStack() as stack:
+        for path in sorted(targets):  # in one order, or two commands could wait for each other
+            stack.enter_context(at_work(Run(Path(path)), ranks, trains=False))
+        summaries = []
+        for path in targets:
+            run = Run(Path(path))
+            config, model = load_pretrained(run, ranks.device, changes)
+            summary = forecast(config, model, run, options, ranks, show=True)
+            if ranks.is_main:
+                run.write_summary(summary, "forecast.json")
+            summaries.append(summary)
+        if ranks.is_main:
+            whole = summaries[0]
+            if options.also:
+                whole = over_seeds(targets, summaries, cast(TimeSeries, config.data))
+                Run(Path(target)).write_summary(whole, "forecast_seeds.json")
+            print(render(summaries, whole["differences"]))

@@ -1,0 +1,95 @@
+"""nepa inspect: what a run attends to, what it expects next, and what its layers tell apart, as pictures.
+
+For every sample: the attention of a query token over the input; the similarity map, the cosine between the embedding
+predicted at the query's place and every token of the sample; and the tokens in the colours of the first three
+principal components of each layer, taken over all samples shown. Below stands how far and how wide each layer
+looks. RUN/inspect/ gets the PNGs and one page that holds them. The adapter's `describe` says how its samples
+are drawn. Keys that begin with data. may be changed, such as data.root=DIR.
+
+The similarity map and the ranks of the next token are of networks that predict it: they are left out for one that
+has been trained on labels, and where attention is bidirectional.
+
+Of a segmentation run the page also has the classes that it gives to the whole images, beside the truth where there is
+one. Those of images=[a.jpg] are written as masks/a.png, too: palette images numbered as the annotations are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel, SerializeAsAny
+
+from modalities.scenes import Scenes
+from nepa_core.basics import FROZEN, UserError
+from nepa_core.modality import Modality
+from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.runtime.config import keys, load_adapter, nearest, override, read_saved
+from nepa_core.runtime.distributed import world
+from nepa_core.runtime.locks import at_work
+from nepa_core.runtime.run import Run
+from recipes.configs import SegmentConfig
+from recipes.readout.inspecting import InspectOptions as Options
+from recipes.readout.inspecting import inspect, load_network, segmented, why_silent, write_masks
+from recipes.released.weights import read_weights
+from recipes.report.inspect import render, write_page
+from recipes.resolve import is_run, read_target, task_of
+
+FREE = ("data.",)
+"""Keys of a run that may be changed here."""
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    data = read_config(target, changes).data.plain()
+    with world() as ranks, at_work(Run(Path(target)), ranks, trains=False):
+        if not ranks.is_main:
+            return
+        weights = read_weights(target)
+        causal = weights.causal if options.causal is None else options.causal
+        silent = why_silent(target, weights, data.token_name, causal=causal)
+        readings = inspect(load_network(weights, data, ranks.device), data, options, causal=causal)
+        pictures = []
+        if task_of(target) == SegmentConfig.task:
+            pictures = segmented(read_target(SegmentConfig, target, changes), weights, options, ranks.device)
+        folder = Path(target) / "inspect"
+        with disk_errors(folder):
+            write_page(
+                folder,
+                readings,
+                data,
+                layer=options.layer,
+                head=options.head,
+                causal=causal,
+                silent=silent,
+                pictures=pictures,
+            )
+            if pictures and options.images:
+                write_masks(folder / "masks", pictures, cast(Scenes, data))
+        print(f"{render(readings, data.token_name, silent)}\n\nReport: {folder / 'index.html'}")
+
+
+class InspectConfig(BaseModel):
+    """What of a run's config may be changed here: its data, for others whose tokens are of the same form."""
+
+    model_config = FROZEN
+
+    data: SerializeAsAny[Modality]
+
+
+def read_config(target: str, changes: Mapping[str, Any]) -> InspectConfig:
+    """The adapter of a run of any task, with changes to data.* applied.
+
+    Raises:
+        UserError: it is no run, a key is unknown, or a value does not fit.
+    """
+    if not is_run(target):
+        raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
+    file = Path(target) / "config.json"
+    if (data := load_adapter(read_saved(file), file)) is None:
+        raise UserError(f"{file} names no adapter; it is of a task that trains nothing")
+    config = InspectConfig(data=data)
+    for key in changes:
+        if not key.startswith(FREE):
+            raise UserError(f"unknown key {key}{nearest(key, [*Options.model_fields, *keys(config)])}")
+    return override(config, changes)

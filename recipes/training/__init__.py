@@ -1,0 +1,1 @@
+"""Training: pre-training, fine-tuning, segmentation, and what goes around them."""

@@ -1,0 +1,376 @@
+"""Fine-tuning on labels: the classifier, its training beside a control, its held-out figures."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nepa_core.basics import Batch, UserError
+from nepa_core.ema import Ema, applied
+from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.runtime.config import load_config, override
+from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import StepFunction, StepOutput, autocast_dtype
+from nepa_core.runtime.run import Run
+from nepa_core.tokens import Tokens
+from recipes.configs import FinetuneConfig, MixConfig, PretrainConfig
+from recipes.networks.goals import Goal, Regression, find_goal, numbered
+from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonical_tokens
+from recipes.presets import short
+from recipes.released.weights import Weights, load_backbone, read_weights, start_from
+from recipes.report.finetune import COUNTS, start_of, write_report
+from recipes.resolve import is_imported, is_run, read_target, task_of
+from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained
+from recipes.statistics.worth import RANDOM, Score, Worth, judge, worth_in
+from recipes.training.train import cost, opened, train
+
+
+class Classifier(nn.Module):
+    """A network and the read-out on it.
+
+    Args:
+        backbone: the pre-trained network.
+        head: features [B, T, D] -> outputs.
+        goal: what the outputs say.
+    """
+
+    def __init__(self, backbone: NEPA, head: MeanHead | LastHead | RegressionHead | DenseHead, goal: Goal) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.goal = goal
+
+    def forward(self, tokens: Tokens, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
+        """Logits [B, C], numbers [B, K] or, per token and in canonical order, logits [B, N, C]."""
+        out = self.backbone(tokens, causal=causal, coord_scale=coord_scale)
+        bos = self.backbone.config.bos
+        if isinstance(self.head, DenseHead):
+            outputs: Tensor = self.head(canonical_tokens(out.predictions, tokens, bos=bos))
+        else:
+            outputs = self.head(out.predictions, out.mask, bos=bos)
+        return outputs
+
+
+def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig:
+    """The fine-tuning that a recipe or a run stands for; see `short` for one of pre-training and an imported one."""
+    if is_run(target) and is_imported(target) and task_of(target) == FinetuneConfig.task:
+        return override(short(load_config(FinetuneConfig, Path(target) / "config.json"), target), changes)
+    return read_target(FinetuneConfig, target, changes, convert={PretrainConfig: short})
+
+
+def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "", show: bool = True) -> dict[str, Any]:
+    """Train, measure, write summary.json and report/; a finished run is not trained again.
+
+    Args:
+        setting: what the line at the start calls the settings, where they are not those of the recipe.
+        show: that line and progress on the screen.
+
+    Returns:
+        The summary (empty on the other ranks).
+
+    Raises:
+        UserError: the run was imported: its weights stay as they came.
+    """
+    if is_imported(str(run.path)):
+        raise UserError(f"{run.path} was imported and stays as it came; name another folder with out=DIR")
+    if config.freeze_embedder and config.init is None:
+        raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
+    if (finished := opened(config, run, ranks)) is not None:
+        return finished
+    goal = find_goal(config.data)
+    model, new = build_classifier(config, goal)
+    model = model.to(ranks.device)
+    left_out: set[str] = set()
+    result, _ = train(
+        model,
+        model.backbone.predictor,
+        config,
+        run,
+        ranks,
+        step_function=make_step(config, goal),
+        evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks, left_out),
+        untrained=False,
+        announce=f"Fine-tuning from {start_of(config.init)}{f' with {setting}' if setting else ''}.",
+        show=show,
+    )
+    if not ranks.is_main:
+        return {}
+    last = run.metrics()[-1]  # measured after the last step, by all ranks
+    summary = {
+        **{name: value for name, value in last.items() if name != "step"},
+        "unreadable_held_out_messages": sorted(left_out),
+        "init": config.init,
+        "new_weights": new,
+        "classes": None if goal.names is None else list(goal.names),
+        "causal": config.causal,
+        **cost(result, model),
+    }
+    write_report(run, summary, goal)
+    run.write_summary(summary)  # last: its presence says that the run is finished
+    return summary
+
+
+CONTROL = "control"
+"""The folder of the control, in that of its run."""
+
+
+def beside_control(
+    config: FinetuneConfig, run: Run, ranks: World, summary: dict[str, Any], *, show: bool = True
+) -> dict[str, Any]:
+    """Train the control of a finished run, compare the two, and write the verdict into summary.json and report/.
+
+    The control is a run of its own in RUN/control, which stops and goes on like any other. Nothing is trained or
+    measured where the summary has a verdict.
+
+    Args:
+        summary: of the run; of the main process's alone is read.
+
+    Returns:
+        The summary with `worth`, see `recipes.statistics.worth.Worth` (empty on the other ranks).
+
+    Raises:
+        UserError: the control can't be trained; the run is not touched.
+    """
+    if ranks.any(ranks.is_main and worth_in(summary) is not None):
+        return summary
+    control = Run(run.path / CONTROL)
+    same = config.model_copy(update={"init": None, "freeze_embedder": False})
+    finetune(
+        same,
+        control,
+        ranks,
+        setting=f"the same settings, as the control in {control.path}; control=false leaves it out",
+        show=show,
+    )
+    ranks.barrier()  # its last checkpoint is there
+    own, rival = (held_out_credits(each, of, ranks) for each, of in ((config, run), (same, control)))
+    if not torch.equal(own.numbers, rival.numbers):
+        raise UserError(f"the held-out samples changed while they were read; {_again(run)}")
+    if not ranks.is_main:
+        return {}
+    worth = compared(own, rival, config)
+    summary = summary | {"worth": worth.model_dump(mode="json")}
+    write_report(run, summary, find_goal(config.data))
+    run.write_summary(summary)
+    return summary
+
+
+def compared(own: Credits, rival: Credits, config: FinetuneConfig) -> Worth:
+    """The verdict on a run beside its control, of the credits of both on the same samples."""
+    held_out = config.data.plain().dataset("test")
+    clusters = clusters_of(held_out, own.numbers).repeat_interleave(own.weights)
+
+    def score(name: str, credits: Credits) -> Score:
+        each = credits.shares.repeat_interleave(credits.weights)
+        return Score(name, "", float(each.mean()), each if bool(each.isfinite().all()) else None)
+
+    return judge(
+        score(f"started from {config.init}", own),
+        [score(RANDOM, rival)],
+        clusters,
+        chained=is_chained(held_out),
+        metric="r2" if own.metric == "r2" else "accuracy",
+        unit="tokens" if own.per_token else "samples",
+    )
+
+
+class Credits(NamedTuple):
+    """What each held-out sample adds to the goal's headline figure, in the order of the split.
+
+    Attributes:
+        shares: [S] float64. weights: [S] int64, how many classes of the sample count; the figure is the mean of the
+            shares so weighted. numbers: [S] int64, the samples in the data set; those that can't be read are left out.
+        metric: the figure, accuracy or r2. per_token: samples have a class a token.
+    """
+
+    shares: Tensor
+    weights: Tensor
+    numbers: Tensor
+    metric: str
+    per_token: bool
+
+
+def held_out_credits(config: FinetuneConfig, run: Run, ranks: World) -> Credits:
+    """The credits of a finished run, of its averaged weights where there are any, the same on every rank."""
+    model = load_classifier(config, read_weights(str(run.path))).to(ranks.device)
+    if config.train.compile:
+        model.backbone.predictor.compile_blocks()
+    parts: list[Tensor] = []
+    measure(config, model, ranks, parts=parts)
+    every = torch.cat(ranks.in_order(parts))
+    shares, weights = model.goal.credits(every[:, 1:])
+    return Credits(shares, weights, every[:, 0].long(), model.goal.headline, model.goal.per_token)
+
+
+def _again(run: Run) -> str:
+    return f"give `nepa finetune {shlex.quote(str(run.path))}` once more"
+
+
+def build_classifier(config: FinetuneConfig, goal: Goal) -> tuple[Classifier, list[str]]:
+    """The network with the weights of `init` (or the seed's) under a head that gives zeros; and its new weights.
+
+    Numbers start at their mean over the training labels instead.
+    """
+    torch.manual_seed(fold_seed(config.train.seed, "weights"))
+    backbone = NEPA(config.model, config.data.embedder(config.model.dim))
+    new = [] if config.init is None else start_from(config.init, backbone, config)
+    backbone.embed.requires_grad_(not config.freeze_embedder)
+    return Classifier(backbone, build_head(config, goal), goal), new
+
+
+def build_head(config: FinetuneConfig, goal: Goal) -> MeanHead | LastHead | RegressionHead | DenseHead:
+    """The read-out for a goal."""
+    if goal.per_token:
+        return DenseHead(config.model.dim, goal.outputs)
+    if config.readout == "mean":
+        pooled: MeanHead | LastHead = MeanHead(config.model.dim, goal.outputs, config.model.norm_eps)
+    else:
+        pooled = LastHead(config.model.dim, goal.outputs)
+    return RegressionHead(pooled, goal.mean, goal.std) if isinstance(goal, Regression) else pooled
+
+
+def load_classifier(config: FinetuneConfig, weights: Weights) -> Classifier:
+    """The network of a fine-tuned run or of a fine-tuned checkpoint in the released layout, in evaluation mode.
+
+    Raises:
+        UserError: the weights have no head, or one for other features or another number of classes.
+    """
+    if not weights.head:
+        raise UserError(f"{weights.source} was pre-trained only and has no head; fine-tune it first")
+    model, _ = build_classifier(config.model_copy(update={"init": None}), goal_of(weights.head))
+    load_backbone(model.backbone, config.model, weights)
+    try:
+        model.head.load_state_dict(weights.head)
+    except RuntimeError as error:
+        raise UserError(f"the head of {weights.source} does not fit readout={config.readout}: {error}") from error
+    return model.eval()
+
+
+def goal_of(head: dict[str, Tensor]) -> Goal:
+    """What a stored head was trained to say, told by its tensors; classes are numbered."""
+    if "mean" in head:
+        return Regression(head["mean"], head["std"])
+    per_token = "linear.bias" in head
+    bias = head["linear.bias" if per_token else "classifier.bias"]
+    return numbered(len(bias), per_token=per_token)
+
+
+def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
+    """The step function of fine-tuning: batch -> loss of the goal, with mixing and label smoothing where asked for."""
+    if config.mix is not None and (goal.per_token or isinstance(goal, Regression)):
+        raise UserError("mix is for one class a sample, and this adapter's samples hold other targets; set mix=null")
+    mix = None if config.mix is None else make_mix(config.mix, goal.outputs, config.label_smoothing)
+
+    def step(model: nn.Module, batch: Batch) -> StepOutput:
+        mixed, smoothing = None, config.label_smoothing
+        if mix is None:
+            tokens, batch, broken = replace_broken(config.data.read(batch), batch, labels=True)
+        else:
+            batch = config.data.before_mixing(batch)  # a broken image would break the one that it is mixed with
+            _, batch, broken = replace_broken(config.data.tokenize(batch), batch)
+            batch, mixed = mix(batch)
+            smoothing = 0.0  # it is in the mixed labels
+            tokens = config.data.read(batch)
+        outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
+        truth = goal.truth(batch, tokens) if mixed is None else mixed
+        with torch.autocast(outputs.device.type, enabled=False):
+            loss, weight = goal.loss(outputs.float(), truth, smoothing=smoothing)
+        return StepOutput(loss, weight, tokens.real_count(), broken)
+
+    return step
+
+
+def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Batch], tuple[Batch, Tensor]]:
+    """timm's mixing of batch["image"], as a function to a batch with float images of 0 to 255 and soft labels [B, C].
+
+    timm draws from NumPy, which is seeded here from torch's global generator, that of the step.
+    """
+    from timm.data.mixup import Mixup  # a second to import, for mixing alone
+
+    mixup = Mixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing, num_classes=classes)
+
+    def mix(batch: Batch) -> tuple[Batch, Tensor]:
+        if "image" not in batch:
+            raise UserError("mix is for images, and this adapter's batches have no 'image'; set mix=null")
+        if len(batch["label"]) % 2:
+            raise UserError("mix pairs the images of a batch: make train.micro_batch (or the share of a process) even")
+        np.random.seed(int(torch.randint(2**32, ())))
+        images, labels = mixup(batch["image"].float(), batch["label"])
+        return batch | {"image": images}, labels
+
+    return mix
+
+
+def raw_and_averaged(
+    config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World, left_out: set[str]
+) -> dict[str, float]:
+    """Held-out figures of the weights as they are and, under names with "_ema", of their average; see `measure`."""
+    figures = measure(config, model, ranks, left_out=left_out)
+    if ema is not None:
+        with applied(ema):
+            averaged = measure(config, model, ranks)
+        figures |= {f"{name}_ema": value for name, value in averaged.items() if name not in COUNTS}
+    return figures
+
+
+@torch.no_grad()
+def measure(
+    config: FinetuneConfig,
+    model: Classifier,
+    ranks: World,
+    samples: Dataset[Batch] | None = None,
+    *,
+    left_out: set[str] | None = None,
+    parts: list[Tensor] | None = None,
+) -> dict[str, float]:
+    """The figures of the model's goal over all held-out samples and the `COUNTS`, the same on every rank.
+
+    Every rank takes its share of the batches and the sums are added up, so the number of processes changes nothing.
+
+    Args:
+        samples: read in place of the held-out ones; without augmentation.
+        left_out: gets name and cause of every sample that could not be read.
+        parts: gets, of every batch of this rank, the samples' numbers and `Goal.parts`, [B, 1 + parts] float64.
+    """
+    goal, samples = model.goal, config.data.plain().dataset("test") if samples is None else samples
+    sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
+    seen, scored = torch.zeros(2, dtype=torch.int64, device=ranks.device)
+    unreadable: set[str] = set()
+    dtype = autocast_dtype(config.train.precision, ranks.device)
+    data, was_training = config.data.plain(), model.training
+    model.eval()
+    for batch in plain_batches(
+        samples if parts is None else Numbered(samples),
+        batch=min(config.train.micro_batch or config.train.batch, 256),
+        device=ranks.device,
+        workers=config.train.workers,
+        rank=ranks.rank,
+        ranks=ranks.size,
+        unreadable=unreadable,
+        max_unreadable=config.train.max_unreadable,
+        tokenize=data.tokenize,
+        labels=True,
+    ):
+        tokens = data.read(batch)
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
+            outputs = model(tokens, causal=config.causal).float()
+        truth = goal.truth(batch, tokens)
+        sums += goal.sums(outputs, truth)
+        if parts is not None:
+            parts.append(torch.cat((batch[NUMBER][:, None].double(), goal.parts(outputs, truth)), dim=1).cpu())
+        seen += len(outputs)
+        scored += goal.scored(truth)
+    model.train(was_training)
+    named = ranks.union(unreadable)
+    if left_out is not None:
+        left_out.update(named)
+    counts = (*(int(ranks.sum(value)) for value in (seen, seen - scored)), len(named))
+    return {**goal.figures(ranks.sum(sums)), **dict(zip(COUNTS, counts, strict=True))}

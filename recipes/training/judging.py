@@ -1,0 +1,204 @@
+"""The held-out samples of a pre-training run, what a network makes of them, and the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.utils.data import Dataset
+
+from nepa_core.basics import Batch
+from nepa_core.ema import Ema, applied
+from nepa_core.model import NEPA, Prediction
+from nepa_core.objective import pair_count
+from nepa_core.pretrainer import HEADS, objective_loss
+from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import FitResult
+from nepa_core.runtime.meter import Meter
+from nepa_core.runtime.run import Run
+from nepa_core.verdict.baselines import fit_baselines
+from nepa_core.verdict.diagnostics import health, learning
+from nepa_core.verdict.drawing import RIVALS, Drawn, apart, draw
+from nepa_core.verdict.gathered import Gathered, gather, gather_targets
+from nepa_core.verdict.judge import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
+from recipes.configs import PretrainConfig
+from recipes.statistics.credits import pack_credits
+from recipes.statistics.held_out import pack_clusters
+from recipes.training.starting import build_pretrainer, first_samples
+from recipes.training.train import cost
+
+RANK = "effective_rank_embedding"
+
+
+class HeldOut(NamedTuple):
+    """The held-out samples that are judged, the same whatever the run's seed.
+
+    Attributes:
+        batches: of them. kept: the places in `drawn` of those that were given so far. unreadable: what was left out.
+    """
+
+    drawn: Drawn
+    batches: Iterator[Batch]
+    kept: list[int]
+    unreadable: set[str]
+
+    def of(self, gathered: Gathered) -> Gathered:
+        """What was gathered of them, with which samples these are."""
+        return gathered._replace(drawn=self.drawn.at(torch.tensor(self.kept)))
+
+
+def held_out(config: PretrainConfig, device: torch.device, limit: int) -> HeldOut:
+    """At most `limit` held-out samples, drawn over the whole split by `verdict.draw`."""
+    dataset = config.data.plain().dataset("test")
+    drawn, kept, unreadable = draw(dataset, limit, config.verdict.draw), list[int](), set[str]()
+    batches = plain_batches(
+        dataset,
+        batch=eval_batch(config),
+        device=device,
+        indices=drawn.indices.tolist(),
+        unreadable=unreadable,
+        kept=kept,
+        max_unreadable=config.train.max_unreadable,
+        tokenize=config.data.plain().tokenize,
+    )
+    return HeldOut(drawn, batches, kept, unreadable)
+
+
+def eval_batch(config: PretrainConfig) -> int:
+    return min(max(config.train.micro_batch or config.train.batch, 2), 256)  # one sample has nothing to compare with
+
+
+def held_out_health(config: PretrainConfig, model: NEPA, ranks: World, ema: Ema | None) -> dict[str, float]:
+    """The held-out objective, rank, spread, shared direction, copy gap and identification: a line of metrics.jsonl.
+
+    Of the averaged weights, where there are any. A few hundred samples: the main process takes them all.
+    """
+    if not ranks.is_main:
+        return {}
+    samples = config.verdict.health_samples
+    with applied(ema):
+        gathered, objective = gather_held_out(config, model, held_out(config, ranks.device, samples))
+    return {"held_out_objective": objective, **health(gathered), **learning(gathered)}
+
+
+def rank_warning(run: Run, figures: Mapping[str, float]) -> dict[str, str]:
+    """A line of warning where the rank of the embeddings has just fallen below `COLLAPSE_SHARE` of its start."""
+    ranks = [line[RANK] for line in run.metrics() if RANK in line]
+    if not ranks or not figures[RANK] < COLLAPSE_SHARE * ranks[0] <= ranks[-1]:
+        return {}
+    return {
+        "warning": f"the effective rank of the embeddings fell to {figures[RANK]:.1f}, below {COLLAPSE_SHARE:.0%} of "
+        f"the {ranks[0]:.1f} before training: lower optim.lr or start with a larger model.layer_scale"
+    }
+
+
+def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tuple[Gathered, float]:
+    """What a model makes of held-out samples, and the value of the run's own objective there.
+
+    That is the mean over the batches, without gradient and without hidden inputs: terms that compare samples compare
+    those of a batch, which is a micro-batch of at least 2 and at most 256 samples.
+
+    Raises:
+        UserError: what the model gives is not finite.
+    """
+    sums = [0.0, 0.0]
+
+    def add(out: Prediction) -> None:
+        torch.manual_seed(fold_seed(config.train.seed, "held out"))  # SIGReg draws directions
+        count = float(pair_count(out.predictions, out.mask, shift=config.objective.shift))
+        sums[0] += count * float(objective_loss(config.objective, out))
+        sums[1] += count
+
+    gathered = gather(model, config.data.plain(), samples.batches, causal=config.objective.causal, watch=add)
+    return samples.of(gathered), sums[0] / max(sums[1], 1.0)
+
+
+def verdict_of(
+    config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False
+) -> tuple[Judged, float, set[str]]:
+    """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
+    most = min(config.verdict.test_samples, room_for(config))
+    untrained = build_pretrainer(config).to(device)
+    before = start_of(gather_held_out(config, untrained, held_out(config, device, most))[0])
+    samples = held_out(config, device, most)
+    trained, objective = gather_held_out(config, model, samples)
+    train = config.data.plain().dataset("train")
+    every = len(cast(Sized, train))
+    judged = judge(
+        fit_baselines(
+            training_parts(config, model, train, device, show=show),
+            trained,
+            total=min(config.verdict.fit_samples or every, every),
+            device=device,
+        ),
+        trained,
+        before,
+        training_samples=every,
+        rivals_overlap=not apart(config.data.plain().dataset("test")),
+    )
+    return judged, objective, samples.unreadable
+
+
+VERDICT_BYTES = 2**28
+"""Most that the held-out samples of a verdict may take: raw tokens, embeddings and predictions, in float32."""
+
+
+def room_for(config: PretrainConfig) -> int:
+    """How many held-out samples fit into `VERDICT_BYTES`, by the first training sample; 64 at least."""
+    tokens = config.data.plain().read(first_samples(config, 1, torch.device("cpu")))
+    count, size = tokens.values.shape[1:]
+    return max(RIVALS, VERDICT_BYTES // (4 * count * (size + 4 * config.model.dim)))
+
+
+def training_parts(
+    config: PretrainConfig, model: NEPA, dataset: Dataset[Batch], device: torch.device, *, show: bool
+) -> Iterator[Gathered]:
+    """What a model makes of training samples without augmentation, a random choice in random order, batch by batch."""
+    batch, limit = eval_batch(config), config.verdict.fit_samples
+    count = min(limit or len(cast(Sized, dataset)), len(cast(Sized, dataset)))
+    batches = plain_batches(
+        dataset,
+        batch=batch,
+        device=device,
+        workers=config.train.workers,
+        limit=limit,
+        seed=0,
+        tokenize=config.data.plain().tokenize,
+    )
+    with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
+        for done, part in enumerate(gather_targets(model, config.data.plain(), batches), 1):
+            yield part
+            meter.advance(done)
+
+
+def packed(judged: Judged) -> dict[str, Any]:
+    """Which samples had their tokens identified, for intervals over several seeds."""
+    found: dict[str, Any] = {name: pack_credits(credit) for name, credit in judged.credits.items()}
+    clusters = None if judged.clusters is None else pack_clusters(judged.clusters, chained=judged.chained)
+    return found | {"clusters": clusters}
+
+
+def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
+    """The loss that no predictor can beat where the adapter knows it; it counts BOS, and holds for causal attention.
+
+    And for the embeddings themselves, not for what a projector makes of them.
+    """
+    applies = config.model.bos and config.objective.causal and config.objective.space != "projected"
+    return config.data.known_optimum(model.embed) if applies else None
+
+
+def summarise(
+    verdict: Verdict, objective: float, config: PretrainConfig, model: NEPA, result: FitResult
+) -> dict[str, Any]:
+    """summary.json: the verdict, the cost, and what it was made with."""
+    return {
+        **verdict.model_dump(),
+        "objective": objective,
+        "causal": config.objective.causal,
+        "weights": "raw" if config.train.ema is None else "ema",
+        "space": config.objective.space,
+        **cost(result, model),
+        "parameters": sum(x.numel() for name, x in model.named_parameters() if not name.startswith(HEADS)),
+    }

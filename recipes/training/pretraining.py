@@ -1,0 +1,125 @@
+"""Pre-training: from a config to a run folder with a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nepa_core.basics import Batch, UserError
+from nepa_core.ema import Ema, applied
+from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.objective import pair_count
+from nepa_core.pretrainer import objective_loss
+from nepa_core.runtime.config import override
+from nepa_core.runtime.data import replace_broken
+from nepa_core.runtime.distributed import World, gather_samples
+from nepa_core.runtime.fit import StepFunction, StepOutput
+from nepa_core.runtime.run import Run
+from nepa_core.tokens import Tokens
+from recipes.configs import PretrainConfig
+from recipes.released.weights import newest
+from recipes.report import card
+from recipes.training.advice import advice
+from recipes.training.judging import best_possible, held_out_health, packed, rank_warning, summarise, verdict_of
+from recipes.training.starting import build_model, build_pretrainer, check_samples, try_batch
+from recipes.training.train import opened, train
+
+
+def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
+    """Train, judge, write summary.json and report/; a finished run is not trained again.
+
+    Args:
+        show: progress on the screen.
+
+    Returns:
+        The summary (empty on the other ranks).
+    """
+    if (finished := opened(config, run, ranks)) is not None:
+        return finished
+    check_samples(config, ranks.size)
+    if len(cast(Sized, config.data.plain().dataset("test"))) < 2:
+        raise UserError("the held-out split has fewer than two samples, and each is told from others: hold out more")
+    model = build_pretrainer(config).to(ranks.device)
+    try_batch(config, model)
+
+    def health(ema: Ema | None) -> dict[str, Any]:
+        figures = held_out_health(config, model, ranks, ema)
+        return figures | rank_warning(run, figures) if ranks.is_main else {}
+
+    result, ema = train(
+        model,
+        model.predictor,
+        config,
+        run,
+        ranks,
+        step_function=make_step(config),
+        step_at=partial(make_step, config) if config.data.draws_order() else None,
+        evaluate=health,
+        show=show,
+    )
+    if not ranks.is_main:
+        return {}
+    with applied(ema):
+        judged, objective, unreadable = verdict_of(config, model, ranks.device, show=show)
+        optimum = best_possible(config, model)
+    summary = summarise(judged.verdict, objective, config, model, result)
+    summary |= {"unreadable_held_out": len(unreadable), "unreadable_held_out_messages": sorted(unreadable)}
+    summary |= {"credits": packed(judged), "advice": advice(judged.verdict, config, run.metrics())}
+    if optimum is not None:
+        summary["optimum"] = optimum
+    card.write_report(run, summary, config.data)
+    run.write_summary(summary)  # last: its presence says that the run is finished
+    return summary
+
+
+def load_pretrained(
+    run: Run, device: torch.device, changes: Mapping[str, Any] | None = None
+) -> tuple[PretrainConfig, NEPA]:
+    """The config of a run and its network in evaluation mode, with the averaged weights where there are any.
+
+    Args:
+        changes: to the config, such as where the data lies now.
+
+    Raises:
+        UserError: the folder holds no run, or a run without an undamaged checkpoint, or a change does not fit.
+    """
+    config = override(run.load_config(PretrainConfig), changes or {})
+    checkpoint = newest(run)
+    model = build_model(config)
+    averaged = checkpoint.tensors.get("ema", {})  # parameters only: an embedder's buffers come with the model
+    model.load_state_dict(checkpoint.tensors["model"] | averaged)
+    return config, model.to(device).eval()
+
+
+def make_step(config: PretrainConfig, progress: float = 0.0) -> StepFunction:
+    """The step function of pre-training: batch -> loss of the configured objective.
+
+    Args:
+        progress: share of the run that is done, see `Modality.at`.
+    """
+    objective, rescale, data = config.objective, config.model.rope_rescale, config.data.at(progress)
+
+    def step(model: nn.Module, batch: Batch) -> StepOutput:
+        tokens, _, broken = replace_broken(data.read(batch), batch)
+        out = model(
+            tokens,
+            causal=objective.causal,
+            hidden=draw_hidden(tokens, objective.input_mask),
+            coord_scale=draw_coord_scale(rescale),
+        )
+        loss = objective_loss(objective, out, gather=gather_samples)
+        count = pair_count(out.predictions, out.mask, shift=objective.shift)
+        return StepOutput(loss, count, tokens.real_count(), broken)
+
+    return step
+
+
+def draw_hidden(tokens: Tokens, share: float) -> Tensor | None:
+    """Which inputs the mask token replaces, [B, N] bool, each independently with this probability; None for none."""
+    if share == 0:
+        return None
+    return torch.rand(tokens.values.shape[:2], device=tokens.values.device) < share

@@ -1,0 +1,172 @@
+"""Images once more, small, in shards that load faster."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import BaseModel, Field
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize as resize_image
+from torchvision.transforms.v2.functional import to_pil_image
+
+from modalities.data.hub import one_line
+from modalities.data.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
+from modalities.data.image_shards import CLASS_NAMES
+from modalities.data.image_sources import SPLITS, Source, open_source
+from modalities.image import Images
+from nepa_core.basics import FROZEN, UserError, cores
+from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
+
+JPEG = b"\xff\xd8\xff"
+DONE = "shards"  # folder of finished shards while others are missing
+
+
+class ResizeOptions(BaseModel):
+    """ResizeOptions of `nepa resize`."""
+
+    model_config = FROZEN
+
+    out: str | None = Field(default=None, description="folder of the shards; default runs/NAME-resize")
+    size: int = Field(default=256, gt=0, description="the shorter side in pixels; default 256")
+    quality: int = Field(default=90, ge=1, le=100, description="of the JPEG, up to 100; default 90")
+    images: int = Field(default=4096, gt=0, description="in a shard; default 4096")
+    workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core")
+
+
+class Shard(NamedTuple):
+    """One tar to write: rows `first` to `last` of a split."""
+
+    split: str
+    number: int
+    first: int
+    last: int
+
+    @property
+    def file(self) -> str:
+        return f"{SPLITS[self.split][0]}-{self.number:06d}.tar"
+
+
+def resize(data: Images, options: ResizeOptions, out: Path) -> list[str]:
+    """Write both splits into `out`: tar files, `classnames.txt`, `resize.json` and `unreadable.txt`.
+
+    The tar files appear in `out` when all are there, so a reader never takes a part of the data for the whole.
+
+    Returns:
+        Name and cause of every image that was left out.
+
+    Raises:
+        UserError: the images can't be opened, `out` holds something else, or can't be written.
+    """
+    sources = {split: open_source(data.source, split, root=data.root, size=data.size) for split in SPLITS}
+    shards = [shard for split, source in sources.items() for shard in _shards(split, len(source.labels), options)]
+    _claim(out, _settings(data, options), sources["train"])
+    missing = [shard for shard in shards if not any((place / shard.file).exists() for place in (out, out / DONE))]
+    workers = min(options.workers or cores(), max(1, len(missing)))
+    with ProcessPoolExecutor(workers, initializer=_quiet) as pool:
+        try:
+            for count, shard in enumerate(pool.map(partial(write_shard, data, options, out), missing), 1):
+                print(f"{count}/{len(missing)}  {shard.file}", file=sys.stderr)
+        except BaseException:  # Ctrl-C: the shards in work are finished, no further one is begun
+            pool.shutdown(cancel_futures=True)
+            raise
+    return _deliver(out, shards)
+
+
+def write_shard(data: Images, options: ResizeOptions, out: Path, shard: Shard) -> Shard:
+    """Write one shard whole, beside it the names of the images that could not be read."""
+    from webdataset import TarWriter
+
+    source = open_source(data.source, shard.split, root=data.root, size=data.size)
+    draft = out / DONE / f".writing_{shard.file}"
+    unreadable = []
+    with disk_errors(out):
+        with draft.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
+            for row in range(shard.first, shard.last):
+                try:
+                    content = smaller(source.read(row), options, data.channels, data.max_pixels)
+                except Exception as error:  # PIL raises a dozen kinds for a damaged file
+                    unreadable.append(f"{source.name(row)}: {one_line(error)}")
+                    continue
+                label = str(int(source.labels[row])).encode()
+                tar.write({"__key__": f"{row:08d}", "jpg": content, "cls": label})
+        write_whole(_note(out, shard), "".join(f"{line}\n" for line in unreadable))
+        draft.rename(out / DONE / shard.file)
+    return shard
+
+
+def smaller(
+    stored: bytes | Pixels, options: ResizeOptions, channels: Channels, max_pixels: int = LARGEST_IMAGE
+) -> bytes:
+    """An image as JPEG whose shorter side is at most `options.size` pixels."""
+    pixels = decode(stored, channels, max_pixels)
+    if isinstance(stored, bytes) and stored[:3] == JPEG and min(pixels.shape[1:]) <= options.size:
+        return stored
+    image = to_pil_image(pixels)
+    if min(image.size) > options.size:
+        image = resize_image(image, [options.size], interpolation=InterpolationMode.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=options.quality)
+    return file.getvalue()
+
+
+def _shards(split: str, rows: int, options: ResizeOptions) -> Iterator[Shard]:
+    for number, first in enumerate(range(0, rows, options.images)):
+        yield Shard(split, number, first, min(first + options.images, rows))
+
+
+def _settings(data: Images, options: ResizeOptions) -> dict[str, Any]:
+    kept = {"source": data.source, "root": data.root, "channels": data.channels}
+    return kept | options.model_dump(include={"size", "quality", "images"})
+
+
+def _claim(out: Path, settings: dict[str, Any], source: Source) -> None:
+    """Make the folder, or find that its shards are of these settings."""
+    file = out / "resize.json"
+    if file.exists():
+        try:
+            before = read_json(file)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} is damaged ({error}); name another out=DIR") from error
+        if before != settings:
+            raise UserError(f"{file} tells of other settings than {settings}; give those back, or name another out=DIR")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and holds no resized images; name another folder with out=DIR")
+    with disk_errors(out):
+        (out / DONE).mkdir(parents=True)
+        if source.classes is not None:
+            write_whole(out / CLASS_NAMES, "".join(f"{name}\n" for name in source.classes))
+        write_whole(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _deliver(out: Path, shards: list[Shard]) -> list[str]:
+    """Move finished shards to where they are looked for; the list of unreadable images goes with them."""
+    listed = out / "unreadable.txt"
+    with disk_errors(out):
+        if not listed.exists():
+            write_whole(listed, "".join(_note(out, shard).read_text() for shard in shards))
+        for shard in shards:
+            if not (out / shard.file).exists():
+                (out / DONE / shard.file).rename(out / shard.file)
+        shutil.rmtree(out / DONE, ignore_errors=True)
+    return listed.read_text().splitlines()
+
+
+def _note(out: Path, shard: Shard) -> Path:
+    return (out / DONE / shard.file).with_suffix(".unreadable")
+
+
+def _quiet() -> None:
+    """In a worker: one thread, and no traceback on Ctrl-C, which the main process answers."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

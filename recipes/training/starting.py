@@ -1,0 +1,128 @@
+"""Before the first step: the network with the weights of its seed, and a first batch."""
+
+from __future__ import annotations
+
+import torch
+
+from nepa_core.basics import Batch, UserError
+from nepa_core.model import NEPA
+from nepa_core.pretrainer import Pretrainer, objective_loss
+from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.fit import samples_at_once
+from nepa_core.tokens import Tokens
+from recipes.configs import UNKNOWN_TARGET, PretrainConfig, without_another
+
+
+def check_samples(config: PretrainConfig, ranks: int) -> None:
+    """Whether every term that compares samples gets two of them, with this many processes.
+
+    One alone gives a loss and a gradient of 0, or of nothing that means anything.
+
+    Raises:
+        UserError: it does not, or the batch does not fit the processes or the micro-batch.
+    """
+    own, train = samples_at_once(config.train, ranks=ranks), config.train
+    if (lonely := without_another(config.objective, own, own * ranks)) is None:
+        return
+    mends = [f"train.batch={2 * ranks} or more"] if train.batch < 2 * ranks else []
+    if train.micro_batch == 1:
+        mends.append("train.micro_batch=2 or more")
+    where = f" on {ranks} processes" if ranks > 1 else ""
+    held = "" if train.micro_batch is None else f" with train.micro_batch={train.micro_batch}"
+    raise UserError(
+        f"objective.terms.{lonely} compares the samples of one forward pass of a process, and "
+        f"train.batch={train.batch}{held}{where} leaves it one: set {' and '.join(mends)}"
+    )
+
+
+def has_own_order(config: PretrainConfig) -> bool:
+    """Whether the order is a function of the user's."""
+    return ":" in getattr(config.data, "patch_order", "")
+
+
+def try_order(config: PretrainConfig) -> None:
+    """Read a few training samples as they will be read, before hours of training.
+
+    Raises:
+        UserError: the order does not fit the tokens, or is a function of the user's that gives samples or batches
+            different ones where the network is not told which token comes next. Neither is known before it is called.
+    """
+    told = config.model.predict_position != "off" or not config.objective.shift or config.objective.unknown_target
+    data = config.data.at(0.0)
+    batch = first_samples(config, 8, torch.device("cpu"))
+    reads = []
+    for seed, part in enumerate([batch, batch, {key: value[:1] for key, value in batch.items()}]):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            reads.append(data.read(part))
+    if not told and has_own_order(config) and not have_one_order(reads):
+        raise UserError(UNKNOWN_TARGET)
+
+
+def have_one_order(reads: list[Tokens]) -> bool:
+    """Whether all samples of all batches are read in the same order.
+
+    Samples with padding elsewhere than that of the first are left out: a shared order, too, is read differently there.
+    """
+    reads = [each for each in reads if each.values.shape[1] == reads[0].values.shape[1]]
+    shapes = [each.values.shape[:2] for each in reads]
+    masks = [torch.ones(shape) if each.mask is None else each.mask for each, shape in zip(reads, shapes, strict=True)]
+    orders = [
+        (torch.arange(shape[1]) if each.order is None else each.order).expand(shape)
+        for each, shape in zip(reads, shapes, strict=True)
+    ]
+    mask, order = torch.cat(masks), torch.cat(orders)
+    return bool((order == order[0]).all(1)[(mask == mask[0]).all(1)].all())
+
+
+def try_batch(config: PretrainConfig, model: NEPA) -> None:
+    """Take the loss of a few training samples, before anything is written; leaves model and random numbers as they are.
+
+    Args:
+        model: of `build_pretrainer`.
+
+    Raises:
+        UserError: samples, order (see `try_order`) and objective don't fit together.
+    """
+    if has_own_order(config):
+        try_order(config)
+    device, training = next(model.parameters()).device, model.training
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        batch = first_samples(config, min(config.train.micro_batch or config.train.batch, 8), device)
+        out = model.eval()(config.data.at(0.0).read(batch), causal=config.objective.causal)
+        loss = objective_loss(config.objective, out)
+    model.train(training)
+    if not loss.isfinite():
+        raise UserError(
+            f"the loss of a first batch is {loss.item()}: lower model.layer_scale, and look at the range of the samples"
+        )
+
+
+def first_samples(config: PretrainConfig, count: int, device: torch.device) -> Batch:
+    """The first training samples, but for those that can't be read."""
+    torn: set[str] = set()
+    dataset, most = config.data.dataset("train"), 128 * count
+    try:
+        return next(
+            plain_batches(
+                dataset, batch=count, device=device, limit=most, unreadable=torn, tokenize=config.data.tokenize
+            )
+        )
+    except UserError as error:
+        if not torn:
+            raise
+        raise UserError(f"none of the first {most} training samples can be read: {min(torn)}") from error
+
+
+def build_model(config: PretrainConfig) -> NEPA:
+    """The network with the weights that the run's seed gives: the untrained reference of every verdict."""
+    torch.manual_seed(fold_seed(config.train.seed, "weights"))
+    return NEPA(config.model, config.data.embedder(config.model.dim))
+
+
+def build_pretrainer(config: PretrainConfig) -> NEPA:
+    """What is trained: the network of `build_model`, with the heads that its objective needs, if any."""
+    if not config.objective.has_heads:
+        return build_model(config)
+    torch.manual_seed(fold_seed(config.train.seed, "weights"))
+    return Pretrainer(config.model, config.data.embedder(config.model.dim), config.objective)

@@ -1,0 +1,192 @@
+"""What every training task does around `fit`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sized
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from modalities.data.listing import say, shared_content
+from nepa_core.basics import UserError
+from nepa_core.contract import check_first_batches
+from nepa_core.ema import Ema
+from nepa_core.modality import Modality
+from nepa_core.model import at_head_rate, layers_above
+from nepa_core.predictor import Predictor, PredictorConfig
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
+from nepa_core.runtime.optim import OptimConfig
+from nepa_core.runtime.run import Run
+from recipes.released.weights import newest
+from recipes.report.provenance import provenance
+from recipes.resolve import is_imported
+
+
+class Recipe(Protocol):
+    """The part of a config that training reads."""
+
+    @property
+    def data(self) -> Modality: ...
+    @property
+    def model(self) -> PredictorConfig: ...
+    @property
+    def optim(self) -> OptimConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+
+
+def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
+    """Check the run's folder on every rank; the summary if it was finished before, else None. `train` writes it.
+
+    Raises:
+        UserError: the folder can't be used, or the run was imported and its weights are damaged: those of the seed
+            would take their place.
+    """
+    run.open(config, write=False)
+    ranks.barrier()  # before one of them writes
+    if is_imported(str(run.path)):
+        newest(run)
+    if (summary := run.summary()) is None:
+        recipe = cast(Recipe, config)
+        check_memory(recipe.model, ranks.device)
+        check_data(recipe.data, predicts=hasattr(config, "objective"))
+    return summary
+
+
+def check_memory(config: PredictorConfig, device: torch.device) -> None:
+    """Whether a network can fit at all, before the system kills the process that makes it.
+
+    Raises:
+        UserError: its weights are more than the memory of this machine; on a CPU also where there is no room for
+            gradients and the two means of AdamW.
+    """
+    need, have = config.weights * 4 * (1 if device.type == "cuda" else 4), memory()
+    if need > have:
+        raise UserError(
+            f"the network of model.dim={config.dim}, model.depth={config.depth}, model.mlp_dim={config.mlp_dim} needs "
+            f"{need / 1e9:,.0f} GB and this machine has {have / 1e9:,.0f}; make it smaller"
+        )
+
+
+def memory() -> int:
+    """Bytes that this process may use: the machine's, or those of its control group where that has fewer."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max": no limit
+            found.append(int(Path(file).read_text()))
+    return min(found)
+
+
+def check_data(data: Modality, *, predicts: bool) -> None:
+    """Look at a first batch of both splits before there is a folder or a network, see `check_first_batches`.
+
+    Raises:
+        UserError: what is wrong with the adapter, and how to fix it.
+    """
+    try:
+        check_first_batches(data, predicts=predicts)
+    except AssertionError as error:
+        raise UserError(f"{type(data).__name__}: {error}") from error
+
+
+def train(
+    model: nn.Module,
+    predictor: Predictor,
+    config: Recipe,
+    run: Run,
+    ranks: World,
+    *,
+    step_function: StepFunction,
+    step_at: Callable[[float], StepFunction] | None = None,
+    evaluate: Callable[[Ema | None], Mapping[str, Any]],
+    untrained: bool = True,
+    announce: str = "",
+    show: bool,
+) -> tuple[FitResult, Ema | None]:
+    """`fit` with what the config asks for around the model: compiled or recomputed blocks, an average, layer decay.
+
+    The run's folder is made here, so that a command that fails on its data or its weights leaves nothing behind.
+
+    Args:
+        predictor: the one inside `model`.
+        step_at: see `fit`.
+        evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
+        untrained: evaluate before the first step, too.
+        announce: a line for the screen where a run starts that nothing was measured of before.
+    """
+    dataset = config.data.dataset("train")
+    plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
+    if ranks.is_main:
+        say_leaks(config.data)
+        # the others have checked the folder in `opened`, and would meet one half made here
+        run.open(cast(BaseModel, config))
+    if announce and show and ranks.is_main and not run.metrics_path.exists():
+        print(announce, file=sys.stderr)
+    if config.train.compile:
+        predictor.compile_blocks()
+    if config.train.recompute:
+        predictor.recompute_blocks()
+    ema = None if config.train.ema is None else Ema(model, config.train.ema)
+    result = fit(
+        model=model,
+        step_function=step_function,
+        step_at=step_at,
+        dataset=dataset,
+        config=config.train,
+        optim=config.optim,
+        run=run,
+        world=ranks,
+        ema=ema,
+        evaluate=lambda: evaluate(ema),
+        untrained=untrained,
+        changed_data=config.data.changed,
+        height=height(config),
+        head=head(config),
+        show=show,
+    )
+    return result, ema
+
+
+def say_leaks(data: Modality) -> None:
+    """Say on stderr how many held-out samples are training samples, too, by a hash of what is stored.
+
+    Of datasets with a method `contents`, see `modalities.data.listing.Contents`; a second or two for the largest.
+    """
+    train = getattr(data.dataset("train"), "contents", lambda: None)()
+    test = None if train is None else getattr(data.plain().dataset("test"), "contents", lambda: None)()
+    if train is not None and test is not None and (line := shared_content(train, test).line()):
+        say(line)
+
+
+def height(config: Recipe) -> Callable[[str], int]:
+    """Parameter name -> layers above it where there is layer decay, else always 0, which needs fewer groups."""
+    decay = config.optim.layer_decay
+    if decay is None:
+        return lambda name: 0
+    return lambda name: layers_above(name, config.model.depth, head_counts=decay.head_counts)
+
+
+def head(config: Recipe) -> Callable[[str], bool]:
+    """Parameter name -> whether it trains at `optim.head_lr`; always False where there is none."""
+    return at_head_rate if config.optim.head_lr is not None else lambda name: False
+
+
+def cost(result: FitResult, model: nn.Module) -> dict[str, Any]:
+    """What a run took and what it was made with, for summary.json."""
+    return {
+        "steps": result.steps,
+        "seconds": round(result.seconds, 2),
+        "tokens_per_second": round(result.tokens / result.seconds, 1),
+        "data_wait_share": round(result.data_wait_share, 4),
+        "unreadable_samples": len(result.unreadable),
+        "unreadable_messages": result.unreadable,
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "made_with": provenance(),
+    }
