@@ -21,7 +21,7 @@ from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import PredictorConfig
-from nepa_core.tokens import Tokens
+from nepa_core.tokens import LARGEST_VALUE, Tokens
 
 BATCH = 8
 TRIED = 256  # samples that are looked at for BATCH that can be read, before training
@@ -111,7 +111,7 @@ def check_first_batches(modality: Modality, *, predicts: bool) -> None:
             if predicts:
                 _check_has_pairs(modality, tokens)
             finite = tokens.finite()
-            assert 2 * int(finite.sum()) > len(finite), NOT_FINITE
+            assert 2 * int(finite.sum()) > len(finite), NOT_FINITE if _holds_nan(tokens) else TOO_LARGE
             widths[split] = tokens.values.shape[-1]
             _check_permutation(tokens, modality.order(tokens))
     assert len({*widths.values()}) < 2, (
@@ -166,6 +166,11 @@ def check_whole_batches_agree(modality: Modality) -> None:
 
 
 NOT_FINITE = "Tokens.values holds NaN or infinity: fill such places and mask the tokens"
+TOO_LARGE = f"Tokens.values holds numbers beyond {LARGEST_VALUE:g}: standardise them"
+
+
+def _holds_nan(tokens: Tokens) -> bool:
+    return not bool(tokens.values.isfinite().all() and tokens.coords.isfinite().all())
 
 
 def check_values(modality: Modality) -> None:
@@ -174,6 +179,7 @@ def check_values(modality: Modality) -> None:
     _check_form(tokens)
     assert tokens.values.shape[1] > 1, _SINGLE
     assert tokens.values.isfinite().all(), NOT_FINITE
+    assert tokens.finite().all(), TOO_LARGE
 
 
 _SINGLE = "Tokens.values has a single token: nothing can be predicted; cut samples finer"

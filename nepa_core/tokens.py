@@ -29,6 +29,10 @@ class Spans(NamedTuple):
     chained: bool = False
 
 
+LARGEST_VALUE = 1e15
+"""Of a number in a token: the square of a larger one, times a width, is beyond float32, so that a norm gives NaN."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """A batch of token sequences.
@@ -54,8 +58,9 @@ class Tokens:
         return self.values.shape[0] * self.values.shape[1] if self.mask is None else self.mask.sum()
 
     def finite(self) -> Tensor:
-        """[B] bool on their device: the samples without NaN or infinity."""
-        return self.values.isfinite().flatten(1).all(1)
+        """[B] bool on their device: samples without NaN, infinity or numbers beyond `LARGEST_VALUE`."""
+        sound = (self.values.abs() <= LARGEST_VALUE).flatten(1).all(1)
+        return sound if self.coords.ndim == 2 else sound & self.coords.isfinite().flatten(1).all(1).to(sound.device)
 
     def rows(self, index: Tensor) -> Tokens:
         """These samples, [n] int64, in this order; one may come several times."""

@@ -44,6 +44,7 @@ from modalities.data.listing import (
     printable,
     read_whole,
     say,
+    say_left_aside,
     subfolders,
 )
 from modalities.data.text_files import read_lines
@@ -201,12 +202,13 @@ class Clips(Dataset[Batch]):
         return None if paths is None else Contents(file_sizes(paths), lambda index: read_whole(paths[index]), self.name)
 
     def fingerprint(self) -> str:
-        """Changes where other files are listed, or one of another size."""
+        """Changes where other files are listed, or one of another size or label."""
         paths = self._paths()
         if paths is None:
             return f"{len(self)} samples"
         top = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-        return fingerprint((os.path.relpath(path, top) for path in paths), file_sizes(paths))
+        labels = None if self.labels is None else self.labels.numpy()
+        return fingerprint((os.path.relpath(path, top) for path in paths), file_sizes(paths), labels)
 
     def _paths(self) -> list[str] | None:
         return self.source.paths[self.rows.numpy()].tolist() if isinstance(self.source, Recordings) else None
@@ -524,7 +526,9 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: 
         files, passed = list_files(place, SUFFIXES)
         _say_passed(root, passed)
         if files:
-            return _recordings(root, _divided(root, place, files, held_out), split)
+            rows = _divided(root, place, files, held_out)
+            _say_without_files(place, files, rows)
+            return _recordings(root, rows, split)
     raise UserError(
         f"data.root={root}: looked for train/<class>/* or train/* with the same in val/ (or validation/, test/), for "
         "files named {digit}_{speaker}_{index}.wav, and for a folder of audio files without train/ and val/, but found "
@@ -532,12 +536,19 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: 
     )
 
 
+def _say_without_files(folder: Path, files: Sequence[str], rows: Sequence[Row]) -> None:
+    """Name the folders that would be classes if they held a file that is read."""
+    held = {os.path.relpath(path, folder).split(os.sep)[0] for path in files}
+    empty = [printable(name) for name in subfolders(folder) if name not in held]
+    if empty and {label for _, label, _ in rows} <= held:
+        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {_some(empty)}, so they are no classes")
+
+
 def _say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
     """Say what a listing passed over, and which of several held-out splits is taken."""
     if line := passed.line(root):
         say(line)
-    if len(held_out) > 1:
-        say(f"{root}: {held_out[0]} is held out, and {' and '.join(held_out[1:])} left aside")
+    say_left_aside(root, held_out)
 
 
 def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = False) -> Recordings:
@@ -696,7 +707,8 @@ def _manifest_rows(file: Path) -> list[Row]:
     bare = [number for number, _, label, _ in rows if not label]
     if 0 < len(bare) < len(rows):
         raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
-    _check_once(file, [(number, path, known[split]) for number, path, _, split in rows])
+    _check_once(file, [(number, path, known[split], label) for number, path, label, split in rows])
+    _check_kind(file, [(number, label) for number, _, label, _ in rows])
     return [(path, label, known[split]) for _, path, label, split in rows]
 
 
@@ -707,20 +719,48 @@ def _beside(file: Path, path: str) -> str:
     return os.path.normpath(file.parent / path)
 
 
-def _check_once(file: Path, rows: Sequence[tuple[int, str, str]]) -> None:
-    """See that no clip is in both splits; say how many are named twice in one, and how many are not there.
+def _check_kind(file: Path, rows: Sequence[tuple[int, str]]) -> None:
+    """See that labels are all classes or all numbers to predict, which have a decimal point each.
 
     Args:
-        rows: number in the file, path and split of each.
+        rows: number in the file and label of each.
     """
-    first: dict[str, tuple[int, str]] = {}
+    numbers = [bool(NUMBER.fullmatch(label)) for _, label in rows]
+    if any(numbers) and not all(numbers) and all(_reads_as_number(label) for _, label in rows):
+        number, label = rows[numbers.index(False)]
+        raise UserError(
+            f"{file}, row {number}: the label {label!r} has no decimal point, and others have; write numbers to "
+            "predict with one (2.0), classes without"
+        )
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_once(file: Path, rows: Sequence[tuple[int, str, str, str]]) -> None:
+    """See that no clip is in both splits or has two labels; say how many are named twice, and how many are not there.
+
+    Args:
+        rows: number in the file, path, split and label of each.
+    """
+    first: dict[str, tuple[int, str, str]] = {}
     twice = 0
-    for number, path, split in rows:
-        before, other = first.setdefault(path, (number, split))
+    for number, path, split, label in rows:
+        before, other, known = first.setdefault(path, (number, split, label))
         if other != split:
             raise UserError(
                 f"{file}, row {number}: {printable(path)} is held out here or in row {before}, and trained on in the "
                 "other; name it once"
+            )
+        if known != label:
+            raise UserError(
+                f"{file}, row {number}: {printable(path)} has the label {printable(label)} here and {printable(known)} "
+                f"in row {before}; name it once"
             )
         twice += before != number
     if twice:

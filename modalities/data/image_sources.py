@@ -45,8 +45,10 @@ from modalities.data.listing import (
     printable,
     read_whole,
     say,
+    say_left_aside,
     subfolders,
 )
+from modalities.data.numbering import check_numbering, first_unknown
 from nepa_core.basics import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +116,8 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, size
 
     Raises:
         UserError: there is no such data, it is in none of these layouts or damaged, train and held-out classes
-            differ, or a label is none of the classes.
+            differ, or a label is none of the classes; or classes without names are not numbered from 0 on without a
+            gap, or a held-out one does not occur in training.
     """
     if split not in SPLITS:
         raise ValueError(f'split is "train" or "test", not {split!r}')
@@ -126,11 +129,32 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, size
         case "folder":
             if root is None:
                 raise UserError("data.source=folder needs data.root=DIR, the folder that holds the images")
-            return _open_folder(root, split)
+            return _open_numbered(_open_folder, root, split)
         case "hub":
             if root is None:
                 raise UserError("data.source=hub needs data.root=OWNER/NAME, the name of a data set on the hub")
-            return _open_hub(root, split)
+            return _open_numbered(_open_hub, root, split)
+
+
+def _open_numbered(opener: Callable[[str, str], Source], root: str, split: str) -> Source:
+    """A split of a data set whose classes have names, or numbers that fit."""
+    train = opener(root, "train")
+    if not len(train.labels):
+        raise UserError(f"data.root={root}: the training split holds no image")
+    if train.classes is None:
+        check_numbering(train.labels.numpy(), f"data.root={root}", ", or give them names")
+    if split == "train":
+        return train
+    test = opener(root, "test")
+    if not len(test.labels):
+        raise UserError(f"data.root={root}: the held-out split holds no image")
+    row = None if test.classes is not None else first_unknown(train.labels.numpy(), test.labels.numpy())
+    if row is not None:
+        raise UserError(
+            f"{test.name(row)}: no training sample has the class {int(test.labels[row])}; fix the label, or leave such "
+            "samples out"
+        )
+    return test
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,6 +397,8 @@ def _open_class_folders(train: Path, test: Path, split: str) -> Files:
         raise UserError(f"data.root={base.parent}: no image file in {base}/<class>/" + (f"; {line}" if line else ""))
     if line:
         say(line)
+    if split == "test":
+        say_left_aside(test.parent, [name for name in SPLITS["test"] if os.path.isdir(test.parent / name)])
     _say_empty(base, {name: group.passed for name, group in zip(classes, groups, strict=True) if not group.paths})
     _say_nested(base, {name: group.paths for name, group in zip(classes, groups, strict=True)})
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
@@ -430,6 +456,9 @@ def _open_tars(folder: Path, files: Sequence[Path], split: str) -> Source:
 
 def _open_parquet(files: Mapping[str, list[Path]], split: str) -> Rows:
     where = f"data.root={files['train'][0].parent}"
+    if split == "test":
+        folder = files["train"][0].parent
+        say_left_aside(folder, [name for name in SPLITS["test"] if any(folder.glob(f"{name}-*.parquet"))])
     heads = {each: [parquet_schema(file) for file in files[each]] for each in files}
     columns = {each: _one_pair(files[each], [schema for schema, _ in heads[each]]) for each in files}
     names = {

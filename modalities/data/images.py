@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from modalities.data.hub import one_line
 from modalities.data.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
 from modalities.data.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
-from modalities.data.image_sources import Arrays, Noise, Rows, Size, Source, SourceName, files_of, open_source
+from modalities.data.image_sources import Arrays, Files, Noise, Rows, Size, Source, SourceName, files_of, open_source
 from modalities.data.listing import IN_PLACE, OPENING, Contents, fingerprint
 from nepa_core.basics import Batch, UnreadableSample, cores
 
@@ -138,7 +138,8 @@ class DecodedImages(Dataset[Batch]):
     def fingerprint(self) -> str:
         """See `modalities.data.listing.fingerprint`."""
         names, rows = self.source.relative_names(), self.rows.tolist()
-        return fingerprint((names[row] for row in rows), self.source.sizes()[rows])
+        labels = None if isinstance(self.source, Files) else self.labels.numpy()  # of files the folder says it
+        return fingerprint((names[row] for row in rows), self.source.sizes()[rows], labels)
 
     def contents(self) -> Contents | None:
         """See `modalities.data.listing.Contents`; None of noise, which is made on access."""

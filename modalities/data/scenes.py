@@ -45,6 +45,7 @@ from modalities.data.listing import (
     printable,
     read_whole,
     say,
+    say_left_aside,
     subfolders,
 )
 from modalities.data.scene_masks import (
@@ -97,8 +98,8 @@ class StoredScenes(Dataset[Batch]):
         if (turn == 1) != (mask.turn == 1):
             turned, other = ("image", "annotation") if mask.turn == 1 else ("annotation", "image")
             raise UserError(
-                f"{self.source.name(index)}: the EXIF tag of the {turned} turns it and its {other} "
-                f"{self.source.annotation(index)} has none; save both upright, without the tag"
+                f"{self.source.name(index)}: the EXIF tag of the {turned} turns it, and its {other} has none (the "
+                f"annotation is {self.source.annotation(index)}); save both upright, without the tag"
             )
         if mask.labels.shape != (height, width):
             raise UserError(
@@ -125,14 +126,17 @@ class StoredScenes(Dataset[Batch]):
 
     def _decoded(self, index: int) -> tuple[Tensor, Mask, int]:
         """The image, uint8 [3, H, W], the annotation, and the orientation that the tag of the image names."""
+        broken = ""
         try:
             image, annotation = self.source.read(index)
+            broken = f"its annotation {self.source.annotation(index)}: "
             mask = read_mask(annotation, self.source.annotation(index), self.max_pixels)
+            broken = ""
             return decode(image, 3, self.max_pixels), mask, image_turn(image, self.max_pixels)
         except UserError:
             raise
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
-            raise UnreadableSample(f"{self.source.name(index)}: {one_line(error)}") from error
+            raise UnreadableSample(f"{self.source.name(index)}: {broken}{one_line(error)}") from error
 
     def _target(self, stored: np.ndarray, index: int) -> Tensor:
         """Stored values to classes, uint8 [H, W]."""
@@ -502,6 +506,8 @@ def _open_tree(tree: Path, split: str) -> PairFiles:
     place = next((name for name in SPLITS[split] if os.path.isdir(tree / "images" / name)), None)
     if place is None:
         raise UserError(f"{tree / 'images'}: no folder {' or '.join(SPLITS[split])}; it holds the {split} split")
+    if split == "test":
+        say_left_aside(tree, [name for name in SPLITS["test"] if os.path.isdir(tree / "images" / name)])
     images, annotations = (_by_stem(tree / kind / place) for kind in ("images", "annotations"))
     if not images:
         raise UserError(f"{tree / 'images' / place}: no image file in it")

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from nepa_core.basics import Batch, UnreadableSample, UserError, cores
-from nepa_core.tokens import Tokens
+from nepa_core.tokens import LARGEST_VALUE, Tokens
 
 _SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
 _ERROR = "_error"  # key of a batch that is a user's error instead
@@ -29,17 +29,22 @@ _DRAWN = "_drawn"  # key of the index of every sample of a batch
 _LOST = "_lost"  # key of the places in a draw that could not be read, where nothing replaced them
 
 
-def replace_broken(tokens: Tokens, batch: Batch) -> tuple[Tokens, Batch, Tensor]:
-    """Put another sample of the batch in the place of each whose tokens hold NaN or infinity.
+def replace_broken(tokens: Tokens, batch: Batch, *, labels: bool = False) -> tuple[Tokens, Batch, Tensor]:
+    """Put another sample of the batch in the place of each whose tokens are not finite, see `Tokens.finite`.
 
     As where a sample can't be read: its neighbour is trained on once more. Nothing waits for a GPU. Where none is sound
     all stay, and the step is skipped, as its gradient is not finite.
+
+    Args:
+        labels: also of each with a float "label" that is not finite.
 
     Returns:
         Tokens and tensors of the batch, and which samples are broken, [B] bool on their device: for
         `StepOutput.broken`.
     """
     finite = tokens.finite()
+    if labels:
+        finite = finite & _finite_label(batch, finite.device)
     if finite.device.type == "cpu" and finite.all():
         return tokens, batch, ~finite
     places = torch.arange(len(finite), device=finite.device)
@@ -47,6 +52,14 @@ def replace_broken(tokens: Tokens, batch: Batch) -> tuple[Tokens, Batch, Tensor]
     index = torch.where(finite, places, sound_first[places % finite.sum().clamp(min=1)])
     rows = {name: x[index] if isinstance(x, Tensor) and x.ndim else x for name, x in batch.items()}
     return tokens.rows(index), rows, ~finite
+
+
+def _finite_label(batch: Batch, device: torch.device) -> Tensor:
+    """[B] or scalar bool: the numbers to predict of a sample are finite; True where it has none."""
+    label = batch.get("label")
+    if not (isinstance(label, Tensor) and label.is_floating_point()):
+        return torch.ones((), dtype=torch.bool, device=device)
+    return label.isfinite().reshape(len(label), -1).all(1).to(device)
 
 
 def fold_seed(*parts: int | str) -> int:
@@ -213,12 +226,14 @@ class TrainingBatches:
         self._suspects: list[tuple[list[int], Tensor]] = []
         self._device = device
         self._sampler, self._workers = sampler, workers
+        self._numbers = False  # whether samples have numbers to predict
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in _loaded(_Batches(self._dataset, replace=True), self._sampler, self._workers, self._device):
             batch.pop(_LOST, None)
             self._note(_raise_error(batch).pop(_SKIPPED, []))
             self._drawn = batch.pop(_DRAWN)
+            self._numbers = isinstance(label := batch.get("label"), Tensor) and label.is_floating_point()
             yield to_device(batch, self._device)
 
     def suspect(self, broken: Tensor) -> None:
@@ -237,16 +252,21 @@ class TrainingBatches:
         drawn = [index for indices, _ in self._suspects for index in indices]
         self._suspects.clear()
         found = {index for index, broken in zip(drawn, which, strict=True) if broken}
-        self._note([_broken(self._dataset, index) for index in found])
+        why = f"{NOT_FINITE}, or {LABEL_NOT_FINITE}" if self._numbers else NOT_FINITE
+        self._note([_broken(self._dataset, index, why) for index in found])
 
     def _note(self, skipped: list[str]) -> None:
         self.unreadable |= set(skipped)
         _refuse_many(self.unreadable, self._samples, self._max_unreadable)
 
 
-def _broken(dataset: Dataset[Batch], index: int) -> str:
+NOT_FINITE = f"its tokens hold NaN or infinity, or numbers beyond {LARGEST_VALUE:g}"
+LABEL_NOT_FINITE = "its label is NaN or infinite"
+
+
+def _broken(dataset: Dataset[Batch], index: int, why: str = NOT_FINITE) -> str:
     name = getattr(dataset, "name", None)
-    return f"{f'sample {index}' if name is None else name(index)}: its tokens hold NaN or infinity"
+    return f"{f'sample {index}' if name is None else name(index)}: {why}"
 
 
 def _refuse_many(unreadable: set[str], samples: int, share: float, of: str = "") -> None:
@@ -283,6 +303,7 @@ def plain_batches(
     kept: list[int] | None = None,
     max_unreadable: float = 1.0,
     tokenize: Callable[[Batch], Tokens] | None = None,
+    labels: bool = False,
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
@@ -294,7 +315,8 @@ def plain_batches(
         unreadable: gets name and cause of every sample left out.
         kept: gets the place of every sample that is given, counted from the first of all.
         max_unreadable: share of the samples that may be.
-        tokenize: of the adapter; samples whose tokens hold NaN or infinity are then left out as unreadable, too.
+        tokenize: of the adapter; samples whose tokens are not finite are then left out as unreadable, too.
+        labels: and those with a float "label" that is not.
 
     Raises:
         UserError: no sample could be read, or too few.
@@ -314,9 +336,16 @@ def plain_batches(
         drawn = loaded.pop(_DRAWN)
         loaded = to_device(loaded, device)
         if tokenize is not None and loaded:
-            sound = tokenize(loaded).finite()
+            whole = tokenize(loaded).finite()
+            sound = whole & _finite_label(loaded, whole.device) if labels else whole
             if not sound.all():
-                found = [*found, *(_broken(dataset, drawn[i]) for i in (~sound).nonzero()[:, 0].tolist())]
+                found = [
+                    *found,
+                    *(
+                        _broken(dataset, drawn[i], LABEL_NOT_FINITE if whole[i] else NOT_FINITE)
+                        for i in (~sound).nonzero()[:, 0].tolist()
+                    ),
+                ]
                 loaded = {name: x[sound] for name, x in loaded.items()} if sound.any() else {}
                 places = [place for place, good in zip(places, sound.tolist(), strict=True) if good]
         if kept is not None:

@@ -362,9 +362,12 @@ def probed_layers(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
 
 
 def held_back(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """(indices to train on, indices to choose by), drawn by `seed`."""
+    """(indices to train on, indices to choose by), drawn by `seed`: a fifth to choose by, one sample at least.
+
+    Of a single sample there is nothing to choose by.
+    """
     drawn = epoch_order(count, fold_seed(seed, "held back"), 0).tolist()
-    cut = min(HELD_BACK, count // 5)
+    cut = min(HELD_BACK, max(count // 5, 1), count - 1)
     return drawn[cut:], drawn[:cut]
 
 
@@ -414,7 +417,7 @@ def fine_tuned(
 
     if labels is None:
         samples, used = whole, len(cast(Any, whole))
-        parts = [held_back(used, seed)]
+        parts = [each for each in [held_back(used, seed)] if each[1]]
     else:
         samples = few_labels(whole, goal, labels, seed)
         goal = scaled_by(goal, samples)
@@ -514,7 +517,9 @@ def layer_ranks(config: PretrainConfig, model: NEPA) -> list[float]:
     means: list[list[torch.Tensor]] = [[] for _ in range(config.model.depth + 2)]
     windows, limit = data.dataset("test"), PROBE.test_samples
     seed = draw_seed(windows, limit)
-    for batch in plain_batches(windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed):
+    for batch in plain_batches(
+        windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed, tokenize=data.tokenize
+    ):
         trace = Trace()
         mask = model(data.read(batch), causal=config.objective.causal, trace=trace).mask
         for found, hidden in zip(means, trace.hidden, strict=True):

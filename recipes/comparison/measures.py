@@ -321,7 +321,9 @@ def attention_by_layer(
     total, count = torch.zeros(4, config.model.depth + 1, config.model.heads, device=device), 0
     held_out = data.dataset("test")
     seed = draw_seed(held_out, samples)
-    batches = plain_batches(held_out, batch=min(samples, 64), device=device, limit=samples, seed=seed)
+    batches = plain_batches(
+        held_out, batch=min(samples, 64), device=device, limit=samples, seed=seed, tokenize=data.tokenize
+    )
     for batch in batches:
         tokens, trace = data.read(batch), Trace()
         network(tokens, causal=causal, trace=trace)

@@ -189,7 +189,8 @@ def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, An
     """`order_measures` of the order that drawn held-out samples are read in, padding left out: a mean over samples."""
     data, most = config.data.plain(), _ORDER_SAMPLES
     held_out = data.dataset("test")
-    batches = plain_batches(held_out, batch=most, device=device, limit=most, seed=draw_seed(held_out, most))
+    seed = draw_seed(held_out, most)
+    batches = plain_batches(held_out, batch=most, device=device, limit=most, seed=seed, tokenize=data.tokenize)
     tokens = data.read(next(iter(batches)))
     positions = token_positions(tokens, data.describe(tokens).grid)
     mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask

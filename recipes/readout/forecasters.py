@@ -10,9 +10,9 @@ Shapes: B samples, L steps of look-back, H to forecast, C channels in a sample, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,14 +28,16 @@ from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale, layers_above
 from nepa_core.predictor import PredictorConfig, Trace
 from nepa_core.runtime.checkpoint import disk_errors
-from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
+from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, fit
 from nepa_core.runtime.optim import Duration, OptimConfig
 from nepa_core.runtime.run import Run
+from nepa_core.tokens import LARGEST_VALUE
 from recipes.configs import PretrainConfig
 from recipes.networks.heads import canonical_tokens, last_token
 from recipes.released.weights import load_backbone, read_weights
+from recipes.statistics.held_out import NUMBER, Numbered
 from recipes.training.train import opened
 
 READOUTS = ("flattened tokens", "last token")
@@ -47,10 +49,39 @@ TREND = 25  # steps of DLinear's moving average
 Network = Literal["predictor", "dlinear"]
 
 
-def chosen(data: TimeSeries, split: str, horizon: int, samples: int) -> Subset[Batch]:
+class Chosen(Subset[Batch]):
+    """Some windows, which keep their names."""
+
+    def name(self, index: int) -> str:
+        """See `Windows.name`."""
+        return str(self.dataset.name(self.indices[index]))  # type: ignore[attr-defined]
+
+
+def chosen(data: TimeSeries, split: str, horizon: int, samples: int) -> Chosen:
     """At most `samples` windows of a split, chosen at random: the same ones for all that is fitted."""
     windows = data.forecasts(split, horizon)
-    return Subset(windows, epoch_order(len(windows), 0, 0)[:samples].tolist())
+    return Chosen(windows, epoch_order(len(windows), 0, 0)[:samples].tolist())
+
+
+def sound_batches(data: TimeSeries, windows: Dataset[Batch], device: torch.device) -> Iterator[Batch]:
+    """All windows, batch by batch, the same for every row of the table.
+
+    Raises:
+        UserError: one of them holds NaN or infinity, in its look-back or in what is to be forecast; at the end.
+    """
+    broken: set[str] = set()
+    numbered = Numbered(windows)
+    for batch in plain_batches(numbered, batch=BATCH, device=device, unreadable=broken, tokenize=data.tokenize):
+        sound = (batch["future"].abs() <= LARGEST_VALUE).flatten(1).all(1)
+        if not sound.all():
+            lost = batch[NUMBER][~sound].tolist()
+            broken |= {f"{numbered.name(row)}: what is to be forecast is not finite" for row in lost}
+        yield {name: value for name, value in batch.items() if name != NUMBER}
+    if broken:
+        raise UserError(
+            f"{data.root or data.source}: {len(broken):,} of {len(cast(Sized, windows)):,} windows can't be forecast; "
+            f"the first is {min(broken)}; empty such cells, or repair them"
+        )
 
 
 def in_series_units(data: TimeSeries, batch: Batch, future: Tensor) -> Tensor:
@@ -79,7 +110,7 @@ def score(
         and the channels of a sample.
     """
     squared, absolute = [], []
-    for batch in plain_batches(data.forecasts(split, horizon), batch=BATCH, device=device):
+    for batch in sound_batches(data, data.forecasts(split, horizon), device):
         error = (predict(batch).float() - batch["future"]).double()
         squared.append(error.square().mean((1, 2)).cpu())
         absolute.append(error.abs().mean((1, 2)).cpu())
@@ -213,7 +244,7 @@ def _moments(data: TimeSeries, read: Reader, windows: Dataset[Batch], device: to
     Nothing is divided by std: std^2 x x^T comes of std x, and std^2 x y^T of std x and std y = z - mean.
     """
     sums: dict[str, list[list[Any]]] = {}
-    for batch in plain_batches(windows, batch=BATCH, device=device):
+    for batch in sound_batches(data, windows, device):
         mean, std = data.scale(batch)
         future = batch["future"] - mean
         whole = data.normalise == "none"
@@ -426,11 +457,13 @@ def make_step(config: ForecastConfig) -> StepFunction:
     """The step function: batch -> mean squared error of the z-scored series, as it is reported."""
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
+        _, batch, broken = replace_broken(config.data.tokenize(batch), batch)
         scale = draw_coord_scale(config.model.rope_rescale)
         future = model(config.data, batch, causal=config.causal, coord_scale=scale)
         with torch.autocast(future.device.type, enabled=False):
             loss = F.mse_loss(in_series_units(config.data, batch, future), batch["future"])
-        return StepOutput(loss, float(len(future)), len(future) * (config.data.window // config.data.patch))
+        tokens = len(future) * (config.data.window // config.data.patch)
+        return StepOutput(loss, float(len(future)), tokens, broken)
 
     return step
 

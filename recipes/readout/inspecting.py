@@ -125,7 +125,7 @@ def chosen_samples(data: Modality, options: InspectOptions, device: torch.device
     if not options.images:
         samples = data.dataset(options.split)
         places = sorted(draw(samples, options.samples, seed=0).indices.tolist())
-        for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places):
+        for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places, tokenize=data.tokenize):
             yield sample_name(data, samples, options.split, int(batch.pop(NUMBER)), batch.get("label")), batch
         return
     if not isinstance(data, Images | Scenes):

@@ -44,6 +44,11 @@ class Numbered(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         return self.dataset[index] | {NUMBER: torch.as_tensor(index)}
 
+    def name(self, index: int) -> str:
+        """What a message calls that sample."""
+        name = getattr(self.dataset, "name", None)
+        return f"sample {index}" if name is None else str(name(index))
+
     def __getitems__(self, indices: list[int]) -> Batch:
         whole = getattr(self.dataset, "__getitems__", None)
         batch = default_collate([self.dataset[index] for index in indices]) if whole is None else whole(indices)

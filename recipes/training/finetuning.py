@@ -273,12 +273,14 @@ def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
         mixed, smoothing = None, config.label_smoothing
-        if mix is not None:
-            batch, mixed = mix(config.data.before_mixing(batch))
+        if mix is None:
+            tokens, batch, broken = replace_broken(config.data.read(batch), batch, labels=True)
+        else:
+            batch = config.data.before_mixing(batch)  # a broken image would break the one that it is mixed with
+            _, batch, broken = replace_broken(config.data.tokenize(batch), batch)
+            batch, mixed = mix(batch)
             smoothing = 0.0  # it is in the mixed labels
-        tokens, broken = config.data.read(batch), None
-        if mixed is None:
-            tokens, batch, broken = replace_broken(tokens, batch)
+            tokens = config.data.read(batch)
         outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
         truth = goal.truth(batch, tokens) if mixed is None else mixed
         with torch.autocast(outputs.device.type, enabled=False):
@@ -357,6 +359,7 @@ def measure(
         unreadable=unreadable,
         max_unreadable=config.train.max_unreadable,
         tokenize=data.tokenize,
+        labels=True,
     ):
         tokens = data.read(batch)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +13,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modalities.data.scene_masks import IGNORED
+from modalities.data.scenes import padded
+from modalities.scenes import Scenes
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.predictor import Trace
-from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, autocast_dtype
 from nepa_core.runtime.run import Run
@@ -200,7 +203,8 @@ def make_step(config: SegmentConfig) -> StepFunction:
     data = config.data
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
-        tokens, target = data.read(batch), batch["target"].long()
+        tokens, batch, broken = replace_broken(data.read(batch), batch)
+        target = batch["target"].long()
         out = model(
             tokens,
             data.grid((target.shape[1], target.shape[2])),
@@ -213,7 +217,7 @@ def make_step(config: SegmentConfig) -> StepFunction:
             loss = pixel_loss(out.logits, target, labelled)
             if out.auxiliary is not None:
                 loss = loss + config.upernet.auxiliary_weight * pixel_loss(out.auxiliary, target, labelled)
-        return StepOutput(loss, labelled, tokens.real_count())
+        return StepOutput(loss, labelled, tokens.real_count(), broken)
 
     return step
 
@@ -268,12 +272,20 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
         ranks=ranks.size,
         unreadable=unreadable,
         max_unreadable=config.train.max_unreadable,
+        tokenize=partial(whole_tokens, config.data),
     ):
         predicted = predict_image(config, model, batch["image"][0])
         counts += confusion(predicted, batch["target"][0], config.data.class_count)
         images += 1
     model.train(was_training)
     return Measured(scores(ranks.sum(counts)), int(ranks.sum(images)), ranks.union(unreadable))
+
+
+def whole_tokens(data: Scenes, batch: Batch) -> Tokens:
+    """The tokens of images uint8 [B, 3, H, W] of any size, filled up to whole patches, to see that they are sound."""
+    size = batch["image"].shape[-2:]
+    height, width = (-(-side // step) * step for side, step in zip(size, data.patch, strict=True))
+    return data.tokenize({**batch, "image": padded(batch["image"], (height, width))})
 
 
 def predict_image(config: SegmentConfig, model: Segmenter, image: Tensor) -> Tensor:
@@ -337,6 +349,8 @@ def pictures(config: SegmentConfig, model: Segmenter, device: torch.device) -> l
     for index in spread_out(len(scenes), config.evaluation.pictures):
         with suppress(UnreadableSample):
             scene = scenes[index]
+            if not whole_tokens(config.data, {"image": scene["image"][None]}).finite():
+                continue
             predicted = predict_image(config, model, scene["image"].to(device))
             name = Path(scenes.name(index)).name
             shown.append(Picture(scene["image"], scene["target"], predicted.cpu(), name))
