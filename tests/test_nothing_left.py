@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipes.pretrain import PretrainConfig
 from torch.utils.data import Dataset, get_worker_info
 
 from nepa_core.basics import Batch, UserError
@@ -16,7 +17,6 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.run import holding
 from recipes import compare
 from recipes.cli import main
-from recipes.pretrain import PretrainConfig
 from tests import tiny
 from tests.tiny import Waves
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from recipes.cli import main
 from recipes.comparison import engine as compare
 from recipes.comparison import measures, orders
-from recipes.cli import main
 from tests.conftest import BROWSER
 from tests.tiny_scenes import write_scenes
 
