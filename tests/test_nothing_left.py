@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from recipes.pretrain import PretrainConfig
 from torch.utils.data import Dataset, get_worker_info
 
 from nepa_core.basics import Batch, UserError
-from nepa_core.runtime import run as runs
+from nepa_core.runtime import locks
 from nepa_core.runtime.config import override
-from nepa_core.runtime.run import holding
-from recipes import compare
+from nepa_core.runtime.locks import holding
 from recipes.cli import main
+from recipes.comparison import engine as compare
+from recipes.configs import PretrainConfig
+from recipes.training import train
 from tests import tiny
 from tests.tiny import Waves
 
@@ -156,9 +157,7 @@ def test_a_control_that_fails_takes_nothing_of_its_run_with_it(
 ) -> None:
     assert main(["pretrain", TINY, "out=run", "train.length.steps=1"]) == 0
     words = ("finetune", TINY, "init=run", "out=tuned", "train.length.steps=2")
-    from recipes import training
-
-    real = training.fit
+    real = train.fit
 
     def fit(**given: Any) -> Any:
         if given["run"].path.name == "control":
@@ -166,7 +165,7 @@ def test_a_control_that_fails_takes_nothing_of_its_run_with_it(
             raise UserError("no such luck")
         return real(**given)
 
-    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(train, "fit", fit)
     for _ in range(2):  # the second time the run is finished
         assert fails(*words) == "no such luck"
         assert not Path("tuned/control").exists()
@@ -204,14 +203,14 @@ def test_an_error_takes_back_only_what_the_block_has_begun(tmp_path: Path) -> No
 
 
 def test_who_comes_after_another_removes_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, real = tmp_path / "run", runs.locked
+    folder, real = tmp_path / "run", locks.locked
 
     def locked(file: Path, **given: Any) -> Any:  # after this command has looked, another one has made the folder
         folder.mkdir()
         (folder / "config.json").touch()
         return real(file, **given)
 
-    monkeypatch.setattr(runs, "locked", locked)
+    monkeypatch.setattr(locks, "locked", locked)
     with pytest.raises(UserError), holding(folder, trains=False):
         raise UserError("no")
     assert (folder / "config.json").exists()
