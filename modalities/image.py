@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from modalities.data.image_augment import Augment, Interpolation, erase
 from modalities.data.image_decode import LARGEST_IMAGE, Channels
-from modalities.data.image_sources import SourceName, open_source
+from modalities.data.image_sources import SourceName, numbered_classes, open_source
 from modalities.data.images import open_files, open_images
 from modalities.orders import Ordered
 from nepa_core.basics import Batch
@@ -127,9 +127,13 @@ class Images(Ordered, Modality):
         return f"pixels: {scaled}, centre crop {crop}"
 
     def classes(self) -> tuple[str, ...] | None:
-        """The names that the source gives, or the numbers that occur in its training labels."""
-        source = open_source(self.source, "train", root=self.root, size=self.size)
-        return source.classes or tuple(str(number) for number in range(int(source.labels.max()) + 1))
+        """The names that the source gives, or the numbers that occur in its training labels.
+
+        Raises:
+            UserError: these have a gap, or a held-out image has another.
+        """
+        train, test = (open_source(self.source, split, root=self.root, size=self.size) for split in ("train", "test"))
+        return numbered_classes(train, test, self.root or self.source)
 
     def token_dim(self) -> int:
         return self.channels * self.patch[0] * self.patch[1]

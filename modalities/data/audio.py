@@ -743,13 +743,13 @@ def _reads_as_number(text: str) -> bool:
 
 
 def _check_once(file: Path, rows: Sequence[tuple[int, str, str, str]]) -> None:
-    """See that no clip is in both splits or has two labels; say how many are named twice, and how many are not there.
+    """See that no clip is in both splits; say how many are named twice, or with two labels, and how many are not there.
 
     Args:
         rows: number in the file, path, split and label of each.
     """
     first: dict[str, tuple[int, str, str]] = {}
-    twice = 0
+    twice, other_label = 0, list[str]()
     for number, path, split, label in rows:
         before, other, known = first.setdefault(path, (number, split, label))
         if other != split:
@@ -758,11 +758,12 @@ def _check_once(file: Path, rows: Sequence[tuple[int, str, str, str]]) -> None:
                 "other; name it once"
             )
         if known != label:
-            raise UserError(
-                f"{file}, row {number}: {printable(path)} has the label {printable(label)} here and {printable(known)} "
-                f"in row {before}; name it once"
+            other_label.append(
+                f"{printable(path)} in row {before}, {printable(known)}, and row {number}, {printable(label)}"
             )
         twice += before != number
+    if other_label:
+        say(f"{file}: {len(other_label):,} rows give a clip another label than a row above: {other_label[0]}")
     if twice:
         say(f"{file}: {twice:,} rows name a clip that a row above has named")
     gone = [path for path, size in zip(first, file_sizes(list(first)), strict=True) if size < 0]

@@ -116,8 +116,7 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, size
 
     Raises:
         UserError: there is no such data, it is in none of these layouts or damaged, train and held-out classes
-            differ, or a label is none of the classes; or classes without names are not numbered from 0 on without a
-            gap, or a held-out one does not occur in training.
+            differ, or a label is none of the classes.
     """
     if split not in SPLITS:
         raise ValueError(f'split is "train" or "test", not {split!r}')
@@ -129,32 +128,35 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, size
         case "folder":
             if root is None:
                 raise UserError("data.source=folder needs data.root=DIR, the folder that holds the images")
-            return _open_numbered(_open_folder, root, split)
+            return _with_images(_open_folder(root, split), split, root)
         case "hub":
             if root is None:
                 raise UserError("data.source=hub needs data.root=OWNER/NAME, the name of a data set on the hub")
-            return _open_numbered(_open_hub, root, split)
+            return _with_images(_open_hub(root, split), split, root)
 
 
-def _open_numbered(opener: Callable[[str, str], Source], root: str, split: str) -> Source:
-    """A split of a data set whose classes have names, or numbers that fit."""
-    train = opener(root, "train")
-    if not len(train.labels):
-        raise UserError(f"data.root={root}: the training split holds no image")
-    if train.classes is None:
-        check_numbering(train.labels.numpy(), f"data.root={root}", ", or give them names")
-    if split == "train":
-        return train
-    test = opener(root, "test")
-    if not len(test.labels):
-        raise UserError(f"data.root={root}: the held-out split holds no image")
-    row = None if test.classes is not None else first_unknown(train.labels.numpy(), test.labels.numpy())
-    if row is not None:
+def _with_images(source: Source, split: str, root: str) -> Source:
+    if not len(source.labels):
+        raise UserError(f"data.root={root}: the {'training' if split == 'train' else 'held-out'} split holds no image")
+    return source
+
+
+def numbered_classes(train: Source, test: Source, root: str) -> Classes:
+    """The names of the classes; where they have none, their numbers, which must run from 0 on without a gap.
+
+    Raises:
+        UserError: they don't, or a held-out image has a class that no training image has.
+    """
+    if train.classes is not None:
+        return train.classes
+    labels = train.labels.numpy()
+    check_numbering(labels, f"data.root={root}", ", or give them names")
+    if (row := first_unknown(labels, test.labels.numpy())) is not None:
         raise UserError(
-            f"{test.name(row)}: no training sample has the class {int(test.labels[row])}; fix the label, or leave such "
-            "samples out"
+            f"{test.name(row)}: no training image has its class {int(test.labels[row])}; fix the label, or leave such "
+            "images out"
         )
-    return test
+    return tuple(str(number) for number in range(int(labels.max()) + 1))
 
 
 @dataclass(frozen=True, eq=False)

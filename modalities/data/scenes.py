@@ -98,8 +98,8 @@ class StoredScenes(Dataset[Batch]):
         if (turn == 1) != (mask.turn == 1):
             turned, other = ("image", "annotation") if mask.turn == 1 else ("annotation", "image")
             raise UserError(
-                f"{self.source.name(index)}: the EXIF tag of the {turned} turns it, and its {other} has none (the "
-                f"annotation is {self.source.annotation(index)}); save both upright, without the tag"
+                f"{self.source.name(index)}: the EXIF tag of the {turned} turns it and its {other} has none; the "
+                f"annotation is {self.source.annotation(index)}; save both upright, without the tag"
             )
         if mask.labels.shape != (height, width):
             raise UserError(

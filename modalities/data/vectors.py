@@ -481,9 +481,7 @@ def _array(path: Path) -> Array:
         raise
     except Exception as error:  # a damaged head fails as whatever Python text it looks like
         if "pickle" in str(error) or "Python objects" in str(error):  # never say how these could be loaded
-            raise ValueError(
-                "it is no npy file of numbers: damaged, or of Python objects, which are not read"
-            ) from error
+            raise ValueError("it is damaged or no npy file of numbers; Python objects are never read") from error
         raise ValueError(f"it is damaged or no npy file ({_one_line(error)})") from error
     if not isinstance(array, np.ndarray):
         raise ValueError("it is an archive of arrays, as npz files are; store one array in each file")

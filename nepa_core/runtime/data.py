@@ -39,27 +39,37 @@ def replace_broken(tokens: Tokens, batch: Batch, *, labels: bool = False) -> tup
         labels: also of each with a float "label" that is not finite.
 
     Returns:
-        Tokens and tensors of the batch, and which samples are broken, [B] bool on their device: for
-        `StepOutput.broken`.
+        Tokens and tensors of the batch, and why samples are broken, [B] uint8 on their device, 0 where they are not
+        (a place in `FAULTS`): for `StepOutput.broken`.
     """
-    finite = tokens.finite()
-    if labels:
-        finite = finite & _finite_label(batch, finite.device)
+    faults = _faults(tokens, batch, labels=labels)
+    finite = faults == 0
     if finite.device.type == "cpu" and finite.all():
-        return tokens, batch, ~finite
+        return tokens, batch, faults
     places = torch.arange(len(finite), device=finite.device)
     sound_first = (~finite).int().argsort(stable=True)
     index = torch.where(finite, places, sound_first[places % finite.sum().clamp(min=1)])
     rows = {name: x[index] if isinstance(x, Tensor) and x.ndim else x for name, x in batch.items()}
-    return tokens.rows(index), rows, ~finite
+    return tokens.rows(index), rows, faults
 
 
-def _finite_label(batch: Batch, device: torch.device) -> Tensor:
-    """[B] or scalar bool: the numbers to predict of a sample are finite; True where it has none."""
-    label = batch.get("label")
-    if not (isinstance(label, Tensor) and label.is_floating_point()):
-        return torch.ones((), dtype=torch.bool, device=device)
-    return label.isfinite().reshape(len(label), -1).all(1).to(device)
+FAULTS = (
+    "",
+    "its tokens hold NaN or infinity",
+    f"its tokens hold numbers beyond {LARGEST_VALUE:g}",
+    "its label is NaN or infinite",
+)
+"""What is wrong with a sample that can be read."""
+
+
+def _faults(tokens: Tokens, batch: Batch, *, labels: bool) -> Tensor:
+    """The place in `FAULTS` of each sample, [B] uint8 on the tokens' device; `labels`: look at a float "label", too."""
+    large = tokens.values.isfinite().flatten(1).all(1).to(torch.uint8) + 1
+    label, sound = batch.get("label"), torch.zeros_like(large)
+    if labels and isinstance(label, Tensor) and label.is_floating_point():
+        finite = label.isfinite().reshape(len(label), -1).all(1).to(large.device)
+        sound = torch.where(finite, sound, 3)
+    return torch.where(tokens.finite(), sound, large)
 
 
 def fold_seed(*parts: int | str) -> int:
@@ -226,18 +236,16 @@ class TrainingBatches:
         self._suspects: list[tuple[list[int], Tensor]] = []
         self._device = device
         self._sampler, self._workers = sampler, workers
-        self._numbers = False  # whether samples have numbers to predict
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in _loaded(_Batches(self._dataset, replace=True), self._sampler, self._workers, self._device):
             batch.pop(_LOST, None)
             self._note(_raise_error(batch).pop(_SKIPPED, []))
             self._drawn = batch.pop(_DRAWN)
-            self._numbers = isinstance(label := batch.get("label"), Tensor) and label.is_floating_point()
             yield to_device(batch, self._device)
 
     def suspect(self, broken: Tensor) -> None:
-        """Which samples of the batch given last have tokens that are not finite, [B] bool; read by `settle`."""
+        """What is wrong with the samples of the batch given last, as `replace_broken` gives it; read by `settle`."""
         self._suspects.append((self._drawn, broken))
 
     def settle(self) -> None:
@@ -251,22 +259,17 @@ class TrainingBatches:
         which = torch.cat([broken for _, broken in self._suspects]).tolist()
         drawn = [index for indices, _ in self._suspects for index in indices]
         self._suspects.clear()
-        found = {index for index, broken in zip(drawn, which, strict=True) if broken}
-        why = f"{NOT_FINITE}, or {LABEL_NOT_FINITE}" if self._numbers else NOT_FINITE
-        self._note([_broken(self._dataset, index, why) for index in found])
+        found = {(index, fault) for index, fault in zip(drawn, which, strict=True) if fault}
+        self._note([_broken(self._dataset, index, fault) for index, fault in found])
 
     def _note(self, skipped: list[str]) -> None:
         self.unreadable |= set(skipped)
         _refuse_many(self.unreadable, self._samples, self._max_unreadable)
 
 
-NOT_FINITE = f"its tokens hold NaN or infinity, or numbers beyond {LARGEST_VALUE:g}"
-LABEL_NOT_FINITE = "its label is NaN or infinite"
-
-
-def _broken(dataset: Dataset[Batch], index: int, why: str = NOT_FINITE) -> str:
+def _broken(dataset: Dataset[Batch], index: int, fault: int) -> str:
     name = getattr(dataset, "name", None)
-    return f"{f'sample {index}' if name is None else name(index)}: {why}"
+    return f"{f'sample {index}' if name is None else name(index)}: {FAULTS[fault]}"
 
 
 def _refuse_many(unreadable: set[str], samples: int, share: float, of: str = "") -> None:
@@ -336,16 +339,10 @@ def plain_batches(
         drawn = loaded.pop(_DRAWN)
         loaded = to_device(loaded, device)
         if tokenize is not None and loaded:
-            whole = tokenize(loaded).finite()
-            sound = whole & _finite_label(loaded, whole.device) if labels else whole
+            faults = _faults(tokenize(loaded), loaded, labels=labels)
+            sound = faults == 0
             if not sound.all():
-                found = [
-                    *found,
-                    *(
-                        _broken(dataset, drawn[i], LABEL_NOT_FINITE if whole[i] else NOT_FINITE)
-                        for i in (~sound).nonzero()[:, 0].tolist()
-                    ),
-                ]
+                found = [*found, *(_broken(dataset, i, int(k)) for i, k in zip(drawn, faults, strict=True) if k)]
                 loaded = {name: x[sound] for name, x in loaded.items()} if sound.any() else {}
                 places = [place for place, good in zip(places, sound.tolist(), strict=True) if good]
         if kept is not None:
