@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from nepa_core import predictor
-from nepa_core.kernels import xformers
+from nepa_core.kernels import attention, xformers
 from nepa_core.kernels.attention import Backend, attend_sequences, has_varlen_kernel
 from nepa_core.kernels.packing import pack_rows
 from nepa_core.kernels.xformers import block_diagonal_bias

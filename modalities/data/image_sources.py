@@ -411,9 +411,7 @@ def _open_cifar10(folder: Path, split: str) -> Arrays:
     try:
         data = datasets.CIFAR10(folder, train=split == "train", download=False)
     except RuntimeError as error:
-        raise UserError(
-            f"data.root={folder}: {CIFAR10}/ is incomplete or damaged; download it again"
-        ) from error
+        raise UserError(f"data.root={folder}: {CIFAR10}/ is incomplete or damaged; download it again") from error
     return Arrays(f"CIFAR-10 {split}", data.data, torch.tensor(data.targets), tuple(data.classes))
 
 

@@ -46,9 +46,9 @@ from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.locks import locked
-from nepa_core.runtime.run import FREE_KEYS, Run
+from nepa_core.runtime.run import FREE_KEYS, Run, is_run
 from recipes.configs import PretrainConfig
-from recipes.resolve import is_run, read_target
+from recipes.resolve import read_target
 from recipes.statistics import protocol
 from recipes.statistics.protocol import Declared, Look
 from recipes.training.pretraining import load_pretrained, pretrain

@@ -20,7 +20,7 @@ from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import differences, listed
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, is_run
 from recipes.configs import PretrainConfig
 from recipes.readout.features import weights_digest
 from recipes.readout.forecasters import (
@@ -48,7 +48,6 @@ from recipes.report.forecast import (
     stretches,
 )
 from recipes.report.provenance import provenance
-from recipes.resolve import is_run
 from recipes.statistics.significance import spread
 from recipes.training.starting import build_model
 

@@ -23,10 +23,9 @@ from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
 from nepa_core.runtime.optim import OptimConfig
-from nepa_core.runtime.run import Run
-from recipes.released.weights import newest
+from nepa_core.runtime.run import Run, is_imported
+from nepa_core.runtime.weights import newest
 from recipes.report.provenance import provenance
-from recipes.resolve import is_imported
 
 
 class Recipe(Protocol):
