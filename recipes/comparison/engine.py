@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -46,6 +45,7 @@ from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.locks import locked
+from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.run import FREE_KEYS, Run, is_run
 from recipes.configs import PretrainConfig
 from recipes.resolve import read_target
@@ -450,7 +450,7 @@ def _supervise(jobs: Sequence[Job], team: Sequence[tuple[BaseProcess, Connection
     done = before = sum(job.done for job in jobs)
     began = said = time.monotonic()
     if before and working:
-        print(f"{before} of {len(jobs)} were finished before", file=sys.stderr)
+        say_progress(f"{before} of {len(jobs)} were finished before")
     while working:
         for hear in wait(list(working), timeout=_POLL):
             assert isinstance(hear, Connection)
@@ -458,7 +458,7 @@ def _supervise(jobs: Sequence[Job], team: Sequence[tuple[BaseProcess, Connection
         now, count = time.monotonic(), sum(job.done for job in jobs)
         if count > done and (now - said > _SAY or count == len(jobs)):
             left = (len(jobs) - count) * (now - began) / (count - before)
-            print(f"{count} of {len(jobs)} finished, about {_duration(left)} left", file=sys.stderr)
+            say_progress(f"{count} of {len(jobs)} finished, about {_duration(left)} left")
             done, said = count, now
 
 
