@@ -208,7 +208,7 @@ def load(name: str | Path, *, trust: bool = False) -> Network:
     """
     name = str(name)
     with trusting.everything() if trust else nullcontext():
-        weights = read_weights(name)
+        weights = read_weights(name, key="")
     data = weights.data.plain()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = network_of(weights, data, device)

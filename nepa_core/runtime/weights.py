@@ -89,15 +89,18 @@ class Start(Protocol):
     def causal(self) -> bool: ...
 
 
-def read_weights(name: str) -> Weights:
+def read_weights(name: str, key: str = "init") -> Weights:
     """The newest weights of a run of any task, or those of a folder in the released layout.
+
+    Args:
+        key: the key that the user gave the name with, for the message.
 
     Raises:
         UserError: there is nothing of the kind, or it is damaged.
     """
     if is_run(name):
         return _of_run(name)
-    folder = find(name, "init")
+    folder = find(name, key)
     released = read_released(folder)
     model, head = released.averaged or (released.model, released.head)
     digest, averaged, data = ", ".join(digests(folder).values()), released.averaged is not None, released.adapter()
