@@ -71,4 +71,5 @@ def pretrain(
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = pretraining.pretrain(config, run, ranks, show=verbose)
         text = rendered(lambda: card.render(summary, config.data, run), run, before=before) if ranks.is_main else ""
-    return Pretrained(run.path, summary, text)
+        found = run.summary() if ranks.is_main else None  # as any other reader finds it
+    return Pretrained(run.path, found or {}, text)
