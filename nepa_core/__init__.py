@@ -7,6 +7,9 @@ Shape legend for the whole package: B samples, N tokens, T places in the sequenc
 D model width, H heads, K head width, P raw token size, A coordinate axes, S samples gathered for a verdict.
 """
 
+from importlib import import_module
+from typing import Any
+
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
@@ -30,5 +33,16 @@ __all__ = [
     "Tokens",
     "UnreadableSample",
     "UserError",
+    "__version__",
+    "load",
     "next_embedding_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`load` and `__version__`, looked up when they are asked for: a loop of one's own needs no runtime."""
+    if name == "load":
+        return import_module("nepa_core.runtime.load").load
+    if name == "__version__":
+        return import_module("nepa_core.version").version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

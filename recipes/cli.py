@@ -6,12 +6,13 @@ import importlib
 import io
 import os
 import pkgutil
+import runpy
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 
 class Task(NamedTuple):
@@ -70,6 +71,9 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
   nepa probe runs/digits                      read out every layer of that run
   nepa pretrain recipes.vision:digits --help  every key of the recipe with its value
   nepa TASK --help                            what a task takes and gives
+  nepa --version                              which version this is
+
+With -q there is no progress on the screen, only the result and what went wrong.
 
 A run that names code (an adapter, an order) and was not made here by you is refused unless you add trust=true.
 """
@@ -139,9 +143,13 @@ def _largest(words: list[str]) -> str:
 
 def _dispatch(words: list[str]) -> int:
     asks_help = any(word in ("-h", "--help") for word in words)
-    words = [word for word in words if word not in ("-h", "--help")]
+    quiet = "-q" in words
+    words = [word for word in words if word not in ("-h", "--help", "-q")]
     if not words or words == ["help"]:
         print(_help())
+        return 0
+    if words == ["--version"]:
+        print(f"nepa {_version()}")
         return 0
     name, *rest = words
     if name == "recipes":
@@ -158,6 +166,9 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if not rest or ("=" in rest[0] and not os.path.exists(rest[0])):
         return _fail(f"nepa {name} needs a {TASKS[name].takes} after it; see nepa {name} --help", 2)
+    from nepa_core.runtime.meter import keep_quiet
+
+    keep_quiet(quiet)
     options, changes = split_options(task.Options, rest[1:])
     task.main(rest[0], options, changes)
     return 0
@@ -230,6 +241,12 @@ def _recipe_functions(module: ModuleType) -> dict[str, Any]:
     return found
 
 
+def _version() -> str:
+    """Of this program; importing the package would import torch."""
+    file = os.path.join(os.path.dirname(__file__), "..", "nepa_core", "version.py")
+    return str(runpy.run_path(os.path.realpath(file))["version"]())
+
+
 def _help() -> str:
     rows = {f"{name} {task.takes}": task.gives for name, task in TASKS.items()}
     rows["recipes"] = "the built-in recipes, a line each"
@@ -239,8 +256,9 @@ def _help() -> str:
 
 def _task_help(name: str, task: Any, rest: list[str]) -> str:
     from nepa_core.runtime.config import keys
+    from nepa_core.runtime.run import is_run
     from recipes.options import describe_fields, given
-    from recipes.resolve import is_run, read_target
+    from recipes.resolve import read_target
 
     lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
     if fields := describe_fields(task.Options):
@@ -281,6 +299,19 @@ def _fail(message: str, status: int) -> int:
         line = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in message)
         print(f"nepa: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     return status
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. One of several skips the teardown of C++ libraries.
+
+    There the threads of gloo now and then abort a process whose work is done and written, and `torchrun` would call the
+    whole job failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

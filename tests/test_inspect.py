@@ -22,12 +22,12 @@ from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig, Trace
 from nepa_core.runtime.config import load_config
 from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.weights import read_weights
 from nepa_core.tokens import Sketch, Tokens
 from recipes.cli import main
 from recipes.configs import PretrainConfig, SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
 from recipes.readout.inspecting import chosen_samples, inspect, load_network
-from recipes.released.weights import read_weights
 from recipes.report.plots import Panel, inside, line_plot, panel_plot
 from recipes.report.plots import spread_out as spread
 from recipes.report.segment import palette

@@ -19,6 +19,7 @@ from nepa_core.pretrainer import TERMS, Heads, objective_loss
 from nepa_core.runtime.config import load_config, override, parse_assignments
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import read_weights
 from nepa_core.verdict.baselines import fit_baselines
 from nepa_core.verdict.diagnostics import health, identification, learning
 from nepa_core.verdict.gathered import gather, gather_targets, joined
@@ -27,7 +28,6 @@ from recipes import vision
 from recipes.configs import PretrainConfig
 from recipes.objective_names import NAMED, named
 from recipes.presets import PAPER_OBJECTIVE
-from recipes.released.weights import read_weights
 from recipes.training.judging import held_out, held_out_health, rank_warning
 from recipes.training.pretraining import load_pretrained, make_step, pretrain
 from recipes.training.starting import build_model, build_pretrainer, check_samples

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from modalities.data.listing import check_size
 
@@ -86,6 +84,8 @@ def decode(stored: bytes | Pixels, channels: Channels, max_pixels: int = LARGEST
         return _convert(Image.fromarray(stored), channels)
     image = opened(stored, max_pixels)
     if channels == 3 and image.format in ("JPEG", "MPO"):
+        from torchvision.io import ImageReadMode, decode_jpeg  # as slow to import as torch
+
         turn = orientation(image)  # torchvision's own would miss an EXIF block behind another one
         with suppress(RuntimeError):  # PIL knows more kinds of JPEG, and more about what is wrong
             encoded = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
@@ -105,6 +105,8 @@ def upright(pixels: Tensor, turn: int) -> Tensor:
 
 
 def _convert(image: Image.Image, channels: Channels) -> Tensor:
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     if image.mode.startswith(("I", "F")):  # PIL would clip at 255 without a word
         raise ValueError(f"more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
     if image.mode == "P" and "transparency" in image.info:  # going straight to RGB, PIL warns on the screen

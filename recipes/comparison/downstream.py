@@ -31,6 +31,7 @@ from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, Batch
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
+from nepa_core.pooling import Row, mean_of_tokens
 from nepa_core.predictor import Trace
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
@@ -56,9 +57,8 @@ from recipes.comparison.measures import (
 )
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import find_goal
-from recipes.networks.heads import mean_of_tokens
 from recipes.readout import forecasters, probing
-from recipes.readout.features import Row, network_reader, raw_reader, tokens_per_sample
+from recipes.readout.features import network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import draw_seed, pack_clusters

@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -46,9 +45,10 @@ from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.locks import locked, nothing_left, take_back
-from nepa_core.runtime.run import FREE_KEYS, Run
+from nepa_core.runtime.meter import say_progress
+from nepa_core.runtime.run import FREE_KEYS, Run, is_run
 from recipes.configs import PretrainConfig
-from recipes.resolve import is_run, read_target
+from recipes.resolve import read_target
 from recipes.statistics import protocol
 from recipes.statistics.protocol import Declared, Look
 from recipes.training.pretraining import load_pretrained, pretrain
@@ -485,7 +485,7 @@ def _supervise(jobs: Sequence[Job], team: Sequence[tuple[BaseProcess, Connection
     done = before = sum(job.done for job in jobs)
     began = said = time.monotonic()
     if before and working:
-        print(f"{before} of {len(jobs)} were finished before", file=sys.stderr)
+        say_progress(f"{before} of {len(jobs)} were finished before")
     while working:
         for hear in wait(list(working), timeout=_POLL):
             assert isinstance(hear, Connection)
@@ -493,7 +493,7 @@ def _supervise(jobs: Sequence[Job], team: Sequence[tuple[BaseProcess, Connection
         now, count = time.monotonic(), sum(job.done for job in jobs)
         if count > done and (now - said > _SAY or count == len(jobs)):
             left = (len(jobs) - count) * (now - began) / (count - before)
-            print(f"{count} of {len(jobs)} finished, about {_duration(left)} left", file=sys.stderr)
+            say_progress(f"{count} of {len(jobs)} finished, about {_duration(left)} left")
             done, said = count, now
 
 

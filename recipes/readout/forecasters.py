@@ -26,6 +26,7 @@ from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale, layers_above
+from nepa_core.pooling import canonical_tokens, last_token
 from nepa_core.predictor import PredictorConfig, Trace
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches, replace_broken
@@ -33,10 +34,9 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, fit
 from nepa_core.runtime.optim import Duration, OptimConfig
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.tokens import LARGEST_VALUE
 from recipes.configs import PretrainConfig
-from recipes.networks.heads import canonical_tokens, last_token
-from recipes.released.weights import load_backbone, read_weights
 from recipes.statistics.held_out import NUMBER, Numbered
 from recipes.training.train import opened
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,7 +19,8 @@ from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import differences, listed
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.meter import say_progress
+from nepa_core.runtime.run import Run, is_run
 from recipes.configs import PretrainConfig
 from recipes.readout.features import weights_digest
 from recipes.readout.forecasters import (
@@ -48,7 +48,6 @@ from recipes.report.forecast import (
     stretches,
 )
 from recipes.report.provenance import provenance
-from recipes.resolve import is_run
 from recipes.statistics.significance import spread
 from recipes.training.starting import build_model
 
@@ -145,7 +144,7 @@ def forecast(
         if show and ranks.is_main:
             took = "kept" if kept else f"{time.perf_counter() - start:.0f} s"
             cells = f"MSE {significant(measured['mse'], 4)}, MAE {significant(measured['mae'], 4)}"
-            print(f"{number}/{len(rows)}  horizon {row.horizon}, {row.name}: {cells} ({took})", file=sys.stderr)
+            say_progress(f"{number}/{len(rows)}  horizon {row.horizon}, {row.name}: {cells} ({took})")
         found[str(row.horizon)].append({"name": row.name, "folder": f"forecast/{row.folder}", **measured})
     clusters = {str(horizon): stretches(of["test"]) for horizon, of in windows.items()}
     summary = {

@@ -26,10 +26,10 @@ from nepa_core.predictor import Trace
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.data import plain_batches, to_device
+from nepa_core.runtime.weights import Weights, network_of
 from nepa_core.tokens import Tokens
 from nepa_core.verdict.drawing import draw
 from recipes.configs import SegmentConfig
-from recipes.released.weights import Weights, load_backbone
 from recipes.report.plots import spread_out
 from recipes.report.segment import Picture, palette
 from recipes.statistics.held_out import NUMBER, Numbered
@@ -90,15 +90,9 @@ def why_silent(target: str, weights: Weights, noun: str, *, causal: bool) -> str
 
 
 def load_network(weights: Weights, data: Modality, device: torch.device) -> NEPA:
-    """The network in evaluation mode, under the "eager" back-end: that alone leaves attention maps in a `Trace`.
-
-    Raises:
-        UserError: changed data have tokens of another size.
-    """
-    config = weights.config.model_copy(update={"attention": "eager"})
-    model = NEPA(config, data.embedder(config.dim))
-    load_backbone(model, config, weights)
-    return model.to(device).eval()
+    """`network_of` under the "eager" back-end: that alone leaves attention maps in a `Trace`."""
+    eager = weights.config.model_copy(update={"attention": "eager"})
+    return network_of(weights._replace(config=eager), data, device)
 
 
 def inspect(model: NEPA, data: Modality, options: InspectOptions, *, causal: bool) -> list[Reading]:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+from safetensors.torch import save_file
 
 from modalities.image import Images
 from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.checkpoint import Checkpoint, disk_errors
 from nepa_core.runtime.config import load_config
-from nepa_core.runtime.run import Run
-from recipes.configs import FinetuneConfig, PretrainConfig
-from recipes.released.layout import (
+from nepa_core.runtime.released import (
     AVERAGED,
+    CONFIG,
+    PREPROCESSOR,
     RAW,
+    SCALES,
     NetworkState,
     State,
-    folded,
     layout,
     mismatch,
     to_released,
-    write_released,
 )
-from recipes.released.weights import class_names, current_weights, newest, split
-from recipes.resolve import RECORD, is_run, task_of
+from nepa_core.runtime.run import RECORD, Run, is_run, task_of
+from nepa_core.runtime.weights import class_names, current_weights, newest, split
+from recipes.configs import FinetuneConfig, PretrainConfig
 
 HEADED, HEADLESS = "ViTNepaForImageClassification", "ViTNepaForPreTraining"
 CONFIG_DEFAULTS = {"pos_embed_shift": None, "pos_embed_jitter": None, "add_pooling_layer": True}
@@ -124,6 +126,19 @@ def export_released(run: Run, out: Path, options: ExportOptions) -> str:
     return f"{out}: {' and '.join(states)}, {'averaged' if options.weights == 'ema' else 'raw'} weights in {RAW}"
 
 
+def folded(model: State) -> State:
+    """The LayerScale vectors of `NEPA` multiplied into the linear maps before them, in float32; none are left."""
+    state = dict(model)
+    for name in model:
+        block, _, last = name.rpartition(".")
+        if last in SCALES:
+            scale = state.pop(name).float()
+            linear = f"{block}.{'attention.out' if last == 'scale1' else 'mlp.down'}"
+            state[f"{linear}.weight"] = state[f"{linear}.weight"].float() * scale[:, None]
+            state[f"{linear}.bias"] = state[f"{linear}.bias"].float() * scale
+    return state
+
+
 def images_of(config: Trained, run: Run) -> Images:
     """The adapter of a run that has a place in the layout.
 
@@ -209,7 +224,7 @@ def over(original: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_whole_folder(out: Path, facts: dict[str, Any], preprocessor: dict[str, Any], files: dict[str, State]) -> None:
-    """Write the folder whole or not at all.
+    """Write both JSON files and each state dict under its file name: the folder whole, or not at all.
 
     Raises:
         UserError: something stands there already, or the disk is full.
@@ -220,7 +235,11 @@ def write_whole_folder(out: Path, facts: dict[str, Any], preprocessor: dict[str,
     with disk_errors(out):
         shutil.rmtree(building, ignore_errors=True)
         try:
-            write_released(building, facts, preprocessor, files)
+            building.mkdir(parents=True)
+            for name, values in {CONFIG: facts, PREPROCESSOR: preprocessor}.items():
+                (building / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+            for name, state in files.items():
+                save_file(state, building / name, metadata={"format": "pt"})
             building.rename(out)
         finally:
             shutil.rmtree(building, ignore_errors=True)

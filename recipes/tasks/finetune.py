@@ -24,12 +24,12 @@ from pydantic import BaseModel, Field
 from nepa_core.basics import FROZEN
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, is_imported
 from recipes.configs import FinetuneConfig
 from recipes.presets import SHORT
 from recipes.report.finetune import report, verdict
 from recipes.report.provenance import rendered
-from recipes.resolve import default_out, is_imported, is_of
+from recipes.resolve import default_out, is_of
 from recipes.training.finetuning import beside_control, finetune, read_config
 
 

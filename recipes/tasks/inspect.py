@@ -27,13 +27,13 @@ from nepa_core.modality import Modality
 from nepa_core.runtime.config import keys, load_adapter, nearest, override, read_saved
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, is_run, task_of
+from nepa_core.runtime.weights import read_weights
 from recipes.configs import SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
 from recipes.readout.inspecting import inspect, load_network, segmented, why_silent, write_masks
-from recipes.released.weights import read_weights
 from recipes.report.inspect import report
-from recipes.resolve import is_run, read_target, task_of
+from recipes.resolve import read_target
 
 FREE = ("data.",)
 """Keys of a run that may be changed here."""

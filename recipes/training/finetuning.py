@@ -15,20 +15,21 @@ from torch.utils.data import Dataset
 from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.pooling import canonical_tokens
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, autocast_dtype
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, is_imported, is_run, task_of
+from nepa_core.runtime.weights import Weights, load_backbone, read_weights, start_from
 from nepa_core.tokens import Tokens
 from recipes.configs import FinetuneConfig, MixConfig, PretrainConfig
 from recipes.networks.goals import Goal, Regression, find_goal, numbered
-from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonical_tokens
+from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead
 from recipes.presets import short
-from recipes.released.weights import Weights, load_backbone, read_weights, start_from
 from recipes.report.finetune import COUNTS, report, start_of
-from recipes.resolve import is_imported, is_run, read_target, task_of
+from recipes.resolve import read_target
 from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained
 from recipes.statistics.worth import RANDOM, Score, Worth, judge, worth_in
 from recipes.training.train import cost, opened, train

@@ -19,9 +19,9 @@ from nepa_core.runtime.data import replace_broken
 from nepa_core.runtime.distributed import World, gather_samples
 from nepa_core.runtime.fit import StepFunction, StepOutput
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import newest
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
-from recipes.released.weights import newest
 from recipes.report import card
 from recipes.training.advice import advice
 from recipes.training.judging import best_possible, held_out_health, packed, rank_warning, summarise, verdict_of

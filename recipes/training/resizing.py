@@ -6,7 +6,6 @@ import io
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -26,6 +25,7 @@ from modalities.data.image_sources import SPLITS, Source, open_source
 from modalities.image import Images
 from nepa_core.basics import FROZEN, UserError, cores
 from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
+from nepa_core.runtime.meter import say_progress
 
 JPEG = b"\xff\xd8\xff"
 DONE = "shards"  # folder of finished shards while others are missing
@@ -75,7 +75,7 @@ def resize(data: Images, options: ResizeOptions, out: Path) -> list[str]:
     with ProcessPoolExecutor(workers, initializer=_quiet) as pool:
         try:
             for count, shard in enumerate(pool.map(partial(write_shard, data, options, out), missing), 1):
-                print(f"{count}/{len(missing)}  {shard.file}", file=sys.stderr)
+                say_progress(f"{count}/{len(missing)}  {shard.file}")
         except BaseException:  # Ctrl-C: the shards in work are finished, no further one is begun
             pool.shutdown(cancel_futures=True)
             raise

@@ -18,17 +18,18 @@ from modalities.scenes import Scenes
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.pooling import canonical_tokens
 from nepa_core.predictor import Trace
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, autocast_dtype
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import Weights, load_backbone, start_from
 from nepa_core.tokens import Tokens
 from recipes.configs import SegmentConfig
-from recipes.networks.heads import DenseHead, canonical_tokens
+from recipes.networks.heads import DenseHead
 from recipes.networks.upernet import UPerNet, resize
 from recipes.networks.windows import WindowLogits, predict
-from recipes.released.weights import Weights, load_backbone, start_from
 from recipes.report.plots import spread_out
 from recipes.report.segment import Picture, report
 from recipes.statistics.segment_metrics import Scores, confusion, scores
