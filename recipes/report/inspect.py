@@ -5,11 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from modalities.scenes import Scenes
 from nepa_core.modality import Modality
 from recipes.report.page import Figure, page
 from recipes.report.plots import Panel, panel_plot
@@ -36,11 +34,12 @@ def write_page(
     causal: bool,
     silent: str,
     pictures: Sequence[Picture],
+    classes: Sequence[str],
 ) -> None:
     """index.html, maps.png, layers.png, order.png unless the order is the canonical one, and classes.png of `pictures`.
 
     Args:
-        silent: see `why_silent`. pictures: see `segmented`.
+        silent: see `why_silent`. pictures: see `segmented`. classes: names of those of their pixels.
     """
     noun = data.token_name
     which = "averaged over layers" if layer is None else f"layer {layer}"
@@ -68,7 +67,7 @@ def write_page(
         figures.append(Figure("order.png", "The order of prediction, from the dot on.", plot))
     (folder / "classes.png").unlink(missing_ok=True)
     if pictures:
-        plot = picture_grid(pictures, cast(Scenes, data).class_names())
+        plot = picture_grid(pictures, classes)
         figures.insert(
             0, Figure("classes.png", "The class of every pixel, by the averaged weights if there are any.", plot)
         )
