@@ -17,7 +17,7 @@ from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.pretrainer import ObjectiveConfig, Pretrainer
-from nepa_core.tokens import Sketch, Tokens
+from nepa_core.tokens import Sketch, Spans, Tokens
 
 __all__ = [
     "NEPA",
@@ -30,6 +30,7 @@ __all__ = [
     "PredictorConfig",
     "Pretrainer",
     "Sketch",
+    "Spans",
     "Tokens",
     "UnreadableSample",
     "UserError",

@@ -153,14 +153,17 @@ class _Batches(Dataset[Batch | bytes]):
         whole = getattr(self.dataset, "__getitems__", None)
         if whole is not None:
             try:
-                return cast(Batch, whole(indices)) | {_DRAWN: indices}
+                batch = whole(indices)
+                if isinstance(batch, list):  # of samples, as torch's Subset gives them
+                    batch = _stacked(batch, shared=_fits_shared_memory(batch))
+                return {**batch, _DRAWN: indices}
             except UnreadableSample:
                 pass  # find out below which ones they are
         skipped: list[str] = []
         found = [self._readable(index, skipped) for index in indices]
         samples = [each[1] for each in found if each is not None]
         drawn = [each[0] for each in found if each is not None]
-        batch: Batch = {**(_stacked(samples, shared=_fits_shared_memory(samples)) if samples else {}), _DRAWN: drawn}
+        batch = {**(_stacked(samples, shared=_fits_shared_memory(samples)) if samples else {}), _DRAWN: drawn}
         lost = [place for place, each in enumerate(found) if each is None]
         return batch | {_SKIPPED: skipped, _LOST: lost} if skipped else batch
 

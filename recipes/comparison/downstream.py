@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -27,7 +27,6 @@ import torch
 from pydantic import BaseModel
 from torch.utils.data import Dataset
 
-from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, Batch
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
@@ -56,7 +55,7 @@ from recipes.comparison.measures import (
     trained,
 )
 from recipes.configs import PretrainConfig
-from recipes.networks.goals import find_goal
+from recipes.networks.goals import find_goal, first_sample, kind_of
 from recipes.readout import forecasters, probing
 from recipes.readout.features import network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches
@@ -168,8 +167,8 @@ class Tuned(NamedTuple):
 
 
 def is_forecast(config: PretrainConfig) -> bool:
-    """Whether the data is a series without targets."""
-    return isinstance(config.data, TimeSeries) and config.data.source != "labelled"
+    """Whether the data is a series without targets: its adapter offers `forecasts`, and samples have none."""
+    return config.data.offers("forecasts") and kind_of(first_sample(config.data)) is None
 
 
 def check(config: PretrainConfig, horizon: int = HORIZON) -> None:
@@ -181,8 +180,7 @@ def check(config: PretrainConfig, horizon: int = HORIZON) -> None:
     if not is_forecast(config):
         find_goal(config.data)
         return
-    for split in ("train", "validation", "test"):
-        cast(TimeSeries, config.data).forecasts(split, horizon)
+    forecasters.check_windows(config.data, horizon)
 
 
 def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Care) -> dict[str, Any]:
@@ -298,7 +296,7 @@ def middle_setting(care: Care) -> Setting:
 def raw_figure(config: PretrainConfig, device: torch.device, horizon: int = HORIZON) -> float:
     """The same read-out of the raw tokens."""
     if is_forecast(config):
-        data = cast(TimeSeries, config.data.plain())
+        data = config.data.plain()
         found = forecasters.best_ridge(data, forecasters.raw_features, horizon, _WINDOWS, device)
         return float(1 - found["mse"] / persistence(data, horizon, device))
     reader = raw_reader(attentive=False, per_token=tokens_per_sample(config.data.plain()) > 0)
@@ -436,7 +434,7 @@ def fine_tuned(
 
 def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON) -> dict[str, Any]:
     """A ridge forecast from every layer, flattened or of the last token, whichever validates better."""
-    data, device = cast(TimeSeries, config.data.plain()), next(model.parameters()).device
+    data, device = config.data.plain(), next(model.parameters()).device
     read = partial(forecasters.network_features, model, causal=config.objective.causal)
     fitted = forecasters.fitted_ridges(data, read, horizon, _WINDOWS, device)
     names = ["embedding", *(f"layer {layer}" for layer in range(1, config.model.depth + 1)), "final norm"]
@@ -452,7 +450,7 @@ def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON)
     }
 
 
-def skill(data: TimeSeries, horizon: int, found: Mapping[str, Any], repeated: float) -> Figure:
+def skill(data: Modality, horizon: int, found: Mapping[str, Any], repeated: float) -> Figure:
     """1 - MSE / MSE of repeating the last value, over the test windows, with what each adds.
 
     Windows that overlap depend on each other: they are one cluster by the stretch of time that they start in.
@@ -466,7 +464,7 @@ def skill(data: TimeSeries, horizon: int, found: Mapping[str, Any], repeated: fl
     return Figure(1 - found["mse"] / repeated, packed, clusters)
 
 
-def persistence(data: TimeSeries, horizon: int, device: torch.device) -> float:
+def persistence(data: Modality, horizon: int, device: torch.device) -> float:
     """MSE of repeating the last value."""
     repeat = forecasters.score(data, "test", horizon, device, lambda batch: forecasters.repeat_last(data, batch))
     return float(repeat["mse"])
@@ -486,7 +484,7 @@ def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.devi
 
     chosen = best_setting(care, at)
     figure = skill(short.data, care.horizon, chosen.kept, persistence(short.data, care.horizon, device))
-    return Tuned(figure, chosen, min(_WINDOWS, len(short.data.forecasts("train", care.horizon))))
+    return Tuned(figure, chosen, min(_WINDOWS, len(cast(Sized, short.data.forecasts("train", care.horizon)))))
 
 
 def forecast_shortly(config: PretrainConfig, init: Path | None, device: torch.device, *, steps: int) -> Figure:

@@ -9,8 +9,8 @@ themselves. Delete the folder to get the space back.
 Arrays are written batch by batch and read through memory maps: no more than a batch is held. Under torchrun every
 rank computes its share of the batches and the main process joins them, in the order that one process would give.
 
-Where every token has a class of its own ("target" [N], or the majority class of a patch of `Scenes`), a row holds
-single tokens: PER_SAMPLE of each sample, drawn from those with a class.
+Where every token has a class of its own (`Modality.token_targets`), a row holds single tokens: PER_SAMPLE of each
+sample, drawn from those with a class.
 
 Shapes: S samples (or single tokens), B samples in a batch, T places, N tokens, D width of a feature.
 """
@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalities.scenes import Scenes
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
@@ -194,10 +193,7 @@ def read_labels(data: Modality, batch: Batch) -> tuple[Tensor, bool]:
     """
     if "label" in batch:
         return batch["label"], False
-    if isinstance(data, Scenes):
-        return data.patch_classes(batch["target"]), True
-    target: Tensor | None = batch.get("target")
-    if target is None or target.is_floating_point() or target.ndim != 2:
+    if (target := data.token_targets(batch)) is None:
         raise UserError(f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples")
     return target.long(), True
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from modalities.data.scene_masks import IGNORED
-from modalities.image import Images
-from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
@@ -122,8 +120,6 @@ def chosen_samples(data: Modality, options: InspectOptions, device: torch.device
         for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places, tokenize=data.tokenize):
             yield sample_name(data, samples, options.split, int(batch.pop(NUMBER)), batch.get("label")), batch
         return
-    if not isinstance(data, Images | Scenes):
-        raise UserError(f"images= are for runs on images; {type(data).__name__} shows samples= of a split=")
     files = data.files(options.images)
     for index, path in enumerate(options.images):
         try:
@@ -136,8 +132,8 @@ def sample_name(data: Modality, samples: Any, split: str, index: int, label: Ten
     """ "test 3, cat, 0004.png": the place in the split, and the class and the file where they are known."""
     parts = [f"{split} {index}"]
     if label is not None and not label.is_floating_point() and label.numel() == 1 and int(label) >= 0:
-        named = type(data).classes is not Modality.classes  # by default classes are found by reading all samples
-        classes = (data.classes() if named else None) or ()
+        # by default classes are found by reading all samples
+        classes = (data.classes() if data.offers("classes") else None) or ()
         word = classes[int(label)] if int(label) < len(classes) else str(int(label))
         parts.append(f"class {word}" if word.isdigit() else word)
     if hasattr(samples, "name"):
@@ -163,8 +159,9 @@ def segmented(config: SegmentConfig, weights: Weights, options: InspectOptions, 
     return pictures
 
 
-def write_masks(folder: Path, pictures: Sequence[Picture], data: Scenes) -> None:
+def write_masks(folder: Path, pictures: Sequence[Picture], config: SegmentConfig) -> None:
     """A palette image for every picture, of the same size: class k is stored as data.first_label + k."""
+    data = config.data
     colours = np.zeros((IGNORED + 1, 3), dtype=np.uint8)
     colours[data.first_label : data.first_label + data.class_count] = palette(data.class_count)
     stems = [Path(picture.name).stem for picture in pictures]

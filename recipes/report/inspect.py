@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from modalities.scenes import Scenes
 from nepa_core.modality import Modality
 from recipes.report.page import Figure, Part, Report, Table, Words
 from recipes.report.plots import Panel, panel_plot
@@ -35,11 +33,13 @@ def report(
     causal: bool,
     silent: str,
     pictures: Sequence[Picture],
+    classes: Sequence[str],
 ) -> Report:
     """maps.png, layers.png, order.png unless the order is the canonical one, and classes.png of `pictures`.
 
     Args:
-        folder: of the run. silent: see `why_silent`. pictures: see `segmented`.
+        folder: of the run. silent: see `why_silent`. pictures: see `segmented`. classes: names of those of their
+        pixels.
     """
     noun = data.token_name
     which = "averaged over layers" if layer is None else f"layer {layer}"
@@ -61,7 +61,7 @@ def report(
             ]
         )
         if pictures:
-            plot = picture_grid(pictures, cast(Scenes, data).class_names())
+            plot = picture_grid(pictures, classes)
             yield Figure("classes.png", "The class of every pixel, by the averaged weights if there are any.", plot)
         yield Figure(
             "maps.png",

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, SerializeAsAny
 
-from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.modality import Modality
 from nepa_core.runtime.config import keys, load_adapter, nearest, override, read_saved
@@ -48,9 +47,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         causal = weights.causal if options.causal is None else options.causal
         silent = why_silent(target, weights, data.token_name, causal=causal)
         readings = inspect(load_network(weights, data, ranks.device), data, options, causal=causal)
-        pictures = []
-        if task_of(target) == SegmentConfig.task:
-            pictures = segmented(read_target(SegmentConfig, target, changes), weights, options, ranks.device)
+        of_pixels = read_target(SegmentConfig, target, changes) if task_of(target) == SegmentConfig.task else None
+        pictures = segmented(of_pixels, weights, options, ranks.device) if of_pixels else []
         folder = Path(target) / "inspect"
         for stale in ("order.png", "classes.png"):  # of an earlier call, which may have had them
             (folder / stale).unlink(missing_ok=True)
@@ -63,10 +61,11 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             causal=causal,
             silent=silent,
             pictures=pictures,
+            classes=of_pixels.data.class_names() if of_pixels else (),
         )
         found.write(folder)
-        if pictures and options.images:
-            write_masks(folder / "masks", pictures, cast(Scenes, data))
+        if of_pixels and options.images:
+            write_masks(folder / "masks", pictures, of_pixels)
         print(found.text(folder))
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from modalities.data.scene_masks import IGNORED
 from modalities.data.scenes import padded
-from modalities.scenes import Scenes
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
@@ -273,7 +272,7 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
         ranks=ranks.size,
         unreadable=unreadable,
         max_unreadable=config.train.max_unreadable,
-        tokenize=partial(whole_tokens, config.data),
+        tokenize=partial(whole_tokens, config),
     ):
         predicted = predict_image(config, model, batch["image"][0])
         counts += confusion(predicted, batch["target"][0], config.data.class_count)
@@ -282,11 +281,11 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
     return Measured(scores(ranks.sum(counts)), int(ranks.sum(images)), ranks.union(unreadable))
 
 
-def whole_tokens(data: Scenes, batch: Batch) -> Tokens:
+def whole_tokens(config: SegmentConfig, batch: Batch) -> Tokens:
     """The tokens of images uint8 [B, 3, H, W] of any size, filled up to whole patches, to see that they are sound."""
     size = batch["image"].shape[-2:]
-    height, width = (-(-side // step) * step for side, step in zip(size, data.patch, strict=True))
-    return data.tokenize({**batch, "image": padded(batch["image"], (height, width))})
+    height, width = (-(-side // step) * step for side, step in zip(size, config.data.patch, strict=True))
+    return config.data.tokenize({**batch, "image": padded(batch["image"], (height, width))})
 
 
 def predict_image(config: SegmentConfig, model: Segmenter, image: Tensor) -> Tensor:
@@ -350,7 +349,7 @@ def pictures(config: SegmentConfig, model: Segmenter, device: torch.device) -> l
     for index in spread_out(len(scenes), config.evaluation.pictures):
         with suppress(UnreadableSample):
             scene = scenes[index]
-            if not whole_tokens(config.data, {"image": scene["image"][None]}).finite():
+            if not whole_tokens(config, {"image": scene["image"][None]}).finite():
                 continue
             predicted = predict_image(config, model, scene["image"].to(device))
             name = Path(scenes.name(index)).name
