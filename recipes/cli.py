@@ -245,6 +245,7 @@ def _task_help(name: str, task: Any, rest: list[str]) -> str:
     lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
     if fields := describe_fields(task.Options):
         lines += ["options:", fields, ""]
+    lines += getattr(task, "NOTES", [])
     if rest and "=" not in rest[0]:
         from recipes.configs import PretrainConfig
 

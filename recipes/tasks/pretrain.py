@@ -21,11 +21,15 @@ from nepa_core.basics import FROZEN
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
+from nepa_core.terms import lines
 from recipes.configs import PretrainConfig
 from recipes.report import card
 from recipes.report.provenance import rendered
 from recipes.resolve import default_out, read_target
 from recipes.training.pretraining import pretrain
+
+NOTES = [lines(), ""]
+"""What --help says after the options."""
 
 
 class Options(BaseModel):
