@@ -43,8 +43,7 @@ from recipes.objective_names import check_given
 from recipes.report.objectives import render
 from recipes.resolve import default_out
 
-NOTES = [lines(), ""]
-"""What --help says after the options."""
+NOTES = [lines(), ""]  # what --help says after the options
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:

@@ -28,8 +28,7 @@ from recipes.report.provenance import rendered
 from recipes.resolve import default_out, read_target
 from recipes.training.pretraining import pretrain
 
-NOTES = [lines(), ""]
-"""What --help says after the options."""
+NOTES = [lines(), ""]  # what --help says after the options
 
 
 class Options(BaseModel):
