@@ -71,7 +71,7 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
   nepa pretrain recipes.vision:digits --help  every key of the recipe with its value
   nepa TASK --help                            what a task takes and gives
 
-A run that names code (an adapter, an order, a term of the objective) and was not made here by you is refused unless you add trust=true.
+A run that names code (an adapter, an order, a term) and was not made here by you is refused unless you add trust=true.
 """
 
 
