@@ -75,7 +75,7 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
 
 With -q there is no progress on the screen, only the result and what went wrong.
 
-A run that names code (an adapter, an order) and was not made here by you is refused unless you add trust=true.
+A run that names code (an adapter, an order, a term) and was not made here by you is refused unless you add trust=true.
 """
 
 
@@ -263,6 +263,7 @@ def _task_help(name: str, task: Any, rest: list[str]) -> str:
     lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
     if fields := describe_fields(task.Options):
         lines += ["options:", fields, ""]
+    lines += getattr(task, "NOTES", [])
     if rest and "=" not in rest[0]:
         from recipes.configs import PretrainConfig
 

@@ -15,11 +15,12 @@ from nepa_core import NEPA, ObjectiveConfig, Prediction, Pretrainer, UserError, 
 from nepa_core.model import HeadOutputs
 from nepa_core.objective import pair_up
 from nepa_core.predictor import Trace
-from nepa_core.pretrainer import TERMS, Heads, objective_loss
+from nepa_core.pretrainer import Heads, objective_loss
 from nepa_core.runtime.config import load_config, override, parse_assignments
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import read_weights
+from nepa_core.terms import TERMS
 from nepa_core.verdict.baselines import fit_baselines
 from nepa_core.verdict.diagnostics import health, identification, learning
 from nepa_core.verdict.gathered import gather, gather_targets, joined

@@ -3,7 +3,7 @@
 A pair of variant and seed is an ordinary run in `OUT/runs/`, whose folder ends in the hash of its config; what was
 measured of it lies beside its summary, in a file named by the hash of the measure's options. So a pair is found again
 whatever the other variants are, and nothing finished is run twice. (The hash is of the config, and of files that a
-variant says it names: after a change to the code of an adapter or of an order, name another `out=`.)
+variant says it names: after a change to the code of an adapter, an order or a term, name another `out=`.)
 
 Who works on a pair holds its lock, which the kernel frees when the process ends, however it ends. So the list may be
 shared by the processes of one command, by several commands in one folder, or by several machines on a file system with

@@ -60,8 +60,8 @@ class ObjectivesOptions(BaseModel):
     objectives: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         default=DEFAULT,
         min_length=1,
-        description=f"some of {', '.join(NAMED)}, and {OWN}: what objective.terms=, objective.stop_gradient= and the "
-        f"recipe itself say; default {','.join(DEFAULT)}",
+        description=f"some of {', '.join(NAMED)}, module:function (a loss of yours), and {OWN}: what "
+        f"objective.terms=, objective.stop_gradient= and the recipe itself say; default {','.join(DEFAULT)}",
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
+from nepa_core.terms import term
 from recipes.objective_names import OWN
 from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Verbatim, Words
 from recipes.report.plots import inside, line_plot, png_of
@@ -159,6 +160,16 @@ def own_objective(summary: Mapping[str, Any]) -> list[str]:
     return [f"{OWN}: {mixture}, {'with' if found['stop_gradient'] else 'without'} stop-gradient."]
 
 
+def formula_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """What every objective is: a row a term."""
+    lines = [["", "term", "formula", "compares", "source"]]
+    for name in summary["ranking"]:
+        for key, weight in summary["objectives"][name]["terms"].items():
+            each = term(key)
+            lines.append([name, f"{weight:g} {key}", each.formula, each.compares, each.source])
+    return lines
+
+
 def report(rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Report:
     """The answer on the first screen, then accuracies, layers, prediction, tests, settings and commands.
 
@@ -180,6 +191,9 @@ def _parts(rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str
     yield Table([line[:-1] for line in accuracy_table(summary)])  # without words
     yield Words(foot(summary))
     yield from label_figures(summary)
+    yield Heading("Objectives", "objectives")
+    yield Table(formula_table(summary))
+    yield Words(["p is a prediction and z its target, the next embedding."])
     yield Heading("Layer by layer", "layers")
     yield layer_figure(ranked, random, summary)
     yield Heading("Prediction", "prediction")

@@ -17,7 +17,10 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from nepa_core.basics import FROZEN
+from nepa_core.terms import lines
 from recipes.training.door import pretrain
+
+NOTES = [lines(), ""]  # what --help says after the options
 
 
 class Options(BaseModel):
