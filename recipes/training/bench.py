@@ -11,15 +11,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from modalities.data.image_decode import decode_as_stored
 from modalities.data.images import DecodedImages
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema
@@ -374,8 +374,7 @@ def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, flo
     def bare() -> None:
         for row in rows:
             with suppress(RuntimeError):  # the damaged ones: ours leaves them out too
-                encoded = torch.frombuffer(bytearray(source.read(row)), dtype=torch.uint8)
-                crop(decode_image(encoded, mode=ImageReadMode.RGB))
+                crop(decode_as_stored(cast(bytes, source.read(row))))
 
     rates: dict[str, list[float]] = {"ours": [], "bare": []}
     for turn in range(options.repeats + 1):
