@@ -430,7 +430,7 @@ def test_a_bomb_is_refused_by_its_header(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("torchvision.io.decode_jpeg", never)
+    monkeypatch.setattr("modalities.data.image_decode.decode_as_stored", never)
     monkeypatch.setattr(Image.Image, "load", never)
     with pytest.raises(
         ValueError, match=r"pixels,? (more )?than data\.max_pixels=89478485|more pixels than data\.max_"

@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
+from modalities.data.image_decode import decode_as_stored
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
@@ -373,8 +373,7 @@ def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, flo
     def bare() -> None:
         for row in rows:
             with suppress(RuntimeError):  # the damaged ones: ours leaves them out too
-                encoded = torch.frombuffer(bytearray(raw(row)), dtype=torch.uint8)
-                crop(decode_image(encoded, mode=ImageReadMode.RGB))
+                crop(decode_as_stored(raw(row)))
 
     rates: dict[str, list[float]] = {"ours": [], "bare": []}
     for turn in range(options.repeats + 1):
