@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import nepa_core
+from tests.structure import PACKAGES, arrows, circles, floors, imports
 
 ROOT = Path(nepa_core.__file__).parents[1]
-PACKAGES = ("nepa_core", "modalities", "recipes")
 
 
 def _sources(pattern: str) -> list[Path]:
@@ -19,19 +19,6 @@ def _sources(pattern: str) -> list[Path]:
 
 def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
-
-
-def _imports(path: Path) -> set[str]:
-    """Dotted names that a file imports, at its top or inside functions; `from a import b` counts as a and a.b."""
-    names: set[str] = set()
-    for node in ast.walk(_parsed(path)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
-            module = node.module or ""
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    return names
 
 
 @pytest.mark.parametrize(
@@ -51,10 +38,18 @@ def test_imports_point_one_way(files: str, forbidden: tuple[str, ...]) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in _sources(files)
-        for name in sorted(_imports(path))
+        for name in sorted(imports(path))
         if any(name == package or name.startswith(f"{package}.") for package in forbidden)
     ]
     assert wrong == []
+
+
+@pytest.mark.parametrize(("package", "most"), [("nepa_core", 6), ("modalities", 3), ("recipes", 9)])
+def test_rooms_have_few_floors_and_no_circles(package: str, most: int) -> None:
+    """docs/architecture.md has the figures."""
+    graph = arrows(ROOT / package)
+    assert circles(graph) == []
+    assert floors(graph) <= most
 
 
 def test_inheritance_within_the_house_is_one_deep() -> None:
