@@ -12,7 +12,8 @@ from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.run import Run
 from recipes.comparison import engine
-from recipes.comparison.measures import rank_over_training, read_out
+from recipes.comparison.downstream import beside_random, one_setting
+from recipes.comparison.measures import rank_over_training
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import find_goal
 from recipes.report.ablate import COLUMNS, report
@@ -84,7 +85,7 @@ def ablate(config: PretrainConfig, options: AblateOptions, out: Path) -> dict[st
 
 def measure(config: PretrainConfig, model: NEPA, run: Run, _: Nothing) -> dict[str, Any]:
     """The run's own figures and the probe of every layer."""
-    summary, read = run.summary(), read_out(config, model)
+    summary, read = run.summary(), beside_random(config, model, run, one_setting(config, (), 1))
     assert summary is not None
     return {
         **{name: summary[name] for name in ("objective", "loss", "retrieval_top1", "effective_rank_embedding")},

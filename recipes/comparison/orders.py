@@ -17,7 +17,7 @@ from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.run import Run
-from recipes.comparison.downstream import check, compared, is_forecast, read_as
+from recipes.comparison.downstream import beside_random, check, is_forecast, one_setting, read_as
 from recipes.comparison.engine import (
     Job,
     Measure,
@@ -178,7 +178,7 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
     """Everything that is compared, of one run."""
     device = next(model.parameters()).device
     return {
-        **compared(config, model, run, options.labels, options.finetune_steps),
+        **beside_random(config, model, run, one_setting(config, options.labels, options.finetune_steps)),
         **predicted(run),
         "attention": attention_by_layer(config, model, device, _ATTENTION_SAMPLES),
         "order": measured_order(config, device),
