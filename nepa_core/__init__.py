@@ -8,6 +8,7 @@ D model width, H heads, K head width, P raw token size, A coordinate axes, S sam
 """
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.contract import check_modality
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA, Prediction
@@ -30,5 +31,6 @@ __all__ = [
     "Tokens",
     "UnreadableSample",
     "UserError",
+    "check_modality",
     "next_embedding_loss",
 ]
