@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.contract import check_modality
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA, Prediction
@@ -36,6 +37,7 @@ __all__ = [
     "UnreadableSample",
     "UserError",
     "__version__",
+    "check_modality",
     "load",
     "next_embedding_loss",
 ]

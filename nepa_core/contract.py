@@ -1,4 +1,4 @@
-"""What an adapter must hold to, checked on its own data. Run `check_modality` in a test of your adapter.
+"""What an adapter must hold to, checked on its own data: `nepa check RECIPE`, or `check_modality` in a test of yours.
 
 The cheap ones of these checks, `check_first_batches`, run before every training, too.
 
@@ -55,29 +55,7 @@ def check_modality(modality: Modality) -> None:
     Raises:
         AssertionError: in plain words, what is wrong and how to fix it.
     """
-    checks = (
-        check_splits_have_samples,
-        check_samples_are_dictionaries,
-        check_whole_batches_agree,
-        check_values,
-        check_coords,
-        check_mask,
-        check_targets,
-        check_tokenize_is_deterministic,
-        check_plain_is_repeatable,
-        check_samples_do_not_mix,
-        check_tokens_do_not_overlap,
-        check_order_is_a_permutation,
-        check_order_can_be_undone,
-        check_order_is_the_samples_own,
-        check_sketch,
-        check_windows,
-        check_embedder,
-        check_future_is_hidden,
-        check_masked_tokens_are_ignored,
-        check_training,
-    )
-    for check in checks:
+    for check in CHECKS:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             check(modality)
@@ -291,10 +269,11 @@ def check_samples_do_not_mix(modality: Modality) -> None:
 
 
 def check_tokens_do_not_overlap(modality: Modality) -> None:
-    """Change numbers of a raw sample one by one: what changes most may stand in one token alone.
+    """A number of a raw sample stands in one token alone.
 
-    That it stands in another with the same value before and after is no chance, as the sample has a little noise; and
-    what every token is normalised by, such as a mean, changes less.
+    Numbers are changed one by one, and the token where most changes is found. That the same values before and after
+    stand in another is no chance, as the sample has a little noise; and what every token is normalised by, such as a
+    mean, changes less.
     """
     batch = {key: value[:1] for key, value in _batch(modality).items()}
     raw = {key: value for key, value in batch.items() if value.is_floating_point() or value.dtype == torch.uint8}
@@ -500,6 +479,53 @@ def _check_gradients(embed: torch.nn.Module) -> None:
     assert not trained or any(g.any() for g in gradients), (
         "no gradient reaches the embedder: remove detach() or no_grad() from it, and check that values vary"
     )
+
+
+CHECKS = (
+    check_splits_have_samples,
+    check_samples_are_dictionaries,
+    check_whole_batches_agree,
+    check_values,
+    check_coords,
+    check_mask,
+    check_targets,
+    check_tokenize_is_deterministic,
+    check_plain_is_repeatable,
+    check_samples_do_not_mix,
+    check_tokens_do_not_overlap,
+    check_order_is_a_permutation,
+    check_order_can_be_undone,
+    check_order_is_the_samples_own,
+    check_sketch,
+    check_windows,
+    check_embedder,
+    check_future_is_hidden,
+    check_masked_tokens_are_ignored,
+    check_training,
+)
+"""All of them, cheapest first; the first line of each one's docstring says what holds where it passes."""
+
+
+def looked_at(modality: Modality) -> dict[str, str]:
+    """What the checks read of an adapter that passes them, a line each: the splits, and the tokens of a first batch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = {}
+        for split in ("train", "test"):
+            samples = _samples(dataset := modality.dataset(split))
+            first = ", ".join(
+                f"{key} {str(x.dtype)[6:]} {_shape(x)}" for key, x in next(iter(samples.values())).items()
+            )
+            found[split] = f"{len(cast(Sized, dataset)):,} samples, the first {len(samples)} read: {first}"
+        tokens = modality.tokenize(_batch(modality))
+        order = modality.order(tokens)
+    values, low, high = tokens.values[_mask(tokens)], tokens.coords.amin(), tokens.coords.amax()
+    (_, count, size), axes = tokens.values.shape, tokens.coords.shape[-1]
+    found["tokens"] = f"{count} of {size} numbers, mean {values.mean():.2f}, standard deviation {values.std():.2f}"
+    found["positions"] = f"on {axes} {'axis' if axes == 1 else 'axes'}, from {low:.4g} to {high:.4g}"
+    found["mask"] = "none" if tokens.mask is None else f"{tokens.mask.float().mean():.0%} of the tokens are real"
+    each = "canonical" if order is None else "one for all samples" if order.ndim == 1 else "one for each sample"
+    return found | {"order": each}
 
 
 def _samples(dataset: Dataset[Batch], within: int | None = None) -> dict[int, Batch]:

@@ -27,8 +27,8 @@ class Modality(BaseModel, ABC):
     `image_input` (nepa export). By default each raises a `UserError` that names the method to write.
 
     Subclass it in your own module, write a function there that returns a whole recipe around it, and name
-    that function on the command line as `my_lab.seismic:base`. `tests/contract.py:check_modality` tells you
-    what is wrong with an adapter.
+    that function on the command line as `my_lab.seismic:base`. `nepa check my_lab.seismic:base` tells you what is
+    wrong with an adapter.
     """
 
     model_config = FROZEN

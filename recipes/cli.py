@@ -24,6 +24,9 @@ class Task(NamedTuple):
 
 
 TASKS = {
+    "check": Task(
+        "recipes.tasks.check", "RECIPE or RUN", "is an adapter of your own sound? what is wrong, in plain words"
+    ),
     "pretrain": Task("recipes.tasks.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
     "probe": Task("recipes.tasks.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task(

@@ -132,11 +132,13 @@ def is_of(kind: type[BaseModel], target: str) -> bool:
 def default_out(target: str, task: str) -> str:
     """Where a task writes when `out=` is not given: the run itself if it is of this task, or runs/NAME (-TASK).
 
+    NAME is the name of a built-in recipe, and MODULE-NAME of one of the user's own, of which several may be a `base`.
     What was imported is pre-trained on in its folder, and fine-tuned in another. A recipe whose name says its task
     is not given the task's name once more.
     """
     if is_run(target):
         goes_on = task_of(target) == task and not (task == "finetune" and is_imported(target))
         return target if goes_on else f"{target.rstrip('/')}-{task}"
-    name = target.partition(":")[2]
-    return f"runs/{name}" if task == "pretrain" or task in name.split("_") else f"runs/{name}-{task}"
+    module, _, name = target.partition(":")
+    folder = f"runs/{name}" if module.startswith("recipes.") else f"runs/{module}-{name}"
+    return folder if task == "pretrain" or task in name.split("_") else f"{folder}-{task}"

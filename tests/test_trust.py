@@ -81,7 +81,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def mine(place: Place) -> Place:
     """The same with a run of the user's own adapter, runs/base."""
     place.write("mine_waves")
-    place("pretrain", "mine_waves:base", "train.length.steps=1")
+    place("pretrain", "mine_waves:base", "out=runs/base", "train.length.steps=1")
     return place
 
 
@@ -133,7 +133,7 @@ def test_the_user_s_own_run_is_read_wherever_it_lies_until_its_config_is_changed
 def test_a_run_of_before_there_were_notes_is_noted_when_its_recipe_goes_on_with_it(mine: Place) -> None:
     shutil.rmtree("settings")
     Path("runs/base/summary.json").unlink()
-    mine("pretrain", "mine_waves:base", "train.length.steps=1")
+    mine("pretrain", "mine_waves:base", "out=runs/base", "train.length.steps=1")
     mine(*PROBE)
 
 
@@ -170,7 +170,7 @@ def test_a_term_of_the_user_s_in_an_objective_is_code_too(place: Place) -> None:
 
 
 def test_a_run_of_built_in_adapters_needs_no_note(place: Place) -> None:
-    place("pretrain", "tests.tiny:recipe", "train.length.steps=1")
+    place("pretrain", "tests.tiny:recipe", "out=runs/recipe", "train.length.steps=1")
     assert not Path("settings").exists()
     place("inspect", "runs/recipe", "samples=1")
 

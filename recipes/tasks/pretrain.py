@@ -1,9 +1,9 @@
 """nepa pretrain: next-embedding pre-training, and the verdict that ends it.
 
-RECIPE is module:function, built in (`nepa recipes`) or your own; a RUN is one to go on with. The run goes to
-runs/NAME-OF-THE-RECIPE or out=: config.json, metrics.jsonl, checkpoints/, summary.json with the figures of the
-verdict, and report/ with its plots. Stopped by Ctrl-C, SIGTERM or a crash, it goes on where it was by the same
-command; a finished run is only shown again, and `nepa pretrain RUN out=OTHER` trains its settings anew.
+RECIPE is module:function, built in (`nepa recipes`) or your own; a RUN is one to go on with. The run goes to out=, or
+to runs/NAME (a recipe of your own: runs/MODULE-NAME): config.json, metrics.jsonl, checkpoints/, summary.json with the
+figures of the verdict, and report/ with its plots. Stopped by Ctrl-C, SIGTERM or a crash, it goes on where it was by
+the same command; a finished run is only shown again, and `nepa pretrain RUN out=OTHER` trains its settings anew.
 
 The verdict compares the prediction on held-out data with a linear autoregression, with copying, with mean embeddings
 and with the network before training, and judges collapse by the rank of the embeddings. `nepa probe RUN` is the next
@@ -28,7 +28,9 @@ class Options(BaseModel):
 
     model_config = FROZEN
 
-    out: str | None = Field(default=None, description="run folder; default runs/NAME-OF-THE-RECIPE")
+    out: str | None = Field(
+        default=None, description="run folder; default runs/NAME, or runs/MODULE-NAME of a recipe of your own"
+    )
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:

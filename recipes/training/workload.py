@@ -28,7 +28,7 @@ def read_trained(target: str, changes: dict[str, Any]) -> Trained:
     """
     if is_run(target):
         if task_of(target) not in KINDS:
-            raise UserError(f"{target} is a run of `nepa {task_of(target)}`; bench takes {', '.join(KINDS)}")
+            raise UserError(f"{target} is a run of `nepa {task_of(target)}`; name one of {', '.join(KINDS)}")
         return read_target(KINDS[task_of(target)], target, changes)
     config = read_target(BaseModel, target, changes)
     if not isinstance(config, Trained):
