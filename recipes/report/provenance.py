@@ -55,7 +55,7 @@ def unreadable(summary: dict[str, Any], file: str = "summary.json") -> list[str]
 
 
 def settings_of(run: Run) -> str:
-    """The keys of a run's config.json as they would be given, a line each."""
+    """The keys of a run's config.json as they would be given, a line each; nothing where there is none."""
 
     def lines(group: Mapping[str, Any], before: str) -> Iterator[str]:
         for key, value in group.items():
@@ -64,7 +64,8 @@ def settings_of(run: Run) -> str:
             else:
                 yield f"{before}{key}={value if isinstance(value, str) else json.dumps(value)}"
 
-    return "\n".join(lines(read_saved(run.path / "config.json"), ""))
+    file = run.path / "config.json"
+    return "\n".join(lines(read_saved(file), "")) if file.exists() else ""
 
 
 def provenance() -> dict[str, Any]:
