@@ -832,7 +832,7 @@ def test_names_from_data_stand_escaped_on_the_page_of_a_segmentation(
     )
     found = tags_of(run.report / "index.html")
     allowed = ["html", "head", "meta", "title", "style", "body", "h1", "pre", "table", "tr", "th", "td", "figure"]
-    assert {tag for tag, _ in found} <= {*allowed, "img", "figcaption", "footer"}
+    assert {tag for tag, _ in found} <= {*allowed, "img", "figcaption", "footer", "div", "details", "summary"}
     assert [names for tag, names in found if tag == "img"] == [["alt", "src"]] * 3
 
 
