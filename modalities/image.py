@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from modalities.data.image_augment import Augment, Interpolation, erase
 from modalities.data.image_decode import LARGEST_IMAGE, Channels
 from modalities.data.image_sources import SourceName, numbered_classes, open_source
-from modalities.data.images import open_files, open_images
+from modalities.data.images import DecodedImages, open_files, open_images
 from modalities.orders import Ordered
-from nepa_core.basics import Batch
+from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
-from nepa_core.tokens import Sketch, Tokens
+from nepa_core.tokens import ImageInput, Sketch, Tokens
 
 
 class Images(Ordered, Modality):
@@ -158,6 +158,32 @@ class Images(Ordered, Modality):
             UnreadableSample: from the data set, on access to a file that is no image.
         """
         return open_files(paths, size=self.size, channels=self.channels, max_pixels=self.max_pixels)
+
+    def stored(self, split: str) -> DecodedImages:
+        """See `Modality.stored`.
+
+        Raises:
+            UserError: `limit` is set.
+        """
+        if self.limit is not None:
+            raise UserError(
+                f"data.limit={self.limit}: nepa resize writes every image; leave it out, or give data.limit=null"
+            )
+        source = open_source(self.source, split, root=self.root, size=self.size)
+        rows = torch.arange(len(source.labels))
+        return DecodedImages(source, rows, self.size, self.channels, torch.nn.Identity(), None, self.max_pixels)
+
+    def image_input(self) -> ImageInput:
+        return ImageInput(
+            self.size,
+            self.patch,
+            self.channels,
+            self.mean,
+            self.std,
+            order=self.patch_order,
+            crop_ratio=self.crop_ratio,
+            squash=self.squash,
+        )
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:

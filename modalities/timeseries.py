@@ -141,7 +141,7 @@ class TimeSeries(Ordered, Modality):
     def forecasts(self, split: str, horizon: int) -> Windows:
         """Every window of `window` steps whose next `horizon` steps lie in the split: "train", "validation", "test".
 
-        Samples also have "future" [H, C], z-scored. Validation and test windows may look back over the border for
+        See `Modality.forecasts`; values are z-scored. Validation and test windows may look back over the border for
         their input. Windows with a missing value to forecast, a gap in time, or fewer than two whole tokens, are left
         out and counted in `left_out`.
 
@@ -201,6 +201,10 @@ class TimeSeries(Ordered, Modality):
         variance = ((series - mean).square() * real).sum(1, keepdim=True) / count
         floor = (_FLAT * (series * real).abs().amax(1, keepdim=True)).clamp(min=_LEAST)
         return mean, (variance + floor.square()).sqrt()
+
+    def window_scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`scale`, or the 0 and 1 that all channels share."""
+        return super().window_scale(batch) if self.normalise == "none" else self.scale(batch)
 
     def token_dim(self) -> int:
         return self.patch * (1 if self.channels == "independent" else self.channel_count())

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from nepa_core.basics import Batch, UnreadableSample
+from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
@@ -71,6 +71,7 @@ def check_modality(modality: Modality) -> None:
         check_order_can_be_undone,
         check_order_is_the_samples_own,
         check_sketch,
+        check_windows,
         check_embedder,
         check_future_is_hidden,
         check_masked_tokens_are_ignored,
@@ -158,6 +159,7 @@ def check_whole_batches_agree(modality: Modality) -> None:
             continue
         samples = dict(reversed(_samples(dataset).items()))
         whole, single = dataset.__getitems__(list(samples)), default_collate(list(samples.values()))
+        whole = default_collate(whole) if isinstance(whole, list) else whole  # as torch's Subset gives it
         same = whole.keys() == single.keys() and all(_equal(whole[key], single[key]) for key in single)
         assert same, (
             f"dataset({split!r}).__getitems__(indices) differs from its samples one by one: "
@@ -360,6 +362,53 @@ def check_order_is_the_samples_own(modality: Modality) -> None:
             "a sample alone and within a batch is read in different orders: order(tokens) must hang on the sample, not "
             "on the others or on padding"
         )
+
+
+def check_windows(modality: Modality) -> None:
+    """Windows to forecast, where the adapter offers any, are what `Modality.forecasts` says, two steps ahead."""
+    try:
+        for split in ("train", "validation", "test") if modality.offers("forecasts") else ():
+            check_forecasts(modality, split, 2)
+    except UserError:  # settings or samples of an adapter that leave nothing to forecast
+        return
+
+
+def check_forecasts(modality: Modality, split: str, horizon: int) -> Dataset[Batch]:
+    """Check the first window of a split that can be read.
+
+    Returns:
+        All windows of the split.
+
+    Raises:
+        AssertionError: what is wrong with it.
+        UserError: the adapter has none.
+    """
+    windows, called = modality.forecasts(split, horizon), f"forecasts({split!r}, {horizon})"
+    samples = _samples(windows, within=TRIED)
+    assert samples, f"{called} gives no window that can be read: move the borders of the splits, or shorten horizons"
+    sample = next(iter(samples.values()))
+    _check_is_dictionary(sample, split)
+    for key in ("series", "future"):
+        assert key in sample, f"a sample of {called} has no {key!r}: add it, float32 [steps, channels]"
+        shape = _shape(sample[key])
+        assert (len(shape), sample[key].dtype) == (2, torch.float32), (
+            f"sample[{key!r}] of {called} is {sample[key].dtype} {shape}: make it float32 [steps, channels]"
+        )
+        assert sample[key].isfinite().all(), (
+            f"sample[{key!r}] of {called} holds NaN or infinity: leave out windows with a missing value to forecast, "
+            "and name missing values of the series in 'observed'"
+        )
+    shape, wanted = _shape(sample["future"]), [horizon, sample["series"].shape[1]]
+    assert shape == wanted, f"sample['future'] of {called} has shape {shape}: make it {wanted}"
+    batch = _collated(list(samples.values()), split)
+    tokens = modality.tokenize(batch)
+    _check_form(tokens)
+    for each in modality.window_scale(batch):
+        assert _shape(each) in ([len(samples), 1, wanted[1]], [len(samples), 1, 1]), (
+            f"window_scale(batch) gives shape {_shape(each)} for {len(samples)} windows of {wanted[1]} channels: make "
+            "it [B, 1, C] or [B, 1, 1]"
+        )
+    return windows
 
 
 def check_sketch(modality: Modality) -> None:

@@ -1,4 +1,4 @@
-"""What one batch of data is: token sequences, how they are drawn, and where the samples come from.
+"""What one batch of data is: token sequences, how they are drawn, where samples come from, what an image was before.
 
 Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 or 3), S samples of a split.
 """
@@ -122,6 +122,27 @@ class Sketch:
     canvas: Tensor
     grid: tuple[int, int]
     curves: bool = False
+
+
+class ImageInput(NamedTuple):
+    """What an image is and what is done to it before a network reads it, in the terms of image processors.
+
+    Attributes:
+        size: (height, width) in pixels. patch: (height, width) of a token. channels: C.
+        mean, std: [C] of the pixels, these being between 0 and 1.
+        order: the name of the order that patches are read in.
+        crop_ratio: the share of the scaled image's sides that the centre crop keeps (timm's crop_pct).
+        squash: the image is scaled to its target without keeping its own shape.
+    """
+
+    size: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    order: str = "raster"
+    crop_ratio: float = 1.0
+    squash: bool = False
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

@@ -13,10 +13,8 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.config import Config, explain, load_config, load_object, override, read_saved, shown
-
-RECORD = "import.json"
-"""The file that `nepa import` leaves in a run: where its weights came from."""
+from nepa_core.runtime.config import Config, explain, load_config, load_object, override, shown
+from nepa_core.runtime.run import is_imported, is_run, task_of
 
 Convert = Mapping[type[BaseModel], Callable[[Any, str | None], Config]]
 """Config class of another task -> function of (its config, the run it was found in or None)."""
@@ -129,23 +127,6 @@ def _what_it_gives(config: Any) -> str:
 def is_of(kind: type[BaseModel], target: str) -> bool:
     """Whether a recipe or run that `read_target` has read is of this kind itself, and was not converted to it."""
     return task_of(target) == vars(kind)["task"] if is_run(target) else isinstance(find_recipe(target)(), kind)
-
-
-def task_of(run: str) -> str:
-    """The task that a run folder is of."""
-    return str(read_saved(Path(run) / "config.json").get("task", "pretrain"))
-
-
-def is_run(target: str) -> bool:
-    """A folder with a config.json that is not one of the Hugging Face layout."""
-    file = Path(target) / "config.json"
-    released = (Path(target) / "model.safetensors").is_file()  # runs keep theirs in checkpoints/
-    return file.is_file() and not released and "model_type" not in read_saved(file)
-
-
-def is_imported(target: str) -> bool:
-    """Whether a folder is a run that `nepa import` wrote."""
-    return (Path(target) / RECORD).is_file()
 
 
 def default_out(target: str, task: str) -> str:

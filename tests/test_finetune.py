@@ -26,13 +26,13 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.intervals import over_samples
 from recipes import vision
 from recipes.cli import main
 from recipes.configs import FinetuneConfig, MixConfig
 from recipes.networks.goals import numbered
 from recipes.presets import short
-from recipes.released.weights import load_backbone, read_weights
 from recipes.report.finetune import scored_samples
 from recipes.resolve import default_out
 from recipes.statistics.worth import sentences, worth_in

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 import nepa_core
+from tests.structure import PACKAGES, arrows, circles, floors, imports
 
 ROOT = Path(nepa_core.__file__).parents[1]
-PACKAGES = ("nepa_core", "modalities", "recipes")
+CHOOSE = {"vision", "audio", "timeseries", "presets", "configs"}
+"""Files of recipes/ that know adapters: presets, and the config of `nepa segment`, which is for scenes."""
 
 
 def _sources(pattern: str) -> list[Path]:
@@ -19,19 +21,6 @@ def _sources(pattern: str) -> list[Path]:
 
 def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
-
-
-def _imports(path: Path) -> set[str]:
-    """Dotted names that a file imports, at its top or inside functions; `from a import b` counts as a and a.b."""
-    names: set[str] = set()
-    for node in ast.walk(_parsed(path)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno} imports relatively"
-            module = node.module or ""
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    return names
 
 
 @pytest.mark.parametrize(
@@ -51,10 +40,42 @@ def test_imports_point_one_way(files: str, forbidden: tuple[str, ...]) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in _sources(files)
-        for name in sorted(_imports(path))
+        for name in sorted(imports(path))
         if any(name == package or name.startswith(f"{package}.") for package in forbidden)
     ]
     assert wrong == []
+
+
+def test_no_task_asks_which_adapter_it_has() -> None:
+    """What a task needs is a method of `Modality`, so a user's own adapter can have it."""
+    files = [path for path in _sources("modalities/*.py") if path.stem != "__init__"]
+    modules = {f"modalities.{path.stem}" for path in files}
+    adapters = {
+        node.name
+        for path in files
+        for node in _parsed(path).body
+        if isinstance(node, ast.ClassDef) and "Modality" in map(ast.unparse, node.bases)
+    }
+    assert {"Images", "TimeSeries"} < adapters
+    wrong = []
+    for path in [*_sources("nepa_core/**/*.py"), *_sources("recipes/**/*.py")]:
+        if path.parent == ROOT / "recipes" and path.stem in CHOOSE:
+            continue
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(imports(path) & modules)]
+        for node in ast.walk(_parsed(path)):
+            asks = isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "cast")
+            named = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)} if asks else set()
+            named |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+            wrong += [f"{path.relative_to(ROOT)}:{node.lineno} names {name}" for name in sorted(named & adapters)]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("package", "most"), [("nepa_core", 6), ("modalities", 3), ("recipes", 9)])
+def test_rooms_have_few_floors_and_no_circles(package: str, most: int) -> None:
+    """docs/architecture.md has the figures."""
+    graph = arrows(ROOT / package)
+    assert circles(graph) == []
+    assert floors(graph) <= most
 
 
 def test_inheritance_within_the_house_is_one_deep() -> None:

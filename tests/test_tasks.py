@@ -230,20 +230,6 @@ def test_a_compiled_run_learns_the_same(tmp_path: Path, tiny_recipe: PretrainCon
     load_pretrained(Run(tmp_path / "True"), CPU)
 
 
-def test_the_readme_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapter in the README, copied out of it, keeps the contract, and the README's commands take it."""
-    blocks = re.findall(r"```python\n(# my_waves\.py\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 1
-    (tmp_path / "my_waves.py").write_text(blocks[0])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    check_modality(load_object("my_waves:base")().data)
-    assert main(["pretrain", "my_waves:base", "train.length.steps=5"]) == 0
-    assert main(["probe", "runs/base", "train_samples=200", "test_samples=200"]) == 0
-    assert main(["finetune", "runs/base", "train.length.steps=2", "train.ema=null"]) == 0
-    assert main(["inspect", "runs/base", "samples=2"]) == 0
-
-
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PretrainConfig:
     """The recipe of the point clouds, its file copied to an empty folder, which is the current one."""
@@ -287,10 +273,3 @@ def test_every_task_takes_the_example_of_point_clouds_as_it_is(capsys: pytest.Ca
     assert "random" in capsys.readouterr().out
     assert main(["bench", "my_points:base", *few, "steps=2", "repeats=1", "against=padding"]) == 0
     assert "packed / padded rows, real tokens/s" in capsys.readouterr().out
-
-
-def test_every_recipe_in_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    named = set(re.findall(r"recipes\.\w+:\w+", (ROOT / "README.md").read_text()))
-    assert main(["recipes"]) == 0
-    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    assert named <= listed

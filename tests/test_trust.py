@@ -28,6 +28,9 @@ def base():
 def backwards(tokens, grid):
     import torch
     return torch.arange(tokens.values.shape[1]).flip(0)
+
+def squares(predictions, targets, mask):
+    return (predictions - targets).square().mean()
 """
 
 
@@ -152,6 +155,18 @@ def test_an_order_of_the_user_s_in_a_built_in_adapter_s_config_is_code_too(place
     shutil.rmtree("settings")
     assert "it names mine_orders:backwards" in place.refuses(*read)
     assert "it names mine_orders:backwards" in place.refuses("pretrain", "recipes.vision:digits_2x2", f"out={run}")
+
+
+def test_a_term_of_the_user_s_in_an_objective_is_code_too(place: Place) -> None:
+    place.write("mine_package.losses")
+    place("pretrain", "tests.tiny:recipe", "objective.terms.mine_package.losses:squares=0.5", "train.length.steps=1")
+    assert place.mark.exists()
+    read = ("probe", "runs/recipe", *PROBE[2:])
+    place(*read)
+    shutil.rmtree("settings")
+    for words in (read, ("pretrain", "runs/recipe", "out=again"), ("pretrain", "tests.tiny:recipe", "out=runs/recipe")):
+        assert "it names mine_package.losses:squares, code that would be run" in place.refuses(*words)
+    place(*read, "trust=true")
 
 
 def test_a_run_of_built_in_adapters_needs_no_note(place: Place) -> None:

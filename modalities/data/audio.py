@@ -26,11 +26,9 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from torchaudio.functional import melscale_fbanks
-from torchaudio.transforms import MelSpectrogram, Resample
 
 from modalities.data.listing import (
     Contents,
@@ -117,14 +115,19 @@ class FrontEnd(NamedTuple):
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def _mel_spectrogram(form: FrontEnd) -> MelSpectrogram:
-    return MelSpectrogram(
+def _mel_spectrogram(form: FrontEnd) -> nn.Module:
+    from torchaudio.transforms import MelSpectrogram  # slow to import
+
+    mel: nn.Module = MelSpectrogram(
         form.sample_rate, n_fft=form.n_fft, win_length=form.window, hop_length=form.hop, n_mels=form.bands, center=False
     )
+    return mel
 
 
 def empty_bands(form: FrontEnd) -> int:
     """How many mel bands are so narrow that no frequency of the spectrum falls into them."""
+    from torchaudio.functional import melscale_fbanks
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchaudio warns of what is counted here
         filters = melscale_fbanks(form.n_fft // 2 + 1, 0.0, form.sample_rate / 2, form.bands, form.sample_rate)
@@ -449,8 +452,11 @@ def _check_rate(rate: int, wanted: int) -> None:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _resampling(rate: int, wanted: int) -> Resample:
-    return Resample(rate, wanted)
+def _resampling(rate: int, wanted: int) -> nn.Module:
+    from torchaudio.transforms import Resample
+
+    resample: nn.Module = Resample(rate, wanted)
+    return resample
 
 
 def open_source(

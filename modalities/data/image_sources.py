@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
 
 from modalities.data.hub import load_hub, one_line
 from modalities.data.image_columns import (
@@ -304,7 +303,7 @@ def _open_folder(root: str, split: str) -> Source:
         raise UserError(
             f"data.root={root}: looked for train/<class>/* with val/<class>/*, for train/ with validation/ as "
             "save_to_disk writes them, for train-*.parquet with test-*.parquet (there or in data/), for "
-            f"*train*.tar with *val*.tar, and for {CIFAR10.base_folder}/, but found none of them complete; the "
+            f"*train*.tar with *val*.tar, and for {CIFAR10}/, but found none of them complete; the "
             "held-out split may be called val, validation or test, and shards must not be compressed; the folder "
             f"holds {', '.join(entries[:8]) or 'nothing'}{more}"
         )
@@ -315,6 +314,7 @@ def _open_folder(root: str, split: str) -> Source:
 
 
 CLASS_FOLDERS = "the class folders"
+CIFAR10 = "cifar-10-batches-py"  # torchvision's name of the folder
 
 
 def _layouts(folder: Path, split: str) -> dict[str, Callable[[], Source]]:
@@ -326,7 +326,7 @@ def _layouts(folder: Path, split: str) -> dict[str, Callable[[], Source]]:
     folders = partial(_open_class_folders, train, test, split) if train and test and not saved else None
     if folders and all(subfolders(place) for place in both.values()):
         found[CLASS_FOLDERS] = folders
-    if (folder / CIFAR10.base_folder).is_dir():
+    if (folder / CIFAR10).is_dir():
         found["torchvision's files of CIFAR-10"] = lambda: _checked(_open_cifar10(folder, split))
     if saved:
         found["tables of save_to_disk"] = lambda: _checked(_open_saved(both, split))
@@ -435,12 +435,12 @@ def _say_nested(base: Path, paths: Mapping[str, Sequence[str]]) -> None:
 
 def _open_cifar10(folder: Path, split: str) -> Arrays:
     """torchvision's copy. It is unpickled by torchvision, once the MD5 sums of its files are found right."""
+    from torchvision import datasets  # as slow to import as torch
+
     try:
-        data = CIFAR10(folder, train=split == "train", download=False)
+        data = datasets.CIFAR10(folder, train=split == "train", download=False)
     except RuntimeError as error:
-        raise UserError(
-            f"data.root={folder}: {CIFAR10.base_folder}/ is incomplete or damaged; download it again"
-        ) from error
+        raise UserError(f"data.root={folder}: {CIFAR10}/ is incomplete or damaged; download it again") from error
     return Arrays(f"CIFAR-10 {split}", data.data, torch.tensor(data.targets), tuple(data.classes))
 
 

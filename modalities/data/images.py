@@ -148,8 +148,12 @@ class DecodedImages(Dataset[Batch]):
         opening = IN_PLACE if isinstance(self.source, Arrays | Rows) else OPENING
         return Contents(self.source.sizes()[self.rows.numpy()], self._stored, self.name, opening)
 
+    def raw(self, index: int) -> bytes | Pixels:
+        """That image undecoded: an encoded file, or pixels [H, W] or [H, W, 3]; may raise anything."""
+        return self.source.read(int(self.rows[index]))
+
     def _stored(self, index: int) -> bytes:
-        stored = self.source.read(int(self.rows[index]))
+        stored = self.raw(index)
         return stored if isinstance(stored, bytes) else stored.tobytes()
 
     def _decode(self, row: int) -> Tensor:

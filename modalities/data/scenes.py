@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as image_ops
 
 from modalities.data.hub import load_hub, one_line
 from modalities.data.image_columns import (
@@ -270,15 +268,20 @@ def fitted_size(size: Size, short_side: int, scale: float = 1.0) -> Size:
 
 def scaled(image: Tensor, target: Tensor, short_side: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """A scene [3, H, W], [H, W] at `fitted_size`: the image bilinear with antialiasing, the target nearest."""
+    from torchvision.transforms.v2 import InterpolationMode  # as slow to import as torch
+    from torchvision.transforms.v2.functional import resize
+
     image = scaled_image(image, short_side, scale)
     size = list(image.shape[-2:])
-    return image, image_ops.resize(target[None], size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    return image, resize(target[None], size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
 
 
 def scaled_image(image: Tensor, short_side: int, scale: float = 1.0) -> Tensor:
     """uint8 [..., H, W] at `fitted_size`, on its device."""
+    from torchvision.transforms.v2.functional import resize
+
     size = fitted_size((image.shape[-2], image.shape[-1]), short_side, scale)
-    resized: Tensor = image_ops.resize(image, list(size), antialias=True)
+    resized: Tensor = resize(image, list(size), antialias=True)
     return resized
 
 
@@ -297,15 +300,17 @@ def distorted(image: Tensor) -> Tensor:
     Each with probability 1/2: brightness + up to 32 of 255, contrast and saturation * 0.5 to 1.5, hue + up to a
     tenth of the circle; contrast comes last in half of the cases.
     """
+    from torchvision.transforms.v2.functional import adjust_hue, adjust_saturation
+
     contrast_last = _coin()
     if _coin():
         image = _linear(image, 1.0, _uniform(-32, 32))
     if not contrast_last and _coin():
         image = _linear(image, _uniform(0.5, 1.5), 0.0)
     if _coin():
-        image = image_ops.adjust_saturation(image, _uniform(0.5, 1.5))
+        image = adjust_saturation(image, _uniform(0.5, 1.5))
     if _coin():
-        image = image_ops.adjust_hue(image, _uniform(-0.1, 0.1))
+        image = adjust_hue(image, _uniform(-0.1, 0.1))
     if contrast_last and _coin():
         image = _linear(image, _uniform(0.5, 1.5), 0.0)
     return image

@@ -142,21 +142,28 @@ class _Batches(Dataset[Batch | bytes]):
         try:
             batch = self._load(draw.indices)
         except UserError as error:  # crosses the worker boundary as data, to stay one line
-            return {_ERROR: str(error)}
+            return {_ERROR: UserError(str(error))}
+        except (OSError, MemoryError, OverflowError, RecursionError) as error:  # so do those that the command explains
+            if isinstance(error, OSError) and error.errno is None:
+                raise
+            return {_ERROR: error}
         return batch if _fits_shared_memory([batch]) else pickle.dumps(batch)
 
     def _load(self, indices: list[int]) -> Batch:
         whole = getattr(self.dataset, "__getitems__", None)
         if whole is not None:
             try:
-                return cast(Batch, whole(indices)) | {_DRAWN: indices}
+                batch = whole(indices)
+                if isinstance(batch, list):  # of samples, as torch's Subset gives them
+                    batch = _stacked(batch, shared=_fits_shared_memory(batch))
+                return {**batch, _DRAWN: indices}
             except UnreadableSample:
                 pass  # find out below which ones they are
         skipped: list[str] = []
         found = [self._readable(index, skipped) for index in indices]
         samples = [each[1] for each in found if each is not None]
         drawn = [each[0] for each in found if each is not None]
-        batch: Batch = {**(_stacked(samples, shared=_fits_shared_memory(samples)) if samples else {}), _DRAWN: drawn}
+        batch = {**(_stacked(samples, shared=_fits_shared_memory(samples)) if samples else {}), _DRAWN: drawn}
         lost = [place for place, each in enumerate(found) if each is None]
         return batch | {_SKIPPED: skipped, _LOST: lost} if skipped else batch
 
@@ -354,6 +361,9 @@ def plain_batches(
         raise UserError(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
+KILLED = "DataLoader worker (pid"
+"""How torch begins to say that; of an exception in such a process it says "Caught ... in DataLoader worker process"."""
+
 LOADER_DIED = (
     "the system has killed a process that loads data, perhaps for want of memory: lower train.batch, or load in the "
     "main process with train.workers=0; checkpoints are kept"
@@ -386,7 +396,7 @@ def _loaded(
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
+            if KILLED in str(error):
                 raise UserError(LOADER_DIED) from error
             raise
         yield pickle.loads(found) if isinstance(found, bytes) else found
@@ -409,5 +419,5 @@ def _say_once(line: str) -> None:
 
 def _raise_error(batch: Batch) -> Batch:
     if _ERROR in batch:
-        raise UserError(batch[_ERROR])
+        raise batch[_ERROR]
     return batch

@@ -12,20 +12,15 @@ question.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
 
 from nepa_core.basics import FROZEN
-from nepa_core.runtime.distributed import world
-from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run
-from recipes.configs import PretrainConfig
-from recipes.report import card
-from recipes.report.provenance import rendered
-from recipes.resolve import default_out, read_target
-from recipes.training.pretraining import pretrain
+from nepa_core.terms import lines
+from recipes.training.door import pretrain
+
+NOTES = [lines(), ""]  # what --help says after the options
 
 
 class Options(BaseModel):
@@ -37,10 +32,5 @@ class Options(BaseModel):
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    config = read_target(PretrainConfig, target, changes)
-    run = Run(Path(options.out or default_out(target, "pretrain")))
-    before = run.summary() is not None
-    with world() as ranks, at_work(run, ranks, trains=True):
-        summary = pretrain(config, run, ranks)
-        if ranks.is_main:
-            print(rendered(lambda: card.render(summary, config.data, run), run, before=before))
+    if verdict := pretrain(target, options.out, changes=changes).verdict:
+        print(verdict)

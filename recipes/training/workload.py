@@ -10,9 +10,10 @@ from torch import nn
 from nepa_core.basics import UserError
 from nepa_core.predictor import Predictor
 from nepa_core.runtime.fit import StepFunction
+from nepa_core.runtime.run import is_run, task_of
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from recipes.networks.goals import find_goal
-from recipes.resolve import is_run, read_target, task_of
+from recipes.resolve import read_target
 from recipes.training import finetuning, pretraining, segmentation, starting
 
 Trained = PretrainConfig | FinetuneConfig | SegmentConfig
