@@ -73,7 +73,7 @@ def joined(*rows: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of the rows of a probe: `metric`, `probe`, `probe_row`, `probe_final`, `layers`, see `downstream`."""
+    """What is kept of the rows of a probe: `metric`, `probe`, `probe_row`, `probe_final`, `layers`."""
     best = probing.best_row(rows)
     metric = probing.metric_of(best)
     means = [row for row in rows if row["name"].endswith((", mean", ", token"))]
