@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import struct
 import tarfile
@@ -991,12 +992,13 @@ def test_names_from_data_stand_escaped_on_the_page_of_a_segmentation(
         "unreadable_held_out_messages": [HOSTILE[0]],
     }  # fmt: skip
     monkeypatch.setattr(Run, "metrics", lambda self: [{"step": 1, "mIoU": 0.5}, {"step": 1, "loss": 1.0}])
+    write_tree(run.path, {"config.json": json.dumps({"data": {"root": HOSTILE[0], "names": HOSTILE}}).encode()})
     report(run, summary, [Picture(image, labels, labels, name) for name in map(listing.printable, HOSTILE)]).write(
         run.report
     )
     found = tags_of(run.report / "index.html")
     allowed = ["html", "head", "meta", "title", "style", "body", "h1", "pre", "table", "tr", "th", "td", "figure"]
-    assert {tag for tag, _ in found} <= {*allowed, "img", "figcaption", "footer"}
+    assert {tag for tag, _ in found} <= {*allowed, "img", "figcaption", "footer", "div", "details", "summary"}
     assert [names for tag, names in found if tag == "img"] == [["alt", "src"]] * 3
 
 
