@@ -483,3 +483,49 @@ def test_clips_in_both_splits_are_found_and_the_list_has_a_fingerprint(tmp_path:
     shutil.move(tmp_path.with_name("moved"), tmp_path.with_name("again"))
     assert clips(tmp_path.with_name("again")).fingerprint() != before
     assert clips(tmp_path, limit=3).fingerprint() != before
+
+
+def test_labels_of_a_manifest_are_all_classes_or_all_numbers(tmp_path: Path) -> None:
+    for name in "abc":
+        write(tmp_path / f"{name}.wav", tone(0.1))
+    for number, odd in enumerate(("2", "nan", "1e3")):
+        file = tmp_path / f"{number}.csv"
+        file.write_text(f"path,label,split\na.wav,1.5,train\nb.wav,{odd},test\nc.wav,2.5,train\n")
+        with pytest.raises(
+            UserError, match=rf"{number}\.csv, row 3: the label '{odd}' has no decimal point, and others have"
+        ):
+            open_source("folder", "train", root=str(file))
+
+
+def test_a_clip_with_two_labels_and_a_folder_without_clips_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/1", "a/2", "b/1", "b/2"):
+        write(tmp_path / "tree" / f"{name}.wav", tone(0.1))
+    (tmp_path / "tree" / "c").mkdir()
+    (tmp_path / "tree" / "c" / "1.aiff").write_bytes(b"FORM")
+    assert open_source("folder", "train", root=str(tmp_path / "tree")).classes == ("a", "b")
+    said = capsys.readouterr().err
+    assert "passed over 1 files or folders: 1 with the suffix .aiff" in said
+    assert "no audio file (.wav, .flac, .ogg, .mp3) in the folders c, so they are no classes" in said
+    file = tmp_path / "tree" / "m.csv"
+    file.write_text(
+        "path,label,split\na/1.wav,a,train\nb/1.wav,b,train\na/1.wav,b,train\na/2.wav,a,val\nb/2.wav,b,val\n"
+    )
+    open_source("folder", "train", root=str(file))
+    said = capsys.readouterr().err
+    assert (
+        f"1 rows give a clip another label than a row above: {tmp_path}/tree/a/1.wav in row 2, a, and row 4, b" in said
+    )
+
+
+def test_other_labels_of_the_same_clips_are_other_data(tmp_path: Path) -> None:
+    for name in "abcd":
+        write(tmp_path / f"{name}.wav", tone(0.1))
+    prints = []
+    for number, labels in enumerate(("xyxy", "xyxy", "yxxy")):
+        file = tmp_path / f"{number}.csv"
+        rows = zip("abcd", labels, ("train", "train", "val", "val"), strict=True)
+        file.write_text("path,label,split\n" + "".join(f"{name}.wav,{label},{split}\n" for name, label, split in rows))
+        prints.append(clips(file).fingerprint())
+    assert prints[0] == prints[1] != prints[2]

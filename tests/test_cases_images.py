@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import struct
 import tarfile
@@ -25,6 +26,7 @@ from modalities.data.image_shards import index_shard
 from modalities.data.image_sources import open_source
 from modalities.data.images import open_files, open_images
 from modalities.data.scene_masks import read_mask
+from modalities.image import Images
 from modalities.scenes import Scenes
 from nepa_core.basics import UnreadableSample, UserError
 from nepa_core.runtime.run import Run
@@ -32,7 +34,7 @@ from recipes.report.plots import picture_table
 from recipes.report.segment import Picture, render, report
 from recipes.statistics.segment_metrics import score_text, scores
 from recipes.training.train import say_leaks
-from tests.pictures import encoded, open_folder, picture, pixels, sample, write_shard, write_tree
+from tests.pictures import encoded, open_folder, picture, pixels, sample, write_parquet, write_shard, write_tree
 from tests.tiny_scenes import scenes as tiny_scenes
 from tests.tiny_scenes import write_scenes
 
@@ -498,6 +500,107 @@ def test_xmp_before_exif_turns_a_jpeg_as_pil_turns_it(orientation: int, blocks: 
     assert torch.equal(decode(stored, 1)[0], torch.from_numpy(np.array(upright.convert("L"))))
 
 
+# ------------------------------------------------------------------------------------------- classes without names
+
+
+def adapter(root: Path) -> Images:
+    half = (0.5,) * 3
+    return Images(source="folder", root=str(root), size=(8, 8), patch=(4, 4), channels=3, mean=half, std=half)
+
+
+@pytest.mark.parametrize("labels", [(0, 5_000_000), (0, 2**40), (1, 2), (0, 1, 3)])
+@pytest.mark.parametrize("layout", ["parquet", "tar"])
+def test_a_gap_in_the_numbers_of_classes_is_one_line(tmp_path: Path, layout: str, labels: tuple[int, ...]) -> None:
+    """And not as many classes as the largest number says."""
+    for split in ("train", "val"):
+        if layout == "tar":
+            write_shard(tmp_path / f"{split}-0.tar", [sample(str(k), PNG, label) for k, label in enumerate(labels)])
+        else:
+            write_parquet(tmp_path / f"{split}-0.parquet", [PNG] * len(labels), list(labels))
+    words = rf"{len(labels)} classes occur in training, numbered from {labels[0]} to {labels[-1]}, and none is \d;"
+    with pytest.raises(UserError, match=words):
+        adapter(tmp_path).classes()
+
+
+def test_classes_that_have_numbers_alone_are_those_of_training(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-0.parquet", [PNG] * 3, [0, 2, 1])
+    write_parquet(tmp_path / "test-0.parquet", [PNG] * 2, [1, 0])
+    assert adapter(tmp_path).classes() == ("0", "1", "2")
+    write_parquet(tmp_path / "more" / "train-0.parquet", [PNG] * 2, [0, 1])
+    write_parquet(tmp_path / "more" / "test-0.parquet", [PNG] * 3, [0, 1, 2])
+    with pytest.raises(UserError, match=r"test-0\.parquet:2: no training image has its class 2"):
+        adapter(tmp_path / "more").classes()
+    write_parquet(tmp_path / "none" / "train-0.parquet", [PNG], [0])
+    write_parquet(tmp_path / "none" / "test-0.parquet", [PNG], [0])
+    for split, said in (("test", "held-out"), ("train", "training")):
+        file = tmp_path / "none" / f"{split}-0.parquet"
+        pq.write_table(pq.read_table(file).slice(0, 0), file)
+        with pytest.raises(UserError, match=f"the {said} split holds no image"):
+            adapter(tmp_path / "none").dataset(split)
+
+
+def test_labels_of_members_are_whole_numbers_and_one_for_a_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [("a.png", PNG), ("a.cls", b"0"), ("b.png", PNG)]
+    for name, label, words in (
+        ("large", ("b.cls", str(2**70).encode()), r"b\.cls holds no label"),
+        ("fraction", ("b.json", b'{"label": 0.7}'), r"b\.json holds no label"),
+        ("two", ("a.cls", b"1"), "two labels with the key a, 0 and 1; keep one"),
+    ):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=words):
+            both(tmp_path / name, *members, label)
+    assert both(tmp_path, *members, ("b.json", b'{"label": 1.0}'), ("a.json", b'{"label": 7}')).labels.tolist() == [
+        0,
+        1,
+    ]
+    said = "1 json files with another label than the cls of their sample (such as a)"
+    assert said in capsys.readouterr().err
+
+
+def test_the_suffix_of_a_shard_may_be_in_large_letters(tmp_path: Path) -> None:
+    for name in ("TRAIN.TAR", "val.Tar"):
+        tar_of(tmp_path / name, ("a.png", PNG), ("a.cls", b"0"))
+    assert rows(tmp_path) == rows(tmp_path, "test") == [0]
+
+
+def test_ilsvrcs_own_archives_alone_say_to_unpack_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"it holds tars, as ILSVRC's own does: unpack these into class folders"):
+        both(tmp_path, ("n01440764.tar", b"0" * 10))
+
+
+def test_of_several_held_out_splits_the_first_is_read_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = two(tmp_path / "images", **{"test/cat/9.png": PNG, "test/dog/9.png": PNG})
+    assert rows(images, "test") == [0, 0, 0, 1, 1, 1]
+    assert capsys.readouterr().err == f"{images}: val is held out, and test left aside\n"
+    for name, labels in (("train", [0, 1]), ("test", [0, 1]), ("validation", [1, 0])):
+        write_parquet(tmp_path / "parquet" / f"{name}-0.parquet", [PNG, PNG], labels)
+    assert rows(tmp_path / "parquet", "test") == [1, 0]
+    assert capsys.readouterr().err == f"{tmp_path}/parquet: validation is held out, and test left aside\n"
+    root = scene_folder(tmp_path / "scenes", encoded(Image.fromarray(SQUARE)))
+    write_tree(root, {"images/test/0.jpg": PNG})
+    scenes(root).whole("test")
+    assert capsys.readouterr().err == f"{root}: val is held out, and test left aside\n"
+
+
+@pytest.mark.parametrize("layout", ["parquet", "tar"])
+def test_other_labels_are_other_data_where_names_do_not_say_them(tmp_path: Path, layout: str) -> None:
+    def written(name: str, labels: list[int]) -> str:
+        for split in ("train", "val"):
+            if layout == "tar":
+                members = [sample(str(k), PNG, label) for k, label in enumerate(labels)]
+                write_shard(tmp_path / name / f"{split}-0.tar", members)
+            else:
+                write_parquet(tmp_path / name / f"{split}-0.parquet", [PNG] * len(labels), list(labels))
+        found: str = open_folder(tmp_path / name).fingerprint()
+        return found
+
+    assert written("one", [0, 1]) == written("again", [0, 1]) != written("other", [1, 0])
+
+
 # --------------------------------------------------------------------------------------------------------------- masks
 
 SQUARE = np.arange(48, dtype=np.uint8).reshape(6, 8) % 2
@@ -564,6 +667,68 @@ def test_a_grey_png_of_few_bits_holds_what_was_stored(bits: int) -> None:
 
 def fractions() -> bytes:
     return encoded(Image.fromarray(SQUARE.astype(np.float32) / 2), "tiff")
+
+
+@pytest.mark.parametrize(
+    ("mask", "cure"),
+    [
+        (
+            np.dstack([SQUARE * 128, SQUARE * 64, SQUARE]),
+            r"2, such as \(0, 0, 0\), \(128, 64, 1\)\) name the classes: save",
+        ),
+        (
+            np.dstack([SQUARE * 128, SQUARE * 0, SQUARE, SQUARE + 9]),
+            r"in a PNG of one channel \(mode L\), `Image\.fromar",
+        ),
+        (np.dstack([SQUARE] * 3), r"all grey: save the first channel alone, `Image\.open\(FILE\)\.getchannel\(0\)"),
+        (np.dstack([SQUARE, SQUARE + 5]), "all grey: save the first channel alone"),
+    ],
+)
+def test_a_mask_in_colour_is_refused_with_the_way_to_convert_it(tmp_path: Path, mask: np.ndarray, cure: str) -> None:
+    root = scene_folder(tmp_path, encoded(Image.fromarray(mask)))
+    with pytest.raises(UserError, match=rf"annotations/train/0\.png: [^\n]*which has several channels; [^\n]*{cure}"):
+        scenes(root).whole("train")[0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_beyond_integers_are_no_class_numbers() -> None:
+    mask = encoded(Image.fromarray(SQUARE.astype(np.float32) * 1e20), "tiff")
+    with pytest.raises(UserError, match=r"holds 1\.0\d*e\+20, no class number"):
+        read_mask(mask, "mask", 10**6)
+
+
+def test_a_tiff_mask_is_turned_by_its_tag_once_and_counts_as_tagged(tmp_path: Path) -> None:
+    """PIL turns a TIFF when it loads it, and takes the tag away."""
+    labels = np.zeros((24, 40), np.uint8)
+    labels[:8, :24] = 1
+    image, mask = tagged(6, "jpeg", np.dstack([labels * 255] * 3)), tagged(6, "tiff", labels)
+    found = scenes(scene_folder(tmp_path / "both", mask, image, suffix="tif")).whole("train")[0]
+    assert torch.equal(found["image"][0] > 128, found["target"] == 1)
+    untagged = encoded(Image.fromarray(np.dstack([labels * 255] * 3)), "jpeg")
+    turned = tagged(3, "tiff", labels)  # of the same shape as the image
+    with pytest.raises(UserError, match="the EXIF tag of the annotation turns it and its image has none"):
+        scenes(scene_folder(tmp_path / "one", turned, untagged, suffix="tif")).whole("train")[0]
+
+
+def test_annotations_that_hold_no_class_at_all_are_refused(tmp_path: Path) -> None:
+    for name, mask, settings in (
+        ("zero", SQUARE * 0, {"first_label": 1, "ignored_labels": (0,)}),
+        ("void", SQUARE * 0 + 255, {"ignored_labels": (255,)}),
+    ):
+        root = scene_folder(tmp_path / name, encoded(Image.fromarray(mask)))
+        with pytest.raises(UserError, match=r"none of the 1 annotations holds a class, only what data\.ignored_labels"):
+            scenes(root, **settings).whole("train")
+
+
+def test_of_a_pair_the_damaged_file_is_named(tmp_path: Path) -> None:
+    whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 2, (6, 8), dtype=np.uint8)))
+    root = scene_folder(tmp_path / "mask", whole[:60])
+    words = rf"images/train/0\.jpg: its annotation {root}/annotations/train/0\.png: image file is truncated"
+    with pytest.raises(UnreadableSample, match=words):
+        scenes(root).whole("train")[0]
+    root = scene_folder(tmp_path / "image", whole, b"no image")
+    with pytest.raises(UnreadableSample, match=r"images/train/0\.jpg: not an image"):
+        scenes(root).whole("train")[0]
 
 
 @pytest.mark.parametrize(
@@ -827,6 +992,7 @@ def test_names_from_data_stand_escaped_on_the_page_of_a_segmentation(
         "unreadable_held_out_messages": [HOSTILE[0]],
     }  # fmt: skip
     monkeypatch.setattr(Run, "metrics", lambda self: [{"step": 1, "mIoU": 0.5}, {"step": 1, "loss": 1.0}])
+    write_tree(run.path, {"config.json": json.dumps({"data": {"root": HOSTILE[0], "names": HOSTILE}}).encode()})
     report(run, summary, [Picture(image, labels, labels, name) for name in map(listing.printable, HOSTILE)]).write(
         run.report
     )

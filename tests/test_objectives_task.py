@@ -321,6 +321,26 @@ def test_a_fifth_or_a_thousand_is_held_back_by_seed() -> None:
     assert len(kept) == 20
     assert held_back(100, 1) == (rest, kept) != held_back(100, 2)
     assert len(held_back(20_000, 0)[1]) == 1000
+    assert [len(held_back(count, 0)[1]) for count in (1, 2, 3, 4, 5, 9, 10)] == [0, 1, 1, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4])
+def test_fewer_than_five_samples_are_divided_too(
+    tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch, samples: int
+) -> None:
+    """One is chosen by, and all are trained on in the end."""
+    watched = Watched(monkeypatch)
+    care = care_of((None,), finetune_steps=(2,), learning_rates=(1e-3, 1e-2), finetune_causal=(False,), extensions=0)
+    found = fine_tuned(override(tiny_recipe, {"data.samples": samples}), None, CPU, None, care)
+    assert found.labels == samples == len(watched.trained_on[-1])
+    assert [len(each) for each in watched.chosen_by] == [1, 1]
+
+
+def test_of_a_single_sample_nothing_is_chosen(tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    care = care_of((None,), finetune_steps=(2,), learning_rates=(1e-3, 1e-2), finetune_causal=(False,))
+    found = fine_tuned(override(tiny_recipe, {"data.samples": 1}), None, CPU, None, care)
+    assert (found.labels, len(watched.trained_on), watched.chosen_by) == (1, 1, [])
 
 
 def test_random_weights_are_those_every_objective_starts_from(tiny_recipe: PretrainConfig, tmp_path: Path) -> None:

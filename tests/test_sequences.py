@@ -512,3 +512,50 @@ def load() -> Any:
     from recipes.presets import features
 
     return features()
+
+
+def folder_of(root: Path, names: list[str], labels: list[int] | None = None) -> Path:
+    for split in ("train", "test"):
+        (root / split).mkdir(parents=True)
+        for number, name in enumerate(names):
+            np.save(root / split / "x.npy", np.full((4, 3), number, np.float32))
+            (root / split / "x.npy").rename(root / split / name)
+        if labels is not None:
+            np.save(root / f"{split}.label.npy", np.array(labels))
+    return root
+
+
+def test_a_suffix_in_large_letters_is_listed(tmp_path: Path) -> None:
+    samples = Features(root=str(folder_of(tmp_path, ["0.npy", "1.NPY"], [0, 1])), standardise=False).dataset("train")
+    assert [(float(samples[i]["values"][0, 0]), int(samples[i]["label"])) for i in (0, 1)] == [(0.0, 0), (1.0, 1)]
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "train.labels.npy", "train_targets.npy", "classes.json"])
+def test_labels_that_lie_where_none_are_read_are_said(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = folder_of(tmp_path, ["0.npy", "1.npy"])
+    (root / name).write_bytes(b"?")
+    assert Features(root=str(root)).classes() is None
+    assert f"no labels; {name} beside the data is not read" in capsys.readouterr().err
+    assert Features(root=str(folder_of(tmp_path / "plain", ["0.npy"]))).classes() is None
+    assert capsys.readouterr().err == ""
+
+
+def test_nobody_is_told_to_unpickle_a_file(tmp_path: Path) -> None:
+    root = folder_of(tmp_path, ["0.npy", "1.npy", "2.npy"])
+    (root / "train" / "1.npy").write_bytes(b"junk")
+    np.save(root / "train" / "2.npy", np.array([{"a": 1}], dtype=object))
+    samples = Features(root=str(root)).dataset("train")
+    for index in (1, 2):
+        with pytest.raises(UnreadableSample, match=rf"{index}\.npy: .*Python objects are never read") as error:
+            samples[index]
+        assert "pickle" not in str(error.value)
+
+
+def test_other_labels_of_the_same_sequences_are_other_data(tmp_path: Path) -> None:
+    roots = [
+        folder_of(tmp_path / str(k), ["0.npy", "1.npy"], labels) for k, labels in enumerate(([0, 1], [0, 1], [1, 0]))
+    ]
+    one, same, other = (Features(root=str(root)).dataset("train").fingerprint() for root in roots)  # type: ignore[attr-defined]
+    assert one == same != other

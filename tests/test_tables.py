@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import decimal
 import gzip
 import math
 import os
@@ -336,3 +337,116 @@ def test_series_that_stand_in_both_files_are_found_and_the_list_has_a_fingerprin
     assert isinstance(more, Labelled)
     assert more.fingerprint() != before
     assert torch.equal(more.values[:3].isnan(), train.values.isnan())
+
+
+# ------------------------------------------------------------------------------ dates as numbers and in several columns
+
+
+DAYS = [START.date() + dt.timedelta(days=i) for i in range(ROWS)]  # of 2020, so that the 29th of February is one
+
+
+@pytest.mark.parametrize(
+    ("head", "row"),
+    [
+        ("date,y", "{d:%Y%m%d},{y}"),
+        ("day_of_trade,y", "{d:%Y%m%d},{y}"),
+        ("date,y", "{d:%Y%m%d}12,{y}"),
+        ("stamp,y", "{d:%Y%m%d}1230,{y}"),
+        ("stamp,y", "{d:%Y%m%d}123059,{y}"),
+        ("Year,Month,Day,y", "{d.year},{d.month},{d.day},{y}"),
+        ("y,yr,mo,day,hour", "{y},{d.year},{d.month},{d.day},7"),
+    ],
+)
+def test_dates_as_numbers_or_in_parts_are_the_clock_and_no_channels(tmp_path: Path, head: str, row: str) -> None:
+    """Between the 31st and the 1st lies a day, and not 70; a week that is missing is a gap."""
+    rows = [row.format(d=day, y=y) for day, y in zip(DAYS, VALUES, strict=True)]
+    whole = read(tmp_path, lines(head, *rows))
+    assert (whole.columns, whole.breaks, whole.gap) == (("y",), (), None)
+    np.testing.assert_array_equal(whole.values[:, 0], VALUES)
+    gap = read(tmp_path, lines(head, *rows[:20], *rows[27:]))
+    assert gap.breaks == (20,)
+    assert "from 2020-01-20" in str(gap.gap)
+    assert "8 days where 1 day is usual" in str(gap.gap)
+
+
+def test_numbers_that_are_no_dates_stay_what_they_are(tmp_path: Path) -> None:
+    wrong = [20200101 + i for i in range(ROWS)]  # the 32nd of January
+    assert read(tmp_path, table("a,y", "{a},{y}", a=[n if n % 7 else n + 1000 for n in wrong])).columns == ("a", "y")
+    parts = table("year,month,y", "{a},{b},{y}", a=[2000] * ROWS, b=[i % 14 for i in range(ROWS)])
+    assert read(tmp_path, parts).columns == ("year", "month", "y")
+    named = read(tmp_path, table("year,month,y", "{a},{b},{y}", a=[2000] * ROWS, b=[1] * ROWS), columns=["month", "y"])
+    assert named.columns == ("month", "y")
+    with pytest.raises(UserError, match=r"repeats the time stamp .* by 'year, month'"):
+        read(tmp_path, table("year,month,y", "{a},{b},{y}", a=[2000] * ROWS, b=[1] * ROWS))
+
+
+# --------------------------------------------------------------------------------- what other programs write, once more
+
+
+def test_an_index_that_does_not_rise_is_said(tmp_path: Path) -> None:
+    order = [(7 * i) % ROWS for i in range(ROWS)]
+    notes = read(tmp_path, table(",y", "{k},{y}", k=order)).notes
+    assert any("the index '' does not rise from row to row, so the rows may be out of order" in note for note in notes)
+    assert not any("out of order" in note for note in read(tmp_path, table(",y", "{i},{y}")).notes)
+
+
+def test_decimal_commas_far_below_whole_numbers_are_found(tmp_path: Path) -> None:
+    cells = [str(i) for i in range(1000)] + ["3,5"]
+    found = read(tmp_path, lines("a;b", *(f"{cell};{cell}" for cell in cells)), columns=["a", "b"])
+    assert found.values[-1].tolist() == [3.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PK\x03\x04" + bytes(range(200)), "a workbook (Excel) or zip archive, no text; save the sheet as CSV"),
+        (b"1.0 2.0\n3.0 4.0\n5.0 6.0\n", "its cells are separated by spaces; write commas"),
+        (b"a  b\n3.0  4.0\n5.0  6.0\n", "its cells are separated by spaces; write commas"),
+        (b"a,b\n1,2\n3,4,5\n", "row 3: Expected 2 columns, got 3; give every row as many cells as the first"),
+        (lines("date,y", *(f"{t},1" for t in HOURS), "Total,60").encode(), "'Total' in row 62, neither a number nor"),
+    ],
+)
+def test_what_is_no_table_of_numbers_says_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        read(tmp_path, content)
+    assert said in str(error.value)
+
+
+def test_parquet_is_known_by_its_first_bytes_and_may_hold_decimals(tmp_path: Path) -> None:
+    exact = pa.array([decimal.Decimal(f"{y:.2f}") for y in VALUES])
+    for name in ("x.PARQUET", "x.pq", "x.data"):
+        pa.parquet.write_table(pa.table({"a": VALUES, "b": exact}), tmp_path / name)
+        found = read_table(str(tmp_path / name))
+        assert found.columns == ("a", "b")
+        np.testing.assert_allclose(found.values[:, 1], [round(y, 2) for y in VALUES])
+
+
+def test_columns_that_never_change_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "flat.csv").write_text(table("t,y,b,c", "{t},{y},5,{c}", c=[1] * 40 + [2] * 20))
+    assert len(adapter(tmp_path / "flat.csv").dataset("train"))  # type: ignore[arg-type]
+    assert (
+        "constant in the training rows, so that there is nothing to learn from: column 'b', 'c'"
+        in capsys.readouterr().err
+    )
+
+
+def test_other_values_of_the_same_table_are_other_data(tmp_path: Path) -> None:
+    prints = []
+    for number, last in enumerate((2.5, 2.5, 2.6)):
+        (tmp_path / f"{number}.csv").write_text(table("t,y", "{t},{y}", values=[*VALUES[:-1], last]))
+        windows = adapter(tmp_path / f"{number}.csv").dataset("train")
+        prints.append(windows.fingerprint())  # type: ignore[attr-defined]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_labelled_series_in_another_order_are_other_data(tmp_path: Path) -> None:
+    rows = ["1\t1\t2\t3\t4\n", "2\t4\t3\t2\t1\n"]
+    prints = []
+    for number, order in enumerate((rows, rows, rows[::-1])):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for split in ("TRAIN", "TEST"):
+            (folder / f"X_{split}.tsv").write_text("".join(order))
+        data = adapter(folder, source="labelled", window=4, patch=2).dataset("train")
+        prints.append(data.fingerprint())  # type: ignore[attr-defined]
+    assert prints[0] == prints[1] != prints[2]
