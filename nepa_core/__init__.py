@@ -1,7 +1,8 @@
 """Next-embedding prediction: the method.
 
 Read in this order: `modality` (what data must say about itself), `rope`, `packing`, `predictor`, `model`,
-`objective`, `pretrainer`, `ema`, `diagnostics`. `nepa_core.runtime` holds how it is run; nothing here imports it.
+`objective`, `pretrainer`, `ema`, `diagnostics`. `nepa_core.runtime` holds how it is run; nothing here imports it
+but `load`, which opens a trained network, when it is asked for.
 
 Shape legend for the whole package: B samples, N tokens, T places in the sequence (N, or N + 1 with BOS),
 D model width, H heads, K head width, P raw token size, A coordinate axes, S samples gathered for a verdict.
