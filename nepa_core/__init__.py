@@ -2,7 +2,7 @@
 
 Read in this order: `modality` (what data must say about itself), `rope`, `packing`, `predictor`, `model`,
 `objective`, `terms`, `pretrainer`, `ema`, `diagnostics`. `nepa_core.runtime` holds how it is run; nothing here
-imports it.
+imports it but `load`, which opens a trained network, when it is asked for.
 
 Shape legend for the whole package: B samples, N tokens, T places in the sequence (N, or N + 1 with BOS),
 D model width, H heads, K head width, P raw token size, A coordinate axes, S samples gathered for a verdict.

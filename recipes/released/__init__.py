@@ -1,1 +1,1 @@
-"""The released Hugging Face layout: reading, writing, and weights from runs or from it."""
+"""Runs to the released Hugging Face layout, and that layout to runs."""
