@@ -1,12 +1,14 @@
 # make demo   set up, then the main job on the embedded digits
-# make test   set up, then the tests (make test-slow: the slow, distributed and browser ones)
+# make test   set up, then the tests (make test-slow: the slow, distributed and browser ones; make test-newest: with the
+#             newest torch and all else, set up in .venv-newest)
 # make docs   set up, then the site, into site/
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check docs clean
+.PHONY: demo test test-slow test-newest check docs clean
 
 demo: $(READY)
 	$(BIN)/nepa pretrain recipes.vision:digits
@@ -17,6 +19,9 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m "slow or distributed or browser"
 
+test-newest:
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+
 check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -26,15 +31,15 @@ docs: $(VENV)/.ready-docs
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . site
 
 $(VENV)/.ready-docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[docs]'
 	@touch $@
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "nepa needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.11" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) site
+	rm -rf $(VENV) .venv-newest site

@@ -5,8 +5,10 @@ Shapes: B samples, N tokens, P numbers in a token, A coordinate axes.
 
 from __future__ import annotations
 
+import os
+import re
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +16,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from modalities.data.listing import is_hidden, printable, say
 from modalities.data.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
+from modalities.data.numbering import check_numbering, first_unknown
 from modalities.data.vectors import Sequences, Stored, open_split
 from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
@@ -100,6 +104,8 @@ def open_both(root: str) -> dict[str, Stored]:
             sequences have a class that no training sequence has.
     """
     train, test = (open_split(root, name) for name in ("train", "test"))
+    if train.labels is None and test.labels is None:
+        _say_unread_labels(root, train)
     for what, mine, others in (
         ("numbers in a token", train.width, test.width),
         ("coordinate axes", train.axes, test.axes),
@@ -111,10 +117,8 @@ def open_both(root: str) -> dict[str, Stored]:
     if train.shared is not None and len(train.shared) < max(train.longest, test.longest):
         raise UserError(f"{test.path} has longer sequences than {train.path} has coordinates for")
     if train.labels is not None and test.labels is not None and _kind(train) == "classes":
-        check_numbering(train.labels, f"{train.path}: label")
-        unknown = np.flatnonzero(~np.isin(test.labels, train.labels))
-        if unknown.size:
-            row = int(unknown[0])
+        check_numbering(train.labels, f"{train.path}: label", ", or store numbers to predict in floating point")
+        if (row := first_unknown(train.labels, test.labels)) is not None:
             raise UserError(
                 f"{test.name(row)} has the class {test.labels[row]}, which no sequence of {train.path} has; fix the "
                 "labels, or leave such sequences out"
@@ -122,18 +126,20 @@ def open_both(root: str) -> dict[str, Stored]:
     return {"train": train, "test": test}
 
 
-def check_numbering(labels: np.ndarray[Any, Any], where: str) -> None:
-    """See that the classes [S] of training samples are numbered from 0 on: a gap would be a class that never occurs.
-
-    Raises:
-        UserError: they are not.
-    """
-    found = np.unique(labels)
-    gaps = np.flatnonzero(found != np.arange(len(found)))
-    if len(gaps):
-        raise UserError(
-            f"{where}: {len(found)} classes occur in training, numbered from {found[0]} to {found[-1]}, and none is "
-            f"{gaps[0]}; number them from 0 to {len(found) - 1}, or store numbers to predict in floating point"
+def _say_unread_labels(root: str, train: Stored) -> None:
+    """Say which files beside the data look like labels, where none were found."""
+    endings = (".csv", ".tsv", ".txt", ".json", ".jsonl")
+    names = [entry.name for entry in os.scandir(train.path.parent) if entry.is_file() and not is_hidden(entry.name)]
+    odd = sorted(
+        name
+        for name in names
+        if name.lower().endswith(endings) or (name != train.path.name and re.search("label|target|class", name.lower()))
+    )
+    if odd:
+        shown = ", ".join(map(printable, odd[:4])) + (f" and {len(odd) - 4} more" if len(odd) > 4 else "")
+        say(
+            f"{root}: no labels; {shown} beside the data {'is' if len(odd) == 1 else 'are'} not read. Labels of arrays "
+            "and folders are train.label.npy and test.label.npy, a number for each sequence"
         )
 
 

@@ -17,12 +17,12 @@ from torch.utils.data import Dataset
 
 from modalities.data.image_augment import Augment, Interpolation, erase
 from modalities.data.image_decode import LARGEST_IMAGE, Channels
-from modalities.data.image_sources import SourceName, open_source
-from modalities.data.images import open_files, open_images
+from modalities.data.image_sources import SourceName, numbered_classes, open_source
+from modalities.data.images import DecodedImages, open_files, open_images
 from modalities.orders import Ordered
-from nepa_core.basics import Batch
+from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
-from nepa_core.tokens import Sketch, Tokens
+from nepa_core.tokens import ImageInput, Sketch, Tokens
 
 
 class Images(Ordered, Modality):
@@ -127,9 +127,13 @@ class Images(Ordered, Modality):
         return f"pixels: {scaled}, centre crop {crop}"
 
     def classes(self) -> tuple[str, ...] | None:
-        """The names that the source gives, or the numbers that occur in its training labels."""
-        source = open_source(self.source, "train", root=self.root, size=self.size)
-        return source.classes or tuple(str(number) for number in range(int(source.labels.max()) + 1))
+        """The names that the source gives, or the numbers that occur in its training labels.
+
+        Raises:
+            UserError: these have a gap, or a held-out image has another.
+        """
+        train, test = (open_source(self.source, split, root=self.root, size=self.size) for split in ("train", "test"))
+        return numbered_classes(train, test, self.root or self.source)
 
     def token_dim(self) -> int:
         return self.channels * self.patch[0] * self.patch[1]
@@ -154,6 +158,32 @@ class Images(Ordered, Modality):
             UnreadableSample: from the data set, on access to a file that is no image.
         """
         return open_files(paths, size=self.size, channels=self.channels, max_pixels=self.max_pixels)
+
+    def stored(self, split: str) -> DecodedImages:
+        """See `Modality.stored`.
+
+        Raises:
+            UserError: `limit` is set.
+        """
+        if self.limit is not None:
+            raise UserError(
+                f"data.limit={self.limit}: nepa resize writes every image; leave it out, or give data.limit=null"
+            )
+        source = open_source(self.source, split, root=self.root, size=self.size)
+        rows = torch.arange(len(source.labels))
+        return DecodedImages(source, rows, self.size, self.channels, torch.nn.Identity(), None, self.max_pixels)
+
+    def image_input(self) -> ImageInput:
+        return ImageInput(
+            self.size,
+            self.patch,
+            self.channels,
+            self.mean,
+            self.std,
+            order=self.patch_order,
+            crop_ratio=self.crop_ratio,
+            squash=self.squash,
+        )
 
 
 def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:

@@ -31,11 +31,11 @@ from modalities.data.scenes import (
     open_pairs,
     scene_tree,
 )
-from modalities.image import Images, channel_statistics, patch_centres, patchify, unpatchify
+from modalities.image import channel_statistics, patch_centres, patchify, unpatchify
 from modalities.orders import Ordered
 from nepa_core.basics import Batch
 from nepa_core.modality import Modality
-from nepa_core.tokens import Sketch, Tokens
+from nepa_core.tokens import ImageInput, Sketch, Tokens
 
 
 class Scenes(Ordered, Modality):
@@ -125,20 +125,9 @@ class Scenes(Ordered, Modality):
         """Image files by name, as `whole` gives scenes; no pixel has a class."""
         return SceneFiles(paths, self.max_pixels)
 
-    def images(self) -> Images:
-        """The adapter of images whose tokens are those of a crop: what remains without the classes of pixels."""
-        return Images(
-            source="folder",
-            root=self.root,
-            size=self.crop,
-            patch=self.patch,
-            channels=3,
-            mean=self.mean,
-            std=self.std,
-            max_pixels=self.max_pixels,
-            patch_order=self.patch_order,
-            order_seed=self.order_seed,
-        )
+    def image_input(self) -> ImageInput:
+        """That of a crop."""
+        return ImageInput(self.crop, self.patch, 3, self.mean, self.std, order=self.patch_order)
 
     def _stored(self, split: str) -> StoredScenes:
         numbering = Numbering(self.class_count, self.first_label, self.ignored_labels)
@@ -154,6 +143,10 @@ class Scenes(Ordered, Modality):
 
     def classes(self) -> None:
         """None: the classes are those of pixels, not of a "label"; `class_names` has them."""
+
+    def token_targets(self, batch: Batch) -> Tensor:
+        """See `patch_classes`."""
+        return self.patch_classes(batch["target"])
 
     def patch_classes(self, target: Tensor) -> Tensor:
         """The class that most labelled pixels of a patch have (the first among equals), -1 where none is labelled.

@@ -6,7 +6,8 @@ independent), H time steps to forecast, p steps in a patch, N = L / p tokens, P 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple, Self
@@ -33,7 +34,7 @@ from modalities.orders import Ordered
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.runtime.config import listed
-from nepa_core.tokens import Sketch, Spans, Tokens
+from nepa_core.tokens import LARGEST_VALUE, Sketch, Spans, Tokens
 
 SPLITS = ("train", "validation", "test")
 VAR_ROWS = 24_000
@@ -140,7 +141,7 @@ class TimeSeries(Ordered, Modality):
     def forecasts(self, split: str, horizon: int) -> Windows:
         """Every window of `window` steps whose next `horizon` steps lie in the split: "train", "validation", "test".
 
-        Samples also have "future" [H, C], z-scored. Validation and test windows may look back over the border for
+        See `Modality.forecasts`; values are z-scored. Validation and test windows may look back over the border for
         their input. Windows with a missing value to forecast, a gap in time, or fewer than two whole tokens, are left
         out and counted in `left_out`.
 
@@ -200,6 +201,10 @@ class TimeSeries(Ordered, Modality):
         variance = ((series - mean).square() * real).sum(1, keepdim=True) / count
         floor = (_FLAT * (series * real).abs().amax(1, keepdim=True)).clamp(min=_LEAST)
         return mean, (variance + floor.square()).sqrt()
+
+    def window_scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`scale`, or the 0 and 1 that all channels share."""
+        return super().window_scale(batch) if self.normalise == "none" else self.scale(batch)
 
     def token_dim(self) -> int:
         return self.patch * (1 if self.channels == "independent" else self.channel_count())
@@ -335,6 +340,13 @@ class Windows(Dataset[Batch]):
         """Samples that are none for what is missing in them."""
         return len(self.starts) * self.channels - len(self)
 
+    def name(self, index: int) -> str:
+        """What a message calls that window: its rows, 1 the first of the table below its head, and its channel."""
+        number = index if self.kept is None else int(self.kept[index])
+        first = int(self.starts[number // self.channels]) + 1
+        channel = f" of channel {number % self.channels + 1}" if self.independent and self.channels > 1 else ""
+        return f"the window of rows {first} to {first + self.window + self.horizon - 1}{channel}"
+
     def spans(self) -> Spans:
         """Windows overlap; those of one stretch of their length, of whatever channel, are one cluster."""
         numbers = torch.arange(len(self)) if self.kept is None else self.kept
@@ -343,9 +355,9 @@ class Windows(Dataset[Batch]):
         return Spans(first // (self.window + self.horizon), numbers % self.channels, first, end, chained=True)
 
     def fingerprint(self) -> str:
-        """Changes where the table has other rows or columns, or other windows are cut from it."""
+        """Changes where the table has other rows, columns or values, or other windows are cut from it."""
         rows, columns = self.values.shape
-        return f"{len(self)} samples, {rows} rows, {columns} columns"
+        return f"{len(self)} samples, {rows} rows, {columns} columns, {_digest(self.values)}"
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -413,8 +425,13 @@ class Labelled(Dataset[Batch]):
         return Contents(ends.astype(np.int64), read, self.name)
 
     def fingerprint(self) -> str:
-        """Changes where the file has other rows, or others have values."""
-        return fingerprint([Path(self.stored.path).name], np.array([len(self), int((~self.values.isnan()).sum())]))
+        """Changes where the file has other rows, in another order, or other values or labels."""
+        name = f"{Path(self.stored.path).name} {_digest(self.values)}"
+        return fingerprint([name], np.array([len(self), int((~self.values.isnan()).sum())]), self.labels.numpy())
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.blake2b(values.contiguous().numpy().data, digest_size=8).hexdigest()
 
 
 # The caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
@@ -445,19 +462,34 @@ def _read(
 ) -> Series:
     breaks: tuple[int, ...] = ()
     gap: str | None = None
+    row: Callable[[int], str] = "row {}".format
     if root is None:
         names = tuple(map(str, range(VAR_CHANNELS)))
         drawn = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)
         values = drawn[0].numpy().astype(np.float64)
     else:
-        names, values, breaks, gap, notes = read_table(root, time=time, columns=columns)
+        names, values, breaks, gap, notes, row = read_table(root, time=time, columns=columns)
         for note in notes:
             say(note)
         if gap is not None:
             say(f"{root}: {gap}")
     borders = _borders(len(values), parts, root or "var")
-    mean, std = _statistics(values[slice(*borders["train"])], [f"{root or 'var'}: column {name!r}" for name in names])
+    train = values[slice(*borders["train"])]
+    mean, std = _statistics(train, [f"{root or 'var'}: column {name!r}" for name in names])
+    flat = [
+        name for name, column in zip(names, train.T, strict=True) if np.fmin.reduce(column) == np.fmax.reduce(column)
+    ]
+    if flat:
+        shown = ", ".join(map(repr, flat[:6])) + (f" and {len(flat) - 6} more" if len(flat) > 6 else "")
+        say(f"{root}: constant in the training rows, so that there is nothing to learn from: column {shown}")
     values = standardised(values, mean, std)
+    for place, (name, column) in enumerate(zip(names, values.T, strict=True)):
+        if max(np.fmax.reduce(column), -np.fmin.reduce(column)) > LARGEST_VALUE:
+            far = int(np.nanargmax(np.abs(column)))
+            raise UserError(
+                f"{root}: {row(far)} of column {name!r} is more than {LARGEST_VALUE:g} standard deviations of the "
+                f"training rows ({std[place]:g}) away from their mean; empty the cell if the value is missing"
+            )
     return Series(
         torch.from_numpy(values), torch.from_numpy(mean).float(), torch.from_numpy(std).float(), borders, breaks, gap
     )

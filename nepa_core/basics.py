@@ -1,8 +1,11 @@
-"""What every other file may need: the batch type, the frozen-config setting, the two errors and the cores."""
+"""What every other file may need: the batch type, the frozen-config setting, the two errors, calling a user's code."""
 
 from __future__ import annotations
 
 import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict
@@ -31,6 +34,22 @@ class UnreadableSample(Exception):
 
     The message names the file (or row) and the cause.
     """
+
+
+def call(what: str, function: Callable[..., Any], *given: Any) -> Any:
+    """What a function of the user's gives; `what` says in an error which it is and what it is called with.
+
+    Raises:
+        UserError: it fails; the line names the place in it.
+    """
+    try:
+        return function(*given)
+    except UserError:
+        raise
+    except Exception as error:
+        inside = traceback.extract_tb(error.__traceback__)[1:2]  # nothing where the call itself did not fit
+        where = "".join(f", line {each.lineno} of {Path(each.filename).name}" for each in inside)
+        raise UserError(f"{what} fails{where}: {type(error).__name__}: {error}") from error
 
 
 def cores() -> int:

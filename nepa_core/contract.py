@@ -1,4 +1,4 @@
-"""What an adapter must hold to, checked on its own data. Run `check_modality` in a test of your adapter.
+"""What an adapter must hold to, checked on its own data: `nepa check RECIPE`, or `check_modality` in a test of yours.
 
 The cheap ones of these checks, `check_first_batches`, run before every training, too.
 
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from nepa_core.basics import Batch, UnreadableSample
+from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import PredictorConfig
-from nepa_core.tokens import Tokens
+from nepa_core.tokens import LARGEST_VALUE, Tokens
 
 BATCH = 8
 TRIED = 256  # samples that are looked at for BATCH that can be read, before training
@@ -55,28 +55,7 @@ def check_modality(modality: Modality) -> None:
     Raises:
         AssertionError: in plain words, what is wrong and how to fix it.
     """
-    checks = (
-        check_splits_have_samples,
-        check_samples_are_dictionaries,
-        check_whole_batches_agree,
-        check_values,
-        check_coords,
-        check_mask,
-        check_targets,
-        check_tokenize_is_deterministic,
-        check_plain_is_repeatable,
-        check_samples_do_not_mix,
-        check_tokens_do_not_overlap,
-        check_order_is_a_permutation,
-        check_order_can_be_undone,
-        check_order_is_the_samples_own,
-        check_sketch,
-        check_embedder,
-        check_future_is_hidden,
-        check_masked_tokens_are_ignored,
-        check_training,
-    )
-    for check in checks:
+    for check in CHECKS:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             check(modality)
@@ -111,7 +90,7 @@ def check_first_batches(modality: Modality, *, predicts: bool) -> None:
             if predicts:
                 _check_has_pairs(modality, tokens)
             finite = tokens.finite()
-            assert 2 * int(finite.sum()) > len(finite), NOT_FINITE
+            assert 2 * int(finite.sum()) > len(finite), NOT_FINITE if _holds_nan(tokens) else TOO_LARGE
             widths[split] = tokens.values.shape[-1]
             _check_permutation(tokens, modality.order(tokens))
     assert len({*widths.values()}) < 2, (
@@ -158,6 +137,7 @@ def check_whole_batches_agree(modality: Modality) -> None:
             continue
         samples = dict(reversed(_samples(dataset).items()))
         whole, single = dataset.__getitems__(list(samples)), default_collate(list(samples.values()))
+        whole = default_collate(whole) if isinstance(whole, list) else whole  # as torch's Subset gives it
         same = whole.keys() == single.keys() and all(_equal(whole[key], single[key]) for key in single)
         assert same, (
             f"dataset({split!r}).__getitems__(indices) differs from its samples one by one: "
@@ -166,6 +146,11 @@ def check_whole_batches_agree(modality: Modality) -> None:
 
 
 NOT_FINITE = "Tokens.values holds NaN or infinity: fill such places and mask the tokens"
+TOO_LARGE = f"Tokens.values holds numbers beyond {LARGEST_VALUE:g}: standardise them"
+
+
+def _holds_nan(tokens: Tokens) -> bool:
+    return not bool(tokens.values.isfinite().all() and tokens.coords.isfinite().all())
 
 
 def check_values(modality: Modality) -> None:
@@ -174,6 +159,7 @@ def check_values(modality: Modality) -> None:
     _check_form(tokens)
     assert tokens.values.shape[1] > 1, _SINGLE
     assert tokens.values.isfinite().all(), NOT_FINITE
+    assert (tokens.values.abs() <= LARGEST_VALUE).all(), TOO_LARGE
 
 
 _SINGLE = "Tokens.values has a single token: nothing can be predicted; cut samples finer"
@@ -283,10 +269,11 @@ def check_samples_do_not_mix(modality: Modality) -> None:
 
 
 def check_tokens_do_not_overlap(modality: Modality) -> None:
-    """Change numbers of a raw sample one by one: what changes most may stand in one token alone.
+    """A number of a raw sample stands in one token alone.
 
-    That it stands in another with the same value before and after is no chance, as the sample has a little noise; and
-    what every token is normalised by, such as a mean, changes less.
+    Numbers are changed one by one, and the token where most changes is found. That the same values before and after
+    stand in another is no chance, as the sample has a little noise; and what every token is normalised by, such as a
+    mean, changes less.
     """
     batch = {key: value[:1] for key, value in _batch(modality).items()}
     raw = {key: value for key, value in batch.items() if value.is_floating_point() or value.dtype == torch.uint8}
@@ -354,6 +341,53 @@ def check_order_is_the_samples_own(modality: Modality) -> None:
             "a sample alone and within a batch is read in different orders: order(tokens) must hang on the sample, not "
             "on the others or on padding"
         )
+
+
+def check_windows(modality: Modality) -> None:
+    """Windows to forecast, where the adapter offers any, are what `Modality.forecasts` says, two steps ahead."""
+    try:
+        for split in ("train", "validation", "test") if modality.offers("forecasts") else ():
+            check_forecasts(modality, split, 2)
+    except UserError:  # settings or samples of an adapter that leave nothing to forecast
+        return
+
+
+def check_forecasts(modality: Modality, split: str, horizon: int) -> Dataset[Batch]:
+    """Check the first window of a split that can be read.
+
+    Returns:
+        All windows of the split.
+
+    Raises:
+        AssertionError: what is wrong with it.
+        UserError: the adapter has none.
+    """
+    windows, called = modality.forecasts(split, horizon), f"forecasts({split!r}, {horizon})"
+    samples = _samples(windows, within=TRIED)
+    assert samples, f"{called} gives no window that can be read: move the borders of the splits, or shorten horizons"
+    sample = next(iter(samples.values()))
+    _check_is_dictionary(sample, split)
+    for key in ("series", "future"):
+        assert key in sample, f"a sample of {called} has no {key!r}: add it, float32 [steps, channels]"
+        shape = _shape(sample[key])
+        assert (len(shape), sample[key].dtype) == (2, torch.float32), (
+            f"sample[{key!r}] of {called} is {sample[key].dtype} {shape}: make it float32 [steps, channels]"
+        )
+        assert sample[key].isfinite().all(), (
+            f"sample[{key!r}] of {called} holds NaN or infinity: leave out windows with a missing value to forecast, "
+            "and name missing values of the series in 'observed'"
+        )
+    shape, wanted = _shape(sample["future"]), [horizon, sample["series"].shape[1]]
+    assert shape == wanted, f"sample['future'] of {called} has shape {shape}: make it {wanted}"
+    batch = _collated(list(samples.values()), split)
+    tokens = modality.tokenize(batch)
+    _check_form(tokens)
+    for each in modality.window_scale(batch):
+        assert _shape(each) in ([len(samples), 1, wanted[1]], [len(samples), 1, 1]), (
+            f"window_scale(batch) gives shape {_shape(each)} for {len(samples)} windows of {wanted[1]} channels: make "
+            "it [B, 1, C] or [B, 1, 1]"
+        )
+    return windows
 
 
 def check_sketch(modality: Modality) -> None:
@@ -431,7 +465,7 @@ def check_training(modality: Modality) -> None:
         out = model(tokens, causal=True)
         loss = next_embedding_loss(out.predictions, out.embeddings, out.mask)
         assert loss.isfinite(), f"the loss of training step {step} is {loss.item()}: standardise Tokens.values"
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         _check_gradients(model.embed)
         optimizer.step()
 
@@ -445,6 +479,53 @@ def _check_gradients(embed: torch.nn.Module) -> None:
     assert not trained or any(g.any() for g in gradients), (
         "no gradient reaches the embedder: remove detach() or no_grad() from it, and check that values vary"
     )
+
+
+CHECKS = (
+    check_splits_have_samples,
+    check_samples_are_dictionaries,
+    check_whole_batches_agree,
+    check_values,
+    check_coords,
+    check_mask,
+    check_targets,
+    check_tokenize_is_deterministic,
+    check_plain_is_repeatable,
+    check_samples_do_not_mix,
+    check_tokens_do_not_overlap,
+    check_order_is_a_permutation,
+    check_order_can_be_undone,
+    check_order_is_the_samples_own,
+    check_sketch,
+    check_windows,
+    check_embedder,
+    check_future_is_hidden,
+    check_masked_tokens_are_ignored,
+    check_training,
+)
+"""All of them, cheapest first; the first line of each one's docstring says what holds where it passes."""
+
+
+def looked_at(modality: Modality) -> dict[str, str]:
+    """What the checks read of an adapter that passes them, a line each: the splits, and the tokens of a first batch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        found = {}
+        for split in ("train", "test"):
+            samples = _samples(dataset := modality.dataset(split))
+            first = ", ".join(
+                f"{key} {str(x.dtype)[6:]} {_shape(x)}" for key, x in next(iter(samples.values())).items()
+            )
+            found[split] = f"{len(cast(Sized, dataset)):,} samples, the first {len(samples)} read: {first}"
+        tokens = modality.tokenize(_batch(modality))
+        order = modality.order(tokens)
+    values, low, high = tokens.values[_mask(tokens)], tokens.coords.amin(), tokens.coords.amax()
+    (_, count, size), axes = tokens.values.shape, tokens.coords.shape[-1]
+    found["tokens"] = f"{count} of {size} numbers, mean {values.mean():.2f}, standard deviation {values.std():.2f}"
+    found["positions"] = f"on {axes} {'axis' if axes == 1 else 'axes'}, from {low:.4g} to {high:.4g}"
+    found["mask"] = "none" if tokens.mask is None else f"{tokens.mask.float().mean():.0%} of the tokens are real"
+    each = "canonical" if order is None else "one for all samples" if order.ndim == 1 else "one for each sample"
+    return found | {"order": each}
 
 
 def _samples(dataset: Dataset[Batch], within: int | None = None) -> dict[int, Batch]:

@@ -6,7 +6,7 @@ Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sized
+from collections.abc import Sequence, Sized
 from contextlib import suppress
 from typing import ClassVar, Self, cast
 
@@ -17,15 +17,18 @@ from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.predictor import init_weights
-from nepa_core.tokens import Sketch, Tokens
+from nepa_core.tokens import ImageInput, Sketch, Tokens
 
 
 class Modality(BaseModel, ABC):
     """An adapter: frozen settings plus `dataset` and `tokenize`; the other methods have defaults.
 
+    Four more open a task: `forecasts` (nepa forecast), `files` (nepa inspect images=), `stored` (nepa resize) and
+    `image_input` (nepa export). By default each raises a `UserError` that names the method to write.
+
     Subclass it in your own module, write a function there that returns a whole recipe around it, and name
-    that function on the command line as `my_lab.seismic:base`. `tests/contract.py:check_modality` tells you
-    what is wrong with an adapter.
+    that function on the command line as `my_lab.seismic:base`. `nepa check my_lab.seismic:base` tells you what is
+    wrong with an adapter.
     """
 
     model_config = FROZEN
@@ -42,13 +45,16 @@ class Modality(BaseModel, ABC):
 
         `split` is "train" or "test" (held out). Supervised tasks look for the key "label" (an integer is a class,
         float32 [] or [K] are numbers to predict) or "target" (integers [N], the class of every token in canonical
-        order); a negative class is none. A dataset may raise `UnreadableSample` for a sample, and may offer
-        `__getitems__(list of int)` that returns a whole batch as one dictionary, which is faster for data in memory,
-        and `name(int)`, what a picture of that sample is called, such as its file. Where samples overlap or are cut
-        from one recording, its `spans()` says so (`nepa_core.drawing.Spans`): a verdict then keeps rivals apart and
-        makes its intervals from recordings, not from samples. Its `fingerprint()`, a short text such as the number and
-        digest of the files, is part of a checkpoint: data that changed between a stop and its resumption is then
-        refused. Its `contents()` (`modalities.data.listing.Contents`) lets samples that are in both splits be counted.
+        order); a negative class is none. A data set may raise `UnreadableSample` for a sample, and may have
+
+          __getitems__(list of int)  a whole batch as one dictionary (or a list of samples), faster for data in memory
+          name(int)      what a picture or a message calls that sample, such as its file
+          spans()        `nepa_core.tokens.Spans`, where samples overlap or are cut from one recording: a verdict then
+                         keeps rivals apart and makes its intervals from recordings, not from samples
+          fingerprint()  a short text such as the number and digest of the files. It is part of a checkpoint: data that
+                         changed between a stop and its resumption is then refused
+          contents()     `modalities.data.listing.Contents`: samples that are in both splits are then counted
+          raw(int)       of images decoded on access: the bytes of that file, or pixels
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.
@@ -83,6 +89,17 @@ class Modality(BaseModel, ABC):
                 "number them from 0 on without gaps"
             )
         return tuple(str(number) for number in range(highest + 1)) or None
+
+    def token_targets(self, batch: Batch) -> Tensor | None:
+        """The class of every token that `nepa probe` reads out, where samples have no "label".
+
+        Default: "target", where it holds integers [B, N].
+
+        Returns:
+            Integers [B, N] in canonical order, negative where a token has none; or None: tokens have no classes.
+        """
+        target: Tensor | None = batch.get("target")
+        return None if target is None or target.is_floating_point() or target.ndim != 2 else target
 
     def plain(self) -> Modality:
         """This adapter without augmentation: what probes and baselines read. Default: itself."""
@@ -166,6 +183,77 @@ class Modality(BaseModel, ABC):
             The loss, or None where it is not known (the default).
         """
         return None
+
+    def forecasts(self, split: str, horizon: int) -> Dataset[Batch]:
+        """Windows of a series with what comes after them, for `nepa forecast`.
+
+        Args:
+            split: "train", "validation" (a read-out is chosen on it) or "test".
+            horizon: H, steps to forecast.
+
+        Returns:
+            A data set as `dataset` gives, whose samples have what `tokenize` needs and "series", float32 [L, C], the L
+            steps that are seen, and "future", float32 [H, C], the H steps after them, none of it missing: both in the
+            units that errors are reported in, such as z-scores by the training rows. Where values are missing,
+            "observed", bool [L, C], is False and the series reads 0. L and the number of tokens are the same in all.
+            Its `spans()` says where windows begin and end, for the intervals; without it every window is taken to
+            begin one step after the one before. It may offer `values`, the tensor that windows are cut from, of which
+            finished rows are known (else by all windows), and `left_out`, how many windows missing values cost.
+
+        Raises:
+            UserError: the split is too short for the horizon; or this adapter offers no forecasts (the default).
+        """
+        raise self._lacks("forecasts(split, horizon)", "forecast is for series")
+
+    def window_scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The mean and standard deviation that `tokenize` takes out of each window of `forecasts`.
+
+        A forecast of a network is in units of the window, (series - mean) / std, and brought back by them.
+
+        Returns:
+            Two tensors [B, 1, C] in the units of "series", or [B, 1, 1] where channels share them; every number of
+            the second is above 0. Default: 0 and 1.
+        """
+        first: Tensor = batch["series"][:, :1, :1]
+        return torch.zeros_like(first), torch.ones_like(first)
+
+    def files(self, paths: Sequence[str]) -> Dataset[Batch]:
+        """Samples from files by name, for `nepa inspect images=`: as those of `dataset`, without a label or with -1.
+
+        Raises:
+            UnreadableSample: from the data set, on access to a file that can't be read.
+            UserError: this adapter reads no files by name (the default).
+        """
+        raise self._lacks("files(paths)", "images= are for runs on images")
+
+    def stored(self, split: str) -> Dataset[Batch]:
+        """The images of a split at their stored sizes, for `nepa resize`.
+
+        Returns:
+            A map-style data set of {"image": uint8 [C, H, W], "label": a class}, with `name(int)`; its `raw(int)`, if
+            any, is that of `dataset`.
+
+        Raises:
+            UnreadableSample: from the data set, on access to an image that can't be decoded.
+            UserError: this adapter has no stored images (the default).
+        """
+        raise self._lacks("stored(split)", "nepa resize takes a recipe of images")
+
+    def image_input(self) -> ImageInput:
+        """What must be done to an image before the network reads it, for the layout that `nepa export` writes.
+
+        Raises:
+            UserError: samples are no images (the default).
+        """
+        name = type(self).__name__
+        raise self._lacks("image_input()", f"the released layout holds images, not {name}")
+
+    def offers(self, method: str) -> bool:
+        """Whether this adapter has an optional method of its own, in place of the default."""
+        return getattr(type(self), method) is not getattr(Modality, method)
+
+    def _lacks(self, method: str, why: str) -> UserError:
+        return UserError(f"{why}: {type(self).__name__} has no {method}; see nepa_core.modality.Modality")
 
     def read(self, batch: Batch) -> Tokens:
         """Tokenize a batch and put the tokens into this adapter's order.

@@ -30,8 +30,11 @@ Rope = RotaryTable | RotaryPair | Tensor | None
 class PredictorConfig(BaseModel):
     """Shape and switches of the network.
 
+    `PredictorConfig(dim=384, depth=12, heads=6)` is enough: the rest has the paper's values (Section 3 and its best
+    ablation), and where it is silent those of the released checkpoints; positions are RoPE's alone, as there.
+
     Attributes:
-        dim, depth, heads, mlp_dim: width D, number of blocks, attention heads, hidden width of the MLP.
+        dim, depth, heads, mlp_dim: width D, number of blocks, attention heads, hidden width of the MLP (default 4 D).
         activation, gated: "gelu" and False is the released form; "silu" and True is SwiGLU (the paper's).
         layer_scale: start of the LayerScale vectors, or None for none. 1e-5 in the paper; below some ten
             thousand steps start at 1.0, or the branches starve.
@@ -61,15 +64,15 @@ class PredictorConfig(BaseModel):
     dim: int = Field(gt=0, le=2**20)
     depth: int = Field(gt=0, le=2**14)
     heads: int = Field(gt=0, le=2**14)
-    mlp_dim: int = Field(gt=0, le=2**22)
-    activation: Literal["gelu", "silu"]
-    gated: bool
-    layer_scale: float | None = Field(ge=-1e3, le=1e3)
-    qk_norm: Literal["off", "plain", "affine"]
-    rope_theta: float | None = Field(gt=1e-6, le=1e12)
-    rope_rescale: float = Field(ge=1, le=1e6)
-    bos: bool
-    norm_eps: float = Field(gt=1e-30, le=1)
+    mlp_dim: int = Field(default_factory=lambda shape: 4 * shape.get("dim", 1), gt=0, le=2**22)
+    activation: Literal["gelu", "silu"] = "silu"
+    gated: bool = True
+    layer_scale: float | None = Field(default=1e-5, ge=-1e3, le=1e3)
+    qk_norm: Literal["off", "plain", "affine"] = "plain"
+    rope_theta: float | None = Field(default=100.0, gt=1e-6, le=1e12)
+    rope_rescale: float = Field(default=1.0, ge=1, le=1e6)
+    bos: bool = True
+    norm_eps: float = Field(default=1e-12, gt=1e-30, le=1)
     learned_positions: int = Field(default=0, ge=0, le=2**24)
     predict_position: Literal["off", "add", "rotate"] = "off"
     mask_token: bool = False

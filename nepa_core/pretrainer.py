@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from functools import partial
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from nepa_core import objective
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA, HeadOutputs, Prediction
-from nepa_core.objective import Gather, Term, pair_up
+from nepa_core.objective import pair_up
 from nepa_core.predictor import PredictorConfig, Trace, init_weights
+from nepa_core.terms import SPACES, TERMS, Gather, Space, term
 from nepa_core.tokens import Tokens
-
-# Names of terms, by what they compare. A term over several heads is the mean over them.
-AS_THEY_ARE = ("cosine", "mse", "mse_normalised", "infonce_sample", "infonce_position", "horizons")
-STANDARDISED = ("standardised", "barlow")
-"""Terms whose targets are standardised over the batch first."""
-
-PROJECTED = ("projected_cosine", "projected_mse")
-"""Terms that compare prediction and target behind the projector."""
-
-SIGREG = ("sigreg_tokens", "sigreg_batch")
-"""Terms that shape the projected embeddings, and know no prediction."""
-
-BEHIND_PROJECTOR = (*PROJECTED, *SIGREG)
-"""Terms that need the projector."""
-
-PREDICTIVE = (*AS_THEY_ARE, *STANDARDISED, *PROJECTED)
-TERMS = (*PREDICTIVE, *SIGREG, "intermediate")
-ACROSS_SAMPLES = ("standardised", "infonce_position", "barlow", "sigreg_batch")
-"""Terms that compare the samples of one forward pass, and so need two."""
-
-ACROSS_PROCESSES = ("infonce_position",)
-"""Those of them that compare the samples of all processes; the others see the process's own."""
 
 HEADS = "heads."
 """What the names of the heads' tensors start with."""
@@ -53,7 +30,7 @@ class ObjectiveConfig(BaseModel):
         unknown_target: allow an order that is drawn for each sample without `model.predict_position`, to see that the
             best prediction is then close to the mean embedding.
         input_mask: share of the input embeddings replaced by the mask token (needs `model.mask_token`).
-        terms: name of a term (`TERMS`) -> its weight; 0 leaves it out.
+        terms: name of a term (`terms.TERMS`), or `module:function` of the user's -> its weight; 0 leaves it out.
         temperature: of both InfoNCE terms.
         redundancy: weight of the off-diagonal in Barlow Twins (0.005 in its paper).
         projector: hidden and output width of the head behind the projected terms and SIGReg.
@@ -81,9 +58,9 @@ class ObjectiveConfig(BaseModel):
     @classmethod
     def _known(cls, terms: dict[str, float]) -> dict[str, float]:
         for name, weight in terms.items():
-            if name not in TERMS:
+            if name not in TERMS and ":" not in name:
                 close = difflib.get_close_matches(name, TERMS, n=2)
-                near = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(TERMS)}"
+                near = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(TERMS)}, module:function"
                 raise ValueError(f"there is no term {name}; {near}")
             if not 0 <= weight <= 1e6:
                 raise ValueError(f"the weight of {name} must be a number from 0 to a million")
@@ -98,97 +75,77 @@ class ObjectiveConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fit_together(self) -> Self:
-        if not self.has(PREDICTIVE):
-            raise ValueError(f"objective.terms needs one that trains the prediction: {', '.join(PREDICTIVE)}")
-        for name in SIGREG:
-            if self.stop_gradient and name in self.terms:
+        if not any(term(name).space for name in self.terms):
+            known = ", ".join(name for name, each in TERMS.items() if each.space)
+            raise ValueError(f"objective.terms needs one that trains the prediction: {known}")
+        for name in self.terms:
+            if self.stop_gradient and term(name).shapes_targets:
                 raise ValueError(f"objective.terms.{name} shapes the targets: it needs objective.stop_gradient=false")
-        if "horizons" in self.terms and not self.shift:
+        if "horizons" in self.heads and not self.shift:
             raise ValueError("objective.terms.horizons looks ahead: it needs objective.shift=true")
-        if "intermediate" in self.terms and not self.layers:
+        if "layers" in self.heads and not self.layers:
             raise ValueError("objective.terms.intermediate needs objective.layers, such as [2]")
         return self
 
-    def has(self, names: tuple[str, ...]) -> bool:
-        """Whether one of these terms is in the mixture."""
-        return any(name in self.terms for name in names)
+    @property
+    def space(self) -> Space:
+        """Where prediction and target meet: as they are, where one of the terms compares them so."""
+        found = {term(name).space for name in self.terms}
+        return next(space for space in SPACES if space in found)
 
     @property
-    def space(self) -> Literal["embedding", "standardised", "projected"]:
-        """Where prediction and target meet: as they are, where one of the terms compares them so."""
-        if self.has(AS_THEY_ARE):
-            return "embedding"
-        return "standardised" if self.has(STANDARDISED) else "projected"
+    def heads(self) -> set[str | None]:
+        """What the terms are computed behind; None among them where one compares what the predictor itself gives."""
+        return {term(name).head for name in self.terms}
 
     @property
     def has_heads(self) -> bool:
         """Whether a term needs a head."""
-        return self.has((*BEHIND_PROJECTOR, "horizons", "intermediate"))
+        return self.heads != {None}
 
 
 def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather = lambda x: x) -> Tensor:
     """The loss of one batch: the sum of the terms times their weights, a float32 scalar.
 
-    The formula of a term and its source stand at the function of its name in `objective` (both SIGReg terms: `sigreg`).
-    Every term is a mean over its own pairs; where masks leave micro-batches or processes with unequal shares of the
-    pairs, they are weighed by those of neighbouring places.
+    Formulas and sources are in `terms.TERMS`. Every term is a mean over its own pairs; where masks leave micro-batches
+    or processes with unequal shares of the pairs, they are weighed by those of neighbouring places.
 
     Args:
-        gather: brings the samples of all processes together, for `infonce_position`.
+        gather: brings the samples of all processes together, for terms that look across them.
 
     Raises:
-        UserError: a horizon lies beyond the end of every sequence.
+        UserError: a horizon lies beyond the end of every sequence, or a term of the user's fails or gives no loss.
         ValueError: a term needs a head that the network has not; a `Pretrainer` of this config has it.
     """
     embeddings, predictions, mask, heads = out
-    formulas, heads = _formulas(config, gather), heads or HeadOutputs()
-    made_by = {"horizons": heads.horizons, "intermediate": heads.layers}
-    made_by |= dict.fromkeys(BEHIND_PROJECTOR, heads.projected or ())
-    if headless := [name for name in config.terms if name in made_by and not made_by[name]]:
+    heads = heads or HeadOutputs()
+    # Head -> predictions, embeddings and the places from a prediction to its target.
+    compared: dict[str | None, list[tuple[Tensor, Tensor, int]]] = {
+        None: [(predictions, embeddings, 1)],
+        "projector": [] if heads.projected is None else [(*heads.projected, 1)],
+        "horizons": [(made, embeddings, ahead) for ahead, made in enumerate(heads.horizons, 1)],
+        "layers": [(made, embeddings, 1) for made in heads.layers],
+    }
+    if headless := [name for name in config.terms if not compared[term(name).head]]:
         raise ValueError(f"the term {headless[0]} needs a head: let a Pretrainer with this objective predict")
-    if "horizons" in config.terms and config.horizons >= embeddings.shape[1]:
+    if "horizons" in config.heads and config.horizons >= embeddings.shape[1]:
         raise UserError(
             f"objective.horizons={config.horizons} reaches beyond sequences of {embeddings.shape[1]} places; lower it"
         )
 
-    def compared(name: str) -> list[tuple[Tensor, Tensor, int]]:
-        """What a term compares: predictions, embeddings and the places between a prediction and its target."""
-        if name == "horizons":
-            return [(made, embeddings, ahead) for ahead, made in enumerate(heads.horizons, 1)]
-        if name == "intermediate":
-            return [(made, embeddings, 1) for made in heads.layers]
-        if name in BEHIND_PROJECTOR and heads.projected is not None:
-            return [(*heads.projected, 1)]
-        return [(predictions, embeddings, 1)]
-
     def value(name: str) -> Tensor:
-        losses = []
-        for made, source, ahead in compared(name):
+        each, losses = term(name), []
+        settings = {key: getattr(config, key) for key in each.settings}
+        if each.across == "all processes":
+            settings["gather"] = gather
+        for made, source, ahead in compared[each.head]:
             prediction, target, counted = pair_up(made, source, mask, shift=config.shift, ahead=ahead)
-            losses.append(formulas[name](prediction, target.detach() if config.stop_gradient else target, counted))
+            target = target.detach() if config.stop_gradient else target
+            losses.append(each.function(prediction, target, counted, **settings))
         return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
     weighted = [weight * value(name) for name, weight in config.terms.items()]
     return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
-
-
-def _formulas(config: ObjectiveConfig, gather: Gather) -> dict[str, Term]:
-    sigreg = partial(objective.sigreg, slices=config.slices)
-    return {
-        "cosine": objective.cosine,
-        "mse": objective.mse,
-        "mse_normalised": objective.mse_normalised,
-        "standardised": objective.standardised,
-        "infonce_sample": partial(objective.infonce_sample, temperature=config.temperature),
-        "infonce_position": partial(objective.infonce_position, temperature=config.temperature, gather=gather),
-        "barlow": partial(objective.barlow, redundancy=config.redundancy),
-        "projected_cosine": objective.projected_cosine,
-        "projected_mse": objective.projected_mse,
-        "sigreg_tokens": partial(sigreg, over="tokens"),
-        "sigreg_batch": partial(sigreg, over="batch"),
-        "horizons": objective.horizons,
-        "intermediate": objective.intermediate,
-    }
 
 
 class Heads(nn.Module):
@@ -201,14 +158,14 @@ class Heads(nn.Module):
 
     def __init__(self, config: ObjectiveConfig, dim: int) -> None:
         super().__init__()
-        self.blocks_read = config.layers if "intermediate" in config.terms else ()
+        self.blocks_read = config.layers if "layers" in config.heads else ()
         self.projector: nn.Sequential | None = None
-        if config.has(BEHIND_PROJECTOR):
+        if "projector" in config.heads:
             hidden, width = config.projector
             self.projector = nn.Sequential(
                 nn.Linear(dim, hidden), nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, width)
             )
-        ahead = config.horizons if "horizons" in config.terms else 0
+        ahead = config.horizons if "horizons" in config.heads else 0
         self.horizons = nn.ModuleList(nn.Linear(dim, dim) for _ in range(ahead))
         self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in self.blocks_read)
         self.apply(init_weights)
@@ -252,6 +209,6 @@ class Pretrainer(NEPA):
         assert out.heads is not None
         if self.objective.space == "projected" and out.heads.projected is not None:
             return out.heads.projected
-        if not self.objective.has(tuple(name for name in (*AS_THEY_ARE, *STANDARDISED) if name != "horizons")):
+        if None not in self.objective.heads:
             return out.heads.horizons[0], out.embeddings
         return out.predictions, out.embeddings

@@ -136,10 +136,7 @@ def norm_rotations(tables: Sequence[RotaryTable], dtype: torch.dtype) -> Tensor:
     Returns:
         [S, T, W, K, K], with S = 1 where no table tells samples apart, else B, and W the number of tables.
     """
-    cos, sin = (
-        torch.stack(torch.broadcast_tensors(*each), dim=-2)  # type: ignore[no-untyped-call]
-        for each in zip(*tables, strict=True)
-    )
+    cos, sin = (torch.stack(torch.broadcast_tensors(*each), dim=-2) for each in zip(*tables, strict=True))
     matrices = centred_rotation(RotaryTable(cos, sin)).to(dtype)
     return matrices[None] if matrices.ndim == 4 else matrices
 

@@ -1,4 +1,4 @@
-"""What one batch of data is: token sequences, how they are drawn, and where the samples come from.
+"""What one batch of data is: token sequences, how they are drawn, where samples come from, what an image was before.
 
 Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 or 3), S samples of a split.
 """
@@ -29,6 +29,10 @@ class Spans(NamedTuple):
     chained: bool = False
 
 
+LARGEST_VALUE = 1e15
+"""Of a number in a token: the square of a larger one, times a width, is beyond float32, so that a norm gives NaN."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tokens:
     """A batch of token sequences.
@@ -54,8 +58,9 @@ class Tokens:
         return self.values.shape[0] * self.values.shape[1] if self.mask is None else self.mask.sum()
 
     def finite(self) -> Tensor:
-        """[B] bool on their device: the samples without NaN or infinity."""
-        return self.values.isfinite().flatten(1).all(1)
+        """[B] bool on their device: samples without NaN, infinity or numbers beyond `LARGEST_VALUE`."""
+        sound = (self.values.abs() <= LARGEST_VALUE).flatten(1).all(1)
+        return sound if self.coords.ndim == 2 else sound & self.coords.isfinite().flatten(1).all(1).to(sound.device)
 
     def rows(self, index: Tensor) -> Tokens:
         """These samples, [n] int64, in this order; one may come several times."""
@@ -117,6 +122,27 @@ class Sketch:
     canvas: Tensor
     grid: tuple[int, int]
     curves: bool = False
+
+
+class ImageInput(NamedTuple):
+    """What an image is and what is done to it before a network reads it, in the terms of image processors.
+
+    Attributes:
+        size: (height, width) in pixels. patch: (height, width) of a token. channels: C.
+        mean, std: [C] of the pixels, these being between 0 and 1.
+        order: the name of the order that patches are read in.
+        crop_ratio: the share of the scaled image's sides that the centre crop keeps (timm's crop_pct).
+        squash: the image is scaled to its target without keeping its own shape.
+    """
+
+    size: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    order: str = "raster"
+    crop_ratio: float = 1.0
+    squash: bool = False
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

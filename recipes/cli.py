@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import pkgutil
+import runpy
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 
 class Task(NamedTuple):
@@ -21,6 +24,9 @@ class Task(NamedTuple):
 
 
 TASKS = {
+    "check": Task(
+        "recipes.tasks.check", "RECIPE or RUN", "is an adapter of your own sound? what is wrong, in plain words"
+    ),
     "pretrain": Task("recipes.tasks.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
     "probe": Task("recipes.tasks.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task(
@@ -68,14 +74,19 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
   nepa probe runs/digits                      read out every layer of that run
   nepa pretrain recipes.vision:digits --help  every key of the recipe with its value
   nepa TASK --help                            what a task takes and gives
+  nepa --version                              which version this is
 
-A run that names code (an adapter, an order) and was not made here by you is refused unless you add trust=true.
+With -q there is no progress on the screen, only the result and what went wrong.
+
+A run that names code (an adapter, an order, a term) and was not made here by you is refused unless you add trust=true.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for something the user can mend, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder may be called by bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _dispatch(words)
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -100,6 +111,8 @@ def _in_one_line(error: Exception, words: list[str]) -> str | None:
     """What the system says of a command that is too large for it or names what it can't open; None for a defect."""
     import torch
 
+    from nepa_core.runtime.data import KILLED, LOADER_DIED
+
     text = str(error)
     if isinstance(error, OSError) and error.strerror is not None:
         from nepa_core.runtime.checkpoint import shortened
@@ -110,15 +123,13 @@ def _in_one_line(error: Exception, words: list[str]) -> str | None:
         return f"{named[:80]}: there is no such user; give the path without ~"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text or "not enough mem" in text:
         return f"out of memory{_largest(words)}: lower train.micro_batch or train.batch, or the sizes of model."
-    if "DataLoader worker" in text:
-        from nepa_core.runtime.data import LOADER_DIED
-
+    if KILLED in text:
         return LOADER_DIED
     if isinstance(error, RecursionError):
         return f"something is nested too deeply to be followed{_largest(words)}"
     if isinstance(error, OverflowError) or "verflow" in text:
         return f"a number is too large or too small to compute with{_largest(words)}: {text.splitlines()[0][:120]}"
-    if isinstance(error, torch.linalg.LinAlgError):
+    if type(error).__name__ == "LinAlgError":
         return "training has diverged, as a matrix holds NaN or infinity: lower optim.lr or model.layer_scale"
     return None
 
@@ -135,9 +146,13 @@ def _largest(words: list[str]) -> str:
 
 def _dispatch(words: list[str]) -> int:
     asks_help = any(word in ("-h", "--help") for word in words)
-    words = [word for word in words if word not in ("-h", "--help")]
+    quiet = "-q" in words
+    words = [word for word in words if word not in ("-h", "--help", "-q")]
     if not words or words == ["help"]:
         print(_help())
+        return 0
+    if words == ["--version"]:
+        print(f"nepa {_version()}")
         return 0
     name, *rest = words
     if name == "recipes":
@@ -154,6 +169,9 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if not rest or ("=" in rest[0] and not os.path.exists(rest[0])):
         return _fail(f"nepa {name} needs a {TASKS[name].takes} after it; see nepa {name} --help", 2)
+    from nepa_core.runtime.meter import keep_quiet
+
+    keep_quiet(quiet)
     options, changes = split_options(task.Options, rest[1:])
     task.main(rest[0], options, changes)
     return 0
@@ -176,9 +194,20 @@ def split_options(kind: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]
     """The task's own options (plain names) and the changes to the recipe (every other key)."""
     from nepa_core.runtime.config import parse_assignments, validated
 
-    given = parse_assignments(words)
+    given = {key: at_home(key, value) for key, value in parse_assignments(words).items()}
     own = {key: value for key, value in given.items() if key in kind.model_fields}
     return validated(kind, own), {key: value for key, value in given.items() if key not in own}
+
+
+def at_home(key: str, value: Any) -> Any:
+    """Put the home directory for the ~ that some shells leave in out=~/runs and init=~/runs/x.
+
+    Raises:
+        RuntimeError: it is that of a user who does not exist.
+    """
+    if key in ("out", "init") and isinstance(value, str) and value.startswith("~"):
+        return str(Path(value).expanduser())
+    return value
 
 
 def list_recipes() -> str:
@@ -215,6 +244,12 @@ def _recipe_functions(module: ModuleType) -> dict[str, Any]:
     return found
 
 
+def _version() -> str:
+    """Of this program; importing the package would import torch."""
+    file = os.path.join(os.path.dirname(__file__), "..", "nepa_core", "version.py")
+    return str(runpy.run_path(os.path.realpath(file))["version"]())
+
+
 def _help() -> str:
     rows = {f"{name} {task.takes}": task.gives for name, task in TASKS.items()}
     rows["recipes"] = "the built-in recipes, a line each"
@@ -224,12 +259,14 @@ def _help() -> str:
 
 def _task_help(name: str, task: Any, rest: list[str]) -> str:
     from nepa_core.runtime.config import keys
+    from nepa_core.runtime.run import is_run
     from recipes.options import describe_fields, given
-    from recipes.resolve import is_run, read_target
+    from recipes.resolve import read_target
 
     lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
     if fields := describe_fields(task.Options):
         lines += ["options:", fields, ""]
+    lines += getattr(task, "NOTES", [])
     if rest and "=" not in rest[0]:
         from recipes.configs import PretrainConfig
 
@@ -266,6 +303,19 @@ def _fail(message: str, status: int) -> int:
         line = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in message)
         print(f"nepa: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     return status
+
+
+def leave(status: int) -> NoReturn:
+    """End this process. One of several skips the teardown of C++ libraries.
+
+    There the threads of gloo now and then abort a process whose work is done and written, and `torchrun` would call the
+    whole job failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(status)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

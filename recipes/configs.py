@@ -10,9 +10,11 @@ from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, MOST_SEED
 from nepa_core.modality import Modality
 from nepa_core.predictor import PredictorConfig
-from nepa_core.pretrainer import ACROSS_PROCESSES, ACROSS_SAMPLES, ObjectiveConfig
+from nepa_core.pretrainer import ObjectiveConfig
+from nepa_core.runtime.config import load_object
 from nepa_core.runtime.fit import TrainConfig
 from nepa_core.runtime.optim import OptimConfig
+from nepa_core.terms import term
 from recipes.networks.upernet import UPerNetConfig
 from recipes.networks.windows import EvaluationConfig
 
@@ -73,6 +75,13 @@ class PretrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _terms_exist(self) -> Self:
+        for name in self.objective.terms:  # here, and not where they are computed: a file may have named them
+            if ":" in name and not callable(load_object(name)):
+                raise ValueError(f"objective.terms.{name} is no function of (predictions, targets, mask)")
+        return self
+
+    @model_validator(mode="after")
     def _objective_fits(self) -> Self:
         batch, most = self.train.batch, self.train.micro_batch or self.train.batch
         if (lonely := without_another(self.objective, min(most, batch), batch)) is not None:  # however many processes
@@ -88,8 +97,8 @@ def without_another(objective: ObjectiveConfig, own: int, all_own: int) -> str |
     Args:
         own: samples of one forward pass of one process. all_own: of those of all processes together.
     """
-    seen = {name: all_own if name in ACROSS_PROCESSES else own for name in ACROSS_SAMPLES if name in objective.terms}
-    return next((name for name, samples in seen.items() if samples < 2), None)
+    seen = {None: 2, "forward pass": own, "all processes": all_own}
+    return next((name for name in objective.terms if seen[term(name).across] < 2), None)
 
 
 class MixConfig(BaseModel):

@@ -7,24 +7,20 @@ from typing import Any
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import nearest, override
+from nepa_core.terms import TERMS
 from recipes.configs import PretrainConfig
 
+_SIGREG = {"objective.stop_gradient": False}
+
 NAMED: dict[str, dict[str, Any]] = {
-    "cosine": {"objective.terms": {"cosine": 1.0}},
-    "mse": {"objective.terms": {"mse": 1.0}},
-    "mse_normalised": {"objective.terms": {"mse_normalised": 1.0}},
-    "standardised": {"objective.terms": {"standardised": 1.0}},
-    "infonce_sample": {"objective.terms": {"infonce_sample": 1.0}},
-    "infonce_position": {"objective.terms": {"infonce_position": 1.0}},
-    "barlow": {"objective.terms": {"barlow": 1.0}},
-    "sigreg": {"objective.terms": {"projected_mse": 1.0, "sigreg_tokens": 20.0}, "objective.stop_gradient": False},
-    "sigreg_batch": {"objective.terms": {"projected_mse": 1.0, "sigreg_batch": 1.0}, "objective.stop_gradient": False},
-    "projected_cosine": {"objective.terms": {"projected_cosine": 1.0}},
-    "horizons": {"objective.terms": {"horizons": 1.0}},
+    **{name: {"objective.terms": {name: 1.0}} for name, term in TERMS.items() if term.space},
+    "sigreg": {"objective.terms": {"projected_mse": 1.0, "sigreg_tokens": 20.0}, **_SIGREG},
+    "sigreg_batch": {"objective.terms": {"projected_mse": 1.0, "sigreg_batch": 1.0}, **_SIGREG},
     "intermediate": {"objective.terms": {"cosine": 1.0, "intermediate": 1.0}},
 }
-"""Name -> the keys it sets; `intermediate` also chooses the middle block where no `objective.layers` are given.
+"""Name -> the keys it sets: every term that can train the prediction alone, and three mixtures.
 
+`intermediate` also chooses the middle block where no `objective.layers` are given.
 Shift, attention and the settings of the terms, such as `objective.temperature`, stay the recipe's.
 """
 
@@ -35,16 +31,16 @@ _OVERRIDDEN = ("objective.terms", "objective.stop_gradient")
 
 
 def named(name: str, config: PretrainConfig) -> PretrainConfig:
-    """The recipe with an objective of `NAMED`, whatever objective it had before, or (`OWN`) as it is.
+    """The recipe with an objective of `NAMED` or a function of the user's, whatever it had before, or (`OWN`) as it is.
 
     Raises:
         UserError: there is no objective of this name, or the recipe can't take it.
     """
     if name == OWN:
         return config
-    if name not in NAMED:
+    if name not in NAMED and ":" not in name:
         raise UserError(f"there is no objective {name}{nearest(name, (*NAMED, OWN))}")
-    changes = {"objective.stop_gradient": True, **NAMED[name]}
+    changes = {"objective.stop_gradient": True, **NAMED.get(name, {"objective.terms": {name: 1.0}})}
     if name == "intermediate" and not config.objective.layers:
         changes["objective.layers"] = (max(config.model.depth // 2, 1),)
     return override(config, changes)

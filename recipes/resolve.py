@@ -13,10 +13,8 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, ValidationError
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.config import Config, explain, load_config, load_object, override, read_saved, shown
-
-RECORD = "import.json"
-"""The file that `nepa import` leaves in a run: where its weights came from."""
+from nepa_core.runtime.config import Config, explain, load_config, load_object, override, shown
+from nepa_core.runtime.run import is_imported, is_run, task_of
 
 Convert = Mapping[type[BaseModel], Callable[[Any, str | None], Config]]
 """Config class of another task -> function of (its config, the run it was found in or None)."""
@@ -131,31 +129,16 @@ def is_of(kind: type[BaseModel], target: str) -> bool:
     return task_of(target) == vars(kind)["task"] if is_run(target) else isinstance(find_recipe(target)(), kind)
 
 
-def task_of(run: str) -> str:
-    """The task that a run folder is of."""
-    return str(read_saved(Path(run) / "config.json").get("task", "pretrain"))
-
-
-def is_run(target: str) -> bool:
-    """A folder with a config.json that is not one of the Hugging Face layout."""
-    file = Path(target) / "config.json"
-    released = (Path(target) / "model.safetensors").is_file()  # runs keep theirs in checkpoints/
-    return file.is_file() and not released and "model_type" not in read_saved(file)
-
-
-def is_imported(target: str) -> bool:
-    """Whether a folder is a run that `nepa import` wrote."""
-    return (Path(target) / RECORD).is_file()
-
-
 def default_out(target: str, task: str) -> str:
     """Where a task writes when `out=` is not given: the run itself if it is of this task, or runs/NAME (-TASK).
 
+    NAME is the name of a built-in recipe, and MODULE-NAME of one of the user's own, of which several may be a `base`.
     What was imported is pre-trained on in its folder, and fine-tuned in another. A recipe whose name says its task
     is not given the task's name once more.
     """
     if is_run(target):
         goes_on = task_of(target) == task and not (task == "finetune" and is_imported(target))
         return target if goes_on else f"{target.rstrip('/')}-{task}"
-    name = target.partition(":")[2]
-    return f"runs/{name}" if task == "pretrain" or task in name.split("_") else f"runs/{name}-{task}"
+    module, _, name = target.partition(":")
+    folder = f"runs/{name}" if module.startswith("recipes.") else f"runs/{module}-{name}"
+    return folder if task == "pretrain" or task in name.split("_") else f"{folder}-{task}"

@@ -13,13 +13,13 @@ from modalities.audio import Audio, StandardisedLinear, redrawn_tokens, token_st
 from modalities.data import audio as audio_data
 from modalities.data.audio import Synthetic, open_source
 from nepa_core.basics import UserError
+from nepa_core.contract import check_modality
 from nepa_core.objective import negative_cosine
 from nepa_core.runtime.config import override
 from nepa_core.tokens import Tokens
 from recipes.audio import demo
 from recipes.cli import main
 from recipes.configs import PretrainConfig
-from tests.contract import check_modality
 from tests.sounds import tone, write, write_classes
 from tests.tiny import recipe
 

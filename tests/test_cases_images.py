@@ -29,7 +29,7 @@ from modalities.scenes import Scenes
 from nepa_core.basics import UnreadableSample, UserError
 from nepa_core.runtime.run import Run
 from recipes.report.plots import picture_table
-from recipes.report.segment import Picture, render, write_report
+from recipes.report.segment import Picture, render, report
 from recipes.statistics.segment_metrics import score_text, scores
 from recipes.training.train import say_leaks
 from tests.pictures import encoded, open_folder, picture, pixels, sample, write_shard, write_tree
@@ -430,7 +430,7 @@ def test_a_bomb_is_refused_by_its_header(
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("decoded")
 
-    monkeypatch.setattr("modalities.data.image_decode.decode_jpeg", never)
+    monkeypatch.setattr("modalities.data.image_decode.decode_as_stored", never)
     monkeypatch.setattr(Image.Image, "load", never)
     with pytest.raises(
         ValueError, match=r"pixels,? (more )?than data\.max_pixels=89478485|more pixels than data\.max_"
@@ -827,7 +827,9 @@ def test_names_from_data_stand_escaped_on_the_page_of_a_segmentation(
         "unreadable_held_out_messages": [HOSTILE[0]],
     }  # fmt: skip
     monkeypatch.setattr(Run, "metrics", lambda self: [{"step": 1, "mIoU": 0.5}, {"step": 1, "loss": 1.0}])
-    write_report(run, summary, [Picture(image, labels, labels, name) for name in map(listing.printable, HOSTILE)])
+    report(run, summary, [Picture(image, labels, labels, name) for name in map(listing.printable, HOSTILE)]).write(
+        run.report
+    )
     found = tags_of(run.report / "index.html")
     allowed = ["html", "head", "meta", "title", "style", "body", "h1", "pre", "table", "tr", "th", "td", "figure"]
     assert {tag for tag, _ in found} <= {*allowed, "img", "figcaption", "footer"}

@@ -182,7 +182,7 @@ def test_a_run_folder_holds_what_the_readme_says_and_is_not_computed_twice(nepa:
     said = nepa("pretrain", TINY, "train.length.steps=2")
     assert (said.status, said.err) == (0, "")
     assert "identified among 32" in said.out
-    run = Path("runs/recipe")
+    run = Path("runs/tests.tiny-recipe")
     expected = {"config.json", "metrics.jsonl", "timing.jsonl", "summary.json", "checkpoints", "report"}
     assert {path.name for path in run.iterdir()} == expected
     page = (run / "report" / "index.html").read_text()
@@ -294,6 +294,15 @@ def run(nepa: Nepa) -> Path:
 
     training(recipe().model_copy(update={"recipe": TINY}), Path("run"))
     return Path("run")
+
+
+def test_two_recipes_of_one_name_have_folders_of_their_own(nepa: Nepa, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend("")
+    for module in ("mine_one", "mine_two"):
+        Path(f"{module}.py").write_text("from tests.tiny import recipe\n\n\ndef base():\n    return recipe()\n")
+        assert nepa("pretrain", f"{module}:base", "train.length.steps=1").status == 0
+    saved = {run.name: json.loads((run / "config.json").read_text())["recipe"] for run in Path("runs").iterdir()}
+    assert saved == {"mine_one-base": "mine_one:base", "mine_two-base": "mine_two:base"}
 
 
 def test_a_run_with_another_config_is_left_alone(nepa: Nepa, run: Path) -> None:

@@ -23,7 +23,8 @@ from recipes.comparison import objectives
 from recipes.comparison.ablate import Nothing
 from recipes.comparison.engine import Job, Measure, Variant
 from recipes.configs import PretrainConfig
-from recipes.report.tables import Column, difference_table, html_table, spread_table, text_table
+from recipes.report.page import Report, Table
+from recipes.report.tables import Column, difference_table, spread_table, text_table
 from recipes.statistics.significance import (
     Difference,
     against,
@@ -362,11 +363,14 @@ def test_p_is_written_so_that_it_agrees_with_what_is_called_real(p: float, told:
     assert f"p = {told}" in against([each], "a", "it", called="a") or each.real
 
 
-def test_tables_show_means_and_intervals() -> None:
+def test_tables_show_means_and_intervals(tmp_path: Path) -> None:
     rows = {"a": [{"x": 0.1}, {"x": 0.3}], "<b>": [{"x": 0.5}, {"x": 0.5}]}
     table = spread_table(rows, [Column("x", "accuracy", ".2f")])
     assert table[0] == ["", "accuracy"]
     assert table[1][1].startswith("0.20 ± 1.27")
     assert text_table(table).splitlines()[1].startswith("a ")
-    assert "&lt;b&gt;" in html_table(table)
+    Report("a & <b>", "", {}, lambda: [Table(table)]).write(tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
     assert difference_table(differences(ROWS))[1][0] == "a > b"

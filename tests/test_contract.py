@@ -12,9 +12,9 @@ from torch.utils.data import Dataset, default_collate
 
 from modalities.image import Images
 from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.contract import check_modality
 from nepa_core.modality import Modality
 from nepa_core.tokens import Sketch, Tokens
-from tests.contract import check_modality
 
 LENGTH, CHANNELS = 9, 2
 

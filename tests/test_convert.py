@@ -17,13 +17,13 @@ from torch import Tensor
 from modalities.image import Images, patchify
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.distributed import World
+from nepa_core.runtime.released import read_released
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import read_weights
 from nepa_core.tokens import Tokens
 from recipes.cli import main
 from recipes.configs import FinetuneConfig, PretrainConfig
 from recipes.presets import small
-from recipes.released.layout import read_released
-from recipes.released.weights import read_weights
 from recipes.training.finetuning import load_classifier
 from recipes.training.pretraining import load_pretrained, pretrain
 from recipes.training.starting import build_model

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.contract import check_modality
 from nepa_core.runtime import data
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, plain_batches
-from tests.contract import check_modality
 from tests.tiny import CPU, Waves
 
 SAMPLES, BATCH = 20, 8  # two steps an epoch, four samples of it left over

@@ -20,8 +20,9 @@ import torch
 
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override, save_config
-from nepa_core.runtime.distributed import World, leave, world
+from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.run import Run
+from recipes.cli import leave
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import numbered
 from recipes.presets import short

@@ -14,6 +14,7 @@ import torch
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.model import NEPA
+from nepa_core.pooling import Row
 from nepa_core.predictor import Trace
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import epoch_order, plain_batches
@@ -21,7 +22,7 @@ from nepa_core.runtime.distributed import World
 from recipes.cli import main
 from recipes.configs import PretrainConfig
 from recipes.readout import features
-from recipes.readout.features import Features, Reader, Row, Source, kept_features, network_reader, project, raw_reader
+from recipes.readout.features import Features, Reader, Source, kept_features, network_reader, project, raw_reader
 from recipes.training.starting import build_model
 from tests.conftest import largest_file
 from tests.test_distributed import torchrun

@@ -26,13 +26,13 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.intervals import over_samples
 from recipes import vision
 from recipes.cli import main
 from recipes.configs import FinetuneConfig, MixConfig
 from recipes.networks.goals import numbered
 from recipes.presets import short
-from recipes.released.weights import load_backbone, read_weights
 from recipes.report.finetune import scored_samples
 from recipes.resolve import default_out
 from recipes.statistics.worth import sentences, worth_in
@@ -226,6 +226,10 @@ def test_a_recipe_that_is_named_after_its_task_gives_a_folder_of_its_name(pretra
     assert default_out("recipes.vision:camvid_segment", "segment") == "runs/camvid_segment"
     assert default_out("recipes.vision:digits", "finetune") == "runs/digits-finetune"
     assert default_out("recipes.vision:digits", "pretrain") == "runs/digits"
+    assert default_out("my_lab.seismic:base", "pretrain") == "runs/my_lab.seismic-base"
+    assert default_out("my_lab.seismic:base", "orders") == "runs/my_lab.seismic-base-orders"
+    assert default_out("finetune:base", "finetune") == "runs/finetune-base-finetune"
+    assert default_out("my_lab.seismic:base_finetune", "finetune") == "runs/my_lab.seismic-base_finetune"
     assert default_out(f"{pretrained}/", "finetune") == f"{pretrained}-finetune"
 
 

@@ -325,7 +325,7 @@ def tried(command: Command, place: Path, capsys: pytest.CaptureFixture[str], run
     if len(lines[-1]) > 1500:
         return f"{told}: a line of {len(lines[-1])} characters"
     made = {path.relative_to(folder) for path in set(folder.rglob("*")) - before}
-    begun = {path.parent for path in made if path.name == "metrics.jsonl"}
+    begun = {path.parents[1] for path in made if path.name.startswith("step_")}  # with a checkpoint to go on from
     litter = [path for path in made if not any(path == run or run in (*path.parents, path) for run in begun)]
     litter = [path for path in litter if path not in {parent for run in begun for parent in run.parents}]
     return f"{told}: leaves {sorted(map(str, litter))[:4]} ({lines[-1][:100]})" if litter else None

@@ -18,13 +18,13 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import read_weights
 from nepa_core.tokens import Tokens
 from recipes.cli import main
 from recipes.configs import FinetuneConfig, PretrainConfig
 from recipes.networks import goals
 from recipes.presets import short
 from recipes.readout import probing as probe
-from recipes.released.weights import read_weights
 from recipes.statistics.worth import worth_in
 from recipes.training.finetuning import (
     beside_control,

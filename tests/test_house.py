@@ -9,6 +9,8 @@ import nepa_core
 from tests.structure import PACKAGES, arrows, circles, floors, imports
 
 ROOT = Path(nepa_core.__file__).parents[1]
+CHOOSE = {"vision", "audio", "timeseries", "presets", "configs"}
+"""Files of recipes/ that know adapters: presets, and the config of `nepa segment`, which is for scenes."""
 
 
 def _sources(pattern: str) -> list[Path]:
@@ -41,6 +43,30 @@ def test_imports_point_one_way(files: str, forbidden: tuple[str, ...]) -> None:
         for name in sorted(imports(path))
         if any(name == package or name.startswith(f"{package}.") for package in forbidden)
     ]
+    assert wrong == []
+
+
+def test_no_task_asks_which_adapter_it_has() -> None:
+    """What a task needs is a method of `Modality`, so a user's own adapter can have it."""
+    files = [path for path in _sources("modalities/*.py") if path.stem != "__init__"]
+    modules = {f"modalities.{path.stem}" for path in files}
+    adapters = {
+        node.name
+        for path in files
+        for node in _parsed(path).body
+        if isinstance(node, ast.ClassDef) and "Modality" in map(ast.unparse, node.bases)
+    }
+    assert {"Images", "TimeSeries"} < adapters
+    wrong = []
+    for path in [*_sources("nepa_core/**/*.py"), *_sources("recipes/**/*.py")]:
+        if path.parent == ROOT / "recipes" and path.stem in CHOOSE:
+            continue
+        wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(imports(path) & modules)]
+        for node in ast.walk(_parsed(path)):
+            asks = isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "cast")
+            named = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)} if asks else set()
+            named |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
+            wrong += [f"{path.relative_to(ROOT)}:{node.lineno} names {name}" for name in sorted(named & adapters)]
     assert wrong == []
 
 

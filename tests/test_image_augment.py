@@ -24,10 +24,10 @@ from modalities.data.image_augment import CentreCrop, ErasedBox, RandAugment, er
 from modalities.data.image_decode import decode
 from modalities.data.images import open_images
 from modalities.image import Images
+from nepa_core.contract import check_modality
 from nepa_core.runtime.config import override
 from recipes import vision
 from recipes.configs import FinetuneConfig
-from tests.contract import check_modality
 from tests.pictures import encoded, open_folder, picture, pixels, write_tree
 
 MEAN = (0.485, 0.456, 0.406)
@@ -83,13 +83,14 @@ def test_a_damaged_exif_block_does_not_cost_the_image(kind: str) -> None:
     assert torch.equal(decode(stored, 3), decode(plain, 3))
 
 
-def test_a_jpeg_that_torchvision_refuses_is_left_to_pil(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("Unsupported color conversion request"), AttributeError("no operator")])
+def test_a_jpeg_that_torchvision_refuses_is_left_to_pil(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Tensor:
-        raise RuntimeError("Unsupported color conversion request")
+        raise error
 
     stored = encoded(smooth(4, 16, 16), "jpeg")
     expected = decode(stored, 3)
-    monkeypatch.setattr("modalities.data.image_decode.decode_jpeg", refuse)
+    monkeypatch.setattr("modalities.data.image_decode.decode_as_stored", refuse)
     assert torch.equal(decode(stored, 3), expected)
 
 

@@ -22,13 +22,13 @@ from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig, Trace
 from nepa_core.runtime.config import load_config
 from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.weights import read_weights
 from nepa_core.tokens import Sketch, Tokens
 from recipes.cli import main
 from recipes.configs import PretrainConfig, SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
 from recipes.readout.inspecting import chosen_samples, inspect, load_network
-from recipes.released.weights import read_weights
-from recipes.report.plots import Panel, line_plot, panel_plot
+from recipes.report.plots import Panel, inside, line_plot, panel_plot
 from recipes.report.plots import spread_out as spread
 from recipes.report.segment import palette
 from recipes.statistics.maps import (
@@ -229,6 +229,22 @@ def test_a_line_of_one_point_is_seen(markers: bool) -> None:
     pixels = _pixels(line_plot({"a": ([200], [1.5])}, x="x", y="y", markers=markers))
     plot = pixels[:, : pixels.shape[1] * 3 // 4]  # without the legend
     assert (abs(plot - (31, 119, 180)).sum(-1) < 30).sum() > 9
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "metric", "arms"),
+    [
+        (0.9, 0.2, "accuracy", [0.2, 0.1]),
+        (0.05, 0.2, "accuracy", [0.05, 0.2]),
+        (0.9, 0.2, "r2", [0.2, 0.1]),
+        (-0.3, 0.2, "skill", [0.2, 0.2]),
+    ],
+)
+def test_error_bars_end_where_the_metric_does(mean: float, half: float, metric: str, arms: list[float]) -> None:
+    found = inside(mean, half, metric)
+    assert found is not None
+    assert [arm for (arm,) in found] == pytest.approx(arms)
+    assert inside(mean, None, metric) is None
 
 
 # --------------------------------------------------------------------------------------------------- reading

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nepa_core import NEPA, PredictorConfig, Tokens, next_embedding_loss, objective
+from nepa_core import NEPA, PredictorConfig, Tokens, next_embedding_loss, terms
 from nepa_core.objective import negative_cosine, pair_count, pair_up
 
 
@@ -171,15 +171,15 @@ def test_a_zero_vector_gives_a_finite_loss_and_gradient(zero: str) -> None:
 
 Terms = dict[str, Callable[..., Tensor]]
 TERMS: Terms = {
-    "cosine": objective.cosine,
-    "mse": objective.mse,
-    "mse_normalised": objective.mse_normalised,
-    "standardised": objective.standardised,
-    "infonce_sample": partial(objective.infonce_sample, temperature=0.3),
-    "infonce_position": partial(objective.infonce_position, temperature=0.3, gather=lambda x: x),
-    "barlow": partial(objective.barlow, redundancy=0.1),
-    "sigreg_tokens": partial(objective.sigreg, over="tokens", slices=7),
-    "sigreg_batch": partial(objective.sigreg, over="batch", slices=7),
+    "cosine": terms.cosine,
+    "mse": terms.mse,
+    "mse_normalised": terms.mse_normalised,
+    "standardised": terms.standardised,
+    "infonce_sample": partial(terms.infonce_sample, temperature=0.3),
+    "infonce_position": partial(terms.infonce_position, temperature=0.3, gather=lambda x: x),
+    "barlow": partial(terms.barlow, redundancy=0.1),
+    "sigreg_tokens": partial(terms.sigreg, over="tokens", slices=7),
+    "sigreg_batch": partial(terms.sigreg, over="batch", slices=7),
 }
 SHAPES_TARGETS = {"sigreg_tokens", "sigreg_batch"}
 
@@ -299,7 +299,7 @@ def test_a_term_is_float32_under_bfloat16_autocast(name: str) -> None:
 def test_sigreg_knows_a_standard_normal_from_a_point_and_has_no_factor_of_the_number_of_tokens() -> None:
     torch.manual_seed(0)
     normal, point = torch.randn(4, 500, 8), torch.zeros(4, 500, 8)
-    measure = partial(objective.sigreg, counted=None, over="tokens", slices=16)
+    measure = partial(terms.sigreg, counted=None, over="tokens", slices=16)
     assert measure(normal, normal).item() < 0.01
     assert measure(point, point).item() > 0.1
     assert measure(point, point[:, :50]).item() == pytest.approx(measure(point, point).item(), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -15,6 +16,7 @@ import torch
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.fit import Diverged
+from nepa_core.terms import TERMS
 from recipes.cli import main, split_options
 from recipes.comparison import downstream, measures, objectives
 from recipes.comparison import engine as compare
@@ -112,6 +114,14 @@ def test_a_mixture_of_the_users_own_is_trained_beside_the_named_ones(compared: P
     told = "recipe: 1 mse + 0.25 barlow, without stop-gradient."
     assert told in render(summary).splitlines()
     assert told in (compared / "report/index.html").read_text()
+
+
+def test_the_page_has_the_formula_and_source_of_every_term(compared: Path) -> None:
+    page = (compared / "report/index.html").read_text()
+    for name, weight in {"cosine": 1, "mse": 1, "barlow": 0.25}.items():
+        each = TERMS[name]
+        cells = (f"{weight:g} {name}", each.formula, each.compares, each.source)
+        assert re.search(r"</td><td[^>]*>".join(re.escape(html.escape(cell)) for cell in cells), page)
 
 
 @pytest.mark.browser

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.attention import varlen
 
 from nepa_core import predictor
-from nepa_core.kernels import attention
-from nepa_core.kernels.attention import Backend, attend_sequences, block_diagonal_bias, has_varlen_kernel
+from nepa_core.kernels import attention, xformers
+from nepa_core.kernels.attention import Backend, attend_sequences, has_varlen_kernel
 from nepa_core.kernels.packing import pack_rows
+from nepa_core.kernels.xformers import block_diagonal_bias
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import Trace
@@ -71,8 +72,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     block_diagonal_bias.cache_clear()
     monkeypatch.setattr(predictor, "has_varlen_kernel", lambda *_: True)
     monkeypatch.setattr(predictor.Packing, "allowed", dense)
-    monkeypatch.setattr(attention, "varlen_attn", stand_in_for_torch)
-    monkeypatch.setattr(attention, "_xformers_ops", stand_in_for_xformers)
+    monkeypatch.setattr(varlen, "varlen_attn", stand_in_for_torch)
+    monkeypatch.setattr(xformers, "_ops", stand_in_for_xformers)
     yield request.param
     block_diagonal_bias.cache_clear()
 
@@ -183,7 +184,7 @@ def test_compiled_blocks_agree_and_are_not_compiled_for_every_batch(
         return out, torch.zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 
     varlen._varlen_attn.register_kernel("cpu", on_cpu)  # where there was none
-    monkeypatch.setattr(attention, "varlen_attn", VARLEN)
+    monkeypatch.setattr(varlen, "varlen_attn", VARLEN)
     padded, packed = models(kernel, depth=1)
     packed.predictor.fused = False
     torch._dynamo.reset()

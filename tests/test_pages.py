@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +14,15 @@ import pytest
 from PIL import Image
 
 from recipes.cli import main
+from recipes.comparison import engine as compare
+from recipes.comparison import measures, orders
 from tests.conftest import BROWSER
 from tests.tiny_scenes import write_scenes
 
 RUNS = "document.body.dataset.pwned=1"
 CLASSES = (f'<img src=x onerror="{RUNS}">', f'"><svg onload={RUNS}>', "$\\frac{x$ & <b>", f"'><script>{RUNS}<script>")
 FILE = f"<script>{RUNS}<script>"
+ORDERS = (f'<img src=x onerror="{RUNS}">$\\frac{{x$ & <b>.npy', f"'\"><svg onload={RUNS}>\udcff\x07.npy")
 TINY = (
     "model.dim=16", "model.depth=2", "model.heads=2", "model.mlp_dim=32", "train.batch=8", "train.micro_batch=null",
     "train.length.steps=2", "verdict.test_samples=8", "verdict.health_samples=8", "train.workers=0",
@@ -62,7 +66,7 @@ def write_images(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """The pages of four tasks over images and two over scenes, all of whose names are hostile."""
+    """The pages of seven tasks over images and two over scenes, all of whose names are hostile."""
     patch = pytest.MonkeyPatch()
     place = tmp_path_factory.mktemp("pages")
     patch.chdir(place)
@@ -85,8 +89,33 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     assert main(["segment", *segment]) == 0
     assert main(["inspect", f"{run}3", "samples=1"]) == 0
     found |= {"segment": Path(f"{run}3") / "report", "inspect of scenes": Path(f"{run}3") / "inspect"}
+    found |= compared(patch, words, run)
     yield [(place / folder / "index.html") for folder in found.values()]
     patch.undo()
+
+
+def compared(patch: pytest.MonkeyPatch, words: tuple[str, ...], out: str) -> dict[str, Path]:
+    """The pages of the three comparisons, made in this process; of the orders one is a file with a hostile name."""
+
+    def share(jobs: list[compare.Job], *, workers: int) -> None:
+        compare.work_through(jobs)
+
+    for module in (compare, orders):
+        patch.setattr(module, "share", share)
+    patch.setattr(measures, "PROBE", measures.PROBE.model_copy(update={"train_samples": 16, "test_samples": 8}))
+    places = np.arange(64)[::-1]
+    for name in ORDERS:
+        np.save(name, places)
+        places = np.roll(places, 1)
+    recipe, *rest = words
+    few = (recipe, "seeds=0", *rest)
+    tuned = ("labels=2", "finetune_steps=1")
+    listed = json.dumps(["raster", *ORDERS])
+    assert main(["orders", *few, *tuned, f"orders={listed}", f"out={out}4"]) == 0
+    alone = ("objectives=cosine,mse", "learning_rates=1e-3", "finetune_causal=false")
+    assert main(["objectives", *few, *tuned, *alone, f"out={out}5"]) == 0
+    assert main(["ablate", *few, f"out={out}6"]) == 0
+    return {task: Path(f"{out}{n}") / "report" for n, task in ((4, "orders"), (5, "objectives"), (6, "ablate"))}
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nepa_core import NEPA, Tokens, next_embedding_loss
+from nepa_core.runtime.released import Released, read_released
 from recipes.networks.heads import MeanHead
-from recipes.released.layout import Released, read_released
 from tests.release import FACTS, FIXTURES, random_release, write_release
 
 ALL_FOUND: tuple[list[str], list[str]] = ([], [])  # missing and unexpected keys of a released checkpoint

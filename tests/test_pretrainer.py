@@ -15,10 +15,12 @@ from nepa_core import NEPA, ObjectiveConfig, Prediction, Pretrainer, UserError, 
 from nepa_core.model import HeadOutputs
 from nepa_core.objective import pair_up
 from nepa_core.predictor import Trace
-from nepa_core.pretrainer import TERMS, Heads, objective_loss
+from nepa_core.pretrainer import Heads, objective_loss
 from nepa_core.runtime.config import load_config, override, parse_assignments
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import read_weights
+from nepa_core.terms import TERMS
 from nepa_core.verdict.baselines import fit_baselines
 from nepa_core.verdict.diagnostics import health, identification, learning
 from nepa_core.verdict.gathered import gather, gather_targets, joined
@@ -27,7 +29,6 @@ from recipes import vision
 from recipes.configs import PretrainConfig
 from recipes.objective_names import NAMED, named
 from recipes.presets import PAPER_OBJECTIVE
-from recipes.released.weights import read_weights
 from recipes.training.judging import held_out, held_out_health, rank_warning
 from recipes.training.pretraining import load_pretrained, make_step, pretrain
 from recipes.training.starting import build_model, build_pretrainer, check_samples
@@ -389,7 +390,7 @@ def test_a_term_without_its_head_is_an_error_of_the_caller(term: str, changes: d
 
 @pytest.mark.parametrize("name", NAMED)
 def test_every_named_objective_trains_on_digits(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.report.card.write_report", lambda *_: None)  # its plots take longer than the training
+    monkeypatch.setattr("recipes.report.page.Report.write", lambda *_: None)  # its plots take longer than the training
     changes = {
         **{"train.length.steps": 3, "train.evaluate": 3, "train.log": 1, "train.checkpoint": 3, "data.limit": 128},
         **{"verdict.fit_samples": 64, "verdict.test_samples": 64, "verdict.health_samples": 64, "model.depth": 2},

@@ -17,10 +17,10 @@ from nepa_core.model import NEPA
 from nepa_core.runtime.config import differences, load_config, save_config
 from nepa_core.runtime.fit import plan
 from nepa_core.runtime.optim import Duration, make_optimizer, set_rates
+from nepa_core.runtime.released import PREFIX, head_name, released_names
 from recipes import vision
 from recipes.configs import FinetuneConfig
 from recipes.networks.goals import numbered
-from recipes.released.layout import PREFIX, head_name, released_names
 from recipes.training.finetuning import Classifier, build_head
 from recipes.training.train import head, height
 

@@ -20,19 +20,19 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from nepa_core import NEPA, Tokens, UserError
-from recipes.released.layout import (
+from nepa_core.runtime.released import (
     NetworkState,
     Released,
     ReleasedConfig,
     digests,
     find,
-    folded,
     from_released,
     layout,
     new_weights,
     read_released,
     to_released,
 )
+from recipes.released.exporting import folded
 from tests.release import FACTS, random_release, write_release
 
 BIAS = "vit_nepa.embeddings.patch_embeddings.projection.bias"

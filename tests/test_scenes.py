@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 from modalities.data import scenes as scene_data
 from modalities.data.scenes import IGNORED, Augmentation, augmented, distorted, fitted_size, open_pairs, scaled
 from nepa_core.basics import UnreadableSample, UserError
-from tests.contract import check_modality
+from nepa_core.contract import check_modality
 from tests.tiny_scenes import scene, scenes, write_scenes
 
 

@@ -23,11 +23,11 @@ from torch import Tensor
 from modalities.data.scenes import IGNORED
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
-from nepa_core.runtime.distributed import World, leave, world
+from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
 from recipes import vision
-from recipes.cli import main
+from recipes.cli import leave, main
 from recipes.configs import SegmentConfig
 from recipes.networks.windows import EvaluationConfig, predict, slide, whole, window_starts
 from recipes.report.segment import palette, render

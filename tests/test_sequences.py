@@ -18,9 +18,9 @@ from modalities.data.listing import shared_content
 from modalities.data.vectors import open_split
 from modalities.features import Features, open_both
 from nepa_core.basics import UnreadableSample, UserError
+from nepa_core.contract import check_modality
 from nepa_core.runtime.run import Run
 from recipes.cli import main
-from tests.contract import check_modality
 
 SHAPE = (24, 7, 3)
 LAYOUTS = ("npy", "safetensors", "parquet", "folder")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nepa_core.basics import UserError
+from nepa_core.contract import check_modality
 from nepa_core.runtime.config import load_object, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
@@ -27,7 +28,6 @@ from recipes.training.pretraining import load_pretrained, pretrain
 from recipes.training.starting import build_pretrainer, try_batch
 from recipes.training.workload import network
 from tests.conftest import ROOT
-from tests.contract import check_modality
 from tests.pictures import encoded, picture, write_tree
 from tests.tiny import CPU
 
@@ -264,9 +264,9 @@ def test_every_task_takes_the_example_of_point_clouds_as_it_is(capsys: pytest.Ca
     few = ["data.samples=80", "train.batch=16"]
     assert main(["pretrain", "my_points:base", "train.length.steps=3", *few]) == 0
     assert "Next group identified among" in capsys.readouterr().out
-    assert main(["probe", "runs/base", "layers=2", "poolings=mean"]) == 0
-    assert main(["finetune", "runs/base", "train.length.steps=2"]) == 0
-    assert main(["inspect", "runs/base", "samples=2"]) == 0
+    assert main(["probe", "runs/my_points-base", "layers=2", "poolings=mean"]) == 0
+    assert main(["finetune", "runs/my_points-base", "train.length.steps=2"]) == 0
+    assert main(["inspect", "runs/my_points-base", "samples=2"]) == 0
     capsys.readouterr()
     short = ["train.length.steps=2", "labels=2", "finetune_steps=2", "seeds=0", "workers=1", "cross=false"]
     assert main(["orders", "my_points:base", "orders=morton,random", *few, *short]) == 0

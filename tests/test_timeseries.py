@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from modalities.data.series import read_labelled, read_table
 from modalities.timeseries import TimeSeries, Windows, _autoregression, _series, _transition, standardised
 from nepa_core.basics import UserError
+from nepa_core.contract import check_modality
 from nepa_core.runtime.config import override, parse_assignments, validated
 from recipes.networks.goals import find_goal
 from recipes.report import card
 from recipes.timeseries import demo
 from recipes.training.judging import best_possible
 from recipes.training.starting import build_model
-from tests.contract import check_modality
 
 ROWS = 120
 

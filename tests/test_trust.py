@@ -28,6 +28,9 @@ def base():
 def backwards(tokens, grid):
     import torch
     return torch.arange(tokens.values.shape[1]).flip(0)
+
+def squares(predictions, targets, mask):
+    return (predictions - targets).square().mean()
 """
 
 
@@ -78,7 +81,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def mine(place: Place) -> Place:
     """The same with a run of the user's own adapter, runs/base."""
     place.write("mine_waves")
-    place("pretrain", "mine_waves:base", "train.length.steps=1")
+    place("pretrain", "mine_waves:base", "out=runs/base", "train.length.steps=1")
     return place
 
 
@@ -130,7 +133,7 @@ def test_the_user_s_own_run_is_read_wherever_it_lies_until_its_config_is_changed
 def test_a_run_of_before_there_were_notes_is_noted_when_its_recipe_goes_on_with_it(mine: Place) -> None:
     shutil.rmtree("settings")
     Path("runs/base/summary.json").unlink()
-    mine("pretrain", "mine_waves:base", "train.length.steps=1")
+    mine("pretrain", "mine_waves:base", "out=runs/base", "train.length.steps=1")
     mine(*PROBE)
 
 
@@ -154,8 +157,20 @@ def test_an_order_of_the_user_s_in_a_built_in_adapter_s_config_is_code_too(place
     assert "it names mine_orders:backwards" in place.refuses("pretrain", "recipes.vision:digits_2x2", f"out={run}")
 
 
+def test_a_term_of_the_user_s_in_an_objective_is_code_too(place: Place) -> None:
+    place.write("mine_package.losses")
+    place("pretrain", "tests.tiny:recipe", "objective.terms.mine_package.losses:squares=0.5", "train.length.steps=1")
+    assert place.mark.exists()
+    read = ("probe", "runs/recipe", *PROBE[2:])
+    place(*read)
+    shutil.rmtree("settings")
+    for words in (read, ("pretrain", "runs/recipe", "out=again"), ("pretrain", "tests.tiny:recipe", "out=runs/recipe")):
+        assert "it names mine_package.losses:squares, code that would be run" in place.refuses(*words)
+    place(*read, "trust=true")
+
+
 def test_a_run_of_built_in_adapters_needs_no_note(place: Place) -> None:
-    place("pretrain", "tests.tiny:recipe", "train.length.steps=1")
+    place("pretrain", "tests.tiny:recipe", "out=runs/recipe", "train.length.steps=1")
     assert not Path("settings").exists()
     place("inspect", "runs/recipe", "samples=1")
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nepa_core.model import NEPA
+from nepa_core.pooling import canonical_tokens
 from recipes.configs import SegmentConfig
-from recipes.networks.heads import DenseHead, canonical_tokens
+from recipes.networks.heads import DenseHead
 from recipes.networks.upernet import UPerNet, UPerNetConfig
 from recipes.training.segmentation import Segmenter, build_segmenter
 from tests import tiny_scenes

@@ -26,11 +26,9 @@ import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
-from torchaudio.functional import melscale_fbanks
-from torchaudio.transforms import MelSpectrogram, Resample
 
 from modalities.data.listing import (
     Contents,
@@ -44,6 +42,7 @@ from modalities.data.listing import (
     printable,
     read_whole,
     say,
+    say_left_aside,
     subfolders,
 )
 from modalities.data.text_files import read_lines
@@ -116,14 +115,19 @@ class FrontEnd(NamedTuple):
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def _mel_spectrogram(form: FrontEnd) -> MelSpectrogram:
-    return MelSpectrogram(
+def _mel_spectrogram(form: FrontEnd) -> nn.Module:
+    from torchaudio.transforms import MelSpectrogram  # slow to import
+
+    mel: nn.Module = MelSpectrogram(
         form.sample_rate, n_fft=form.n_fft, win_length=form.window, hop_length=form.hop, n_mels=form.bands, center=False
     )
+    return mel
 
 
 def empty_bands(form: FrontEnd) -> int:
     """How many mel bands are so narrow that no frequency of the spectrum falls into them."""
+    from torchaudio.functional import melscale_fbanks
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchaudio warns of what is counted here
         filters = melscale_fbanks(form.n_fft // 2 + 1, 0.0, form.sample_rate / 2, form.bands, form.sample_rate)
@@ -201,12 +205,13 @@ class Clips(Dataset[Batch]):
         return None if paths is None else Contents(file_sizes(paths), lambda index: read_whole(paths[index]), self.name)
 
     def fingerprint(self) -> str:
-        """Changes where other files are listed, or one of another size."""
+        """Changes where other files are listed, or one of another size or label."""
         paths = self._paths()
         if paths is None:
             return f"{len(self)} samples"
         top = os.path.commonpath([os.path.dirname(path) for path in paths]) if paths else ""
-        return fingerprint((os.path.relpath(path, top) for path in paths), file_sizes(paths))
+        labels = None if self.labels is None else self.labels.numpy()
+        return fingerprint((os.path.relpath(path, top) for path in paths), file_sizes(paths), labels)
 
     def _paths(self) -> list[str] | None:
         return self.source.paths[self.rows.numpy()].tolist() if isinstance(self.source, Recordings) else None
@@ -447,8 +452,11 @@ def _check_rate(rate: int, wanted: int) -> None:
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)
-def _resampling(rate: int, wanted: int) -> Resample:
-    return Resample(rate, wanted)
+def _resampling(rate: int, wanted: int) -> nn.Module:
+    from torchaudio.transforms import Resample
+
+    resample: nn.Module = Resample(rate, wanted)
+    return resample
 
 
 def open_source(
@@ -524,7 +532,9 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: 
         files, passed = list_files(place, SUFFIXES)
         _say_passed(root, passed)
         if files:
-            return _recordings(root, _divided(root, place, files, held_out), split)
+            rows = _divided(root, place, files, held_out)
+            _say_without_files(place, files, rows)
+            return _recordings(root, rows, split)
     raise UserError(
         f"data.root={root}: looked for train/<class>/* or train/* with the same in val/ (or validation/, test/), for "
         "files named {digit}_{speaker}_{index}.wav, and for a folder of audio files without train/ and val/, but found "
@@ -532,12 +542,19 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: 
     )
 
 
+def _say_without_files(folder: Path, files: Sequence[str], rows: Sequence[Row]) -> None:
+    """Name the folders that would be classes if they held a file that is read."""
+    held = {os.path.relpath(path, folder).split(os.sep)[0] for path in files}
+    empty = [printable(name) for name in subfolders(folder) if name not in held]
+    if empty and {label for _, label, _ in rows} <= held:
+        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {_some(empty)}, so they are no classes")
+
+
 def _say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
     """Say what a listing passed over, and which of several held-out splits is taken."""
     if line := passed.line(root):
         say(line)
-    if len(held_out) > 1:
-        say(f"{root}: {held_out[0]} is held out, and {' and '.join(held_out[1:])} left aside")
+    say_left_aside(root, held_out)
 
 
 def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = False) -> Recordings:
@@ -696,7 +713,8 @@ def _manifest_rows(file: Path) -> list[Row]:
     bare = [number for number, _, label, _ in rows if not label]
     if 0 < len(bare) < len(rows):
         raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
-    _check_once(file, [(number, path, known[split]) for number, path, _, split in rows])
+    _check_once(file, [(number, path, known[split], label) for number, path, label, split in rows])
+    _check_kind(file, [(number, label) for number, _, label, _ in rows])
     return [(path, label, known[split]) for _, path, label, split in rows]
 
 
@@ -707,22 +725,51 @@ def _beside(file: Path, path: str) -> str:
     return os.path.normpath(file.parent / path)
 
 
-def _check_once(file: Path, rows: Sequence[tuple[int, str, str]]) -> None:
-    """See that no clip is in both splits; say how many are named twice in one, and how many are not there.
+def _check_kind(file: Path, rows: Sequence[tuple[int, str]]) -> None:
+    """See that labels are all classes or all numbers to predict, which have a decimal point each.
 
     Args:
-        rows: number in the file, path and split of each.
+        rows: number in the file and label of each.
     """
-    first: dict[str, tuple[int, str]] = {}
-    twice = 0
-    for number, path, split in rows:
-        before, other = first.setdefault(path, (number, split))
+    numbers = [bool(NUMBER.fullmatch(label)) for _, label in rows]
+    if any(numbers) and not all(numbers) and all(_reads_as_number(label) for _, label in rows):
+        number, label = rows[numbers.index(False)]
+        raise UserError(
+            f"{file}, row {number}: the label {label!r} has no decimal point, and others have; write numbers to "
+            "predict with one (2.0), classes without"
+        )
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_once(file: Path, rows: Sequence[tuple[int, str, str, str]]) -> None:
+    """See that no clip is in both splits; say how many are named twice, or with two labels, and how many are not there.
+
+    Args:
+        rows: number in the file, path, split and label of each.
+    """
+    first: dict[str, tuple[int, str, str]] = {}
+    twice, other_label = 0, list[str]()
+    for number, path, split, label in rows:
+        before, other, known = first.setdefault(path, (number, split, label))
         if other != split:
             raise UserError(
                 f"{file}, row {number}: {printable(path)} is held out here or in row {before}, and trained on in the "
                 "other; name it once"
             )
+        if known != label:
+            other_label.append(
+                f"{printable(path)} in row {before}, {printable(known)}, and row {number}, {printable(label)}"
+            )
         twice += before != number
+    if other_label:
+        say(f"{file}: {len(other_label):,} rows give a clip another label than a row above: {other_label[0]}")
     if twice:
         say(f"{file}: {twice:,} rows name a clip that a row above has named")
     gone = [path for path, size in zip(first, file_sizes(list(first)), strict=True) if size < 0]

@@ -22,6 +22,8 @@ from nepa_core.basics import UserError
 _HEAD = 1 << 16  # bytes that separator, decimal point and head are found in
 _LONGEST_HEAD = 1 << 24
 _SAMPLE = 200  # rows that must agree on a separator
+_CELLS = 5000  # rows in whose cells decimal commas are looked for
+_ARCHIVES = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # how workbooks begin, new and old ones
 _SEPARATORS = ("\t", ";", "|", ",")  # the first that gives every row as many cells; a comma may be a decimal one
 
 # What pyarrow takes for nothing, and what else programs write.
@@ -72,6 +74,8 @@ def find_out(path: str) -> Csv:
         OSError, pa.ArrowException: it can't be read.
     """
     head, whole = _head(path)
+    if head.startswith(_ARCHIVES):
+        raise UserError(f"{path}: a workbook (Excel) or zip archive, no text; save the sheet as CSV")
     encoding = encoding_of(head)
     lines = re.findall(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+", head.decode(encoding, errors="replace"))
     if not whole:
@@ -86,10 +90,12 @@ def find_out(path: str) -> Csv:
     if not kept:
         raise UserError(f"{path}: no rows in it; a series needs at least a window")
     separator = given[1] if given else _separator([line for _, line in kept[:_SAMPLE]])
+    if not given and _has_spaces([line for _, line in kept[:_SAMPLE]], separator):
+        raise UserError(f"{path}: its cells are separated by spaces; write commas, or another of ; tab |, instead")
     rows = csv.reader((line for _, line in kept), delimiter=separator)
     first = [cell.strip() for cell in next(rows, [])]
     read_lines = rows.line_num  # of a head with line breaks in quotes, several
-    cells = [cell.strip() for row, _ in zip(rows, range(_SAMPLE), strict=False) for cell in row]
+    cells = [cell.strip() for row, _ in zip(rows, range(_CELLS), strict=False) for cell in row]
     notes = []
     if encoding in ("cp1252", "latin-1"):
         notes.append(f"{path}: no UTF-8; its text is read as {'Windows-1252' if encoding == 'cp1252' else 'Latin-1'}")
@@ -142,6 +148,15 @@ def _separator(lines: Sequence[str]) -> str:
         if found and found[0] > 1 and len(set(found)) == 1:
             return each
     return max(reversed(_SEPARATORS), key=lambda each: counts[each][0] if counts[each] else 0)
+
+
+def _has_spaces(lines: Sequence[str], separator: str) -> bool:
+    """Whether rows without a separator hold several numbers each, the same in all of them, with spaces between."""
+    if len(lines) < 2 or any(separator in line for line in lines):
+        return False
+    rows = [line.split() for line in lines]
+    numbers = all(cell in _NULLS or _NUMBER.fullmatch(cell) for row in rows[1:] for cell in row)
+    return numbers and len(rows[0]) > 1 and len({len(row) for row in rows}) == 1
 
 
 def _is_head(cells: Sequence[str]) -> bool:
@@ -288,7 +303,8 @@ def bad_row(form: Csv, places: Sequence[int]) -> str | None:
     """
     for line, cells in read_rows(form):
         if len(cells) != len(form.names):
-            return f"row {line}: Expected {len(form.names)} columns, got {len(cells)}"
+            wanted = len(form.names)
+            return f"row {line}: Expected {wanted} columns, got {len(cells)}; give every row as many cells as the first"
         for place in places:
             if not reads_as_number(cells[place], form.decimal):
                 return not_a_number(f"row {line}", form.names[place], cells[place])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from modalities.data.listing import printable
 from nepa_core.basics import UserError
@@ -59,7 +59,7 @@ def _offline() -> Iterator[None]:
     import datasets
     import huggingface_hub
 
-    settings = (huggingface_hub.constants, datasets.config)
+    settings: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
     before = [place.HF_HUB_OFFLINE for place in settings]
     try:
         for place in settings:

@@ -21,8 +21,6 @@ import torch
 from PIL import Image
 from PIL.Image import Resampling
 from torch import Tensor
-from torchvision.transforms import v2
-from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
 
 Augment = Literal["none", "crop", "crop_flip", "randaugment"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -46,6 +44,8 @@ def augmentation(
     """
     if augment == "none":
         return None
+    from torchvision.transforms import v2  # as slow to import as torch
+
     steps: list[Transform] = [v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode(interpolation))]
     if augment != "crop":
         steps.append(v2.RandomHorizontalFlip())
@@ -70,13 +70,16 @@ class CentreCrop:
         self.squash = squash
 
     def __call__(self, image: Tensor) -> Tensor:
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2.functional import center_crop, pil_to_tensor, resize, to_pil_image
+
         height, width = self.frame
         h, w = image.shape[-2:]
         if (h, w) == (height, width) == self.size:
             return image
         cover = [max(height, int(width * h / w)), max(width, int(height * w / h))]
         scaled = resize(
-            to_pil_image(image), self.frame if self.squash else cover, interpolation=v2.InterpolationMode.BICUBIC
+            to_pil_image(image), self.frame if self.squash else cover, interpolation=InterpolationMode.BICUBIC
         )
         cropped: Tensor = pil_to_tensor(center_crop(scaled, list(self.size)))
         return cropped
@@ -106,6 +109,8 @@ class RandAugment:
                 op.aug_fn = partial(_posterize, op.aug_fn)
 
     def __call__(self, image: Tensor) -> Tensor:
+        from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
         seed_libraries()
         changed: Tensor = pil_to_tensor(self.transform(to_pil_image(image)))
         return changed

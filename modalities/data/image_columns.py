@@ -66,12 +66,12 @@ def damaged(file: Path, error: BaseException) -> UserError:
 
 def holds_images(kind: pa.DataType) -> bool:
     """Whether a column of this type holds encoded images."""
-    return pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return bool(pa.types.is_struct(kind)) and kind.get_field_index("bytes") >= 0
 
 
 def holds_numbers(kind: pa.DataType) -> bool:
     """Whether a column of this type holds integers."""
-    return pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind)
+    return bool(pa.types.is_integer(kind.value_type if pa.types.is_dictionary(kind) else kind))
 
 
 def images_of(column: pa.ChunkedArray, title: str) -> pa.ChunkedArray:

@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from modalities.data.listing import check_size
 
@@ -32,6 +30,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000
 LARGEST_IMAGE = 89_478_485
 """Pixels of the largest image that is decoded by default: PIL's MAX_IMAGE_PIXELS."""
 ORIENTATION = 0x112  # the tag of EXIF
+RGB = 3  # torchvision.io.ImageReadMode.RGB
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # the limit here refuses
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning, r"PIL\.")  # some of ImageNet's; none needs turning
@@ -87,13 +86,28 @@ def decode(stored: bytes | Pixels, channels: Channels, max_pixels: int = LARGEST
     image = opened(stored, max_pixels)
     if channels == 3 and image.format in ("JPEG", "MPO"):
         turn = orientation(image)  # torchvision's own would miss an EXIF block behind another one
-        with suppress(RuntimeError):  # PIL knows more kinds of JPEG, and more about what is wrong
-            encoded = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
-            return upright(decode_jpeg(encoded, mode=ImageReadMode.RGB), turn)
+        with suppress(RuntimeError, AttributeError):  # PIL knows more kinds of JPEG, and more about what is wrong
+            return upright(decode_as_stored(stored), turn)
     image.load()
     with suppress(Exception):  # the pixels are there, whatever is wrong with the EXIF block
         ImageOps.exif_transpose(image, in_place=True)
     return _convert(image, channels)
+
+
+def decode_as_stored(stored: bytes) -> Tensor:
+    """Pixels, uint8 [3, h, w], of a JPEG, PNG, GIF or WebP by torchvision's operator, the orientation not applied.
+
+    The operator, as the function around it warns from torchvision 0.29 on that torchcodec's is to take its place.
+
+    Raises:
+        RuntimeError: it can't be decoded.
+        AttributeError: of a torchvision that has the operator no more.
+    """
+    import torchvision.io  # noqa: F401  registers the operator; as slow to import as torch
+
+    encoded = torch.frombuffer(bytearray(stored), dtype=torch.uint8)
+    pixels: Tensor = torch.ops.image.decode_image(encoded, RGB, False)
+    return pixels
 
 
 def upright(pixels: Tensor, turn: int) -> Tensor:
@@ -105,6 +119,8 @@ def upright(pixels: Tensor, turn: int) -> Tensor:
 
 
 def _convert(image: Image.Image, channels: Channels) -> Tensor:
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
     if image.mode.startswith(("I", "F")):  # PIL would clip at 255 without a word
         raise ValueError(f"more than 8 bits a channel (mode {image.mode}); convert it to 8 bits")
     if image.mode == "P" and "transparency" in image.info:  # going straight to RGB, PIL warns on the screen

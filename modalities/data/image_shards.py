@@ -19,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ CLASS_NAMES = "classnames.txt"
 """File beside the shards with the name of a class a line, where they have names."""
 WORTH_A_PROCESS = 16  # shards that repay the start of one
 LARGEST_LABEL = 2**24  # bytes of a cls or json
+ARCHIVES = "with the suffix .tar"  # as `Passed` counts members that are tars themselves
 SPARSE = -1  # the size of a member with holes, which may claim any number of bytes
 
 Found = dict[str, tuple[int, int]]
@@ -92,7 +93,7 @@ class Shards:
 
 def shard_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """The tar files of a split: those with its name (the first that any has) in theirs, or in a folder of that name."""
-    return _shards(folder, names, re.compile(r"\.tar$"))
+    return _shards(folder, names, re.compile(r"\.tar$", re.IGNORECASE))
 
 
 def compressed_shards(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -136,8 +137,11 @@ def open_shards(files: Sequence[Path], folder: Path) -> Shards:
     where = f"{files[0]}" + (f" and {len(files) - 1} beside it" if len(files) > 1 else "")
     line = passed.line(where)
     if not any(each.keys for each in found):
+        nested = any(each.passed.counts.get(ARCHIVES) for each in found)
+        cure = "it holds tars, as ILSVRC's own does: unpack these into class folders, train/<class>/ and val/<class>/"
         raise UserError(
-            f"{files[0]}: no image in this shard or those beside it; a sample is KEY.jpg with KEY.cls"
+            f"{files[0]}: no image in this shard or those beside it; "
+            + (cure if nested else "a sample is KEY.jpg with KEY.cls")
             + (f"; {line}" if line else "")
         )
     if line:
@@ -177,13 +181,20 @@ def index_shard(file: Path) -> ShardIndex:
                 elif kind[1:] in labels:
                     label = _label(kind[1:], tar, member, f"{file}: {printable(name)}")
                     if label is not None:
-                        labels[kind[1:]][key] = label
+                        before = labels[kind[1:]].setdefault(key, label)
+                        if isinstance(before, int) and isinstance(label, int) and before != label:
+                            raise UserError(
+                                f"{file}: two labels with the key {printable(key)}, {before} and {label}; keep one"
+                            )
                 else:
                     passed.add(f"with the suffix {printable(kind[:16])}" if kind else "without a suffix", name)
-                tar.members = []  # of a million members, the list that tarfile keeps would take a gigabyte
+                vars(tar)["members"] = []  # of a million members, the list that tarfile keeps would take a gigabyte
             _check_end(tar)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise UserError(f"{file}: a damaged or cut tar shard ({error}); copy it again") from error
+    for key in labels["json"].keys() & labels["cls"].keys():
+        if labels["json"][key] != labels["cls"][key]:
+            passed.add("json files with another label than the cls of their sample", key)
     return _samples(file, images, labels["json"] | labels["cls"], passed)
 
 
@@ -210,8 +221,10 @@ def _samples(file: Path, images: Found, labels: dict[str, int | UserError], pass
                 f"{file}: the image {printable(key)} has no label; a sample is KEY.jpg with KEY.cls, or a json with "
                 "label"
             )
-        for values, value in zip(index[:4], (printable(key), offset, size, label), strict=True):
-            values.append(value)
+        index.keys.append(printable(key))
+        index.offsets.append(offset)
+        index.sizes.append(size)
+        index.labels.append(label)
     for key in labels.keys() - used.keys():
         passed.add("labels without an image", key)
     return index
@@ -230,11 +243,19 @@ def _label(kind: str, tar: tarfile.TarFile, member: tarfile.TarInfo, title: str)
     content = b"" if stream is None else stream.read()
     try:
         if kind == "cls":
-            return int(content)
+            return _class_number(content)
         facts = json.loads(content)
-        return int(facts["label"]) if isinstance(facts, dict) and "label" in facts else None
+        return _class_number(facts["label"]) if isinstance(facts, dict) and "label" in facts else None
     except (ValueError, TypeError, OverflowError, RecursionError):
         return UserError(f"{title} holds no label: an integer is wanted, not {content[:40]!r}")
+
+
+def _class_number(stored: Any) -> int:
+    """Raises ValueError or TypeError where it is none that fits into 64 bits, such as a fraction."""
+    number = int(stored)
+    if (isinstance(stored, float) and stored != number) or abs(number) >= 2**63:
+        raise ValueError
+    return number
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
-from torchvision.datasets import CIFAR10
 
 from modalities.data.hub import load_hub, one_line
 from modalities.data.image_columns import (
@@ -45,8 +44,10 @@ from modalities.data.listing import (
     printable,
     read_whole,
     say,
+    say_left_aside,
     subfolders,
 )
+from modalities.data.numbering import check_numbering, first_unknown
 from nepa_core.basics import UserError
 
 if TYPE_CHECKING:
@@ -126,11 +127,35 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, size
         case "folder":
             if root is None:
                 raise UserError("data.source=folder needs data.root=DIR, the folder that holds the images")
-            return _open_folder(root, split)
+            return _with_images(_open_folder(root, split), split, root)
         case "hub":
             if root is None:
                 raise UserError("data.source=hub needs data.root=OWNER/NAME, the name of a data set on the hub")
-            return _open_hub(root, split)
+            return _with_images(_open_hub(root, split), split, root)
+
+
+def _with_images(source: Source, split: str, root: str) -> Source:
+    if not len(source.labels):
+        raise UserError(f"data.root={root}: the {'training' if split == 'train' else 'held-out'} split holds no image")
+    return source
+
+
+def numbered_classes(train: Source, test: Source, root: str) -> Classes:
+    """The names of the classes; where they have none, their numbers, which must run from 0 on without a gap.
+
+    Raises:
+        UserError: they don't, or a held-out image has a class that no training image has.
+    """
+    if train.classes is not None:
+        return train.classes
+    labels = train.labels.numpy()
+    check_numbering(labels, f"data.root={root}", ", or give them names")
+    if (row := first_unknown(labels, test.labels.numpy())) is not None:
+        raise UserError(
+            f"{test.name(row)}: no training image has its class {int(test.labels[row])}; fix the label, or leave such "
+            "images out"
+        )
+    return tuple(str(number) for number in range(int(labels.max()) + 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,7 +303,7 @@ def _open_folder(root: str, split: str) -> Source:
         raise UserError(
             f"data.root={root}: looked for train/<class>/* with val/<class>/*, for train/ with validation/ as "
             "save_to_disk writes them, for train-*.parquet with test-*.parquet (there or in data/), for "
-            f"*train*.tar with *val*.tar, and for {CIFAR10.base_folder}/, but found none of them complete; the "
+            f"*train*.tar with *val*.tar, and for {CIFAR10}/, but found none of them complete; the "
             "held-out split may be called val, validation or test, and shards must not be compressed; the folder "
             f"holds {', '.join(entries[:8]) or 'nothing'}{more}"
         )
@@ -289,20 +314,22 @@ def _open_folder(root: str, split: str) -> Source:
 
 
 CLASS_FOLDERS = "the class folders"
+CIFAR10 = "cifar-10-batches-py"  # torchvision's name of the folder
 
 
 def _layouts(folder: Path, split: str) -> dict[str, Callable[[], Source]]:
     """What a folder holds, in words, and how a split of it is opened; the first is the one to read."""
     found: dict[str, Callable[[], Source]] = {}
     train, test = (_subfolder(folder, names) for names in SPLITS.values())
-    saved = train and test and all((place / "state.json").is_file() for place in (train, test))
-    folders = None if saved or not (train and test) else partial(_open_class_folders, train, test, split)
-    if folders and subfolders(train) and subfolders(test):
+    both = {"train": train, "test": test} if train and test else {}
+    saved = bool(both) and all((place / "state.json").is_file() for place in both.values())
+    folders = partial(_open_class_folders, train, test, split) if train and test and not saved else None
+    if folders and all(subfolders(place) for place in both.values()):
         found[CLASS_FOLDERS] = folders
-    if (folder / CIFAR10.base_folder).is_dir():
+    if (folder / CIFAR10).is_dir():
         found["torchvision's files of CIFAR-10"] = lambda: _checked(_open_cifar10(folder, split))
     if saved:
-        found["tables of save_to_disk"] = lambda: _checked(_open_saved({"train": train, "test": test}, split))
+        found["tables of save_to_disk"] = lambda: _checked(_open_saved(both, split))
     parquet = {each: parquet_files(folder, names) for each, names in SPLITS.items()}
     if all(parquet.values()):
         found["parquet files"] = lambda: _checked(_open_parquet(parquet, split))
@@ -372,6 +399,8 @@ def _open_class_folders(train: Path, test: Path, split: str) -> Files:
         raise UserError(f"data.root={base.parent}: no image file in {base}/<class>/" + (f"; {line}" if line else ""))
     if line:
         say(line)
+    if split == "test":
+        say_left_aside(test.parent, [name for name in SPLITS["test"] if os.path.isdir(test.parent / name)])
     _say_empty(base, {name: group.passed for name, group in zip(classes, groups, strict=True) if not group.paths})
     _say_nested(base, {name: group.paths for name, group in zip(classes, groups, strict=True)})
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
@@ -406,12 +435,12 @@ def _say_nested(base: Path, paths: Mapping[str, Sequence[str]]) -> None:
 
 def _open_cifar10(folder: Path, split: str) -> Arrays:
     """torchvision's copy. It is unpickled by torchvision, once the MD5 sums of its files are found right."""
+    from torchvision import datasets  # as slow to import as torch
+
     try:
-        data = CIFAR10(folder, train=split == "train", download=False)
+        data = datasets.CIFAR10(folder, train=split == "train", download=False)
     except RuntimeError as error:
-        raise UserError(
-            f"data.root={folder}: {CIFAR10.base_folder}/ is incomplete or damaged; download it again"
-        ) from error
+        raise UserError(f"data.root={folder}: {CIFAR10}/ is incomplete or damaged; download it again") from error
     return Arrays(f"CIFAR-10 {split}", data.data, torch.tensor(data.targets), tuple(data.classes))
 
 
@@ -429,6 +458,9 @@ def _open_tars(folder: Path, files: Sequence[Path], split: str) -> Source:
 
 def _open_parquet(files: Mapping[str, list[Path]], split: str) -> Rows:
     where = f"data.root={files['train'][0].parent}"
+    if split == "test":
+        folder = files["train"][0].parent
+        say_left_aside(folder, [name for name in SPLITS["test"] if any(folder.glob(f"{name}-*.parquet"))])
     heads = {each: [parquet_schema(file) for file in files[each]] for each in files}
     columns = {each: _one_pair(files[each], [schema for schema, _ in heads[each]]) for each in files}
     names = {

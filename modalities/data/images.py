@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from modalities.data.hub import one_line
 from modalities.data.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
 from modalities.data.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
-from modalities.data.image_sources import Arrays, Noise, Rows, Size, Source, SourceName, files_of, open_source
+from modalities.data.image_sources import Arrays, Files, Noise, Rows, Size, Source, SourceName, files_of, open_source
 from modalities.data.listing import IN_PLACE, OPENING, Contents, fingerprint
 from nepa_core.basics import Batch, UnreadableSample, cores
 
@@ -138,7 +138,8 @@ class DecodedImages(Dataset[Batch]):
     def fingerprint(self) -> str:
         """See `modalities.data.listing.fingerprint`."""
         names, rows = self.source.relative_names(), self.rows.tolist()
-        return fingerprint((names[row] for row in rows), self.source.sizes()[rows])
+        labels = None if isinstance(self.source, Files) else self.labels.numpy()  # of files the folder says it
+        return fingerprint((names[row] for row in rows), self.source.sizes()[rows], labels)
 
     def contents(self) -> Contents | None:
         """See `modalities.data.listing.Contents`; None of noise, which is made on access."""
@@ -147,8 +148,12 @@ class DecodedImages(Dataset[Batch]):
         opening = IN_PLACE if isinstance(self.source, Arrays | Rows) else OPENING
         return Contents(self.source.sizes()[self.rows.numpy()], self._stored, self.name, opening)
 
+    def raw(self, index: int) -> bytes | Pixels:
+        """That image undecoded: an encoded file, or pixels [H, W] or [H, W, 3]; may raise anything."""
+        return self.source.read(int(self.rows[index]))
+
     def _stored(self, index: int) -> bytes:
-        stored = self.source.read(int(self.rows[index]))
+        stored = self.raw(index)
         return stored if isinstance(stored, bytes) else stored.tobytes()
 
     def _decode(self, row: int) -> Tensor:

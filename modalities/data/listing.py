@@ -65,6 +65,12 @@ def say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def say_left_aside(where: str | Path, held_out: Sequence[str]) -> None:
+    """Say which of several held-out splits is read, the first, and that the rest are not."""
+    if len(held_out) > 1:
+        say(f"{where}: {held_out[0]} is held out, and {' and '.join(held_out[1:])} left aside")
+
+
 def printable(name: str) -> str:
     """A name from data as a message, a page or a JSON file can hold it: the rest of its characters are escaped.
 
@@ -347,7 +353,8 @@ class Contents(NamedTuple):
     opening: int = OPENING
 
 
-class Shared(NamedTuple):
+@dataclass(frozen=True)
+class Shared:
     """Held-out samples whose stored bytes are also those of a training sample.
 
     Attributes:
@@ -378,7 +385,7 @@ def shared_content(train: Contents, test: Contents, budget: int = READ_BUDGET) -
     Only samples that have the size of one on the other side are read, and no more than `budget` bytes (a second or
     two): of larger splits a fixed choice of samples is compared. Samples that can't be read are no leak.
     """
-    count, complete, pairs = 0, True, []
+    count, complete, pairs = 0, True, list[tuple[str, str]]()
     held_out: dict[int, list[int]] = {}
     for row in np.random.default_rng(0).permutation(len(test.sizes)).tolist():
         held_out.setdefault(int(test.sizes[row]), []).append(row)
@@ -414,20 +421,23 @@ def _digest(contents: Contents) -> Callable[[int], bytes | None]:
     return digest
 
 
-def fingerprint(names: Iterable[str], sizes: Integers) -> str:
+def fingerprint(names: Iterable[str], sizes: Integers, labels: np.ndarray[Any, Any] | None = None) -> str:
     """What a data set's optional method `fingerprint()` gives: a text that changes where its list of samples does.
 
     Args:
         names: of the samples in their order, relative to the root of the data, so that data may move.
         sizes: [n] int64, their stored bytes.
+        labels: [n, ...], where names do not say them.
 
     Returns:
-        Number of samples, number of bytes, and a hash of all names and sizes in order.
+        Number of samples, number of bytes, and a hash of all names, sizes and labels in order.
     """
     digest = hashlib.blake2b(digest_size=8)
     for name in names:
         digest.update(name.encode("utf-8", "surrogatepass") + b"\0")
     digest.update(np.ascontiguousarray(sizes, dtype="<i8").tobytes())
+    if labels is not None:
+        digest.update(np.ascontiguousarray(labels).tobytes())
     return f"{len(sizes)} samples, {int(sizes.sum())} bytes, {digest.hexdigest()}"
 
 

@@ -22,6 +22,7 @@ LOSSY = ("JPEG", "MPO", "JPEG2000", "AVIF", "WEBP")
 """Formats that do, or may, change a class number into another."""
 LOSSY_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".avif", ".webp")
 SHRUNK = {"L;2": 85, "L;4": 17}  # PIL spreads 2 and 4 bits of grey over 0 to 255, by this factor
+_LARGEST_LABEL = 2**53  # of whole numbers in floating point, those that are exact
 INVERTED = ("1;I", "L;I", "L;2I", "L;4I", "1;IR", "L;IR", "L;2IR", "L;4IR")  # ... and turns these upside down
 
 Labels = np.ndarray[Any, Any]
@@ -31,12 +32,12 @@ class Numbering(NamedTuple):
     """How an annotation numbers the classes.
 
     Attributes:
-        count: of classes C.
+        classes: their number C.
         first: the stored value of class 0; the others follow it.
         ignored: stored values that become IGNORED; 255 always does.
     """
 
-    count: int
+    classes: int
     first: int
     ignored: tuple[int, ...]
 
@@ -68,28 +69,41 @@ def read_mask(stored: bytes, name: str, max_pixels: int) -> Mask:
         raise UserError(f"{name}: the annotation is stored inverted (0 is white); save it as a PNG of class numbers")
     if decoder.startswith("ppm") and largest not in (None, 255, 65535):
         raise UserError(f"{name}: the annotation is on a scale of 0 to {largest}; save it as a PNG of class numbers")
+    stored_turn = orientation(image)
     image.load()
-    turn, labels = orientation(image), np.asarray(image)
+    turn, labels = orientation(image), np.asarray(image)  # loading turns a TIFF, and finds the tag of a PNG
     if labels.ndim != 2:
         raise UserError(
-            f"{name}: the annotation is in mode {image.mode}, which has several channels; it must hold class "
-            "numbers in one"
+            f"{name}: the annotation is in mode {image.mode}, which has several channels; {_one_channel(labels)}"
         )
     if labels.dtype.kind == "f":
-        wrong = labels[labels != np.round(labels)]
-        if wrong.size or not np.isfinite(labels).all():
-            example = wrong[0] if wrong.size else "infinity"
+        wrong = labels[(labels != np.round(labels)) | (np.abs(labels) > _LARGEST_LABEL)]
+        if wrong.size:
+            example = "infinity" if np.isinf(wrong[0]) else wrong[0]
             raise UserError(f"{name}: the annotation holds {example}, no class number; save whole numbers")
         labels = labels.astype(np.int64)
     labels = labels.astype(np.uint8) if labels.dtype == bool else labels // SHRUNK.get(raw, 1)
-    return Mask(_upright(labels, turn), turn)
+    return Mask(_upright(labels, turn), stored_turn if turn == 1 else turn)
+
+
+def _one_channel(pixels: Labels) -> str:
+    """How pixels [H, W, k] that are no class numbers become some, in words."""
+    colours = pixels[..., :3] if pixels.shape[-1] > 2 else pixels[..., :1]
+    if (colours == colours[..., :1]).all():
+        return "its colours are all grey: save the first channel alone, `Image.open(FILE).getchannel(0).save(FILE)`"
+    kinds, counts = np.unique(colours.reshape(-1, colours.shape[-1]), axis=0, return_counts=True)
+    usual = ", ".join(str(tuple(kinds[place].tolist())) for place in (-counts).argsort(kind="stable")[:2])
+    return (
+        f"its colours ({len(kinds):,}, such as {usual}) name the classes: save the number of each colour's class "
+        "instead, in a PNG of one channel (mode L), `Image.fromarray(NUMBERS.astype('uint8')).save(FILE)`"
+    )
 
 
 def _storage(image: Image.Image) -> tuple[str, str, int | None]:
     """PIL's decoder, its name for the stored layout and, of a PGM, the value that stands for white."""
-    if not getattr(image, "tile", None):
+    if not (tiles := getattr(image, "tile", None)):
         return "", "", None
-    decoder, *_, settings = image.tile[0]
+    decoder, *_, settings = tiles[0]
     settings = settings if isinstance(settings, tuple) else (settings,)
     raw = settings[0] if settings and isinstance(settings[0], str) else ""
     largest = settings[1] if decoder.startswith("ppm") and len(settings) > 1 else None
@@ -133,7 +147,7 @@ class Census:
 
     def absent(self, numbering: Numbering) -> list[int]:
         """The stored values of the declared classes that never occur."""
-        declared = range(numbering.first, numbering.first + numbering.count)
+        declared = range(numbering.first, numbering.first + numbering.classes)
         return [value for value in declared if not self.pixels[value]]
 
     def undeclared(self, numbering: Numbering) -> int:
@@ -159,7 +173,7 @@ def take_census(total: int, read: Callable[[int], Labels], numbering: Numbering,
         except Exception:
             continue
         absent = census.absent(numbering)
-        odd = census.undeclared(numbering) or len(absent) >= numbering.count - 1
+        odd = census.undeclared(numbering) or len(absent) >= numbering.classes - 1
         if not absent or (tried >= ENOUGH and not odd) or tried >= MOST:
             break
     return census
@@ -175,8 +189,14 @@ def judge_census(census: Census, numbering: Numbering, where: str) -> str | None
     absent, share = census.absent(numbering), census.undeclared(numbering) / max(int(census.pixels.sum()), 1)
     if not census.masks or not absent:
         return None
+    left_out = int(census.pixels[list(numbering.ignored)].sum())
+    if census.masks == census.total and not share and 0 < left_out == int(census.pixels.sum()):
+        raise UserError(
+            f"{where}: none of the {census.masks:,} annotations holds a class, only what data.ignored_labels leaves "
+            f"out; classes are stored as {absent[0]} to {absent[-1]}, see data.first_label and data.class_count"
+        )
     shown = ", ".join(map(str, absent[:6])) + (f" and {len(absent) - 6} more" if len(absent) > 6 else "")
-    told = f"{where}: of the {numbering.count} declared classes, what is stored as {shown} never occurs"
+    told = f"{where}: of the {numbering.classes} declared classes, what is stored as {shown} never occurs"
     if share:
         line = (
             f"{told} in {census.masks:,} annotations, while 255, which no loss and no metric counts, covers "
@@ -186,6 +206,6 @@ def judge_census(census: Census, numbering: Numbering, where: str) -> str | None
         if census.masks < min(census.total, MOST):
             return line
         raise UserError(line)
-    if len(absent) == numbering.count - 1:
+    if len(absent) == numbering.classes - 1:
         return f"{told} in {census.masks:,} annotations: with one class there is nothing to tell apart"
     return None

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as image_ops
 
 from modalities.data.hub import load_hub, one_line
 from modalities.data.image_columns import (
@@ -45,6 +43,7 @@ from modalities.data.listing import (
     printable,
     read_whole,
     say,
+    say_left_aside,
     subfolders,
 )
 from modalities.data.scene_masks import (
@@ -97,8 +96,8 @@ class StoredScenes(Dataset[Batch]):
         if (turn == 1) != (mask.turn == 1):
             turned, other = ("image", "annotation") if mask.turn == 1 else ("annotation", "image")
             raise UserError(
-                f"{self.source.name(index)}: the EXIF tag of the {turned} turns it and its {other} "
-                f"{self.source.annotation(index)} has none; save both upright, without the tag"
+                f"{self.source.name(index)}: the EXIF tag of the {turned} turns it and its {other} has none; the "
+                f"annotation is {self.source.annotation(index)}; save both upright, without the tag"
             )
         if mask.labels.shape != (height, width):
             raise UserError(
@@ -125,14 +124,17 @@ class StoredScenes(Dataset[Batch]):
 
     def _decoded(self, index: int) -> tuple[Tensor, Mask, int]:
         """The image, uint8 [3, H, W], the annotation, and the orientation that the tag of the image names."""
+        broken = ""
         try:
             image, annotation = self.source.read(index)
+            broken = f"its annotation {self.source.annotation(index)}: "
             mask = read_mask(annotation, self.source.annotation(index), self.max_pixels)
+            broken = ""
             return decode(image, 3, self.max_pixels), mask, image_turn(image, self.max_pixels)
         except UserError:
             raise
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
-            raise UnreadableSample(f"{self.source.name(index)}: {one_line(error)}") from error
+            raise UnreadableSample(f"{self.source.name(index)}: {broken}{one_line(error)}") from error
 
     def _target(self, stored: np.ndarray, index: int) -> Tensor:
         """Stored values to classes, uint8 [H, W]."""
@@ -266,15 +268,21 @@ def fitted_size(size: Size, short_side: int, scale: float = 1.0) -> Size:
 
 def scaled(image: Tensor, target: Tensor, short_side: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """A scene [3, H, W], [H, W] at `fitted_size`: the image bilinear with antialiasing, the target nearest."""
+    from torchvision.transforms.v2 import InterpolationMode  # as slow to import as torch
+    from torchvision.transforms.v2.functional import resize
+
     image = scaled_image(image, short_side, scale)
     size = list(image.shape[-2:])
-    return image, image_ops.resize(target[None], size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+    return image, resize(target[None], size, interpolation=InterpolationMode.NEAREST_EXACT)[0]
 
 
 def scaled_image(image: Tensor, short_side: int, scale: float = 1.0) -> Tensor:
     """uint8 [..., H, W] at `fitted_size`, on its device."""
+    from torchvision.transforms.v2.functional import resize
+
     size = fitted_size((image.shape[-2], image.shape[-1]), short_side, scale)
-    return image_ops.resize(image, list(size), antialias=True)
+    resized: Tensor = resize(image, list(size), antialias=True)
+    return resized
 
 
 def padded(x: Tensor, size: Size, value: int = 0) -> Tensor:
@@ -292,15 +300,17 @@ def distorted(image: Tensor) -> Tensor:
     Each with probability 1/2: brightness + up to 32 of 255, contrast and saturation * 0.5 to 1.5, hue + up to a
     tenth of the circle; contrast comes last in half of the cases.
     """
+    from torchvision.transforms.v2.functional import adjust_hue, adjust_saturation
+
     contrast_last = _coin()
     if _coin():
         image = _linear(image, 1.0, _uniform(-32, 32))
     if not contrast_last and _coin():
         image = _linear(image, _uniform(0.5, 1.5), 0.0)
     if _coin():
-        image = image_ops.adjust_saturation(image, _uniform(0.5, 1.5))
+        image = adjust_saturation(image, _uniform(0.5, 1.5))
     if _coin():
-        image = image_ops.adjust_hue(image, _uniform(-0.1, 0.1))
+        image = adjust_hue(image, _uniform(-0.1, 0.1))
     if contrast_last and _coin():
         image = _linear(image, _uniform(0.5, 1.5), 0.0)
     return image
@@ -344,7 +354,7 @@ def _at(image: Tensor, target: Tensor, place: tuple[int, int], crop: Size) -> tu
 def _tables(numbering: Numbering) -> tuple[np.ndarray, np.ndarray]:
     """Stored value -> target (uint8 [256]) and whether the value may occur (bool [256])."""
     targets, known = np.full(256, IGNORED, dtype=np.uint8), np.zeros(256, dtype=bool)
-    classes = np.arange(numbering.count)
+    classes = np.arange(numbering.classes)
     targets[classes + numbering.first] = classes
     known[classes + numbering.first] = True
     known[[*numbering.ignored, IGNORED]] = True
@@ -501,6 +511,8 @@ def _open_tree(tree: Path, split: str) -> PairFiles:
     place = next((name for name in SPLITS[split] if os.path.isdir(tree / "images" / name)), None)
     if place is None:
         raise UserError(f"{tree / 'images'}: no folder {' or '.join(SPLITS[split])}; it holds the {split} split")
+    if split == "test":
+        say_left_aside(tree, [name for name in SPLITS["test"] if os.path.isdir(tree / "images" / name)])
     images, annotations = (_by_stem(tree / kind / place) for kind in ("images", "annotations"))
     if not images:
         raise UserError(f"{tree / 'images' / place}: no image file in it")
@@ -518,8 +530,8 @@ def _open_tree(tree: Path, split: str) -> PairFiles:
     if spare := len(annotations) - len(images):
         first = printable(min(annotations.keys() - images.keys()))
         say(f"{tree / 'annotations' / place}: {spare:,} annotations have no image (such as {first}) and are left out")
-    pair = ([os.fsencode(files[stem]) for stem in stems] for files in (images, annotations))
-    return PairFiles(*(pa.array(paths, pa.large_binary()) for paths in pair), str(tree))
+    paths = [[os.fsencode(files[stem]) for stem in stems] for files in (images, annotations)]
+    return PairFiles(pa.array(paths[0], pa.large_binary()), pa.array(paths[1], pa.large_binary()), str(tree))
 
 
 def _by_stem(folder: Path) -> dict[str, str]:

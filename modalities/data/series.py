@@ -10,8 +10,9 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from modalities.data.text_files import check_file, read_lines
 from modalities.data.time_axis import (
     AN_INDEX,
     Gaps,
+    Stamps,
     as_clock,
+    calendar_stamps,
     check_rising,
     clock_stamps,
     counts,
@@ -51,6 +54,7 @@ class Table(NamedTuple):
         breaks: rows before which time is missing, see `modalities.data.time_axis.find_gaps`.
         gap: one line on them, without the file, or None.
         notes: lines on what was found out and may be wrong.
+        row: place of a row -> how a message calls it.
     """
 
     columns: tuple[str, ...]
@@ -58,6 +62,7 @@ class Table(NamedTuple):
     breaks: tuple[int, ...] = ()
     gap: str | None = None
     notes: tuple[str, ...] = ()
+    row: Callable[[int], str] = "row {}".format
 
 
 class LabelledSeries(NamedTuple):
@@ -117,21 +122,31 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
         count = file.names.count(name)
         if count > 1:
             raise UserError(f"{path}: {count} columns are called {name!r}; rename them, or name others by data.columns")
+    calendar = _calendar(file, names) if columns is None else {}
     suspects = _suspects(file, names, time, columns)
+    suspects += [name for name in calendar.values() if name not in suspects]
     read = _read_columns(file, [name for name in names if name not in suspects], suspects, time)
     values, rows = read.values, len(read.values)
     found = {name: (what, each) for name, each in read.suspects.items() if (what := counts(name, each)) is not None}
+    dates = _calendar_stamps(calendar, read.suspects)
+    if dates is not None:
+        found |= {name: ("a part of the date", read.suspects[name]) for name in calendar.values()}
     if columns is None:
         names, values, found = _without_counters(names, values, read.suspects, found)
     stamps = None
     if time is not None:
         stamps = read_stamps(read.stamps)
         if stamps is None:
+            place, text = _odd_stamp(read.stamps)
+            where = "" if place is None else f" in {file.row(place, rows)}"
             raise UserError(
-                f"{path}: column {time!r} holds text such as {read.stamps[0][0].as_py()!r}, neither numbers nor ISO "
-                "8601 time stamps; fix it, or name the columns to read by data.columns and data.time"
+                f"{path}: column {time!r} holds {'text such as ' if place is None else ''}{text!r}{where}, neither a "
+                "number nor an ISO 8601 time stamp; fix it, or name the columns to read by data.columns and data.time"
             )
         check_rising(path, time, stamps, lambda row: file.row(row, rows))
+    elif dates is not None:
+        stamps = dates
+        check_rising(path, ", ".join(calendar.values()), stamps, lambda row: file.row(row, rows))
     elif (clock := as_clock(found)) is not None:
         stamps = clock_stamps(*found[clock])
     gaps = Gaps() if stamps is None else find_gaps(stamps, lambda row: file.row(row, rows))
@@ -139,8 +154,56 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
     if found and columns is None:
         told = ", ".join(f"{name!r} ({what})" for name, (what, _) in found.items())
         notes.append(f"{path}: not read as channels: {told}; data.columns=[...] names the ones to read")
+        notes += [
+            f"{path}: the index {name!r} does not rise from row to row, so the rows may be out of order; sort them"
+            for name, (what, each) in found.items()
+            if what == AN_INDEX and not (np.diff(each) > 0).all()
+        ]
     notes += _sentinel_notes(path, names, values)
-    return Table(names, values, gaps.breaks, gaps.note, tuple(notes))
+    return Table(names, values, gaps.breaks, gaps.note, tuple(notes), lambda row: file.row(row, rows))
+
+
+_CALENDAR = (("year", "yr", "yyyy"), ("month", "mo"), ("day",), ("hour", "hr"), ("minute",), ("second",))
+"""What columns with the parts of a date are called, from the longest part to the shortest."""
+
+
+def _calendar(file: _File, names: Sequence[str]) -> dict[int, str]:
+    """The columns of whole numbers that are the parts of a date by their names: place in `_CALENDAR` -> name.
+
+    None where there is no year or no month.
+    """
+    kinds = dict(zip(file.names, file.types, strict=True))
+    whole = {name.strip().lower(): name for name in names if pa.types.is_integer(kinds[name])}
+    found: dict[int, str] = {}
+    for place, also in enumerate(_CALENDAR):
+        name = next((whole[each] for each in also if each in whole), None)
+        if name is None:
+            break
+        found[place] = name
+    return found if len(found) > 1 else {}
+
+
+def _calendar_stamps(calendar: dict[int, str], read: dict[str, np.ndarray]) -> Stamps | None:
+    """The time stamps that columns with parts of a date make, if they do."""
+    if not calendar:
+        return None
+    stamps = calendar_stamps(*(read[calendar[place]] for place in sorted(calendar)))
+    return None if stamps is None else Stamps(stamps, dated=True)
+
+
+def _odd_stamp(chunks: Sequence[pa.Array]) -> tuple[int | None, Any]:
+    """The first cell that is no ISO time stamp, and its place, where the first is one; else the first, and None."""
+    texts = [text for chunk in chunks for text in chunk.to_pylist()]
+    odd = next((place for place, text in enumerate(texts) if not _is_iso(text)), 0)
+    return (odd, texts[odd]) if odd else (None, texts[0])
+
+
+def _is_iso(text: Any) -> bool:
+    try:
+        datetime.fromisoformat(str(text).strip())
+    except ValueError:
+        return False
+    return True
 
 
 class _Read(NamedTuple):
@@ -235,13 +298,20 @@ def _open(path: str) -> _File:
     check_file(path, "name a .csv or .parquet file by data.root")
     form = None
     try:
-        if path.endswith(".parquet"):
+        if _is_parquet(path):
             schema = pa.parquet.read_schema(path)
             return _File(path, tuple(schema.names), tuple(schema.types), None)
         form = find_out(path)
         return _File(path, form.names, tuple(next(read_blocks(form, BLOCK)).schema.types), form)
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path}: {_why(error, form, ())}") from error
+
+
+def _is_parquet(path: str) -> bool:
+    if path.lower().endswith((".parquet", ".pq")):
+        return True
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def _default_columns(file: _File) -> list[str]:
@@ -279,7 +349,7 @@ def _suspects(file: _File, names: Sequence[str], time: str | None, columns: Sequ
         names = () if time is not None else [name for name in file.names if name not in known]
     kinds = dict(zip(file.names, file.types, strict=True))
     wanted = [name for name in names if file.names.count(name) == 1 and _is_number(kinds[name])]
-    first = next((batch for batch in _batches(file, {}, wanted, None) if len(batch)), None) if wanted else None
+    first = next((batch for batch in _batches(file, (), wanted, None) if len(batch)), None) if wanted else None
     if first is None:
         return []
     integer = {name for name in wanted if pa.types.is_integer(kinds[name])}
@@ -288,7 +358,8 @@ def _suspects(file: _File, names: Sequence[str], time: str | None, columns: Sequ
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind))
+    plain = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return bool(plain or pa.types.is_null(kind))
 
 
 def _batches(file: _File, names: Sequence[str], suspects: Sequence[str], time: str | None) -> Iterator[pa.RecordBatch]:

@@ -40,6 +40,7 @@ _EPOCH_RANGE = (10**8, 5 * 10**9)  # seconds since 1970, of 1973 to 2128
 
 
 AN_INDEX = "an index"
+DATES = "dates as numbers"
 
 
 class Stamps(NamedTuple):
@@ -85,13 +86,62 @@ def read_stamps(chunks: Sequence[pa.Array]) -> Stamps | None:
         whole = [pc.cast(chunk, pa.time64("us"), safe=False) for chunk in chunks]
         return Stamps(_joined([pc.cast(chunk, pa.int64()) for chunk in whole]), dated=True)
     if pa.types.is_floating(kind) or pa.types.is_integer(kind):
-        return Stamps(_joined(chunks))
+        values = _joined(chunks)
+        dates = compact_dates(values)
+        return Stamps(values) if dates is None else Stamps(dates, dated=True)
     return None
 
 
 def _joined(chunks: Sequence[pa.Array]) -> Array:
     joined: Array = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in chunks])
     return joined.astype(np.int64 if joined.dtype.kind in "iu" else np.float64, copy=False)
+
+
+def compact_dates(values: Array) -> Array | None:
+    """Microseconds since 1970 [T] of whole numbers that are all dates of 1900 to 2100, such as 20200131; else None.
+
+    YYYYMMDD, and hours (2020013123), minutes and seconds behind it.
+    """
+    if not len(values) or not _whole(values) or values.min() < 19_000_101 or values.max() > 21_001_231_235_959:
+        return None
+    numbers = values.astype(np.int64)
+    clocks = (len(str(numbers.max())) - 8) // 2  # pairs of digits behind the day
+    parts: list[Array] = []
+    for _ in range(clocks):
+        numbers, last = np.divmod(numbers, 100)
+        parts.append(last)
+    years, months, days = numbers // 10_000, numbers // 100 % 100, numbers % 100
+    return calendar_stamps(years, months, days, *reversed(parts))
+
+
+def calendar_stamps(
+    years: Array,
+    months: Array,
+    days: Array | int = 1,
+    hours: Array | int = 0,
+    minutes: Array | int = 0,
+    seconds: Array | int = 0,
+) -> Array | None:
+    """Microseconds since 1970 [T] of whole numbers [T] each; None where one of them is no date of 1900 to 2100."""
+    every = [np.asarray(each) for each in (years, months, days, hours, minutes, seconds)]
+    ends = ((1900, 2100), (1, 12), (1, 31), (0, 23), (0, 59), (0, 59))
+    if not all(_whole(each) for each in every) or not all(
+        ((each >= low) & (each <= high)).all() for each, (low, high) in zip(every, ends, strict=True)
+    ):
+        return None
+    whole = [each.astype(np.int64) for each in every]
+    month = (whole[0] - 1970) * 12 + whole[1] - 1
+    day = month.astype("datetime64[M]").astype("datetime64[D]").astype(np.int64) + whole[2] - 1
+    if (day.astype("datetime64[D]").astype("datetime64[M]").astype(np.int64) != month).any():  # the 31st of June
+        return None
+    stamps: Array = day * _DAY + (whole[3] * 3600 + whole[4] * 60 + whole[5]) * _SECOND
+    return stamps
+
+
+def _whole(values: Array) -> bool:
+    """Whether all of them are whole numbers."""
+    with np.errstate(invalid="ignore"):
+        return values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
 
 
 def _parsed(texts: pa.ChunkedArray) -> Stamps | None:
@@ -208,22 +258,24 @@ def counts(name: str, values: Array, few: int = _FEW) -> str | None:
     """What a column counts, in words, or None where it is a channel.
 
     Whole numbers that rise or fall by the same step in every row, or rise under the name of a counter or a clock, or
-    are seconds since 1970 (or thousandths, ...) and rise mostly by one step; and other numbers that rise under the name
-    of a clock. Under the names that pandas gives its index, whole numbers of any kind.
+    are seconds since 1970 (or thousandths, ...) and rise mostly by one step, or are dates (20200131) and rise; and
+    other numbers that rise under the name of a clock. Under the names that pandas gives its index, whole numbers of
+    any kind.
 
     Args:
         values: [T], all of them.
         few: rows that must agree where only the numbers speak for it.
     """
     name = name.strip()
-    with np.errstate(invalid="ignore"):
-        whole = values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
+    whole = _whole(values)
     if INDEX.fullmatch(name) and whole:
         return AN_INDEX
     steps = np.diff(values)
     if not (steps > 0).all():
         alike = values.dtype.kind in "iu" and len(values) >= max(few, 2) and bool((steps == steps[0]).all())
         return "counts the rows" if alike and steps[0] != 0 else None
+    if len(values) >= few and compact_dates(values) is not None:
+        return DATES
     if whole and (epoch := _epoch(values)):
         return f"{epoch} since 1970"
     if _CLOCKS.search(name):
@@ -248,6 +300,8 @@ def _epoch(values: Array) -> str | None:
 
 def clock_stamps(what: str, values: Array) -> Stamps:
     """The numbers [T] of a column that counts `what` as time stamps."""
+    if what == DATES and (dates := compact_dates(values)) is not None:
+        return Stamps(dates, dated=True)
     unit = _EPOCHS.get(what.removesuffix(" since 1970"))
     if unit is None:
         return Stamps(values)
@@ -260,12 +314,12 @@ def as_clock(found: dict[str, tuple[str, Array]]) -> str | None:
     It must rise, and an index or a row number may jump once, and at one place in a hundred: more, and rows were picked
     from a larger table.
     """
-    order = ("a clock", "since 1970", "counts the rows", AN_INDEX)
+    order = (DATES, "a clock", "since 1970", "counts the rows", AN_INDEX)
     rising = {name: each for name, each in found.items() if bool((np.diff(each[1]) > 0).all())}
     for kind in order:
         for name, (what, values) in rising.items():
             steps = np.diff(values)
             jumps = (steps > _UNUSUAL * _usual(steps)).sum()
-            if what.endswith(kind) and (kind in order[:2] or jumps <= 1 + len(values) // 100):
+            if what.endswith(kind) and (kind in order[:3] or jumps <= 1 + len(values) // 100):
                 return name
     return None

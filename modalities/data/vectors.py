@@ -119,8 +119,8 @@ class Sequences(Dataset[Batch]):
         return Contents(stored.lengths * stored.width * stored.dtype.itemsize, read, self.name)
 
     def fingerprint(self) -> str:
-        """Changes where other sequences are stored, or one of another length."""
-        return fingerprint(self.stored.files, self.stored.lengths * self.stored.width)
+        """Changes where other sequences are stored, or one of another length or label."""
+        return fingerprint(self.stored.files, self.stored.lengths * self.stored.width, self.stored.labels)
 
     def _padded(self, read: Read, index: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> Tensor:
         name = self.name(index)
@@ -324,11 +324,11 @@ def _listed(path: Path, *, labels: bool) -> list[Path]:
             passed.add(HIDDEN, entry.name)
         elif entry.is_dir():
             passed.add("folders", entry.name)
-        elif not entry.name.endswith(".npy"):
+        elif not entry.name.lower().endswith(".npy"):
             passed.add(f"with the suffix {printable(os.path.splitext(entry.name)[1][:16])}", entry.name)
         elif not entry.is_file():
             passed.add(ODD, entry.name)
-        elif not entry.name.endswith(".coords.npy"):
+        elif not entry.name.lower().endswith(".coords.npy"):
             names.append(entry.name)
     if line := passed.line(str(path)):
         say(line)
@@ -480,6 +480,8 @@ def _array(path: Path) -> Array:
     except OSError:
         raise
     except Exception as error:  # a damaged head fails as whatever Python text it looks like
+        if "pickle" in str(error) or "Python objects" in str(error):  # never say how these could be loaded
+            raise ValueError("it is damaged or no npy file of numbers; Python objects are never read") from error
         raise ValueError(f"it is damaged or no npy file ({_one_line(error)})") from error
     if not isinstance(array, np.ndarray):
         raise ValueError("it is an archive of arrays, as npz files are; store one array in each file")

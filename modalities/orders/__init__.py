@@ -9,7 +9,6 @@ either form, named by its import path: `data.patch_order=my_orders:by_saliency`;
 from __future__ import annotations
 
 import hashlib
-import traceback
 import warnings
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from modalities.orders import curves
 from modalities.orders.curves import Grid
-from nepa_core.basics import FROZEN, MOST_SEED, UserError
+from nepa_core.basics import FROZEN, MOST_SEED, UserError, call
 from nepa_core.runtime.config import load_object, nearest
 from nepa_core.tokens import Tokens
 
@@ -156,7 +155,8 @@ def read_order(
     if name == "raster" or (name == "random_annealed" and progress is None):
         return None
     if ":" in name:
-        return _checked(_called(name, tokens, grid), f"patch_order={name}", grid, len(tokens.values))
+        order = call(f"patch_order={name} called with (tokens, grid)", load_object(name), tokens, grid)
+        return _checked(order, f"patch_order={name}", grid, len(tokens.values))
     if name not in DRAWN:
         return grid_order(name, grid, seed)
     if progress is None:
@@ -273,25 +273,6 @@ def _read(name: str) -> Tensor:
         return torch.as_tensor(found)
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise UserError(f"patch_order={name} can't be read as a list of whole numbers: {error}") from error
-
-
-def _called(name: str, tokens: Tokens, grid: Grid) -> object:
-    """What a function of the user's gives.
-
-    Raises:
-        UserError: it fails; the line names the place in it.
-    """
-    function = load_object(name)
-    try:
-        return function(tokens, grid)
-    except UserError:
-        raise
-    except Exception as error:
-        inside = traceback.extract_tb(error.__traceback__)[1:2]  # nothing where the call itself did not fit
-        where = "".join(f", line {each.lineno} of {Path(each.filename).name}" for each in inside)
-        raise UserError(
-            f"patch_order={name} called with (tokens, grid) fails{where}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _checked(order: object, name: str, grid: Grid, samples: int | None = None) -> Tensor:

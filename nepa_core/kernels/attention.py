@@ -5,16 +5,13 @@ Shapes: B samples, H heads, T places, K numbers a head.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
-from nepa_core.basics import UserError
 from nepa_core.kernels.packing import Sequences
 
 Backend = Literal["sdpa", "xformers", "eager"]
@@ -62,7 +59,9 @@ def attend(
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=causal and allowed is None)
         return mixed, None
     if backend == "xformers":
-        return _attend_xformers(q, k, v, causal=causal, allowed=allowed), None
+        from nepa_core.kernels.xformers import attend_xformers  # here, as it imports the compiler
+
+        return attend_xformers(q, k, v, causal=causal, allowed=allowed), None
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
     if allowed is None and causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
@@ -89,50 +88,14 @@ def attend_sequences(
 ) -> Tensor:
     """Attention within each sequence of one flat row, without a mask: q, k, v [1, H, L, K] -> [1, H, L, K]."""
     if backend == "xformers":
-        out: Tensor = _attend_xformers_sequences(q, k, v, sequences.lengths, causal)
+        from nepa_core.kernels.xformers import attend_xformers_sequences
+
+        out: Tensor = attend_xformers_sequences(q, k, v, sequences.lengths, causal)
         return out
+    from torch.nn.attention import varlen  # imports the compiler, which takes as long as half of torch
+
     q, k, v = (rearrange(x, "1 h l k -> l h k") for x in (q, k, v))
     bounds, longest = sequences.cu_seqlens, sequences.longest
     window = (-1, 0) if causal else (-1, -1)  # how far to look back and ahead; -1 is no limit
-    mixed = cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window))
+    mixed = cast(Tensor, varlen.varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window))
     return rearrange(mixed, "l h k -> 1 h l k")
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # the lengths are other constants in every batch
-def _attend_xformers_sequences(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], causal: bool) -> Tensor:
-    return _attend_xformers_biased(q, k, v, block_diagonal_bias(lengths, causal, q.device))
-
-
-@lru_cache(maxsize=2)  # all blocks share it
-@torch.inference_mode(False)  # what is first made in inference mode must serve training too
-def block_diagonal_bias(lengths: tuple[int, ...], causal: bool, device: torch.device) -> Any:
-    """xformers' bias for sequences of these lengths, one behind the other."""
-    masks = _xformers_ops().fmha.attn_bias
-    kind = masks.BlockDiagonalCausalMask if causal else masks.BlockDiagonalMask
-    return kind.from_seqlens(lengths, device=device)
-
-
-def _attend_xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: Tensor | None) -> Tensor:
-    if q.device.type != "cuda":
-        raise UserError("model.attention=xformers runs on CUDA only; use model.attention=sdpa here")
-    bias = _xformers_ops().LowerTriangularMask() if causal else None
-    if allowed is not None:
-        batch, heads, places, _ = q.shape
-        padded = -(-places // 8) * 8  # xformers wants the bias' rows aligned to 8 elements
-        bias = q.new_full((batch, 1, places, padded), float("-inf"))[..., :places]
-        bias = bias.masked_fill(allowed, 0.0).expand(-1, heads, -1, -1)
-    return _attend_xformers_biased(q, k, v, bias)
-
-
-def _attend_xformers_biased(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
-    q, k, v = (rearrange(x, "b h t k -> b t h k") for x in (q, k, v))
-    mixed: Tensor = _xformers_ops().memory_efficient_attention(q, k, v, attn_bias=bias)
-    return rearrange(mixed, "b t h k -> b h t k")
-
-
-def _xformers_ops() -> Any:
-    try:
-        import xformers.ops
-    except ImportError as error:
-        raise UserError("model.attention=xformers needs the package: pip install -e '.[xformers]'") from error
-    return xformers.ops

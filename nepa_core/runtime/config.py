@@ -148,8 +148,8 @@ def _check_key(config: BaseModel, key: str, value: Any) -> None:
     known = list(keys(config))
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if isinstance(node, dict) and depth == len(parts) - 1:
-            return  # the config that holds the dictionary says which entries it takes
+        if isinstance(node, dict) and (depth == len(parts) - 1 or ":" in key):
+            return  # the config that holds the dictionary says which entries it takes; an import path has dots
         if kind is None:
             raise UserError(f"unknown key {shown(key)}: {shown('.'.join(parts[:depth]))} is a single value")
         if node is None:
@@ -376,9 +376,10 @@ _IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 
 
 def imports_of(config: BaseModel) -> list[str]:
-    """The import paths that a config names: its adapter, and settings of the form module:name, as of an order."""
+    """The import paths that a config names: its adapter, an order of the user's, and terms of the objective."""
     data = getattr(config, "data", None)
     if not isinstance(data, Modality):
         return []
-    named = [value for value in keys(data).values() if isinstance(value, str) and _IMPORT_PATH.fullmatch(value)]
+    values = [*keys(data).values(), *getattr(getattr(config, "objective", None), "terms", ())]
+    named = [value for value in values if isinstance(value, str) and _IMPORT_PATH.fullmatch(value)]
     return [import_path(type(data)), *named]

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 from torch.utils.data._utils.collate import collate, default_collate_fn_map
 
 from nepa_core.basics import Batch, UnreadableSample, UserError, cores
-from nepa_core.tokens import Tokens
+from nepa_core.tokens import LARGEST_VALUE, Tokens
 
 _SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
 _ERROR = "_error"  # key of a batch that is a user's error instead
@@ -29,24 +29,47 @@ _DRAWN = "_drawn"  # key of the index of every sample of a batch
 _LOST = "_lost"  # key of the places in a draw that could not be read, where nothing replaced them
 
 
-def replace_broken(tokens: Tokens, batch: Batch) -> tuple[Tokens, Batch, Tensor]:
-    """Put another sample of the batch in the place of each whose tokens hold NaN or infinity.
+def replace_broken(tokens: Tokens, batch: Batch, *, labels: bool = False) -> tuple[Tokens, Batch, Tensor]:
+    """Put another sample of the batch in the place of each whose tokens are not finite, see `Tokens.finite`.
 
     As where a sample can't be read: its neighbour is trained on once more. Nothing waits for a GPU. Where none is sound
     all stay, and the step is skipped, as its gradient is not finite.
 
+    Args:
+        labels: also of each with a float "label" that is not finite.
+
     Returns:
-        Tokens and tensors of the batch, and which samples are broken, [B] bool on their device: for
-        `StepOutput.broken`.
+        Tokens and tensors of the batch, and why samples are broken, [B] uint8 on their device, 0 where they are not
+        (a place in `FAULTS`): for `StepOutput.broken`.
     """
-    finite = tokens.finite()
+    faults = _faults(tokens, batch, labels=labels)
+    finite = faults == 0
     if finite.device.type == "cpu" and finite.all():
-        return tokens, batch, ~finite
+        return tokens, batch, faults
     places = torch.arange(len(finite), device=finite.device)
     sound_first = (~finite).int().argsort(stable=True)
     index = torch.where(finite, places, sound_first[places % finite.sum().clamp(min=1)])
     rows = {name: x[index] if isinstance(x, Tensor) and x.ndim else x for name, x in batch.items()}
-    return tokens.rows(index), rows, ~finite
+    return tokens.rows(index), rows, faults
+
+
+FAULTS = (
+    "",
+    "its tokens hold NaN or infinity",
+    f"its tokens hold numbers beyond {LARGEST_VALUE:g}",
+    "its label is NaN or infinite",
+)
+"""What is wrong with a sample that can be read."""
+
+
+def _faults(tokens: Tokens, batch: Batch, *, labels: bool) -> Tensor:
+    """The place in `FAULTS` of each sample, [B] uint8 on the tokens' device; `labels`: look at a float "label", too."""
+    large = tokens.values.isfinite().flatten(1).all(1).to(torch.uint8) + 1
+    label, sound = batch.get("label"), torch.zeros_like(large)
+    if labels and isinstance(label, Tensor) and label.is_floating_point():
+        finite = label.isfinite().reshape(len(label), -1).all(1).to(large.device)
+        sound = torch.where(finite, sound, 3)
+    return torch.where(tokens.finite(), sound, large)
 
 
 def fold_seed(*parts: int | str) -> int:
@@ -119,21 +142,28 @@ class _Batches(Dataset[Batch | bytes]):
         try:
             batch = self._load(draw.indices)
         except UserError as error:  # crosses the worker boundary as data, to stay one line
-            return {_ERROR: str(error)}
+            return {_ERROR: UserError(str(error))}
+        except (OSError, MemoryError, OverflowError, RecursionError) as error:  # so do those that the command explains
+            if isinstance(error, OSError) and error.errno is None:
+                raise
+            return {_ERROR: error}
         return batch if _fits_shared_memory([batch]) else pickle.dumps(batch)
 
     def _load(self, indices: list[int]) -> Batch:
         whole = getattr(self.dataset, "__getitems__", None)
         if whole is not None:
             try:
-                return cast(Batch, whole(indices)) | {_DRAWN: indices}
+                batch = whole(indices)
+                if isinstance(batch, list):  # of samples, as torch's Subset gives them
+                    batch = _stacked(batch, shared=_fits_shared_memory(batch))
+                return {**batch, _DRAWN: indices}
             except UnreadableSample:
                 pass  # find out below which ones they are
         skipped: list[str] = []
         found = [self._readable(index, skipped) for index in indices]
         samples = [each[1] for each in found if each is not None]
         drawn = [each[0] for each in found if each is not None]
-        batch: Batch = {**(_stacked(samples, shared=_fits_shared_memory(samples)) if samples else {}), _DRAWN: drawn}
+        batch = {**(_stacked(samples, shared=_fits_shared_memory(samples)) if samples else {}), _DRAWN: drawn}
         lost = [place for place, each in enumerate(found) if each is None]
         return batch | {_SKIPPED: skipped, _LOST: lost} if skipped else batch
 
@@ -218,7 +248,7 @@ class TrainingBatches:
             yield to_device(batch, self._device)
 
     def suspect(self, broken: Tensor) -> None:
-        """Which samples of the batch given last have tokens that are not finite, [B] bool; read by `settle`."""
+        """What is wrong with the samples of the batch given last, as `replace_broken` gives it; read by `settle`."""
         self._suspects.append((self._drawn, broken))
 
     def settle(self) -> None:
@@ -232,17 +262,17 @@ class TrainingBatches:
         which = torch.cat([broken for _, broken in self._suspects]).tolist()
         drawn = [index for indices, _ in self._suspects for index in indices]
         self._suspects.clear()
-        found = {index for index, broken in zip(drawn, which, strict=True) if broken}
-        self._note([_broken(self._dataset, index) for index in found])
+        found = {(index, fault) for index, fault in zip(drawn, which, strict=True) if fault}
+        self._note([_broken(self._dataset, index, fault) for index, fault in found])
 
     def _note(self, skipped: list[str]) -> None:
         self.unreadable |= set(skipped)
         _refuse_many(self.unreadable, self._samples, self._max_unreadable)
 
 
-def _broken(dataset: Dataset[Batch], index: int) -> str:
+def _broken(dataset: Dataset[Batch], index: int, fault: int) -> str:
     name = getattr(dataset, "name", None)
-    return f"{f'sample {index}' if name is None else name(index)}: its tokens hold NaN or infinity"
+    return f"{f'sample {index}' if name is None else name(index)}: {FAULTS[fault]}"
 
 
 def _refuse_many(unreadable: set[str], samples: int, share: float, of: str = "") -> None:
@@ -279,6 +309,7 @@ def plain_batches(
     kept: list[int] | None = None,
     max_unreadable: float = 1.0,
     tokenize: Callable[[Batch], Tokens] | None = None,
+    labels: bool = False,
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
@@ -290,7 +321,8 @@ def plain_batches(
         unreadable: gets name and cause of every sample left out.
         kept: gets the place of every sample that is given, counted from the first of all.
         max_unreadable: share of the samples that may be.
-        tokenize: of the adapter; samples whose tokens hold NaN or infinity are then left out as unreadable, too.
+        tokenize: of the adapter; samples whose tokens are not finite are then left out as unreadable, too.
+        labels: and those with a float "label" that is not.
 
     Raises:
         UserError: no sample could be read, or too few.
@@ -310,9 +342,10 @@ def plain_batches(
         drawn = loaded.pop(_DRAWN)
         loaded = to_device(loaded, device)
         if tokenize is not None and loaded:
-            sound = tokenize(loaded).finite()
+            faults = _faults(tokenize(loaded), loaded, labels=labels)
+            sound = faults == 0
             if not sound.all():
-                found = [*found, *(_broken(dataset, drawn[i]) for i in (~sound).nonzero()[:, 0].tolist())]
+                found = [*found, *(_broken(dataset, i, int(k)) for i, k in zip(drawn, faults, strict=True) if k)]
                 loaded = {name: x[sound] for name, x in loaded.items()} if sound.any() else {}
                 places = [place for place, good in zip(places, sound.tolist(), strict=True) if good]
         if kept is not None:
@@ -327,6 +360,9 @@ def plain_batches(
     if empty and (draws or rank == 0):
         raise UserError(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
+
+KILLED = "DataLoader worker (pid"
+"""How torch begins to say that; of an exception in such a process it says "Caught ... in DataLoader worker process"."""
 
 LOADER_DIED = (
     "the system has killed a process that loads data, perhaps for want of memory: lower train.batch, or load in the "
@@ -360,7 +396,7 @@ def _loaded(
         except StopIteration:
             return
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
+            if KILLED in str(error):
                 raise UserError(LOADER_DIED) from error
             raise
         yield pickle.loads(found) if isinstance(found, bytes) else found
@@ -383,5 +419,5 @@ def _say_once(line: str) -> None:
 
 def _raise_error(batch: Batch) -> Batch:
     if _ERROR in batch:
-        raise UserError(batch[_ERROR])
+        raise batch[_ERROR]
     return batch

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -101,19 +100,6 @@ class _AllGather(torch.autograd.Function):
         total = gradients[0].contiguous()
         dist.all_reduce(total)
         return total.narrow(0, dist.get_rank() * ctx.rows, ctx.rows)
-
-
-def leave(status: int) -> NoReturn:
-    """End this process. One of several skips the teardown of C++ libraries.
-
-    There the threads of gloo now and then abort a process whose work is done and written, and `torchrun` would call the
-    whole job failed.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        os._exit(status)
-    sys.exit(status)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ class StepOutput(NamedTuple):
         weight: of how many things (predictions, labels) the loss is a mean: a batch's loss is the mean over
             all of them, however they fall on micro-batches and ranks.
         tokens: real input tokens seen, padding not counted, for the rate.
-        broken: [B] bool, the samples of the batch whose tokens are not finite, see `replace_broken`; None where that
+        broken: [B] uint8, 0 but for samples of the batch that are not finite, see `replace_broken`; None where that
             was not looked at.
     """
 
@@ -518,7 +518,7 @@ def _accumulate(
             if out.broken is not None:
                 batches.suspect(out.broken)
             weighted = out.loss * out.weight
-            weighted.backward()  # type: ignore[no-untyped-call]
+            weighted.backward()
         sums[0] += weighted.detach()
         sums[1] += out.weight
         sums[2] += out.tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -9,7 +10,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +21,56 @@ from nepa_core.runtime.config import shown
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 
+# ------------------------------------------------------------------------------------------------------ nothing left
+
+_BEGUN = ("config.json", "metrics.jsonl", "timing.jsonl", "checkpoints")
+"""What a run has written before its first checkpoint; none of it is worth keeping without one."""
+
+
+@contextmanager
+def nothing_left(folder: Path) -> Iterator[None]:
+    """A run that is begun within the block, in this folder or below, is gone again where the block ends in an error.
+
+    Only that is removed: files of `_BEGUN` that were not there before, in a folder without a checkpoint and without
+    any other file, and folders that are new and empty. The caller holds the lock of the folder.
+    """
+    before = _inside(folder)
+    try:
+        yield
+    except Exception:
+        for place in sorted(each for each in _inside(folder) - before if each.is_dir() and not each.is_symlink())[::-1]:
+            take_back(place, before)
+            with suppress(OSError):  # it holds something
+                place.rmdir()
+        take_back(folder, before)
+        raise
+
+
+def _inside(folder: Path) -> set[Path]:
+    return {Path(place, name) for place, folders, files in os.walk(folder) for name in (*folders, *files)}
+
+
+def take_back(folder: Path, before: Container[Path] = ()) -> None:
+    """Remove the files of a run that has begun and has no checkpoint; nothing where anything else lies beside them.
+
+    Args:
+        before: paths that are not the caller's to remove.
+    """
+    with suppress(OSError):
+        found = [path for path in folder.iterdir() if path.name != ".lock"]
+        if any(path.name not in _BEGUN or path in before or (path.is_dir() and any(path.iterdir())) for path in found):
+            return
+        for path in found:
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
+
+
 # ------------------------------------------------------------------------------------------------------- two at once
 
 _HELD: set[int] = set()  # descriptors of the locks of this process
+_TRIES = 100  # to make a folder that others remove
 _WAIT = 0.2  # seconds between looks at a lock that another process has
 
 
@@ -96,11 +144,16 @@ def locked(file: Path, *, patient: bool = False, keep: bool = True, trains: bool
 
 def _taken(file: Path) -> int | None:
     """A descriptor that holds the lock, or None where another one does."""
+    failed = 0
     while True:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except FileNotFoundError:  # who had it before has just removed the folder that it made
+        except FileNotFoundError as error:  # who had it before has just removed the folder that it made
+            failed += 1
+            if failed == _TRIES:  # or no folder can be made here, as in /proc
+                raise NotADirectoryError(errno.ENOTDIR, "No folder can be made there", file) from error
+            time.sleep(0.001)
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +181,7 @@ def holding(folder: Path, *, trains: bool, lock: Path | None = None) -> Iterator
     """Be the only one who writes in a folder within the block; who only reads needs no lock.
 
     For a task that takes seconds to minutes another one waits, with a line that says for whom; for training it does
-    not. What was made for the lock alone is gone afterwards.
+    not. What was made for the lock alone is gone afterwards, and after an error what `nothing_left` removes.
 
     Args:
         trains: this process may take hours.
@@ -149,7 +202,8 @@ def holding(folder: Path, *, trains: bool, lock: Path | None = None) -> Iterator
         while True:
             with locked(file, keep=False, trains=trains) as mine:
                 if mine:
-                    yield
+                    with nothing_left(folder):
+                        yield
                     return
             other = holder(file)
             if other is not None and other.trains:
@@ -181,11 +235,11 @@ def at_work(run: Run, ranks: World, *, trains: bool) -> Iterator[None]:
     """
     refused: set[str] = set()
     with ExitStack() as stack:
-        if ranks.is_main and not (trains and run.summary() is not None):
-            try:
+        try:
+            if ranks.is_main and not (trains and run.summary() is not None):
                 stack.enter_context(holding(run.path, trains=trains))
-            except UserError as error:
-                refused.add(str(error))
+        except UserError as error:
+            refused.add(str(error))
         for line in ranks.union(refused):  # on every rank, and none goes on before
             raise UserError(line)
         yield

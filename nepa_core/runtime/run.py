@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from nepa_core.basics import UserError
 from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, shortened, write_whole
-from nepa_core.runtime.config import Config, differences, imports_of, load_config, save_config, shown
+from nepa_core.runtime.config import Config, differences, imports_of, load_config, read_saved, save_config, shown
 
 FREE_KEYS = (
     "data.changed",
@@ -25,6 +25,9 @@ FREE_KEYS = (
     "train.recompute",
 )
 """Keys that may change between two sittings of a run: they do not touch what is computed."""
+
+RECORD = "import.json"
+"""The file that `nepa import` leaves in a run: where its weights came from."""
 
 
 class Run:
@@ -181,3 +184,20 @@ def reading_back(file: Path) -> Iterator[None]:
             text, missing = str(error.errors()[0]["loc"][0]), True
         lacks = f"lacks {text}" if missing else f"holds something else than was written ({text})"
         raise UserError(f"{file} {lacks}; delete it and give the same command again") from error
+
+
+def task_of(run: str) -> str:
+    """The task that a run folder is of."""
+    return str(read_saved(Path(run) / "config.json").get("task", "pretrain"))
+
+
+def is_run(target: str) -> bool:
+    """A folder with a config.json that is not one of the Hugging Face layout."""
+    file = Path(target) / "config.json"
+    released = (Path(target) / "model.safetensors").is_file()  # runs keep theirs in checkpoints/
+    return file.is_file() and not released and "model_type" not in read_saved(file)
+
+
+def is_imported(target: str) -> bool:
+    """Whether a folder is a run that `nepa import` wrote."""
+    return (Path(target) / RECORD).is_file()

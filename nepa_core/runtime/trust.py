@@ -1,6 +1,6 @@
 """Whose code is imported.
 
-A run's config.json names its adapter, and perhaps a patch order, by import path, and importing a module runs it.
+A run's config.json names its adapter, and perhaps an order or a term, by import path, and importing a module runs it.
 Imported without a question are what this program is installed with; what the user types, and what code of theirs
 names; and what a config.json names that a command of this user wrote on this machine. That is known by a note outside
 the folder, `$XDG_CONFIG_HOME/nepa/made/` (`~/.config` where that is not set) with the SHA-256 of the file: a run may be
@@ -52,6 +52,17 @@ def take(trust: Trust) -> None:
     """Trust what another process did, or with `Trust(everything=True)` all that any file names."""
     global _given
     _given = trust
+
+
+@contextmanager
+def everything() -> Iterator[None]:
+    """Within the block all that any file names is trusted."""
+    before = given()
+    take(Trust(everything=True))
+    try:
+        yield
+    finally:
+        take(before)
 
 
 def allow(paths: Iterable[str]) -> None:

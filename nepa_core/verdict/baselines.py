@@ -33,6 +33,7 @@ _BYTES = 2**29  # most for the matrices of all places, where each has its own
 _HELD = 1024  # most samples that the strength is chosen on
 _CHUNK = 1024  # samples whose moments are taken at once
 _SAMPLES_BYTES = 2**26  # most of either of these
+_PIECE_BYTES = 2**24  # most raw tokens that are reduced at once
 
 
 class Fitted(NamedTuple):
@@ -84,6 +85,7 @@ def fit_baselines(
                 marks.pop(0)
                 linear.choose(held)
                 curve.append((samples, identified(linear.predict(test), test)))
+        del part, some  # or they would be alive beside the next
     if samples:
         linear.choose(held)
         linear.add(held)
@@ -104,16 +106,24 @@ def _chunks(parts: Iterable[Gathered], *, first: int, size: int) -> Iterator[Gat
     """
     chunk = max(1, min(_CHUNK, _SAMPLES_BYTES // size))
     waiting: list[Gathered] = []
-    count, wanted = 0, first
+    missing = first
     for part in parts:
+        while len(part.values) >= missing:
+            waiting.append(part.rows(slice(missing)))
+            part = part.rows(slice(missing, None))
+            yield _taken(waiting)
+            missing = chunk
         waiting.append(part)
-        count += len(part.values)
-        while count >= wanted:
-            whole = joined(waiting)
-            yield whole.rows(slice(wanted))
-            waiting, count, wanted = [whole.rows(slice(wanted, None))], count - wanted, chunk
-    if count:
-        yield joined(waiting)
+        missing -= len(part.values)
+    if missing < chunk:
+        yield _taken(waiting)
+
+
+def _taken(waiting: list[Gathered]) -> Gathered:
+    """What waits, as one; then nothing waits, and nobody else holds it."""
+    whole = joined(waiting)
+    waiting.clear()
+    return whole
 
 
 def _cut(part: Gathered, places: list[int]) -> list[Gathered]:
@@ -251,10 +261,18 @@ class _Features(NamedTuple):
 
     def read(self, part: Gathered) -> Tensor:
         """[S, N, K]."""
+        if self.basis is None:
+            return self._centred(part)
+        step = max(1, _PIECE_BYTES // (4 * self.mean.numel()))  # of raw tokens, which are wide
+        ends = range(0, len(part.values), step)
+        return torch.cat([self._centred(part.rows(slice(a, a + step))) @ self.basis for a in ends])
+
+    def _centred(self, part: Gathered) -> Tensor:
+        """[S, N, P]."""
         x = part.values - self.mean
         if part.mask is not None:
             x *= part.mask[:, part.bos :, None]
-        return x if self.basis is None else x @ self.basis
+        return x
 
 
 class _Autoregression:
@@ -299,19 +317,18 @@ class _Autoregression:
         for place, product in enumerate(self.xy):
             product.addmm_(x[:, : len(product)].T, unit[:, place])
 
-    def _solved(self, strength: float) -> list[tuple[Tensor, Tensor]]:
-        """Weights [width, D] and intercept [D] of every place."""
+    def _solved(self, strength: float) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weights [width, D] and intercept [D] of every place, one after the other: together they take much memory."""
         if self.ragged:
-            return [moments.solve(strength * self.scale) for moments in self.moments]
+            yield from (moments.solve(strength * self.scale) for moments in self.moments)
+            return
         count, x = max(self.shared.count, 1), (self.shared.x / max(self.shared.count, 1)).float()
         factor = _factor(_covariance(self.shared.xx, x, count), strength * self.scale)
-        solved = []
         for place, product in enumerate(self.xy):
             width, y = len(product), (self.y[place] / count).float()
             cross = product / count - torch.outer(x[:width], y)
             weights = torch.cholesky_solve(cross, factor[:width, :width]) if width else cross
-            solved.append((weights, y - x[:width] @ weights))
-        return solved
+            yield weights, y - x[:width] @ weights
 
     def _predicted(self, part: Gathered, strength: float) -> Tensor:
         flat = self.reader.read(_resized(part, self.count)).flatten(1).to(self.device)

@@ -12,10 +12,11 @@ from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.run import Run
 from recipes.comparison import engine
-from recipes.comparison.measures import rank_over_training, read_out
+from recipes.comparison.downstream import beside_random, one_setting
+from recipes.comparison.measures import rank_over_training
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import find_goal
-from recipes.report.ablate import COLUMNS, write_report
+from recipes.report.ablate import COLUMNS, report
 from recipes.report.provenance import provenance
 from recipes.report.tables import (
     Rows,
@@ -77,14 +78,14 @@ def ablate(config: PretrainConfig, options: AblateOptions, out: Path) -> dict[st
     result = summarise(rows, look) | {"recipe": config.recipe, "made_with": provenance()}
     result["margins"] = {name: margin(each) for name, each in engine.run_summaries(arms, look.seeds, out).items()}
     with engine.reporting(out):
-        write_report(out / "report", f"Ablations: {config.recipe}", result)
+        report(result).write(out / "report")
         Run(out).write_summary(result)
     return result
 
 
 def measure(config: PretrainConfig, model: NEPA, run: Run, _: Nothing) -> dict[str, Any]:
     """The run's own figures and the probe of every layer."""
-    summary, read = run.summary(), read_out(config, model)
+    summary, read = run.summary(), beside_random(config, model, run, one_setting(config, (), 1))
     assert summary is not None
     return {
         **{name: summary[name] for name in ("objective", "loss", "retrieval_top1", "effective_rank_embedding")},

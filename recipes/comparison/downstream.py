@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -27,10 +27,10 @@ import torch
 from pydantic import BaseModel
 from torch.utils.data import Dataset
 
-from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, Batch
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
+from nepa_core.pooling import Row, mean_of_tokens
 from nepa_core.predictor import Trace
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
@@ -38,8 +38,7 @@ from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import Diverged
 from nepa_core.runtime.run import Run
 from nepa_core.verdict.diagnostics import effective_rank
-from recipes import configs
-from recipes.comparison import measures
+from recipes import configs, presets
 from recipes.comparison.measures import (
     PROBE,
     Figure,
@@ -55,10 +54,9 @@ from recipes.comparison.measures import (
     trained,
 )
 from recipes.configs import PretrainConfig
-from recipes.networks.goals import find_goal
-from recipes.networks.heads import mean_of_tokens
+from recipes.networks.goals import find_goal, first_sample, kind_of
 from recipes.readout import forecasters, probing
-from recipes.readout.features import Row, network_reader, raw_reader, tokens_per_sample
+from recipes.readout.features import network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import draw_seed, pack_clusters
@@ -168,8 +166,8 @@ class Tuned(NamedTuple):
 
 
 def is_forecast(config: PretrainConfig) -> bool:
-    """Whether the data is a series without targets."""
-    return isinstance(config.data, TimeSeries) and config.data.source != "labelled"
+    """Whether the data is a series without targets: its adapter offers `forecasts`, and samples have none."""
+    return config.data.offers("forecasts") and kind_of(first_sample(config.data)) is None
 
 
 def check(config: PretrainConfig, horizon: int = HORIZON) -> None:
@@ -181,8 +179,7 @@ def check(config: PretrainConfig, horizon: int = HORIZON) -> None:
     if not is_forecast(config):
         find_goal(config.data)
         return
-    for split in ("train", "validation", "test"):
-        cast(TimeSeries, config.data).forecasts(split, horizon)
+    forecasters.check_windows(config.data, horizon)
 
 
 def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Care) -> dict[str, Any]:
@@ -196,7 +193,7 @@ def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Car
         `probe`, of the layer that held-back samples choose, and its `probe_row`; `probe_final`, of the final norm;
         `finetuned_50` and so on, "all" for None; `settings`: the chosen `Setting` of each as a dictionary, with
         `at_end` of `Chosen`; `label_counts`: how many labelled samples each used in all; `layers`: names, probes and
-        (but for forecasts) effective ranks, layer by layer; `metric`: accuracy, r2, or skill of a forecast, which is
+        effective ranks, layer by layer; `metric`: accuracy, r2, or skill of a forecast, which is
         1 - MSE / MSE of repeating the last value; `credits` and `clusters`: see `recipes.comparison.measures.Figure`.
     """
     device = next(model.parameters()).device
@@ -252,7 +249,7 @@ def best_setting(care: Care, at: Callable[[Setting], tuple[float, Any]]) -> Chos
         middle = (len(scores) - 1) / 2
         return max(range(len(scores)), key=lambda place: (scores[place], -abs(place - middle), -place))
 
-    def along(start: Setting, key: str, values: Sequence[float]) -> tuple[Setting, bool]:
+    def along(start: Setting, key: str, values: Sequence[Any]) -> tuple[Setting, bool]:
         line = sorted(values)
         left = {"low": care.extensions, "high": care.extensions} if len(line) > 1 else {"low": 0, "high": 0}
         while True:
@@ -298,7 +295,7 @@ def middle_setting(care: Care) -> Setting:
 def raw_figure(config: PretrainConfig, device: torch.device, horizon: int = HORIZON) -> float:
     """The same read-out of the raw tokens."""
     if is_forecast(config):
-        data = cast(TimeSeries, config.data.plain())
+        data = config.data.plain()
         found = forecasters.best_ridge(data, forecasters.raw_features, horizon, _WINDOWS, device)
         return float(1 - found["mse"] / persistence(data, horizon, device))
     reader = raw_reader(attentive=False, per_token=tokens_per_sample(config.data.plain()) > 0)
@@ -309,21 +306,30 @@ def raw_figure(config: PretrainConfig, device: torch.device, horizon: int = HORI
 # --------------------------------------------------------------------- in one setting, beside random weights
 
 
-def compared(config: PretrainConfig, model: NEPA, run: Run, labels: Sequence[int | None], steps: int) -> dict[str, Any]:
-    """What `nepa orders` measures of a run downstream: `measures.read_out` and `measures.fine_tunings`.
+def one_setting(config: PretrainConfig, labels: Sequence[int | None], steps: int) -> Care:
+    """Nothing to choose: the learning rate and attention of the preset, and so many steps."""
+    if is_forecast(config):
+        lr = forecasters.short(config, None, "predictor", HORIZON, steps=steps, samples=_WINDOWS).optim.lr
+        causal = config.objective.causal
+    else:
+        preset = presets.short(config)
+        lr, causal = preset.optim.lr, preset.causal
+    one = {"learning_rates": (lr,), "finetune_steps": (steps,), "finetune_causal": (causal,)}
+    return Care(labels=tuple(labels), horizon=HORIZON, **one)
 
-    Of a series without targets the same keys hold skills of forecasts, and there are no labels to count: `labels` is
-    (None,).
-    """
+
+def beside_random(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> dict[str, Any]:
+    """`downstream` of a run; under names that end in "_random" of the random weights of its seed; and `raw_tokens`."""
     device = next(model.parameters()).device
-
-    def tuned(init: Path | None, count: int | None) -> Figure:
-        if is_forecast(config):
-            return forecast_shortly(config, init, device, steps=steps)
-        return measures.fine_tuned(config, init, device, labels=count, steps=steps)
-
-    read = forecast_read_out(config, model) if is_forecast(config) else measures.read_out(config, model)
-    return joined(read, measures.fine_tunings(run, labels, tuned))
+    own = downstream(config, model, run.path, care)
+    random = downstream(config, build_model(config).to(device).eval(), None, care)
+    twin: dict[str, Any] = {
+        f"{key}_random": value for key, value in random.items() if key.startswith(("probe", "finetuned_"))
+    }
+    for key in ("credits", "clusters"):
+        twin[key] = {f"{name}_random": packed for name, packed in random[key].items()}
+    layers = own["layers"] | {f"{key}_random": random["layers"][key] for key in ("probe", "rank")}
+    return joined(own, twin) | {"raw_tokens": raw_figure(config, device), "layers": layers}
 
 
 def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
@@ -362,9 +368,12 @@ def probed_layers(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
 
 
 def held_back(count: int, seed: int) -> tuple[list[int], list[int]]:
-    """(indices to train on, indices to choose by), drawn by `seed`."""
+    """(indices to train on, indices to choose by), drawn by `seed`: a fifth to choose by, one sample at least.
+
+    Of a single sample there is nothing to choose by.
+    """
     drawn = epoch_order(count, fold_seed(seed, "held back"), 0).tolist()
-    cut = min(HELD_BACK, count // 5)
+    cut = min(HELD_BACK, max(count // 5, 1), count - 1)
     return drawn[cut:], drawn[:cut]
 
 
@@ -414,14 +423,14 @@ def fine_tuned(
 
     if labels is None:
         samples, used = whole, len(cast(Any, whole))
-        parts = [held_back(used, seed)]
+        parts = [each for each in [held_back(used, seed)] if each[1]]
     else:
         samples = few_labels(whole, goal, labels, seed)
         goal = scaled_by(goal, samples)
         used = len(samples)
         parts = [
-            tuple([samples.indices[place] for place in places] for places in part)
-            for part in folds(samples.kinds, care.folds)
+            ([samples.indices[place] for place in train], [samples.indices[place] for place in held])
+            for train, held in folds(samples.kinds, care.folds)
         ]
     chosen = best_setting(care, at) if parts and care.only is None else Chosen(middle_setting(care), None)
     tuning = short(samples, chosen.setting)
@@ -433,7 +442,7 @@ def fine_tuned(
 
 def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON) -> dict[str, Any]:
     """A ridge forecast from every layer, flattened or of the last token, whichever validates better."""
-    data, device = cast(TimeSeries, config.data.plain()), next(model.parameters()).device
+    data, device = config.data.plain(), next(model.parameters()).device
     read = partial(forecasters.network_features, model, causal=config.objective.causal)
     fitted = forecasters.fitted_ridges(data, read, horizon, _WINDOWS, device)
     names = ["embedding", *(f"layer {layer}" for layer in range(1, config.model.depth + 1)), "final norm"]
@@ -445,11 +454,11 @@ def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON)
     return as_row({"probe": skills[best], "probe_final": skills[-1]}) | {
         "metric": "skill",
         "probe_row": rows[best]["readout"],
-        "layers": {"name": names, "probe": [each.value for each in skills]},
+        "layers": {"name": names, "probe": [each.value for each in skills], "rank": layer_ranks(config, model)},
     }
 
 
-def skill(data: TimeSeries, horizon: int, found: Mapping[str, Any], repeated: float) -> Figure:
+def skill(data: Modality, horizon: int, found: Mapping[str, Any], repeated: float) -> Figure:
     """1 - MSE / MSE of repeating the last value, over the test windows, with what each adds.
 
     Windows that overlap depend on each other: they are one cluster by the stretch of time that they start in.
@@ -463,10 +472,10 @@ def skill(data: TimeSeries, horizon: int, found: Mapping[str, Any], repeated: fl
     return Figure(1 - found["mse"] / repeated, packed, clusters)
 
 
-def persistence(data: TimeSeries, horizon: int, device: torch.device) -> float:
+def persistence(data: Modality, horizon: int, device: torch.device) -> float:
     """MSE of repeating the last value."""
     repeat = forecasters.score(data, "test", horizon, device, lambda batch: forecasters.repeat_last(data, batch))
-    return repeat["mse"]
+    return float(repeat["mse"])
 
 
 def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.device, care: Care) -> Tuned:
@@ -483,28 +492,7 @@ def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.devi
 
     chosen = best_setting(care, at)
     figure = skill(short.data, care.horizon, chosen.kept, persistence(short.data, care.horizon, device))
-    return Tuned(figure, chosen, min(_WINDOWS, len(short.data.forecasts("train", care.horizon))))
-
-
-def forecast_shortly(config: PretrainConfig, init: Path | None, device: torch.device, *, steps: int) -> Figure:
-    """`forecast_tuned` in the one setting of `forecasters.short`."""
-    lr = forecasters.short(config, None, "predictor", HORIZON, steps=steps, samples=_WINDOWS).optim.lr
-    causal = config.objective.causal
-    one = {"learning_rates": (lr,), "finetune_steps": (steps,), "finetune_causal": (causal,)}
-    care = Care(labels=(None,), horizon=HORIZON, **one)
-    return forecast_tuned(config, init, device, care).figure
-
-
-def forecast_read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
-    """`measures.read_out` of a series without targets."""
-    device = next(model.parameters()).device
-
-    def read(network: NEPA) -> dict[str, Any]:
-        found = forecast_layers(config, network)
-        return found | {"layers": found["layers"] | {"rank": layer_ranks(config, network)}}
-
-    random = build_model(config).to(device).eval()
-    return measures.beside_random(read(model), read(random), raw_figure(config, device))
+    return Tuned(figure, chosen, min(_WINDOWS, len(cast(Sized, short.data.forecasts("train", care.horizon)))))
 
 
 @torch.no_grad()
@@ -514,7 +502,9 @@ def layer_ranks(config: PretrainConfig, model: NEPA) -> list[float]:
     means: list[list[torch.Tensor]] = [[] for _ in range(config.model.depth + 2)]
     windows, limit = data.dataset("test"), PROBE.test_samples
     seed = draw_seed(windows, limit)
-    for batch in plain_batches(windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed):
+    for batch in plain_batches(
+        windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed, tokenize=data.tokenize
+    ):
         trace = Trace()
         mask = model(data.read(batch), causal=config.objective.causal, trace=trace).mask
         for found, hidden in zip(means, trace.hidden, strict=True):

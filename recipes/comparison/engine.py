@@ -3,7 +3,7 @@
 A pair of variant and seed is an ordinary run in `OUT/runs/`, whose folder ends in the hash of its config; what was
 measured of it lies beside its summary, in a file named by the hash of the measure's options. So a pair is found again
 whatever the other variants are, and nothing finished is run twice. (The hash is of the config, and of files that a
-variant says it names: after a change to the code of an adapter or of an order, name another `out=`.)
+variant says it names: after a change to the code of an adapter, an order or a term, name another `out=`.)
 
 Who works on a pair holds its lock, which the kernel frees when the process ends, however it ends. So the list may be
 shared by the processes of one command, by several commands in one folder, or by several machines on a file system with
@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -45,10 +44,11 @@ from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
-from nepa_core.runtime.locks import locked
-from nepa_core.runtime.run import FREE_KEYS, Run
+from nepa_core.runtime.locks import locked, nothing_left, take_back
+from nepa_core.runtime.meter import say_progress
+from nepa_core.runtime.run import FREE_KEYS, Run, is_run
 from recipes.configs import PretrainConfig
-from recipes.resolve import is_run, read_target
+from recipes.resolve import read_target
 from recipes.statistics import protocol
 from recipes.statistics.protocol import Declared, Look
 from recipes.training.pretraining import load_pretrained, pretrain
@@ -173,14 +173,24 @@ def compare(
     for variant in variants:
         if not all(pair(variant, seed, measure, out).done for seed in seeds):
             try_variant(variant)
-    look = declare(variants, seeds, measure, out, recipe)
-    jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in look.seeds for variant in variants}
-    share([*(also(look.seeds) if also else ()), *jobs.values()], workers=workers)
+    made, claim = [place for place in (out, *out.parents) if not place.exists()], None
+    try:
+        look, claim = declare(variants, seeds, measure, out, recipe)
+        jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in look.seeds for variant in variants}
+        share([*(also(look.seeds) if also else ()), *jobs.values()], workers=workers)
+    except UserError:
+        if out in made:
+            withdraw(out, claim)
+            for place in made:
+                _remove_empty(place)
+        raise
     return Compared({name: [jobs[name, seed].values() for seed in look.seeds] for name in names}, look)
 
 
-def declare(variants: Sequence[Variant], seeds: Sequence[int], measure: Measure, out: Path, recipe: str) -> Look:
-    """Write what is compared into the folder, unless it was declared before; see `recipes.statistics.protocol`.
+def declare(
+    variants: Sequence[Variant], seeds: Sequence[int], measure: Measure, out: Path, recipe: str
+) -> tuple[Look, protocol.Claim]:
+    """Write what is compared into the folder, also where it was declared before; see `recipes.statistics.protocol`.
 
     Raises:
         UserError: the file of the protocol is damaged, or can't be written.
@@ -199,11 +209,33 @@ def declare(variants: Sequence[Variant], seeds: Sequence[int], measure: Measure,
         kept, number = protocol.declare(
             before, now, task=measure.name, recipe=recipe, found=found, measured=bool(finished)
         )
-        if kept != before:
-            protocol.write(kept, out)
+        claim = protocol.write(kept, out)
     declared = sorted({seed for look in kept.looks[:number] for seed in look.seeds})
     has = {v.name: {seed for seed in declared if run_folder(v, seed, out).name in finished} for v in variants}
-    return protocol.look_at(kept, number, has)
+    return protocol.look_at(kept, number, has), claim
+
+
+def withdraw(out: Path, claim: protocol.Claim | None) -> None:
+    """Take back what a command has declared in a folder that it made, where no run of it could be gone on from.
+
+    Nothing goes where another command has declared something there since, or has begun a run.
+    """
+    with suppress(OSError, UserError), locked(out / ".protocol.lock", patient=True, keep=False):
+        for folder in out.glob("runs/*"):  # of a worker that was stopped
+            with locked(folder / ".lock", keep=False) as mine:
+                if mine:
+                    take_back(folder)
+            _remove_empty(folder)
+        _remove_empty(out / "runs")
+        file = out / protocol.NAME
+        only = {path.name for path in out.iterdir()} == {".protocol.lock", file.name}
+        if only and protocol.claimed(file) == claim:
+            file.unlink()
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def _seeds_in(folders: Sequence[Path], seeds: Sequence[int]) -> set[int]:
@@ -377,15 +409,18 @@ def attempt(job: Job) -> bool:
     """Do a job unless it was done; False if another process holds it."""
     if job.done:
         return True
-    with locked(job.lock) as mine:
-        if mine and not job.done:
-            try:
-                values = job.work()
-            except UserError as error:
-                raise UserError(f"{job.name}: {error}") from error
-            with disk_errors(job.result):
-                write_whole(job.result, json.dumps(values, indent=1) + "\n")
-        return mine
+    folder = job.lock.parent
+    try:
+        with locked(job.lock, keep=False) as mine:
+            if mine and not job.done:
+                with nothing_left(folder):
+                    values = job.work()
+                with disk_errors(job.result):
+                    write_whole(job.result, json.dumps(values, indent=1) + "\n")
+            return mine
+    except UserError as error:
+        _remove_empty(folder)
+        raise UserError(f"{job.name}: {error}") from error
 
 
 @contextmanager
@@ -450,7 +485,7 @@ def _supervise(jobs: Sequence[Job], team: Sequence[tuple[BaseProcess, Connection
     done = before = sum(job.done for job in jobs)
     began = said = time.monotonic()
     if before and working:
-        print(f"{before} of {len(jobs)} were finished before", file=sys.stderr)
+        say_progress(f"{before} of {len(jobs)} were finished before")
     while working:
         for hear in wait(list(working), timeout=_POLL):
             assert isinstance(hear, Connection)
@@ -458,7 +493,7 @@ def _supervise(jobs: Sequence[Job], team: Sequence[tuple[BaseProcess, Connection
         now, count = time.monotonic(), sum(job.done for job in jobs)
         if count > done and (now - said > _SAY or count == len(jobs)):
             left = (len(jobs) - count) * (now - began) / (count - before)
-            print(f"{count} of {len(jobs)} finished, about {_duration(left)} left", file=sys.stderr)
+            say_progress(f"{count} of {len(jobs)} finished, about {_duration(left)} left")
             done, said = count, now
 
 

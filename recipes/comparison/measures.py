@@ -7,7 +7,7 @@ back, so that they can be kept as JSON.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,7 +27,7 @@ from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
 from recipes import configs, presets
 from recipes.configs import PretrainConfig
-from recipes.networks.goals import Classification, Goal, Regression, find_goal
+from recipes.networks.goals import Classification, Goal, Regression
 from recipes.readout import probing
 from recipes.readout.features import Reader, Source, kept_features, tokens_per_sample
 from recipes.statistics.credits import pack_credits
@@ -72,34 +72,8 @@ def joined(*rows: Mapping[str, Any]) -> dict[str, Any]:
     return whole | per_sample
 
 
-def read_out(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
-    """Linear probe of the layer and pooling that serve held-back training samples best, beside random weights.
-
-    Returns:
-        `probe`, `probe_row`; `probe_final`, of the mean after the final norm; `probe_random`, `probe_random_row`;
-        `raw_tokens`; `metric`, accuracy or r2; `layers`: names, accuracies and effective ranks of the means over
-        tokens (of single tokens where these have the classes), layer by layer, with and without pre-training.
-    """
-    found = probing.probe(config, model, PROBE)
-    own, random = (by_layer(rows) for rows in (found["layers"], found["random_init"]["layers"]))
-    row = beside_random(own, random, found["raw_tokens"][own["metric"]])
-    credits, clusters = found["credits"], found["credits"]["clusters"]
-    kept = {"probe": "best", "probe_random": "random_init"}
-    return joined(row, as_row({key: Figure(row[key], credits[name], clusters) for key, name in kept.items()}))
-
-
-def beside_random(own: dict[str, Any], random: dict[str, Any], raw: float) -> dict[str, Any]:
-    """What `read_out` returns, of the two networks and the raw tokens."""
-    twin = {f"{key}_random": random[key] for key in ("probe", "probe_row")}
-    for key in ("credits", "clusters"):
-        if "probe" in random.get(key, {}):
-            twin[key] = {"probe_random": random[key]["probe"]}
-    layers = own["layers"] | {f"{key}_random": random["layers"][key] for key in ("probe", "rank")}
-    return joined(own, twin, {"raw_tokens": raw, "layers": layers})
-
-
 def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What is kept of the rows of a probe: `metric`, `probe`, `probe_row`, `probe_final`, `layers`; see `read_out`."""
+    """What is kept of the rows of a probe: `metric`, `probe`, `probe_row`, `probe_final`, `layers`."""
     best = probing.best_row(rows)
     metric = probing.metric_of(best)
     means = [row for row in rows if row["name"].endswith((", mean", ", token"))]
@@ -205,28 +179,6 @@ def scaled_by(goal: Goal, samples: Dataset[Batch]) -> Goal:
     return Regression(mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float())
 
 
-def fine_tuned(
-    config: PretrainConfig, init: Path | None, device: torch.device, *, labels: int | None, steps: int
-) -> Figure:
-    """Held-out accuracy (r2 of numbers) of all weights after a short training on labels.
-
-    The setting of `presets.short` without layer decay and averages, the same for pre-trained and random
-    weights.
-
-    Args:
-        config: of pre-training; its seed gives the random weights, the labels and the order of the samples.
-        init: the run to start from; None for random weights.
-        labels: training samples a class, or None for all.
-    """
-    goal = find_goal(config.data)
-    samples = config.data.dataset("train")
-    if labels is not None:
-        samples = few_labels(samples, goal, labels, config.train.seed)
-        goal = scaled_by(goal, samples)
-    tuning = short_tuning(config, init, samples, whole=labels is None, steps=steps)
-    return tested(tuning, trained(tuning, goal, samples, device), device)
-
-
 def short_tuning(
     config: PretrainConfig, init: Path | None, samples: Dataset[Batch], *, whole: bool, steps: int
 ) -> configs.FinetuneConfig:
@@ -283,22 +235,6 @@ def tested(tuning: configs.FinetuneConfig, model: finetuning.Classifier, device:
     return Figure(value, packed, pack_clusters(clusters, chained=is_chained(held_out)))
 
 
-def fine_tunings(
-    run: Run, labels: Sequence[int | None], tuned: Callable[[Path | None, int | None], Figure]
-) -> dict[str, Any]:
-    """`finetuned_50` and `finetuned_50_random` for every number of labels a class, as `as_row`; "all" for None.
-
-    Args:
-        tuned: (the run to start from, or None for random weights; labels) -> the figure.
-    """
-    found = {}
-    for count in labels:
-        name = f"finetuned_{'all' if count is None else count}"
-        for key, init in ((name, run.path), (f"{name}_random", None)):
-            found[key] = tuned(init, count)
-    return as_row(found)
-
-
 # --------------------------------------------------------------------------------------------- attention
 
 ATTENTION = ("distance", "entropy", "on_bos", "on_neighbours")
@@ -321,7 +257,9 @@ def attention_by_layer(
     total, count = torch.zeros(4, config.model.depth + 1, config.model.heads, device=device), 0
     held_out = data.dataset("test")
     seed = draw_seed(held_out, samples)
-    batches = plain_batches(held_out, batch=min(samples, 64), device=device, limit=samples, seed=seed)
+    batches = plain_batches(
+        held_out, batch=min(samples, 64), device=device, limit=samples, seed=seed, tokenize=data.tokenize
+    )
     for batch in batches:
         tokens, trace = data.read(batch), Trace()
         network(tokens, causal=causal, trace=trace)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
@@ -35,7 +35,7 @@ from recipes.objective_names import NAMED, OWN, named
 from recipes.options import listed_or_all, once
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.report import card
-from recipes.report.objectives import RANDOM, title_of, write_report
+from recipes.report.objectives import RANDOM, report, title_of
 from recipes.report.provenance import provenance
 from recipes.report.tables import Rows, credits_of, gain_spreads, groups, margin, spreads
 from recipes.statistics.protocol import Look, alone
@@ -60,8 +60,8 @@ class ObjectivesOptions(BaseModel):
     objectives: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         default=DEFAULT,
         min_length=1,
-        description=f"some of {', '.join(NAMED)}, and {OWN}: what objective.terms=, objective.stop_gradient= and the "
-        f"recipe itself say; default {','.join(DEFAULT)}",
+        description=f"some of {', '.join(NAMED)}, module:function (a loss of yours), and {OWN}: what "
+        f"objective.terms=, objective.stop_gradient= and the recipe itself say; default {','.join(DEFAULT)}",
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
@@ -124,7 +124,7 @@ def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) ->
     summary["runs"] = {v.name: [str(run_folder(v, seed, out)) for seed in look.seeds] for v in variants}
     summary["margins"] = {name: margin(each) for name, each in run_summaries(variants, look.seeds, out).items()}
     with reporting(out):
-        write_report(out / "report", rows, random, summary)
+        report(rows, random, summary).write(out / "report")
         Run(out).write_summary(summary)
     return summary
 
@@ -161,7 +161,7 @@ def control(config: PretrainConfig, seed: int, care: Care | CareBefore, out: Pat
     config = seeded(config.model_copy(update={"objective": neutral}), seed)
     key = digest([config_digest(config), care.model_dump(mode="json")])
     folder, name = out / "random", f"seed{seed}-{key}"
-    work = partial(untrained, config, care)
+    work = partial(untrained, config, cast(Care, care))  # results of the rule before are only looked up
     return Job(f"{RANDOM}, seed {seed}", folder / f"{name}.json", folder / f".{name}.lock", work)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import read_weights
 from recipes.readout.inspecting import InspectOptions, inspect, load_network
-from recipes.released.weights import read_weights
 from recipes.report.inspect import NEXT, QUERY, map_panels
 from recipes.report.page import Figure
 from recipes.report.plots import (

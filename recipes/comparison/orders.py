@@ -17,7 +17,7 @@ from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.run import Run
-from recipes.comparison.downstream import check, compared, is_forecast, read_as
+from recipes.comparison.downstream import beside_random, check, is_forecast, one_setting, read_as
 from recipes.comparison.engine import (
     Job,
     Measure,
@@ -34,7 +34,7 @@ from recipes.comparison.measures import attention_by_layer, predicted
 from recipes.comparison.order_pictures import pictures
 from recipes.configs import PretrainConfig
 from recipes.options import listed_or_all, once
-from recipes.report.orders import write_report
+from recipes.report.orders import report
 from recipes.report.provenance import provenance
 from recipes.report.tables import Rows, credits_of, gain_spreads, groups, margin, spreads
 from recipes.statistics.held_out import draw_seed
@@ -128,7 +128,7 @@ def orders(config: PretrainConfig, options: OrdersOptions, out: Path) -> dict[st
     summary["margins"] = {name: margin(each) for name, each in run_summaries(variants, look.seeds, out).items()}
     summary |= {"runs": folders, "made_with": provenance()}
     with reporting(out):
-        write_report(out / "report", rows, summary, pictures(summary))
+        report(rows, summary, pictures(summary)).write(out / "report")
         Run(out).write_summary(summary)
     return summary
 
@@ -178,7 +178,7 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
     """Everything that is compared, of one run."""
     device = next(model.parameters()).device
     return {
-        **compared(config, model, run, options.labels, options.finetune_steps),
+        **beside_random(config, model, run, one_setting(config, options.labels, options.finetune_steps)),
         **predicted(run),
         "attention": attention_by_layer(config, model, device, _ATTENTION_SAMPLES),
         "order": measured_order(config, device),
@@ -189,7 +189,8 @@ def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, An
     """`order_measures` of the order that drawn held-out samples are read in, padding left out: a mean over samples."""
     data, most = config.data.plain(), _ORDER_SAMPLES
     held_out = data.dataset("test")
-    batches = plain_batches(held_out, batch=most, device=device, limit=most, seed=draw_seed(held_out, most))
+    seed = draw_seed(held_out, most)
+    batches = plain_batches(held_out, batch=most, device=device, limit=most, seed=seed, tokenize=data.tokenize)
     tokens = data.read(next(iter(batches)))
     positions = token_positions(tokens, data.describe(tokens).grid)
     mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask

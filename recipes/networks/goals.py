@@ -214,7 +214,7 @@ def find_goal(data: Modality) -> Goal:
     Raises:
         UserError: nothing; or numbers that are not finite.
     """
-    sample = _first_sample(data)
+    sample = first_sample(data)
     kind = kind_of(sample)
     if kind == "numbers":
         return Regression(*label_statistics(data))
@@ -269,7 +269,12 @@ def label_statistics(data: Modality) -> tuple[Tensor, Tensor]:
     return mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float()
 
 
-def _first_sample(data: Modality) -> Mapping[str, Any]:
+def first_sample(data: Modality) -> Mapping[str, Any]:
+    """The first training sample that can be read.
+
+    Raises:
+        UserError: there is none.
+    """
     samples = data.dataset("train")
     for index in range(len(cast(Sized, samples))):
         with suppress(UnreadableSample):

@@ -8,26 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nepa_core.tokens import Tokens
-
-
-def mean_of_tokens(features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
-    """Mean over the real tokens, BOS left out; [B, T, D] -> [B, D]."""
-    start = int(bos)
-    features = features[:, start:]
-    if mask is None:
-        return features.mean(1)
-    real = mask[:, start:, None].to(features.dtype)
-    return (features * real).sum(1) / real.sum(1).clamp(min=1)
-
-
-def last_token(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The last real token; [B, T, D] -> [B, D]."""
-    if mask is None:
-        return features[:, -1]
-    places = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, places, -1).amax(1).clamp(min=0)
-    return features[torch.arange(len(features), device=mask.device), last]
+from nepa_core.pooling import last_token, mean_of_tokens
 
 
 class MeanHead(nn.Module):
@@ -127,11 +108,3 @@ class DenseHead(nn.Module):
         """[B, N, D] -> [B, N, outputs]."""
         out: Tensor = self.linear(features)
         return out
-
-
-def canonical_tokens(features: Tensor, tokens: Tokens, *, bos: bool) -> Tensor:
-    """Features without BOS, back in canonical order, zero where a token is not real; [B, T, D] -> [B, N, D]."""
-    features = features[:, int(bos) :]
-    if tokens.mask is not None:
-        features = features * tokens.mask[..., None]
-    return tokens.canonical(features)

@@ -196,7 +196,7 @@ def lars(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, protocol: Line
 
 def lars_optimizer(head: nn.Linear) -> torch.optim.Optimizer:
     """LARS as MAE uses it: the trust ratio (coefficient 0.001) scales the matrix, the bias takes the plain lr."""
-    from timm.optim import Lars  # importing timm takes longer than a probe of small data
+    from timm.optim.lars import Lars  # importing timm takes longer than a probe of small data
 
     groups = [{"params": [head.weight], "always_adapt": True}, {"params": [head.bias], "always_adapt": False}]
     return Lars(groups, lr=0.0, momentum=0.9, weight_decay=0.0)

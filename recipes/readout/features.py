@@ -9,8 +9,8 @@ themselves. Delete the folder to get the space back.
 Arrays are written batch by batch and read through memory maps: no more than a batch is held. Under torchrun every
 rank computes its share of the batches and the main process joins them, in the order that one process would give.
 
-Where every token has a class of its own ("target" [N], or the majority class of a patch of `Scenes`), a row holds
-single tokens: PER_SAMPLE of each sample, drawn from those with a class.
+Where every token has a class of its own (`Modality.token_targets`), a row holds single tokens: PER_SAMPLE of each
+sample, drawn from those with a class.
 
 Shapes: S samples (or single tokens), B samples in a batch, T places, N tokens, D width of a feature.
 """
@@ -32,11 +32,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modalities.scenes import Scenes
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
-from nepa_core.predictor import Trace
+from nepa_core.pooling import Row, read_rows
 from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import import_path
 from nepa_core.runtime.data import plain_batches
@@ -45,7 +44,6 @@ from nepa_core.runtime.fit import autocast_dtype
 from nepa_core.runtime.meter import Meter
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
-from recipes.networks.heads import canonical_tokens, last_token, mean_of_tokens
 from recipes.statistics.held_out import NUMBER, Numbered, draw_seed
 
 POOLINGS = ("mean", "last", "bos", "attentive")
@@ -57,21 +55,6 @@ PER_SAMPLE = 16
 """Tokens that are read of a sample whose tokens have classes: those of one sample are much alike."""
 FIRST = 32
 """Samples whose tokens and labels are part of the key, so that edited data or an edited adapter is noticed."""
-
-
-class Row(NamedTuple):
-    """One read-out: a layer (0 is the embedding, i the output of block i, depth + 1 the final norm) and a pooling.
-
-    The pooling "token" is none: single tokens are read.
-    """
-
-    layer: int
-    pooling: str
-
-    def name(self, depth: int) -> str:
-        """ "layer 2, mean": the name in the table and in probe.json."""
-        layer = {0: "embedding", depth + 1: "final norm"}.get(self.layer, f"layer {self.layer}")
-        return f"{layer}, {'BOS' if self.pooling == 'bos' else self.pooling}"
 
 
 class Reader(NamedTuple):
@@ -131,19 +114,10 @@ def network_reader(config: PretrainConfig, model: NEPA, rows: Sequence[Row], *, 
     named = {row.name(config.model.depth): row for row in rows}
 
     def read(tokens: Tokens, names: Collection[str]) -> dict[str, Tensor]:
-        trace = Trace()
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            mask = model(tokens, causal=causal, trace=trace).mask
-        bos = config.model.bos
-        found = {
-            name: canonical_tokens(hidden.float(), tokens, bos=bos)
-            if row.pooling == "token"
-            else pool(hidden, mask, row.pooling, bos=bos)
-            for name, row in named.items()
-            if name in names
-            for hidden in [trace.hidden[row.layer]]
-        }
-        return found | ({"mask": _real(mask, trace.hidden[0])} if "mask" in names else {})
+        wanted = {name: row for name, row in named.items() if name in names}
+        read, mask = read_rows(model, tokens, tuple(wanted.values()), causal=causal, dtype=dtype)
+        found = dict(zip(wanted, read, strict=True))
+        return found | ({"mask": mask} if "mask" in names else {})
 
     key = {
         "weights": weights_digest(model),
@@ -178,18 +152,6 @@ def raw_reader(*, attentive: bool, per_token: bool = False) -> Reader:
 
     key = {"raw": "tokens" if per_token else RAW_WIDTH}
     return Reader(key, (RAW, f"{RAW}, attentive", "mask") if attentive else (RAW,), read)
-
-
-def pool(hidden: Tensor, mask: Tensor | None, pooling: str, *, bos: bool) -> Tensor:
-    """Hidden states [B, T, D] to a vector [B, D] float32; "attentive" keeps the tokens, in float16."""
-    if pooling == "attentive":
-        most = torch.finfo(torch.float16).max
-        return hidden.float().clamp(-most, most).half()
-    if pooling == "bos":
-        return hidden[:, 0].float()
-    if pooling == "last":
-        return last_token(hidden, mask).float()
-    return mean_of_tokens(hidden.float(), mask, bos=bos)
 
 
 def project(x: Tensor, width: int) -> Tensor:
@@ -231,10 +193,7 @@ def read_labels(data: Modality, batch: Batch) -> tuple[Tensor, bool]:
     """
     if "label" in batch:
         return batch["label"], False
-    if isinstance(data, Scenes):
-        return data.patch_classes(batch["target"]), True
-    target: Tensor | None = batch.get("target")
-    if target is None or target.is_floating_point() or target.ndim != 2:
+    if (target := data.token_targets(batch)) is None:
         raise UserError(f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples")
     return target.long(), True
 
@@ -285,7 +244,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
     )
     first = next(batches(limit=min(FIRST, total)))
     labels, per_token = read_labels(data, first)
-    of = {
+    of: dict[str, Any] = {
         "adapter": import_path(type(data)),
         "data": data.model_dump(mode="json"),
         "split": source.split,

@@ -10,9 +10,10 @@ Shapes: B samples, L steps of look-back, H to forecast, C channels in a sample, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sized
 from functools import partial
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -22,20 +23,23 @@ from pydantic import BaseModel, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.contract import check_forecasts
 from nepa_core.ema import Ema, applied
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA, draw_coord_scale, layers_above
+from nepa_core.pooling import canonical_tokens, last_token
 from nepa_core.predictor import PredictorConfig, Trace
 from nepa_core.runtime.checkpoint import disk_errors
-from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
+from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, fit
 from nepa_core.runtime.optim import Duration, OptimConfig
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import load_backbone, read_weights
+from nepa_core.tokens import LARGEST_VALUE
 from recipes.configs import PretrainConfig
-from recipes.networks.heads import canonical_tokens, last_token
-from recipes.released.weights import load_backbone, read_weights
+from recipes.statistics.held_out import NUMBER, Numbered
 from recipes.training.train import opened
 
 READOUTS = ("flattened tokens", "last token")
@@ -47,19 +51,90 @@ TREND = 25  # steps of DLinear's moving average
 Network = Literal["predictor", "dlinear"]
 
 
-def chosen(data: TimeSeries, split: str, horizon: int, samples: int) -> Subset[Batch]:
+class Form(NamedTuple):
+    """What all windows of an adapter have in common: `steps` L, `channels` C of a sample, and `tokens` N."""
+
+    steps: int
+    channels: int
+    tokens: int
+
+
+def form_of(data: Modality, horizon: int) -> Form:
+    """Seen on the first validation window."""
+    batch = next(plain_batches(data.forecasts("validation", horizon), batch=1, device=torch.device("cpu")))
+    steps, channels = batch["series"].shape[1:]
+    return Form(steps, channels, data.tokenize(batch).values.shape[1])
+
+
+def check_windows(data: Modality, horizon: int) -> dict[str, Dataset[Batch]]:
+    """The windows of all splits, before anything is fitted.
+
+    Raises:
+        UserError: the adapter offers no forecasts, a split is too short, or windows are not what `Modality.forecasts`
+            says.
+    """
+    try:
+        return {split: check_forecasts(data, split, horizon) for split in ("train", "validation", "test")}
+    except AssertionError as error:
+        raise UserError(f"{type(data).__name__}: {error}") from error
+
+
+def series_digest(windows: Mapping[str, Dataset[Batch]]) -> str:
+    """SHA-256 of the series that windows are cut from, where they have it as `values`, else of all windows."""
+    digest, whole = hashlib.sha256(), getattr(windows["test"], "values", None)
+    if whole is not None:
+        digest.update(whole.numpy().tobytes())
+        return digest.hexdigest()
+    for each in windows.values():
+        for batch in plain_batches(each, batch=BATCH, device=torch.device("cpu")):
+            for name in sorted(batch):
+                digest.update(batch[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Chosen(Subset[Batch]):
+    """Some windows, which keep their names."""
+
+    def name(self, index: int) -> str:
+        """See `Windows.name`."""
+        name = getattr(self.dataset, "name", None)
+        return str(name(self.indices[index])) if name else f"window {self.indices[index]}"
+
+
+def chosen(data: Modality, split: str, horizon: int, samples: int) -> Chosen:
     """At most `samples` windows of a split, chosen at random: the same ones for all that is fitted."""
     windows = data.forecasts(split, horizon)
-    return Subset(windows, epoch_order(len(windows), 0, 0)[:samples].tolist())
+    return Chosen(windows, epoch_order(len(cast(Sized, windows)), 0, 0)[:samples].tolist())
 
 
-def in_series_units(data: TimeSeries, batch: Batch, future: Tensor) -> Tensor:
+def sound_batches(data: Modality, windows: Dataset[Batch], device: torch.device) -> Iterator[Batch]:
+    """All windows, batch by batch, the same for every row of the table.
+
+    Raises:
+        UserError: one of them holds NaN or infinity, in its look-back or in what is to be forecast; at the end.
+    """
+    broken: set[str] = set()
+    numbered = Numbered(windows)
+    for batch in plain_batches(numbered, batch=BATCH, device=device, unreadable=broken, tokenize=data.tokenize):
+        sound = (batch["future"].abs() <= LARGEST_VALUE).flatten(1).all(1)
+        if not sound.all():
+            lost = batch[NUMBER][~sound].tolist()
+            broken |= {f"{numbered.name(row)}: what is to be forecast is not finite" for row in lost}
+        yield {name: value for name, value in batch.items() if name != NUMBER}
+    if broken:
+        raise UserError(
+            f"{type(data).__name__}: {len(broken):,} of {len(cast(Sized, windows)):,} windows can't be forecast; "
+            f"the first is {min(broken)}; empty such cells, or repair them"
+        )
+
+
+def in_series_units(data: Modality, batch: Batch, future: Tensor) -> Tensor:
     """A forecast [B, H, C] in the window's own units -> float32 in those of the z-scored series."""
-    mean, std = data.scale(batch)
+    mean, std = data.window_scale(batch)
     return future.float() * std + mean
 
 
-def repeat_last(data: TimeSeries, batch: Batch) -> Tensor:
+def repeat_last(data: Modality, batch: Batch) -> Tensor:
     """The last value of each channel that is not missing, at every step to come, [B, H, C]."""
     series: Tensor = batch["series"]
     observed = batch.get("observed", torch.ones_like(series, dtype=torch.bool))
@@ -70,7 +145,7 @@ def repeat_last(data: TimeSeries, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def score(
-    data: TimeSeries, split: str, horizon: int, device: torch.device, predict: Callable[[Batch], Tensor]
+    data: Modality, split: str, horizon: int, device: torch.device, predict: Callable[[Batch], Tensor]
 ) -> dict[str, Any]:
     """MSE and MAE of z-scored values over every window of a split; `predict` gives [B, H, C].
 
@@ -79,7 +154,7 @@ def score(
         and the channels of a sample.
     """
     squared, absolute = [], []
-    for batch in plain_batches(data.forecasts(split, horizon), batch=BATCH, device=device):
+    for batch in sound_batches(data, data.forecasts(split, horizon), device):
         error = (predict(batch).float() - batch["future"]).double()
         squared.append(error.square().mean((1, 2)).cpu())
         absolute.append(error.abs().mean((1, 2)).cpu())
@@ -116,18 +191,18 @@ def left_errors(run: Run) -> Tensor:
 
 # ----------------------------------------------------------------------------------- ridge on frozen features
 
-Reader = Callable[[TimeSeries, Batch], dict[str, Tensor]]
+Reader = Callable[[Modality, Batch], dict[str, Tensor]]
 """(adapter, batch) -> name of a read-out -> features [B, F]."""
 
 
-def raw_features(data: TimeSeries, batch: Batch) -> dict[str, Tensor]:
+def raw_features(data: Modality, batch: Batch) -> dict[str, Tensor]:
     """The look-back window as the network sees it: normalised, missing tokens as zeros."""
     tokens = data.tokenize(batch)
     values = tokens.values if tokens.mask is None else tokens.values * tokens.mask[..., None]
     return {"raw": values.flatten(1)}
 
 
-def network_features(model: NEPA, data: TimeSeries, batch: Batch, *, causal: bool) -> dict[str, Tensor]:
+def network_features(model: NEPA, data: Modality, batch: Batch, *, causal: bool) -> dict[str, Tensor]:
     """Every layer's tokens, flattened in canonical order, and its last real token; BOS left out."""
     tokens, trace, bos = data.read(batch), Trace(), model.config.bos
     mask = model(tokens, causal=causal, trace=trace).mask
@@ -161,14 +236,14 @@ class Ridge(NamedTuple):
 
 
 @torch.no_grad()
-def best_ridge(data: TimeSeries, read: Reader, horizon: int, samples: int, device: torch.device) -> dict[str, Any]:
+def best_ridge(data: Modality, read: Reader, horizon: int, samples: int, device: torch.device) -> dict[str, Any]:
     """Fit a ridge on every read-out, take the one (and the strength) that validates best, and score it on the test."""
     return best_of(data, read, fitted_ridges(data, read, horizon, samples, device), horizon, device)
 
 
 @torch.no_grad()
 def fitted_ridges(
-    data: TimeSeries, read: Reader, horizon: int, samples: int, device: torch.device
+    data: Modality, read: Reader, horizon: int, samples: int, device: torch.device
 ) -> dict[str, tuple[Ridge, float]]:
     """A ridge on every read-out and its validation MSE, from one pass over the training and validation windows.
 
@@ -193,7 +268,7 @@ def fitted_ridges(
 
 @torch.no_grad()
 def best_of(
-    data: TimeSeries, read: Reader, fitted: Mapping[str, tuple[Ridge, float]], horizon: int, device: torch.device
+    data: Modality, read: Reader, fitted: Mapping[str, tuple[Ridge, float]], horizon: int, device: torch.device
 ) -> dict[str, Any]:
     """What `score` gives on the test windows for the read-out that validates best; its name and validation MSE."""
     name = min(fitted, key=lambda name: fitted[name][1])
@@ -206,18 +281,18 @@ def best_of(
     return {**score(data, "test", horizon, device, predict), "readout": name, "validation_mse": validation}
 
 
-def _moments(data: TimeSeries, read: Reader, windows: Dataset[Batch], device: torch.device) -> dict[str, list[Moments]]:
+def _moments(data: Modality, read: Reader, windows: Dataset[Batch], device: torch.device) -> dict[str, list[Moments]]:
     """The moments of every read-out with the future, over some windows.
 
-    Weighted by std^2, for each channel of a sample apart; all channels are one group where windows keep their units.
+    Weighted by std^2, for each channel of a sample apart; all channels are one group where they share their units.
     Nothing is divided by std: std^2 x x^T comes of std x, and std^2 x y^T of std x and std y = z - mean.
     """
     sums: dict[str, list[list[Any]]] = {}
-    for batch in plain_batches(windows, batch=BATCH, device=device):
-        mean, std = data.scale(batch)
+    for batch in sound_batches(data, windows, device):
+        mean, std = data.window_scale(batch)
         future = batch["future"] - mean
-        whole = data.normalise == "none"
-        groups = [(std[:, 0, :1], future.flatten(1))] if whole else list(zip(*_channels(std, future), strict=True))
+        shared = std.shape[2] == 1
+        groups = [(std[:, 0], future.flatten(1))] if shared else list(zip(*_channels(std, future), strict=True))
         for name, x in read(data, batch).items():
             found = [_weighted(x.float(), own, y) for own, y in groups]
             if name in sums:
@@ -287,7 +362,7 @@ class ForecastConfig(BaseModel):
     task: ClassVar[str] = "forecast"
 
     init: str | None
-    data: SerializeAsAny[TimeSeries]
+    data: SerializeAsAny[Modality]
     model: PredictorConfig
     network: Network
     causal: bool
@@ -307,7 +382,7 @@ class Forecaster(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, data: TimeSeries, batch: Batch, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
+    def forward(self, data: Modality, batch: Batch, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
         """The future [B, H, C] in the window's own units."""
         tokens = data.read(batch)
         out = self.backbone(tokens, causal=causal, coord_scale=coord_scale)
@@ -329,9 +404,9 @@ class DLinear(nn.Module):
             nn.init.constant_(layer.weight, 1 / window)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, data: TimeSeries, batch: Batch, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
+    def forward(self, data: Modality, batch: Batch, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
         """The future [B, H, C] in the window's own units; it looks at the whole window, whatever `causal` says."""
-        mean, std = data.scale(batch)
+        mean, std = data.window_scale(batch)
         series = (batch["series"] - mean) / std
         series = torch.where(batch["observed"], series, 0.0) if "observed" in batch else series
         series = series.transpose(1, 2)  # [B, C, L]
@@ -345,7 +420,7 @@ def short(
 ) -> ForecastConfig:
     """The setting of all trained networks, chosen here: batch 128, averaged weights, lr 5e-4 (DLinear 1e-3)."""
     data = config.data.plain()
-    assert isinstance(data, TimeSeries)
+    windows = cast(Sized, data.forecasts("train", horizon))
     return ForecastConfig(
         init=init,
         data=data,
@@ -365,7 +440,7 @@ def short(
         train=config.train.model_copy(
             update={
                 "length": Duration(steps=steps),
-                "batch": min(128, samples, len(data.forecasts("train", horizon))),
+                "batch": min(128, samples, len(windows)),
                 "micro_batch": None,
                 "ema": 0.99,
                 "evaluate": steps,
@@ -378,15 +453,15 @@ def short(
 
 def build(config: ForecastConfig) -> Forecaster | DLinear:
     """The network with the weights of `init`, or the seed's."""
-    torch.manual_seed(fold_seed(config.train.seed, "weights"))
     data = config.data
+    steps, channels, tokens = form_of(data, config.horizon)
+    torch.manual_seed(fold_seed(config.train.seed, "weights"))
     if config.network == "dlinear":
-        return DLinear(data.window, config.horizon)
+        return DLinear(steps, config.horizon)
     backbone = NEPA(config.model, data.embedder(config.model.dim))
     if config.init is not None:
         load_backbone(backbone, config.model, read_weights(config.init))
-    outputs = config.horizon * (1 if data.channels == "independent" else data.channel_count())
-    return Forecaster(backbone, data.window // data.patch, outputs)
+    return Forecaster(backbone, tokens, config.horizon * channels)
 
 
 def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
@@ -425,12 +500,15 @@ def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) 
 def make_step(config: ForecastConfig) -> StepFunction:
     """The step function: batch -> mean squared error of the z-scored series, as it is reported."""
 
+    tokens = form_of(config.data, config.horizon).tokens
+
     def step(model: nn.Module, batch: Batch) -> StepOutput:
+        _, batch, broken = replace_broken(config.data.tokenize(batch), batch)
         scale = draw_coord_scale(config.model.rope_rescale)
         future = model(config.data, batch, causal=config.causal, coord_scale=scale)
         with torch.autocast(future.device.type, enabled=False):
             loss = F.mse_loss(in_series_units(config.data, batch, future), batch["future"])
-        return StepOutput(loss, float(len(future)), len(future) * (config.data.window // config.data.patch))
+        return StepOutput(loss, float(len(future)), len(future) * tokens, broken)
 
     return step
 

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
 from torch import Tensor
 
-from modalities.timeseries import TimeSeries
 from nepa_core.basics import FROZEN, UserError
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import differences, listed
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.meter import say_progress
+from nepa_core.runtime.run import Run, is_run
 from recipes.configs import PretrainConfig
 from recipes.readout.features import weights_digest
 from recipes.readout.forecasters import (
     Network,
     Reader,
     best_ridge,
+    check_windows,
+    form_of,
     leave,
     left_errors,
     network_features,
     raw_features,
     repeat_last,
     score,
+    series_digest,
     short,
     train,
 )
@@ -48,7 +51,6 @@ from recipes.report.forecast import (
     stretches,
 )
 from recipes.report.provenance import provenance
-from recipes.resolve import is_run
 from recipes.statistics.significance import spread
 from recipes.training.starting import build_model
 
@@ -126,17 +128,13 @@ def forecast(
         show: a line on the screen for every row.
 
     Raises:
-        UserError: the adapter is none for series, or a horizon does not fit in a split.
+        UserError: the adapter offers no forecasts, or a horizon does not fit in a split.
     """
     data = config.data.plain()
-    if not isinstance(data, TimeSeries):
-        raise UserError(f"forecast is for series; the data of {run.path} is {type(data).__name__}")
     horizons = sorted({*options.horizons, *options.finetune})
-    windows = {
-        horizon: {split: data.forecasts(split, horizon) for split in ("train", "validation", "test")}
-        for horizon in horizons
-    }
-    rows = table_rows(config, data, model, run, options, ranks, show=show)
+    windows = {horizon: check_windows(data, horizon) for horizon in horizons}
+    form, series = form_of(data, horizons[0]), series_digest(windows[horizons[0]])
+    rows = table_rows(config, data, series, model, run, options, ranks, show=show)
     found: dict[str, list[dict[str, Any]]] = {str(horizon): [] for horizon in horizons}
     for number, row in enumerate(rows, 1):
         place, start = Run(run.path / "forecast" / row.folder), time.perf_counter()
@@ -145,19 +143,18 @@ def forecast(
         if show and ranks.is_main:
             took = "kept" if kept else f"{time.perf_counter() - start:.0f} s"
             cells = f"MSE {significant(measured['mse'], 4)}, MAE {significant(measured['mae'], 4)}"
-            print(f"{number}/{len(rows)}  horizon {row.horizon}, {row.name}: {cells} ({took})", file=sys.stderr)
+            say_progress(f"{number}/{len(rows)}  horizon {row.horizon}, {row.name}: {cells} ({took})")
         found[str(row.horizon)].append({"name": row.name, "folder": f"forecast/{row.folder}", **measured})
     clusters = {str(horizon): stretches(of["test"]) for horizon, of in windows.items()}
+    counts = {horizon: {split: len(cast(Sized, each)) for split, each in of.items()} for horizon, of in windows.items()}
     summary = {
         "horizons": found,
         "stretches": {horizon: len(set(each.tolist())) for horizon, each in clusters.items()},
-        "windows": {str(horizon): len(of["test"]) for horizon, of in windows.items()},
-        "left_out": {str(horizon): of["test"].left_out for horizon, of in windows.items()},
-        "fitted_on": {str(horizon): min(len(of["train"]), options.fit_samples) for horizon, of in windows.items()},
-        "look_back": data.window,
-        "patch": data.patch,
-        "channels": data.channels,
-        "normalise": data.normalise,
+        "windows": {str(horizon): of["test"] for horizon, of in counts.items()},
+        "left_out": {str(horizon): getattr(of["test"], "left_out", 0) for horizon, of in windows.items()},
+        "fitted_on": {str(horizon): min(of["train"], options.fit_samples) for horizon, of in counts.items()},
+        "look_back": form.steps,
+        **data.model_dump(include={"patch", "channels", "normalise"}),  # where the adapter has such settings
         "seed": config.train.seed,
         "finetune_steps": options.steps,
         "fit_samples": options.fit_samples,
@@ -170,7 +167,8 @@ def forecast(
 
 def table_rows(
     config: PretrainConfig,
-    data: TimeSeries,
+    data: Modality,
+    series: str,
     model: NEPA,
     run: Run,
     options: ForecastOptions,
@@ -178,14 +176,14 @@ def table_rows(
     *,
     show: bool,
 ) -> list[Row]:
-    """The rows of the table; the networks that are trained come last, as they take longest."""
+    """The rows of the table; the networks that are trained come last, as they take longest. series: `series_digest`."""
     samples, device, causal = options.fit_samples, ranks.device, config.objective.causal
     horizons = sorted({*options.horizons, *options.finetune})
     untrained = build_model(config).to(device).eval()
     about = {
         "fitted": FITTED,
         "data": data.model_dump(mode="json", exclude={"root"}),
-        "series": hashlib.sha256(data.forecasts("test", horizons[0]).values.numpy().tobytes()).hexdigest(),
+        "series": series,
     }
     fitted = about | {"samples": samples, "causal": causal}
     weights = {"pre-trained": weights_digest(model), "random": weights_digest(untrained)}
@@ -263,7 +261,7 @@ def over_windows(
     return found
 
 
-def over_seeds(targets: Sequence[str], summaries: Sequence[dict[str, Any]], data: TimeSeries) -> dict[str, Any]:
+def over_seeds(targets: Sequence[str], summaries: Sequence[dict[str, Any]], data: Modality) -> dict[str, Any]:
     """What forecast_seeds.json holds: the figures of every row with mean and deviation over the runs."""
     first = summaries[0]
     clusters = {horizon: stretches(data.forecasts("test", int(horizon))) for horizon in first["horizons"]}

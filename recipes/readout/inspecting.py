@@ -16,19 +16,18 @@ from pydantic import BaseModel, Field, NonNegativeInt, field_validator
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from modalities.data.scenes import IGNORED
-from modalities.image import Images
-from modalities.scenes import Scenes
+from modalities.data.scene_masks import IGNORED
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
+from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.data import plain_batches, to_device
+from nepa_core.runtime.weights import Weights, network_of
 from nepa_core.tokens import Tokens
 from nepa_core.verdict.drawing import draw
 from recipes.configs import SegmentConfig
-from recipes.released.weights import Weights, load_backbone
 from recipes.report.plots import spread_out
 from recipes.report.segment import Picture, palette
 from recipes.statistics.held_out import NUMBER, Numbered
@@ -89,15 +88,9 @@ def why_silent(target: str, weights: Weights, noun: str, *, causal: bool) -> str
 
 
 def load_network(weights: Weights, data: Modality, device: torch.device) -> NEPA:
-    """The network in evaluation mode, under the "eager" back-end: that alone leaves attention maps in a `Trace`.
-
-    Raises:
-        UserError: changed data have tokens of another size.
-    """
-    config = weights.config.model_copy(update={"attention": "eager"})
-    model = NEPA(config, data.embedder(config.dim))
-    load_backbone(model, config, weights)
-    return model.to(device).eval()
+    """`network_of` under the "eager" back-end: that alone leaves attention maps in a `Trace`."""
+    eager = weights.config.model_copy(update={"attention": "eager"})
+    return network_of(weights._replace(config=eager), data, device)
 
 
 def inspect(model: NEPA, data: Modality, options: InspectOptions, *, causal: bool) -> list[Reading]:
@@ -124,11 +117,9 @@ def chosen_samples(data: Modality, options: InspectOptions, device: torch.device
     if not options.images:
         samples = data.dataset(options.split)
         places = sorted(draw(samples, options.samples, seed=0).indices.tolist())
-        for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places):
+        for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places, tokenize=data.tokenize):
             yield sample_name(data, samples, options.split, int(batch.pop(NUMBER)), batch.get("label")), batch
         return
-    if not isinstance(data, Images | Scenes):
-        raise UserError(f"images= are for runs on images; {type(data).__name__} shows samples= of a split=")
     files = data.files(options.images)
     for index, path in enumerate(options.images):
         try:
@@ -141,8 +132,8 @@ def sample_name(data: Modality, samples: Any, split: str, index: int, label: Ten
     """ "test 3, cat, 0004.png": the place in the split, and the class and the file where they are known."""
     parts = [f"{split} {index}"]
     if label is not None and not label.is_floating_point() and label.numel() == 1 and int(label) >= 0:
-        named = type(data).classes is not Modality.classes  # by default classes are found by reading all samples
-        classes = (data.classes() if named else None) or ()
+        # by default classes are found by reading all samples
+        classes = (data.classes() if data.offers("classes") else None) or ()
         word = classes[int(label)] if int(label) < len(classes) else str(int(label))
         parts.append(f"class {word}" if word.isdigit() else word)
     if hasattr(samples, "name"):
@@ -168,16 +159,19 @@ def segmented(config: SegmentConfig, weights: Weights, options: InspectOptions, 
     return pictures
 
 
-def write_masks(folder: Path, pictures: Sequence[Picture], data: Scenes) -> None:
+def write_masks(folder: Path, pictures: Sequence[Picture], config: SegmentConfig) -> None:
     """A palette image for every picture, of the same size: class k is stored as data.first_label + k."""
-    folder.mkdir(parents=True, exist_ok=True)
+    data = config.data
     colours = np.zeros((IGNORED + 1, 3), dtype=np.uint8)
     colours[data.first_label : data.first_label + data.class_count] = palette(data.class_count)
     stems = [Path(picture.name).stem for picture in pictures]
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     for place, (stem, picture) in enumerate(zip(stems, pictures, strict=True)):
         mask = Image.fromarray((picture.prediction + data.first_label).to(torch.uint8).numpy())
         mask.putpalette(colours.flatten().tolist())
-        mask.save(folder / (f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{place}.png"))
+        with disk_errors(folder):
+            mask.save(folder / (f"{stem}.png" if stems.count(stem) == 1 else f"{stem}_{place}.png"))
 
 
 @torch.no_grad()

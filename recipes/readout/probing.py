@@ -18,9 +18,11 @@ from torch import Tensor
 
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
+from nepa_core.pooling import Row
 from nepa_core.runtime.config import listed
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, task_of
+from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.diagnostics import effective_rank
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from recipes.presets import small
@@ -29,16 +31,14 @@ from recipes.readout.classifiers import Classifier, TokenFeatures
 from recipes.readout.features import (
     BOOKS,
     Features,
-    Row,
     Source,
     kept_features,
     network_reader,
     raw_reader,
     tokens_per_sample,
 )
-from recipes.released.weights import load_backbone, read_weights
 from recipes.report.provenance import unreadable
-from recipes.resolve import read_target, task_of
+from recipes.resolve import read_target
 from recipes.statistics.credits import pack_credits, unpack_credits
 from recipes.statistics.held_out import clusters_of, is_chained, pack_clusters
 from recipes.statistics.worth import MAJORITY, RANDOM, RAW, Score, Worth, judge, sentences, worth_in

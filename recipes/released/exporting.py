@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
+from safetensors.torch import save_file
 
-from modalities.image import Images
-from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.checkpoint import Checkpoint, disk_errors
 from nepa_core.runtime.config import load_config
-from nepa_core.runtime.run import Run
-from recipes.configs import FinetuneConfig, PretrainConfig
-from recipes.released.layout import (
+from nepa_core.runtime.released import (
     AVERAGED,
+    CONFIG,
+    PREPROCESSOR,
     RAW,
+    SCALES,
     NetworkState,
     State,
-    folded,
     layout,
     mismatch,
     to_released,
-    write_released,
 )
-from recipes.released.weights import class_names, current_weights, newest, split
-from recipes.resolve import RECORD, is_run, task_of
+from nepa_core.runtime.run import RECORD, Run, is_run, task_of
+from nepa_core.runtime.weights import class_names, current_weights, newest, split
+from nepa_core.tokens import ImageInput
+from recipes.configs import FinetuneConfig, PretrainConfig
 
 HEADED, HEADLESS = "ViTNepaForImageClassification", "ViTNepaForPreTraining"
 CONFIG_DEFAULTS = {"pos_embed_shift": None, "pos_embed_jitter": None, "add_pooling_layer": True}
@@ -88,7 +89,7 @@ def export_released(run: Run, out: Path, options: ExportOptions) -> str:
         UserError: the run holds something that the layout has no place for, or no weights, or `out` is not empty.
     """
     config = read_config(str(run.path), {})
-    data = images_of(config, run)
+    seen = input_of(config, run)
     states = network_states(newest(run))
     if options.weights == "ema":
         if AVERAGED not in states:
@@ -99,45 +100,54 @@ def export_released(run: Run, out: Path, options: ExportOptions) -> str:
         states = {name: state._replace(model=folded(state.model)) for name, state in states.items()}
         model = model.model_copy(update={"layer_scale": None})
     classes = len(states[RAW].head.get("classifier.bias", ()))
-    places = layout(model, patch=data.patch[0], channels=data.channels, classes=classes)
+    places = layout(model, patch=seen.patch[0], channels=seen.channels, classes=classes)
     ours = {name: place.ours for table in places for name, place in table.items()}
     for state in states.values():
         if complaint := mismatch(ours, state.model | state.head):
             raise UserError(f"{run.path} is not of a network in the released layout: {complaint}")
     record = run.summary(RECORD) or {}
     imported: dict[str, Any] = record.get("config", {})
-    facts = released_facts(config, data, model.layer_scale, labels_of(run, classes))
+    facts = released_facts(config, seen, model.layer_scale, labels_of(run, classes))
     if not imported or options.fold_layer_scale:  # folded maps are float32
         facts["dtype"] = str(states[RAW].model["predictor.blocks.0.mlp.down.weight"].dtype).removeprefix("torch.")
     if imported.get("id2label") == facts.get("id2label"):
         facts.pop("label2id", None)  # the original's stays: some number the classes by strings
-    seen = preprocessor_of(data)
+    preprocessor = preprocessor_of(seen)
     if imported.get("image_size") != facts["image_size"]:
-        seen["size"] = {"height": data.size[0], "width": data.size[1]}
+        preprocessor["size"] = {"height": seen.size[0], "width": seen.size[1]}
     kind = HEADED if classes else HEADLESS
     write_whole_folder(
         out,
         over(CONFIG_DEFAULTS | {"architectures": [kind]} | imported, facts),
-        over(PREPROCESSOR_DEFAULTS | record.get("preprocessor", {}), seen),
+        over(PREPROCESSOR_DEFAULTS | record.get("preprocessor", {}), preprocessor),
         {name: to_released(state, places) for name, state in states.items()},
     )
     return f"{out}: {' and '.join(states)}, {'averaged' if options.weights == 'ema' else 'raw'} weights in {RAW}"
 
 
-def images_of(config: Trained, run: Run) -> Images:
-    """The adapter of a run that has a place in the layout.
+def folded(model: State) -> State:
+    """The LayerScale vectors of `NEPA` multiplied into the linear maps before them, in float32; none are left."""
+    state = dict(model)
+    for name in model:
+        block, _, last = name.rpartition(".")
+        if last in SCALES:
+            scale = state.pop(name).float()
+            linear = f"{block}.{'attention.out' if last == 'scale1' else 'mlp.down'}"
+            state[f"{linear}.weight"] = state[f"{linear}.weight"].float() * scale[:, None]
+            state[f"{linear}.bias"] = state[f"{linear}.bias"].float() * scale
+    return state
+
+
+def input_of(config: Trained, run: Run) -> ImageInput:
+    """What the images of a run are that has a place in the layout.
 
     Raises:
         UserError: it has none; all the keys that stand in the way are listed.
     """
-    data, model = config.data, config.model
-    if isinstance(data, Scenes):
-        data = data.images()
-    if not isinstance(data, Images):
-        raise UserError(f"{run.path}: the released layout holds images, not {type(data).__name__}")
+    seen, model = config.data.image_input(), config.model
     wrong = {
-        f"data.patch={data.patch}": data.patch[0] != data.patch[1],
-        f"data.patch_order={data.patch_order}": data.patch_order != "raster",
+        f"data.patch={seen.patch}": seen.patch[0] != seen.patch[1],
+        f"data.patch_order={seen.order}": seen.order != "raster",
         f"model.rope_theta={model.rope_theta}": model.rope_theta is None,
         f"model.bos={model.bos}": not model.bos,
         f"model.mask_token={model.mask_token}": model.mask_token,
@@ -148,7 +158,7 @@ def images_of(config: Trained, run: Run) -> Images:
     if any(wrong.values()):
         listed = ", ".join(key for key, stands in wrong.items() if stands)
         raise UserError(f"{run.path}: the released layout has no place for {listed}")
-    return data
+    return seen
 
 
 def network_states(checkpoint: Checkpoint) -> dict[str, NetworkState]:
@@ -165,7 +175,7 @@ def labels_of(run: Run, classes: int) -> list[str]:
     return list(found) if len(found) == classes else [f"LABEL_{i}" for i in range(classes)]
 
 
-def released_facts(config: Trained, data: Images, layer_scale: float | None, labels: list[str]) -> dict[str, Any]:
+def released_facts(config: Trained, seen: ImageInput, layer_scale: float | None, labels: list[str]) -> dict[str, Any]:
     """config.json of the release for a run."""
     model = config.model
     causal = config.causal if isinstance(config, FinetuneConfig) else config.objective.causal
@@ -176,9 +186,9 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
         "num_attention_heads": model.heads,
         "intermediate_size": model.mlp_dim,
         "hidden_act": model.activation,
-        "image_size": data.size[0] if data.size[0] == data.size[1] else list(data.size),
-        "patch_size": data.patch[0],
-        "num_channels": data.channels,
+        "image_size": seen.size[0] if seen.size[0] == seen.size[1] else list(seen.size),
+        "patch_size": seen.patch[0],
+        "num_channels": seen.channels,
         "layer_norm_eps": model.norm_eps,
         "layerscale_value": layer_scale,
         "rope_theta": model.rope_theta,
@@ -197,10 +207,10 @@ def released_facts(config: Trained, data: Images, layer_scale: float | None, lab
     return facts
 
 
-def preprocessor_of(data: Images) -> dict[str, Any]:
+def preprocessor_of(seen: ImageInput) -> dict[str, Any]:
     """preprocessor_config.json for a run, but for the size."""
-    crop = {"crop_pct": data.crop_ratio, "crop_mode": "squash" if data.squash else "center"}
-    return {"image_mean": list(data.mean), "image_std": list(data.std)} | crop
+    crop = {"crop_pct": seen.crop_ratio, "crop_mode": "squash" if seen.squash else "center"}
+    return {"image_mean": list(seen.mean), "image_std": list(seen.std)} | crop
 
 
 def over(original: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +219,7 @@ def over(original: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_whole_folder(out: Path, facts: dict[str, Any], preprocessor: dict[str, Any], files: dict[str, State]) -> None:
-    """Write the folder whole or not at all.
+    """Write both JSON files and each state dict under its file name: the folder whole, or not at all.
 
     Raises:
         UserError: something stands there already, or the disk is full.
@@ -220,7 +230,11 @@ def write_whole_folder(out: Path, facts: dict[str, Any], preprocessor: dict[str,
     with disk_errors(out):
         shutil.rmtree(building, ignore_errors=True)
         try:
-            write_released(building, facts, preprocessor, files)
+            building.mkdir(parents=True)
+            for name, values in {CONFIG: facts, PREPROCESSOR: preprocessor}.items():
+                (building / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+            for name, state in files.items():
+                save_file(state, building / name, metadata={"format": "pt"})
             building.rename(out)
         finally:
             shutil.rmtree(building, ignore_errors=True)

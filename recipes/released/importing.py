@@ -9,13 +9,12 @@ from typing import Any
 from nepa_core.basics import UserError
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest, save_checkpoint
 from nepa_core.runtime.config import override
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.released import NetworkState, Released, averages, digests, find, listed, read_released
+from nepa_core.runtime.run import RECORD, Run, is_run
+from nepa_core.runtime.weights import joined
 from recipes import vision
 from recipes.configs import FinetuneConfig, PretrainConfig
-from recipes.released.layout import NetworkState, Released, averages, digests, find, listed, read_released
-from recipes.released.weights import joined
 from recipes.report.provenance import provenance
-from recipes.resolve import RECORD, is_run
 
 DECIDED = ("model.", "data.patch", "data.channels", "causal", "objective.causal", "readout")
 """Keys that come with the weights; of the network all do."""
@@ -76,15 +75,8 @@ def run_config(released: Released, changes: Mapping[str, Any]) -> PretrainConfig
     found: dict[str, Any] = {
         "recipe": "",
         "model": released.config,
-        "data.size": facts.size,
-        "data.patch": (facts.patch_size, facts.patch_size),
-        "data.channels": facts.num_channels,
-        "data.mean": released.statistics("image_mean"),
-        "data.std": released.statistics("image_std"),
+        **{f"data.{key}": value for key, value in released.settings.items()},
     }
-    if "crop_pct" in released.preprocessor:
-        found["data.crop_ratio"] = released.preprocessor["crop_pct"]
-        found["data.squash"] = released.preprocessor.get("crop_mode") == "squash"
     if released.averaged is None:
         found["train.ema"] = None
     if released.head:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from nepa_core.runtime.checkpoint import disk_errors
-from recipes.report.page import Figure, compose
+from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Words
 from recipes.report.plots import interval_plot, line_plot
 from recipes.report.tables import (
     TESTED,
     Column,
     Rows,
     difference_table,
-    html_table,
     margin_cell,
     margin_note,
     spread_table,
@@ -65,45 +61,44 @@ def _foot(result: dict[str, Any]) -> str:
     )
 
 
-def write_report(folder: Path, title: str, result: dict[str, Any]) -> None:
-    """PNGs and a page: the answer, probe accuracy by arm, the table, rank over training by arm."""
+def report(result: dict[str, Any]) -> Report:
+    """The answer, probe accuracy by arm, the table, the paired tests, rank over training by arm."""
+    return Report(f"Ablations: {result['recipe']}", render(result), result["made_with"], lambda: _parts(result))
+
+
+def _parts(result: dict[str, Any]) -> Iterator[Part]:
     arms = result["arms"]
-    parts: list[str | Figure] = [
-        f'<div id="answer"><p><strong>{html.escape(result["verdict"])}</strong></p></div>',
-        Figure(
-            "probe.png",
-            "Linear probe of the best layer, chosen on held-back training samples, from the best arm down: mean ± "
-            "standard deviation, a dot a seed.",
-            interval_plot(
-                {name: measures["probe_best"] for name, measures in arms.items()},
-                x="probe accuracy",
-                reference={"random weights": result["random_init"]["mean"], "raw tokens": result["raw_tokens"]},
-                half="std",
-            ),
+    yield Answer(result["verdict"])
+    yield Figure(
+        "probe.png",
+        "Linear probe of the best layer, chosen on held-back training samples, from the best arm down: mean ± "
+        "standard deviation, a dot a seed.",
+        interval_plot(
+            {name: measures["probe_best"] for name, measures in arms.items()},
+            x="probe accuracy",
+            reference={"random weights": result["random_init"]["mean"], "raw tokens": result["raw_tokens"]},
+            half="std",
         ),
-        f"{html_table(table(result))}<p>{html.escape(_foot(result))}</p><p>{html.escape(_margins(result))}</p>",
-        *_tests(result),
-        Figure(
-            "rank.png",
-            f"Effective rank of the embeddings over training (seed {result['seeds'][0]}).",
-            line_plot(
-                {name: _columns(measures["rank_over_training"]) for name, measures in arms.items()},
-                x="step",
-                y="effective rank",
-                from_zero=True,
-            ),
+    )
+    yield Table(table(result), "accuracy")
+    yield Words([_foot(result), _margins(result)])
+    if found := [Difference(**each) for each in result["differences"]]:  # none of fewer than three seeds
+        yield Heading("Paired tests", "tests")
+        yield Words([TESTED])
+        yield Table(difference_table(found))
+    yield Figure(
+        "rank.png",
+        f"Effective rank of the embeddings over training (seed {result['seeds'][0]}).",
+        line_plot(
+            {
+                name: (
+                    [step for step, _ in measures["rank_over_training"]],
+                    [rank for _, rank in measures["rank_over_training"]],
+                )
+                for name, measures in arms.items()
+            },
+            x="step",
+            y="effective rank",
+            from_zero=True,
         ),
-    ]
-    made = ", ".join(f"{name} {value}" for name, value in result["made_with"].items())
-    with disk_errors(folder):
-        compose(folder, title=title, parts=parts, foot=made)
-
-
-def _tests(result: dict[str, Any]) -> list[str]:
-    """The paired tests of every arm against the base; none of fewer than three seeds."""
-    found = [Difference(**each) for each in result["differences"]]
-    return [f"<p>{html.escape(TESTED)}</p>{html_table(difference_table(found))}"] if found else []
-
-
-def _columns(points: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
-    return [step for step, _ in points], [rank for _, rank in points]
+    )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import html
+from collections.abc import Iterator
 from typing import Any
 
 from nepa_core.modality import Modality
-from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
 from nepa_core.verdict.drawing import RIVALS
 from nepa_core.verdict.intervals import Interval
 from nepa_core.verdict.judge import COLLAPSE_SHARE, Verdict
-from recipes.report.page import Figure, page
+from recipes.report.page import Answer, Figure, Part, Report, Table, Verbatim, Words
 from recipes.report.plots import line_plot
-from recipes.report.provenance import unreadable
+from recipes.report.provenance import settings_of, unreadable
 
 SPACES = {
     "projected": "Losses and identification, also those before training and of the baselines, are measured behind the "
@@ -172,7 +171,7 @@ def remarks(summary: dict[str, Any], noun: str) -> list[str]:
     return found + unreadable(summary)
 
 
-def render(summary: dict[str, Any], data: Modality, run: Run) -> str:
+def render(summary: dict[str, Any], data: Modality) -> str:
     """The card as text."""
     verdict, noun = verdict_in(summary), data.token_name
     rows = [("", "loss", "identified"), *table(verdict, noun)]
@@ -182,7 +181,6 @@ def render(summary: dict[str, Any], data: Modality, run: Run) -> str:
         f"{summary['steps']} steps, {summary['seconds']:.0f} s, {summary['parameters']:,} parameters; judged on "
         f"{verdict.samples} held-out samples with the {summary['weights']} weights."
     )
-    report = f"Report: {run.report / 'index.html'}"
     return "\n".join(
         [
             "",
@@ -194,7 +192,6 @@ def render(summary: dict[str, Any], data: Modality, run: Run) -> str:
             "",
             *remarks(summary, noun),
             cost,
-            report,
         ]
     )
 
@@ -204,84 +201,74 @@ def tries(summary: dict[str, Any]) -> list[str]:
     return [f"To try: {text}" for text in summary.get("advice", [])]
 
 
-def write_report(run: Run, summary: dict[str, Any], data: Modality) -> None:
-    """report/: rank.png, spread.png, learning.png, position.png, loss.png and a page that holds them and the card."""
-    verdict, noun = verdict_in(summary), data.token_name
-    metrics = run.metrics()
+def report(run: Run, summary: dict[str, Any], data: Modality) -> Report:
+    """The card, then loss.png, learning.png, rank.png, spread.png and position.png, then the settings."""
+    said, title = render(summary, data), f"Pre-training: {run.path.name}"
+    return Report(title, said, summary["made_with"], lambda: _parts(run, summary, data.token_name), "card.txt")
+
+
+def _parts(run: Run, summary: dict[str, Any], noun: str) -> Iterator[Part]:
+    verdict, metrics = verdict_in(summary), run.metrics()
     health = [line for line in metrics if "effective_rank_embedding" in line]
     learning = [line for line in health if "retrieval_top1" in line]
     training = [line for line in metrics if "loss" in line]
     steps = [line["step"] for line in health]
-    figures = [
-        Figure(
-            "rank.png",
-            "Effective rank over training: collapse shows here, not in the loss.",
-            line_plot(
-                {of: (steps, [line[f"effective_rank_{of}"] for line in health]) for of in ("embedding", "prediction")},
-                x="step", y="effective rank", from_zero=True,
-            ),
+    yield Answer(judgement(verdict))
+    yield Words([headline(verdict, noun), *tries(summary)])
+    yield Table([("predictor", "held-out loss", "identified"), *table(verdict, noun)])
+    yield Words(remarks(summary, noun))
+    yield Words([f"Step {line['step']}: {line['warning']}." for line in health if "warning" in line])
+    yield Figure(
+        "loss.png",
+        "The objective over training.",
+        line_plot(
+            {
+                "training batches": ([line["step"] for line in training], [line["loss"] for line in training]),
+                "held out": (steps, [line["held_out_objective"] for line in health]),
+            },
+            x="step", y="objective", title="Objective",
         ),
-        Figure(
-            "spread.png",
-            "Spread per dimension (1 is isotropic, 0 collapsed), and the cosine of the best constant direction.",
-            line_plot(
-                {
-                    f"{name.replace('_', ' ')}, {of}": (steps, [line[f"{name}_{of}"] for line in health])
-                    for name in ("spread", "shared_direction") for of in ("embedding", "prediction")
-                },
-                x="step", y="share", from_zero=True,
-            ),
+    )  # fmt: skip
+    yield Figure(
+        "learning.png",
+        f"Share of places where the next {noun} is identified among up to {RIVALS} while training, and by how "
+        f"much the cosine of the prediction with the next {noun} exceeds that of the current one.",
+        line_plot(
+            {
+                name: ([line["step"] for line in learning], [line[key] for line in learning])
+                for name, key in {"identified": "retrieval_top1", "copy gap": "copy_gap"}.items()
+            },
+            x="step", y="share; cosine", title=f"Next {noun}",
         ),
-        Figure(
-            "learning.png",
-            f"Share of places where the next {noun} is identified among up to {RIVALS} while training, and by how "
-            f"much the cosine of the prediction with the next {noun} exceeds that of the current one.",
-            line_plot(
-                {
-                    name: ([line["step"] for line in learning], [line[key] for line in learning])
-                    for name, key in {"identified": "retrieval_top1", "copy gap": "copy_gap"}.items()
-                },
-                x="step", y="share; cosine",
-            ),
+    )  # fmt: skip
+    yield Figure(
+        "rank.png",
+        "Effective rank over training: collapse shows here, not in the loss.",
+        line_plot(
+            {of: (steps, [line[f"effective_rank_{of}"] for line in health]) for of in ("embedding", "prediction")},
+            x="step", y="effective rank", from_zero=True, title="Effective rank",
         ),
-        Figure(
-            "position.png",
-            f"Held-out loss of the prediction made at each place (its target is the next {noun}); lower is better.",
-            line_plot(
-                {
-                    {"model": "NEPA"}.get(name, name.replace("_", " ")): (list(range(len(values))), values)
-                    for name, values in verdict.loss_per_position.items()
-                },
-                x="place in the sequence", y="negative cosine", markers=True,
-            ),
+    )  # fmt: skip
+    yield Figure(
+        "spread.png",
+        "Spread per dimension (1 is isotropic, 0 collapsed), and the cosine of the best constant direction.",
+        line_plot(
+            {
+                f"{name.replace('_', ' ')}, {of}": (steps, [line[f"{name}_{of}"] for line in health])
+                for name in ("spread", "shared_direction") for of in ("embedding", "prediction")
+            },
+            x="step", y="share", from_zero=True, title="Spread and shared direction",
         ),
-        Figure(
-            "loss.png",
-            "The objective over training.",
-            line_plot(
-                {
-                    "training batches": ([line["step"] for line in training], [line["loss"] for line in training]),
-                    "held out": (steps, [line["held_out_objective"] for line in health]),
-                },
-                x="step", y="objective",
-            ),
+    )  # fmt: skip
+    yield Figure(
+        "position.png",
+        f"Held-out loss of the prediction made at each place (its target is the next {noun}); lower is better.",
+        line_plot(
+            {
+                {"model": "NEPA"}.get(name, name.replace("_", " ")): (list(range(len(values))), values)
+                for name, values in verdict.loss_per_position.items()
+            },
+            x="place in the sequence", y="negative cosine", markers=True, title="Loss by place",
         ),
-    ]  # fmt: skip
-    made = summary["made_with"]
-    body = (
-        f"<h2>{html.escape(judgement(verdict))}</h2><p>{html.escape(headline(verdict, noun))}</p>"
-        + "".join(f"<p>{html.escape(text)}</p>" for text in tries(summary))
-        + "<table><tr><th>predictor</th><th>held-out loss</th><th>identified</th></tr>"
-        + "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table(verdict, noun)
-        )
-        + "</table>"
-        + "".join(f"<p>{html.escape(text)}</p>" for text in remarks(summary, noun))
-        + "".join(
-            f"<p>Step {line['step']}: {html.escape(line['warning'])}.</p>" for line in health if "warning" in line
-        )
-    )
-    foot = ", ".join(f"{name} {value}" for name, value in made.items())
-    with disk_errors(run.report):
-        page(run.report, title=f"Pre-training: {run.path.name}", body=body, figures=figures, foot=foot)
-        (run.report / "card.txt").write_text(render(summary, data, run) + "\n")
+    )  # fmt: skip
+    yield Verbatim(settings_of(run), "Settings and data")

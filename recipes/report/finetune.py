@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
-from recipes.networks.goals import FIGURES, Goal
-from recipes.report.page import Figure, page
+from recipes.networks.goals import FIGURES, Classification, Regression
+from recipes.report.page import Answer, Figure, Part, Report, Verbatim, Words
 from recipes.report.plots import line_plot
-from recipes.report.provenance import unreadable
+from recipes.report.provenance import settings_of, unreadable
 from recipes.statistics.worth import sentences, without_control, worth_in
 
 
@@ -33,7 +31,7 @@ def start_of(init: str | None) -> str:
     return "random weights" if init is None else init
 
 
-def render(summary: dict[str, Any], run: Run) -> str:
+def render(summary: dict[str, Any]) -> str:
     """The result as text."""
     shown = [figure for figure in FIGURES if figure.key in summary]
     rows = {"raw weights": ""} | ({"averaged weights": "_ema"} if f"{shown[0].key}_ema" in summary else {})
@@ -46,8 +44,7 @@ def render(summary: dict[str, Any], run: Run) -> str:
     lines += ["", f"Figures {where} after the last of {summary['steps']} steps, started from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
-    lines += unreadable(summary)
-    return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+    return "\n".join([*lines, *unreadable(summary)])
 
 
 def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
@@ -60,39 +57,41 @@ def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
     return f"{scored} of {every} {noun} ({', '.join(lost)})" if lost else f"{scored} {noun}"
 
 
-def write_report(run: Run, summary: dict[str, Any], goal: Goal) -> None:
-    """report/: the goal's first figure and the loss over training, and a page that holds them."""
-    metrics = run.metrics()
-    key = goal.headline
+def report(run: Run, summary: dict[str, Any]) -> Report:
+    """The verdict and the figures, the loss and the goal's first figure over training, the settings."""
+    title, said = f"Fine-tuning: {run.path.name}", render(summary)
+    return Report(title, said, summary["made_with"], lambda: _parts(run, summary))
+
+
+def _parts(run: Run, summary: dict[str, Any]) -> Iterator[Part]:
+    goal = Regression if Regression.headline in summary else Classification
+    metrics, key = run.metrics(), goal.headline
     tested = [line for line in metrics if key in line]
     trained = [line for line in metrics if "loss" in line]
     steps = [line["step"] for line in tested]
     curves = {key: "raw weights", f"{key}_ema": "averaged weights"}
     losses = {"held_out_loss": "held out", "held_out_loss_ema": "held out, averaged weights"}
     title = next(figure.title for figure in goal.shown if figure.key == key)
-    figures = [
-        Figure(
-            f"{key}.png",
-            f"Held-out {title} over training.",
-            line_plot(
-                {name: (steps, [line[key] for line in tested]) for key, name in curves.items() if key in summary},
-                x="step", y=title, from_zero=key == "accuracy",
-            ),
-        ),
-        Figure(
-            "loss.png",
-            f"{goal.loss_name.capitalize()} over training; "
-            "that of the training batches includes mixing and label smoothing.",
-            line_plot(
-                {"training batches": ([line["step"] for line in trained], [line["loss"] for line in trained])}
-                | {name: (steps, [line[key] for line in tested]) for key, name in losses.items() if key in summary},
-                x="step", y=goal.loss_name,
-            ),
-        ),
-    ]  # fmt: skip
-    foot = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
     first, *rest = verdict(summary, run)
-    body = f"<h2>{html.escape(first)}</h2>" + "".join(f"<p>{html.escape(text)}</p>" for text in rest)
-    body += f'<pre class="long">{html.escape(render(summary, run))}</pre>'
-    with disk_errors(run.report):
-        page(run.report, title=f"Fine-tuning: {run.path.name}", body=body, figures=figures, foot=foot)
+    yield Answer(first)
+    yield Words(rest)
+    yield Verbatim(render(summary))
+    yield Figure(
+        "loss.png",
+        f"{goal.loss_name.capitalize()} over training; "
+        "that of the training batches includes mixing and label smoothing.",
+        line_plot(
+            {"training batches": ([line["step"] for line in trained], [line["loss"] for line in trained])}
+            | {name: (steps, [line[key] for line in tested]) for key, name in losses.items() if key in summary},
+            x="step", y=goal.loss_name, title=goal.loss_name.capitalize(),
+        ),
+    )  # fmt: skip
+    yield Figure(
+        f"{key}.png",
+        f"Held-out {title} over training.",
+        line_plot(
+            {name: (steps, [line[key] for line in tested]) for key, name in curves.items() if key in summary},
+            x="step", y=title, from_zero=key == "accuracy", title=f"Held-out {title}",
+        ),
+    )  # fmt: skip
+    yield Verbatim(settings_of(run), "Settings and data")

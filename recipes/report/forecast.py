@@ -9,13 +9,15 @@ Shapes: W test windows, K seeds.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from modalities.timeseries import Windows
+from nepa_core.basics import Batch
+from nepa_core.verdict.drawing import spans_of
 from nepa_core.verdict.intervals import Interval, over_both
 from recipes.statistics.significance import spread
 
@@ -27,16 +29,20 @@ UNTRAINED = {"frozen": "frozen, random weights", "fine-tuned": "fine-tuned, rand
 Summary = Mapping[str, Any]
 
 
-def stretches(windows: Windows) -> Tensor:
+def stretches(windows: Dataset[Batch]) -> Tensor:
     """The stretch of time that each window starts in, all channels together: [W] int64, numbers from 0.
 
     Stretches are equal, and at least as long as a look-back with its horizon, so that windows share values with those
-    of their own stretch and the next alone, which `intervals.over_samples(chained=True)` counts in.
+    of their own stretch and the next alone, which `intervals.over_samples(chained=True)` counts in. Windows whose data
+    set has no `spans()` are taken to begin one step apart.
     """
-    samples = torch.arange(len(windows)) if windows.kept is None else windows.kept
-    after = windows.starts[samples // windows.channels] - windows.starts[0]
-    span = int(windows.starts[-1] - windows.starts[0]) + 1
-    return after * max(1, span // (windows.window + windows.horizon)) // span
+    if (spans := spans_of(windows)) is not None:
+        after, length = spans.first - spans.first.min(), int((spans.end - spans.first).max())
+    else:
+        first = windows[0]
+        after, length = torch.arange(len(cast(Sized, windows))), len(first["series"]) + len(first["future"])
+    span = int(after.max()) + 1
+    return after * max(1, span // length) // span
 
 
 def paired_differences(errors: Mapping[str, Tensor], clusters: Tensor) -> list[dict[str, Any]]:

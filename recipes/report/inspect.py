@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 
-from modalities.scenes import Scenes
 from nepa_core.modality import Modality
-from recipes.report.page import Figure, page
+from recipes.report.page import Figure, Part, Report, Table, Words
 from recipes.report.plots import Panel, panel_plot
 from recipes.report.provenance import provenance
 from recipes.report.segment import Picture, picture_grid
@@ -26,7 +23,7 @@ QUERY, NEXT = "red", "white"  # frames
 # --------------------------------------------------------------------------------------------------- page
 
 
-def write_page(
+def report(
     folder: Path,
     readings: Sequence[Reading],
     data: Modality,
@@ -36,11 +33,13 @@ def write_page(
     causal: bool,
     silent: str,
     pictures: Sequence[Picture],
-) -> None:
-    """index.html, maps.png, layers.png, order.png unless the order is the canonical one, and classes.png of `pictures`.
+    classes: Sequence[str],
+) -> Report:
+    """maps.png, layers.png, order.png unless the order is the canonical one, and classes.png of `pictures`.
 
     Args:
-        silent: see `why_silent`. pictures: see `segmented`.
+        folder: of the run. silent: see `why_silent`. pictures: see `segmented`. classes: names of those of their
+        pixels.
     """
     noun = data.token_name
     which = "averaged over layers" if layer is None else f"layer {layer}"
@@ -50,31 +49,37 @@ def write_page(
         f" Similarity: cosine between the embedding predicted at the query's place and every {noun}; the one to be "
         f"predicted has a {NEXT} frame."
     )
-    maps = Figure(
-        "maps.png",
-        f"Attention of the query {noun} ({QUERY} frame), {which}{blind}.{'' if silent else similarity}",
-        panel_plot([(reading.name, map_panels(reading, noun, silent)) for reading in readings], across=3),
-    )
-    layers = Figure(
-        "layers.png",
-        "The input and every layer: the first three principal components as red, green and blue, taken for each layer "
-        "over all samples shown. Like colours are like features.",
-        panel_plot(_layer_panels(readings), across=8),
-    )
-    figures = [maps, layers]
-    (folder / "order.png").unlink(missing_ok=True)  # of an earlier call, perhaps with another order
-    if orders := _order_panels(readings):
-        plot = panel_plot([("", orders)], across=4)
-        figures.append(Figure("order.png", "The order of prediction, from the dot on.", plot))
-    (folder / "classes.png").unlink(missing_ok=True)
-    if pictures:
-        plot = picture_grid(pictures, cast(Scenes, data).class_names())
-        figures.insert(
-            0, Figure("classes.png", "The class of every pixel, by the averaged weights if there are any.", plot)
+
+    def parts() -> Iterator[Part]:
+        yield Words([silent or next_token_line(readings, noun)])
+        yield Table([HEADER, *layer_table(readings)])
+        yield Words(
+            [
+                f"Means over heads and the samples shown. Distance: from a {noun} to those it attends to, in units of "
+                f"the {noun} grid, BOS left out. Entropy in nats. The last line is equal attention wherever it may "
+                "look."
+            ]
         )
-    foot = ", ".join(f"{name} {value}" for name, value in provenance().items())
-    title = f"Inside {folder.parent.resolve().name}"
-    page(folder, title=title, body=_body(readings, noun, silent), figures=figures, foot=foot)
+        if pictures:
+            plot = picture_grid(pictures, classes)
+            yield Figure("classes.png", "The class of every pixel, by the averaged weights if there are any.", plot)
+        yield Figure(
+            "maps.png",
+            f"Attention of the query {noun} ({QUERY} frame), {which}{blind}.{'' if silent else similarity}",
+            panel_plot([(reading.name, map_panels(reading, noun, silent)) for reading in readings], across=3),
+        )
+        yield Figure(
+            "layers.png",
+            "The input and every layer: the first three principal components as red, green and blue, taken for each "
+            "layer over all samples shown. Like colours are like features.",
+            panel_plot(_layer_panels(readings), across=8),
+        )
+        if orders := _order_panels(readings):
+            plot = panel_plot([("", orders)], across=4)
+            yield Figure("order.png", "The order of prediction, from the dot on.", plot)
+
+    title, said = f"Inside {folder.resolve().name}", f"{render(readings, noun, silent)}\n"
+    return Report(title, said, provenance(), parts)
 
 
 def map_panels(reading: Reading, noun: str, silent: str = "") -> list[Panel]:
@@ -140,19 +145,6 @@ def next_token_line(readings: Sequence[Reading], noun: str) -> str:
 
 
 HEADER = ("", "distance", "entropy", "on BOS")
-
-
-def _body(readings: Sequence[Reading], noun: str, silent: str) -> str:
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in layer_table(readings)
-    )
-    heads = "".join(f"<th>{name}</th>" for name in HEADER)
-    line, noun = html.escape(silent or next_token_line(readings, noun)), html.escape(noun)
-    return (
-        f"<p>{line}</p><table><tr>{heads}</tr>{cells}</table>"
-        f"<p>Means over heads and the samples shown. Distance: from a {noun} to those it attends to, in units of the "
-        f"{noun} grid, BOS left out. Entropy in nats. The last line is equal attention wherever it may look.</p>"
-    )
 
 
 def render(readings: Sequence[Reading], noun: str, silent: str) -> str:

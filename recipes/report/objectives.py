@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 
-from nepa_core.runtime.checkpoint import disk_errors
+from nepa_core.terms import term
 from recipes.objective_names import OWN
-from recipes.report.page import Figure, compose
-from recipes.report.plots import line_plot, png_of
+from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Verbatim, Words
+from recipes.report.plots import inside, line_plot, png_of
 from recipes.report.tables import (
     TESTED,
     Column,
     Rows,
     difference_table,
     drawn,
-    html_table,
     interval_words,
     margin_cell,
     margin_note,
@@ -163,37 +160,56 @@ def own_objective(summary: Mapping[str, Any]) -> list[str]:
     return [f"{OWN}: {mixture}, {'with' if found['stop_gradient'] else 'without'} stop-gradient."]
 
 
-def write_report(folder: Path, rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """index.html and its PNGs.
+def formula_table(summary: Mapping[str, Any]) -> list[list[str]]:
+    """What every objective is: a row a term."""
+    lines = [["", "term", "formula", "compares", "source"]]
+    for name in summary["ranking"]:
+        for key, weight in summary["objectives"][name]["terms"].items():
+            each = term(key)
+            lines.append([name, f"{weight:g} {key}", each.formula, each.compares, each.source])
+    return lines
+
+
+def report(rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Report:
+    """The answer on the first screen, then accuracies, layers, prediction, tests, settings and commands.
 
     Args:
         rows: objective -> what was measured, a dictionary for each seed. random: the same of random weights.
         summary: of `recipes.comparison.objectives.summarise`, with `recipe`, `runs` and `made_with`.
     """
+    title = f"Does pre-training pay? {summary['recipe']}"
+    return Report(title, render(summary), summary["made_with"], lambda: _parts(rows, random, summary))
+
+
+def _parts(rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Iterator[Part]:
     ranked = {name: rows[name] for name in summary["ranking"]}
-    made = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
-    without_words = [line[:-1] for line in accuracy_table(summary)]
-    first, *others = (html.escape(line) for line in summary["verdict"])
-    parts: list[str | Figure] = [
-        f'<div id="answer"><p><strong>{first}</strong></p></div>',
-        accuracy_figure(summary),
-        "".join(f"<p>{line}</p>" for line in others),
-        f'<h2>Accuracy</h2><div id="accuracy">{html_table(without_words)}</div>'
-        + "".join(f"<p>{html.escape(line)}</p>" for line in foot(summary)),
-        *label_figures(summary),
-        '<h2 id="layers">Layer by layer</h2>',
-        layer_figure(ranked, random, summary),
-        f'<h2 id="prediction">Prediction</h2><p>{NOT_COMPARABLE}</p>',
-        html_table(prediction_table(ranked, summary)),
-        f"<p>{margin_note(summary['margins'])}</p>",
-        rank_figure(ranked),
-        f'<h2 id="tests">Paired tests</h2>{tests(summary)}',
-        f'<h2 id="settings">Settings chosen</h2>{html_table(setting_table(summary))}'
-        "<p>Learning rate x steps, one a seed. *: at an end of all that was tried; a longer list may serve better.</p>",
-        f'<h2 id="commands">Commands</h2><pre class="long">{html.escape(commands(summary))}</pre>',
-    ]
-    with disk_errors(folder):
-        compose(folder, title=f"Does pre-training pay? {summary['recipe']}", parts=parts, foot=made)
+    first, *others = summary["verdict"]
+    yield Answer(first)
+    yield accuracy_figure(summary)
+    yield Words(others)
+    yield Heading("Accuracy", "accuracy")
+    yield Table([line[:-1] for line in accuracy_table(summary)])  # without words
+    yield Words(foot(summary))
+    yield from label_figures(summary)
+    yield Heading("Objectives", "objectives")
+    yield Table(formula_table(summary))
+    yield Words(["p is a prediction and z its target, the next embedding."])
+    yield Heading("Layer by layer", "layers")
+    yield layer_figure(ranked, random, summary)
+    yield Heading("Prediction", "prediction")
+    yield Words([NOT_COMPARABLE])
+    yield Table(prediction_table(ranked, summary))
+    yield Words([margin_note(summary["margins"])])
+    yield rank_figure(ranked)
+    yield Heading("Paired tests", "tests")
+    yield from tests(summary)
+    yield Heading("Settings chosen", "settings")
+    yield Table(setting_table(summary))
+    yield Words(
+        ["Learning rate x steps, one a seed. *: at an end of all that was tried; a longer list may serve better."]
+    )
+    yield Heading("Commands", "commands")
+    yield Verbatim(commands(summary))
 
 
 def accuracy_figure(summary: Mapping[str, Any]) -> Figure:
@@ -216,9 +232,9 @@ def accuracy_plot(summary: Mapping[str, Any]) -> bytes:
         zip(canvas.subplots(1, len(measures), squeeze=False)[0], measures, strict=True)
     ):
         control = summary["random"][key]
-        if (half := interval_of(control)) is not None:
-            low, high = control["mean"] - half, control["mean"] + half
-            axes.axvspan(low, high, color=_GREY, alpha=0.2, linewidth=0)
+        if (arms := inside(control["mean"], interval_of(control), summary["metric"])) is not None:
+            ((below,), (above,)) = arms
+            axes.axvspan(control["mean"] - below, control["mean"] + above, color=_GREY, alpha=0.2, linewidth=0)
         axes.axvline(control["mean"], color=_GREY, linewidth=1.4)
         if key.startswith("probe"):
             axes.axvline(summary["raw_tokens"], color="C1", linestyle="--", linewidth=1.2)
@@ -228,7 +244,7 @@ def accuracy_plot(summary: Mapping[str, Any]) -> bytes:
             axes.errorbar(
                 found["mean"],
                 line,
-                xerr=interval_of(found),
+                xerr=inside(found["mean"], interval_of(found), summary["metric"]),
                 fmt="o",
                 color="#08519c",
                 markersize=5,
@@ -255,7 +271,7 @@ def label_figures(summary: Mapping[str, Any]) -> list[Figure]:
         Figure(
             "labels.png",
             "Fine-tuned on few and on all labels; mean and 95 % interval.",
-            curves_plot(curves, ticks=[_labels(key) for key in tuned], y=f"held-out {summary['metric']}"),
+            curves_plot(curves, ticks=[_labels(key) for key in tuned], metric=summary["metric"]),
         )
     ]
 
@@ -271,27 +287,27 @@ def layer_figure(ranked: Rows, random: Sequence[Mapping[str, Any]], summary: Map
     return Figure(
         "layers.png",
         f"Held-out {summary['metric']} of the probe of every layer, mean over seeds.",
-        curves_plot(curves, ticks=random[0]["layers"]["name"], y=f"held-out {summary['metric']}"),
+        curves_plot(curves, ticks=random[0]["layers"]["name"], metric=summary["metric"]),
     )
 
 
-def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, ticks: Sequence[str], y: str) -> bytes:
+def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, ticks: Sequence[str], metric: str) -> bytes:
     """A line of means and intervals (see `spread`) for every start, random weights grey and dashed; PNG bytes."""
     canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
     for number, (name, found) in enumerate(curves.items()):
-        halves = [interval_of(each) for each in found]
-        beside = 0.0 if halves[0] is None else (number - (len(curves) - 1) / 2) * 0.05
+        arms = [bar for each in found if (bar := inside(each["mean"], interval_of(each), metric)) is not None]
+        beside = 0.0 if not arms else (number - (len(curves) - 1) / 2) * 0.05
         axes.errorbar(
             [place + beside for place in range(len(found))], [each["mean"] for each in found],
-            yerr=None if halves[0] is None else halves,
+            yerr=np.hstack(arms) if arms else None,
             marker="s" if name == RANDOM else "o", markersize=4, capsize=2, linewidth=1.6, elinewidth=1,
             linestyle="--" if name == RANDOM else "-", color=_GREY if name == RANDOM else f"C{number}", label=name,
         )  # fmt: skip
     axes.set_xticks(range(len(ticks)), ticks)
     if len(ticks) > 7:
         axes.tick_params("x", rotation=45, labelsize="small")
-    axes.set_ylabel(y)
+    axes.set_ylabel(f"held-out {metric}")
     axes.grid(alpha=0.3)
     canvas.legend(loc="outside right upper", frameon=False, fontsize="small")
     return png_of(canvas)
@@ -334,19 +350,21 @@ def setting_table(summary: Mapping[str, Any]) -> list[list[str]]:
     return [["", *(_labels(key) for key in tuned)], *rows]
 
 
-def tests(summary: Mapping[str, Any]) -> str:
+def tests(summary: Mapping[str, Any]) -> Iterator[Part]:
     """Every objective against random weights and against the cosine, a family of tests for each measure."""
     if not any(summary["against_random"].values()):
-        return "<p>No tests: they need three seeds or more.</p>"
-    parts = [
-        "<p>With the same seed all objectives start from the same weights, see the same samples at every step, and are "
-        f"fine-tuned on the same ones. {html.escape(TESTED)}</p>"
-    ]
+        yield Words(["No tests: they need three seeds or more."])
+        return
+    yield Words(
+        [
+            "With the same seed all objectives start from the same weights, see the same samples at every step, and "
+            f"are fine-tuned on the same ones. {TESTED}"
+        ]
+    )
     for rival, families in ((RANDOM, "against_random"), ("the cosine", "against_cosine")):
         for key, found in summary[families].items():
-            table = html_table(difference_table([Difference(**each) for each in found]))
-            parts.append(f"<p>Against {rival}, {title_of(key)}:</p>{table}")
-    return "".join(parts)
+            yield Words([f"Against {rival}, {title_of(key)}:"])
+            yield Table(difference_table([Difference(**each) for each in found]))
 
 
 def commands(summary: Mapping[str, Any]) -> str:

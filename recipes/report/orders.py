@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from nepa_core.runtime.checkpoint import disk_errors
-from recipes.report.page import Figure, compose
+from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Verbatim, Words
 from recipes.report.plots import (
     Curve,
     interval_plot,
@@ -26,7 +23,6 @@ from recipes.report.tables import (
     Rows,
     difference_table,
     drawn,
-    html_table,
     interval_words,
     margin_cell,
     margin_note,
@@ -105,46 +101,54 @@ def foot(summary: Mapping[str, Any]) -> str:
     )
 
 
-def write_report(folder: Path, rows: Rows, summary: Mapping[str, Any], pictures: Sequence[Figure]) -> None:
-    """index.html and its PNGs.
+def report(rows: Rows, summary: Mapping[str, Any], pictures: Sequence[Figure]) -> Report:
+    """The answer on the first screen, then accuracies, paths, prediction, attention, tests and commands.
 
     Args:
         rows: order -> what was measured, a dictionary for each seed.
-        summary: of `recipes.comparison.orders.summarise`, with `recipe`, `runs`, `made_with` and,
-            where asked for, `cross`.
+        summary: of `recipes.comparison.orders.summarise`, with `recipe`, `runs`, `made_with` and, where asked for,
+            `cross`.
         pictures: of `recipes.comparison.order_pictures`.
     """
+    title = f"Which order? {summary['recipe']}"
+    return Report(title, render(summary), summary["made_with"], lambda: _parts(rows, summary, pictures))
+
+
+def _parts(rows: Rows, summary: Mapping[str, Any], pictures: Sequence[Figure]) -> Iterator[Part]:
     ranked = {name: rows[name] for name in summary["ranking"]}
-    made = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
-    first, *others = (html.escape(line) for line in summary["verdict"])
-    parts: list[str | Figure] = [
-        f'<div id="answer"><p><strong>{first}</strong></p></div>',
-        accuracy_figure(ranked, summary),
-        "".join(f"<p>{line}</p>" for line in others),
-        f'<h2>Accuracy</h2><div id="accuracy">{html_table(spread_table(ranked, accuracy_columns(summary)))}</div>'
-        f"<p>{html.escape(foot(summary))}</p>",
-        *fine_tuning_figures(ranked, summary),
-        '<h2 id="paths">The orders</h2>',
-        *pictures,
-        html_table(order_table(summary)),
-        f"<p>{LEGEND}</p>",
-        *seen_figures(ranked),
-        f'<h2 id="prediction">Prediction</h2><p>{NOT_COMPARABLE}</p>',
-        html_table(prediction_table(ranked, summary)),
-        f"<p>{margin_note(summary['margins'])}</p>",
-        position_figure(ranked),
-        '<h2 id="attention">Attention</h2>',
-        html_table(attention_table(ranked)),
-        "<p>Means over heads, layers and seeds; distance in cells of the grid, entropy in nats. In brackets equal "
-        "attention wherever a token may look under the same order, by which the figures must be read.</p>",
-        *head_figures(ranked),
-        *layer_figures(ranked),
-        *cross_parts(summary),
-        f'<h2 id="tests">Paired tests</h2>{tests(summary)}',
-        f'<h2 id="commands">Commands</h2><pre class="long">{html.escape(commands(summary))}</pre>',
-    ]
-    with disk_errors(folder):
-        compose(folder, title=f"Which order? {summary['recipe']}", parts=parts, foot=made)
+    first, *others = summary["verdict"]
+    yield Answer(first)
+    yield accuracy_figure(ranked, summary)
+    yield Words(others)
+    yield Heading("Accuracy", "accuracy")
+    yield Table(spread_table(ranked, accuracy_columns(summary)))
+    yield Words([foot(summary)])
+    yield from fine_tuning_figures(ranked, summary)
+    yield Heading("The orders", "paths")
+    yield from pictures
+    yield Table(order_table(summary))
+    yield Words([LEGEND])
+    yield from seen_figures(ranked)
+    yield Heading("Prediction", "prediction")
+    yield Words([NOT_COMPARABLE])
+    yield Table(prediction_table(ranked, summary))
+    yield Words([margin_note(summary["margins"])])
+    yield position_figure(ranked)
+    yield Heading("Attention", "attention")
+    yield Table(attention_table(ranked))
+    yield Words(
+        [
+            "Means over heads, layers and seeds; distance in cells of the grid, entropy in nats. In brackets equal "
+            "attention wherever a token may look under the same order, by which the figures must be read."
+        ]
+    )
+    yield from head_figures(ranked)
+    yield from layer_figures(ranked)
+    yield from cross_parts(summary)
+    yield Heading("Paired tests", "tests")
+    yield from tests(summary)
+    yield Heading("Commands", "commands")
+    yield Verbatim(commands(summary))
 
 
 def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]]:
@@ -165,6 +169,7 @@ def accuracy_figure(ranked: Rows, summary: Mapping[str, Any]) -> Figure:
         interval_plot(
             own,
             x=f"probe {summary['metric']}",
+            metric=summary["metric"],
             control=control,
             reference={"raw tokens": summary["raw_tokens"]},
         ),
@@ -180,6 +185,7 @@ def fine_tuning_figures(ranked: Rows, summary: Mapping[str, Any]) -> list[Figure
             interval_plot(
                 spreads(ranked, f"finetuned_{labels}"),
                 x=f"held-out {summary['metric']}",
+                metric=summary["metric"],
                 control=spreads(ranked, f"finetuned_{labels}_random"),
             ),
         )
@@ -293,37 +299,41 @@ def layer_figures(ranked: Rows) -> list[Figure]:
     ]
 
 
-def cross_parts(summary: Mapping[str, Any]) -> list[str | Figure]:
+def cross_parts(summary: Mapping[str, Any]) -> Iterator[Part]:
     """The matrix of training order against reading order, where it was measured."""
     if "cross" not in summary:
-        return []
+        return
     cross = summary["cross"]
     chosen = [cross["orders"].index(name) for name in summary["ranking"]]
     values = [[cross["accuracy"][row][column] for column in chosen] for row in chosen]
-    return [
-        '<h2 id="cross">Trained with one order, read with another</h2>',
-        Figure(
-            "cross.png",
-            f"Probe {summary['metric']} (mean over tokens, best layer) of the models of seed {cross['seed']}, of no "
-            "other: its differences are not tested, and those of a few points are noise.",
-            matrix_plot(values, summary["ranking"], x="read with", y="trained with"),
-        ),
-    ]
+    yield Heading("Trained with one order, read with another", "cross")
+    yield Figure(
+        "cross.png",
+        f"Probe {summary['metric']} (mean over tokens, best layer) of the models of seed {cross['seed']}, of no "
+        "other: its differences are not tested, and those of a few points are noise.",
+        matrix_plot(values, summary["ranking"], x="read with", y="trained with"),
+    )
 
 
-def tests(summary: Mapping[str, Any]) -> str:
+def tests(summary: Mapping[str, Any]) -> Iterator[Part]:
     """The surest differences between orders, and every order against random weights."""
     if not summary["differences"] and not summary["against_random"]:
-        return "<p>No tests: they need three seeds or more.</p>"
+        yield Words(["No tests: they need three seeds or more."])
+        return
     apart, paired = ([Difference(**each) for each in summary[key]] for key in ("differences", "against_random"))
-    more = len(apart) - _SHOWN_DIFFERENCES
-    rest = f"<p>The other {more} are in summary.json.</p>" if more > 0 else ""
-    return (
-        "<p>With the same seed all orders start from the same weights and see the same samples at every step. "
-        f"{html.escape(TESTED)}</p><p>Orders against each other, {len(apart)} pairs:</p>"
-        f"{html_table(difference_table(apart[:_SHOWN_DIFFERENCES])) if apart else ''}{rest}"
-        f"<p>Each order against the same network with random weights:</p>{html_table(difference_table(paired))}"
+    yield Words(
+        [
+            "With the same seed all orders start from the same weights and see the same samples at every step. "
+            f"{TESTED}",
+            f"Orders against each other, {len(apart)} pairs:",
+        ]
     )
+    if apart:
+        yield Table(difference_table(apart[:_SHOWN_DIFFERENCES]))
+    if (more := len(apart) - _SHOWN_DIFFERENCES) > 0:
+        yield Words([f"The other {more} are in summary.json."])
+    yield Words(["Each order against the same network with random weights:"])
+    yield Table(difference_table(paired))
 
 
 def commands(summary: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
 from matplotlib.image import AxesImage
 from matplotlib.legend import Legend
@@ -41,6 +43,7 @@ def line_plot(
     y: str,
     from_zero: bool = False,
     markers: bool = False,
+    title: str = "",
 ) -> bytes:
     """One axes with a line for each named (x values, y values), a dot where that is one point; PNG bytes."""
     canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
@@ -49,6 +52,7 @@ def line_plot(
         marker = "o" if markers or len(xs) == 1 else None
         axes.plot(xs, ys, marker=marker, markersize=3 if markers else 5, linewidth=1.6, label=name)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps, places, layers
+    axes.set_title(title, loc="left", fontsize="medium")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.margins(y=HEADROOM)
@@ -77,7 +81,7 @@ def picture_table(
             axes.imshow(picture)
             axes.set_axis_off()
             axes.set_title(printable(title), fontsize="medium", parse_math=False)
-    patches = [Patch(color=tuple(colour)) for colour in legend.values()]
+    patches = [Patch(color=to_rgb((colour[0], colour[1], colour[2]))) for colour in legend.values()]
     _plain(canvas.legend(patches, [*legend], loc="outside lower center", ncols=6, frameon=False, fontsize="small"))
     return png_of(canvas)
 
@@ -131,8 +135,9 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
     top = 0.0
     for name, row in rows:
         top += heading
-        place = (GAP / 2 / width, 1 - (top - 0.05) / height)
-        canvas.text(*place, printable(name), fontsize=8, weight="bold", parse_math=False)
+        canvas.text(
+            GAP / 2 / width, 1 - (top - 0.05) / height, printable(name), fontsize=8, weight="bold", parse_math=False
+        )
         for place, panel in enumerate(row):
             left, above = GAP / 2 + place % across * cell, top + place // across * line + TITLE - GAP / 2
             high = wide * _aspect(panel.sketch)
@@ -208,6 +213,20 @@ def png_of(canvas: Canvas) -> bytes:
 _ACROSS = 5  # panels
 
 
+def inside(mean: float, half: float | None, metric: str) -> list[list[float]] | None:
+    """The arms of an error bar, [[below], [above]], cut where the metric ends: no accuracy is above 1 or below 0."""
+    if half is None:
+        return None
+    low = 0.0 if metric == "accuracy" else -math.inf  # R2 and skill end at 1 alone
+    return [[max(0.0, min(half, mean - low))], [max(0.0, min(half, 1.0 - mean))]]
+
+
+def label_of(name: str) -> str:
+    """A name as a picture has room for it: of a long one, such as a file's, the end."""
+    shown = printable(name)
+    return shown if len(shown) < 26 else f"...{shown[-23:]}"
+
+
 def interval_plot(
     spreads: Mapping[str, Mapping[str, Any]],
     *,
@@ -216,13 +235,14 @@ def interval_plot(
     control_name: str = "random weights",
     reference: Mapping[str, float] | None = None,
     half: str = "ci95",
+    metric: str = "accuracy",
 ) -> bytes:
     """A line a variant, from the best down: mean ± `half`, a dot a seed; PNG bytes.
 
     Args:
         spreads: variant -> `spread`. control: the same variants without training, drawn in grey below each.
         reference: dashed lines.
-        half: "ci95" (over test samples, too, where they are known) or "std".
+        half: "ci95" (over test samples, too, where they are known) or "std". metric: see `inside`.
     """
     ranked = sorted(spreads, key=lambda name: -float(spreads[name]["mean"]))
     canvas = Canvas(figsize=(8, 0.9 + 0.3 * len(ranked)), dpi=110, layout="constrained")
@@ -234,14 +254,15 @@ def interval_plot(
         for place, name in enumerate(ranked):
             found = group[name]
             values, width = found["values"], interval_of(found) if half == "ci95" else found[half]
+            arms = inside(found["mean"], width, metric)
             axes.plot(values, [place + shift] * len(values), ".", color=colour, alpha=0.35, markersize=5)
             axes.errorbar(
-                found["mean"], place + shift, xerr=width, fmt=marker, color=colour, markersize=5, capsize=3,
+                found["mean"], place + shift, xerr=arms, fmt=marker, color=colour, markersize=5, capsize=3,
                 elinewidth=1.4, label=label if place == 0 else None,
             )  # fmt: skip
     for place, (name, value) in enumerate((reference or {}).items()):
         axes.axvline(value, linestyle="--", color=f"C{place + 1}", linewidth=1.2, label=name)
-    axes.set_yticks(range(len(ranked)), ranked)
+    axes.set_yticks(range(len(ranked)), [label_of(name) for name in ranked])
     axes.set_ylim(len(ranked) - 0.5, -0.5)
     axes.set_xlabel(x)
     axes.grid(alpha=0.3, axis="x")
@@ -266,7 +287,7 @@ def panels_plot(panels: Mapping[str, Sequence[Curve]], *, x: str, y: str) -> byt
     for axes, (name, curves) in zip(grid, panels.items(), strict=False):
         for curve in curves:
             axes.plot(curve.x, curve.y, **curve.style)
-        axes.set_title(name if len(name) < 26 else f"...{name[-23:]}", fontsize=8, parse_math=False)
+        axes.set_title(label_of(name), fontsize=8, parse_math=False)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.tick_params(labelsize=7, labelbottom=True)
         axes.grid(alpha=0.3)
@@ -285,7 +306,7 @@ def strip_plot(strips: Mapping[str, Sequence[float]], *, x: str) -> bytes:
     canvas = Canvas(figsize=(8, 0.8 + 0.26 * len(strips)), dpi=110, layout="constrained")
     axes = canvas.subplots()
     shown = axes.imshow(grid, cmap="viridis", aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(strips)), list(strips))
+    axes.set_yticks(range(len(strips)), [label_of(name) for name in strips])
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel(x)
     canvas.colorbar(shown, ax=axes, pad=0.02).ax.tick_params(labelsize=8)
@@ -303,6 +324,7 @@ def matrix_plot(values: Sequence[Sequence[float]], names: Sequence[str], *, x: s
     for (row, column), value in np.ndenumerate(grid):
         colour = "black" if value > middle else "white"
         axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    names = [label_of(name) for name in names]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_xlabel(x)

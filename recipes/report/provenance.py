@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.run import Run, reading_back
+from recipes.report.page import Report
 
 
-def rendered(render: Callable[[], str], run: Run, *, before: bool) -> str:
-    """The text on a finished run.
+def rendered(report: Callable[[], Report], run: Run, *, before: bool) -> str:
+    """The text of the report on a finished run.
 
     Args:
         before: it was finished by an earlier command, so that what is missing in summary.json is damage.
     """
     with reading_back(run.path / "summary.json") if before else nullcontext():
-        return render()
+        return report().text(run.report)
 
 
 NAMED = 3
@@ -49,6 +52,19 @@ def unreadable(summary: dict[str, Any], file: str = "summary.json") -> list[str]
         if len(messages) > NAMED:
             lines.append(f"  and {len(messages) - NAMED} more {kind} ones, see {key} in {file}")
     return lines
+
+
+def settings_of(run: Run) -> str:
+    """The keys of a run's config.json as they would be given, a line each."""
+
+    def lines(group: Mapping[str, Any], before: str) -> Iterator[str]:
+        for key, value in group.items():
+            if isinstance(value, dict) and value:
+                yield from lines(value, f"{before}{key}.")
+            else:
+                yield f"{before}{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+    return "\n".join(lines(read_saved(run.path / "config.json"), ""))
 
 
 def provenance() -> dict[str, Any]:

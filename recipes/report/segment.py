@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import colorsys
-import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from shlex import quote
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.run import Run
-from recipes.report.page import Figure, page
+from recipes.report.page import Figure, Part, Report, Table, Verbatim
 from recipes.report.plots import line_plot, picture_table
-from recipes.report.provenance import unreadable
+from recipes.report.provenance import settings_of, unreadable
 from recipes.statistics.segment_metrics import classes_in_truth, lonely, score_text
 
 MEASURES = ("mIoU", "mAcc", "aAcc")
@@ -67,8 +65,7 @@ def render(summary: dict[str, Any], run: Run) -> str:
     lines += ["", f"On {summary['images']} held-out images after the last of {summary['steps']} steps, from {start}."]
     if summary["new_weights"]:
         lines.append(f"New, not in those weights: {', '.join(summary['new_weights'])}.")
-    lines += [*lonely(summary), *unreadable(summary), *_no_control(summary, run)]
-    return "\n".join([*lines, f"Report: {run.report / 'index.html'}"])
+    return "\n".join([*lines, *lonely(summary), *unreadable(summary), *_no_control(summary, run)])
 
 
 def _no_control(summary: dict[str, Any], run: Run) -> list[str]:
@@ -84,52 +81,45 @@ def _kinds(summary: dict[str, Any]) -> dict[str, str]:
     return {ending: weights for ending, weights in WEIGHTS.items() if f"mIoU{ending}" in summary}
 
 
-def write_report(run: Run, summary: dict[str, Any], pictures: Sequence[Picture]) -> None:
-    """report/: predictions.png, miou.png, loss.png, and a page that holds them and the IoU of every class."""
+def report(run: Run, summary: dict[str, Any], pictures: Sequence[Picture]) -> Report:
+    """The scores, predictions.png, the IoU of every class, the loss and mIoU over training, the settings."""
+    title, said = f"Segmentation: {run.path.name}", render(summary, run)
+    return Report(title, said, summary["made_with"], lambda: _parts(run, summary, pictures))
+
+
+def _parts(run: Run, summary: dict[str, Any], pictures: Sequence[Picture]) -> Iterator[Part]:
     metrics = run.metrics()
     tested = [line for line in metrics if "mIoU" in line]
     trained = [line for line in metrics if "loss" in line]
     steps, kinds = [line["step"] for line in tested], _kinds(summary)
-    names = [row["name"] for row in summary["classes"]]
-    figures = [
-        Figure(
-            "miou.png",
-            f"mIoU over training, on {summary['evaluation']['images']} held-out images at most.",
-            line_plot(
-                {weights: (steps, [line[f"mIoU{ending}"] for line in tested]) for ending, weights in kinds.items()},
-                x="step", y="mIoU", from_zero=True,
-            ),
-        ),
-        Figure(
-            "loss.png",
-            "Cross-entropy of the training crops, with that of the auxiliary head.",
-            line_plot(
-                {"training crops": ([line["step"] for line in trained], [line["loss"] for line in trained])},
-                x="step", y="cross-entropy", from_zero=True,
-            ),
-        ),
-    ]  # fmt: skip
+    yield Verbatim(render(summary, run))
     if pictures:
         caption = f"Held-out images, with the {list(kinds.values())[-1]}."
-        figures.insert(0, Figure("predictions.png", caption, picture_grid(pictures, names)))
-    foot = ", ".join(f"{name} {value}" for name, value in summary["made_with"].items())
-    with disk_errors(run.report):
-        page(
-            run.report,
-            title=f"Segmentation: {run.path.name}",
-            body=f'<pre class="long">{html.escape(render(summary, run))}</pre>{_class_table(summary)}',
-            figures=figures,
-            foot=foot,
-        )
+        yield Figure("predictions.png", caption, picture_grid(pictures, [row["name"] for row in summary["classes"]]))
+    yield Table(_class_table(summary))
+    yield Figure(
+        "loss.png",
+        "Cross-entropy of the training crops, with that of the auxiliary head.",
+        line_plot(
+            {"training crops": ([line["step"] for line in trained], [line["loss"] for line in trained])},
+            x="step", y="cross-entropy", from_zero=True, title="Cross-entropy",
+        ),
+    )  # fmt: skip
+    yield Figure(
+        "miou.png",
+        f"mIoU over training, on {summary['evaluation']['images']} held-out images at most.",
+        line_plot(
+            {weights: (steps, [line[f"mIoU{ending}"] for line in tested]) for ending, weights in kinds.items()},
+            x="step", y="mIoU", from_zero=True, title="Held-out mIoU",
+        ),
+    )  # fmt: skip
+    yield Verbatim(settings_of(run), "Settings and data")
 
 
-def _class_table(summary: dict[str, Any]) -> str:
+def _class_table(summary: dict[str, Any]) -> list[list[str]]:
     kinds, present = _kinds(summary), classes_in_truth(summary)
-    head = "".join(f"<th>IoU, {weights}</th>" for weights in kinds.values())
-    rows = "".join(
-        f"<tr><td>{html.escape(row['name'])}</td>"
-        + "".join(f"<td>{score_text(row[f'iou{ending}'], present, '.1%')}</td>" for ending in kinds)
-        + "</tr>"
+    rows = [
+        [row["name"], *(score_text(row[f"iou{ending}"], present, ".1%") for ending in kinds)]
         for row in summary["classes"]
-    )
-    return f"<table><tr><th>class</th>{head}</tr>{rows}</table>"
+    ]
+    return [["class", *(f"IoU, {weights}" for weights in kinds.values())], *rows]

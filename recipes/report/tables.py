@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +23,6 @@ TESTED = (
 )
 """How `difference_table` is to be read."""
 
-_WIDE, _LONG = 5, 32  # columns, letters
 _SIDES = ("model", "linear")  # of a run's credits
 
 
@@ -192,18 +190,3 @@ def text_table(lines: Sequence[Sequence[str]]) -> str:
         for line in lines
     )
     return "\n".join(row.rstrip() for row in rows)
-
-
-def html_table(lines: Sequence[Sequence[str]]) -> str:
-    """As HTML: a wide one is small, its long cells have several lines, and one that is still too wide scrolls."""
-    head, *rows = lines
-    shown = "<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"
-    shown += "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-    wide = len(head) > _WIDE or any(len(cell) > _LONG for row in rows for cell in row)
-    small = ' class="small"' if wide else ""
-    return f'<div style="overflow-x:auto"><table{small}>{shown}</table></div>'
-
-
-def _cell(text: str) -> str:
-    long = ' class="long"' if len(text) > _LONG else ""
-    return f"<td{long}>{html.escape(text)}</td>"

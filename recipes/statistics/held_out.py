@@ -44,10 +44,15 @@ class Numbered(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         return self.dataset[index] | {NUMBER: torch.as_tensor(index)}
 
+    def name(self, index: int) -> str:
+        """What a message calls that sample."""
+        name = getattr(self.dataset, "name", None)
+        return f"sample {index}" if name is None else str(name(index))
+
     def __getitems__(self, indices: list[int]) -> Batch:
         whole = getattr(self.dataset, "__getitems__", None)
-        batch = default_collate([self.dataset[index] for index in indices]) if whole is None else whole(indices)
-        return cast(Batch, batch | {NUMBER: torch.tensor(indices)})
+        batch = [self.dataset[index] for index in indices] if whole is None else whole(indices)
+        return {**(default_collate(batch) if isinstance(batch, list) else batch), NUMBER: torch.tensor(indices)}
 
 
 def clusters_of(dataset: Dataset[Any], numbers: Tensor) -> Tensor:

@@ -151,11 +151,22 @@ def read(out: Path) -> Protocol | None:
         ) from error
 
 
-def write(protocol: Protocol, out: Path) -> None:
+Claim = tuple[int, int]
+"""Inode and time (ns) of a file of a protocol: every command that declares something writes it anew."""
+
+
+def write(protocol: Protocol, out: Path) -> Claim:
     """Write it, whole or not at all."""
     with disk_errors(out / NAME):
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / NAME, json.dumps(protocol.model_dump(mode="json"), indent=1) + "\n")
+        return claimed(out / NAME)
+
+
+def claimed(file: Path) -> Claim:
+    """Tells whether another command has written a file since."""
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def declare(

@@ -17,14 +17,14 @@ from pydantic import BaseModel
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, is_run, task_of
+from nepa_core.runtime.weights import read_weights
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from recipes.networks.goals import FIGURES
-from recipes.released.weights import read_weights
 from recipes.report.finetune import scored_samples
 from recipes.report.provenance import provenance, unreadable
 from recipes.report.segment import MEASURES
-from recipes.resolve import is_run, read_target, task_of
+from recipes.resolve import read_target
 from recipes.statistics.segment_metrics import classes_in_truth, lonely, score_text
 from recipes.training import segmentation
 from recipes.training.evaluating import class_lines, compare_classes, measured
@@ -96,4 +96,6 @@ def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | Segmen
             f"{target} was pre-trained only and has no head to evaluate: `nepa probe {target}` reads it out, "
             f"`nepa finetune {target}` trains one"
         )
-    return read_target(SegmentConfig if task_of(target) == SegmentConfig.task else FinetuneConfig, target, changes)
+    if task_of(target) == SegmentConfig.task:
+        return read_target(SegmentConfig, target, changes)
+    return read_target(FinetuneConfig, target, changes)

@@ -24,12 +24,12 @@ from pydantic import BaseModel, Field
 from nepa_core.basics import FROZEN
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, is_imported
 from recipes.configs import FinetuneConfig
 from recipes.presets import SHORT
-from recipes.report.finetune import render, verdict
+from recipes.report.finetune import report, verdict
 from recipes.report.provenance import rendered
-from recipes.resolve import default_out, is_imported, is_of
+from recipes.resolve import default_out, is_of
 from recipes.training.finetuning import beside_control, finetune, read_config
 
 
@@ -50,7 +50,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = finetune(config, run, ranks, setting="" if own else SHORT)
         if ranks.is_main:
-            print(rendered(lambda: render(summary, run), run, before=before), flush=True)  # the control takes as long
+            print(rendered(lambda: report(run, summary), run, before=before), flush=True)  # the control takes as long
         if options.control and config.init is not None:
             summary = beside_control(config, run, ranks, summary)
         if ranks.is_main:

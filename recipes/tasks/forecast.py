@@ -1,11 +1,12 @@
 """nepa forecast: the next steps of a series, read from a pre-trained network, beside what needs none.
 
-RUN is a run of `nepa pretrain` on an adapter for series. For every horizon: a ridge regression on the frozen features
-of the layer and read-out that validate best, the same from random weights, and on the raw look-back window; and the
-last value repeated. `finetune=[96]` also trains, through `fit`, the whole network from these weights and from random
-ones, and DLinear (arXiv 2205.13504). All of them are fitted on the same `fit_samples` windows. Ridge strength, layer
-and read-out are chosen on the validation split; the trained networks are taken after their last step. Windows left out
-for missing values are counted under the table. A test window may look back into the validation rows for its input.
+RUN is a run of `nepa pretrain` on an adapter that offers `forecasts` (see `nepa_core.modality`). For every horizon: a
+ridge regression on the frozen features of the layer and read-out that validate best, the same from random weights, and
+on the raw look-back window; and the last value repeated. `finetune=[96]` also trains, through `fit`, the whole network
+from these weights and from random ones, and DLinear (arXiv 2205.13504). All of them are fitted on the same
+`fit_samples` windows. Ridge strength, layer and read-out are chosen on the validation split; the trained networks are
+taken after their last step. Windows left out for missing values are counted under the table. A test window may look
+back into the validation rows for its input.
 
 **Units.** One error fits, chooses, trains and is reported, for all rows: that of the series z-scored by its training
 rows, MSE and MAE over every test window. Where windows are normalised one by one (`data.normalise=window`), a model
@@ -24,9 +25,8 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from modalities.timeseries import TimeSeries
 from nepa_core.basics import UserError
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
@@ -60,6 +60,6 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         if ranks.is_main:
             whole = summaries[0]
             if options.also:
-                whole = over_seeds(targets, summaries, cast(TimeSeries, config.data))
+                whole = over_seeds(targets, summaries, config.data)
                 Run(Path(target)).write_summary(whole, "forecast_seeds.json")
             print(render(summaries, whole["differences"]))

@@ -17,24 +17,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, SerializeAsAny
 
-from modalities.scenes import Scenes
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.modality import Modality
-from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import keys, load_adapter, nearest, override, read_saved
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, is_run, task_of
+from nepa_core.runtime.weights import read_weights
 from recipes.configs import SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
 from recipes.readout.inspecting import inspect, load_network, segmented, why_silent, write_masks
-from recipes.released.weights import read_weights
-from recipes.report.inspect import render, write_page
-from recipes.resolve import is_run, read_target, task_of
+from recipes.report.inspect import report
+from recipes.resolve import read_target
 
 FREE = ("data.",)
 """Keys of a run that may be changed here."""
@@ -49,24 +47,26 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         causal = weights.causal if options.causal is None else options.causal
         silent = why_silent(target, weights, data.token_name, causal=causal)
         readings = inspect(load_network(weights, data, ranks.device), data, options, causal=causal)
-        pictures = []
-        if task_of(target) == SegmentConfig.task:
-            pictures = segmented(read_target(SegmentConfig, target, changes), weights, options, ranks.device)
+        of_pixels = read_target(SegmentConfig, target, changes) if task_of(target) == SegmentConfig.task else None
+        pictures = segmented(of_pixels, weights, options, ranks.device) if of_pixels else []
         folder = Path(target) / "inspect"
-        with disk_errors(folder):
-            write_page(
-                folder,
-                readings,
-                data,
-                layer=options.layer,
-                head=options.head,
-                causal=causal,
-                silent=silent,
-                pictures=pictures,
-            )
-            if pictures and options.images:
-                write_masks(folder / "masks", pictures, cast(Scenes, data))
-        print(f"{render(readings, data.token_name, silent)}\n\nReport: {folder / 'index.html'}")
+        for stale in ("order.png", "classes.png"):  # of an earlier call, which may have had them
+            (folder / stale).unlink(missing_ok=True)
+        found = report(
+            Path(target),
+            readings,
+            data,
+            layer=options.layer,
+            head=options.head,
+            causal=causal,
+            silent=silent,
+            pictures=pictures,
+            classes=of_pixels.data.class_names() if of_pixels else (),
+        )
+        found.write(folder)
+        if of_pixels and options.images:
+            write_masks(folder / "masks", pictures, of_pixels)
+        print(found.text(folder))
 
 
 class InspectConfig(BaseModel):

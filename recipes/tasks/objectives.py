@@ -1,6 +1,6 @@
 """nepa objectives: does pre-training pay, and with which objective? Each with every seed at the same budget.
 
-  objectives=cosine,infonce_sample,infonce_position   names of `recipes.objective_names`, and `recipe` (see below)
+  objectives=cosine,infonce_sample,infonce_position   names of terms and mixtures, module:function, `recipe` (see below)
   seeds=0,1,2                                         three or more, or no difference can be told from noise
   labels=10,50,all                                    training labels a class to fine-tune on
 
@@ -35,14 +35,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recipes.comparison.engine import (
-    read_recipe,
-)
+from nepa_core.terms import lines
+from recipes.comparison.engine import read_recipe
 from recipes.comparison.objectives import ObjectivesOptions as Options
 from recipes.comparison.objectives import objectives
 from recipes.objective_names import check_given
 from recipes.report.objectives import render
 from recipes.resolve import default_out
+
+NOTES = [lines(), ""]  # what --help says after the options
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:

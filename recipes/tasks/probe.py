@@ -41,11 +41,11 @@ from typing import Any
 from nepa_core.basics import UserError
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.run import Run, is_run
 from recipes.readout.probing import FREE, probe, render, subject
 from recipes.readout.probing import ProbeOptions as Options
 from recipes.report.provenance import provenance
-from recipes.resolve import default_out, is_run
+from recipes.resolve import default_out
 from recipes.training.train import say_leaks
 
 

@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modalities.image import Images
-from nepa_core.basics import UserError
 from nepa_core.runtime.locks import holding, lock_beside
 from recipes.configs import PretrainConfig
 from recipes.resolve import default_out, read_target
@@ -27,12 +25,6 @@ FREE = ("data.",)
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     data = read_target(PretrainConfig, target, changes).data
-    if not isinstance(data, Images):
-        raise UserError(f"nepa resize takes a recipe of images, and the data of {target} are {type(data).__name__}")
-    if data.limit is not None:
-        raise UserError(
-            f"data.limit={data.limit}: nepa resize writes every image; leave it out, or give data.limit=null"
-        )
     out = Path(options.out or default_out(target, "resize"))
     with holding(out, trains=False, lock=lock_beside(out)):
         unreadable = resize(data, options, out)

@@ -24,7 +24,7 @@ from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
 from recipes.configs import SegmentConfig
 from recipes.report.provenance import rendered
-from recipes.report.segment import render
+from recipes.report.segment import report
 from recipes.resolve import default_out, read_target
 from recipes.training.segmentation import segment
 
@@ -44,7 +44,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = segment(config, run, ranks)
         if ranks.is_main:
-            print(rendered(lambda: render(summary, run), run, before=before))
+            print(rendered(lambda: report(run, summary, ()), run, before=before))
 
 
 def read_config(target: str, changes: dict[str, Any]) -> SegmentConfig:

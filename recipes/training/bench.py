@@ -8,19 +8,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from modalities.data.images import DecodedImages
+from modalities.data.image_decode import decode_as_stored
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
@@ -200,7 +199,8 @@ class BareBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, places, dim))
-        return x + self.mlp(self.norm2(x))
+        after: Tensor = x + self.mlp(self.norm2(x))
+        return after
 
 
 def bare_step(config: Trained, model: nn.Module, ranks: World) -> Callable[[Batch], None]:
@@ -355,17 +355,16 @@ def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, flo
     """
     torch.set_num_threads(1)
     dataset = config.data.dataset("train")
-    source = dataset.source if isinstance(dataset, DecodedImages) else None
-    if not isinstance(dataset, DecodedImages) or source is None or not isinstance(source.read(0), bytes):
-        kind = type(config.data).__name__
-        mend = (
-            "set data.in_memory=false and data.root=DIR"
-            if kind == "Images"
-            else f"a recipe of {kind} can't be timed so"
-        )
-        raise UserError(f"nepa bench against=decode times Images whose files are decoded on access; {mend}")
-    rows = dataset.rows[epoch_order(len(dataset), 0, 0)[:DECODED]].tolist()  # drawn: folders come class by class
-    crop = v2.RandomResizedCrop(dataset.size, interpolation=v2.InterpolationMode.BICUBIC)
+    raw = getattr(dataset, "raw", None)
+    if raw is None or not isinstance(raw(0), bytes):
+        fix = f"a recipe of {type(config.data).__name__} can't be timed so"
+        if hasattr(config.data, "in_memory"):
+            fix = "set data.in_memory=false and data.root=DIR"
+        raise UserError(f"nepa bench against=decode times Images whose files are decoded on access; {fix}")
+    count = len(cast(Sized, dataset))
+    rows = epoch_order(count, 0, 0)[:DECODED].tolist()  # drawn: folders come class by class
+    size = next(plain_batches(dataset, batch=1, device=torch.device("cpu")))["image"].shape[-2:]
+    crop = v2.RandomResizedCrop(tuple(size), interpolation=v2.InterpolationMode.BICUBIC)
 
     def ours() -> None:
         for _ in plain_batches(dataset, batch=64, device=torch.device("cpu"), limit=len(rows), seed=0):
@@ -374,8 +373,7 @@ def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, flo
     def bare() -> None:
         for row in rows:
             with suppress(RuntimeError):  # the damaged ones: ours leaves them out too
-                encoded = torch.frombuffer(bytearray(source.read(row)), dtype=torch.uint8)
-                crop(decode_image(encoded, mode=ImageReadMode.RGB))
+                crop(decode_as_stored(raw(row)))
 
     rates: dict[str, list[float]] = {"ours": [], "bare": []}
     for turn in range(options.repeats + 1):

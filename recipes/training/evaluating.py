@@ -11,9 +11,9 @@ from typing import Any
 from nepa_core.basics import UserError
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import Weights, class_names
 from recipes.configs import FinetuneConfig
 from recipes.networks.goals import Goal, Regression, find_goal
-from recipes.released.weights import Weights, class_names
 from recipes.statistics.segment_metrics import score_text
 from recipes.training.finetuning import load_classifier, measure
 

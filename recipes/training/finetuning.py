@@ -15,19 +15,21 @@ from torch.utils.data import Dataset
 from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.pooling import canonical_tokens
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, autocast_dtype
-from nepa_core.runtime.run import Run
+from nepa_core.runtime.locks import at_work
+from nepa_core.runtime.run import Run, is_imported, is_run, task_of
+from nepa_core.runtime.weights import Weights, load_backbone, read_weights, start_from
 from nepa_core.tokens import Tokens
 from recipes.configs import FinetuneConfig, MixConfig, PretrainConfig
 from recipes.networks.goals import Goal, Regression, find_goal, numbered
-from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead, canonical_tokens
+from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead
 from recipes.presets import short
-from recipes.released.weights import Weights, load_backbone, read_weights, start_from
-from recipes.report.finetune import COUNTS, start_of, write_report
-from recipes.resolve import is_imported, is_run, read_target, task_of
+from recipes.report.finetune import COUNTS, report, start_of
+from recipes.resolve import read_target
 from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained
 from recipes.statistics.worth import RANDOM, Score, Worth, judge, worth_in
 from recipes.training.train import cost, opened, train
@@ -113,7 +115,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
         "causal": config.causal,
         **cost(result, model),
     }
-    write_report(run, summary, goal)
+    report(run, summary).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
 
@@ -143,13 +145,14 @@ def beside_control(
         return summary
     control = Run(run.path / CONTROL)
     same = config.model_copy(update={"init": None, "freeze_embedder": False})
-    finetune(
-        same,
-        control,
-        ranks,
-        setting=f"the same settings, as the control in {control.path}; control=false leaves it out",
-        show=show,
-    )
+    with at_work(control, ranks, trains=True):  # the run's own lock is not taken once that is finished
+        finetune(
+            same,
+            control,
+            ranks,
+            setting=f"the same settings, as the control in {control.path}; control=false leaves it out",
+            show=show,
+        )
     ranks.barrier()  # its last checkpoint is there
     own, rival = (held_out_credits(each, of, ranks) for each, of in ((config, run), (same, control)))
     if not torch.equal(own.numbers, rival.numbers):
@@ -158,7 +161,7 @@ def beside_control(
         return {}
     worth = compared(own, rival, config)
     summary = summary | {"worth": worth.model_dump(mode="json")}
-    write_report(run, summary, find_goal(config.data))
+    report(run, summary).write(run.report)
     run.write_summary(summary)
     return summary
 
@@ -271,12 +274,14 @@ def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
         mixed, smoothing = None, config.label_smoothing
-        if mix is not None:
-            batch, mixed = mix(config.data.before_mixing(batch))
+        if mix is None:
+            tokens, batch, broken = replace_broken(config.data.read(batch), batch, labels=True)
+        else:
+            batch = config.data.before_mixing(batch)  # a broken image would break the one that it is mixed with
+            _, batch, broken = replace_broken(config.data.tokenize(batch), batch)
+            batch, mixed = mix(batch)
             smoothing = 0.0  # it is in the mixed labels
-        tokens, broken = config.data.read(batch), None
-        if mixed is None:
-            tokens, batch, broken = replace_broken(tokens, batch)
+            tokens = config.data.read(batch)
         outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
         truth = goal.truth(batch, tokens) if mixed is None else mixed
         with torch.autocast(outputs.device.type, enabled=False):
@@ -355,6 +360,7 @@ def measure(
         unreadable=unreadable,
         max_unreadable=config.train.max_unreadable,
         tokenize=data.tokenize,
+        labels=True,
     ):
         tokens = data.read(batch)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):

@@ -19,9 +19,9 @@ from nepa_core.runtime.data import replace_broken
 from nepa_core.runtime.distributed import World, gather_samples
 from nepa_core.runtime.fit import StepFunction, StepOutput
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import newest
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
-from recipes.released.weights import newest
 from recipes.report import card
 from recipes.training.advice import advice
 from recipes.training.judging import best_possible, held_out_health, packed, rank_warning, summarise, verdict_of
@@ -71,7 +71,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     summary |= {"credits": packed(judged), "advice": advice(judged.verdict, config, run.metrics())}
     if optimum is not None:
         summary["optimum"] = optimum
-    card.write_report(run, summary, config.data)
+    card.report(run, summary, config.data).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +13,24 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modalities.data.scene_masks import IGNORED
+from modalities.data.scenes import padded
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.pooling import canonical_tokens
 from nepa_core.predictor import Trace
-from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, autocast_dtype
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import Weights, load_backbone, start_from
 from nepa_core.tokens import Tokens
 from recipes.configs import SegmentConfig
-from recipes.networks.heads import DenseHead, canonical_tokens
+from recipes.networks.heads import DenseHead
 from recipes.networks.upernet import UPerNet, resize
 from recipes.networks.windows import WindowLogits, predict
-from recipes.released.weights import Weights, load_backbone, start_from
 from recipes.report.plots import spread_out
-from recipes.report.segment import Picture, write_report
+from recipes.report.segment import Picture, report
 from recipes.statistics.segment_metrics import Scores, confusion, scores
 from recipes.training.train import cost, opened, train
 
@@ -135,7 +138,7 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
     }
     with applied(ema):
         shown = pictures(config, model, ranks.device)
-    write_report(run, summary, shown)
+    report(run, summary, shown).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
 
@@ -200,7 +203,8 @@ def make_step(config: SegmentConfig) -> StepFunction:
     data = config.data
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
-        tokens, target = data.read(batch), batch["target"].long()
+        tokens, batch, broken = replace_broken(data.read(batch), batch)
+        target = batch["target"].long()
         out = model(
             tokens,
             data.grid((target.shape[1], target.shape[2])),
@@ -213,7 +217,7 @@ def make_step(config: SegmentConfig) -> StepFunction:
             loss = pixel_loss(out.logits, target, labelled)
             if out.auxiliary is not None:
                 loss = loss + config.upernet.auxiliary_weight * pixel_loss(out.auxiliary, target, labelled)
-        return StepOutput(loss, labelled, tokens.real_count())
+        return StepOutput(loss, labelled, tokens.real_count(), broken)
 
     return step
 
@@ -268,12 +272,20 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
         ranks=ranks.size,
         unreadable=unreadable,
         max_unreadable=config.train.max_unreadable,
+        tokenize=partial(whole_tokens, config),
     ):
         predicted = predict_image(config, model, batch["image"][0])
         counts += confusion(predicted, batch["target"][0], config.data.class_count)
         images += 1
     model.train(was_training)
     return Measured(scores(ranks.sum(counts)), int(ranks.sum(images)), ranks.union(unreadable))
+
+
+def whole_tokens(config: SegmentConfig, batch: Batch) -> Tokens:
+    """The tokens of images uint8 [B, 3, H, W] of any size, filled up to whole patches, to see that they are sound."""
+    size = batch["image"].shape[-2:]
+    height, width = (-(-side // step) * step for side, step in zip(size, config.data.patch, strict=True))
+    return config.data.tokenize({**batch, "image": padded(batch["image"], (height, width))})
 
 
 def predict_image(config: SegmentConfig, model: Segmenter, image: Tensor) -> Tensor:
@@ -337,6 +349,8 @@ def pictures(config: SegmentConfig, model: Segmenter, device: torch.device) -> l
     for index in spread_out(len(scenes), config.evaluation.pictures):
         with suppress(UnreadableSample):
             scene = scenes[index]
+            if not whole_tokens(config, {"image": scene["image"][None]}).finite():
+                continue
             predicted = predict_image(config, model, scene["image"].to(device))
             name = Path(scenes.name(index)).name
             shown.append(Picture(scene["image"], scene["target"], predicted.cpu(), name))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
 from pathlib import Path
@@ -22,11 +21,11 @@ from nepa_core.model import at_head_rate, layers_above
 from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
+from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.optim import OptimConfig
-from nepa_core.runtime.run import Run
-from recipes.released.weights import newest
+from nepa_core.runtime.run import Run, is_imported
+from nepa_core.runtime.weights import newest
 from recipes.report.provenance import provenance
-from recipes.resolve import is_imported
 
 
 class Recipe(Protocol):
@@ -128,7 +127,7 @@ def train(
         # the others have checked the folder in `opened`, and would meet one half made here
         run.open(cast(BaseModel, config))
     if announce and show and ranks.is_main and not run.metrics_path.exists():
-        print(announce, file=sys.stderr)
+        say_progress(announce)
     if config.train.compile:
         predictor.compile_blocks()
     if config.train.recompute:

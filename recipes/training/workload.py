@@ -10,9 +10,10 @@ from torch import nn
 from nepa_core.basics import UserError
 from nepa_core.predictor import Predictor
 from nepa_core.runtime.fit import StepFunction
+from nepa_core.runtime.run import is_run, task_of
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from recipes.networks.goals import find_goal
-from recipes.resolve import is_run, read_target, task_of
+from recipes.resolve import read_target
 from recipes.training import finetuning, pretraining, segmentation, starting
 
 Trained = PretrainConfig | FinetuneConfig | SegmentConfig
@@ -27,7 +28,7 @@ def read_trained(target: str, changes: dict[str, Any]) -> Trained:
     """
     if is_run(target):
         if task_of(target) not in KINDS:
-            raise UserError(f"{target} is a run of `nepa {task_of(target)}`; bench takes {', '.join(KINDS)}")
+            raise UserError(f"{target} is a run of `nepa {task_of(target)}`; name one of {', '.join(KINDS)}")
         return read_target(KINDS[task_of(target)], target, changes)
     config = read_target(BaseModel, target, changes)
     if not isinstance(config, Trained):

@@ -1,4 +1,4 @@
-"""The checkpoint layout of the authors' release, read and written: a Hugging Face folder.
+"""The checkpoint layout of the authors' release, and how it is read: a Hugging Face folder.
 
 It holds config.json, model.safetensors, where there are averaged weights ema.safetensors with the same names (or the
 authors' pytorch_model_ema.bin, a pickle, of which nothing but tensors is read), and where the pixels' statistics are
@@ -9,32 +9,34 @@ goes by it. Tensors that are read stay mapped to their file until they are used.
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import shlex
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nepa_core.basics import UserError
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import read_json
-from nepa_core.runtime.config import explain
-from recipes.networks.heads import MeanHead
+from nepa_core.runtime.config import explain, load_object, validated
 
 CONFIG = "config.json"
 RAW = "model.safetensors"
 AVERAGED = "ema.safetensors"
 AVERAGED_PICKLE = "pytorch_model_ema.bin"
 PREPROCESSOR = "preprocessor_config.json"
+
+IMAGES = "modalities.image:Images"
+"""The adapter of the release, by the name under which a run has it."""
 
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 LISTED = 12
@@ -63,7 +65,7 @@ _BLOCK = {
     "mlp.gate": ("intermediate.gate_proj",),
     "mlp.down": ("output.dense",),
 }
-_SCALES = {"scale1": "layer_scale.lambda1", "scale2": "output.layer_scale.lambda1"}
+SCALES = {"scale1": "layer_scale.lambda1", "scale2": "output.layer_scale.lambda1"}
 _HEAD = {"norm": "fc_norm", "classifier": "classifier"}
 
 State = dict[str, Tensor]
@@ -137,7 +139,7 @@ class ReleasedConfig(BaseModel):
 
 
 class NetworkState(NamedTuple):
-    """State dict of `NEPA` and of `MeanHead` (empty for a pre-trained network)."""
+    """State dict of `NEPA` and of the released head, `recipes.networks.heads.MeanHead` (empty after pre-training)."""
 
     model: State
     head: State
@@ -150,7 +152,7 @@ class Released(NamedTuple):
         facts: config.json.
         config: the network's shape and switches.
         model: state dict of `NEPA`, in the dtype of the file.
-        head: state dict of `MeanHead`; empty for a pre-trained checkpoint.
+        head: state dict of the head; empty for a pre-trained checkpoint.
         averaged: the same two of the averaged weights, or None where there are none, see `averages`.
         preprocessor: preprocessor_config.json, or empty where there is no such file.
     """
@@ -177,9 +179,24 @@ class Released(NamedTuple):
         """The names of the classes that the head tells apart; empty for a pre-trained checkpoint."""
         return self.facts.labels if self.head else ()
 
-    def statistics(self, key: Literal["image_mean", "image_std"]) -> Any:
-        """Mean or standard deviation of each channel as the file has it; 0.5, the release's, where it is not told."""
-        return self.preprocessor.get(key, [0.5] * self.facts.num_channels)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the adapter, what the checkpoint says; mean and std are the release's 0.5 where it does not say them."""
+        facts, seen = self.facts, self.preprocessor
+        found = {"size": facts.size, "patch": (facts.patch_size, facts.patch_size), "channels": facts.num_channels}
+        found |= {key: seen.get(f"image_{key}", [0.5] * facts.num_channels) for key in ("mean", "std")}
+        if "crop_pct" in seen:
+            found |= {"crop_ratio": seen["crop_pct"], "squash": seen.get("crop_mode") == "squash"}
+        return found
+
+    def adapter(self) -> Modality:
+        """The adapter of images that the checkpoint reads; the folder they lie in is for the user to set.
+
+        Raises:
+            UserError: a setting of the checkpoint does not fit it.
+        """
+        named = {"source": "folder", "root": "imagenet", **self.settings}
+        return cast(Modality, validated(load_object(IMAGES), named, "data."))
 
 
 # ------------------------------------------------------------------------------------------------------- the layout
@@ -194,7 +211,7 @@ class Place(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """Our parameter name -> its place, for `NEPA` and for `MeanHead`."""
+    """Our parameter name -> its place, for `NEPA` and for the head."""
 
     model: dict[str, Place]
     head: dict[str, Place]
@@ -214,7 +231,8 @@ def layout(config: PredictorConfig, *, patch: int, channels: int, classes: int) 
     """
     with torch.device("meta"):
         model = NEPA(config, nn.Linear(channels * patch**2, config.dim)).state_dict()
-        head = MeanHead(config.dim, classes, config.norm_eps).state_dict() if classes else {}
+        parts = {"norm": nn.LayerNorm(config.dim), "classifier": nn.Linear(config.dim, classes)} if classes else {}
+        head = nn.ModuleDict(parts).state_dict()
 
     def place(names: tuple[str, ...], tensor: Tensor) -> Place:
         return Place(names, torch.Size((len(tensor) // len(names), *tensor.shape[1:])), tensor.shape)
@@ -231,14 +249,14 @@ def released_names(name: str) -> tuple[str, ...]:
         return (PREFIX + _TOP[name],)
     _, _, layer, inner = name.split(".", 3)  # predictor.blocks.LAYER.INNER
     block = f"{PREFIX}encoder.layer.{layer}."
-    if inner in _SCALES:
-        return (block + _SCALES[inner],)
+    if inner in SCALES:
+        return (block + SCALES[inner],)
     part, _, kind = inner.rpartition(".")
     return tuple(f"{block}{theirs}.{kind}" for theirs in _BLOCK[part])
 
 
 def head_name(name: str) -> str:
-    """What the release calls a parameter of `MeanHead`."""
+    """What the release calls a parameter of the head."""
     part, _, kind = name.partition(".")
     return f"{_HEAD[part]}.{kind}"
 
@@ -261,19 +279,6 @@ def from_released(state: State, places: Layout) -> NetworkState:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(place.ours)
 
     return NetworkState(*({name: parameter(place) for name, place in table.items()} for table in places))
-
-
-def folded(model: State) -> State:
-    """The LayerScale vectors of `NEPA` multiplied into the linear maps before them, in float32; none are left."""
-    state = dict(model)
-    for name in model:
-        block, _, last = name.rpartition(".")
-        if last in _SCALES:
-            scale = state.pop(name).float()
-            linear = f"{block}.{'attention.out' if last == 'scale1' else 'mlp.down'}"
-            state[f"{linear}.weight"] = state[f"{linear}.weight"].float() * scale[:, None]
-            state[f"{linear}.bias"] = state[f"{linear}.bias"].float() * scale
-    return state
 
 
 # ------------------------------------------------------------------------------------------------------- comparing
@@ -517,17 +522,3 @@ def _pickle_mend(files: list[Path]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# ------------------------------------------------------------------------------------------------------- writing
-
-
-def write_released(
-    folder: Path, facts: Mapping[str, Any], preprocessor: Mapping[str, Any], files: Mapping[str, State]
-) -> None:
-    """Write a new folder in the released layout: both JSON files and each state dict under its file name."""
-    folder.mkdir(parents=True)
-    for name, values in {CONFIG: facts, PREPROCESSOR: preprocessor}.items():
-        (folder / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    for name, state in files.items():
-        save_file(state, folder / name, metadata={"format": "pt"})

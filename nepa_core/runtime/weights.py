@@ -1,20 +1,21 @@
-"""Weights that a task starts from: `init=` names a run, a folder in the released layout, or a hub name."""
+"""Trained networks as they lie on the disk: in a run, a folder in the released layout, or the files of a hub name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from nepa_core.basics import UserError
 from nepa_core.modality import Modality
+from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
-from nepa_core.runtime.run import Run, reading_back
-from recipes.released.layout import NetworkState, State, digests, find, new_weights, read_released
-from recipes.resolve import RECORD, is_run, task_of
+from nepa_core.runtime.released import NetworkState, State, digests, find, new_weights, read_released
+from nepa_core.runtime.run import RECORD, Run, is_run, reading_back, task_of
 
 FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "pack", "mask_token")
 """Keys of the network that may differ between the weights and the recipe that starts from them: they are starts,
@@ -33,7 +34,7 @@ class Weights(NamedTuple):
         source: what the user named.
         config: the network's shape and switches.
         causal: the attention it was trained with.
-        data: the adapter of a run; None for a folder in the released layout.
+        data: the adapter.
         seed: of the run, which gives the untrained twin; 0 for a released folder.
         model: state dict of `NEPA`, averaged where there is an average.
         head: state dict of the read-out on it; empty after pre-training.
@@ -45,13 +46,36 @@ class Weights(NamedTuple):
     source: str
     config: PredictorConfig
     causal: bool
-    data: Modality | None
+    data: Modality
     seed: int
     model: dict[str, Tensor]
     head: dict[str, Tensor]
     digest: str
     averaged: bool
     tokens: dict[str, Any]
+
+
+def network_of(weights: Weights, data: Modality, device: torch.device) -> NEPA:
+    """The network in evaluation mode on a device; nothing is drawn from the global generators.
+
+    Data that is not there any more is not needed where the adapter has the embedder that all have by default.
+
+    Raises:
+        UserError: the data have tokens of another size, or the adapter's own embedder looks at data that is not there.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = NEPA(weights.config, _embedder(weights, data))
+    load_backbone(model, weights.config, weights)
+    return model.to(device).eval()
+
+
+def _embedder(weights: Weights, data: Modality) -> nn.Module:
+    try:
+        return data.embedder(weights.config.dim)
+    except UserError:
+        if type(data).embedder is not Modality.embedder:
+            raise
+        return nn.Linear(weights.model["embed.weight"].shape[1], weights.config.dim)
 
 
 class Start(Protocol):
@@ -65,22 +89,23 @@ class Start(Protocol):
     def causal(self) -> bool: ...
 
 
-def read_weights(name: str) -> Weights:
+def read_weights(name: str, key: str = "init") -> Weights:
     """The newest weights of a run of any task, or those of a folder in the released layout.
+
+    Args:
+        key: the key that the user gave the name with, for the message.
 
     Raises:
         UserError: there is nothing of the kind, or it is damaged.
     """
     if is_run(name):
         return _of_run(name)
-    folder = find(name, "init")
+    folder = find(name, key)
     released = read_released(folder)
     model, head = released.averaged or (released.model, released.head)
-    digest = ", ".join(digests(folder).values())
-    averaged = released.averaged is not None
-    tokens = {"patch": (released.patch, released.patch), "channels": released.facts.num_channels}
-    tokens |= {"patch_order": "raster", "order_seed": 0}
-    return Weights(name, released.config, released.causal, None, 0, model, head, digest, averaged, tokens)
+    digest, averaged, data = ", ".join(digests(folder).values()), released.averaged is not None, released.adapter()
+    tokens = _token_keys(data)
+    return Weights(name, released.config, released.causal, data, 0, model, head, digest, averaged, tokens)
 
 
 def _of_run(name: str) -> Weights:
@@ -93,6 +118,8 @@ def _of_run(name: str) -> Weights:
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     data = load_adapter(saved, file)
+    if data is None:
+        raise UserError(f"{file} names no adapter; it is of a task that trains nothing")
     model, head = split(current_weights(checkpoint))
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))
@@ -100,7 +127,7 @@ def _of_run(name: str) -> Weights:
     return Weights(name, config, causal, data, seed, model, head, checkpoint.digest, averaged, _token_keys(data))
 
 
-def _token_keys(data: Modality | None) -> dict[str, Any]:
+def _token_keys(data: Modality) -> dict[str, Any]:
     return {key: getattr(data, key) for key in TOKEN_KEYS if hasattr(data, key)}
 
 
