@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 
 import recipes
+from nepa_core import check_modality
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import load_object, override, parse_assignments
 from recipes.cli import TASKS, main, split_options
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from tests.conftest import ROOT
-from tests.contract import check_modality
 from tests.pictures import encoded, picture, write_tree
 from tests.sounds import write_fsdd
 from tests.tiny_scenes import write_scenes
@@ -188,12 +188,13 @@ def test_every_block_is_of_a_kind_and_every_command_exists(
 def test_every_command_in_the_prose_exists(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those in single backticks, whose capitals stand for what the reader has."""
     shutil.copy(ROOT / "examples/my_points.py", folder)
-    stands_for = {"RECIPE": "recipes.vision:digits", "RUN": "run", "S": "1", "TERM": "mse"}
+    stands_for = {"RUN": "run", "S": "1", "TERM": "mse"}
     for found in re.findall(r"`(nepa [^`]+)`", prose(page)):
         shown = re.sub(r"\[([\w.]+=[^\s\]]+)\]", r"\1", found)
         words = [word for word in shlex.split(shown) if "..." not in word]
         if len(words) < 3 or words[1].isupper():  # a task alone, or `nepa TASK`
             continue
+        stands_for["RECIPE"] = f"recipes.vision:{'camvid_segment' if words[1] == 'segment' else 'digits'}"
         words = [re.sub(r"\b(RECIPE|RUN|S|TERM)\b", lambda x: stands_for[x[0]], word.split("|")[0]) for word in words]
         resolve(words, f"{page.name}: {found[:60]}", capsys)
 
