@@ -29,6 +29,8 @@ html_static_path = ["site/static"]
 html_css_files = ["wide.css"]
 html_copy_source = html_show_copyright = False
 
+suppress_warnings = ["ref.python"]  # attributes of one name in several classes
+
 myst_heading_anchors = 4
 default_role = "code"  # docstrings write names in single backticks
 autodoc_member_order = "bysource"
@@ -64,12 +66,20 @@ def setup(app: Sphinx) -> None:
 
 
 def _as_written(*rest: Any) -> None:
-    """Lines of a docstring, in which |x| is a length and x* a name, and no markup."""
-    lines = rest[-1]
-    for number, line in enumerate(lines):
-        outside = line.split("`")
-        outside[::2] = [re.sub(r"([|*])", r"\\\1", part) for part in outside[::2]]
-        lines[number] = "`".join(outside)
+    """Lines of a docstring, in which |x| is a length and x* a name, and indented lines are a table: no markup."""
+    lines: list[str] = rest[-1]
+    found: list[str] = []
+    text = table = False
+    for before, line in zip(["", *lines], lines, strict=False):
+        if not before.strip() and text and line.startswith(" "):
+            found += ["::", ""]
+            table = True
+        if line.strip() and not line.startswith(" "):
+            table, text = False, not line.startswith((":", "-", ".."))
+        parts = line.split("`")
+        parts[::2] = [re.sub(r"([|*])", r"\\\1", part) for part in parts[::2]]
+        found.append(line if table else "`".join(parts))
+    lines[:] = found
 
 
 def _complete(_: Sphinx, page: str, source: list[str]) -> None:
