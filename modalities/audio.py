@@ -108,7 +108,7 @@ class Audio(Ordered, Modality):
             )
         return self
 
-    # pydantic leaves properties alone; which kind of token this is hangs on a setting
+    # pydantic leaves properties alone; which kind of token this is depends on a setting
     @property
     def token_name(self) -> str:  # type: ignore[override]
         return "frame" if self.patch is None else "patch"
@@ -170,7 +170,7 @@ class Audio(Ordered, Modality):
         is built, and are buffers: they are saved with the weights and come back with them, so a trained network reads
         other data as it read its own.
         """
-        # All that the statistics hang on; `limit` is not: fewer labels are no other sound.
+        # All that the statistics depend on; `limit` is not: fewer labels are no other sound.
         whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0}
         return StandardisedLinear(*token_statistics(self.model_copy(update=whole)), dim)
 

@@ -546,7 +546,7 @@ def _classes(root: str) -> tuple[str, ...] | None:
     if kinds == {float}:
         return None
     if len(kinds) > 1:
-        raise UserError(f"{root}: the labels of one file are classes, those of the other numbers to predict; mend them")
+        raise UserError(f"{root}: the labels of one file are classes, those of the other numbers to predict; fix them")
     names, alone = {str(name) for name in train}, sorted(map(str, test - train))
     if alone:
         raise UserError(f"{root}: no series of the train file has the class {alone[0]} of the test file; leave it out")

@@ -22,9 +22,9 @@ MOST_SEED = 2**62
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
-    The message is one line that names the key or file and the mend; the command prints it
+    The message is one line that names the key or file and the fix; the command prints it
     without a traceback and exits with status 2.
     """
 

@@ -338,8 +338,8 @@ def check_order_is_the_samples_own(modality: Modality) -> None:
     for row in range(len(together.values)):
         alone = modality.read({key: value[row : row + 1] for key, value in batch.items()})
         assert _same_real_tokens(_only(together, row), _only(alone, 0)), (
-            "a sample alone and within a batch is read in different orders: order(tokens) must hang on the sample, not "
-            "on the others or on padding"
+            "a sample alone and within a batch is read in different orders: order(tokens) must depend on the sample, "
+            "not on the others or on padding"
         )
 
 

@@ -83,7 +83,7 @@ A run that names code (an adapter, an order, a term) and was not made here by yo
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for something the user can mend, 130 for Ctrl-C."""
+    """Run one command; returns the exit status: 0, 2 for something the user can fix, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a folder may be called by bytes that are no text
         sys.stdout.reconfigure(errors="backslashreplace")

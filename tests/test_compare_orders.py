@@ -149,7 +149,7 @@ def test_an_order_is_a_name_a_seed_or_a_function() -> None:
 
 @pytest.mark.parametrize("base", ["hilbert", "random_annealed", "tests.test_compare_orders:backwards"])
 def test_a_seed_is_for_orders_that_hang_on_one(base: str) -> None:
-    with pytest.raises(UserError, match=f"^orders={base}:2: {base} hangs on no seed .*; name {base}$"):
+    with pytest.raises(UserError, match=f"^orders={base}:2: {base} depends on no seed .*; name {base}$"):
         ordered(digits_2x2(), f"{base}:2", "add")
     for seed in ("x", "-1", ""):
         with pytest.raises(UserError, match=f"^orders=random:{seed}: '{seed}' is no seed, .* such as random:1$"):

@@ -299,7 +299,7 @@ def test_an_order_drawn_outside_at_is_told() -> None:
 
 
 class Shuffled(Sound):
-    """Its order hangs on where in a batch a sample stands."""
+    """Its order depends on where in a batch a sample stands."""
 
     def order(self, tokens: Tokens) -> Tensor | None:
         order = torch.arange(LENGTH).expand(len(tokens.values), -1).clone()

@@ -312,7 +312,7 @@ def test_the_same_import_again_is_fine_and_another_is_refused(
     damaged = run / "checkpoints/step_00000000/model.safetensors"
     damaged.write_bytes(b"")
     convert("import", source, f"out={run}")
-    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before, "mended"
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before, "fixed"
 
     pretrain(image_recipe(), Run(tmp_path / "own"), ALONE, show=False)
     said = complaint(capsys, "import", source, f"out={tmp_path / 'own'}")

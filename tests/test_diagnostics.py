@@ -502,7 +502,7 @@ def test_gather_reads_no_batch_beyond_the_limit() -> None:
 
 
 def _shuffled(samples: int, bos: bool, targets: Tensor, noise: float) -> Gathered:
-    """Tokens whose values and embeddings hang on their canonical index and on a number of the sample, in random orders.
+    """Tokens whose values and embeddings depend on their canonical index and a number of the sample, in random orders.
 
     The sample's number moves every embedding along the first axis.
     """

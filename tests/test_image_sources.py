@@ -215,7 +215,7 @@ def test_class_names_that_differ_between_splits_are_listed(tmp_path: Path) -> No
 def test_class_names_in_another_order_are_refused(tmp_path: Path) -> None:
     as_saved_apart(tmp_path)
     table("validation").cast_column("label", datasets.ClassLabel(names=["cat", "ant"])).save_to_disk(tmp_path / "val")
-    with pytest.raises(UserError, match=r"same classes in the same order; mend the names of val$"):
+    with pytest.raises(UserError, match=r"same classes in the same order; fix the names of val$"):
         open_folder(tmp_path)
 
 

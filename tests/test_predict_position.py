@@ -202,8 +202,8 @@ def test_an_order_drawn_for_each_sample_needs_the_position_unless_it_is_forced(o
     changes = {"data.patch_order": order}
     with pytest.raises(UserError, match=r"can't know which patch comes next.*objective\.unknown_target=true"):
         override(digits_2x2(), changes)
-    for mend in ({"model.predict_position": "add"}, {"objective.unknown_target": True}):
-        config = override(digits_2x2(), changes | mend)
+    for fix in ({"model.predict_position": "add"}, {"objective.unknown_target": True}):
+        config = override(digits_2x2(), changes | fix)
         assert isinstance(config.data, Images)
         assert config.data.patch_order == order
 

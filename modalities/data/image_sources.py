@@ -348,7 +348,7 @@ def _checked(source: Source) -> Source:
     if wrong.any():
         row = int(wrong.nonzero()[0])
         allowed = "negative" if bound is None else f"outside 0..{bound - 1}, the classes that have names"
-        raise UserError(f"{source.name(row)}: the label {int(source.labels[row])} is {allowed}; mend or remove it")
+        raise UserError(f"{source.name(row)}: the label {int(source.labels[row])} is {allowed}; fix or remove it")
     return source
 
 
@@ -360,7 +360,7 @@ def _same_classes(where: str, names: Mapping[str, Sequence[str] | None], kind: s
     alone = [f"{first}/{printable(name)}" for name in sorted(set(one or ()) - set(other or ()))]
     alone += [f"{second}/{printable(name)}" for name in sorted(set(other or ()) - set(one or ()))]
     if not alone:
-        raise UserError(f"{where}: both splits need the same {kind} in the same order; mend the names of {second}")
+        raise UserError(f"{where}: both splits need the same {kind} in the same order; fix the names of {second}")
     more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""
     raise UserError(
         f"{where}: both splits need the same {kind}; without a counterpart in the other: {', '.join(alone[:6])}{more}"
@@ -507,7 +507,7 @@ def _parquet_table(files: list[Path], columns: Sequence[str]) -> Table:
         except (datasets.exceptions.DatasetsError, OSError) as error:
             raise UserError(
                 f"data.root={files[0].parent}: the Arrow copy of the parquet files can't be made in "
-                f"{datasets.config.HF_DATASETS_CACHE} ({one_line(error.__cause__ or error)}); mend that, or name "
+                f"{datasets.config.HF_DATASETS_CACHE} ({one_line(error.__cause__ or error)}); fix that, or name "
                 "another folder in HF_DATASETS_CACHE"
             ) from error
     tables = []

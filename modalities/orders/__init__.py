@@ -226,7 +226,7 @@ class Ordered(BaseModel):
 
 
 def content_keys(tokens: Tokens, grid: Grid, seed: int) -> Tensor:
-    """Numbers as good as random that hang on a sample's real values and each token's cell alone: [B, N] int64.
+    """Numbers as good as random that depend on a sample's real values and each token's cell alone: [B, N] int64.
 
     Neither the other samples nor padding along any axis change them.
     """

@@ -319,8 +319,8 @@ def load_config(kind: type[Config], path: Path) -> Config:
     wanted = _task(kind).get("task")
     task = saved.pop("task", wanted)
     if task != wanted:
-        mend = f"; name one, or a recipe with init={path.parent}" if "init" in kind.model_fields else "; name one"
-        raise UserError(f"{path} is of a run of `nepa {task}`, and a run of `nepa {wanted}` is wanted here{mend}")
+        fix = f"; name one, or a recipe with init={path.parent}" if "init" in kind.model_fields else "; name one"
+        raise UserError(f"{path} is of a run of `nepa {task}`, and a run of `nepa {wanted}` is wanted here{fix}")
     adapter = load_adapter(saved, path)
     saved.pop("adapter", None)
     try:

@@ -353,7 +353,7 @@ def find(name: str, key: str = "") -> Path:
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
-        raise UserError(f"{asked} is a file: give the folder that holds {CONFIG} and {RAW}{_pickle_mend([Path(name)])}")
+        raise UserError(f"{asked} is a file: give the folder that holds {CONFIG} and {RAW}{_pickle_fix([Path(name)])}")
     if name.count("/") != 1 or name[0] in "./~":
         raise UserError(f"{asked}: there is no such folder, and a name on the hub is of the form OWNER/NAME")
     import huggingface_hub  # half a second to import
@@ -459,8 +459,8 @@ def _read_tensors(path: Path) -> State:
     try:
         return load_file(path) if path.suffix not in PICKLES else _read_pickle(path)
     except FileNotFoundError as error:
-        mend = _pickle_mend(pickles(path.parent))
-        raise UserError(f"{path} is missing; give a folder that holds {CONFIG} and {RAW}{mend}") from error
+        fix = _pickle_fix(pickles(path.parent))
+        raise UserError(f"{path} is missing; give a folder that holds {CONFIG} and {RAW}{fix}") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} can't be read ({error}); fetch it again") from error
 
@@ -510,7 +510,7 @@ def pickles(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
 
 
-def _pickle_mend(files: list[Path]) -> str:
+def _pickle_fix(files: list[Path]) -> str:
     unsafe = [path.name for path in files if path.suffix in PICKLES]
     if not unsafe:
         return ""

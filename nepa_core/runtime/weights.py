@@ -203,8 +203,8 @@ def start_from(init: str, model: nn.Module, config: Start) -> list[str]:
     differing = [name for name in looked if name in mine and name in theirs and mine[name] != theirs[name]]
     if differing:
         told = "; ".join(f"data.{name} is {mine[name]} in the recipe and {theirs[name]} there" for name in differing)
-        mend = "set the recipe's keys to fit" + (", or causal=false" if "order" in differing[0] else "")
-        raise UserError(f"init={init} was trained on other tokens: {told}; {mend}")
+        fix = "set the recipe's keys to fit" + (", or causal=false" if "order" in differing[0] else "")
+        raise UserError(f"init={init} was trained on other tokens: {told}; {fix}")
     return load_backbone(model, config.model, weights)
 
 

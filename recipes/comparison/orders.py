@@ -60,7 +60,7 @@ DEFAULT = (
 """Orders that are compared where none are named."""
 
 SEEDED = ("random", "random_per_sample")
-"""Those that `data.order_seed` changes; what random_annealed draws hangs on the seed of the run alone."""
+"""Those that `data.order_seed` changes; what random_annealed draws depends on the seed of the run alone."""
 
 RANDOM = "random weights"
 """What the same network without pre-training is called in the tests."""
@@ -153,7 +153,7 @@ def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> 
     """The recipe under an order: a name, NAME:SEED, module:function or a file.
 
     Raises:
-        UserError: there is no such order, it hangs on no seed, or the adapter takes none.
+        UserError: there is no such order, it depends on no seed, or the adapter takes none.
     """
     if "patch_order" not in type(config.data).model_fields:
         raise UserError(f"{type(config.data).__name__} takes no data.patch_order, so its orders can't be compared")
@@ -164,7 +164,9 @@ def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> 
     told = {} if predict_position is None else {"model.predict_position": predict_position}
     changed = override(config, drawn | told)
     if seed.isdecimal() and base not in SEEDED:
-        raise UserError(f"orders={name}: {base} hangs on no seed (those that do are {', '.join(SEEDED)}); name {base}")
+        raise UserError(
+            f"orders={name}: {base} depends on no seed (those that do are {', '.join(SEEDED)}); name {base}"
+        )
     return changed
 
 

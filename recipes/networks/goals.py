@@ -102,7 +102,7 @@ class Classification:
         if len(labels) and labels.max() >= self.outputs:
             raise UserError(
                 f"the held-out data holds class {int(labels.max())} and the network tells {self.outputs} apart, from 0 "
-                "on; mend its labels, or name other data with data.root=DIR"
+                "on; fix its labels, or name other data with data.root=DIR"
             )
         among = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum").double()

@@ -2,7 +2,7 @@
 
 `features/KEY/` holds one .npy file for each array (the pooled features of a layer, labels, masks) and
 `features.json`, which names what the arrays were computed from and the SHA-256 of each. It is written last, and a
-file that it does not vouch for is computed again, so nothing half-written is believed. KEY is the digest of all
+file that it does not confirm is computed again, so nothing half-written is believed. KEY is the digest of all
 that the features depend on: weights, network, attention, adapter, split, choice of samples, and the first samples
 themselves. Delete the folder to get the space back.
 
@@ -297,7 +297,7 @@ def _missing(folders: Sequence[Path], readers: Sequence[Reader], ranks: World) -
 
 
 def _intact(folder: Path, names: Collection[str]) -> set[str]:
-    """Which of these arrays `features.json` vouches for."""
+    """Which of these arrays `features.json` confirms."""
     recorded = _recorded(folder)
     return {
         name
@@ -404,7 +404,7 @@ def _join(
     *,
     unreadable: list[str],
 ) -> None:
-    """Make whole arrays of the parts of all ranks, vouch for them, and note which samples are left out.
+    """Make whole arrays of the parts of all ranks, confirm them, and note which samples are left out.
 
     Raises:
         UserError: arrays found before belong to other samples; they are forgotten.

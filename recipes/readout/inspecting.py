@@ -185,7 +185,7 @@ def read_sample(
     out = model(tokens, causal=causal, trace=trace)
     bos, count = int(model.bos is not None), tokens.values.shape[1]
     if sketch.grid[0] * sketch.grid[1] != count:
-        raise UserError(f"{type(data).__name__}.describe gives a grid of {sketch.grid} for {count} tokens; mend it")
+        raise UserError(f"{type(data).__name__}.describe gives a grid of {sketch.grid} for {count} tokens; fix it")
     canonical = torch.arange(count, device=tokens.values.device)
     order = canonical if tokens.order is None else tokens.order.to(canonical.device).expand(1, -1)[0]
     mask = torch.ones_like(canonical, dtype=torch.bool)[None] if tokens.mask is None else tokens.mask

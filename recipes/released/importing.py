@@ -26,7 +26,7 @@ def read_config(target: str, changes: Mapping[str, Any]) -> PretrainConfig | Fin
 
 
 def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
-    """Write the run of a released checkpoint; what was imported before stays as it is, and what was damaged is mended.
+    """Write the run of a released checkpoint; what was imported before stays as it is, and what was damaged is fixed.
 
     Without changes a run that was imported before keeps the settings it has.
 

@@ -62,7 +62,7 @@ def compare_classes(run: str, data: Sequence[str], ranks: World) -> None:
     if {*map(_plain, trained)} & {*map(_plain, data)}:
         raise UserError(
             f"the classes of {run} and of this data differ: {differing}; name the data it was trained for with "
-            "data.root=DIR, or mend the names"
+            "data.root=DIR, or fix the names"
         )
     if ranks.is_main:
         print(f"The classes are named in two ways, and taken to be the same by number: {differing}.", file=sys.stderr)

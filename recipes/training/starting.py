@@ -24,14 +24,14 @@ def check_samples(config: PretrainConfig, ranks: int) -> None:
     own, train = samples_at_once(config.train, ranks=ranks), config.train
     if (lonely := without_another(config.objective, own, own * ranks)) is None:
         return
-    mends = [f"train.batch={2 * ranks} or more"] if train.batch < 2 * ranks else []
+    fixes = [f"train.batch={2 * ranks} or more"] if train.batch < 2 * ranks else []
     if train.micro_batch == 1:
-        mends.append("train.micro_batch=2 or more")
+        fixes.append("train.micro_batch=2 or more")
     where = f" on {ranks} processes" if ranks > 1 else ""
     held = "" if train.micro_batch is None else f" with train.micro_batch={train.micro_batch}"
     raise UserError(
         f"objective.terms.{lonely} compares the samples of one forward pass of a process, and "
-        f"train.batch={train.batch}{held}{where} leaves it one: set {' and '.join(mends)}"
+        f"train.batch={train.batch}{held}{where} leaves it one: set {' and '.join(fixes)}"
     )
 
 

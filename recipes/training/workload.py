@@ -37,7 +37,7 @@ def read_trained(target: str, changes: dict[str, Any]) -> Trained:
 
 
 def network(config: Trained) -> nn.Module:
-    """The network with random weights, whatever `init` says: the time of a step does not hang on it."""
+    """The network with random weights, whatever `init` says: the time of a step does not depend on it."""
     if isinstance(config, PretrainConfig):
         return starting.build_pretrainer(config)
     start = config.model_copy(update={"init": None})
