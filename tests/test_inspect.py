@@ -224,6 +224,19 @@ def test_lines_that_start_at_zero_do_not_touch_the_frame(values: list[float]) ->
         assert rows.min() > top + 15
 
 
+def test_a_path_is_drawn_where_its_tokens_lie() -> None:
+    """Four corners that are drawn in one row: the line goes round, not along the row."""
+    sketch = Sketch(torch.ones(1, 4, 4), grid=(1, 4))
+    corners = torch.tensor([[0.0, 0.0], [0.0, 9.0], [9.0, 9.0], [9.0, 0.0]])
+    flat, round_ = (
+        _pixels(panel_plot([("", [Panel("", sketch, path=torch.arange(4), at=at)])], across=4))
+        for at in (None, corners)
+    )
+    for pixels, least, most in ((flat, 0, 20), (round_, 100, 400)):
+        drawn = (abs(pixels - (255, 127, 14)).sum(-1) < 60).any(1).nonzero()[0]
+        assert least < np.ptp(drawn) < most
+
+
 @pytest.mark.parametrize("markers", [False, True])
 def test_a_line_of_one_point_is_seen(markers: bool) -> None:
     pixels = _pixels(line_plot({"a": ([200], [1.5])}, x="x", y="y", markers=markers))

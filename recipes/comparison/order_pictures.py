@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import read_weights
-from recipes.readout.inspecting import InspectOptions, inspect, load_network
+from nepa_core.tokens import Sketch, Tokens
+from recipes.readout.inspecting import InspectOptions, chosen_samples, inspect, load_network
 from recipes.report.inspect import NEXT, QUERY, map_panels
 from recipes.report.page import Figure
-from recipes.report.plots import (
-    Panel,
-    panel_plot,
-)
+from recipes.report.plots import Panel, panel_plot
 from recipes.training.pretraining import load_pretrained
+
+
+def own_grid(tokens: Tokens, sketch: Sketch) -> Tensor | None:
+    """[N, 2] (down, across) where tokens lie by the last two axes of their coordinates; None where the sketch says it.
+
+    Of one sample in canonical order, whose tokens have several axes and are drawn in one row.
+    """
+    coords = tokens.coords if tokens.coords.ndim == 2 else tokens.coords[0]
+    return coords[:, -2:].float() if coords.shape[-1] > 1 and sketch.grid[0] == 1 else None
 
 
 def pictures(summary: Mapping[str, Any]) -> list[Figure]:
@@ -34,7 +42,8 @@ def pictures(summary: Mapping[str, Any]) -> list[Figure]:
         )
         (reading,) = inspect(model, data, options, causal=causal)
         noun = data.token_name
-        paths.append(Panel(name, reading.sketch, path=reading.order))
+        ((_, batch),) = chosen_samples(data, options, torch.device("cpu"))
+        paths.append(Panel(name, reading.sketch, path=reading.order, at=own_grid(data.tokenize(batch), reading.sketch)))
         maps.append((name, map_panels(reading, noun)))
     return [
         Figure("paths.png", "The path of every order, from the dot on.", panel_plot([("", paths)], across=5)),

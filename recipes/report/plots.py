@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure as Canvas
@@ -104,6 +105,7 @@ class Panel(NamedTuple):
         colours: [N, 3] RGB between 0 and 1, shown in place of the canvas; NaN is white.
         marks: colour -> the token that gets a frame of it.
         path: [N] int, the tokens in an order that is drawn as a line.
+        at: [N, 2] (down, across) where the tokens of the path lie, unless in the cells of the sketch.
     """
 
     title: str
@@ -112,9 +114,10 @@ class Panel(NamedTuple):
     colours: Tensor | None = None
     marks: Mapping[str, int] | None = None
     path: Tensor | None = None
+    at: Tensor | None = None
 
 
-WIDTH, GAP, TITLE, HEADING, BAR = 9.0, 0.12, 0.24, 0.22, 0.42  # inches, of `panel_plot`
+WIDTH, GAP, TITLE, HEADING, BAR, TICKS = 9.0, 0.12, 0.24, 0.22, 0.42, 0.14  # inches, of `panel_plot`
 
 
 def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> bytes:
@@ -123,7 +126,7 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
     bar = BAR if any(panel.heat is not None for panel in panels) else 0.0
     cell = WIDTH / across
     wide = cell - bar - GAP
-    line = TITLE + wide * max(_aspect(panel.sketch) for panel in panels)
+    line = TITLE + wide * max(map(_aspect, panels)) + (TICKS if any(map(_in_one_row, panels)) else 0.0)
     heading = HEADING if any(name for name, _ in rows) else 0.0
     width = cell * min(across, max(len(row) for _, row in rows))
     height = sum(heading + line * -(-len(row) // across) for _, row in rows) + GAP / 2
@@ -140,7 +143,7 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
         )
         for place, panel in enumerate(row):
             left, above = GAP / 2 + place % across * cell, top + place // across * line + TITLE - GAP / 2
-            high = wide * _aspect(panel.sketch)
+            high = wide * _aspect(panel)
             heat = _draw_panel(axes_at(left, above, wide, high), panel)
             if heat is not None:
                 beside = axes_at(left + wide + 0.04, above, 0.07, high)
@@ -149,8 +152,16 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
     return png_of(canvas)
 
 
-def _aspect(sketch: Sketch) -> float:
+def _in_one_row(panel: Panel) -> bool:
+    """Whether tokens stand side by side: then they are counted below."""
+    return panel.sketch.grid[0] == 1 and panel.at is None
+
+
+def _aspect(panel: Panel) -> float:
     """Height of a panel over its width: the canvas' own within limits, beyond which it is stretched."""
+    sketch = panel.sketch
+    if panel.at is not None:
+        return 1.0
     if sketch.curves:
         return min(1.2, 0.3 + 0.12 * sketch.grid[0])
     return min(max(sketch.canvas.shape[1] / sketch.canvas.shape[2], 0.3), 1.5)
@@ -176,9 +187,14 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
     if panel.sketch.curves and panel.colours is None:
         _draw_curves(axes, canvas, rows, columns)
     if panel.path is not None:
-        axes.imshow(np.ones((1, 1)), cmap="gray", vmin=0, vmax=1, alpha=0.6, **whole)
-        axes.plot(panel.path % columns + 0.5, panel.path // columns + 0.5, color="C1", linewidth=1)
-        axes.plot(panel.path[0] % columns + 0.5, panel.path[0] // columns + 0.5, "o", color="C1", markersize=5)
+        axes.imshow(np.ones((1, 1)), cmap="gray", vmin=0, vmax=1, alpha=0.6 if panel.at is None else 1, **whole)
+        cells = torch.stack((panel.path // columns, panel.path % columns), dim=1) + 0.5
+        if panel.at is not None:
+            low, high = panel.at.amin(0), panel.at.amax(0)
+            share = (panel.at[panel.path] - low) / (high - low).clamp(min=1e-12)
+            cells = (0.05 + 0.9 * share) * torch.tensor([rows, columns])
+        axes.plot(cells[:, 1], cells[:, 0], color="C1", linewidth=1)
+        axes.plot(cells[0, 1], cells[0, 0], "o", color="C1", markersize=5)
     for colour, token in (panel.marks or {}).items():
         frame = Rectangle(
             (token % columns, token // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False
@@ -186,6 +202,10 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
         frame.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
         axes.add_patch(frame)
     axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
+    if _in_one_row(panel):
+        tokens = spread_out(columns, 5)
+        axes.set_xticks([token + 0.5 for token in tokens], [str(token) for token in tokens])
+        axes.tick_params("x", labelsize=5, length=2, pad=1)
     return heat
 
 
@@ -198,6 +218,8 @@ def _draw_curves(axes: Axes, curves: Tensor, rows: int, columns: int) -> None:
         finite = together[together.isfinite()]
         low, top = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
         heights = (band + 0.95 - 0.9 * (together - low) / max(float(top - low), 1e-12)) * high
+        for value, share in ((top, 0.05), (low, 0.95)):
+            axes.text(0, (band + share) * high, f"{float(value):.3g}", fontsize=5, va="center", color="#666666")
         axes.plot((np.arange(length) + 0.5) / length * columns, heights, linewidth=0.8)
 
 
