@@ -250,3 +250,25 @@ class Gaps(Samples):
 
 def test_nan_in_raw_samples_is_not_taken_for_randomness() -> None:
     check_modality(Gaps())
+
+
+class Alike(Samples):
+    """All samples are of one class."""
+
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
+        return {**sample, "label": torch.tensor(0)}
+
+    def classes(self) -> tuple[str, ...]:
+        return ("wave",)
+
+
+def alike() -> PretrainConfig:
+    return recipe(Alike())
+
+
+def test_one_class_alone_is_refused_and_not_a_hundred_per_cent(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert "Alike has one class alone, 'wave'" in fails("finetune", "tests.test_adapter_mistakes:alike")
+    assert list(Path().iterdir()) == []
+    run = str(tmp_path / "run")
+    assert main(["pretrain", "tests.test_adapter_mistakes:alike", f"out={run}", "train.length.steps=1"]) == 0
+    assert "all samples that were read have one class, 0" in fails("probe", run, "layers=0", "classifiers=knn")
