@@ -545,7 +545,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 from nepa_core.runtime.run import Run
-from recipes.import_released import import_released
+from recipes.released.importing import import_released
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     lines = Path("/proc/self/status").read_text().splitlines()
