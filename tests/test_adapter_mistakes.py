@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UserError
-from nepa_core.contract import check_modality
+from nepa_core.contract import CHECKS, check_modality
 from nepa_core.modality import Modality
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import plain_batches, replace_broken
@@ -157,6 +157,58 @@ def test_a_mistake_is_one_line_before_any_training(
     assert said in fails(task, f"tests.test_adapter_mistakes:{kind.__name__.lower()}")
     if kind is not UnequalLater:
         assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", MISTAKES, ids=[kind.__name__ for kind in MISTAKES])
+def test_the_check_tells_the_same(fails: Callable[..., str], kind: type[Samples]) -> None:
+    if kind is UnequalLater:
+        return  # it reads the first samples alone
+    assert MISTAKES[kind] in fails("check", f"tests.test_adapter_mistakes:{kind.__name__.lower()}")
+    assert list(Path().iterdir()) == []
+
+
+class Absent(Samples):
+    def tokenize(self, batch: Batch) -> Tokens:
+        return replace(super().tokenize(batch), values=batch["value"])
+
+
+def absent() -> PretrainConfig:
+    return recipe(Absent())
+
+
+def test_the_check_names_the_line_of_an_adapter_s_own_error(fails: Callable[..., str]) -> None:
+    line = (
+        Path(__file__)
+        .read_text()
+        .splitlines()
+        .index('        return replace(super().tokenize(batch), values=batch["value"])')
+        + 1
+    )
+    said = fails("check", "tests.test_adapter_mistakes:absent")
+    assert said == f"nepa: Absent: KeyError at test_adapter_mistakes.py:{line}: 'value'"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "said"),
+    [
+        (
+            "tests.tiny:recipe",
+            (),
+            ["train      48 samples, the first 8 read: values float32 [6, 4], ", "mask       none"],
+        ),
+        ("tests.tiny:recipe", ("data.ragged=true",), ["tokens     6 of 4 numbers, ", "% of the tokens are real"]),
+        ("tests.tiny:random", (), ["positions  on 1 axis, from ", "order      "]),
+        ("recipes.vision:digits_2x2", ("data.patch_order=spiral_in",), ["order      one for all samples"]),
+    ],
+)
+def test_of_a_sound_adapter_the_check_says_what_it_read_and_what_holds(
+    capsys: pytest.CaptureFixture[str], recipe: str, changes: tuple[str, ...], said: list[str]
+) -> None:
+    assert main(["check", recipe, *changes]) == 0
+    out = capsys.readouterr().out
+    assert f"passes all {len(CHECKS)} checks.\n" in out
+    for text in (*said, *(check.__name__.removeprefix("check_") for check in CHECKS)):
+        assert (text if text[0] == "%" else f"\n{text}") in out
 
 
 def test_one_patch_a_sample_is_said_before_training_with_its_key(fails: Callable[..., str]) -> None:
