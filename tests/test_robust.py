@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from recipes.cli import main
 from recipes.configs import PretrainConfig
 from recipes.training import train as training
 from tests import tiny
+from tests.conftest import ROOT
 from tests.tiny import CPU, Waves
 
 TINY, DIGITS = "tests.tiny:recipe", "recipes.vision:digits_2x2"
@@ -73,6 +76,56 @@ def test_an_odd_value_is_one_line_before_anything_is_written(
     assert said in line
     assert len(line) < 600
     assert list(Path().iterdir()) == []
+
+
+MANY = "9" * 20
+ELSEWHERE = {
+    ("bench", TINY, f"steps={MANY}"): f"steps={MANY}: input should be less than or equal to 1000000000000",
+    ("forecast", "run", f"steps={MANY}"): f"steps={MANY}: input should be less than or equal to 1000000000000",
+    ("orders", DIGITS, f"finetune_steps={MANY}"): f"finetune_steps={MANY}: input should be less than or equal to",
+    ("objectives", TINY, f"finetune_steps={MANY}"): f"finetune_steps={MANY}: each should be less than or equal to",
+    ("ablate", TINY, f"seeds={MANY}"): f"seeds={MANY}: a seed is less than 4611686018427387904",
+    ("finetune", TINY, "optim.head_lr=1e30"): "optim.head_lr=1e+30: input should be less than or equal to",
+    ("finetune", TINY, "init=~nosuchuser/x"): "init=~nosuchuser/x: there is no such user; give the path without ~",
+    ("pretrain", TINY, "out=~nosuchuser/x"): "out=~nosuchuser/x: there is no such user; give the path without ~",
+    ("pretrain", TINY, "out=caf\udce9"): "out=caf\\xdce9 is not UTF-8, and checkpoints can't be read there",
+    ("pretrain", TINY, "out=/proc/none/x"): "/proc/none/x/.lock can't be written: No folder can be made there; name",
+    ("ablate", TINY, "out=/proc/none"): "/proc/none/.protocol.lock can't be written: No folder can be made there",
+    ("resize", DIGITS, "out=/proc/none/x"): "/proc/none/.lock_x can't be written: No folder can be made there",
+}
+
+
+@pytest.mark.parametrize(("words", "said"), ELSEWHERE.items(), ids=[" ".join(words)[:40] for words in ELSEWHERE])
+def test_an_odd_option_of_any_task_is_one_line(fails: Callable[..., str], words: tuple[str, ...], said: str) -> None:
+    line = fails(*words)
+    assert said in line
+    assert len(line) < 600
+    assert list(Path().iterdir()) == []
+
+
+def test_an_order_that_claims_more_than_there_is_memory_is_named(fails: Callable[..., str]) -> None:
+    head = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000000,), }".ljust(117) + b"\n"
+    Path("order.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00" + head)
+    line = fails("pretrain", DIGITS, "data.patch_order=order.npy")
+    assert line.startswith("patch_order=order.npy can't be read as a list of whole numbers: ")
+    assert [path.name for path in Path().iterdir()] == ["order.npy"]
+
+
+def test_a_home_directory_stands_for_the_sign_that_some_shells_leave(
+    fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    assert main(["pretrain", TINY, "train.length.steps=1", "out=~/run"]) == 0
+    assert Path("home/run/summary.json").exists()
+    assert not Path("~").exists()
+
+
+def test_a_name_that_is_no_text_can_be_printed() -> None:
+    """The end of a run must not fail for want of a character."""
+    code = "import recipes.cli; recipes.cli.main(['help']); print('caf\\udce9')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(b"caf\\udce9\n")
 
 
 def test_keys_are_found_by_a_part_of_their_name() -> None:

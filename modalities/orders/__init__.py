@@ -271,7 +271,7 @@ def _read(name: str) -> Tensor:
         with warnings.catch_warnings(action="ignore"):  # of an empty file: its shape is refused
             found = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, dtype=np.int64, ndmin=1)
         return torch.as_tensor(found)
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, OverflowError) as error:
         raise UserError(f"patch_order={name} can't be read as a list of whole numbers: {error}") from error
 
 

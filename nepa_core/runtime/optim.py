@@ -114,7 +114,7 @@ class OptimConfig(BaseModel):
     clip: float | None = Field(gt=1e-12, le=1e12)
     decay: Literal["cosine", "linear", "poly"] = "cosine"
     layer_decay: LayerDecay | None = None
-    head_lr: float | None = Field(default=None, gt=0)
+    head_lr: float | None = Field(default=None, gt=0, le=1e4)
 
     def peak(self, batch: int) -> float:
         """The peak learning rate at this global batch."""

@@ -185,7 +185,7 @@ def left_errors(run: Run) -> Tensor:
     file = run.path / ERRORS_FILE
     try:
         return torch.from_numpy(np.load(file))
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, MemoryError) as error:
         raise UserError(f"{file} can't be read ({error}); delete {run.path} and give the same command again") from error
 
 
