@@ -581,6 +581,8 @@ def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
             f"skipped as unreadable; a smaller data.patch (it is {data.patch}) leaves out fewer"
         )
     classes = _classes(root)
+    if classes is not None and split == "train" and 2 < len(classes) == count:
+        say(f"{series.path}: each of its {count:,} series has a class of its own; is its first column a row number?")
     if classes is None:
         labels = torch.tensor(series.labels, dtype=torch.float32)
     else:

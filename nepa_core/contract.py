@@ -234,6 +234,11 @@ def check_targets(modality: Modality) -> None:
         )
 
 
+def check_both_splits(modality: Modality) -> None:
+    """What every training asks before it starts holds in both splits, and their tokens are of one size."""
+    check_first_batches(modality, predicts=True)
+
+
 def check_tokenize_is_deterministic(modality: Modality) -> None:
     """`tokenize` gives one answer for one batch."""
     batch = _batch(modality)
@@ -489,6 +494,7 @@ CHECKS = (
     check_coords,
     check_mask,
     check_targets,
+    check_both_splits,
     check_tokenize_is_deterministic,
     check_plain_is_repeatable,
     check_samples_do_not_mix,

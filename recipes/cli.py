@@ -204,7 +204,12 @@ def at_home(key: str, value: Any) -> Any:
 
     Raises:
         RuntimeError: it is that of a user who does not exist.
+        UserError: out= is no text, and safetensors would not find again what it writes there.
     """
+    from nepa_core.basics import UserError
+
+    if key == "out" and isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise UserError(f"out={value} is not UTF-8, and checkpoints can't be read there: give another name")
     if key in ("out", "init") and isinstance(value, str) and value.startswith("~"):
         return str(Path(value).expanduser())
     return value

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UserError
-from nepa_core.contract import check_modality
+from nepa_core.contract import CHECKS, check_modality
 from nepa_core.modality import Modality
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import plain_batches, replace_broken
@@ -159,6 +159,58 @@ def test_a_mistake_is_one_line_before_any_training(
         assert list(Path().iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", MISTAKES, ids=[kind.__name__ for kind in MISTAKES])
+def test_the_check_tells_the_same(fails: Callable[..., str], kind: type[Samples]) -> None:
+    if kind is UnequalLater:
+        return  # it reads the first samples alone
+    assert MISTAKES[kind] in fails("check", f"tests.test_adapter_mistakes:{kind.__name__.lower()}")
+    assert list(Path().iterdir()) == []
+
+
+class Absent(Samples):
+    def tokenize(self, batch: Batch) -> Tokens:
+        return replace(super().tokenize(batch), values=batch["value"])
+
+
+def absent() -> PretrainConfig:
+    return recipe(Absent())
+
+
+def test_the_check_names_the_line_of_an_adapter_s_own_error(fails: Callable[..., str]) -> None:
+    line = (
+        Path(__file__)
+        .read_text()
+        .splitlines()
+        .index('        return replace(super().tokenize(batch), values=batch["value"])')
+        + 1
+    )
+    said = fails("check", "tests.test_adapter_mistakes:absent")
+    assert said == f"nepa: Absent: KeyError at test_adapter_mistakes.py:{line}: 'value'"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "said"),
+    [
+        (
+            "tests.tiny:recipe",
+            (),
+            ["train      48 samples, the first 8 read: values float32 [6, 4], ", "mask       none"],
+        ),
+        ("tests.tiny:recipe", ("data.ragged=true",), ["tokens     6 of 4 numbers, ", "% of the tokens are real"]),
+        ("tests.tiny:random", (), ["positions  on 1 axis, from ", "order      "]),
+        ("recipes.vision:digits_2x2", ("data.patch_order=spiral_in",), ["order      one for all samples"]),
+    ],
+)
+def test_of_a_sound_adapter_the_check_says_what_it_read_and_what_holds(
+    capsys: pytest.CaptureFixture[str], recipe: str, changes: tuple[str, ...], said: list[str]
+) -> None:
+    assert main(["check", recipe, *changes]) == 0
+    out = capsys.readouterr().out
+    assert f"passes all {len(CHECKS)} checks.\n" in out
+    for text in (*said, *(check.__name__.removeprefix("check_") for check in CHECKS)):
+        assert (text if text[0] == "%" else f"\n{text}") in out
+
+
 def test_one_patch_a_sample_is_said_before_training_with_its_key(fails: Callable[..., str]) -> None:
     line = fails("pretrain", "recipes.vision:digits", "data.patch=[8,8]")
     assert "has a single token: nothing can be predicted; cut samples finer (data.patch=(8, 8))" in line
@@ -250,3 +302,25 @@ class Gaps(Samples):
 
 def test_nan_in_raw_samples_is_not_taken_for_randomness() -> None:
     check_modality(Gaps())
+
+
+class Alike(Samples):
+    """All samples are of one class."""
+
+    def altered(self, index: int, sample: Batch, split: str) -> Batch:
+        return {**sample, "label": torch.tensor(0)}
+
+    def classes(self) -> tuple[str, ...]:
+        return ("wave",)
+
+
+def alike() -> PretrainConfig:
+    return recipe(Alike())
+
+
+def test_one_class_alone_is_refused_and_not_a_hundred_per_cent(fails: Callable[..., str], tmp_path: Path) -> None:
+    assert "Alike has one class alone, 'wave'" in fails("finetune", "tests.test_adapter_mistakes:alike")
+    assert list(Path().iterdir()) == []
+    run = str(tmp_path / "run")
+    assert main(["pretrain", "tests.test_adapter_mistakes:alike", f"out={run}", "train.length.steps=1"]) == 0
+    assert "all samples that were read have one class, 0" in fails("probe", run, "layers=0", "classifiers=knn")

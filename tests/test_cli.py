@@ -296,6 +296,13 @@ def run(nepa: Nepa) -> Path:
     return Path("run")
 
 
+def test_the_adapter_of_a_run_is_checked_and_the_run_left_alone(nepa: Nepa, run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    said = nepa("check", str(run))
+    assert (said.status, said.out[:19]) == (0, "Waves passes all 20")
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
 def test_two_recipes_of_one_name_have_folders_of_their_own(nepa: Nepa, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend("")
     for module in ("mine_one", "mine_two"):

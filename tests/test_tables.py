@@ -450,3 +450,10 @@ def test_labelled_series_in_another_order_are_other_data(tmp_path: Path) -> None
         data = adapter(folder, source="labelled", window=4, patch=2).dataset("train")
         prints.append(data.fingerprint())  # type: ignore[attr-defined]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_row_number_in_the_place_of_the_label_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("TRAIN", "TEST"):
+        (tmp_path / f"X_{split}.tsv").write_text("".join(f"{i}\t{i % 2}\t1\t2\t3\n" for i in range(6)))
+    adapter(tmp_path, source="labelled", window=4, patch=2).dataset("train")
+    assert "each of its 6 series has a class of its own; is its first column a row number?" in capsys.readouterr().err

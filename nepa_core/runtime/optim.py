@@ -12,6 +12,9 @@ from torch import nn
 
 from nepa_core.basics import FROZEN
 
+MOST_STEPS = 10**12
+"""More than any run has; beyond it a number of steps is a slip."""
+
 
 class Duration(BaseModel):
     """A length of training in one of three units; exactly one is given.
@@ -22,7 +25,7 @@ class Duration(BaseModel):
 
     model_config = FROZEN
 
-    steps: int | None = Field(default=None, ge=0, le=10**12)
+    steps: int | None = Field(default=None, ge=0, le=MOST_STEPS)
     epochs: float | None = Field(default=None, ge=0, le=10**9)
     fraction: float | None = Field(default=None, ge=0, le=1)
 

@@ -28,8 +28,10 @@ from nepa_core.verdict.gathered import Gathered, joined
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the ridge, times the mean variance of a feature
 
 _FEATURES = 4096  # most of the linear autoregression; above, each token is reduced to its principal components
-_SEEN_FEATURES = 1024  # the same where there is a matrix of its own for every position of the target
+_PRODUCTS = 2**21  # most features x places: for each there is a product with every number of the target
+_SEEN_FEATURES = 1024  # most where there is a matrix of its own for every position of the target
 _BYTES = 2**29  # most for the matrices of all places, where each has its own
+_NEAR = 16  # tokens of which a target reads as many numbers as fit, where not even one of every token would
 _HELD = 1024  # most samples that the strength is chosen on
 _CHUNK = 1024  # samples whose moments are taken at once
 _SAMPLES_BYTES = 2**26  # most of either of these
@@ -44,7 +46,8 @@ class Fitted(NamedTuple):
         samples: that they were fitted on.
         curve: (samples, [S] what the linear one identifies when fitted on so many, see `diagnostics.identified`), at
             about a quarter and a half of them; empty where there are too few.
-        features: numbers of a whole sequence that the linear one reads. of: how many there are.
+        features: numbers of a whole sequence that the linear one reads; fewer than there are tokens where it reads
+            those next to each target alone. of: how many there are.
     """
 
     predictions: dict[str, Tensor]
@@ -244,14 +247,17 @@ class _Features(NamedTuple):
     basis: Tensor | None
 
     @classmethod
-    def of(cls, first: Gathered, count: int, most: int) -> _Features:
+    def of(cls, first: Gathered, count: int, keep: int) -> _Features:
+        """For `count` tokens of which each may keep `keep` numbers, one at least."""
         part = _resized(first, count)
         real = torch.ones(part.values.shape[:2]) if part.mask is None else part.mask[:, part.bos :].float()
         mean = (part.values * real[..., None]).sum(0) / real.sum(0).clamp(min=1)[:, None]
-        keep = max(1, most // count)
+        keep = max(1, keep)
         if part.values.shape[-1] <= keep:
             return cls(mean, None)
         rows = ((part.values - mean) * real[..., None]).flatten(0, 1)
+        if rows.shape[1] > _FEATURES:  # a matrix of that side would take too much memory, and there are fewer rows
+            return cls(mean, torch.linalg.svd(rows, full_matrices=False).Vh[:keep].T.contiguous())
         return cls(mean, torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -keep:])
 
     @property
@@ -280,23 +286,31 @@ class _Autoregression:
 
     All places have one strength. Where no token is missing they share one matrix, because the tokens before place t
     are the first of those before place t + 1, and so is its Cholesky factor; else each has its own, of the samples
-    that count there, for a mask may go with the content.
+    that count there, for a mask may go with the content. So has each where sequences are so long that the budget
+    leaves less than a number a token: then it reads the last tokens alone.
     """
 
     def __init__(self, first: Gathered, test: Gathered, device: torch.device) -> None:
         self.count, self.places = test.values.shape[1], test.targets.shape[1]
-        self.ragged = test.counted is not None or first.counted is not None
-        most = int(min(_FEATURES, math.sqrt(3 * _BYTES / 4 / self.places))) if self.ragged else _FEATURES
-        self.reader, self.device = _Features.of(first, self.count, most), device
-        self.before = [(1 - test.bos + place) * self.reader.size for place in range(self.places)]  # features of each
-        self.features, outputs = self.count * self.reader.size, test.embeddings.shape[-1]
+        ragged = test.counted is not None or first.counted is not None
+        most = math.isqrt(3 * _BYTES // 4 // self.places) if ragged else _PRODUCTS // self.places
+        most = min(_FEATURES, most)
+        if far := most < self.count:
+            most = math.isqrt(_BYTES // 4 // self.places)
+        self.apart, self.device = ragged or far, device
+        self.reader = _Features.of(first, self.count, most // (_NEAR if far else self.count))
+        size, outputs = self.reader.size, test.embeddings.shape[-1]
+        near = max(1, most // size) if far else self.count
+        ends = [1 - test.bos + place for place in range(self.places)]  # in tokens
+        self.read = [slice(max(0, end - near) * size, end * size) for end in ends]  # features of each place
+        self.features, self.outputs = near * size, outputs
         self.scale = float(self.reader.read(_resized(first, self.count)).square().mean())  # strengths are times this
-        if self.ragged:
-            self.moments = [_Moments(width, outputs, device) for width in self.before]
+        if self.apart:
+            self.moments = [_Moments(read.stop - read.start, outputs, device) for read in self.read]
         else:
-            self.shared = _Moments(max(self.before), 0, device)
+            self.shared = _Moments(self.read[-1].stop, 0, device)
             self.y = torch.zeros(self.places, outputs, dtype=torch.float64, device=device)
-            self.xy = [torch.zeros(width, outputs, device=device) for width in self.before]
+            self.xy = [torch.zeros(read.stop, outputs, device=device) for read in self.read]
         self.tried: tuple[float, ...] = STRENGTHS
         self.strength = STRENGTHS[0]
 
@@ -304,10 +318,10 @@ class _Autoregression:
         part = _resized(part, self.count)
         x, unit = self.reader.read(part).flatten(1).to(self.device), F.normalize(part.targets, dim=-1).to(self.device)
         counted = part.counted
-        if self.ragged:
+        if self.apart:
             for place, moments in enumerate(self.moments):
                 rows = slice(None) if counted is None else counted[:, place].to(self.device)
-                moments.add(x[rows, : self.before[place]], unit[rows, place])
+                moments.add(x[rows, self.read[place]], unit[rows, place])
             return
         if counted is not None:  # none of the first samples had a gap, so these are rare
             whole = counted.all(1).to(self.device)
@@ -319,7 +333,7 @@ class _Autoregression:
 
     def _solved(self, strength: float) -> Iterator[tuple[Tensor, Tensor]]:
         """Weights [width, D] and intercept [D] of every place, one after the other: together they take much memory."""
-        if self.ragged:
+        if self.apart:
             yield from (moments.solve(strength * self.scale) for moments in self.moments)
             return
         count, x = max(self.shared.count, 1), (self.shared.x / max(self.shared.count, 1)).float()
@@ -332,8 +346,10 @@ class _Autoregression:
 
     def _predicted(self, part: Gathered, strength: float) -> Tensor:
         flat = self.reader.read(_resized(part, self.count)).flatten(1).to(self.device)
-        each = [flat[:, : len(weights)] @ weights + offset for weights, offset in self._solved(strength)]
-        return torch.stack(each, dim=1).cpu()
+        found = flat.new_empty(len(flat), self.places, self.outputs)
+        for place, (weights, offset) in enumerate(self._solved(strength)):
+            found[:, place] = flat[:, self.read[place]] @ weights + offset
+        return found.cpu()
 
     def choose(self, held: Gathered) -> None:
         part = _resized(held, self.count)
@@ -352,54 +368,58 @@ class _Autoregression:
 class _FromSeen:
     """`_Autoregression` for orders of each sample: one regression for every position of the target.
 
-    Its features are the raw tokens in canonical order, those not read before the target as their mean. Each
-    regression chooses its own strength.
+    Its features are the raw tokens in canonical order, those not read before the target as their mean; where sequences
+    are so long that the budget leaves less than a number a token, those around the target. Each regression chooses its
+    own strength.
     """
 
     def __init__(self, first: Gathered, test: Gathered, device: torch.device) -> None:
         self.count = max(first.values.shape[1], test.values.shape[1])
-        most = int(min(_SEEN_FEATURES, math.sqrt(_BYTES / 4 / self.count)))
-        self.reader, self.device = _Features.of(_canonical(_resized(first, self.count)), self.count, most), device
-        self.features, outputs = self.count * self.reader.size, test.embeddings.shape[-1]
+        most = min(_SEEN_FEATURES, math.isqrt(_BYTES // 4 // self.count))
+        far, first = most < self.count, _canonical(_resized(first, self.count))
+        self.reader, self.device = _Features.of(first, self.count, most // (_NEAR if far else self.count)), device
+        self.near = max(1, most // self.reader.size) if far else self.count
+        self.features, outputs = self.near * self.reader.size, test.embeddings.shape[-1]
         self.moments = [_Moments(self.features, outputs, device) for _ in range(self.count)]
         self.tried: list[tuple[float, ...]] = [STRENGTHS] * self.count
         self.strengths = [STRENGTHS[0]] * self.count
 
-    def _read(self, part: Gathered, target: int) -> Tensor:
-        """[S, F] features before one target."""
+    def _read(self, part: Gathered) -> Iterator[Tensor]:
+        """[S, F] features before each target in turn."""
         assert part.order is not None
-        place = part.order.argsort(1)
-        x = self.reader.read(_canonical(part)) * (place < place[:, target, None])[..., None]
-        return x.flatten(1).to(self.device)
+        x, place, near = self.reader.read(_canonical(part)), part.order.argsort(1), self.near
+        for target in range(self.count):
+            start = min(max(0, target - near // 2), self.count - near)
+            around = slice(start, start + near)
+            seen = place[:, around] < place[:, target, None]
+            yield (x[:, around] * seen[..., None]).flatten(1).to(self.device)
 
     def add(self, part: Gathered) -> None:
         if part.values.shape[1] > self.count:  # longer than all test samples and the first ones: no place for it
             return
         part = _resized(part, self.count)
         unit, counted = (x.to(self.device) for x in part.by_target(F.normalize(part.targets, dim=-1)))
-        for target, moments in enumerate(self.moments):
+        for target, x in enumerate(self._read(part)):
             rows = counted[:, target]
-            moments.add(self._read(part, target)[rows], unit[rows, target])
+            self.moments[target].add(x[rows], unit[rows, target])
 
     def choose(self, held: Gathered) -> None:
         part = _resized(held, self.count)
         unit, counted = (x.to(self.device) for x in part.by_target(F.normalize(part.targets, dim=-1)))
-        for target, moments in enumerate(self.moments):
-            rows = counted[:, target]
-            x, y = self._read(part, target)[rows], unit[rows, target]
-            errors = {}
+        for target, x in enumerate(self._read(part)):
+            moments, rows, errors = self.moments[target], counted[:, target], {}
             for strength in self.tried[target]:
                 weights, offset = moments.solve(strength * moments.scale)
-                errors[strength] = float(negative_cosine(x @ weights + offset, y).sum())
+                errors[strength] = float(negative_cosine(x[rows] @ weights + offset, unit[rows, target]).sum())
             self.strengths[target] = min(errors, key=errors.__getitem__)
             self.tried[target] = _beside(self.strengths[target])
 
     def predict(self, test: Gathered) -> Tensor:
         assert test.order is not None
         part, found = _resized(test, self.count), []
-        for target, (moments, strength) in enumerate(zip(self.moments, self.strengths, strict=True)):
+        for x, moments, strength in zip(self._read(part), self.moments, self.strengths, strict=True):
             weights, offset = moments.solve(strength * moments.scale)
-            found.append((self._read(part, target) @ weights + offset).cpu())
+            found.append((x @ weights + offset).cpu())
         index = test.order[:, 1 - test.bos :]
         return torch.stack(found, dim=1)[torch.arange(len(index))[:, None], index]
 

@@ -154,6 +154,11 @@ class Verdict(BaseModel):
         return self.beats_linear and self.linear_is_starved and not starved.above
 
     @property
+    def linear_reads_near(self) -> bool:
+        """Less than a number a token: it reads the tokens next to each target, for all would take too much memory."""
+        return self.linear_features < len(self.loss_per_position.get("linear", ()))
+
+    @property
     def linear_gains(self) -> bool:
         """Twice the samples would still move the control by more than its interval, as the last doubling did."""
         return self.linear_moved is not None and Interval(self.linear_moved, self.linear_moved_ci95).above

@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import BaseModel
 
-from nepa_core.basics import UserError, cores
+from nepa_core.basics import MOST_SEED, UserError, cores
 from nepa_core.model import NEPA
 from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
@@ -164,6 +164,8 @@ def compare(
         raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
     if min(seeds) < 0:
         raise UserError(f"seeds={min(seeds)}: a seed is a whole number from 0")
+    if max(seeds) >= MOST_SEED:
+        raise UserError(f"seeds={max(seeds)}: a seed is less than {MOST_SEED}")
     recipe = variants[0].config.recipe
     check_folder(out, measure.name, recipe)
     keys = {variant.name: config_digest(variant.config, variant.content) for variant in variants}

@@ -13,6 +13,7 @@ from nepa_core.basics import FROZEN
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed
 from nepa_core.runtime.distributed import world
+from nepa_core.runtime.optim import MOST_STEPS
 from nepa_core.runtime.run import Run
 from recipes.comparison.downstream import HORIZON, Care, CareBefore, check, downstream, finetunings, raw_figure
 from recipes.comparison.engine import (
@@ -52,6 +53,9 @@ CARE = "tuned random weights"
 """What random weights are called where they were fine-tuned at a learning rate of their own."""
 
 
+Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
+
+
 class ObjectivesOptions(BaseModel):
     """ObjectivesOptions of `nepa objectives`."""
 
@@ -76,7 +80,7 @@ class ObjectivesOptions(BaseModel):
         min_length=1,
         description="to choose from for each fine-tuning; default 3e-4,1e-3,3e-3",
     )
-    finetune_steps: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
+    finetune_steps: Annotated[tuple[Steps, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(100, 300), min_length=1, description="to choose from, at the best learning rate; default 100,300"
     )
     finetune_causal: Annotated[tuple[bool, ...], BeforeValidator(listed), AfterValidator(once)] = Field(

@@ -16,6 +16,7 @@ from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
 from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.optim import MOST_STEPS
 from nepa_core.runtime.run import Run
 from recipes.comparison.downstream import beside_random, check, is_forecast, one_setting, read_as
 from recipes.comparison.engine import (
@@ -88,7 +89,7 @@ class OrdersOptions(BaseModel):
         min_length=1,
         description="training labels a class to fine-tune on, such as 10,50,all; default 50",
     )
-    finetune_steps: int = Field(default=150, gt=0, description="steps of each fine-tuning; default 150")
+    finetune_steps: int = Field(default=150, gt=0, le=MOST_STEPS, description="steps of each fine-tuning; default 150")
     cross: bool = Field(default=True, description="also read the models of the first seed by every other order")
     out: str | None = Field(default=None, description="folder of all runs and the report; default runs/NAME-orders")
     workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core, or one a GPU")

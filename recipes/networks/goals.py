@@ -212,7 +212,7 @@ def find_goal(data: Modality) -> Goal:
     """What the samples of an adapter can teach.
 
     Raises:
-        UserError: nothing; or numbers that are not finite.
+        UserError: nothing; one class alone; or numbers that are not finite.
     """
     sample = first_sample(data)
     kind = kind_of(sample)
@@ -229,6 +229,11 @@ def find_goal(data: Modality) -> Goal:
         raise UserError(
             f"{type(data).__name__} gives no class to train on; add to its samples an integer 'label', numbers to "
             "predict as a float 'label', or a class per token as 'target' [N]"
+        )
+    if len(names) == 1:
+        raise UserError(
+            f"{type(data).__name__} has one class alone, {names[0]!r}, so that there is nothing to tell apart; look at "
+            "what data.root=DIR holds"
         )
     return Classification(names, per_token=kind == "token classes")
 

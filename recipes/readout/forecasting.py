@@ -20,6 +20,7 @@ from nepa_core.model import NEPA
 from nepa_core.runtime.config import differences, listed
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.meter import say_progress
+from nepa_core.runtime.optim import MOST_STEPS
 from nepa_core.runtime.run import Run, is_run
 from recipes.configs import PretrainConfig
 from recipes.readout.features import weights_digest
@@ -72,7 +73,7 @@ class ForecastOptions(BaseModel):
     finetune: Annotated[tuple[PositiveInt, ...], BeforeValidator(listed)] = Field(
         default=(), description="horizons to train whole networks for, too"
     )
-    steps: PositiveInt = Field(default=800, description="training steps of each of these networks")
+    steps: int = Field(default=800, gt=0, le=MOST_STEPS, description="training steps of each of these networks")
     fit_samples: PositiveInt = Field(
         default=20_000, description="most samples (windows, times channels where independent) each row is fitted on"
     )

@@ -348,7 +348,7 @@ class Split(NamedTuple):
         """Number the classes; the labels end on the device.
 
         Raises:
-            UserError: a label is neither a class index nor finite numbers, or there is none.
+            UserError: a label is neither a class index nor finite numbers, or there is none, or all are of one class.
         """
         both = np.concatenate((train["labels"], test["labels"]))
         if not len(train["labels"]) or not len(test["labels"]):
@@ -367,7 +367,13 @@ class Split(NamedTuple):
             raise UserError(
                 "the key 'label' holds negative classes, which are none; leave such samples out of the probe"
             )
-        labels = torch.from_numpy(np.unique(both, return_inverse=True)[1]).long().to(device)
+        kinds, numbered = np.unique(both, return_inverse=True)
+        if len(kinds) == 1:
+            raise UserError(
+                f"all samples that were read have one class, {kinds[0]}, so that there is nothing to tell apart; give "
+                "others, or raise train_samples and test_samples"
+            )
+        labels = torch.from_numpy(numbered).long().to(device)
         return cls(train, test, labels[: len(train["labels"])], labels[len(train["labels"]) :])
 
     @property

@@ -119,7 +119,10 @@ def linear_control(verdict: Verdict) -> list[str]:
         f"all {verdict.fitted_samples:,}" if whole else f"{verdict.fitted_samples:,} of {verdict.training_samples:,}"
     )
     read = "" if verdict.linear_features >= verdict.linear_of else f" of {verdict.linear_of:,}"
-    text = f"The linear control reads {verdict.linear_features:,}{read} numbers a sequence, fitted on {fitted} samples"
+    text = f"The linear control reads {verdict.linear_features:,}{read} numbers a sequence"
+    if verdict.linear_reads_near:
+        text += " for each target, of the tokens next to it (all would take too much memory)"
+    text += f", fitted on {fitted} samples"
     curve = verdict.linear_curve
     if len(curve) > 1:
         steps = ", ".join(f"{point.retrieval_top1:.1%} on {point.samples:,}" for point in curve)

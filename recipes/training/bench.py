@@ -30,7 +30,7 @@ from nepa_core.runtime.config import imports_of, save_config
 from nepa_core.runtime.data import epoch_order, plain_batches
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
-from nepa_core.runtime.optim import Duration, make_optimizer
+from nepa_core.runtime.optim import MOST_STEPS, Duration, make_optimizer
 from nepa_core.runtime.run import Run
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
@@ -49,7 +49,7 @@ class BenchOptions(BaseModel):
 
     model_config = FROZEN
 
-    steps: int = Field(default=20, gt=1, description="optimiser steps that are timed")
+    steps: int = Field(default=20, gt=1, le=MOST_STEPS, description="optimiser steps that are timed")
     against: Literal["loop", "transformer", "padding", "objectives", "decode"] | None = Field(
         default=None,
         description="also time turns against a bare loop (loop) or Transformer (transformer), or packed against padded "
