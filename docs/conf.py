@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,17 +51,21 @@ CONTENTS = {
 RESULTS = Path(__file__).parent / "results"
 
 REFERENCE = {
-    "The core": ("nepa_core",),
-    "Objective": ("nepa_core.objective",),
+    "The core": ("nepa_core", "nepa_core.runtime.load"),
+    "Objective": ("nepa_core.objective", "nepa_core.terms"),
     "Adapters": ("modalities.image", "modalities.scenes", "modalities.audio", "modalities.timeseries",
                  "modalities.features", "modalities.orders"),
-    "Recipes": ("recipes.presets", "recipes.vision", "recipes.audio", "recipes.timeseries", "recipes.configs"),
+    "Recipes": ("recipes.training.door", "recipes.presets", "recipes.vision", "recipes.audio", "recipes.timeseries",
+                "recipes.configs"),
     "Settings of a run": ("nepa_core.runtime.fit", "nepa_core.runtime.optim"),
 }  # fmt: skip
 """Heading of the reference -> the modules whose public names it lists."""
 
 
 def setup(app: Sphinx) -> None:
+    for names in REFERENCE.values():  # before autodoc writes into the annotations of the classes that ours inherit from
+        for name in names:
+            import_module(name)
     app.connect("source-read", _complete)
     app.connect("autodoc-process-docstring", _as_written)
 
