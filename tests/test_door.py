@@ -35,14 +35,14 @@ def test_a_run_from_python_is_that_of_the_command(
     capsys.readouterr()
     run = pretrain(TINY, changes={"optim.lr": 1e-3}, verbose=False)
     assert capsys.readouterr() == ("", "")
-    assert run.path == Path("runs/recipe")
+    assert run.path == Path("runs/tests.tiny-recipe")
     assert (run.path / "metrics.jsonl").read_bytes() == Path("runs/command/metrics.jsonl").read_bytes()
     assert run.summary == json.loads((run.path / "summary.json").read_text())
     assert repr(run) == run.verdict
     assert "Next token identified among" in run.verdict
-    assert "runs/recipe/report/index.html" in run.verdict
+    assert "runs/tests.tiny-recipe/report/index.html" in run.verdict
     assert run.load().averaged
-    again = pretrain(tiny.recipe(), "runs/recipe", changes={"optim.lr": 1e-3, "recipe": TINY})
+    again = pretrain(tiny.recipe(), "runs/tests.tiny-recipe", changes={"optim.lr": 1e-3, "recipe": TINY})
     assert again.verdict == run.verdict, "a finished run is only shown"
 
 
@@ -115,7 +115,7 @@ def test_quiet_shows_the_result_alone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pretrain(TINY, verbose=False)
-    probe = ["probe", "runs/recipe", "layers=0", "poolings=mean", "classifiers=knn"]
+    probe = ["probe", "runs/tests.tiny-recipe", "layers=0", "poolings=mean", "classifiers=knn"]
     for words, shown in ((["-q", *probe], False), ([*probe, "-q"], False), (probe, True)):
         assert main(words) == 0
         said = capsys.readouterr()

@@ -159,7 +159,8 @@ def test_an_order_of_the_user_s_in_a_built_in_adapter_s_config_is_code_too(place
 
 def test_a_term_of_the_user_s_in_an_objective_is_code_too(place: Place) -> None:
     place.write("mine_package.losses")
-    place("pretrain", "tests.tiny:recipe", "objective.terms.mine_package.losses:squares=0.5", "train.length.steps=1")
+    term = "objective.terms.mine_package.losses:squares=0.5"
+    place("pretrain", "tests.tiny:recipe", term, "out=runs/recipe", "train.length.steps=1")
     assert place.mark.exists()
     read = ("probe", "runs/recipe", *PROBE[2:])
     place(*read)
