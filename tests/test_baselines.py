@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nepa_core.objective import negative_cosine
+from nepa_core.objective import masked_mean, negative_cosine
 from nepa_core.verdict import baselines
 from nepa_core.verdict.baselines import fit_baselines
 from nepa_core.verdict.diagnostics import identified
@@ -119,3 +119,45 @@ def test_memory_does_not_grow_with_the_number_of_samples(monkeypatch: pytest.Mon
     found = fit_baselines(parts(), _source(8), total=1280)
     assert found.samples == 1280
     assert most <= 4
+
+
+@pytest.mark.parametrize("kind", ["whole", "masked", "ordered"])
+def test_long_sequences_are_read_near_each_target(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """16 of 24 tokens; the neighbours say nearly all that there is to know here."""
+
+    def source(samples: int) -> Gathered:
+        part = _source(samples, tokens=24, masked=kind == "masked")
+        if kind != "ordered":
+            return part
+        order, rows = torch.rand(samples, 24).argsort(1), torch.arange(samples)[:, None]
+        return part._replace(values=part.values[rows, order], embeddings=part.embeddings[rows, order], order=order)
+
+    def loss(found: baselines.Fitted) -> float:
+        return float(masked_mean(negative_cosine(found.predictions["linear"], test.targets), test.counted))
+
+    train, test = source(1000), source(100)
+    whole = fit_baselines([train], test, total=1000)
+    for limit in ("_FEATURES", "_SEEN_FEATURES"):
+        monkeypatch.setattr(baselines, limit, 23)
+    monkeypatch.setattr(baselines, "_BYTES", 4 * (24 if kind == "ordered" else 23) * 96**2)
+    near = fit_baselines([train], test, total=1000)
+    assert (whole.features, near.features) == (144, 96)
+    assert loss(near) == pytest.approx(loss(whole), abs=0.02)
+    assert loss(near) < float(masked_mean(negative_cosine(near.predictions["copy"], test.targets), test.counted)) - 0.1
+
+
+def test_tokens_wider_than_a_matrix_may_be_are_reduced_to_what_varies() -> None:
+    """Three numbers behind 5,000, and the next token's are those of the one before, turned."""
+    spread, turn = torch.randn(3, 5000), torch.linalg.qr(torch.randn(3, 3))[0]
+
+    def source(samples: int) -> Gathered:
+        z = [torch.randn(samples, 3)]
+        for _ in range(3):
+            z.append(z[-1] @ turn)
+        hidden = torch.stack(z, 1)
+        return Gathered(hidden @ spread + 0.1 * torch.randn(samples, 4, 5000), hidden, torch.zeros_like(hidden), None)
+
+    train, test = source(200), source(20)
+    found = fit_baselines([train], test, total=200)
+    assert found.features < found.of
+    assert negative_cosine(found.predictions["linear"][:, 1:], test.targets[:, 1:]).mean() < -0.95

@@ -84,6 +84,10 @@ def test_a_starved_control_is_said_and_takes_the_verdict_where_the_margin_depend
     assert linear_control(fed) == [
         "The linear control reads 32 of 64 numbers a sequence, fitted on 600 of 1,000 samples."
     ]
+    (long,) = linear_control(verdict(linear_features=32, loss_per_position={"linear": [-0.5] * 33}))
+    assert long.startswith(
+        "The linear control reads 32 of 64 numbers a sequence for each target, of the tokens next to it"
+    )
 
 
 def test_the_interval_says_what_it_covers() -> None:

@@ -375,9 +375,10 @@ class _FromSeen:
 
     def __init__(self, first: Gathered, test: Gathered, device: torch.device) -> None:
         self.count = max(first.values.shape[1], test.values.shape[1])
-        most = min(_SEEN_FEATURES, math.isqrt(_BYTES // 4 // self.count))
-        far, first = most < self.count, _canonical(_resized(first, self.count))
-        self.reader, self.device = _Features.of(first, self.count, most // (_NEAR if far else self.count)), device
+        most, first = math.isqrt(_BYTES // 4 // self.count), _canonical(_resized(first, self.count))
+        far = min(_SEEN_FEATURES, most) < self.count
+        keep = most // _NEAR if far else min(_SEEN_FEATURES, most) // self.count
+        self.reader, self.device = _Features.of(first, self.count, keep), device
         self.near = max(1, most // self.reader.size) if far else self.count
         self.features, outputs = self.near * self.reader.size, test.embeddings.shape[-1]
         self.moments = [_Moments(self.features, outputs, device) for _ in range(self.count)]
