@@ -132,7 +132,8 @@ def is_of(kind: type[BaseModel], target: str) -> bool:
 def default_out(target: str, task: str) -> str:
     """Where a task writes when `out=` is not given: the run itself if it is of this task, or runs/NAME (-TASK).
 
-    NAME is the name of a built-in recipe, and MODULE-NAME of one of the user's own, of which several may be a `base`.
+    NAME is the name of a built-in recipe, and MODULE-NAME of one of the user's own, of which several may be a `base`;
+    so it is of the built-in ones called `demo`.
     What was imported is pre-trained on in its folder, and fine-tuned in another. A recipe whose name says its task
     is not given the task's name once more.
     """
@@ -140,5 +141,6 @@ def default_out(target: str, task: str) -> str:
         goes_on = task_of(target) == task and not (task == "finetune" and is_imported(target))
         return target if goes_on else f"{target.rstrip('/')}-{task}"
     module, _, name = target.partition(":")
-    folder = f"runs/{name}" if module.startswith("recipes.") else f"runs/{module}-{name}"
+    own_name = module.startswith("recipes.") and name != "demo"
+    folder = f"runs/{name}" if own_name else f"runs/{module.removeprefix('recipes.')}-{name}"
     return folder if task == "pretrain" or task in name.split("_") else f"{folder}-{task}"

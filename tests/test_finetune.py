@@ -226,6 +226,7 @@ def test_a_recipe_that_is_named_after_its_task_gives_a_folder_of_its_name(pretra
     assert default_out("recipes.vision:camvid_segment", "segment") == "runs/camvid_segment"
     assert default_out("recipes.vision:digits", "finetune") == "runs/digits-finetune"
     assert default_out("recipes.vision:digits", "pretrain") == "runs/digits"
+    assert default_out("recipes.audio:demo", "pretrain") == "runs/audio-demo"
     assert default_out("my_lab.seismic:base", "pretrain") == "runs/my_lab.seismic-base"
     assert default_out("my_lab.seismic:base", "orders") == "runs/my_lab.seismic-base-orders"
     assert default_out("finetune:base", "finetune") == "runs/finetune-base-finetune"

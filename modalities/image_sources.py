@@ -1,0 +1,3 @@
+"""`open_source` by the name that it had before data had a room of its own, for scripts that import it."""
+
+from modalities.data.image_sources import open_source as open_source
