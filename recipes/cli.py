@@ -210,6 +210,8 @@ def at_home(key: str, value: Any) -> Any:
 
     if key == "out" and isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"out={value} is not UTF-8, and checkpoints can't be read there: give another name")
+    if key == "out" and isinstance(value, str) and "\0" in value:
+        raise UserError(f"out={value}: no name of a folder holds a null byte; give another one")
     if key in ("out", "init") and isinstance(value, str) and value.startswith("~"):
         return str(Path(value).expanduser())
     return value

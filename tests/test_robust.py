@@ -89,6 +89,7 @@ ELSEWHERE = {
     ("finetune", TINY, "init=~nosuchuser/x"): "init=~nosuchuser/x: there is no such user; give the path without ~",
     ("pretrain", TINY, "out=~nosuchuser/x"): "out=~nosuchuser/x: there is no such user; give the path without ~",
     ("pretrain", TINY, "out=caf\udce9"): "out=caf\\xdce9 is not UTF-8, and checkpoints can't be read there",
+    ("import", "0", "out=\0"): "out=\\x00: no name of a folder holds a null byte",
     ("pretrain", TINY, "out=/proc/none/x"): "/proc/none/x/.lock can't be written: No folder can be made there; name",
     ("ablate", TINY, "out=/proc/none"): "/proc/none/.protocol.lock can't be written: No folder can be made there",
     ("resize", DIGITS, "out=/proc/none/x"): "/proc/none/.lock_x can't be written: No folder can be made there",
@@ -101,6 +102,10 @@ def test_an_odd_option_of_any_task_is_one_line(fails: Callable[..., str], words:
     assert said in line
     assert len(line) < 600
     assert list(Path().iterdir()) == []
+
+
+def test_data_whose_tokens_do_not_fit_the_weights_are_named(fails: Callable[..., str], run: Path) -> None:
+    assert fails("probe", str(run), "data.size=1").startswith("data.size=1: the weights of run do not fit the network")
 
 
 def test_an_order_that_claims_more_than_there_is_memory_is_named(fails: Callable[..., str]) -> None:

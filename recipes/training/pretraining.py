@@ -14,7 +14,7 @@ from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.objective import pair_count
 from nepa_core.pretrainer import objective_loss
-from nepa_core.runtime.config import override
+from nepa_core.runtime.config import override, shown
 from nepa_core.runtime.data import replace_broken
 from nepa_core.runtime.distributed import World, gather_samples
 from nepa_core.runtime.fit import StepFunction, StepOutput
@@ -91,7 +91,14 @@ def load_pretrained(
     checkpoint = newest(run)
     model = build_model(config)
     averaged = checkpoint.tensors.get("ema", {})  # parameters only: an embedder's buffers come with the model
-    model.load_state_dict(checkpoint.tensors["model"] | averaged)
+    try:
+        model.load_state_dict(checkpoint.tensors["model"] | averaged)
+    except RuntimeError as error:
+        data = "".join(f"{key}={shown(value)}: " for key, value in (changes or {}).items() if key.startswith("data."))
+        raise UserError(
+            f"{data}the weights of {run.path} do not fit the network that its config builds now: "
+            f"{' '.join(str(error).split())[:300]}; leave the change out, or give the earlier code back"
+        ) from error
     return config, model.to(device).eval()
 
 
