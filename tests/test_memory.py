@@ -12,8 +12,8 @@ MOST = 450  # MB beyond the import, measured 380; 2 GB with 4,096 features take 
 MEASURED = """
 import sys, threading, time
 from pathlib import Path
-import modalities.features, recipes.pretrain, recipes.presets, recipes.cli
-from nepa_core import baselines
+import modalities.features, recipes.training.pretraining, recipes.presets, recipes.cli
+from nepa_core.verdict import baselines
 
 def anonymous():
     return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
