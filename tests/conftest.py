@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recipes.cli import main
 from recipes.configs import PretrainConfig
 from tests import tiny
 
@@ -30,6 +31,21 @@ torch.set_num_threads(1)  # several processes share few cores; and sums then com
 @pytest.fixture
 def tiny_recipe() -> PretrainConfig:
     return tiny.recipe()
+
+
+@pytest.fixture
+def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A command that is refused, in an empty folder: words -> the one line that it says."""
+    monkeypatch.chdir(tmp_path)
+
+    def line(*words: str) -> str:
+        capsys.readouterr()
+        assert main(words) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("nepa: ")
+        return said.removeprefix("nepa: ")
+
+    return line
 
 
 @contextmanager

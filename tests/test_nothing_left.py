@@ -62,20 +62,6 @@ def late() -> PretrainConfig:
     return config.model_copy(update={"data": Torn()})
 
 
-@pytest.fixture
-def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    monkeypatch.chdir(tmp_path)
-
-    def line(*words: str) -> str:
-        capsys.readouterr()
-        assert main(words) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith("nepa: ")
-        return said.removeprefix("nepa: ")
-
-    return line
-
-
 def paths(folder: str = ".") -> set[str]:
     return {str(path) for path in Path(folder).rglob("*")}
 

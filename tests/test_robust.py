@@ -33,20 +33,6 @@ from tests.tiny import CPU, Waves
 TINY, DIGITS = "tests.tiny:recipe", "recipes.vision:digits_2x2"
 
 
-@pytest.fixture
-def fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    monkeypatch.chdir(tmp_path)
-
-    def line(*words: str) -> str:
-        capsys.readouterr()
-        assert main(words) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith("nepa: ")
-        return said.removeprefix("nepa: ")
-
-    return line
-
-
 VALUES = {
     (TINY, "optim.lr=1e30"): "optim.lr=1e+30: input should be less than or equal to",
     (TINY, "model.layer_scale=1e38"): "model.layer_scale=1e+38: input should be less than or equal to",

@@ -196,10 +196,10 @@ def test_bench_measures_against_references(against: str, capsys: pytest.CaptureF
 
 
 def test_bench_measures_every_objective_against_the_cosine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "tests.tiny:recipe", "steps=2", "repeats=1", "against=objectives"]) == 0
+    assert main(["bench", "tests.tiny:recipe", "steps=2", "repeats=4", "against=objectives"]) == 0
     ratios = dict(re.findall(r"^(\w+) / cosine, time +(\d+\.\d+)$", capsys.readouterr().out, re.MULTILINE))
     assert ["cosine", *ratios] == list(NAMED)
-    assert all(float(ratio) > 0.01 for ratio in ratios.values())  # two steps on a busy machine: no zero, no other unit
+    assert all(float(ratio) > 0.1 for ratio in ratios.values())
 
 
 def test_bench_measures_loading_against_bare_decoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

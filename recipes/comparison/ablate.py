@@ -40,7 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 class AblateOptions(BaseModel):
-    """AblateOptions of `nepa ablate`."""
+    """Options of `nepa ablate`."""
 
     model_config = FROZEN
 

@@ -46,8 +46,7 @@ class Figure(NamedTuple):
 
     Attributes:
         value: the figure. credits: its credits, packed by `recipes.statistics.credits`, whose mean it is; None where
-        one
-            is not finite. clusters: of samples that depend on each other, packed by `recipes.statistics.held_out`;
+            one is not finite. clusters: of samples that depend on each other, packed by `recipes.statistics.held_out`;
             None: each is its own.
     """
 

@@ -57,7 +57,7 @@ Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
 
 
 class ObjectivesOptions(BaseModel):
-    """ObjectivesOptions of `nepa objectives`."""
+    """Options of `nepa objectives`."""
 
     model_config = FROZEN
 

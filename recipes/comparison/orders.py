@@ -71,7 +71,7 @@ _ORDER_SAMPLES = 16  # whose orders are measured, where each sample has its own
 
 
 class OrdersOptions(BaseModel):
-    """OrdersOptions of `nepa orders`."""
+    """Options of `nepa orders`."""
 
     model_config = FROZEN
 

@@ -63,7 +63,7 @@ SEED_KEYS = ("recipe", "train.seed", "train.workers", "data.root")
 
 
 class ForecastOptions(BaseModel):
-    """ForecastOptions of `nepa forecast`."""
+    """Options of `nepa forecast`."""
 
     model_config = FROZEN
 

@@ -44,7 +44,7 @@ from recipes.training.segmentation import load_segmenter, predict_image
 
 
 class InspectOptions(BaseModel):
-    """InspectOptions of `nepa inspect`."""
+    """Options of `nepa inspect`."""
 
     model_config = FROZEN
 

@@ -64,7 +64,7 @@ _SMALL = 2**24
 
 
 class ProbeOptions(BaseModel):
-    """ProbeOptions of `nepa probe`."""
+    """Options of `nepa probe`."""
 
     model_config = FROZEN
 

@@ -48,7 +48,7 @@ FREE = ()
 
 
 class ExportOptions(BaseModel):
-    """ExportOptions of `nepa export`."""
+    """Options of `nepa export`."""
 
     model_config = FROZEN
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from nepa_core.basics import UserError
-from nepa_core.predictor import PredictorConfig
-from nepa_core.runtime.fit import TrainConfig
-from nepa_core.runtime.optim import OptimConfig
 from nepa_core.verdict.judge import Verdict
+from recipes.configs import PretrainConfig
 from recipes.resolve import find_recipe
 
 ALIKE = 1.05
@@ -20,20 +18,7 @@ SMALL_SCALE, LONG_RUN, SMALL_RATE = 0.01, 10_000, 3e-5
 """LayerScale that starves runs shorter than that many steps, and a rate at which little moves."""
 
 
-class Trained(Protocol):
-    """The part of a run's config that advice is read from."""
-
-    @property
-    def recipe(self) -> str: ...
-    @property
-    def model(self) -> PredictorConfig: ...
-    @property
-    def optim(self) -> OptimConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
-
-
-def advice(verdict: Verdict, config: Trained, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """At most two lines on what to try where nothing, or no more than a baseline says, was learned: the run's facts."""
     if not verdict.collapsed and verdict.beats_all:
         return []

@@ -45,7 +45,7 @@ PHASES = ("data", "forward", "backward", "optimizer", "ema", "rest")
 
 
 class BenchOptions(BaseModel):
-    """BenchOptions of `nepa bench`."""
+    """Options of `nepa bench`."""
 
     model_config = FROZEN
 

@@ -32,7 +32,7 @@ DONE = "shards"  # folder of finished shards while others are missing
 
 
 class ResizeOptions(BaseModel):
-    """ResizeOptions of `nepa resize`."""
+    """Options of `nepa resize`."""
 
     model_config = FROZEN
 
