@@ -170,8 +170,8 @@ def base_in1k_finetune() -> FinetuneConfig:
     reported. From the scripts: rate 1.5e-3 scaled by batch/256, classifier and final norm at 1e-3 as it stands, layer
     decay 0.65 with the last block at 1, a staggered warm-up, random erasing 0.25 before mixing, clipping at norm 1
     (their trainer's default), EMA 0.9999, drop path 0.1 (their config), evaluation at short side 256, centre crop 224.
-    tests/test_recipe_rates.py holds every rate to theirs. Not published and chosen here: the micro-batch, and what is
-    logged and kept.
+    tests/house/test_recipe_rates.py holds every rate to theirs. Not published and chosen here: the micro-batch, and
+    what is logged and kept.
     """
     return FinetuneConfig(
         init="SixAILab/nepa-base-patch14-224",

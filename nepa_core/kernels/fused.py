@@ -1,9 +1,9 @@
 """Two gradients written by hand, so that LayerScale, QK-Norm and RoPE cost no activation memory and little time.
 
 Autograd would keep every intermediate of the plain formulas; here the backward pass starts from what the
-neighbouring operations keep anyway. `tests/test_fused.py` holds both to the plain formulas. All inputs of one call
-have one dtype: the caller casts for autocast. Under torch.compile the plain formulas are used instead, because the
-compiler fuses and recomputes by itself.
+neighbouring operations keep anyway. `tests/nepa_core/kernels/test_fused.py` holds both to the plain formulas. All
+inputs of one call have one dtype: the caller casts for autocast. Under torch.compile the plain formulas are used
+instead, because the compiler fuses and recomputes by itself.
 """
 
 from __future__ import annotations

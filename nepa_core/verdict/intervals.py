@@ -65,7 +65,8 @@ def over_both(values: Tensor, clusters: Tensor | None = None, *, chained: bool =
     that between the clusters' (the interaction is counted in both, so intervals err on the wide side), with
     Satterthwaite's degrees of freedom; never narrower than over seeds alone, for where seeds matter most
     Satterthwaite's interval covers but 92 to 94 % with three of them. So it covers 95 % or more, with three seeds and
-    with five. A bootstrap over seeds and samples covers too little with either, as tests/test_intervals.py shows.
+    with five. A bootstrap over seeds and samples covers too little with either, as
+    tests/nepa_core/verdict/test_intervals.py shows.
 
     Args:
         values: [K, S], the same samples for every seed. One seed gives `over_samples`.

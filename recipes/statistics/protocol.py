@@ -16,7 +16,7 @@ What a look is corrected for:
   seeds   A look uses every seed that all its variants were run with, those that its command leaves out too. So neither
           a bad seed nor a bad variant is dropped without being counted.
 
-tests/test_protocol.py simulates three looks at the winner with added seeds.
+tests/recipes/statistics/test_protocol.py simulates three looks at the winner with added seeds.
 """
 
 from __future__ import annotations
