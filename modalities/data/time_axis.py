@@ -86,6 +86,7 @@ class StampReader:
 
     def add(self, block: pa.Array) -> int | None:
         """Read one more block; None, or the place in it of the first cell that is no time stamp."""
+        block = block.dictionary_decode() if pa.types.is_dictionary(block.type) else block
         kind = block.type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             return self._add_text(pc.utf8_trim_whitespace(block))
