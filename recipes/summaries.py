@@ -156,7 +156,7 @@ class EvaluateSummary(GoalFigures, SegmentFigures, Unreadable, total=False):
     made_with: MadeWith
 
 
-class ImportRecord(TypedDict):
+class ImportRecord(TypedDict, total=False):
     """import.json: where the weights of an imported run came from."""
 
     source: str
