@@ -1,4 +1,4 @@
-"""Whether a file of figures holds what its class in recipes/summaries.py declares, and no more."""
+"""Whether a file of figures holds what its class in recipes/report/summaries.py declares, and no more."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import types
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
+from recipes.report.summaries import ObjectiveFigures, OrderFigures, RunMeasures
 from recipes.statistics.significance import Spread
-from recipes.summaries import ObjectiveFigures, OrderFigures, RunMeasures
 
 OPEN = re.compile(r"finetuned_(\d+|all)(_random)?")
-"""Keys without an end, of these classes alone: see the head of recipes/summaries.py."""
+"""Keys without an end, of these classes alone: see the head of recipes/report/summaries.py."""
 
 FIGURE = {RunMeasures: float, OrderFigures: Spread, ObjectiveFigures: Spread}
 

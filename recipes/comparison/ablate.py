@@ -19,6 +19,7 @@ from recipes.configs import PretrainConfig
 from recipes.networks.goals import find_goal
 from recipes.report.ablate import report
 from recipes.report.provenance import provenance
+from recipes.report.summaries import AblateRow, AblateSummary, Arm, PretrainSummary
 from recipes.report.tables import (
     credits_of,
     groups,
@@ -27,7 +28,6 @@ from recipes.report.tables import (
 )
 from recipes.statistics.protocol import Look
 from recipes.statistics.significance import LEAST_SEEDS, covers, differences, spread, verdict
-from recipes.summaries import AblateRow, AblateSummary, Arm, PretrainSummary
 
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},

@@ -58,9 +58,9 @@ from recipes.networks.goals import find_goal, first_sample, kind_of
 from recipes.readout import forecasters, probing
 from recipes.readout.features import network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches
+from recipes.report.summaries import ChosenSetting, RunMeasures, finetuned
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import draw_seed, pack_clusters
-from recipes.summaries import ChosenSetting, RunMeasures, finetuned
 from recipes.training import finetuning
 from recipes.training.pretraining import load_pretrained
 from recipes.training.starting import build_model

@@ -48,10 +48,10 @@ from nepa_core.runtime.locks import locked, nothing_left, take_back
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.run import FREE_KEYS, Run, is_run
 from recipes.configs import PretrainConfig
+from recipes.report.summaries import PretrainSummary
 from recipes.resolve import read_target
 from recipes.statistics import protocol
 from recipes.statistics.protocol import Declared, Look
-from recipes.summaries import PretrainSummary
 from recipes.training.pretraining import load_pretrained, pretrain
 from recipes.training.starting import build_pretrainer, try_batch
 

@@ -30,12 +30,12 @@ from recipes.configs import PretrainConfig
 from recipes.networks.goals import Classification, Goal, Regression
 from recipes.readout import probing
 from recipes.readout.features import Reader, Source, kept_features, tokens_per_sample
+from recipes.report.summaries import HeadFigures, PretrainSummary, ProbeRow, RunMeasures, Runs
 from recipes.report.tables import spreads
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import clusters_of, draw_seed, is_chained, pack_clusters
 from recipes.statistics.maps import attention_figures, neighbour_share, token_positions, uniform_attention
 from recipes.statistics.significance import Spread
-from recipes.summaries import HeadFigures, PretrainSummary, ProbeRow, RunMeasures, Runs
 from recipes.training import finetuning
 
 PROBE = probing.ProbeOptions(poolings=("mean", "last"), classifiers=("linear",))

@@ -38,10 +38,7 @@ from recipes.presets import PAPER_OBJECTIVE
 from recipes.report import card
 from recipes.report.objectives import RANDOM, report, title_of
 from recipes.report.provenance import provenance
-from recipes.report.tables import credits_of, gain_spreads, groups, margin, spreads
-from recipes.statistics.protocol import Look, alone
-from recipes.statistics.significance import LEAST_SEEDS, Difference, against, covers, differences, least
-from recipes.summaries import (
+from recipes.report.summaries import (
     Choices,
     ChosenSetting,
     ObjectiveFigures,
@@ -50,6 +47,9 @@ from recipes.summaries import (
     RunMeasures,
     Runs,
 )
+from recipes.report.tables import credits_of, gain_spreads, groups, margin, spreads
+from recipes.statistics.protocol import Look, alone
+from recipes.statistics.significance import LEAST_SEEDS, Difference, against, covers, differences, least
 from recipes.training.starting import build_model
 
 DEFAULT = ("cosine", "mse_normalised", "infonce_sample", "infonce_position", "sigreg")

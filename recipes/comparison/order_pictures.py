@@ -14,7 +14,7 @@ from recipes.readout.inspecting import InspectOptions, chosen_samples, inspect, 
 from recipes.report.inspect import NEXT, QUERY, map_panels
 from recipes.report.page import Figure
 from recipes.report.plots import Panel, panel_plot
-from recipes.summaries import OrdersSummary
+from recipes.report.summaries import OrdersSummary
 from recipes.training.pretraining import load_pretrained
 
 

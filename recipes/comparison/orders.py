@@ -37,6 +37,7 @@ from recipes.configs import PretrainConfig
 from recipes.options import listed_or_all, once
 from recipes.report.orders import report
 from recipes.report.provenance import provenance
+from recipes.report.summaries import Cross, OrderFigures, OrdersSummary, RunMeasures, Runs, finetuned
 from recipes.report.tables import credits_of, gain_spreads, groups, margin
 from recipes.statistics.held_out import draw_seed
 from recipes.statistics.maps import token_positions
@@ -52,7 +53,6 @@ from recipes.statistics.significance import (
     unseen,
     verdict,
 )
-from recipes.summaries import Cross, OrderFigures, OrdersSummary, RunMeasures, Runs, finetuned
 from recipes.training.starting import try_order
 
 DEFAULT = (

@@ -39,8 +39,8 @@ from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.tokens import LARGEST_VALUE
 from recipes.configs import PretrainConfig
+from recipes.report.summaries import ForecastFigures
 from recipes.statistics.held_out import NUMBER, Numbered
-from recipes.summaries import ForecastFigures
 from recipes.training.train import opened
 
 READOUTS = ("flattened tokens", "last token")

@@ -53,8 +53,15 @@ from recipes.report.forecast import (
     stretches,
 )
 from recipes.report.provenance import provenance
+from recipes.report.summaries import (
+    ErrorDifference,
+    ForecastFigures,
+    ForecastRow,
+    ForecastSummary,
+    SeedsRow,
+    SeedsSummary,
+)
 from recipes.statistics.significance import spread
-from recipes.summaries import ErrorDifference, ForecastFigures, ForecastRow, ForecastSummary, SeedsRow, SeedsSummary
 from recipes.training.starting import build_model
 
 FITTED = 2

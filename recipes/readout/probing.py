@@ -38,11 +38,11 @@ from recipes.readout.features import (
     tokens_per_sample,
 )
 from recipes.report.provenance import unreadable
+from recipes.report.summaries import ProbeRow, ProbeScore, ProbeSummary
 from recipes.resolve import read_target
 from recipes.statistics.credits import pack_credits, unpack_credits
 from recipes.statistics.held_out import clusters_of, is_chained, pack_clusters
 from recipes.statistics.worth import MAJORITY, RANDOM, RAW, Metric, Score, Worth, judge, sentences, worth_in
-from recipes.summaries import ProbeRow, ProbeScore, ProbeSummary
 from recipes.training.pretraining import load_pretrained
 from recipes.training.starting import build_model
 

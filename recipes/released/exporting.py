@@ -29,7 +29,7 @@ from nepa_core.runtime.run import RECORD, Run, is_run, task_of
 from nepa_core.runtime.weights import class_names, current_weights, newest, split
 from nepa_core.tokens import ImageInput
 from recipes.configs import FinetuneConfig, PretrainConfig
-from recipes.summaries import ImportRecord
+from recipes.report.summaries import ImportRecord
 
 HEADED, HEADLESS = "ViTNepaForImageClassification", "ViTNepaForPreTraining"
 CONFIG_DEFAULTS = {"pos_embed_shift": None, "pos_embed_jitter": None, "add_pooling_layer": True}

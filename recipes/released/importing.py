@@ -15,7 +15,7 @@ from nepa_core.runtime.weights import joined
 from recipes import vision
 from recipes.configs import FinetuneConfig, PretrainConfig
 from recipes.report.provenance import provenance
-from recipes.summaries import ImportRecord
+from recipes.report.summaries import ImportRecord
 
 DECIDED = ("model.", "data.patch", "data.channels", "causal", "objective.causal", "readout")
 """Keys that come with the weights; of the network all do."""

@@ -12,7 +12,7 @@ from nepa_core.verdict.judge import COLLAPSE_SHARE, Verdict
 from recipes.report.page import Answer, Figure, Part, Report, Table, Verbatim, Words
 from recipes.report.plots import line_plot
 from recipes.report.provenance import settings_of, unreadable
-from recipes.summaries import PretrainSummary
+from recipes.report.summaries import PretrainSummary
 
 SPACES = {
     "projected": "Losses and identification, also those before training and of the baselines, are measured behind the "

@@ -10,8 +10,8 @@ from recipes.networks.goals import AVERAGED, FIGURES, AveragedKey, Classificatio
 from recipes.report.page import Answer, Figure, Part, Report, Verbatim, Words
 from recipes.report.plots import line_plot
 from recipes.report.provenance import settings_of, unreadable
+from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.statistics.worth import sentences, without_control, worth_in
-from recipes.summaries import FinetuneSummary, HeldOutFigures
 
 
 def verdict(summary: FinetuneSummary, run: Run) -> list[str]:

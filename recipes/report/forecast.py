@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from nepa_core.basics import Batch
 from nepa_core.verdict.drawing import spans_of
 from nepa_core.verdict.intervals import Interval, over_both
+from recipes.report.summaries import ErrorDifference, ForecastSummary
 from recipes.statistics.significance import spread
-from recipes.summaries import ErrorDifference, ForecastSummary
 
 ERRORS: Final = ("mse", "mae")
 LINEAR, PERSISTENCE, DLINEAR = "linear on the raw window", "persistence", "DLinear"

@@ -12,6 +12,7 @@ from nepa_core.terms import term
 from recipes.objective_names import OWN
 from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Verbatim, Words
 from recipes.report.plots import inside, line_plot, png_of
+from recipes.report.summaries import ChosenSetting, ObjectiveFigures, ObjectivesSummary, RunMeasures, Runs, found_at
 from recipes.report.tables import (
     TESTED,
     Column,
@@ -25,7 +26,6 @@ from recipes.report.tables import (
     text_table,
 )
 from recipes.statistics.significance import Difference, Spread, interval_of, spread
-from recipes.summaries import ChosenSetting, ObjectiveFigures, ObjectivesSummary, RunMeasures, Runs, found_at
 
 NOT_COMPARABLE = (
     "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that "

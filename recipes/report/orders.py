@@ -16,6 +16,7 @@ from recipes.report.plots import (
     panels_plot,
     strip_plot,
 )
+from recipes.report.summaries import HeadKey, OrdersSummary, RunMeasures, Runs, finetuned, found_at
 from recipes.report.tables import (
     TESTED,
     Column,
@@ -30,7 +31,6 @@ from recipes.report.tables import (
     text_table,
 )
 from recipes.statistics.significance import Difference
-from recipes.summaries import HeadKey, OrdersSummary, RunMeasures, Runs, finetuned, found_at
 
 NOT_COMPARABLE = (
     "Losses of different orders are not comparable: each order asks the network other questions, and an easy question "

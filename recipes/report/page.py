@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nepa_core.runtime.checkpoint import disk_errors
-from recipes.summaries import MadeWith
+from recipes.report.summaries import MadeWith
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

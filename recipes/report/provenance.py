@@ -18,7 +18,7 @@ import torch
 from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.run import Run, reading_back
 from recipes.report.page import Report
-from recipes.summaries import MadeWith, Unreadable
+from recipes.report.summaries import MadeWith, Unreadable
 
 
 def rendered(report: Callable[[], Report], run: Run, *, before: bool) -> str:

@@ -14,8 +14,8 @@ from nepa_core.runtime.run import Run
 from recipes.report.page import Figure, Part, Report, Table, Verbatim
 from recipes.report.plots import line_plot, picture_table
 from recipes.report.provenance import settings_of, unreadable
+from recipes.report.summaries import SegmentSummary
 from recipes.statistics.segment_metrics import ScoreKey, classes_in_truth, lonely, score_text
-from recipes.summaries import SegmentSummary
 
 MEASURES: Final = ("mIoU", "mAcc", "aAcc")
 

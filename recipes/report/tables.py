@@ -8,13 +8,13 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from recipes.report.summaries import PretrainSummary
 from recipes.statistics.credits import unpack_credits
 from recipes.statistics.held_out import unpack_clusters
 from recipes.statistics.significance import LEVEL, Credits, Difference, Spread, interval_of, points, shown_p, spread
-from recipes.summaries import PretrainSummary
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
-"""Variant -> what was measured, one a seed. Keys of `recipes.summaries`; what a table shows is asked for by name."""
+"""Variant -> what was measured, one a seed. Tables ask by name for keys of `recipes.report.summaries`."""
 
 TESTED = (
     "Differences are paired over seeds, and over test samples where it is known what each adds. The noise of seeds is "

@@ -24,9 +24,9 @@ from recipes.networks.goals import FIGURES
 from recipes.report.finetune import scored_samples
 from recipes.report.provenance import provenance, unreadable
 from recipes.report.segment import MEASURES
+from recipes.report.summaries import EvaluateSummary
 from recipes.resolve import read_target
 from recipes.statistics.segment_metrics import classes_in_truth, lonely, score_text
-from recipes.summaries import EvaluateSummary
 from recipes.training import segmentation
 from recipes.training.evaluating import class_lines, compare_classes, measured
 

@@ -16,8 +16,8 @@ from nepa_core.runtime.run import Run
 from recipes.configs import PretrainConfig
 from recipes.report import card
 from recipes.report.provenance import rendered
+from recipes.report.summaries import PretrainSummary
 from recipes.resolve import default_out, read_target
-from recipes.summaries import PretrainSummary
 from recipes.training import pretraining
 
 

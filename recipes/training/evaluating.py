@@ -13,8 +13,8 @@ from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import Weights, class_names
 from recipes.configs import FinetuneConfig
 from recipes.networks.goals import Goal, Regression, find_goal
+from recipes.report.summaries import HeldOutFigures
 from recipes.statistics.segment_metrics import ClassIou, score_text
-from recipes.summaries import HeldOutFigures
 from recipes.training.finetuning import load_classifier, measure
 
 

@@ -29,10 +29,10 @@ from recipes.networks.goals import AVERAGED, Goal, Regression, find_goal, number
 from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead
 from recipes.presets import short
 from recipes.report.finetune import report, start_of
+from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.resolve import read_target
 from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained
 from recipes.statistics.worth import RANDOM, Score, Worth, judge, worth_in
-from recipes.summaries import FinetuneSummary, HeldOutFigures
 from recipes.training.train import cost, opened, train
 
 

@@ -24,9 +24,9 @@ from nepa_core.verdict.drawing import RIVALS, Drawn, apart, draw
 from nepa_core.verdict.gathered import Gathered, gather, gather_targets
 from nepa_core.verdict.judge import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
 from recipes.configs import PretrainConfig
+from recipes.report.summaries import PairCredits, PretrainSummary
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import pack_clusters
-from recipes.summaries import PairCredits, PretrainSummary
 from recipes.training.starting import build_pretrainer, first_samples
 from recipes.training.train import cost
 

@@ -23,7 +23,7 @@ from nepa_core.runtime.weights import newest
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
 from recipes.report import card
-from recipes.summaries import PretrainSummary
+from recipes.report.summaries import PretrainSummary
 from recipes.training.advice import advice
 from recipes.training.judging import best_possible, held_out_health, packed, rank_warning, summarise, verdict_of
 from recipes.training.starting import build_model, build_pretrainer, check_samples, try_batch

@@ -31,8 +31,8 @@ from recipes.networks.upernet import UPerNet, resize
 from recipes.networks.windows import WindowLogits, predict
 from recipes.report.plots import spread_out
 from recipes.report.segment import Picture, report
+from recipes.report.summaries import EvaluateSummary, SegmentSummary
 from recipes.statistics.segment_metrics import ClassIou, Scores, SegmentFigures, confusion, scores
-from recipes.summaries import EvaluateSummary, SegmentSummary
 from recipes.training.train import cost, opened, train
 
 

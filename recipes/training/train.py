@@ -26,7 +26,7 @@ from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run, Summary, is_imported
 from nepa_core.runtime.weights import newest
 from recipes.report.provenance import provenance
-from recipes.summaries import TrainingCost
+from recipes.report.summaries import TrainingCost
 
 
 class Recipe(Protocol):

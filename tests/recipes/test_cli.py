@@ -22,7 +22,7 @@ from recipes import vision
 from recipes.cli import TASKS, main
 from recipes.options import describe_fields
 from recipes.report.provenance import provenance
-from recipes.summaries import PretrainSummary
+from recipes.report.summaries import PretrainSummary
 from tests.conftest import ROOT, largest_file
 from tests.summaries import check_summary
 from tests.tiny import Waves

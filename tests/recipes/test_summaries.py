@@ -1,4 +1,4 @@
-"""The classes of recipes/summaries.py. That files keep to them is asked where tests make these files."""
+"""The classes of recipes/report/summaries.py. That files keep to them is asked where tests make these files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recipes.summaries import FinetuneSummary, OrdersSummary, PretrainSummary, ProbeSummary
+from recipes.report.summaries import FinetuneSummary, OrdersSummary, PretrainSummary, ProbeSummary
 from tests.summaries import undeclared
 
 SPREAD = {"values": [0.5], "mean": 0.5, "std": 0.0, "ci95": None}

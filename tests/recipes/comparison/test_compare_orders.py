@@ -29,8 +29,8 @@ from recipes.comparison.orders import OrdersOptions as Options
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import Classification
 from recipes.report.orders import accuracy_figure, head_curves, seen_figures
+from recipes.report.summaries import OrdersSummary, RunMeasures
 from recipes.statistics.maps import grid_positions, neighbour_share
-from recipes.summaries import OrdersSummary, RunMeasures
 from recipes.vision import digits_2x2
 from tests.conftest import ROOT
 from tests.recipes.readout.test_forecast import recipe as series_recipe

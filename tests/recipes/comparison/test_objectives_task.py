@@ -26,10 +26,10 @@ from recipes.comparison.objectives import summarise
 from recipes.configs import PretrainConfig
 from recipes.objective_names import named
 from recipes.report.objectives import RANDOM, render
+from recipes.report.summaries import ObjectivesSummary, RunMeasures
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.protocol import alone
 from recipes.statistics.significance import Difference, against
-from recipes.summaries import ObjectivesSummary, RunMeasures
 from recipes.training import finetuning as finetune
 from recipes.training.starting import build_model
 from tests.recipes.readout.test_forecast import recipe as series_recipe

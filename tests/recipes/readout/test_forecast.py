@@ -40,7 +40,7 @@ from recipes.readout.forecasters import (
 )
 from recipes.readout.forecasting import ForecastOptions as Options
 from recipes.report.forecast import cell, paired_differences, significant, stretches, verdict
-from recipes.summaries import ForecastFigures, ForecastSummary, SeedsSummary
+from recipes.report.summaries import ForecastFigures, ForecastSummary, SeedsSummary
 from recipes.timeseries import demo
 from tests import tiny
 from tests.modalities.test_timeseries import adapter, walk, write_csv

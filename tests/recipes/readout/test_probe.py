@@ -19,10 +19,10 @@ from recipes.cli import main
 from recipes.configs import PretrainConfig
 from recipes.readout import classifiers
 from recipes.readout import probing as probe
+from recipes.report.summaries import ProbeSummary
 from recipes.statistics.credits import unpack_credits
 from recipes.statistics.held_out import unpack_clusters
 from recipes.statistics.worth import sentences, worth_in
-from recipes.summaries import ProbeSummary
 from recipes.training.starting import build_model
 from tests import tiny
 from tests.summaries import check_summary

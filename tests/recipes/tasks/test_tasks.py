@@ -20,7 +20,7 @@ from recipes.comparison import ablate, orders
 from recipes.configs import PretrainConfig
 from recipes.objective_names import NAMED
 from recipes.presets import short
-from recipes.summaries import AblateRow, AblateSummary
+from recipes.report.summaries import AblateRow, AblateSummary
 from recipes.tasks.bench import read_config
 from recipes.training import bench
 from recipes.training.finetuning import finetune

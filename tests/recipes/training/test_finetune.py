@@ -34,9 +34,9 @@ from recipes.configs import FinetuneConfig, MixConfig
 from recipes.networks.goals import numbered
 from recipes.presets import short
 from recipes.report.finetune import scored_samples
+from recipes.report.summaries import EvaluateSummary, FinetuneSummary
 from recipes.resolve import default_out
 from recipes.statistics.worth import sentences, worth_in
-from recipes.summaries import EvaluateSummary, FinetuneSummary
 from recipes.training.finetuning import (
     build_classifier,
     finetune,

@@ -31,8 +31,8 @@ from recipes.cli import leave, main
 from recipes.configs import SegmentConfig
 from recipes.networks.windows import EvaluationConfig, predict, slide, whole, window_starts
 from recipes.report.segment import palette, render
+from recipes.report.summaries import EvaluateSummary, SegmentSummary
 from recipes.statistics.segment_metrics import confusion, scores
-from recipes.summaries import EvaluateSummary, SegmentSummary
 from recipes.training import segmentation as task
 from recipes.training.pretraining import pretrain
 from recipes.training.segmentation import Measured, build_segmenter, make_step, measure, pixel_loss, segment
