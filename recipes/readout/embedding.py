@@ -88,8 +88,11 @@ class EmbedOptions(BaseModel):
     surprise: bool | Literal["tokens"] = Field(
         default=False, description="true: how badly each sample is predicted; tokens: each token, too"
     )
+    usual: Literal["train", "test"] = Field(
+        default="train", description="the split that surprise_quantile compares with; test: samples not trained on"
+    )
     calibrate: int = Field(
-        default=1000, ge=0, description="training samples that surprise_quantile compares with; 0: no such column"
+        default=1000, ge=0, description="how many of them, drawn from the whole split; 0: no such column"
     )
 
     @model_validator(mode="after")
@@ -235,7 +238,7 @@ def _settings(task: Task) -> dict[str, Any]:
         "adapter": import_path(type(net.data)),
         "data": net.data.model_dump(mode="json"),
         "surprise": options.surprise,
-        "calibrate": options.calibrate if options.surprise else 0,
+        "calibrate": f"{options.calibrate} of {options.usual}" if options.surprise else "",
         "causal": net.causal,
         "read": [row.name(net.model.config.depth) for row in task.rows],
         "batch": net.reading.batch,
@@ -279,10 +282,10 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _calibration(task: Task, ranks: World, workers: int) -> Array:
-    """The surprise of training samples without augmentation, a fixed draw, sorted; every rank has all of them."""
+    """The surprise of samples of the split `usual`, a fixed draw, sorted; every rank has all of them."""
     net, found = task.net, list[Tensor]()
     batches = plain_batches(
-        net.data.dataset("train"),
+        net.data.dataset(task.options.usual),
         batch=net.reading.batch,
         device=ranks.device,
         workers=workers,
@@ -392,7 +395,8 @@ def _finish(task: Task, settings: dict[str, Any], usual: Array | None) -> dict[s
     if usual is not None:
         points = {str(share): float(np.quantile(usual, share)) for share in (0, 0.5, 0.9, RARE, 1)}
         above = sum(int((column_of(part, "surprise_quantile") > RARE).sum()) for part in full)
-        record["surprise"] = {"training_samples": len(usual), "quantiles": points, f"rows_above_{RARE}": above}
+        of = {"split": task.options.usual, "samples": len(usual), "quantiles": points}
+        record["surprise"] = of | {f"rows_above_{RARE}": above}
     with disk_errors(task.file):
         names = join(full, task.file.name, task.store, task.names[0] if len(task.names) == 1 else None)
         for made in names:
@@ -410,10 +414,15 @@ def render(record: dict[str, Any], file: Path) -> str:
     lines.append(f"{file}: {record['rows']:,} rows of {record['samples']:,} samples: {columns}.")
     if "surprise" in record:
         of = record["surprise"]
-        above, share = of[f"rows_above_{RARE}"], of[f"rows_above_{RARE}"] / record["rows"]
+        above, train = of[f"rows_above_{RARE}"], of["split"] == "train"
         lines.append(
-            f"Surprise: {above:,} rows ({share:.1%}) above {RARE:.0%} of {of['training_samples']:,} training samples. "
-            "The network has seen those, so of new ones like them expect more than 1 %."
+            f"Surprise: {above:,} rows ({above / record['rows']:.1%}) above {RARE:.0%} of {of['samples']:,} "
+            f"{'training' if train else 'held-out'} samples."
+            + (
+                " The network has trained on those: new ones surprise more (usual=test compares with some)."
+                if train
+                else ""
+            )
         )
     if count := record["unreadable_samples"]:
         more = f"; all are named in {record_file(file)}" if count > 1 else ""

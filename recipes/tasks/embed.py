@@ -11,7 +11,8 @@ safetensors. Memory does not grow with the number of samples. Stopped or killed,
 processes (torchrun) give the same table. Samples that can't be read are left out, and named.
 
 surprise=true adds how badly the network predicts each sample (the mean of -cos, -1 to 1), an anomaly score, and
-surprise_quantile, the share of training samples that surprise less. surprise=tokens adds it for each token.
+surprise_quantile, the share of training samples, or with usual=test of held-out ones, that surprise less.
+surprise=tokens adds it for each token.
 """
 
 from __future__ import annotations

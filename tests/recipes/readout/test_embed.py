@@ -346,6 +346,9 @@ def test_surprise_flags_corrupted_samples_and_places(tmp_path: Path) -> None:
     np.testing.assert_allclose(quantile, [(usual < each - 1e-7).mean() for each in surprise], atol=0.004)
     assert 0.4 < np.median(quantile[odd == 0]) < 0.7, "those that are as usual lie among the training samples"
     assert (quantile[odd == 1] > 0.95).mean() > 0.5
+    assert embed(tmp_path / "run", "surprise=true", "usual=test", f"out={tmp_path / 'even.parquet'}") == 0
+    even = column(tmp_path / "even.parquet", "surprise_quantile")
+    np.testing.assert_allclose(np.sort(even), np.arange(400) / 400, atol=0.004)
     assert embed(tmp_path / "run", *words[:1], "surprise=tokens", "pooling=none", f"out={tmp_path / 't.parquet'}") == 0
     token, of_token = column(tmp_path / "t.parquet", "token"), column(tmp_path / "t.parquet", "surprise_token")
     row = column(tmp_path / "t.parquet", "sample") % 2 == 1
