@@ -10,6 +10,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,32 +57,50 @@ def write_part(file: Path, tables: Sequence[pa.Table], note: Any) -> None:
     draft.rename(file)
 
 
+@contextmanager
+def _opened(part: Path) -> Iterator[pq.ParquetFile]:
+    """A part; pyarrow itself would take a name with a colon for an address."""
+    with part.open("rb") as stream:
+        yield pq.ParquetFile(stream)
+
+
 def is_part(file: Path) -> bool:
     """Whether a part is there and whole."""
     try:
-        pq.read_metadata(file)
+        with _opened(file):
+            return True
     except (OSError, pa.ArrowInvalid):
         return False
-    return True
 
 
 def note_of(part: Path) -> Any:
     """The plain values of a part."""
-    return json.loads(pq.read_schema(part).metadata[_NOTE])
+    return json.loads(_schema(part).metadata[_NOTE])
 
 
 def rows_of(part: Path) -> int:
-    return int(pq.read_metadata(part).num_rows)
+    with _opened(part) as table:
+        return int(table.metadata.num_rows)
 
 
 def column_of(part: Path, name: str) -> Array:
     """One column of numbers."""
-    return _numbers(pq.read_table(part, columns=[name]).column(0))
+    return _numbers(_table(part, [name]).column(0))
+
+
+def _schema(part: Path) -> pa.Schema:
+    with _opened(part) as table:
+        return table.schema_arrow
+
+
+def _table(part: Path, columns: list[str] | None = None) -> pa.Table:
+    with _opened(part) as table:
+        return table.read(columns)
 
 
 def shapes(part: Path) -> dict[str, str]:
     """Name of each column -> "float32 [64]", the type of its numbers and how many a row has; "string"."""
-    return {field.name: _shape(field.type) for field in pq.read_schema(part)}
+    return {field.name: _shape(field.type) for field in _schema(part)}
 
 
 def _shape(kind: pa.DataType) -> str:
@@ -104,7 +123,7 @@ def join(parts: Sequence[Path], name: str, folder: Path, main: str | None) -> li
     Returns:
         The files.
     """
-    schema = pq.read_schema(parts[0]).remove_metadata()
+    schema = _schema(parts[0]).remove_metadata()
     if (suffix := Path(name).suffix) == ".parquet":
         _join_parquet(parts, folder / name, schema)
         return [folder / name]
@@ -113,9 +132,9 @@ def join(parts: Sequence[Path], name: str, folder: Path, main: str | None) -> li
     for file, column in zip(files, text, strict=True):
         with file.open("w") as lines:
             for part in parts:
-                lines.writelines(f"{each}\n" for each in pq.read_table(part, columns=[column]).column(0).to_pylist())
+                lines.writelines(f"{each}\n" for each in _table(part, [column]).column(0).to_pylist())
     count = sum(map(rows_of, parts))
-    first = pq.read_table(parts[0]).slice(0, 1)
+    first = _table(parts[0]).slice(0, 1)
     kinds = {column: _numbers(first[column]) for column in schema.names if column not in text}
     shape = {column: (count, *kind.shape[1:]) for column, kind in kinds.items()}
     if suffix == ".npy":
@@ -138,7 +157,7 @@ def join(parts: Sequence[Path], name: str, folder: Path, main: str | None) -> li
 def _join_parquet(parts: Sequence[Path], file: Path, schema: pa.Schema) -> None:
     with file.open("wb") as stream, pq.ParquetWriter(stream, schema, **_PLAIN) as writer:
         for part in parts:
-            writer.write_table(pq.read_table(part).replace_schema_metadata(None))
+            writer.write_table(_table(part).replace_schema_metadata(None))
 
 
 def _header(columns: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]]) -> bytes:

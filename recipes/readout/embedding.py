@@ -282,21 +282,30 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _calibration(task: Task, ranks: World, workers: int) -> Array:
-    """The surprise of samples of the split `usual`, a fixed draw, sorted; every rank has all of them."""
+    """The surprise of samples of the split `usual`, a fixed draw, sorted; every rank has all of them.
+
+    Raises:
+        UserError: there are none.
+    """
     net, found = task.net, list[Tensor]()
-    batches = plain_batches(
-        net.data.dataset(task.options.usual),
-        batch=net.reading.batch,
-        device=ranks.device,
-        workers=workers,
-        limit=task.options.calibrate,
-        seed=0,
-        rank=ranks.rank,
-        ranks=ranks.size,
-        tokenize=net.data.tokenize,
-    )
-    for batch in batches:
-        found.append(_surprise_of(net.read(batch, (), surprise=True)))
+    try:
+        batches = plain_batches(
+            net.data.dataset(task.options.usual),
+            batch=net.reading.batch,
+            device=ranks.device,
+            workers=workers,
+            limit=task.options.calibrate,
+            seed=0,
+            rank=ranks.rank,
+            ranks=ranks.size,
+            tokenize=net.data.tokenize,
+        )
+        for batch in batches:
+            found.append(_surprise_of(net.read(batch, (), surprise=True)))
+    except UserError as error:
+        raise UserError(
+            f"surprise_quantile compares with usual={task.options.usual}, and {error}; calibrate=0 leaves it out"
+        ) from error
     usual: Array = torch.cat(ranks.in_order(found)).sort().values.numpy()
     return usual[~np.isnan(usual)]
 
