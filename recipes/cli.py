@@ -45,6 +45,9 @@ TASKS = {
     "inspect": Task(
         "recipes.tasks.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"
     ),
+    "embed": Task(
+        "recipes.tasks.embed", "RUN", "features of any layer for many samples, as parquet, npy or safetensors"
+    ),
     "orders": Task("recipes.tasks.orders", "RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
     "objectives": Task(
         "recipes.tasks.objectives", "RECIPE", "does pre-training pay, and with which objective? as one page"

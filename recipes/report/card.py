@@ -96,6 +96,9 @@ def margin(of: Interval) -> str:
     return f"{100 * of.mean:+.1f} ± {half}"
 
 
+PROBES = ("probe_accuracy", "probe_r2")
+"""What `train.probe` adds to the lines of metrics.jsonl."""
+
 FEW = 5
 """Groups below which an interval covers too little where they are of unequal size: 86 % with three, simulated."""
 
@@ -205,7 +208,7 @@ def tries(summary: PretrainSummary) -> list[str]:
 
 
 def report(run: Run, summary: PretrainSummary, data: Modality) -> Report:
-    """The card, then loss.png, learning.png, rank.png, spread.png and position.png, then the settings."""
+    """The card, then loss.png, learning.png, probe.png, rank.png, spread.png and position.png, then the settings."""
     said, title = render(summary, data), f"Pre-training: {run.path.name}"
     return Report(title, said, summary["made_with"], lambda: _parts(run, summary, data.token_name), "card.txt")
 
@@ -244,6 +247,15 @@ def _parts(run: Run, summary: PretrainSummary, noun: str) -> Iterator[Part]:
             x="step", y="share; cosine", title=f"Next {noun}",
         ),
     )  # fmt: skip
+    for name in PROBES:
+        if probed := [line for line in health if name in line]:
+            said, curve = name.replace("_", " "), ([line["step"] for line in probed], [line[name] for line in probed])
+            yield Figure(
+                "probe.png",
+                "Held-out labels read by a small ridge from the last layer while training; at step 0 from random "
+                "weights. nepa probe reads every layer, beside the raw tokens.",
+                line_plot({said: curve}, x="step", y=said, title="Small probe"),
+            )
     yield Figure(
         "rank.png",
         "Effective rank over training: collapse shows here, not in the loss.",
