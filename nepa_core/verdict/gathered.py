@@ -75,10 +75,11 @@ class Gathered(NamedTuple):
 
     def rows(self, index: slice | Tensor, *, tokens: int | None = None) -> Gathered:
         """Some of the samples; with `tokens`, cut or padded (with what is not real) to that many tokens."""
+        embeddings = self.embeddings[index]
         whole = Gathered(
             values=self.values[index],
-            embeddings=self.embeddings[index],
-            predictions=self.predictions[index],
+            embeddings=embeddings,
+            predictions=embeddings if self.predictions is self.embeddings else self.predictions[index],
             mask=None if self.mask is None else self.mask[index],
             order=None if self.order is None else self.order[index],
             encoded=None if self.encoded is None else self.encoded[index],
@@ -201,21 +202,34 @@ def _own_order(model: NEPA, tokens: Tokens) -> Tensor | None:
 
 def joined(parts: list[Gathered]) -> Gathered:
     """One after the other, padded to the longest; the mask is None where all is real. `drawn` is not kept."""
-    longest = max(part.values.shape[1] for part in parts)
-    sized = [part.rows(slice(None), tokens=longest) if part.values.shape[1] < longest else part for part in parts]
-    first = sized[0]
-    masks = [
-        torch.ones(part.embeddings.shape[:2], dtype=torch.bool) if part.mask is None else part.mask for part in sized
-    ]
-    mask = torch.cat(masks)
+    first, tokens = parts[0], max(part.values.shape[1] for part in parts)
+    places = tokens + first.bos
+    embeddings = _stacked([part.embeddings for part in parts], places)
+    real = [torch.ones(p.embeddings.shape[:2], dtype=torch.bool) if p.mask is None else p.mask for p in parts]
+    mask = _stacked(real, places)
+    once = all(part.predictions is part.embeddings for part in parts)
     return Gathered(
-        values=torch.cat([part.values for part in sized]),
-        embeddings=torch.cat([part.embeddings for part in sized]),
-        predictions=torch.cat([part.predictions for part in sized]),
+        values=_stacked([part.values for part in parts], tokens),
+        embeddings=embeddings,
+        predictions=embeddings if once else _stacked([part.predictions for part in parts], places),
         mask=None if mask.all() else mask,
-        order=None if first.order is None else torch.cat([part.order for part in sized if part.order is not None]),
-        encoded=None if first.encoded is None else torch.cat([p.encoded for p in sized if p.encoded is not None]),
+        order=None
+        if first.order is None
+        else torch.cat([_padded_order(part.order, tokens) for part in parts if part.order is not None]),
+        encoded=None
+        if first.encoded is None
+        else _stacked([part.encoded for part in parts if part.encoded is not None], places),
     )
+
+
+def _stacked(parts: list[Tensor], places: int) -> Tensor:
+    """[S, places, ...] one after the other, zeros (False) behind the shorter; no part is copied twice."""
+    whole = parts[0].new_zeros(sum(map(len, parts)), places, *parts[0].shape[2:])
+    start = 0
+    for part in parts:
+        whole[start : start + len(part), : part.shape[1]] = part
+        start += len(part)
+    return whole
 
 
 def _padded(x: Tensor, places: int) -> Tensor:
