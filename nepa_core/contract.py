@@ -27,18 +27,7 @@ BATCH = 8
 TRIED = 256  # samples that are looked at for BATCH that can be read, before training
 PROBES = 32  # numbers of a raw sample that are changed to see in which tokens they stand
 NETWORK = PredictorConfig(
-    dim=48,
-    depth=2,
-    heads=2,
-    mlp_dim=96,
-    activation="gelu",
-    gated=False,
-    layer_scale=None,
-    qk_norm="plain",
-    rope_theta=100.0,
-    rope_rescale=1.0,
-    bos=False,
-    norm_eps=1e-6,
+    dim=48, depth=2, heads=2, mlp_dim=96, activation="gelu", gated=False, layer_scale=None, bos=False, norm_eps=1e-6
 )
 
 
