@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,11 @@ class Gathered(NamedTuple):
         return self.embeddings.shape[1] - self.values.shape[1]
 
     @property
+    def real(self) -> Tensor:
+        """The mask, all True where there is none: [S, T] bool."""
+        return torch.ones(self.embeddings.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
     def targets(self) -> Tensor:
         """[S, T - 1, D], the embedding that each prediction but the last is compared with."""
         return self.embeddings[:, 1:]
@@ -75,38 +80,23 @@ class Gathered(NamedTuple):
 
     def rows(self, index: slice | Tensor, *, tokens: int | None = None) -> Gathered:
         """Some of the samples; with `tokens`, cut or padded (with what is not real) to that many tokens."""
-        whole = Gathered(
-            values=self.values[index],
-            embeddings=self.embeddings[index],
-            predictions=self.predictions[index],
-            mask=None if self.mask is None else self.mask[index],
-            order=None if self.order is None else self.order[index],
-            encoded=None if self.encoded is None else self.encoded[index],
-            drawn=None if self.drawn is None else self.drawn.at(index),
-        )
+        some = {name: x[index] for name, x in self._tensors().items()}
+        whole = self._replace(**some, drawn=None if self.drawn is None else self.drawn.at(index))
         return whole if tokens is None else whole._sized(tokens)
 
     def _sized(self, tokens: int) -> Gathered:
-        count, bos = self.values.shape[1], self.bos
-        if tokens < count:
-            places = slice(tokens + bos)
-            return self._replace(
-                values=self.values[:, :tokens],
-                embeddings=self.embeddings[:, places],
-                predictions=self.predictions[:, places],
-                mask=None if self.mask is None else self.mask[:, places],
-                order=None if self.order is None else self.order[:, :tokens],
-                encoded=None if self.encoded is None else self.encoded[:, places],
-            )
-        mask = torch.ones(self.embeddings.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
-        return self._replace(
-            values=_padded(self.values, tokens),
-            embeddings=_padded(self.embeddings, tokens + bos),
-            predictions=_padded(self.predictions, tokens + bos),
-            mask=_padded(mask, tokens + bos),
-            order=None if self.order is None else _padded_order(self.order, tokens),
-            encoded=None if self.encoded is None else _padded(self.encoded, tokens + bos),
-        )
+        found, longer = self._tensors(), tokens >= self.values.shape[1]
+        if longer:
+            found["mask"] = self.real
+        front = {"values": 0, "order": 0}  # places before the first token; the rest has those of BOS
+        sized: dict[str, Any] = {name: _to_length(x, tokens + front.get(name, self.bos)) for name, x in found.items()}
+        if longer and self.order is not None:  # padding keeps the places behind, or an order could not be inverted
+            sized["order"][:, self.order.shape[1] :] = torch.arange(self.order.shape[1], tokens)
+        return self._replace(**sized)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those that are there."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
 
 @contextmanager
@@ -203,27 +193,12 @@ def joined(parts: list[Gathered]) -> Gathered:
     """One after the other, padded to the longest; the mask is None where all is real. `drawn` is not kept."""
     longest = max(part.values.shape[1] for part in parts)
     sized = [part.rows(slice(None), tokens=longest) if part.values.shape[1] < longest else part for part in parts]
-    first = sized[0]
-    masks = [
-        torch.ones(part.embeddings.shape[:2], dtype=torch.bool) if part.mask is None else part.mask for part in sized
-    ]
-    mask = torch.cat(masks)
-    return Gathered(
-        values=torch.cat([part.values for part in sized]),
-        embeddings=torch.cat([part.embeddings for part in sized]),
-        predictions=torch.cat([part.predictions for part in sized]),
-        mask=None if mask.all() else mask,
-        order=None if first.order is None else torch.cat([part.order for part in sized if part.order is not None]),
-        encoded=None if first.encoded is None else torch.cat([p.encoded for p in sized if p.encoded is not None]),
-    )
+    sized = [part._replace(mask=part.real) for part in sized]
+    whole: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in sized]) for name in sized[0]._tensors()}
+    return sized[0]._replace(**whole | {"mask": None if whole["mask"].all() else whole["mask"]}, drawn=None)
 
 
-def _padded(x: Tensor, places: int) -> Tensor:
-    """[S, N, ...] with zeros (False) up to so many places."""
-    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, places - x.shape[1]))
-
-
-def _padded_order(order: Tensor, tokens: int) -> Tensor:
-    """Padding keeps the places behind, or an order could not be inverted."""
-    behind = torch.arange(order.shape[1], tokens)
-    return torch.cat((order, behind.expand(len(order), -1)), dim=1)
+def _to_length(x: Tensor, places: int) -> Tensor:
+    """[S, N, ...] cut to so many places, or padded with zeros (False)."""
+    missing = places - x.shape[1]
+    return x[:, :places] if missing < 0 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
