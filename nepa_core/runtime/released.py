@@ -12,7 +12,7 @@ import hashlib
 import pickle
 import shlex
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, some
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig
@@ -304,11 +304,9 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The names, of many only the first and the number of the others."""
-    names = list(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    return some(names, LISTED)
 
 
 def new_weights(expected: Shapes, given: Mapping[str, Tensor], source: str) -> list[str]:
