@@ -163,8 +163,7 @@ class Modality(BaseModel, ABC):
         Default: the raw tokens as a grey picture of P rows and N columns, each sample from its lowest to its
         highest number; padding is black.
         """
-        real = torch.ones_like(tokens.values[..., 0], dtype=torch.bool) if tokens.mask is None else tokens.mask
-        values, drawn = tokens.canonical(tokens.values), tokens.canonical(real)[..., None]
+        values, drawn = tokens.canonical(tokens.values), tokens.canonical(tokens.real)[..., None]
         low = values.masked_fill(~drawn, torch.inf).amin((1, 2), keepdim=True)
         high = values.masked_fill(~drawn, -torch.inf).amax((1, 2), keepdim=True)
         grey = torch.where(drawn, (values - low) / (high - low).clamp(min=1e-12), 0.0)

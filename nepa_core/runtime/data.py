@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -310,6 +310,7 @@ def plain_batches(
     max_unreadable: float = 1.0,
     tokenize: Callable[[Batch], Tokens] | None = None,
     labels: bool = False,
+    of: Literal["training", "held-out"] = "held-out",
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
@@ -323,6 +324,7 @@ def plain_batches(
         max_unreadable: share of the samples that may be.
         tokenize: of the adapter; samples whose tokens are not finite are then left out as unreadable, too.
         labels: and those with a float "label" that is not.
+        of: what an error calls the samples.
 
     Raises:
         UserError: no sample could be read, or too few.
@@ -353,12 +355,12 @@ def plain_batches(
         skipped.update(found)
         if unreadable is not None:
             unreadable.update(found)
-        _refuse_many(skipped, len(indices), max_unreadable, "held-out ")
+        _refuse_many(skipped, len(indices), max_unreadable, f"{of} ")
         if loaded:
             empty = False
             yield loaded
     if empty and (draws or rank == 0):
-        raise UserError(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
+        raise UserError(f"no {of} sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
 KILLED = "DataLoader worker (pid"

@@ -404,7 +404,9 @@ def restore(
     checkpoint, notes = load_latest(run.checkpoints)
     for note in notes:
         say(note)
-    if checkpoint is not None and data is not None and (stored := checkpoint.state.get("data")) not in (None, data):
+    stored = None if checkpoint is None else checkpoint.state.get("data")
+    # What is looked at may have grown since, behind a semicolon.
+    if checkpoint is not None and None not in (data, stored) and not f"{data};".startswith(f"{stored};"):
         raise UserError(
             f"the training data of {run.path} changed since step {checkpoint.step} (then {stored}; now {data}), so the "
             "samples would come in another order: give it back, go on all the same with data.changed=true, or name "

@@ -133,9 +133,7 @@ def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) ->
     return summary
 
 
-def care_of(
-    variants: Sequence[Variant], config: PretrainConfig, options: ObjectivesOptions, out: Path
-) -> Care | CareBefore:
+def care_of(variants: Sequence[Variant], config: PretrainConfig, options: ObjectivesOptions, out: Path) -> CareBefore:
     """By which rule settings are chosen: the present one, unless all that is asked for was kept by the former.
 
     Figures of two rules are never compared with each other.
@@ -159,7 +157,7 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> dict[s
     }
 
 
-def control(config: PretrainConfig, seed: int, care: Care | CareBefore, out: Path) -> Job:
+def control(config: PretrainConfig, seed: int, care: CareBefore, out: Path) -> Job:
     """The job that measures random weights with one seed: whatever the objective, they are the same."""
     neutral = PAPER_OBJECTIVE.model_copy(update={"causal": config.objective.causal})
     config = seeded(config.model_copy(update={"objective": neutral}), seed)

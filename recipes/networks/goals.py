@@ -19,6 +19,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
@@ -217,7 +218,8 @@ def find_goal(data: Modality) -> Goal:
     sample = first_sample(data)
     kind = kind_of(sample)
     if kind == "numbers":
-        return Regression(*label_statistics(data))
+        train = data.plain().dataset("train")
+        return Regression(*label_statistics(train, type(data).__name__, limit=_STATISTICS))
     target = sample.get("target")
     if kind is None and target is not None and target.ndim == 2:
         raise UserError(
@@ -256,20 +258,19 @@ def kind_of(sample: Mapping[str, Any]) -> Kind | None:
     return "token classes"
 
 
-def label_statistics(data: Modality) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [K] float32 of the training labels (10,000 drawn ones, where there are more).
+def label_statistics(samples: Dataset[Batch], adapter: str, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [K] float32 of the labels of training samples; of more than `limit`, drawn ones.
 
     The deviation of a number that is always the same is 1.
 
     Raises:
         UserError: a label is NaN or infinite.
     """
-    batches = plain_batches(
-        data.plain().dataset("train"), batch=256, device=torch.device("cpu"), limit=_STATISTICS, seed=0
-    )
+    seed = None if limit is None else 0
+    batches = plain_batches(samples, batch=256, device=torch.device("cpu"), limit=limit, seed=seed, of="training")
     labels = torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])
     if not labels.isfinite().all():
-        raise UserError(f"{type(data).__name__} has a 'label' that is NaN or infinite; leave such samples out")
+        raise UserError(f"{adapter} has a 'label' that is NaN or infinite; leave such samples out")
     mean, std = labels.mean(0), labels.std(0, correction=0)
     return mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float()
 

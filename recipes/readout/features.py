@@ -200,7 +200,7 @@ def read_labels(data: Modality, batch: Batch) -> tuple[Tensor, bool]:
 
 def tokens_per_sample(data: Modality) -> int:
     """How many single tokens a probe reads of each sample; 0 where samples have the labels, see `read_labels`."""
-    first = next(plain_batches(data.dataset("train"), batch=1, device=torch.device("cpu")))
+    first = next(plain_batches(data.dataset("train"), batch=1, device=torch.device("cpu"), of="training"))
     labels, per_token = read_labels(data, first)
     return min(PER_SAMPLE, labels.shape[1]) if per_token else 0
 
@@ -241,6 +241,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
         seed=seed,
         max_unreadable=source.config.train.max_unreadable,
         tokenize=data.tokenize,
+        of="training" if source.split == "train" else "held-out",
     )
     first = next(batches(limit=min(FIRST, total)))
     labels, per_token = read_labels(data, first)

@@ -65,13 +65,11 @@ def have_one_order(reads: list[Tokens]) -> bool:
     Samples with padding elsewhere than that of the first are left out: a shared order, too, is read differently there.
     """
     reads = [each for each in reads if each.values.shape[1] == reads[0].values.shape[1]]
-    shapes = [each.values.shape[:2] for each in reads]
-    masks = [torch.ones(shape) if each.mask is None else each.mask for each, shape in zip(reads, shapes, strict=True)]
     orders = [
-        (torch.arange(shape[1]) if each.order is None else each.order).expand(shape)
-        for each, shape in zip(reads, shapes, strict=True)
+        (torch.arange(each.values.shape[1]) if each.order is None else each.order).expand(each.real.shape)
+        for each in reads
     ]
-    mask, order = torch.cat(masks), torch.cat(orders)
+    mask, order = torch.cat([each.real for each in reads]), torch.cat(orders)
     return bool((order == order[0]).all(1)[(mask == mask[0]).all(1)].all())
 
 
