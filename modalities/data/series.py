@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from modalities.data.csv_files import NULLS, Csv, bad_row, find_out, line_of, not_a_number, read_blocks
+from modalities.data.growing import Growing, blocks, is_whole, rises
 from modalities.data.listing import data_folder, is_hidden, printable, say
 from modalities.data.text_files import check_file, read_lines
 from modalities.data.time_axis import (
     AN_INDEX,
     Gaps,
+    StampReader,
     Stamps,
     as_clock,
     calendar_stamps,
@@ -34,7 +35,6 @@ from modalities.data.time_axis import (
     counts,
     find_gaps,
     may_count,
-    read_stamps,
 )
 from nepa_core.basics import UserError, some
 
@@ -134,15 +134,8 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
     if columns is None:
         names, values, found = _without_counters(names, values, read.suspects, found)
     stamps = None
-    if time is not None:
-        stamps = read_stamps(read.stamps)
-        if stamps is None:
-            place, text = _odd_stamp(read.stamps)
-            where = "" if place is None else f" in {file.row(place, rows)}"
-            raise UserError(
-                f"{path}: column {time!r} holds {'text such as ' if place is None else ''}{text!r}{where}, neither a "
-                "number nor an ISO 8601 time stamp; fix it, or name the columns to read by data.columns and data.time"
-            )
+    if time is not None and read.stamps is not None:
+        stamps = read.stamps
         check_rising(path, time, stamps, lambda row: file.row(row, rows))
     elif dates is not None:
         stamps = dates
@@ -157,7 +150,7 @@ def read_table(path: str, *, time: str | None = None, columns: Sequence[str] | N
         notes += [
             f"{path}: the index {name!r} does not rise from row to row, so the rows may be out of order; sort them"
             for name, (what, each) in found.items()
-            if what == AN_INDEX and not (np.diff(each) > 0).all()
+            if what == AN_INDEX and not rises(each)
         ]
     notes += _sentinel_notes(path, names, values)
     return Table(names, values, gaps.breaks, gaps.note, tuple(notes), lambda row: file.row(row, rows))
@@ -191,66 +184,59 @@ def _calendar_stamps(calendar: dict[int, str], read: dict[str, np.ndarray]) -> S
     return None if stamps is None else Stamps(stamps, dated=True)
 
 
-def _odd_stamp(chunks: Sequence[pa.Array]) -> tuple[int | None, Any]:
-    """The first cell that is no ISO time stamp, and its place, where the first is one; else the first, and None."""
-    texts = [text for chunk in chunks for text in chunk.to_pylist()]
-    odd = next((place for place, text in enumerate(texts) if not _is_iso(text)), 0)
-    return (odd, texts[odd]) if odd else (None, texts[0])
-
-
-def _is_iso(text: Any) -> bool:
-    try:
-        datetime.fromisoformat(str(text).strip())
-    except ValueError:
-        return False
-    return True
-
-
 class _Read(NamedTuple):
-    """What one pass over a file gives: values [T, C], the columns that may only count, and blocks of time stamps."""
+    """What one pass over a file gives: values [T, C], the columns [T] that may only count, and the time stamps."""
 
     values: np.ndarray
     suspects: dict[str, np.ndarray]
-    stamps: list[pa.Array]
+    stamps: Stamps | None
 
 
 def _read_columns(file: _File, names: Sequence[str], suspects: Sequence[str], time: str | None) -> _Read:
     path = file.path
-    rows, values = 0, np.empty((0, len(names)))
-    counted: dict[str, list[np.ndarray]] = {name: [] for name in suspects}
-    stamps: list[pa.Array] = []
+    values, counted, stamps = Growing(len(names)), {name: Growing() for name in suspects}, StampReader()
     for batch in _batches(file, names, suspects, time):
+        rows = values.rows
         if not rows and len(batch) and names and not any(_reads_as_number(batch[name][0].as_py()) for name in names):
             cell = not_a_number(file.row(0), names[0], str(batch[names[0]][0].as_py()))
             raise UserError(
                 f"{path}: no numeric column among {_listed(names)}, and a series needs at least one: {cell}"
             )
-        if rows + len(batch) > len(values):  # large arrays grow in place: their pages are mapped anew, not copied
-            values.resize(((rows + len(batch)) * 17 // 16, len(names)), refcheck=False)
+        room = values.make_room(len(batch))
         for i, name in enumerate(names):
-            values[rows : rows + len(batch), i] = _numbers(file, name, batch[name], rows)
+            room[:, i] = _numbers(file, name, batch[name], rows)
         for name in suspects:
-            counted[name].append(_numbers(file, name, batch[name], rows))
+            counted[name].add(_numbers(file, name, batch[name], rows))
         if time is not None and len(batch):
             absent = batch[time].is_null(nan_is_null=True).index(pa.scalar(True)).as_py()
             if absent >= 0:
                 raise UserError(f"{path}: {file.row(rows + absent)} has no time stamp in column {time!r}; fill it in")
-            stamps.append(batch[time])
-        rows += len(batch)
-    if not rows:
+            if (odd := stamps.add(batch[time])) is not None:
+                text = batch[time][odd].as_py()
+                such = f"{text!r} in {file.row(rows + odd)}" if rows + odd else f"text such as {text!r}"
+                raise UserError(
+                    f"{path}: column {time!r} holds {such}, neither a number nor an ISO 8601 time stamp; fix it, or "
+                    "name the columns to read by data.columns and data.time"
+                )
+    if not values.rows:
         raise UserError(f"{path}: no rows below its head; a series needs at least a window")
-    values.resize((rows, len(names)), refcheck=False)
-    whole = {name: np.concatenate(parts) for name, parts in counted.items()}
     integer = {name for name in suspects if pa.types.is_integer(file.types[file.names.index(name)])}
-    return _Read(
-        values, {name: _as_integers(each) if name in integer else each for name, each in whole.items()}, stamps
-    )
+    found: dict[str, np.ndarray] = {}
+    for name in suspects:  # one at a time: the numbers read go as the whole ones come
+        whole = counted.pop(name).whole()
+        found[name] = _as_integers(whole) if name in integer else whole
+    return _Read(values.whole(), found, None if time is None else stamps.stamps())
 
 
 def _as_integers(values: np.ndarray) -> np.ndarray:
-    """Numbers read in float64 as int64 where all of them are whole."""
-    whole = bool((np.abs(values) < 2**62).all() and (values == np.floor(values)).all())
-    return values.astype(np.int64) if whole else values
+    """Numbers [T] read in float64 as int64, in the same memory, where all of them are whole."""
+    fits = len(values) and values.min() > -(2**62) and values.max() < 2**62 and is_whole(values)
+    if not fits:
+        return values
+    whole = values.view(np.int64)  # of the same size, so a column need not be held twice
+    for read, written in zip(blocks(values), blocks(whole), strict=True):
+        written[:] = read.astype(np.int64)
+    return whole
 
 
 Found = dict[str, tuple[str, np.ndarray]]
@@ -353,7 +339,9 @@ def _suspects(file: _File, names: Sequence[str], time: str | None, columns: Sequ
         return []
     integer = {name for name in wanted if pa.types.is_integer(kinds[name])}
     whole = {name: _numbers(file, name, first[name], 0) for name in wanted}
-    return [name for name, each in whole.items() if may_count(name, _as_integers(each) if name in integer else each)]
+    return [
+        name for name, each in whole.items() if may_count(name, _as_integers(each.copy()) if name in integer else each)
+    ]
 
 
 def _is_number(kind: pa.DataType) -> bool:

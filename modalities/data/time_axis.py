@@ -6,26 +6,29 @@ Shapes: T rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from datetime import datetime
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from modalities.data.growing import Array, Growing, is_whole, rises, steps, usual_step
 from nepa_core.basics import UserError
-
-Array = np.ndarray[Any, Any]
 
 _SECOND = 1_000_000  # stamps are kept in microseconds
 _HOUR, _DAY = 3600 * _SECOND, 86_400 * _SECOND
 _WEEKEND = 5 * _DAY  # the longest time between two rows of a series of working days that counts as a holiday
 _UNUSUAL = 1.5  # times the usual step: more is a gap, less a long month or a late reading
+_MANY = 1000  # rows that tell cheaply that a column holds no dates
 _FEW = 8  # rows that must count alike before a column is taken for a counter
 _CHANGE_MONTHS = (3, 4, 9, 10, 11)  # in which a country or another sets its clocks
 
-_FORMATS = ("%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y", "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%Y/%m/%d")
-"""Time stamps beside ISO 8601 that can be read in one way alone: a slash behind a day may be a month's."""
+_ISO, _ISO_ZONED = "ISO 8601", "ISO 8601 with a zone"
+_GERMAN = ("%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y")
+_FORMATS = (_ISO, _ISO_ZONED, *_GERMAN, "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%Y/%m/%d")
+"""Time stamps in text that can be read in one way alone: a slash behind a day may be a month's."""
 
 INDEX = re.compile(r"|unnamed: ?\d+(\.\d+)?|(unnamed: ?\d+)?(_level_\d+)?|__index_level_\d+__", re.IGNORECASE)
 """Names of the column that pandas writes for its index."""
@@ -73,28 +76,70 @@ class Stamps(NamedTuple):
         return clock if not days else shown if not rest else f"{shown}, {clock}"
 
 
-def read_stamps(chunks: Sequence[pa.Array]) -> Stamps | None:
-    """Time stamps from the blocks of a column without missing ones; None where they are neither numbers nor times."""
-    kind = chunks[0].type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return _parsed(pa.chunked_array(chunks))
-    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
-        zoned = pa.types.is_timestamp(kind) and kind.tz is not None
-        whole = [pc.cast(chunk, pa.timestamp("us", kind.tz if zoned else None), safe=False) for chunk in chunks]
-        return Stamps(_joined([pc.cast(chunk, pa.int64()) for chunk in whole]), dated=True, zoned=zoned)
-    if pa.types.is_time(kind):
-        whole = [pc.cast(chunk, pa.time64("us"), safe=False) for chunk in chunks]
-        return Stamps(_joined([pc.cast(chunk, pa.int64()) for chunk in whole]), dated=True)
-    if pa.types.is_floating(kind) or pa.types.is_integer(kind):
-        values = _joined(chunks)
-        dates = compact_dates(values)
-        return Stamps(values) if dates is None else Stamps(dates, dated=True)
-    return None
+class StampReader:
+    """Time stamps of a column without missing ones, block by block: numbers, dates, times, or text that tells them."""
+
+    def __init__(self) -> None:
+        self._read = Growing()
+        self._form: str | None = None
+        self._dated = self._zoned = False
+
+    def add(self, block: pa.Array) -> int | None:
+        """Read one more block; None, or the place in it of the first cell that is no time stamp."""
+        block = block.dictionary_decode() if pa.types.is_dictionary(block.type) else block
+        kind = block.type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return self._add_text(pc.utf8_trim_whitespace(block))
+        if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+            self._zoned = pa.types.is_timestamp(kind) and kind.tz is not None
+            self._add_times(pc.cast(block, pa.timestamp("us", kind.tz if self._zoned else None), safe=False))
+        elif pa.types.is_time(kind):
+            self._add_times(pc.cast(block, pa.time64("us"), safe=False))
+        elif pa.types.is_floating(kind) or pa.types.is_integer(kind):
+            numbers = block.to_numpy(zero_copy_only=False)
+            self._read.add(numbers.astype(np.int64 if numbers.dtype.kind in "iu" else np.float64, copy=False))
+        else:
+            return 0
+        return None
+
+    def _add_times(self, times: pa.Array) -> None:
+        self._dated = True
+        self._read.add(pc.cast(times, pa.int64()).to_numpy(zero_copy_only=False))
+
+    def _add_text(self, texts: pa.Array) -> int | None:
+        for form in _FORMATS if self._form is None else (self._form,):
+            if _parsed(texts[:1], form).null_count:
+                continue
+            times = _parsed(texts, form)
+            if not times.null_count:
+                self._form, self._zoned = form, form == _ISO_ZONED
+                self._add_times(times)
+                return None
+        return next((place for place, text in enumerate(texts.to_pylist()) if not _is_iso(text)), 0)
+
+    def stamps(self) -> Stamps:
+        """All that were read."""
+        values = self._read.whole()
+        dates = None if self._dated else compact_dates(values)
+        return Stamps(values, self._dated, self._zoned) if dates is None else Stamps(dates, dated=True)
 
 
-def _joined(chunks: Sequence[pa.Array]) -> Array:
-    joined: Array = np.concatenate([chunk.to_numpy(zero_copy_only=False) for chunk in chunks])
-    return joined.astype(np.int64 if joined.dtype.kind in "iu" else np.float64, copy=False)
+def _parsed(texts: pa.Array, form: str) -> pa.Array:
+    """Times as microseconds; null where a text has another form."""
+    if form not in (_ISO, _ISO_ZONED):
+        return pc.strptime(texts, form, "us", error_is_null=True)
+    try:
+        return pc.cast(texts, pa.timestamp("us", "UTC" if form == _ISO_ZONED else None))
+    except pa.ArrowInvalid:
+        return pa.nulls(len(texts))
+
+
+def _is_iso(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return True
 
 
 def compact_dates(values: Array) -> Array | None:
@@ -102,7 +147,9 @@ def compact_dates(values: Array) -> Array | None:
 
     YYYYMMDD, and hours (2020013123), minutes and seconds behind it.
     """
-    if not len(values) or not _whole(values) or values.min() < 19_000_101 or values.max() > 21_001_231_235_959:
+    if not len(values) or not (values.min() >= 19_000_101 and values.max() <= 21_001_231_235_959):
+        return None
+    if not is_whole(values) or (len(values) > _MANY and compact_dates(values[:_MANY]) is None):
         return None
     numbers = values.astype(np.int64)
     clocks = (len(str(numbers.max())) - 8) // 2  # pairs of digits behind the day
@@ -125,7 +172,7 @@ def calendar_stamps(
     """Microseconds since 1970 [T] of whole numbers [T] each; None where one of them is no date of 1900 to 2100."""
     every = [np.asarray(each) for each in (years, months, days, hours, minutes, seconds)]
     ends = ((1900, 2100), (1, 12), (1, 31), (0, 23), (0, 59), (0, 59))
-    if not all(_whole(each) for each in every) or not all(
+    if not all(is_whole(each) for each in every) or not all(
         ((each >= low) & (each <= high)).all() for each, (low, high) in zip(every, ends, strict=True)
     ):
         return None
@@ -136,24 +183,6 @@ def calendar_stamps(
         return None
     stamps: Array = day * _DAY + (whole[3] * 3600 + whole[4] * 60 + whole[5]) * _SECOND
     return stamps
-
-
-def _whole(values: Array) -> bool:
-    """Whether all of them are whole numbers."""
-    with np.errstate(invalid="ignore"):
-        return values.dtype.kind in "iu" or bool((values == np.floor(values)).all())
-
-
-def _parsed(texts: pa.ChunkedArray) -> Stamps | None:
-    """Times written in one of `_FORMATS`."""
-    texts = pc.utf8_trim_whitespace(texts)
-    for form in _FORMATS:
-        if pc.strptime(texts[:1], form, "us", error_is_null=True).null_count:
-            continue
-        read = pc.strptime(texts, form, "us", error_is_null=True)
-        if not read.null_count:
-            return Stamps(_joined([pc.cast(chunk, pa.int64()) for chunk in read.chunks]), dated=True)
-    return None
 
 
 def check_rising(path: str, name: str, stamps: Stamps, row: Callable[[int], str]) -> None:
@@ -195,18 +224,12 @@ def _is_clock_change(stamps: Stamps, place: int) -> bool:
     values = stamps.values
     if not stamps.dated or stamps.zoned or len(values) < 3:
         return False
-    step = _usual(np.diff(values[max(place - 1000, 0) : place + 1000]))
+    step = usual_step(values[max(place - 1000, 0) : place + 1000])
     back = values[place] + step - values[place + 1]
     moment = np.datetime64(int(values[place + 1]), "us")
     month = int(moment.astype("datetime64[M]").astype(int)) % 12 + 1
     night = (moment - moment.astype("datetime64[D]")) <= np.timedelta64(3, "h")
     return bool(0 < step <= _HOUR and back == _HOUR and month in _CHANGE_MONTHS and night)
-
-
-def _usual(differences: Array) -> float:
-    """The median of those that are positive; 0 where none is."""
-    rising = differences[differences > 0]
-    return np.partition(rising, (len(rising) - 1) // 2)[(len(rising) - 1) // 2].item() if len(rising) else 0
 
 
 class Gaps(NamedTuple):
@@ -229,19 +252,19 @@ def find_gaps(stamps: Stamps, row: Callable[[int], str]) -> Gaps:
     values = stamps.values
     if len(values) < 3:
         return Gaps()
-    steps = np.diff(values)
-    usual = _usual(steps)
+    usual = usual_step(values)
     largest = _UNUSUAL * usual
-    if stamps.dated and usual == _DAY and len(set(np.unique(values // _DAY % 7))) <= 5 and len(values) > 10:
+    if stamps.dated and usual == _DAY and len(np.unique(values // _DAY % 7)) <= 5 and len(values) > 10:
         largest = _WEEKEND
-    late = np.flatnonzero(steps > largest)
+    late = np.flatnonzero(np.concatenate([each > largest for each in steps(values)]))
     if not len(late):
         return Gaps()
-    worst = int(late[steps[late].argmax()])
+    lengths = values[late + 1] - values[late]
+    worst = int(late[lengths.argmax()])
     count = f"{len(late):,} gaps in time, the longest" if len(late) > 1 else "a gap in time"
     text = (
         f"{count} before {row(worst + 1)}: from {stamps.show(worst)} to {stamps.show(worst + 1)}, "
-        f"{stamps.length(steps[worst].item())} where {stamps.length(usual)} is usual"
+        f"{stamps.length(lengths.max().item())} where {stamps.length(usual)} is usual"
     )
     return Gaps(tuple((late + 1).tolist()), text)
 
@@ -267,13 +290,12 @@ def counts(name: str, values: Array, few: int = _FEW) -> str | None:
         few: rows that must agree where only the numbers speak for it.
     """
     name = name.strip()
-    whole = _whole(values)
+    whole = is_whole(values)
     if INDEX.fullmatch(name) and whole:
         return AN_INDEX
-    steps = np.diff(values)
-    if not (steps > 0).all():
-        alike = values.dtype.kind in "iu" and len(values) >= max(few, 2) and bool((steps == steps[0]).all())
-        return "counts the rows" if alike and steps[0] != 0 else None
+    evenly = values.dtype.kind in "iu" and len(values) >= few and _is_even(values)
+    if not rises(values):
+        return "counts the rows" if evenly and len(values) >= 2 and values[0] != values[1] else None
     if len(values) >= few and compact_dates(values) is not None:
         return DATES
     if whole and (epoch := _epoch(values)):
@@ -282,17 +304,18 @@ def counts(name: str, values: Array, few: int = _FEW) -> str | None:
         return "a clock"
     if not whole:
         return None
-    if COUNTERS.fullmatch(name):
-        return "counts the rows"
-    if values.dtype.kind in "iu" and len(values) >= few and (not len(steps) or bool((steps == steps[0]).all())):
-        return "counts the rows"
-    return None
+    return "counts the rows" if evenly or COUNTERS.fullmatch(name) else None
+
+
+def _is_even(values: Array) -> bool:
+    """Whether every row differs from the one above it by the same."""
+    return all(bool((each == values[1] - values[0]).all()) for each in steps(values))
 
 
 def _epoch(values: Array) -> str | None:
     """In what unit whole numbers that rise mostly by one step are times since 1970; None where they are none."""
-    steps = np.diff(values)
-    if not len(steps) or 2 * (steps == _usual(steps)).sum() <= len(steps):
+    usual = usual_step(values)
+    if len(values) < 2 or 2 * sum(int((each == usual).sum()) for each in steps(values)) < len(values):
         return None
     low, high = _EPOCH_RANGE
     return next((name for name, unit in _EPOCHS.items() if values[0] >= low * unit and values[-1] <= high * unit), None)
@@ -305,7 +328,8 @@ def clock_stamps(what: str, values: Array) -> Stamps:
     unit = _EPOCHS.get(what.removesuffix(" since 1970"))
     if unit is None:
         return Stamps(values)
-    return Stamps(values.astype(np.int64) * _SECOND // unit if unit <= _SECOND else values // (unit // _SECOND), True)
+    whole = values.astype(np.int64, copy=False)
+    return Stamps(whole * (_SECOND // unit) if unit <= _SECOND else whole // (unit // _SECOND), dated=True)
 
 
 def as_clock(found: dict[str, tuple[str, Array]]) -> str | None:
@@ -315,11 +339,11 @@ def as_clock(found: dict[str, tuple[str, Array]]) -> str | None:
     from a larger table.
     """
     order = (DATES, "a clock", "since 1970", "counts the rows", AN_INDEX)
-    rising = {name: each for name, each in found.items() if bool((np.diff(each[1]) > 0).all())}
+    rising = {name: each for name, each in found.items() if rises(each[1])}
     for kind in order:
         for name, (what, values) in rising.items():
-            steps = np.diff(values)
-            jumps = (steps > _UNUSUAL * _usual(steps)).sum()
+            usual = usual_step(values)
+            jumps = sum(int((each > _UNUSUAL * usual).sum()) for each in steps(values))
             if what.endswith(kind) and (kind in order[:3] or jumps <= 1 + len(values) // 100):
                 return name
     return None

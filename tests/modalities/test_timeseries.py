@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,49 @@ def test_a_series_is_not_held_twice_while_it_is_read(tmp_path: Path) -> None:
     assert values.shape == (200_000, 3)
     assert (values == (0.125, 0.25, 0.5)).all()
     assert peak < 1.4 * values.nbytes
+
+
+@pytest.mark.parametrize(
+    ("head", "first"),
+    [
+        ("", lambda row: str(row)),
+        ("epoch", lambda row: str(1_400_000_000 + 60 * row)),
+        ("t", lambda row: f"{row / 2:.1f}"),
+        ("date", lambda row: str(np.datetime64("2015-01-01T00:00") + row).replace("T", " ")),
+        (
+            "date",
+            lambda row: datetime.fromordinal(735_000 + row // 1440).strftime(
+                f"%d.%m.%Y {row // 60 % 24:02}:{row % 60:02}"
+            ),
+        ),
+    ],
+    ids=["index", "epoch", "clock", "ISO", "German"],
+)
+def test_what_is_worked_out_of_a_column_weighs_less_than_the_column(
+    tmp_path: Path, head: str, first: Callable[[int], str]
+) -> None:
+    rows = 400_000
+    (tmp_path / "long.csv").write_text(f"{head},a\n" + "".join(f"{first(row)},{row % 7}\n" for row in range(rows)))
+    (tmp_path / "short.csv").write_text(f"{head},a\n" + "".join(f"{first(row)},{row % 7}\n" for row in range(99)))
+    read_table(str(tmp_path / "short.csv"))
+    tracemalloc.start()
+    table = read_table(str(tmp_path / "long.csv"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (table.columns, table.values.shape) == (("a",), (rows, 1))
+    assert peak < 3.7 * table.values.nbytes, "the values, the column, its time stamps, and less than a column more"
+
+
+def test_time_stamps_in_text_are_read_from_parquet(tmp_path: Path) -> None:
+    hours = [str(np.datetime64("2020-02-28T20:00") + np.timedelta64(hour, "h")) for hour in (0, 1, 2, 30, 31)]
+    for texts in (hours, [f" {hour.replace('T', ' ')}:00" for hour in hours], [f"{hour}+02:00" for hour in hours]):
+        for column in (pa.array(texts), pa.array(texts).dictionary_encode()):
+            pa.parquet.write_table(pa.table({"when": column, "x": [1.0, 2, 3, 4, 5]}), tmp_path / "x.parquet")
+            table = read_table(str(tmp_path / "x.parquet"))
+            assert (table.columns, table.breaks) == (("x",), (3,))
+    pa.parquet.write_table(pa.table({"when": [*hours[:2], "soon"], "x": [1.0, 2, 3]}), tmp_path / "x.parquet")
+    with pytest.raises(UserError, match="column 'when' holds 'soon' in row 3, neither a number nor"):
+        read_table(str(tmp_path / "x.parquet"), time="when")
 
 
 def test_numbers_are_time_stamps_by_their_name_and_a_channel_where_they_are_named_as_one(tmp_path: Path) -> None:

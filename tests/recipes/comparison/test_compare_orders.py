@@ -89,7 +89,9 @@ def test_the_summary_has_accuracies_of_every_order(compared: Path) -> None:
     assert "give three or more" in summary["verdict"][0]
     assert all(Path(folders[0]).is_dir() for folders in summary["runs"].values())
     compare.check_folder(compared, "orders", "tests.recipes.comparison.test_compare_orders:small_digits")
-    with pytest.raises(UserError, match=r"is of `nepa orders tests\.test_compare_orders:small_digits`"):
+    with pytest.raises(
+        UserError, match=r"is of `nepa orders tests\.recipes\.comparison\.test_compare_orders:small_digits`"
+    ):
         compare.check_folder(compared, "objectives", "tests.recipes.comparison.test_compare_orders:small_digits")
 
 
