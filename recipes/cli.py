@@ -30,9 +30,7 @@ TASKS = {
     "pretrain": Task("recipes.tasks.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
     "probe": Task("recipes.tasks.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
     "finetune": Task(
-        "recipes.tasks.finetune",
-        "RUN or RECIPE",
-        "accuracy after training on labels, from init= or random weights",
+        "recipes.tasks.finetune", "RUN or RECIPE", "accuracy after training on labels, from init= or random weights"
     ),
     "segment": Task(
         "recipes.tasks.segment", "RECIPE", "mIoU after training on pixel labels, from init= or random weights"

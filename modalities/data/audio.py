@@ -421,8 +421,8 @@ def _listen(root: str, paths: Sequence[str]) -> None:
         peak = float(np.abs(points).max())
         if kind in ("FLOAT", "DOUBLE") and peak > 8:
             what = (
-                f"have numbers up to {_power_of_two(peak):,}, as integers have, in a file of floating-point samples, "
-                "which should lie between -1 and 1; divide them"
+                f"have numbers up to {2 ** math.ceil(math.log2(peak)):,}, as integers have, in a file of "
+                "floating-point samples, which should lie between -1 and 1; divide them"
             )
             found.setdefault(what, []).append(path)
         if _cancels(points):
@@ -433,10 +433,6 @@ def _listen(root: str, paths: Sequence[str]) -> None:
             found.setdefault("are clipped: they stay at full scale for several samples at a time", []).append(path)
     for what, named in found.items():
         say(f"{root}: {len(named)} of {read} clips listened to, such as {printable(min(named))}, {what}")
-
-
-def _power_of_two(number: float) -> int:
-    return int(2 ** math.ceil(math.log2(number)))
 
 
 def _check_rate(rate: int, wanted: int) -> None:

@@ -216,13 +216,7 @@ def _with_box(sample: Batch, erase: Callable[[], Tensor] | None) -> Batch:
 
 @lru_cache(maxsize=4)  # both splits of two data sets
 def _in_memory(
-    stored: Source,
-    size: Size,
-    channels: Channels,
-    limit: int | None,
-    crop_ratio: float,
-    squash: bool,
-    max_pixels: int,
+    stored: Source, size: Size, channels: Channels, limit: int | None, crop_ratio: float, squash: bool, max_pixels: int
 ) -> MemoryImages:
     """Decode everything, in several processes where there is enough to do.
 

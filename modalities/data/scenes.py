@@ -208,11 +208,7 @@ class CroppedScenes(Derived, Dataset[Batch]):
     """
 
     def __init__(
-        self,
-        scenes: StoredScenes | SceneFiles,
-        crop: Size,
-        short_side: int,
-        augmentation: Augmentation | None = None,
+        self, scenes: StoredScenes | SceneFiles, crop: Size, short_side: int, augmentation: Augmentation | None = None
     ) -> None:
         self.scenes = self.stored = scenes
         self.crop, self.short_side, self.augmentation = crop, short_side, augmentation

@@ -96,16 +96,7 @@ class DrawSampler(Sampler[Draw]):
     """The draws of one rank from step `start` to step `stop`; every step holds `accumulate` of them."""
 
     def __init__(
-        self,
-        samples: int,
-        *,
-        batch: int,
-        accumulate: int,
-        rank: int,
-        ranks: int,
-        seed: int,
-        start: int,
-        stop: int,
+        self, samples: int, *, batch: int, accumulate: int, rank: int, ranks: int, seed: int, start: int, stop: int
     ) -> None:
         self.samples, self.batch, self.accumulate = samples, batch, accumulate
         self.rank, self.ranks, self.seed, self.start, self.stop = rank, ranks, seed, start, stop

@@ -261,11 +261,7 @@ def judge(
         **now,
         **{
             f"{name}_start": start[name]
-            for name in (
-                "effective_rank_embedding",
-                "effective_rank_prediction",
-                "shared_direction_embedding",
-            )
+            for name in ("effective_rank_embedding", "effective_rank_prediction", "shared_direction_embedding")
         },
         collapsed=now["effective_rank_embedding"] < COLLAPSE_SHARE * start["effective_rank_embedding"],
         loss_per_position={name: _by_place(loss, counted) for name, loss in losses.items()},

@@ -15,9 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from nepa_core.runtime.distributed import world
-from recipes.training.bench import (
-    BenchOptions as Options,
-)
+from recipes.training.bench import BenchOptions as Options
 from recipes.training.bench import (
     against_bare_decode,
     against_bare_loop,

@@ -72,7 +72,8 @@ def resize(data: Modality, options: ResizeOptions, out: Path) -> list[str]:
     """
     counts = {split: len(cast(Sized, data.stored(split))) for split in SPLITS}
     shards = [shard for split, count in counts.items() for shard in _shards(split, count, options)]
-    settings, classes = _settings(data, options), data.classes() or ()
+    classes = data.classes() or ()
+    settings = data.plain().model_dump(mode="json") | options.model_dump(include={"size", "quality", "images"})
     if _is_claimed(out, settings):
         return _write(data, options, out, shards)
     new = not out.exists()
@@ -142,10 +143,6 @@ def smaller(pixels: Tensor, raw: Callable[[int], Any] | None, row: int, options:
 def _shards(split: str, rows: int, options: ResizeOptions) -> Iterator[Shard]:
     for number, first in enumerate(range(0, rows, options.images)):
         yield Shard(split, number, first, min(first + options.images, rows))
-
-
-def _settings(data: Modality, options: ResizeOptions) -> dict[str, Any]:
-    return data.plain().model_dump(mode="json") | options.model_dump(include={"size", "quality", "images"})
 
 
 def _is_claimed(out: Path, settings: dict[str, Any]) -> bool:
