@@ -8,16 +8,16 @@ Shapes as in `nepa_core.modality`: B samples, N tokens, P numbers in a raw token
 from __future__ import annotations
 
 from collections.abc import Sized
-from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.modality import Modality
+from nepa_core.basics import Batch, UserError
+from nepa_core.modality import Modality, readable
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import PredictorConfig
@@ -525,13 +525,7 @@ def looked_at(modality: Modality) -> dict[str, str]:
 
 def _samples(dataset: Dataset[Batch], within: int | None = None) -> dict[int, Batch]:
     """The first BATCH samples that can be read, by their index; of no more than so many."""
-    found: dict[int, Batch] = {}
-    for index in range(len(cast(Sized, dataset)))[:within]:
-        with suppress(UnreadableSample):
-            found[index] = dataset[index]
-        if len(found) == BATCH:
-            break
-    return found
+    return dict(islice(readable(dataset, within), BATCH))
 
 
 def _batch(modality: Modality, split: str = "train") -> Batch:

@@ -355,7 +355,6 @@ def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _any_image(folder: Path) -> bool:
-    """Whether both splits have an image in a class folder; stops at the first."""
     bases = (_subfolder(folder, names) for names in SPLITS.values())
     return all(
         any(list_files(base / name, SUFFIXES, within=base).paths for name in subfolders(base))
@@ -389,7 +388,6 @@ def _open_class_folders(train: Path, test: Path, split: str) -> Files:
 
 
 def _say_empty(base: Path, empty: Mapping[str, Passed]) -> None:
-    """Name the classes of which no image is left."""
     if not empty:
         return
     shown = some([f"{printable(name)} ({passed.total():,} passed over)" for name, passed in empty.items()])
@@ -453,7 +451,6 @@ def _open_parquet(files: Mapping[str, list[Path]], split: str) -> Rows:
 
 
 def _one_pair(files: Sequence[Path], schemas: Sequence[pa.Schema]) -> list[str]:
-    """The names of the two columns, the same in all files."""
     found = [_columns(schema, str(file)) for file, schema in zip(files, schemas, strict=True)]
     for file, each in zip(files, found, strict=True):
         if each != found[0]:
@@ -549,7 +546,6 @@ def _rows(table: Table, titles: Sequence[str], starts: Sequence[int], classes: C
 
 
 def _columns(schema: pa.Schema, title: str) -> list[str]:
-    """The names of the column of images and of the column of labels."""
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     if image is not None and label is not None:

@@ -111,7 +111,6 @@ def _storage(image: Image.Image) -> tuple[str, str, int | None]:
 
 
 def _upright(labels: Labels, turn: int) -> Labels:
-    """`upright` of an array."""
     if turn == 1:
         return labels
     return upright(torch.from_numpy(labels.astype(np.int64)), turn).numpy()

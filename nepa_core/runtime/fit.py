@@ -453,7 +453,6 @@ def _with_heads(group: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _batches(
     dataset: Dataset[Batch], config: TrainConfig, world: World, *, accumulate: int, start: int, stop: int
 ) -> TrainingBatches:
-    """This rank's batches from step `start` to step `stop`."""
     sampler = DrawSampler(
         len(cast(Sized, dataset)),
         batch=config.batch,

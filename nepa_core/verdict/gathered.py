@@ -6,16 +6,15 @@ Shapes: S samples, N tokens, T places (with BOS), Q = T - 1 predictions, P numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
-from nepa_core.model import NEPA, Prediction
+from nepa_core.model import NEPA, Prediction, evaluating
 from nepa_core.objective import pair_up
 from nepa_core.pretrainer import Pretrainer
 from nepa_core.tokens import Tokens
@@ -99,17 +98,6 @@ class Gathered(NamedTuple):
         return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 @torch.no_grad()
 def gather(
     model: NEPA,
@@ -130,7 +118,7 @@ def gather(
     """
     parts: list[Gathered] = []
     count = 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             tokens = modality.read(batch)
             out = model(tokens, causal=causal)
@@ -144,7 +132,6 @@ def gather(
 
 
 def _gathered(model: NEPA, tokens: Tokens, out: Prediction) -> Gathered:
-    """What the model made of one batch."""
     predictions, embeddings = model.judged(out) if isinstance(model, Pretrainer) else (out.predictions, out.embeddings)
     if not (embeddings.isfinite().all() and predictions.isfinite().all()):
         raise UserError(
@@ -167,7 +154,7 @@ def gather_targets(model: NEPA, modality: Modality, batches: Iterable[Batch]) ->
 
     `predictions` are the embeddings once more, for their shape.
     """
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             tokens = modality.read(batch)
             embeddings, mask = model.embedded(tokens)

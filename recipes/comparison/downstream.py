@@ -28,7 +28,7 @@ from pydantic import BaseModel
 from torch.utils.data import Dataset
 
 from nepa_core.basics import FROZEN, Batch
-from nepa_core.modality import Modality
+from nepa_core.modality import Modality, first_sample
 from nepa_core.model import NEPA
 from nepa_core.pooling import Row, mean_of_tokens
 from nepa_core.predictor import Trace
@@ -53,7 +53,7 @@ from recipes.comparison.measures import (
     trained,
 )
 from recipes.configs import PretrainConfig
-from recipes.networks.goals import Regression, find_goal, first_sample, kind_of, label_statistics
+from recipes.networks.goals import Regression, find_goal, kind_of, label_statistics
 from recipes.readout import forecasters, probing
 from recipes.readout.features import network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches

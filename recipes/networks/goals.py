@@ -11,18 +11,17 @@ Shapes: B samples, N tokens, C classes, K numbers, O outputs (C or K).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.modality import Modality
+from nepa_core.basics import Batch, UserError
+from nepa_core.modality import Modality, first_sample
 from nepa_core.runtime.data import plain_batches
 from nepa_core.tokens import Tokens
 
@@ -273,16 +272,3 @@ def label_statistics(samples: Dataset[Batch], adapter: str, *, limit: int | None
         raise UserError(f"{adapter} has a 'label' that is NaN or infinite; leave such samples out")
     mean, std = labels.mean(0), labels.std(0, correction=0)
     return mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float()
-
-
-def first_sample(data: Modality) -> Mapping[str, Any]:
-    """The first training sample that can be read.
-
-    Raises:
-        UserError: there is none.
-    """
-    samples = data.dataset("train")
-    for index in range(len(cast(Sized, samples))):
-        with suppress(UnreadableSample):
-            return samples[index]
-    raise UserError(f"{type(data).__name__}: no training sample can be read; look at what dataset('train') gives")

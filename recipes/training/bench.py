@@ -392,7 +392,6 @@ def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, flo
 
 
 def _memory_alone(config: PretrainConfig, side: str) -> float:
-    """Peak memory of two training steps in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         save_config(config, Path(folder) / "config.json")
         arguments = (folder, side, imports_of(config))
