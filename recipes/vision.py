@@ -25,17 +25,7 @@ from recipes.networks.windows import EvaluationConfig
 from recipes.presets import PAPER_OBJECTIVE, small
 
 CAMVID_CLASSES = (
-    "sky",
-    "building",
-    "pole",
-    "road",
-    "pavement",
-    "tree",
-    "sign",
-    "fence",
-    "car",
-    "pedestrian",
-    "cyclist",
+    *("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist"),
 )
 """Labels 0 to 10; 11 is void."""
 

@@ -115,14 +115,9 @@ class DecodedImages(Dataset[Batch]):
         erase: Callable[[], Tensor] | None = None,
         max_pixels: int = LARGEST_IMAGE,
     ) -> None:
-        self.source = source
-        self.rows = rows
-        self.labels = source.labels[rows]
-        self.size = size
-        self.channels = channels
-        self.transform = transform or CentreCrop(size)
-        self.erase = erase
-        self.max_pixels = max_pixels
+        self.source, self.rows, self.labels = source, rows, source.labels[rows]
+        self.size, self.channels, self.max_pixels = size, channels, max_pixels
+        self.transform, self.erase = transform or CentreCrop(size), erase
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -172,10 +167,7 @@ class MemoryImages(Derived, Dataset[Batch]):
     """
 
     def __init__(self, images: Tensor, labels: Tensor, unreadable: dict[int, str], stored: DecodedImages) -> None:
-        self.images = images
-        self.labels = labels
-        self.unreadable = unreadable
-        self.stored = stored
+        self.images, self.labels, self.unreadable, self.stored = images, labels, unreadable, stored
 
     def __getitem__(self, index: int) -> Batch:
         self._check([index])
@@ -200,8 +192,7 @@ class AugmentedImages(Derived, Dataset[Batch]):
         self, images: MemoryImages, transform: Transform | None, erase: Callable[[], Tensor] | None = None
     ) -> None:
         self.images = self.stored = images
-        self.transform = transform
-        self.erase = erase
+        self.transform, self.erase = transform, erase
 
     def __getitem__(self, index: int) -> Batch:
         sample = self.images[index]

@@ -84,9 +84,7 @@ class StoredScenes(Dataset[Batch]):
     """
 
     def __init__(self, source: Pairs, numbering: Numbering, max_pixels: int = LARGEST_IMAGE) -> None:
-        self.source = source
-        self.numbering = numbering
-        self.max_pixels = max_pixels
+        self.source, self.numbering, self.max_pixels = source, numbering, max_pixels
         self._targets, self._known = _tables(numbering)
 
     def __len__(self) -> int:

@@ -8,7 +8,6 @@ goes by it. Tensors that are read stay mapped to their file until they are used.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import shlex
 import zipfile
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nepa_core.basics import UserError, some
+from nepa_core.basics import UserError, file_digest, some
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig
@@ -465,12 +464,8 @@ def _read_tensors(path: Path) -> State:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that `read_released` reads, by name."""
-    found = {}
-    for file in (folder / CONFIG, folder / PREPROCESSOR, folder / RAW, averages(folder)):
-        if file is not None and file.exists():
-            with file.open("rb") as stream:
-                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    files = (folder / CONFIG, folder / PREPROCESSOR, folder / RAW, averages(folder))
+    return {file.name: file_digest(file) for file in files if file is not None and file.exists()}
 
 
 def _read_pickle(path: Path) -> State:
