@@ -56,7 +56,7 @@ REFERENCE = {
     "Adapters": ("modalities.image", "modalities.scenes", "modalities.audio", "modalities.timeseries",
                  "modalities.features", "modalities.orders"),
     "Recipes": ("recipes.training.door", "recipes.presets", "recipes.vision", "recipes.audio", "recipes.timeseries",
-                "recipes.configs"),
+                "recipes.configs", "recipes.report.summaries"),
     "Settings of a run": ("nepa_core.runtime.fit", "nepa_core.runtime.optim"),
 }  # fmt: skip
 """Heading of the reference -> the modules whose public names it lists."""

@@ -8,7 +8,8 @@ import os
 import pkgutil
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -59,6 +60,7 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
   nepa probe runs/digits                      read out every layer of that run
   nepa pretrain recipes.vision:digits --help  every key of the recipe with its value
   nepa TASK --help                            what a task takes and gives
+  nepa pretrain RECIPE --print-config         the same keys as a file; `nepa pretrain my.yaml` reads one
   nepa --version                              which version this is
 
 With -q there is no progress on the screen, only the result and what went wrong.
@@ -131,8 +133,8 @@ def _largest(words: list[str]) -> str:
 
 def _dispatch(words: list[str]) -> int:
     asks_help = any(word in ("-h", "--help") for word in words)
-    quiet = "-q" in words
-    words = [word for word in words if word not in ("-h", "--help", "-q")]
+    quiet, prints_config = "-q" in words, "--print-config" in words
+    words = [word for word in words if word not in ("-h", "--help", "-q", "--print-config")]
     if not words or words == ["help"]:
         print(_help())
         return 0
@@ -143,23 +145,50 @@ def _dispatch(words: list[str]) -> int:
     if name == "recipes":
         print(list_recipes())
         return 0
+    if name == "completion":
+        return _print_completion(rest)
     if name not in TASKS:
         from nepa_core.runtime.config import nearest
 
-        return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes'])}", 2)
+        return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes', 'completion'])}", 2)
     task = importlib.import_module(TASKS[name].module)
     rest = _trusting(rest)
-    if asks_help:
-        print(_task_help(name, task, rest))
+    if asks_help and (not rest or "=" in rest[0]):
+        print(_task_help(name, task, None, {}))
         return 0
     if not rest or ("=" in rest[0] and not os.path.exists(rest[0])):
         return _fail(f"nepa {name} needs a {TASKS[name].takes} after it; see nepa {name} --help", 2)
     from nepa_core.runtime.meter import keep_quiet
 
     keep_quiet(quiet)
-    options, changes = split_options(task.Options, rest[1:])
-    task.main(rest[0], options, changes)
+    with _target(rest) as (target, given):
+        options, changes = _split(task.Options, given)
+        if asks_help:
+            print(_task_help(name, task, target, changes))
+        elif prints_config:
+            from recipes.config_files import as_text
+
+            own = {key: value for key, value in given.items() if key in task.Options.model_fields}
+            print(as_text(target, own | _settable(task, target, changes)), end="")
+        else:
+            task.main(target, options, changes)
     return 0
+
+
+@contextmanager
+def _target(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The recipe or run and the keys that a command gives, itself or by a config file; errors name its lines."""
+    from nepa_core.runtime.config import parse_assignments
+
+    target, given = words[0], parse_assignments(words[1:])
+    if not target.endswith((".yaml", ".yml")):
+        yield target, given
+        return
+    from recipes.config_files import naming_lines, read_config_file
+
+    file = read_config_file(Path(target))
+    with naming_lines(file, given):
+        yield file.target, file.values | given
 
 
 def _trusting(words: list[str]) -> list[str]:
@@ -177,9 +206,15 @@ def _trusting(words: list[str]) -> list[str]:
 
 def split_options(kind: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
     """The task's own options (plain names) and the changes to the recipe (every other key)."""
-    from nepa_core.runtime.config import parse_assignments, validated
+    from nepa_core.runtime.config import parse_assignments
 
-    given = {key: at_home(key, value) for key, value in parse_assignments(words).items()}
+    return _split(kind, parse_assignments(words))
+
+
+def _split(kind: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from nepa_core.runtime.config import validated
+
+    given = {key: at_home(key, value) for key, value in given.items()}
     own = {key: value for key, value in given.items() if key in kind.model_fields}
     return validated(kind, own), {key: value for key, value in given.items() if key not in own}
 
@@ -202,23 +237,47 @@ def at_home(key: str, value: Any) -> Any:
     return value
 
 
+def _print_completion(rest: list[str]) -> int:
+    from recipes.completion import SHELLS, script, words_of
+
+    if len(rest) != 1 or rest[0] not in SHELLS:
+        return _fail(f"nepa completion needs the name of a shell after it: {', '.join(SHELLS)}", 2)
+    modules = {name: importlib.import_module(task.module) for name, task in TASKS.items()}
+    tasks = {name: (module.Options, partial(_taken, module)) for name, module in modules.items()}
+    print(script(rest[0], words_of(tasks, list(_recipes()))), end="")
+    return 0
+
+
+def _taken(task: Any, recipe: str) -> dict[str, Any]:
+    """The keys of a recipe that a task takes: none of a recipe of other tasks."""
+    from nepa_core.basics import UserError
+
+    try:
+        return _settable(task, recipe, {})
+    except UserError:
+        return {}
+
+
 def list_recipes() -> str:
     """Every public function of the preset files with its task and the first line of its docstring."""
     import inspect
 
-    import recipes
-
     rows = []
-    for info in pkgutil.iter_modules(recipes.__path__):
-        if info.ispkg:  # a room of the library
-            continue
-        module = importlib.import_module(f"recipes.{info.name}")
-        for name, function in _recipe_functions(module).items():
-            line = (function.__doc__ or "").strip().splitlines()[0]
-            task = str(inspect.signature(function).return_annotation).removesuffix("Config").lower()
-            rows.append((f"{module.__name__}:{name}", task, line))
+    for path, function in _recipes().items():
+        line = (function.__doc__ or "").strip().splitlines()[0]
+        task = str(inspect.signature(function).return_annotation).removesuffix("Config").lower()
+        rows.append((path, task, line))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {task:<{widths[1]}}  {line}" for name, task, line in rows)
+
+
+def _recipes() -> dict[str, Any]:
+    """The public functions of the preset files, by what a command calls them."""
+    import recipes
+
+    names = [info.name for info in pkgutil.iter_modules(recipes.__path__) if not info.ispkg]  # others are rooms
+    modules = [importlib.import_module(f"recipes.{name}") for name in names]
+    return {f"{m.__name__}:{name}": found for m in modules for name, found in _recipe_functions(m).items()}
 
 
 def _recipe_functions(module: ModuleType) -> dict[str, Any]:
@@ -245,30 +304,36 @@ def _version() -> str:
 def _help() -> str:
     rows = {f"{name} {task.takes}": task.gives for name, task in TASKS.items()}
     rows["recipes"] = "the built-in recipes, a line each"
+    rows["completion bash, zsh or fish"] = "what that shell reads to complete the words of nepa"
     width = max(map(len, rows))
     return HELP.format(tasks="\n".join(f"  {usage:<{width}}  {gives}" for usage, gives in rows.items()))
 
 
-def _task_help(name: str, task: Any, rest: list[str]) -> str:
+def _settable(task: Any, target: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Every key of a recipe or run that the task lets one set, with its value."""
     from nepa_core.runtime.config import keys
+    from recipes.configs import PretrainConfig
+    from recipes.resolve import read_target
+
+    read = getattr(task, "read_config", partial(read_target, PretrainConfig))
+    free, fixed = getattr(task, "FREE", ("",)), getattr(task, "DECIDED", ())
+    found = keys(read(target, changes))
+    return {key: value for key, value in found.items() if key.startswith(free) and not _among(key, fixed)}
+
+
+def _task_help(name: str, task: Any, target: str | None, changes: dict[str, Any]) -> str:
     from nepa_core.runtime.run import is_run
     from recipes.options import describe_fields, given
-    from recipes.resolve import read_target
 
     lines = [f"usage: nepa {name} {TASKS[name].takes} [key=value ...]", "", (task.__doc__ or "").strip(), ""]
     if fields := describe_fields(task.Options):
         lines += ["options:", fields, ""]
     lines += getattr(task, "NOTES", [])
-    if rest and "=" not in rest[0]:
-        from recipes.configs import PretrainConfig
-
-        read = getattr(task, "read_config", partial(read_target, PretrainConfig))
-        config = read(rest[0], split_options(task.Options, rest[1:])[1])
-        free, fixed = getattr(task, "FREE", ("",)), getattr(task, "DECIDED", ())
-        found = {key: value for key, value in keys(config).items() if key.startswith(free) and not _among(key, fixed)}
-        if not is_run(rest[0]) and (doc := _docstring(rest[0])):
-            lines += [f"{rest[0]}:", *(f"  {line}".rstrip() for line in doc.splitlines()), ""]
-        told = f"keys of {rest[0]}:" if found else f"nepa {name} takes {rest[0]} as it is: no key of it can be set."
+    if target is not None:
+        found = _settable(task, target, changes)
+        if not is_run(target) and (doc := _docstring(target)):
+            lines += [f"{target}:", *(f"  {line}".rstrip() for line in doc.splitlines()), ""]
+        told = f"keys of {target}:" if found else f"nepa {name} takes {target} as it is: no key of it can be set."
         lines += [told, *(f"  {key}={given(value)}" for key, value in found.items())]
     else:
         lines += [f"nepa {name} {TASKS[name].takes} --help lists every key that can be set, with its value."]

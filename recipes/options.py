@@ -23,21 +23,21 @@ def describe_fields(kind: type[BaseModel]) -> str:
 def _described(field: FieldInfo) -> str:
     text, several = field.description or "", "tuple" in str(field.annotation)
     said = []
-    if choices := _choices(field.annotation):
-        said.append(f"{'some' if several else 'one'} of {', '.join(choices)}")
+    if allowed := choices(field.annotation):
+        said.append(f"{'some' if several else 'one'} of {', '.join(allowed)}")
     if field.default not in (None, PydanticUndefined, ()) and "default" not in text:
         said.append(f"default {_as_listed(field.default)}")
     return f"{text} ({'; '.join(said)})" if said else text
 
 
-def _choices(annotation: Any) -> tuple[str, ...]:
+def choices(annotation: Any) -> tuple[str, ...]:
     """The values of a type that has few: of `Literal`, `bool`, either or None, or a tuple of one."""
     if get_origin(annotation) is Literal:
         return get_args(annotation)
     if annotation is bool:
         return "true", "false"
     inner = [each for each in get_args(annotation) if each not in (NoneType, Ellipsis)]
-    return _choices(inner[0]) if len(inner) == 1 else ()
+    return choices(inner[0]) if len(inner) == 1 else ()
 
 
 def given(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -14,22 +14,27 @@ WINDOW = 4
 """Places over which locality is measured."""
 
 
-def order_measures(positions: Tensor) -> dict[str, Any]:
+class OrderMeasures(TypedDict):
+    """What an order is like."""
+
+    step: float  # mean length of a step from a token to the next
+    seen: list[float]  # N shares, for the token read at each place: of its neighbours how many were read before it
+    neighbours_seen: float  # mean of these shares over the first half of the places
+    lone: float  # share of the tokens after the first that have no neighbour before them
+    locality: float  # mean distance of tokens a few places apart over that of any two
+
+
+def order_measures(positions: Tensor) -> OrderMeasures:
     """Measures of one order, from where the token read at each place lies.
 
     Args:
         positions: [N, A] in the order of reading, real tokens alone; one unit is the distance of two neighbours, as of
             `modalities.orders.curves.cells(grid)[order]`.
 
-    Returns:
-        step: mean length of a step from a token to the next.
-        seen: N shares, for the token read at each place: of its neighbours (less than 1.5 away on every axis; 8 on a
-            grid of two axes, fewer at its border) how many were read before it; 0 for one without neighbours.
-        neighbours_seen: mean of these shares over the first half of the places. (Over all places every order has about
-            a half: of two neighbours exactly one comes first.)
-        lone: share of the tokens after the first that have no neighbour before them.
-        locality: mean distance of two tokens at most 4 places apart, divided by that of two tokens drawn at random
-            (two different ones of the grid): near 0 for an order that stays together, about 1 for a random one.
+    Neighbours are less than 1.5 away on every axis: 8 on a grid of two axes, fewer at its border; of one without any
+    the share is 0. Over all places every order has about a half of them, for of two neighbours exactly one comes first.
+    Locality is of tokens at most 4 places apart beside two different ones drawn at random: near 0 for an order that
+    stays together, about 1 for a random one.
     """
     cell = positions.cpu().double()
     if len(cell) < 2:
@@ -50,8 +55,13 @@ def order_measures(positions: Tensor) -> dict[str, Any]:
     }
 
 
-def mean_measures(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def mean_measures(found: Sequence[OrderMeasures]) -> OrderMeasures:
     """Means of `order_measures` over samples; at each place of `seen` over the samples that are so long."""
-    means = {name: fmean(each[name] for each in found) for name in found[0] if name != "seen"}
     places = zip_longest(*(each["seen"] for each in found))
-    return means | {"seen": [fmean(share for share in place if share is not None) for place in places]}
+    return {
+        "step": fmean(each["step"] for each in found),
+        "seen": [fmean(share for share in place if share is not None) for place in places],
+        "neighbours_seen": fmean(each["neighbours_seen"] for each in found),
+        "lone": fmean(each["lone"] for each in found),
+        "locality": fmean(each["locality"] for each in found),
+    }

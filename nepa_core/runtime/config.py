@@ -381,5 +381,15 @@ def imports_of(config: BaseModel) -> list[str]:
     if not isinstance(data, Modality):
         return []
     values = [*keys(data).values(), *getattr(getattr(config, "objective", None), "terms", ())]
-    named = [value for value in values if isinstance(value, str) and _IMPORT_PATH.fullmatch(value)]
-    return [import_path(type(data)), *named]
+    return [import_path(type(data)), *import_paths(*values)]
+
+
+def import_paths(*values: Any) -> list[str]:
+    """Those among some values, and in lists and dictionaries among them, that are of the form module:function."""
+    found: list[str] = []
+    for value in values:
+        if isinstance(value, str):
+            found += [value] if _IMPORT_PATH.fullmatch(value) else []
+        elif isinstance(value, list | tuple | dict):
+            found += import_paths(*value, *(value.values() if isinstance(value, dict) else ()))
+    return found

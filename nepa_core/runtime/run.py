@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
@@ -28,6 +28,8 @@ FREE_KEYS = (
 
 RECORD = "import.json"
 """The file that `nepa import` leaves in a run: where its weights came from."""
+
+Summary = TypeVar("Summary", bound=Mapping[str, Any])
 
 
 class Run:
@@ -167,6 +169,10 @@ class Run:
         if not isinstance(found, dict):
             raise UserError(f"{file} holds no figures; delete it and give the same command again")
         return found
+
+    def summary_of(self, kind: type[Summary], name: str = "summary.json") -> Summary | None:
+        """`summary` as the class (a `TypedDict`) that lists its keys, for the type checker: nothing is looked at."""
+        return cast(Summary | None, self.summary(name))
 
 
 @contextmanager

@@ -50,12 +50,16 @@ def health(gathered: Gathered) -> dict[str, float]:
     own = gathered.embeddings if gathered.encoded is None else gathered.encoded
     embeddings, predictions = own[:, gathered.bos :], gathered.predictions[:, :-1]
     mask, counted = gathered.mask, gathered.counted
-    rows = {
-        "embedding": embeddings.flatten(0, 1) if mask is None else embeddings[mask[:, gathered.bos :]],
-        "prediction": predictions.flatten(0, 1) if counted is None else predictions[counted],
+    own = embeddings.flatten(0, 1) if mask is None else embeddings[mask[:, gathered.bos :]]
+    predicted = predictions.flatten(0, 1) if counted is None else predictions[counted]
+    return {
+        "effective_rank_embedding": effective_rank(own),
+        "effective_rank_prediction": effective_rank(predicted),
+        "spread_embedding": spread(own),
+        "spread_prediction": spread(predicted),
+        "shared_direction_embedding": shared_direction(own),
+        "shared_direction_prediction": shared_direction(predicted),
     }
-    measures = {"effective_rank": effective_rank, "spread": spread, "shared_direction": shared_direction}
-    return {f"{name}_{of}": measure(x) for name, measure in measures.items() for of, x in rows.items()}
 
 
 # ----------------------------------------------------------------------------------------- identification

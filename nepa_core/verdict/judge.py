@@ -231,7 +231,7 @@ def judge(
     def margin(rival: Tensor, own: str = "model") -> Interval:
         return over_samples(found[own] - rival, clusters, chained=chained)
 
-    margins = {name: margin(found[name]) for name in ("linear", "copy", "untrained")}
+    linear, copying, untrained = (margin(found[name]) for name in ("linear", "copy", "untrained"))
     moved = margin(list(curve.values())[-1], "linear") if curve else None
     points = [*((samples, float(credit.mean())) for samples, credit in curve.items())]
     now, start = health(test), before.health
@@ -251,18 +251,28 @@ def judge(
         linear_moved=None if moved is None else moved.mean,
         linear_moved_ci95=None if moved is None else moved.half,
         loss=mean_loss["model"],
-        **{f"baseline_{name}": value for name, value in mean_loss.items() if name != "model"},
+        baseline_copy=mean_loss["copy"],
+        baseline_mean=mean_loss["mean"],
+        baseline_position_mean=mean_loss["position_mean"],
+        baseline_linear=mean_loss["linear"],
         copy_wins=float(masked_mean((losses["copy"] < losses["model"]).float(), counted)),
         retrieval_candidates=_rivals(test),
         retrieval_top1=top1["model"],
-        **{f"retrieval_top1_{name}": value for name, value in top1.items() if name != "model"},
-        **{f"margin_{name}": margin.mean for name, margin in margins.items()},
-        **{f"margin_{name}_ci95": margin.half for name, margin in margins.items()},
+        retrieval_top1_linear=top1["linear"],
+        retrieval_top1_copy=top1["copy"],
+        retrieval_top1_mean=top1["mean"],
+        retrieval_top1_position_mean=top1["position_mean"],
+        retrieval_top1_untrained=top1["untrained"],
+        margin_linear=linear.mean,
+        margin_linear_ci95=linear.half,
+        margin_copy=copying.mean,
+        margin_copy_ci95=copying.half,
+        margin_untrained=untrained.mean,
+        margin_untrained_ci95=untrained.half,
         **now,
-        **{
-            f"{name}_start": start[name]
-            for name in ("effective_rank_embedding", "effective_rank_prediction", "shared_direction_embedding")
-        },
+        effective_rank_embedding_start=start["effective_rank_embedding"],
+        effective_rank_prediction_start=start["effective_rank_prediction"],
+        shared_direction_embedding_start=start["shared_direction_embedding"],
         collapsed=now["effective_rank_embedding"] < COLLAPSE_SHARE * start["effective_rank_embedding"],
         loss_per_position={name: _by_place(loss, counted) for name, loss in losses.items()},
     )

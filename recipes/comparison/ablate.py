@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +17,10 @@ from recipes.comparison.downstream import beside_random, one_setting
 from recipes.comparison.measures import rank_over_training
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import find_goal
-from recipes.report.ablate import COLUMNS, report
+from recipes.report.ablate import report
 from recipes.report.provenance import provenance
+from recipes.report.summaries import AblateRow, AblateSummary, Arm, PretrainSummary
 from recipes.report.tables import (
-    Rows,
     credits_of,
     groups,
     margin,
@@ -57,14 +58,8 @@ class Nothing(BaseModel):
     model_config = FROZEN
 
 
-def ablate(config: PretrainConfig, options: AblateOptions, out: Path) -> dict[str, Any]:
+def ablate(config: PretrainConfig, options: AblateOptions, out: Path) -> AblateSummary:
     """Run all arms and write summary.json and report/ into `out`.
-
-    Returns:
-        `arms`: name -> measure -> `spread` over seeds, plus "collapsed" (number of seeds); `seeds`; `look`: of
-        `recipes.statistics.protocol`; `verdict`: which arms differ from the base; `differences`: the paired tests
-        behind it; `margins`: of identification over the linear baseline, see `recipes.report.tables.margin`;
-        `random_init` and `raw_tokens`: probe accuracies without pre-training.
 
     Raises:
         UserError: the samples have no target to read out, or the data can't be read.
@@ -83,19 +78,24 @@ def ablate(config: PretrainConfig, options: AblateOptions, out: Path) -> dict[st
     return result
 
 
-def measure(config: PretrainConfig, model: NEPA, run: Run, _: Nothing) -> dict[str, Any]:
+def measure(config: PretrainConfig, model: NEPA, run: Run, _: Nothing) -> AblateRow:
     """The run's own figures and the probe of every layer."""
-    summary, read = run.summary(), beside_random(config, model, run, one_setting(config, (), 1))
+    summary, read = run.summary_of(PretrainSummary), beside_random(config, model, run, one_setting(config, (), 1))
     assert summary is not None
     return {
-        **{name: summary[name] for name in ("objective", "loss", "retrieval_top1", "effective_rank_embedding")},
-        **{name: summary[name] for name in ("effective_rank_embedding_start", "collapsed")},
+        "objective": summary["objective"],
+        "loss": summary["loss"],
+        "retrieval_top1": summary["retrieval_top1"],
+        "effective_rank_embedding": summary["effective_rank_embedding"],
+        "effective_rank_embedding_start": summary["effective_rank_embedding_start"],
+        "collapsed": summary["collapsed"],
         "probe_best": read["probe"],
         "probe_final": read["probe_final"],
         "probe_random": read["probe_random"],
         "probe_raw": read["raw_tokens"],
         "rank_over_training": rank_over_training(run),
-        **{kind: _renamed(read[kind]) for kind in ("credits", "clusters")},
+        "credits": _renamed(read["credits"]),
+        "clusters": _renamed(read["clusters"]),
     }
 
 
@@ -103,7 +103,7 @@ def _renamed(of_measures: dict[str, str]) -> dict[str, str]:
     return {{"probe": "probe_best"}.get(key, key): value for key, value in of_measures.items()}
 
 
-def summarise(rows: Rows, look: Look) -> dict[str, Any]:
+def summarise(rows: Mapping[str, Sequence[AblateRow]], look: Look) -> AblateSummary:
     """summary.json, see `ablate`."""
     base, seeds = rows["base"], look.seeds
     apart = differences(
@@ -114,19 +114,27 @@ def summarise(rows: Rows, look: Look) -> dict[str, Any]:
     )
     told = [verdict(apart, of="the probe of the best layer", noun="an arm and the base", seeds=len(seeds))]
     told += [covers(apart, look.told())] if len(seeds) >= LEAST_SEEDS else []
-    found = {column.key: spreads(rows, column.key) for column in COLUMNS}
+
+    def arm(name: str) -> Arm:
+        each = rows[name]
+        return {
+            "objective": spreads(rows, "objective")[name],
+            "loss": spreads(rows, "loss")[name],
+            "retrieval_top1": spreads(rows, "retrieval_top1")[name],
+            "effective_rank_embedding": spreads(rows, "effective_rank_embedding")[name],
+            "probe_best": spreads(rows, "probe_best")[name],
+            "probe_final": spreads(rows, "probe_final")[name],
+            "collapsed": sum(row["collapsed"] for row in each),
+            "rank_over_training": each[0]["rank_over_training"],
+        }
+
     return {
         "task": "ablate",
         "seeds": list(seeds),
         "look": look._asdict(),
         "verdict": " ".join([*told, *look.notes]),
         "differences": [each._asdict() for each in apart],
-        "arms": {
-            name: {key: by_arm[name] for key, by_arm in found.items()}
-            | {"collapsed": sum(row["collapsed"] for row in each)}
-            | {"rank_over_training": each[0]["rank_over_training"]}
-            for name, each in rows.items()
-        },
+        "arms": {name: arm(name) for name in rows},
         "effective_rank_embedding_start": base[0]["effective_rank_embedding_start"],
         "random_init": spread(groups(rows, "probe_random")["base"]),
         "raw_tokens": base[0]["probe_raw"],

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -57,6 +57,7 @@ from recipes.networks.goals import Regression, find_goal, kind_of, label_statist
 from recipes.readout import forecasters, probing
 from recipes.readout.features import network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches
+from recipes.report.summaries import ChosenSetting, RunMeasures, finetuned
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import drawn_batches, pack_clusters
 from recipes.training import finetuning
@@ -144,6 +145,11 @@ class Chosen(NamedTuple):
     kept: Any
     at_end: tuple[str, ...] = ()
 
+    def written(self) -> ChosenSetting:
+        """As a summary holds it."""
+        setting = self.setting
+        return {"lr": setting.lr, "steps": setting.steps, "causal": setting.causal, "at_end": list(self.at_end)}
+
 
 class Tuned(NamedTuple):
     """A held-out figure, the setting that was chosen for it, and how many labels that took in all.
@@ -174,7 +180,7 @@ def check(config: PretrainConfig, horizon: int = HORIZON) -> None:
     forecasters.check_windows(config.data, horizon)
 
 
-def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Care) -> dict[str, Any]:
+def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Care) -> RunMeasures:
     """Everything that is measured of a start.
 
     Args:
@@ -182,27 +188,22 @@ def downstream(config: PretrainConfig, model: NEPA, init: Path | None, care: Car
         model: the network, in evaluation mode. init: the run it is of, or None for random weights.
 
     Returns:
-        `probe`, of the layer that held-back samples choose, and its `probe_row`; `probe_final`, of the final norm;
-        `finetuned_50` and so on, "all" for None; `settings`: the chosen `Setting` of each as a dictionary, with
-        `at_end` of `Chosen`; `label_counts`: how many labelled samples each used in all; `layers`: names, probes and
-        effective ranks, layer by layer; `metric`: accuracy, r2, or skill of a forecast, which is
-        1 - MSE / MSE of repeating the last value; `credits` and `clusters`: see `recipes.comparison.measures.Figure`.
+        Probes, fine-tunings and how these were set. Skill of a forecast is 1 - MSE / MSE of repeating the last value;
+        `credits` and `clusters`: see `recipes.comparison.measures.Figure`.
     """
     device = next(model.parameters()).device
     tuned: dict[str, Tuned] = {}
     for labels in finetunings(config, care):
-        name = f"finetuned_{'all' if labels is None else labels}"
+        name = finetuned(labels)
         if is_forecast(config):
             tuned[name] = forecast_tuned(config, init, device, care)
         else:
             tuned[name] = fine_tuned(config, init, device, labels, care)
     read = forecast_layers(config, model, care.horizon) if is_forecast(config) else probed_layers(config, model)
-    settings = {
-        name: each.chosen.setting._asdict() | {"at_end": list(each.chosen.at_end)} for name, each in tuned.items()
+    return joined(read, as_row({name: each.figure for name, each in tuned.items()})) | {
+        "settings": {name: each.chosen.written() for name, each in tuned.items()},
+        "label_counts": {name: each.labels for name, each in tuned.items()},
     }
-    figures = as_row({name: each.figure for name, each in tuned.items()})
-    counts = {name: each.labels for name, each in tuned.items()}
-    return joined(read, figures) | {"settings": settings, "label_counts": counts}
 
 
 def finetunings(config: PretrainConfig, care: Care) -> tuple[int | None, ...]:
@@ -310,21 +311,27 @@ def one_setting(config: PretrainConfig, labels: Sequence[int | None], steps: int
     return Care(labels=tuple(labels), horizon=HORIZON, **one)
 
 
-def beside_random(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> dict[str, Any]:
+def beside_random(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> RunMeasures:
     """`downstream` of a run; under names that end in "_random" of the random weights of its seed; and `raw_tokens`."""
     device = next(model.parameters()).device
     own = downstream(config, model, run.path, care)
     random = downstream(config, build_model(config).to(device).eval(), None, care)
-    twin: dict[str, Any] = {
-        f"{key}_random": value for key, value in random.items() if key.startswith(("probe", "finetuned_"))
+    twin: RunMeasures = {
+        "probe_random": random["probe"],
+        "probe_final_random": random["probe_final"],
+        "probe_row_random": random["probe_row"],
+        "credits": {f"{name}_random": packed for name, packed in random["credits"].items()},
+        "clusters": {f"{name}_random": packed for name, packed in random["clusters"].items()},
     }
-    for key in ("credits", "clusters"):
-        twin[key] = {f"{name}_random": packed for name, packed in random[key].items()}
-    layers = own["layers"] | {f"{key}_random": random["layers"][key] for key in ("probe", "rank")}
-    return joined(own, twin) | {"raw_tokens": raw_figure(config, device), "layers": layers}
+    tuned = {f"{key}_random": value for key, value in random.items() if key in random["settings"]}
+    layers, control = own["layers"], random["layers"]
+    return joined(own, cast(RunMeasures, tuned) | twin) | {
+        "raw_tokens": raw_figure(config, device),
+        "layers": layers | {"probe_random": control["probe"], "rank_random": control["rank"]},
+    }
 
 
-def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
+def read_as(folder: Path, reading: Modality) -> RunMeasures:
     """Probe of the run in `folder` when its samples are read by another adapter, such as one with another order.
 
     Of the best layer, means over tokens alone (of a forecast, as `forecast_layers`); the layer is chosen on held-back
@@ -335,7 +342,7 @@ def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
         config = config.model_copy(update={"data": reading})
         if is_forecast(config):
             read = forecast_layers(config, model)
-            return {key: read[key] for key in ("probe", "probe_row")}
+            return {"probe": read["probe"], "probe_row": read["probe_row"]}
         per_sample = tokens_per_sample(config.data.plain())
         rows = [Row(layer, "token" if per_sample else "mean") for layer in range(config.model.depth + 2)]
         reader = network_reader(config, model, rows, causal=config.objective.causal)
@@ -347,7 +354,7 @@ def read_as(folder: Path, reading: Modality) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- with targets
 
 
-def probed_layers(config: PretrainConfig, model: NEPA) -> dict[str, Any]:
+def probed_layers(config: PretrainConfig, model: NEPA) -> RunMeasures:
     """The rows that `nepa orders` reads, too: every layer, mean over tokens and last token, or single tokens."""
     causal, depth = config.objective.causal, config.model.depth
     if per_sample := tokens_per_sample(config.data.plain()):
@@ -433,7 +440,7 @@ def fine_tuned(
 # ------------------------------------------------------------------------------------ series without targets
 
 
-def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON) -> dict[str, Any]:
+def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON) -> RunMeasures:
     """A ridge forecast from every layer, flattened or of the last token, whichever validates better."""
     data, device = config.data.plain(), next(model.parameters()).device
     read = partial(forecasters.network_features, model, causal=config.objective.causal)
@@ -451,13 +458,13 @@ def forecast_layers(config: PretrainConfig, model: NEPA, horizon: int = HORIZON)
     }
 
 
-def skill(data: Modality, horizon: int, found: Mapping[str, Any], repeated: float) -> Figure:
+def skill(data: Modality, horizon: int, found: forecasters.Scored, repeated: float) -> Figure:
     """1 - MSE / MSE of repeating the last value, over the test windows, with what each adds.
 
     Windows that overlap depend on each other: they are one cluster by the stretch of time that they start in.
 
     Args:
-        found: "mse", and "errors" [W], the squared error of every window. repeated: the other MSE.
+        repeated: the other MSE.
     """
     credits = 1 - found["errors"].double() / repeated
     packed = pack_credits(credits) if bool(credits.isfinite().all()) else None
@@ -476,11 +483,11 @@ def forecast_tuned(config: PretrainConfig, init: Path | None, device: torch.devi
     start, steps = None if init is None else str(init), care.finetune_steps[0]
     short = forecasters.short(config, start, "predictor", care.horizon, steps=steps, samples=_WINDOWS)
 
-    def at(setting: Setting) -> tuple[float, dict[str, Any]]:
+    def at(setting: Setting) -> tuple[float, forecasters.Scored]:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder))
-            found = forecasters.train(setting.applied(short), run, World(0, 1, device), show=False)
-            found = found | {"errors": forecasters.left_errors(run)}
+            figures = forecasters.train(setting.applied(short), run, World(0, 1, device), show=False)
+            found: forecasters.Scored = {**figures, "errors": forecasters.left_errors(run)}
         return -found["validation_mse"], found
 
     chosen = best_setting(care, at)

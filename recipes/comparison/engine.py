@@ -26,13 +26,13 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from pydantic import BaseModel
@@ -48,6 +48,7 @@ from nepa_core.runtime.locks import locked, nothing_left, take_back
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.run import FREE_KEYS, Run, is_run
 from recipes.configs import PretrainConfig
+from recipes.report.summaries import PretrainSummary
 from recipes.resolve import read_target
 from recipes.statistics import protocol
 from recipes.statistics.protocol import Declared, Look
@@ -75,7 +76,11 @@ class Variant(NamedTuple):
     content: str = ""
 
 
-class Measure(NamedTuple):
+Kept = TypeVar("Kept", bound=Mapping[str, Any])
+"""The class that lists the keys of what is measured of a run."""
+
+
+class Measure(NamedTuple, Generic[Kept]):
     """What is measured of a finished run.
 
     Attributes:
@@ -86,7 +91,7 @@ class Measure(NamedTuple):
     """
 
     name: str
-    function: Callable[[PretrainConfig, NEPA, Run, Any], dict[str, Any]]
+    function: Callable[[PretrainConfig, NEPA, Run, Any], Kept]
     options: BaseModel
 
 
@@ -103,7 +108,7 @@ class Job(NamedTuple):
     name: str
     result: Path
     lock: Path
-    work: Callable[[], dict[str, Any]]
+    work: Callable[[], Mapping[str, Any]]
 
     @property
     def done(self) -> bool:
@@ -120,7 +125,7 @@ class Job(NamedTuple):
         return values
 
 
-class Compared(NamedTuple):
+class Compared(NamedTuple, Generic[Kept]):
     """What came out of a comparison.
 
     Attributes:
@@ -128,19 +133,19 @@ class Compared(NamedTuple):
         look: which look at the folder it was, and of what seeds.
     """
 
-    rows: dict[str, list[dict[str, Any]]]
+    rows: dict[str, list[Kept]]
     look: Look
 
 
 def compare(
     variants: Sequence[Variant],
     seeds: Sequence[int],
-    measure: Measure,
+    measure: Measure[Kept],
     out: Path,
     *,
     workers: int,
     also: Callable[[Sequence[int]], Sequence[Job]] | None = None,
-) -> Compared:
+) -> Compared[Kept]:
     """Pre-train and measure every variant with every seed, in `workers` processes.
 
     With the same seed all variants start from the same random numbers and see the samples in the same order.
@@ -186,11 +191,12 @@ def compare(
             for place in made:
                 _remove_empty(place)
         raise
-    return Compared({name: [jobs[name, seed].values() for seed in look.seeds] for name in names}, look)
+    kept = {name: [jobs[name, seed].values() for seed in look.seeds] for name in names}
+    return Compared(cast(dict[str, list[Kept]], kept), look)
 
 
 def declare(
-    variants: Sequence[Variant], seeds: Sequence[int], measure: Measure, out: Path, recipe: str
+    variants: Sequence[Variant], seeds: Sequence[int], measure: Measure[Any], out: Path, recipe: str
 ) -> tuple[Look, protocol.Claim]:
     """Write what is compared into the folder, also where it was declared before; see `recipes.statistics.protocol`.
 
@@ -245,9 +251,11 @@ def _seeds_in(folders: Sequence[Path], seeds: Sequence[int]) -> set[int]:
     return {*seeds, *(int(told[1]) for folder in folders if (told := re.search(r"-seed(\d+)-", folder.name)))}
 
 
-def run_summaries(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> dict[str, list[dict[str, Any]]]:
+def run_summaries(variants: Sequence[Variant], seeds: Sequence[int], out: Path) -> dict[str, list[PretrainSummary]]:
     """Variant -> the summary of its pre-training for each seed."""
-    return {v.name: [Run(run_folder(v, seed, out)).summary() or {} for seed in seeds] for v in variants}
+    return {
+        v.name: [Run(run_folder(v, seed, out)).summary_of(PretrainSummary) or {} for seed in seeds] for v in variants
+    }
 
 
 def try_variant(variant: Variant) -> None:
@@ -318,7 +326,7 @@ def read_recipe(task: str, target: str, changes: dict[str, Any]) -> PretrainConf
     return read_target(PretrainConfig, target, changes)
 
 
-def pair(variant: Variant, seed: int, measure: Measure, out: Path) -> Job:
+def pair(variant: Variant, seed: int, measure: Measure[Any], out: Path) -> Job:
     """The job of one variant and seed: train unless that was done, then measure."""
     config = seeded(variant.config, seed)
     folder = run_folder(variant, seed, out)
@@ -326,7 +334,7 @@ def pair(variant: Variant, seed: int, measure: Measure, out: Path) -> Job:
     return Job(f"{variant.name}, seed {seed}", result, folder / ".lock", partial(run_pair, config, folder, measure))
 
 
-def run_pair(config: PretrainConfig, folder: Path, measure: Measure) -> dict[str, Any]:
+def run_pair(config: PretrainConfig, folder: Path, measure: Measure[Kept]) -> Kept:
     """Pre-train, or go on with or open what an earlier sitting did; then measure."""
     run = Run(folder)
     with world() as ranks:

@@ -30,15 +30,16 @@ from recipes.configs import PretrainConfig
 from recipes.networks.goals import Classification, Goal
 from recipes.readout import probing
 from recipes.readout.features import Reader, Source, kept_features, tokens_per_sample
+from recipes.report.summaries import HeadFigures, PretrainSummary, ProbeRow, RunMeasures, Runs
+from recipes.report.tables import spreads
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import clusters_of, drawn_batches, is_chained, pack_clusters
 from recipes.statistics.maps import attention_figures, neighbour_share, token_positions, uniform_attention
+from recipes.statistics.significance import Spread
 from recipes.training import finetuning
 
 PROBE = probing.ProbeOptions(poolings=("mean", "last"), classifiers=("linear",))
 """The same rows for every variant: BOS can be read in some of them only."""
-
-BASELINES = ("copy", "mean", "position_mean", "linear")
 
 
 class Figure(NamedTuple):
@@ -55,23 +56,35 @@ class Figure(NamedTuple):
     clusters: str | None = None
 
 
-def as_row(figures: Mapping[str, Figure]) -> dict[str, Any]:
+def as_row(figures: Mapping[str, Figure]) -> RunMeasures:
     """Values by name and, also by name, under "credits" and "clusters" what is known of single samples."""
-    return {
-        **{name: each.value for name, each in figures.items()},
+    row: RunMeasures = {
         "credits": {name: each.credits for name, each in figures.items() if each.credits is not None},
         "clusters": {name: each.clusters for name, each in figures.items() if each.clusters is not None},
     }
+    return cast(RunMeasures, {name: each.value for name, each in figures.items()}) | row
 
 
-def joined(*rows: Mapping[str, Any]) -> dict[str, Any]:
+def joined(one: RunMeasures, other: RunMeasures) -> RunMeasures:
     """Measured values as one dictionary; their credits and clusters too."""
-    whole = {key: value for row in rows for key, value in row.items()}
-    per_sample = {key: {k: v for row in rows for k, v in row.get(key, {}).items()} for key in ("credits", "clusters")}
-    return whole | per_sample
+    credits, clusters = one["credits"] | other["credits"], one["clusters"] | other["clusters"]
+    return one | other | {"credits": credits, "clusters": clusters}
 
 
-def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def every_spread(rows: Runs) -> dict[str, dict[str, Spread]]:
+    """`spreads` of every number that was measured."""
+    first = next(iter(rows.values()))[0]
+    return {key: spreads(rows, key) for key, value in first.items() if isinstance(value, float | int)}
+
+
+def of_variant(found: Mapping[str, Mapping[str, Spread]], name: str) -> dict[str, Any]:
+    """Of `every_spread` what a summary holds of one variant: that of the probe flat, and all by their names."""
+    probe = found["probe"][name]
+    flat = {key: value for key, value in probe.items() if key != "values"}
+    return {"accuracies": probe["values"], **flat, **{key: each[name] for key, each in found.items()}}
+
+
+def by_layer(rows: Sequence[ProbeRow]) -> RunMeasures:
     """What is kept of the rows of a probe: `metric`, `probe`, `probe_row`, `probe_final`, `layers`."""
     best = probing.best_row(rows)
     metric = probing.metric_of(best)
@@ -84,19 +97,32 @@ def by_layer(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "layers": {
             "name": [row["name"].partition(",")[0] for row in means],
             "probe": [row[metric] for row in means],
-            "rank": [row["effective_rank"] for row in means],
+            "rank": [rank for row in means if (rank := row["effective_rank"]) is not None],
         },
     }
 
 
-def predicted(run: Run) -> dict[str, Any]:
+def predicted(run: Run) -> RunMeasures:
     """Loss, lift over the baselines (how much lower the loss is), identification, and loss at each place."""
-    summary = run.summary()
+    summary = run.summary_of(PretrainSummary)
     assert summary is not None
+    loss = summary["loss"]
     return {
-        "loss": summary["loss"],
-        **{f"lift_{name}": summary[f"baseline_{name}"] - summary["loss"] for name in BASELINES},
-        **{name: value for name, value in summary.items() if name.startswith(("retrieval_top1", "effective_rank_"))},
+        "loss": loss,
+        "lift_copy": summary["baseline_copy"] - loss,
+        "lift_mean": summary["baseline_mean"] - loss,
+        "lift_position_mean": summary["baseline_position_mean"] - loss,
+        "lift_linear": summary["baseline_linear"] - loss,
+        "retrieval_top1": summary["retrieval_top1"],
+        "retrieval_top1_linear": summary["retrieval_top1_linear"],
+        "retrieval_top1_copy": summary["retrieval_top1_copy"],
+        "retrieval_top1_mean": summary["retrieval_top1_mean"],
+        "retrieval_top1_position_mean": summary["retrieval_top1_position_mean"],
+        "retrieval_top1_untrained": summary["retrieval_top1_untrained"],
+        "effective_rank_embedding": summary["effective_rank_embedding"],
+        "effective_rank_embedding_start": summary["effective_rank_embedding_start"],
+        "effective_rank_prediction": summary["effective_rank_prediction"],
+        "effective_rank_prediction_start": summary["effective_rank_prediction_start"],
         "collapsed": summary["collapsed"],
         "loss_per_position": summary["loss_per_position"],
     }
@@ -108,7 +134,7 @@ def rank_over_training(run: Run) -> list[list[float]]:
     return [[line["step"], line[name]] for line in run.metrics() if name in line]
 
 
-def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: World) -> list[list[dict[str, Any]]]:
+def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: World) -> list[list[ProbeRow]]:
     """The rows of every reader, scored as `PROBE` says; see `probing.score_rows`. Each has its `clusters`, packed."""
     per_sample = tokens_per_sample(config.data.plain())
     with tempfile.TemporaryDirectory() as store:
@@ -226,19 +252,10 @@ def tested(tuning: configs.FinetuneConfig, model: finetuning.Classifier, device:
 
 # --------------------------------------------------------------------------------------------- attention
 
-ATTENTION = ("distance", "entropy", "on_bos", "on_neighbours")
-
 
 @torch.no_grad()
-def attention_by_layer(
-    config: PretrainConfig, model: NEPA, device: torch.device, samples: int
-) -> dict[str, list[list[float]]]:
-    """Means over drawn held-out samples for every layer and head; distances in units of `token_positions`.
-
-    Returns:
-        distance, entropy, on_bos, on_neighbours (the share on the 8 tokens around): layers x heads; and as `uniform`
-        the same four, one number each, of equal attention wherever a token may look.
-    """
+def attention_by_layer(config: PretrainConfig, model: NEPA, device: torch.device, samples: int) -> HeadFigures:
+    """Means over drawn held-out samples for every layer and head; distances in units of `token_positions`."""
     eager = config.model.model_copy(update={"attention": "eager"})
     network = NEPA(eager, config.data.embedder(eager.dim)).to(device).eval()
     network.load_state_dict(model.state_dict())
@@ -255,5 +272,11 @@ def attention_by_layer(
             total[:, layer] += torch.stack([x.sum(0).expand(config.model.heads) for x in figures])
         count += len(mask)
     means: Tensor = total / count
-    figures_by_layer = {name: rows[:-1].tolist() for name, rows in zip(ATTENTION, means, strict=True)}
-    return figures_by_layer | {"uniform": means[:, -1].mean(-1).tolist()}
+    distance, entropy, on_bos, on_neighbours = means[:, :-1].tolist()
+    return {
+        "distance": distance,
+        "entropy": entropy,
+        "on_bos": on_bos,
+        "on_neighbours": on_neighbours,
+        "uniform": means[:, -1].mean(-1).tolist(),
+    }

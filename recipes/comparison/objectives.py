@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
@@ -30,7 +30,7 @@ from recipes.comparison.engine import (
     run_summaries,
     seeded,
 )
-from recipes.comparison.measures import predicted, rank_over_training
+from recipes.comparison.measures import every_spread, of_variant, predicted, rank_over_training
 from recipes.configs import PretrainConfig
 from recipes.objective_names import NAMED, OWN, named
 from recipes.options import listed_or_all, once
@@ -38,7 +38,16 @@ from recipes.presets import PAPER_OBJECTIVE
 from recipes.report import card
 from recipes.report.objectives import RANDOM, report, title_of
 from recipes.report.provenance import provenance
-from recipes.report.tables import Rows, credits_of, gain_spreads, groups, margin, spreads
+from recipes.report.summaries import (
+    Choices,
+    ChosenSetting,
+    ObjectiveFigures,
+    ObjectivesSummary,
+    PretrainSummary,
+    RunMeasures,
+    Runs,
+)
+from recipes.report.tables import credits_of, gain_spreads, groups, margin, spreads
 from recipes.statistics.protocol import Look, alone
 from recipes.statistics.significance import LEAST_SEEDS, Difference, against, covers, differences, least
 from recipes.training.starting import build_model
@@ -99,11 +108,8 @@ class ObjectivesOptions(BaseModel):
         return Care(**self.model_dump(include=set(Care.model_fields)))
 
 
-def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) -> dict[str, Any]:
+def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) -> ObjectivesSummary:
     """Run and measure everything that is not yet, and write summary.json and report/ into `out`.
-
-    Returns:
-        The summary, see `summarise`.
 
     Raises:
         UserError: an objective is not known or does not fit the recipe, or the samples have nothing to be judged by.
@@ -119,12 +125,16 @@ def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) ->
 
     workers = options.workers or default_workers()
     rows, look = compare(variants, options.seeds, measured, out, workers=workers, also=controls)
-    random = [job.values() for job in controls(look.seeds)]
+    random = [cast(RunMeasures, job.values()) for job in controls(look.seeds)]
     summary = summarise(rows, random, options, look) | {"recipe": config.recipe, "made_with": provenance()}
-    summary["choices"] = care.model_dump(mode="json", exclude={"labels"})
+    summary["choices"] = chosen_from(care)
     summary["labels"] = ["all" if each is None else each for each in finetunings(config, options.care)]
     for variant in variants:
-        summary["objectives"][variant.name] |= variant.config.objective.model_dump(include={"terms", "stop_gradient"})
+        objective = variant.config.objective
+        summary["objectives"][variant.name] |= {
+            "terms": dict(objective.terms),
+            "stop_gradient": objective.stop_gradient,
+        }
     summary["runs"] = {v.name: [str(run_folder(v, seed, out)) for seed in look.seeds] for v in variants}
     summary["margins"] = {name: margin(each) for name, each in run_summaries(variants, look.seeds, out).items()}
     with reporting(out):
@@ -145,9 +155,9 @@ def care_of(variants: Sequence[Variant], config: PretrainConfig, options: Object
     return before if all(job.done for job in kept) else options.care
 
 
-def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> dict[str, Any]:
+def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> RunMeasures:
     """Everything that is compared, of one run."""
-    summary = run.summary()
+    summary = run.summary_of(PretrainSummary)
     assert summary is not None
     return {
         **downstream(config, model, run.path, care),
@@ -167,7 +177,7 @@ def control(config: PretrainConfig, seed: int, care: CareBefore, out: Path) -> J
     return Job(f"{RANDOM}, seed {seed}", folder / f"{name}.json", folder / f".{name}.lock", work)
 
 
-def untrained(config: PretrainConfig, care: Care) -> dict[str, Any]:
+def untrained(config: PretrainConfig, care: Care) -> RunMeasures:
     """What `measure` gives of read-outs and fine-tuning, of random weights; and `raw_tokens`, the probe of these."""
     with world() as ranks:
         model = build_model(config).to(ranks.device).eval()
@@ -177,29 +187,23 @@ def untrained(config: PretrainConfig, care: Care) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------- summary
 
 
+def chosen_from(care: Care | CareBefore) -> Choices:
+    """The choices as the summary holds them."""
+    return cast(Choices, care.model_dump(mode="json", exclude={"labels"}))
+
+
 def summarise(
-    rows: Rows, random: Sequence[Mapping[str, Any]], options: ObjectivesOptions, look: Look | None = None
-) -> dict[str, Any]:
-    """summary.json.
+    rows: Runs, random: Sequence[RunMeasures], options: ObjectivesOptions, look: Look | None = None
+) -> ObjectivesSummary:
+    """summary.json, but for what needs the runs' configs and folders.
 
     Args:
         look: that the rows are of; default: the first at a folder of its own.
-
-    Returns:
-        `objectives`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std`, `ci95` and (where
-        test samples are known one by one) `both`, see `spread`; the same of every other figure under its name; `gain`:
-        the same of what each of `measures` has over random weights; `verdicts`, a judgement a seed; and `objectives`
-        adds `terms` and `stop_gradient` of the config. `random`: the same of random weights. `raw_tokens`: their probe.
-        `label_counts`: labelled samples that each fine-tuning used in all. `ranking`: names by mean probe. `verdict`:
-        the plain sentences. `against_random`, `against_cosine`: measure -> the paired tests behind them, each measure a
-        family. `look`: of `recipes.statistics.protocol`. `margins` adds that of identification over the linear one, see
-        `recipes.report.tables.margin`.
     """
     look = look or alone(len(rows), options.seeds)
     measures = ["probe", "probe_final", *random[0]["settings"]]
     first = next(iter(rows.values()))[0]
-    keys = [key for key, value in first.items() if isinstance(value, float | int)]
-    found = {key: spreads(rows, key) for key in keys}
+    found = every_spread(rows)
     control = {RANDOM: random}
     at_random = {key: spreads(control, key)[RANDOM] for key in measures}
     gains = {key: gain_spreads(rows, dict.fromkeys(rows, random), key, key) for key in measures}
@@ -224,17 +228,19 @@ def summarise(
         "look": look._asdict(),
         "metric": first["metric"],
         "measures": measures,
-        "choices": options.care.model_dump(mode="json", exclude={"labels"}),
+        "choices": chosen_from(options.care),
         "label_counts": random[0].get("label_counts", {}),
         "verdict": [*sentences(pays, better, look), *look.notes],
         "ranking": sorted(rows, key=lambda name: -found["probe"][name]["mean"]),
         "raw_tokens": random[0]["raw_tokens"],
-        "random": at_random | {"settings": _chosen(random), "probe_rows": [row["probe_row"] for row in random]},
+        "random": {
+            **cast(ObjectiveFigures, at_random),
+            "settings": _chosen(random),
+            "probe_rows": [row["probe_row"] for row in random],
+        },
         "objectives": {
             name: {
-                "accuracies": found["probe"][name]["values"],
-                **{key: value for key, value in found["probe"][name].items() if key != "values"},
-                **{key: found[key][name] for key in keys},
+                **cast(ObjectiveFigures, of_variant(found, name)),
                 "gain": {key: gains[key][name] for key in measures},
                 "verdicts": [row["verdict"] for row in seeds],
                 "settings": _chosen(seeds),
@@ -247,7 +253,7 @@ def summarise(
     }
 
 
-def _chosen(seeds: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _chosen(seeds: Sequence[RunMeasures]) -> dict[str, list[ChosenSetting]]:
     """The setting of every fine-tuning, one for each seed."""
     return {key: [row["settings"][key] for row in seeds] for key in seeds[0]["settings"]}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +14,7 @@ from recipes.readout.inspecting import InspectOptions, chosen_samples, inspect, 
 from recipes.report.inspect import NEXT, QUERY, map_panels
 from recipes.report.page import Figure
 from recipes.report.plots import Panel, panel_plot
+from recipes.report.summaries import OrdersSummary
 from recipes.training.pretraining import load_pretrained
 
 
@@ -28,7 +27,7 @@ def own_grid(tokens: Tokens, sketch: Sketch) -> Tensor | None:
     return coords[:, -2:].float() if coords.shape[-1] > 1 and sketch.grid[0] == 1 else None
 
 
-def pictures(summary: Mapping[str, Any]) -> list[Figure]:
+def pictures(summary: OrdersSummary) -> list[Figure]:
     """The path of every order over a held-out sample, and the attention and similarity maps of its model there."""
     paths, maps = [], []
     noun = "token"

@@ -11,7 +11,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveInt
 
 from modalities.orders import file_content
-from modalities.orders.measures import mean_measures, order_measures
+from modalities.orders.measures import OrderMeasures, mean_measures, order_measures
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
@@ -30,13 +30,14 @@ from recipes.comparison.engine import (
     run_summaries,
     share,
 )
-from recipes.comparison.measures import attention_by_layer, predicted
+from recipes.comparison.measures import attention_by_layer, every_spread, of_variant, predicted
 from recipes.comparison.order_pictures import pictures
 from recipes.configs import PretrainConfig
 from recipes.options import listed_or_all, once
 from recipes.report.orders import report
 from recipes.report.provenance import provenance
-from recipes.report.tables import Rows, credits_of, gain_spreads, groups, margin, spreads
+from recipes.report.summaries import Cross, OrderFigures, OrdersSummary, RunMeasures, Runs, finetuned
+from recipes.report.tables import credits_of, gain_spreads, groups, margin
 from recipes.statistics.held_out import drawn_batches
 from recipes.statistics.maps import token_positions
 from recipes.statistics.protocol import Look, alone
@@ -103,11 +104,8 @@ class MeasureOptions(BaseModel):
     finetune_steps: int
 
 
-def orders(config: PretrainConfig, options: OrdersOptions, out: Path) -> dict[str, Any]:
+def orders(config: PretrainConfig, options: OrdersOptions, out: Path) -> OrdersSummary:
     """Run and measure everything that is not yet, and write summary.json and report/ into `out`.
-
-    Returns:
-        The summary, see `summarise`.
 
     Raises:
         UserError: an order is not known or the adapter has none, or the samples have nothing to train on.
@@ -176,7 +174,7 @@ def variant_of(config: PretrainConfig, name: str, predict_position: str | None) 
     return Variant(name, changed, file_content(cast(Any, changed.data).patch_order))
 
 
-def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptions) -> dict[str, Any]:
+def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptions) -> RunMeasures:
     """Everything that is compared, of one run."""
     device = next(model.parameters()).device
     return {
@@ -187,7 +185,7 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
     }
 
 
-def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, Any]:
+def measured_order(config: PretrainConfig, device: torch.device) -> OrderMeasures:
     """`order_measures` of the order that drawn held-out samples are read in, padding left out: a mean over samples."""
     data, most = config.data.plain(), _ORDER_SAMPLES
     tokens = data.read(next(drawn_batches(data, most, device, at_once=most)))
@@ -199,7 +197,7 @@ def measured_order(config: PretrainConfig, device: torch.device) -> dict[str, An
     return mean_measures(found)
 
 
-def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) -> dict[str, Any]:
+def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) -> Cross:
     """Probe accuracy of the model of every order (a row of `accuracy`) when it is read by every order (a column)."""
     jobs = {}
     for trained in variants:
@@ -223,23 +221,14 @@ def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) 
 # ----------------------------------------------------------------------------------------------- summary
 
 
-def summarise(rows: Rows, options: OrdersOptions, look: Look | None = None) -> dict[str, Any]:
-    """summary.json.
+def summarise(rows: Runs, options: OrdersOptions, look: Look | None = None) -> OrdersSummary:
+    """summary.json, but for what needs the runs' folders.
 
     Args:
         look: that the rows are of; default: the first at a folder of its own.
-
-    Returns:
-        `orders`: name -> `accuracies` of the probe, a number for each seed, their `mean`, `std`, `ci95` and (where test
-        samples are known one by one) `both`, see `spread`; the same of every other measure under its name, and
-        `probe_gain` over random weights; `order`, what the order is like; attention of the first seed. `ranking`: names
-        by mean accuracy. `verdict`: the plain sentences. `differences`, `against_random`: the paired tests behind the
-        first and the third. `raw_tokens`: the probe of the raw tokens. `look`: of `recipes.statistics.protocol`.
-        `margins` adds that of identification over the linear baseline, see `recipes.report.tables.margin`.
     """
     look = look or alone(len(rows), options.seeds)
-    keys = [key for key, value in next(iter(rows.values()))[0].items() if isinstance(value, float | int)]
-    found = {key: spreads(rows, key) for key in keys}
+    found = every_spread(rows)
     gain = gain_spreads(rows, rows, "probe", "probe_random")
     apart = differences(groups(rows, "probe"), correction=look.pairs(), credits=credits_of(rows, "probe"))
     paired = _gains(rows, "probe", look)
@@ -253,7 +242,7 @@ def summarise(rows: Rows, options: OrdersOptions, look: Look | None = None) -> d
     ]
     tests = [*apart, *more, *paired]
     for labels in options.labels:
-        name = f"finetuned_{'all' if labels is None else labels}"
+        name = finetuned(labels)
         of = "fine-tuning on all labels" if labels is None else f"fine-tuning on {labels} labels a class"
         tuned = differences(groups(rows, name), correction=look.pairs(), credits=credits_of(rows, name))
         scratch = _gains(rows, name, look)
@@ -273,11 +262,12 @@ def summarise(rows: Rows, options: OrdersOptions, look: Look | None = None) -> d
         "raw_tokens": first["raw_tokens"],
         "orders": {
             name: {
-                "accuracies": found["probe"][name]["values"],
-                **{key: value for key, value in found["probe"][name].items() if key != "values"},
-                **{key: found[key][name] for key in keys},
+                **cast(OrderFigures, of_variant(found, name)),
                 "probe_gain": gain[name],
-                **{key: each[0][key] for key in ("order", "attention", "layers", "loss_per_position")},
+                "order": each[0]["order"],
+                "attention": each[0]["attention"],
+                "layers": each[0]["layers"],
+                "loss_per_position": each[0]["loss_per_position"],
                 "probe_rows": [row["probe_row"] for row in each],
             }
             for name, each in rows.items()
@@ -287,7 +277,7 @@ def summarise(rows: Rows, options: OrdersOptions, look: Look | None = None) -> d
     }
 
 
-def _gains(rows: Rows, key: str, look: Look) -> list[Difference]:
+def _gains(rows: Runs, key: str, look: Look) -> list[Difference]:
     """Every order against random weights under the same order."""
     own, control = credits_of(rows, key), credits_of(rows, f"{key}_random")
     known = None if own is None or control is None else (own, control)
@@ -295,7 +285,7 @@ def _gains(rows: Rows, key: str, look: Look) -> list[Difference]:
     return gains(values, scratch, called=RANDOM, correction=look.controls(), credits=known)
 
 
-def _more(rows: Rows, key: str, look: Look) -> list[Difference]:
+def _more(rows: Runs, key: str, look: Look) -> list[Difference]:
     """What one order gains over random weights against what another does."""
     own, control = credits_of(rows, key), credits_of(rows, f"{key}_random")
     values, scratch = groups(rows, key), groups(rows, f"{key}_random")

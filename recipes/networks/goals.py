@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +33,42 @@ _STATISTICS = 10_000  # most training labels that the scale of a regression is m
 Kind = Literal["class", "numbers", "token classes"]
 
 
+FigureKey = Literal["accuracy", "top5", "mse", "mae", "r2", "held_out_loss"]
+AveragedKey = Literal["accuracy_ema", "top5_ema", "mse_ema", "mae_ema", "r2_ema", "held_out_loss_ema"]
+AVERAGED: dict[FigureKey, AveragedKey] = {
+    "accuracy": "accuracy_ema",
+    "top5": "top5_ema",
+    "mse": "mse_ema",
+    "mae": "mae_ema",
+    "r2": "r2_ema",
+    "held_out_loss": "held_out_loss_ema",
+}
+"""A figure of the raw weights -> the same of the averaged ones."""
+
+
+class GoalFigures(TypedDict, total=False):
+    """Held-out figures: of the raw weights and, with "_ema", of the averaged ones."""
+
+    accuracy: float
+    top5: float  # of six classes or more
+    mse: float  # in the unit of the labels, as mae
+    mae: float
+    r2: float
+    held_out_loss: float  # cross-entropy, or mean squared error of standardised numbers
+    accuracy_ema: float
+    top5_ema: float
+    mse_ema: float
+    mae_ema: float
+    r2_ema: float
+    held_out_loss_ema: float
+    samples: int  # that could be read
+    without_class: int  # of these
+
+
 class Shown(NamedTuple):
     """A held-out figure as it is shown: its key in the summary, its title, and its format."""
 
-    key: str
+    key: FigureKey
     title: str
     form: str
 
@@ -48,7 +80,7 @@ class Classification:
     names: tuple[str, ...]
     per_token: bool = False
 
-    headline: ClassVar[str] = "accuracy"
+    headline: ClassVar[FigureKey] = "accuracy"
     loss_name: ClassVar[str] = "cross-entropy"
     shown: ClassVar[tuple[Shown, ...]] = (Shown("accuracy", "top-1", ".2%"), Shown("top5", "top-5", ".2%"))
 
@@ -119,12 +151,12 @@ class Classification:
         right, count = parts.unbind(1)
         return right / count.clamp(min=1), count.long()
 
-    def figures(self, sums: Tensor) -> dict[str, float]:
+    def figures(self, sums: Tensor) -> GoalFigures:
         """Top-1, top-5 (of six classes or more, for it says nothing of fewer) and mean cross-entropy."""
         correct, among, loss, count = sums.tolist()
         if not count:
             raise UserError("no held-out sample has a class; every 'label' or 'target' there is negative or padding")
-        five = {"top5": among / count} if self.outputs > 5 else {}
+        five: GoalFigures = {"top5": among / count} if self.outputs > 5 else {}
         return {"accuracy": correct / count, **five, "held_out_loss": loss / count}
 
 
@@ -137,7 +169,7 @@ class Regression:
 
     per_token: ClassVar[bool] = False
     names: ClassVar[None] = None
-    headline: ClassVar[str] = "r2"
+    headline: ClassVar[FigureKey] = "r2"
     loss_name: ClassVar[str] = "mean squared error, standardised"
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("mse", "MSE", ".4g"),
@@ -190,7 +222,7 @@ class Regression:
         each = torch.where(variance > 1e-12 * numbers.square().mean(0), 1 - squared / variance, 0.0)
         return each.mean(1), torch.ones(len(parts), dtype=torch.int64)
 
-    def figures(self, sums: Tensor) -> dict[str, float]:
+    def figures(self, sums: Tensor) -> GoalFigures:
         """MSE and MAE in the unit of the labels, R2 (both mean over K) and the loss."""
         squared, absolute, total, squares, count = sums.cpu()
         std = self.std.cpu().double()

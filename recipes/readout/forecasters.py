@@ -39,6 +39,7 @@ from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.tokens import LARGEST_VALUE
 from recipes.configs import PretrainConfig
+from recipes.report.summaries import ForecastFigures
 from recipes.statistics.held_out import NUMBER, Numbered
 from recipes.training.train import opened
 
@@ -143,15 +144,17 @@ def repeat_last(data: Modality, batch: Batch) -> Tensor:
     return series.gather(1, last).expand_as(batch["future"])
 
 
+class Scored(ForecastFigures, total=False):
+    """With what goes to errors.npy: the squared error of every test window, [W] on the CPU."""
+
+    errors: Tensor
+
+
 @torch.no_grad()
-def score(
-    data: Modality, split: str, horizon: int, device: torch.device, predict: Callable[[Batch], Tensor]
-) -> dict[str, Any]:
+def score(data: Modality, split: str, horizon: int, device: torch.device, predict: Callable[[Batch], Tensor]) -> Scored:
     """MSE and MAE of z-scored values over every window of a split; `predict` gives [B, H, C].
 
-    Returns:
-        "mse", "mae", and "errors" [W] float64 on the CPU, the squared errors of the windows, means over the horizon
-        and the channels of a sample.
+    `errors` are float64, means over the horizon and the channels of a sample.
     """
     squared, absolute = [], []
     for batch in sound_batches(data, data.forecasts(split, horizon), device):
@@ -162,16 +165,17 @@ def score(
     return {"mse": float(errors.mean()), "mae": float(torch.cat(absolute).mean()), "errors": errors}
 
 
-def leave(run: Run, figures: dict[str, Any]) -> dict[str, Any]:
+def leave(run: Run, figures: Scored) -> ForecastFigures:
     """Write what `score` and its like gave to a row's folder: "errors" to errors.npy, then the rest to summary.json.
 
     Returns:
         The rest.
     """
-    rest = {key: value for key, value in figures.items() if key != "errors"}
+    rest = figures.copy()
+    errors = rest.pop("errors")
     with disk_errors(run.path):
         run.path.mkdir(parents=True, exist_ok=True)
-        np.save(run.path / ERRORS_FILE, figures["errors"].float().numpy())
+        np.save(run.path / ERRORS_FILE, errors.float().numpy())
     run.write_summary(rest)
     return rest
 
@@ -236,7 +240,7 @@ class Ridge(NamedTuple):
 
 
 @torch.no_grad()
-def best_ridge(data: Modality, read: Reader, horizon: int, samples: int, device: torch.device) -> dict[str, Any]:
+def best_ridge(data: Modality, read: Reader, horizon: int, samples: int, device: torch.device) -> Scored:
     """Fit a ridge on every read-out, take the one (and the strength) that validates best, and score it on the test."""
     return best_of(data, read, fitted_ridges(data, read, horizon, samples, device), horizon, device)
 
@@ -269,7 +273,7 @@ def fitted_ridges(
 @torch.no_grad()
 def best_of(
     data: Modality, read: Reader, fitted: Mapping[str, tuple[Ridge, float]], horizon: int, device: torch.device
-) -> dict[str, Any]:
+) -> Scored:
     """What `score` gives on the test windows for the read-out that validates best; its name and validation MSE."""
     name = min(fitted, key=lambda name: fitted[name][1])
     ridge, validation = fitted[name]
@@ -464,9 +468,9 @@ def build(config: ForecastConfig) -> Forecaster | DLinear:
     return Forecaster(backbone, tokens, config.horizon * channels)
 
 
-def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
+def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) -> ForecastFigures:
     """Train through `fit` and score the averaged weights after the last step; a finished run is not trained again."""
-    if (finished := opened(config, run, ranks)) is not None:
+    if (finished := opened(config, run, ranks, ForecastFigures)) is not None:
         return finished
     model = build(config).to(ranks.device)
     if ranks.is_main:
@@ -493,8 +497,8 @@ def train(config: ForecastConfig, run: Run, ranks: World, *, show: bool = True) 
             score(config.data, split, config.horizon, ranks.device, partial(_predict, config, model))
             for split in ("test", "validation")
         )
-    cost = {"steps": result.steps, "seconds": round(result.seconds, 2)}
-    return leave(run, {**test, "validation_mse": held["mse"], **cost})
+    test |= {"validation_mse": held["mse"], "steps": result.steps, "seconds": round(result.seconds, 2)}
+    return leave(run, test)
 
 
 def make_step(config: ForecastConfig) -> StepFunction:

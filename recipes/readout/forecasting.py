@@ -27,6 +27,7 @@ from recipes.readout.features import weights_digest
 from recipes.readout.forecasters import (
     Network,
     Reader,
+    Scored,
     best_ridge,
     check_windows,
     form_of,
@@ -52,6 +53,14 @@ from recipes.report.forecast import (
     stretches,
 )
 from recipes.report.provenance import provenance
+from recipes.report.summaries import (
+    ErrorDifference,
+    ForecastFigures,
+    ForecastRow,
+    ForecastSummary,
+    SeedsRow,
+    SeedsSummary,
+)
 from recipes.statistics.significance import spread
 from recipes.training.starting import build_model
 
@@ -93,7 +102,7 @@ class Row(NamedTuple):
     name: str
     horizon: int
     depends: dict[str, Any]
-    measure: Callable[[Run], dict[str, Any]]
+    measure: Callable[[Run], ForecastFigures]
 
     @property
     def folder(self) -> str:
@@ -122,7 +131,7 @@ def check_runs(targets: Sequence[str]) -> None:
 
 def forecast(
     config: PretrainConfig, model: NEPA, run: Run, options: ForecastOptions, ranks: World, *, show: bool = False
-) -> dict[str, Any]:
+) -> ForecastSummary:
     """All rows of all horizons: what forecast.json holds. Finished rows are found again in RUN/forecast/.
 
     Args:
@@ -136,10 +145,10 @@ def forecast(
     windows = {horizon: check_windows(data, horizon) for horizon in horizons}
     form, series = form_of(data, horizons[0]), series_digest(windows[horizons[0]])
     rows = table_rows(config, data, series, model, run, options, ranks, show=show)
-    found: dict[str, list[dict[str, Any]]] = {str(horizon): [] for horizon in horizons}
+    found: dict[str, list[ForecastRow]] = {str(horizon): [] for horizon in horizons}
     for number, row in enumerate(rows, 1):
         place, start = Run(run.path / "forecast" / row.folder), time.perf_counter()
-        kept = place.summary()
+        kept = place.summary_of(ForecastFigures)
         measured = kept or row.measure(place)
         if show and ranks.is_main:
             took = "kept" if kept else f"{time.perf_counter() - start:.0f} s"
@@ -148,14 +157,14 @@ def forecast(
         found[str(row.horizon)].append({"name": row.name, "folder": f"forecast/{row.folder}", **measured})
     clusters = {str(horizon): stretches(of["test"]) for horizon, of in windows.items()}
     counts = {horizon: {split: len(cast(Sized, each)) for split, each in of.items()} for horizon, of in windows.items()}
-    summary = {
+    summary: ForecastSummary = {
         "horizons": found,
         "stretches": {horizon: len(set(each.tolist())) for horizon, each in clusters.items()},
         "windows": {str(horizon): of["test"] for horizon, of in counts.items()},
         "left_out": {str(horizon): getattr(of["test"], "left_out", 0) for horizon, of in windows.items()},
         "fitted_on": {str(horizon): min(of["train"], options.fit_samples) for horizon, of in counts.items()},
         "look_back": form.steps,
-        **data.model_dump(include={"patch", "channels", "normalise"}),  # where the adapter has such settings
+        **cast(ForecastSummary, data.model_dump(include={"patch", "channels", "normalise"})),  # where it has them
         "seed": config.train.seed,
         "finetune_steps": options.steps,
         "fit_samples": options.fit_samples,
@@ -222,21 +231,22 @@ def table_rows(
     ]
 
 
-def kept(measure: Callable[[], dict[str, Any]], ranks: World) -> Callable[[Run], dict[str, Any]]:
+def kept(measure: Callable[[], Scored], ranks: World) -> Callable[[Run], ForecastFigures]:
     """A measurement that leaves its figures in a row's folder, as `train` does."""
 
-    def measured(place: Run) -> dict[str, Any]:
+    def measured(place: Run) -> ForecastFigures:
         found = measure()
         if ranks.is_main:
             return leave(place, found)
-        return {key: value for key, value in found.items() if key != "errors"}
+        found.pop("errors")
+        return found
 
     return measured
 
 
 def over_windows(
-    runs: Sequence[Run], summaries: Sequence[dict[str, Any]], clusters: Mapping[str, Tensor]
-) -> dict[str, list[dict[str, Any]]]:
+    runs: Sequence[Run], summaries: Sequence[ForecastSummary], clusters: Mapping[str, Tensor]
+) -> dict[str, list[ErrorDifference]]:
     """Horizon -> `paired_differences` over the test windows of one run, or of several together.
 
     Args:
@@ -262,17 +272,19 @@ def over_windows(
     return found
 
 
-def over_seeds(targets: Sequence[str], summaries: Sequence[dict[str, Any]], data: Modality) -> dict[str, Any]:
+def over_seeds(targets: Sequence[str], summaries: Sequence[ForecastSummary], data: Modality) -> SeedsSummary:
     """What forecast_seeds.json holds: the figures of every row with mean and deviation over the runs."""
     first = summaries[0]
     clusters = {horizon: stretches(data.forecasts("test", int(horizon))) for horizon in first["horizons"]}
+
+    def row(horizon: str, number: int, name: str) -> SeedsRow:
+        mse, mae = (spread(figures(summaries, horizon, number, key)) for key in ERRORS)
+        return {"name": name, "mse": mse, "mae": mae}
+
     return {
-        **first,
+        **cast(SeedsSummary, first),
         "horizons": {
-            horizon: [
-                {"name": row["name"], **{key: spread(figures(summaries, horizon, number, key)) for key in ERRORS}}
-                for number, row in enumerate(rows)
-            ]
+            horizon: [row(horizon, number, each["name"]) for number, each in enumerate(rows)]
             for horizon, rows in first["horizons"].items()
         },
         "differences": over_windows([Run(Path(target)) for target in targets], summaries, clusters),

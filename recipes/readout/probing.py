@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -38,10 +38,11 @@ from recipes.readout.features import (
     tokens_per_sample,
 )
 from recipes.report.provenance import unreadable
+from recipes.report.summaries import ProbeRow, ProbeScore, ProbeSummary
 from recipes.resolve import read_target
 from recipes.statistics.credits import pack_credits, unpack_credits
 from recipes.statistics.held_out import clusters_of, is_chained, pack_clusters
-from recipes.statistics.worth import MAJORITY, RANDOM, RAW, Score, Worth, judge, sentences, worth_in
+from recipes.statistics.worth import MAJORITY, RANDOM, RAW, Metric, Score, Worth, judge, sentences, worth_in
 from recipes.training.pretraining import load_pretrained
 from recipes.training.starting import build_model
 
@@ -140,7 +141,7 @@ def probe(
     store: Path | None = None,
     ranks: World | None = None,
     show: bool = False,
-) -> dict[str, Any]:
+) -> ProbeSummary:
     """Score every layer x pooling of a network, of the same network with random weights, and the raw tokens.
 
     Args:
@@ -150,15 +151,7 @@ def probe(
         show: progress on the screen.
 
     Returns:
-        `layers`: a list of rows {name, accuracy (r2 for numbers), validation, scores, effective_rank}, where scores has
-        accuracy and validation of every classifier and the plain two are those of the first; `best`: the row with the
-        best validation; `random_init`: the same two for the untrained network; `raw_tokens`: its row, and
-        `raw_tokens_attentive` where asked for; `paper`: the rows of `PAPER` that were read, where they are the
-        paper's; `majority`: where tokens have classes, the accuracy of the most frequent one of the training samples;
-        `notes`: what was left out, and why; `worth`: the verdict, see `recipes.statistics.worth.Worth`; `credits`: what
-        every test sample adds to the figure of the plain two, of the rows "best", "random_init" (its best) and
-        "raw_tokens", packed by `recipes.statistics.credits.pack_credits` (None where one is not finite), and
-        "clusters", by `recipes.statistics.held_out.pack_clusters`. Empty on the other ranks.
+        What probe.json holds, but for `made_with`. Empty on the other ranks.
     """
     device = next(model.parameters()).device
     ranks = ranks or World(0, 1, device)
@@ -191,23 +184,22 @@ def probe(
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
     held_out = config.data.plain().dataset("test")
     clusters, chained = clusters_of(held_out, numbers), is_chained(held_out)
-    best = {"best": best_row(layers), "random_init": best_row(random_init), "raw_tokens": raw[0]}
-    credits = {key: row["credits"] for key, row in best.items()} | {
-        "clusters": pack_clusters(clusters, chained=chained)
-    }
     several = len(options.classifiers) > 1
     worth = verdict(found, splits[0], clusters, chained=chained, several=several, per_token=per_sample > 0)
-    layers, random_init, raw = (list(map(without_credits, rows)) for rows in found)
-    return {
-        "layers": layers,
-        "best": best_row(layers),
-        "random_init": {"layers": random_init, "best": best_row(random_init)},
-        "raw_tokens": raw[0],
-        **({"raw_tokens_attentive": raw[1]} if len(raw) > 1 else {}),
+    plain, plain_random, plain_raw = (list(map(without_credits, rows)) for rows in found)
+    summary: ProbeSummary = {
+        "layers": plain,
+        "best": best_row(plain),
+        "random_init": {"layers": plain_random, "best": best_row(plain_random)},
+        "raw_tokens": plain_raw[0],
         "worth": worth.model_dump(mode="json"),
-        "credits": credits,
-        "paper": {} if tuned or not (causal and config.objective.causal) else paper_rows(layers),
-        **({"majority": float(majority_credits(splits[0]).mean())} if per_sample else {}),
+        "credits": {
+            "best": best_row(layers)["credits"],
+            "random_init": best_row(random_init)["credits"],
+            "raw_tokens": raw[0]["credits"],
+            "clusters": pack_clusters(clusters, chained=chained),
+        },
+        "paper": {} if tuned or not (causal and config.objective.causal) else paper_rows(plain),
         "causal": causal,
         "train_samples": len(splits[0].labels),
         "test_samples": len(splits[0].test_labels),
@@ -218,9 +210,14 @@ def probe(
         "unreadable_held_out_messages": test.messages,
         "notes": notes,
     }
+    if len(raw) > 1:
+        summary["raw_tokens_attentive"] = plain_raw[1]
+    if per_sample:
+        summary["majority"] = float(majority_credits(splits[0]).mean())
+    return summary
 
 
-def paper_rows(layers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def paper_rows(layers: Sequence[ProbeRow]) -> dict[str, ProbeRow]:
     """Those that are the paper's linear probe, by its names."""
     return {name: row for name, wanted in PAPER.items() for row in layers if row["name"] == wanted}
 
@@ -231,7 +228,7 @@ def majority_credits(split: Split) -> Tensor:
 
 
 def verdict(
-    found: Sequence[Sequence[dict[str, Any]]],
+    found: Sequence[Sequence[ProbeRow]],
     split: Split,
     clusters: Tensor,
     *,
@@ -266,7 +263,7 @@ def verdict(
     )
 
 
-def best_reading(rows: Sequence[dict[str, Any]], name: str, *, several: bool) -> Score:
+def best_reading(rows: Sequence[ProbeRow], name: str, *, several: bool) -> Score:
     """The row and the classifier with the best validation figure."""
     row, key = max(
         ((row, key) for row in rows for key in row["scores"]), key=lambda each: each[0]["scores"][each[1]]["validation"]
@@ -277,11 +274,12 @@ def best_reading(rows: Sequence[dict[str, Any]], name: str, *, several: bool) ->
     return Score(name, ", ".join(filter(None, (of, by))), score[metric_of(score)], credits)
 
 
-def without_credits(row: Mapping[str, Any]) -> dict[str, Any]:
+def without_credits(row: ProbeRow) -> ProbeRow:
     """A row as it stands in probe.json, where only the best rows keep their credits."""
-    plain = {key: value for key, value in row.items() if key != "credits"}
-    scores = {name: {k: v for k, v in score.items() if k != "credits"} for name, score in row["scores"].items()}
-    return plain | {"scores": scores}
+    plain = row | {"scores": {name: score.copy() for name, score in row["scores"].items()}}
+    for each in (plain, *plain["scores"].values()):
+        each.pop("credits")
+    return plain
 
 
 def check_regression(split: Split, options: ProbeOptions) -> None:
@@ -377,12 +375,12 @@ class Split(NamedTuple):
         return cls(train, test, labels[: len(train["labels"])], labels[len(train["labels"]) :])
 
     @property
-    def metric(self) -> str:
+    def metric(self) -> Metric:
         """What its rows are scored by: accuracy, or r2 of a regression."""
         return "r2" if self.labels.is_floating_point() else "accuracy"
 
 
-def score_rows(split: Split, names: Sequence[Name]) -> list[dict[str, Any]]:
+def score_rows(split: Split, names: Sequence[Name]) -> list[ProbeRow]:
     """The rows of one reader, in their order; a row is in memory only while it is read.
 
     Each holds `credits` beside its figures, as does each of its `scores`: see `scores_of`.
@@ -401,12 +399,12 @@ def score_rows(split: Split, names: Sequence[Name]) -> list[dict[str, Any]]:
         torch.set_num_threads(threads)
 
 
-def score_row(split: Split, name: str, *, names: Sequence[Name]) -> dict[str, Any]:
+def score_row(split: Split, name: str, *, names: Sequence[Name]) -> ProbeRow:
     """Fit every classifier on all training samples, and on four fifths of them to choose rows by."""
     parts = split.train, split.test
     if name.endswith(", attentive"):
         tokens, tokens_test = (TokenFeatures(part[name], part["mask"]) for part in parts)
-        scores = {"linear": scores_of(split, classifiers.attentive, tokens, tokens_test)}
+        scores: dict[str, ProbeScore] = {"linear": scores_of(split, classifiers.attentive, tokens, tokens_test)}
         rank = None
     else:
         x, x_test = (torch.from_numpy(np.array(part[name])).to(split.labels.device) for part in parts)
@@ -426,39 +424,37 @@ def check_count(samples: int) -> None:
         raise UserError(f"{samples} training samples are too few: a fifth of them chooses the layer; give 5 or more")
 
 
-def scores_of(split: Split, classifier: Callable[..., Tensor], x: Any, x_test: Any) -> dict[str, Any]:
-    """Scores of one classifier on one row.
-
-    Returns:
-        `accuracy` (or `r2`) on the test samples; `validation`, on the last fifth of the training samples by the rest;
-        `credits`, what each test sample adds, packed by `recipes.statistics.credits`; None where one is not finite.
-    """
+def scores_of(split: Split, classifier: Callable[..., Tensor], x: Any, x_test: Any) -> ProbeScore:
+    """Scores of one classifier on one row; `validation` is on the last fifth of the training samples by the rest."""
     y, kept = split.labels, len(x) - len(x) // 5  # the training samples come in random order
     check_count(len(x))
     credits = classifier(x, y, x_test, split.test_labels)
+    figure = float(credits.mean())
+    found: ProbeScore = {"r2": figure} if split.metric == "r2" else {"accuracy": figure}
     return {
-        split.metric: float(credits.mean()),
+        **found,
         "validation": float(classifier(x[:kept], y[:kept], x[kept:], y[kept:]).mean()),
         "credits": pack_credits(credits) if bool(credits.isfinite().all()) else None,
     }
 
 
-def metric_of(row: dict[str, Any]) -> str:
+def metric_of(row: ProbeRow | ProbeScore) -> Metric:
     """What a row is scored by, see `Split.metric`."""
     return "r2" if "r2" in row else "accuracy"
 
 
-def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def best_row(rows: Sequence[ProbeRow]) -> ProbeRow:
     """The row with the best validation accuracy."""
-    return max(rows, key=lambda row: float(row["validation"]))
+    return max(rows, key=lambda row: row["validation"])
 
 
-def render(summary: dict[str, Any]) -> str:
+def render(summary: ProbeSummary) -> str:
     """The table as text, each classifier with its random-weights twin beside it, and the verdict."""
     names = list(dict.fromkeys(key for row in summary["layers"] for key in row["scores"]))
     metric = metric_of(summary["raw_tokens"])
     raw, best, best_random = summary["raw_tokens"], summary["best"], summary["random_init"]["best"]
     twins = {row["name"]: row for row in summary["random_init"]["layers"]}
+    rows: list[tuple[str, ProbeRow, ProbeRow | None]]
     rows = [(row["name"], row, twins[row["name"]]) for row in summary["layers"]]
     rows += [(row["name"], row, None) for row in (raw, summary.get("raw_tokens_attentive")) if row is not None]
     rows += [(name, row, twins[row["name"]]) for name, row in summary["paper"].items()]
@@ -481,11 +477,11 @@ def render(summary: dict[str, Any]) -> str:
     return "\n".join([*(line.rstrip() for line in lines), "", *notes, chosen, *closing])
 
 
-def _cell(row: dict[str, Any] | None, classifier: str, width: int) -> str:
-    found = row is not None and row["scores"].get(classifier)
+def _cell(row: ProbeRow | None, classifier: str, width: int) -> str:
+    found = None if row is None else row["scores"].get(classifier)
     return "  " + (f"{found[metric_of(found)]:>{width}.3f}" if found else " " * width)
 
 
-def _rank(row: dict[str, Any] | None, width: int) -> str:
-    found = row is not None and row["effective_rank"]
+def _rank(row: ProbeRow | None, width: int) -> str:
+    found = None if row is None else row["effective_rank"]
     return "  " + (f"{found:>{width}.1f}" if found else " " * width)

@@ -29,6 +29,7 @@ from nepa_core.runtime.run import RECORD, Run, is_run, task_of
 from nepa_core.runtime.weights import class_names, current_weights, newest, split
 from nepa_core.tokens import ImageInput
 from recipes.configs import FinetuneConfig, PretrainConfig
+from recipes.report.summaries import ImportRecord
 
 HEADED, HEADLESS = "ViTNepaForImageClassification", "ViTNepaForPreTraining"
 CONFIG_DEFAULTS = {"pos_embed_shift": None, "pos_embed_jitter": None, "add_pooling_layer": True}
@@ -105,8 +106,8 @@ def export_released(run: Run, out: Path, options: ExportOptions) -> str:
     for state in states.values():
         if complaint := mismatch(ours, state.model | state.head):
             raise UserError(f"{run.path} is not of a network in the released layout: {complaint}")
-    record = run.summary(RECORD) or {}
-    imported: dict[str, Any] = record.get("config", {})
+    record = run.summary_of(ImportRecord, RECORD) or {}
+    imported = record.get("config", {})
     facts = released_facts(config, seen, model.layer_scale, labels_of(run, classes))
     if not imported or options.fold_layer_scale:  # folded maps are float32
         facts["dtype"] = str(states[RAW].model["predictor.blocks.0.mlp.down.weight"].dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ from nepa_core.runtime.weights import joined
 from recipes import vision
 from recipes.configs import FinetuneConfig, PretrainConfig
 from recipes.report.provenance import provenance
+from recipes.report.summaries import ImportRecord
 
 DECIDED = ("model.", "data.patch", "data.channels", "causal", "objective.causal", "readout")
 """Keys that come with the weights; of the network all do."""
@@ -46,14 +47,14 @@ def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
         )
     released = read_released(folder)
     config = run_config(released, changes)
-    record = {
+    record: ImportRecord = {
         "source": source,
         "sha256": digests(folder),
         "config": released.facts.model_dump(mode="json", exclude_unset=True),
         "preprocessor": released.preprocessor,
         "made_with": provenance(),
     }
-    before = run.summary(RECORD)
+    before = run.summary_of(ImportRecord, RECORD)
     if before is None and (run.metrics_path.exists() or run.checkpoints.exists()):
         raise UserError(f"{run.path} holds a run that was trained here; name another folder with out=DIR")
     if before is not None and before["sha256"] != record["sha256"]:

@@ -3,55 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal
 
 from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Words
 from recipes.report.plots import interval_plot, line_plot
+from recipes.report.summaries import AblateSummary
 from recipes.report.tables import (
     TESTED,
-    Column,
-    Rows,
     difference_table,
     margin_cell,
     margin_note,
-    spread_table,
     text_table,
 )
-from recipes.statistics.significance import Difference
+from recipes.statistics.significance import Difference, Spread
 
-COLUMNS = (
-    Column("objective", "objective"),
-    Column("loss", "next-token loss"),
-    Column("retrieval_top1", "identified"),
-    Column("effective_rank_embedding", "rank", ".1f"),
-    Column("probe_best", "probe, best layer"),
-    Column("probe_final", "probe, final norm"),
-)
+Key = Literal["objective", "loss", "retrieval_top1", "effective_rank_embedding", "probe_best", "probe_final"]
+COLUMNS: dict[Key, tuple[str, str]] = {
+    "objective": ("objective", ".3f"),
+    "loss": ("next-token loss", ".3f"),
+    "retrieval_top1": ("identified", ".3f"),
+    "effective_rank_embedding": ("rank", ".1f"),
+    "probe_best": ("probe, best layer", ".3f"),
+    "probe_final": ("probe, final norm", ".3f"),
+}
+"""Key of an arm -> its head and how numbers are written."""
 
 
-def table(result: dict[str, Any]) -> list[list[str]]:
+def table(result: AblateSummary) -> list[list[str]]:
     """Head and one row an arm, mean ± standard deviation over seeds."""
-    rows: Rows = {
-        name: [{c.key: arm[c.key]["values"][i] for c in COLUMNS} for i in range(len(result["seeds"]))]
+    count = len(result["seeds"])
+
+    def cell(found: Spread, form: str) -> str:
+        return f"{found['mean']:{form}}" + (f" ± {found['std']:{form}}" if count > 1 else "")
+
+    lines = [
+        [name, *(cell(arm[key], form) for key, (_, form) in COLUMNS.items()), f"{arm['collapsed']} of {count}"]
         for name, arm in result["arms"].items()
-    }
-    head, *lines = spread_table(rows, COLUMNS, half="std")
-    collapsed = [f"{arm['collapsed']} of {len(result['seeds'])}" for arm in result["arms"].values()]
-    return [[*head, "collapsed"], *([*line, cell] for line, cell in zip(lines, collapsed, strict=True))]
+    ]
+    return [["", *(title for title, _ in COLUMNS.values()), "collapsed"], *lines]
 
 
-def render(result: dict[str, Any]) -> str:
+def render(result: AblateSummary) -> str:
     """The table as text."""
     return f"{text_table(table(result))}\n\n{_foot(result)}\n\n{_margins(result)}\n\n{result['verdict']}"
 
 
-def _margins(result: dict[str, Any]) -> str:
+def _margins(result: AblateSummary) -> str:
     """Identification beyond the linear baseline, arm by arm."""
     told = "; ".join(f"{name} {margin_cell(each)}" for name, each in result["margins"].items())
     return f"{margin_note(result['margins'])} {told}."
 
 
-def _foot(result: dict[str, Any]) -> str:
+def _foot(result: AblateSummary) -> str:
     random = result["random_init"]
     return (
         f"Mean ± standard deviation over {len(result['seeds'])} seeds, held-out data. Rank is the effective rank of "
@@ -61,12 +64,12 @@ def _foot(result: dict[str, Any]) -> str:
     )
 
 
-def report(result: dict[str, Any]) -> Report:
+def report(result: AblateSummary) -> Report:
     """The answer, probe accuracy by arm, the table, the paired tests, rank over training by arm."""
     return Report(f"Ablations: {result['recipe']}", render(result), result["made_with"], lambda: _parts(result))
 
 
-def _parts(result: dict[str, Any]) -> Iterator[Part]:
+def _parts(result: AblateSummary) -> Iterator[Part]:
     arms = result["arms"]
     yield Answer(result["verdict"])
     yield Figure(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from nepa_core.modality import Modality
 from nepa_core.runtime.run import Run
@@ -13,6 +12,7 @@ from nepa_core.verdict.judge import COLLAPSE_SHARE, Verdict
 from recipes.report.page import Answer, Figure, Part, Report, Table, Verbatim, Words
 from recipes.report.plots import line_plot
 from recipes.report.provenance import settings_of, unreadable
+from recipes.report.summaries import PretrainSummary
 
 SPACES = {
     "projected": "Losses and identification, also those before training and of the baselines, are measured behind the "
@@ -23,9 +23,9 @@ SPACES = {
 """What to know where prediction and target don't meet in the space of the embeddings."""
 
 
-def verdict_in(summary: dict[str, Any]) -> Verdict:
+def verdict_in(summary: PretrainSummary) -> Verdict:
     """The verdict part of a summary; those of before lack what was not counted then."""
-    return Verdict.model_validate({name: summary[name] for name in Verdict.model_fields if name in summary})
+    return Verdict.model_validate({name: value for name, value in summary.items() if name in Verdict.model_fields})
 
 
 BASELINES = {
@@ -142,7 +142,7 @@ def linear_control(verdict: Verdict) -> list[str]:
     return [f"{text}."]
 
 
-def remarks(summary: dict[str, Any], noun: str) -> list[str]:
+def remarks(summary: PretrainSummary, noun: str) -> list[str]:
     """The sentences under the table."""
     verdict = verdict_in(summary)
     found = [
@@ -174,7 +174,7 @@ def remarks(summary: dict[str, Any], noun: str) -> list[str]:
     return found + unreadable(summary)
 
 
-def render(summary: dict[str, Any], data: Modality) -> str:
+def render(summary: PretrainSummary, data: Modality) -> str:
     """The card as text."""
     verdict, noun = verdict_in(summary), data.token_name
     rows = [("", "loss", "identified"), *table(verdict, noun)]
@@ -199,18 +199,18 @@ def render(summary: dict[str, Any], data: Modality) -> str:
     )
 
 
-def tries(summary: dict[str, Any]) -> list[str]:
+def tries(summary: PretrainSummary) -> list[str]:
     """What to try where the verdict is not what one hoped for."""
     return [f"To try: {text}" for text in summary.get("advice", [])]
 
 
-def report(run: Run, summary: dict[str, Any], data: Modality) -> Report:
+def report(run: Run, summary: PretrainSummary, data: Modality) -> Report:
     """The card, then loss.png, learning.png, rank.png, spread.png and position.png, then the settings."""
     said, title = render(summary, data), f"Pre-training: {run.path.name}"
     return Report(title, said, summary["made_with"], lambda: _parts(run, summary, data.token_name), "card.txt")
 
 
-def _parts(run: Run, summary: dict[str, Any], noun: str) -> Iterator[Part]:
+def _parts(run: Run, summary: PretrainSummary, noun: str) -> Iterator[Part]:
     verdict, metrics = verdict_in(summary), run.metrics()
     health = [line for line in metrics if "effective_rank_embedding" in line]
     learning = [line for line in health if "retrieval_top1" in line]
@@ -248,7 +248,12 @@ def _parts(run: Run, summary: dict[str, Any], noun: str) -> Iterator[Part]:
         "rank.png",
         "Effective rank over training: collapse shows here, not in the loss.",
         line_plot(
-            {of: (steps, [line[f"effective_rank_{of}"] for line in health]) for of in ("embedding", "prediction")},
+            {
+                of: (steps, [line[key] for line in health])
+                for of, key in {
+                    "embedding": "effective_rank_embedding", "prediction": "effective_rank_prediction",
+                }.items()
+            },
             x="step", y="effective rank", from_zero=True, title="Effective rank",
         ),
     )  # fmt: skip
@@ -257,8 +262,13 @@ def _parts(run: Run, summary: dict[str, Any], noun: str) -> Iterator[Part]:
         "Spread per dimension (1 is isotropic, 0 collapsed), and the cosine of the best constant direction.",
         line_plot(
             {
-                f"{name.replace('_', ' ')}, {of}": (steps, [line[f"{name}_{of}"] for line in health])
-                for name in ("spread", "shared_direction") for of in ("embedding", "prediction")
+                title: (steps, [line[key] for line in health])
+                for title, key in {
+                    "spread, embedding": "spread_embedding",
+                    "spread, prediction": "spread_prediction",
+                    "shared direction, embedding": "shared_direction_embedding",
+                    "shared direction, prediction": "shared_direction_prediction",
+                }.items()
             },
             x="step", y="share", from_zero=True, title="Spread and shared direction",
         ),

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from nepa_core.runtime.run import Run
-from recipes.networks.goals import FIGURES, Classification, Regression
+from recipes.networks.goals import AVERAGED, FIGURES, AveragedKey, Classification, FigureKey, Regression
 from recipes.report.page import Answer, Figure, Part, Report, Verbatim, Words
 from recipes.report.plots import line_plot
 from recipes.report.provenance import settings_of, unreadable
+from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.statistics.worth import sentences, without_control, worth_in
 
 
-def verdict(summary: dict[str, Any], run: Run) -> list[str]:
+def verdict(summary: FinetuneSummary, run: Run) -> list[str]:
     """The closing sentences: the run beside its control, or that this is missing."""
     worth = worth_in(summary)
     if worth is None:
@@ -22,22 +22,20 @@ def verdict(summary: dict[str, Any], run: Run) -> list[str]:
     return sentences(worth, form=".2%" if worth.metric == "accuracy" else ".3f")
 
 
-COUNTS = ("samples", "without_class", "unreadable_held_out")
-"""What `measure` counts, the same for raw and for averaged weights."""
-
-
 def start_of(init: str | None) -> str:
     """Where the weights come from, in words."""
     return "random weights" if init is None else init
 
 
-def render(summary: dict[str, Any]) -> str:
+def render(summary: FinetuneSummary) -> str:
     """The result as text."""
     shown = [figure for figure in FIGURES if figure.key in summary]
-    rows = {"raw weights": ""} | ({"averaged weights": "_ema"} if f"{shown[0].key}_ema" in summary else {})
+    rows: dict[str, list[FigureKey | AveragedKey]] = {"raw weights": [figure.key for figure in shown]}
+    if AVERAGED[shown[0].key] in summary:
+        rows["averaged weights"] = [AVERAGED[figure.key] for figure in shown]
     lines = [f"{'':<18}" + "".join(f"  {figure.title:>7}" for figure in shown)]
-    for name, suffix in rows.items():
-        cells = (f"  {format(summary[figure.key + suffix], figure.form):>7}" for figure in shown)
+    for name, keys in rows.items():
+        cells = (f"  {format(summary[key], figure.form):>7}" for figure, key in zip(shown, keys, strict=True))
         lines.append(f"{name:<18}" + "".join(cells))
     where = f"on {scored_samples(summary, 'held-out samples')}"
     start = start_of(summary["init"])
@@ -47,29 +45,29 @@ def render(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, *unreadable(summary)])
 
 
-def scored_samples(summary: Mapping[str, Any], noun: str) -> str:
+def scored_samples(summary: HeldOutFigures, noun: str) -> str:
     """ "40 samples", or "30 of 40 samples (10 have no class, 2 could not be read)": on how many the figures are."""
-    without, unread = int(summary.get("without_class", 0)), int(summary.get("unreadable_held_out", 0))
+    without, unread = summary.get("without_class", 0), summary.get("unreadable_held_out", 0)
     if "samples" not in summary:
         return f"all {noun}"
-    scored, every = int(summary["samples"]) - without, int(summary["samples"]) + unread
+    scored, every = summary["samples"] - without, summary["samples"] + unread
     lost = [f"{without} have no class"] * bool(without) + [f"{unread} could not be read"] * bool(unread)
     return f"{scored} of {every} {noun} ({', '.join(lost)})" if lost else f"{scored} {noun}"
 
 
-def report(run: Run, summary: dict[str, Any]) -> Report:
+def report(run: Run, summary: FinetuneSummary) -> Report:
     """The verdict and the figures, the loss and the goal's first figure over training, the settings."""
     title, said = f"Fine-tuning: {run.path.name}", render(summary)
     return Report(title, said, summary["made_with"], lambda: _parts(run, summary))
 
 
-def _parts(run: Run, summary: dict[str, Any]) -> Iterator[Part]:
+def _parts(run: Run, summary: FinetuneSummary) -> Iterator[Part]:
     goal = Regression if Regression.headline in summary else Classification
     metrics, key = run.metrics(), goal.headline
     tested = [line for line in metrics if key in line]
     trained = [line for line in metrics if "loss" in line]
     steps = [line["step"] for line in tested]
-    curves = {key: "raw weights", f"{key}_ema": "averaged weights"}
+    curves = {key: "raw weights", AVERAGED[key]: "averaged weights"}
     losses = {"held_out_loss": "held out", "held_out_loss_ema": "held out, averaged weights"}
     title = next(figure.title for figure in goal.shown if figure.key == key)
     first, *rest = verdict(summary, run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any, cast
+from typing import Final, Literal, cast
 
 import torch
 from torch import Tensor
@@ -19,14 +19,16 @@ from torch.utils.data import Dataset
 from nepa_core.basics import Batch
 from nepa_core.verdict.drawing import spans_of
 from nepa_core.verdict.intervals import Interval, over_both
+from recipes.report.summaries import ErrorDifference, ForecastSummary
 from recipes.statistics.significance import spread
 
-ERRORS = ("mse", "mae")
+ERRORS: Final = ("mse", "mae")
 LINEAR, PERSISTENCE, DLINEAR = "linear on the raw window", "persistence", "DLinear"
 UNTRAINED = {"frozen": "frozen, random weights", "fine-tuned": "fine-tuned, random weights"}
 """Rows with pre-trained weights, and the same rows without."""
 
-Summary = Mapping[str, Any]
+Differences = Mapping[str, Sequence[ErrorDifference]]
+"""Horizon -> `paired_differences`."""
 
 
 def stretches(windows: Dataset[Batch]) -> Tensor:
@@ -45,7 +47,7 @@ def stretches(windows: Dataset[Batch]) -> Tensor:
     return after * max(1, span // length) // span
 
 
-def paired_differences(errors: Mapping[str, Tensor], clusters: Tensor) -> list[dict[str, Any]]:
+def paired_differences(errors: Mapping[str, Tensor], clusters: Tensor) -> list[ErrorDifference]:
     """Rival minus pre-trained, in MSE, for every pair that is there: above 0 the pre-trained row is better.
 
     Args:
@@ -56,15 +58,16 @@ def paired_differences(errors: Mapping[str, Tensor], clusters: Tensor) -> list[d
         rivals = [rival for rival in (untrained, LINEAR, PERSISTENCE, DLINEAR) if row in errors and rival in errors]
         for rival in rivals:
             apart = over_both(errors[rival].double() - errors[row].double(), clusters, chained=True)
-            found.append({"row": row, "rival": rival, "mse": float(errors[rival].double().mean()), **apart._asdict()})
+            mse = float(errors[rival].double().mean())
+            found.append(ErrorDifference(row=row, rival=rival, mse=mse, mean=apart.mean, half=apart.half, df=apart.df))
     return found
 
 
-def render(summaries: Sequence[Summary], apart: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def render(summaries: Sequence[ForecastSummary], apart: Differences) -> str:
     """The table as text, of one run, or mean ± standard deviation over several; and what it says.
 
     Args:
-        apart: horizon -> `paired_differences` over all of these runs.
+        apart: over all of these runs.
     """
     first = summaries[0]
     horizons = list(first["horizons"])
@@ -105,7 +108,7 @@ def _grid(corner: str, names: Sequence[str], columns: Sequence[str], cells: Mapp
     return [*lines, *(row.rstrip() for row in rows)]
 
 
-def verdict(summaries: Sequence[Summary], apart: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def verdict(summaries: Sequence[ForecastSummary], apart: Differences) -> list[str]:
     """Sentences: pre-trained weights beside random ones and beside the best baseline, and what the intervals cover."""
     lines = []
     for row, untrained in UNTRAINED.items():
@@ -121,7 +124,7 @@ def verdict(summaries: Sequence[Summary], apart: Mapping[str, Sequence[Mapping[s
     return [f"VERDICT  {lines[0]}", *lines[1:], covers(summaries)]
 
 
-def covers(summaries: Sequence[Summary]) -> str:
+def covers(summaries: Sequence[ForecastSummary]) -> str:
     """What the intervals say and what they don't."""
     first = summaries[0]
     counts = ", ".join(f"{horizon}: {count}" for horizon, count in first["stretches"].items())
@@ -134,7 +137,7 @@ def covers(summaries: Sequence[Summary]) -> str:
     )
 
 
-def _beside(difference: Mapping[str, Any], rival: str) -> str:
+def _beside(difference: ErrorDifference, rival: str) -> str:
     """Such as "beat random weights (MSE lower by 0.0040 ± 0.0012)"."""
     interval = Interval(difference["mean"], difference["half"], difference["df"])
     by = f"MSE {'lower' if interval.mean >= 0 else 'higher'} by {_plus_minus(abs(interval.mean), interval.half)}"
@@ -144,11 +147,11 @@ def _beside(difference: Mapping[str, Any], rival: str) -> str:
     return f"{verb} {rival} ({by})"
 
 
-def _signed(difference: Mapping[str, Any]) -> str:
+def _signed(difference: ErrorDifference) -> str:
     return ("+" if difference["mean"] >= 0 else "") + _plus_minus(difference["mean"], difference["half"])
 
 
-def _scored(summary: Summary) -> str:
+def _scored(summary: ForecastSummary) -> str:
     """Which test windows the figures are of; those of independent channels count one by one."""
     lost = {horizon: count for horizon, count in summary["left_out"].items() if count}
     counts = "; ".join(
@@ -160,9 +163,9 @@ def _scored(summary: Summary) -> str:
 # ------------------------------------------------------------------------------------------------------ numbers
 
 
-def figures(summaries: Sequence[Summary], horizon: str, row: int, key: str) -> list[float]:
+def figures(summaries: Sequence[ForecastSummary], horizon: str, row: int, key: Literal["mse", "mae"]) -> list[float]:
     """One figure of every run."""
-    return [float(summary["horizons"][horizon][row][key]) for summary in summaries]
+    return [summary["horizons"][horizon][row][key] for summary in summaries]
 
 
 def cell(values: Sequence[float]) -> str:

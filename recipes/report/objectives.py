@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
@@ -13,19 +12,20 @@ from nepa_core.terms import term
 from recipes.objective_names import OWN
 from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Verbatim, Words
 from recipes.report.plots import inside, line_plot, png_of
+from recipes.report.summaries import ChosenSetting, ObjectiveFigures, ObjectivesSummary, RunMeasures, Runs, found_at
 from recipes.report.tables import (
     TESTED,
     Column,
-    Rows,
     difference_table,
     drawn,
     interval_words,
     margin_cell,
     margin_note,
+    spread_cell,
     spread_table,
     text_table,
 )
-from recipes.statistics.significance import Difference, interval_of, spread
+from recipes.statistics.significance import Difference, Spread, interval_of, spread
 
 NOT_COMPARABLE = (
     "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that "
@@ -64,24 +64,20 @@ def _head(measure: str) -> str:
     return short.get(measure) or f"fine-tuned, {_labels(measure)}"
 
 
-def render(summary: Mapping[str, Any]) -> str:
+def render(summary: ObjectivesSummary) -> str:
     """The table of accuracies and the answer as text."""
     return "\n".join([text_table(accuracy_table(summary)), "", *foot(summary), "", *summary["verdict"]])
 
 
-def accuracy_table(summary: Mapping[str, Any]) -> list[list[str]]:
+def accuracy_table(summary: ObjectivesSummary) -> list[list[str]]:
     """A row an objective, the best probe first, then random weights and raw tokens."""
     lines = [["", *map(_head, summary["measures"]), "verdict"]]
     for name in summary["ranking"]:
         found = summary["objectives"][name]
-        lines.append([name, *(_cell(found[key]) for key in summary["measures"]), _words(found["verdicts"])])
-    lines.append([RANDOM, *(_cell(summary["random"][key]) for key in summary["measures"]), ""])
+        cells = [spread_cell(found_at(found, key)) for key in summary["measures"]]
+        lines.append([name, *cells, _words(found["verdicts"])])
+    lines.append([RANDOM, *(spread_cell(found_at(summary["random"], key)) for key in summary["measures"]), ""])
     return [*lines, ["raw tokens", f"{summary['raw_tokens']:.3f}", *[""] * len(summary["measures"])]]
-
-
-def _cell(found: Mapping[str, Any]) -> str:
-    half = interval_of(found)
-    return f"{found['mean']:.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def _words(verdicts: Sequence[str]) -> str:
@@ -92,7 +88,7 @@ def _words(verdicts: Sequence[str]) -> str:
     return "; ".join(f"{word} ({count} of {len(verdicts)})" for word, count in counts.items())
 
 
-def foot(summary: Mapping[str, Any]) -> list[str]:
+def foot(summary: ObjectivesSummary) -> list[str]:
     """What the numbers are."""
     count, choices = len(summary["seeds"]), summary["choices"]
     further = choices.get("extensions")  # None: measured before there were any
@@ -125,13 +121,17 @@ def foot(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def shown_spreads(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def starts(summary: ObjectivesSummary) -> dict[str, ObjectiveFigures]:
+    """Every objective, the best first, and random weights."""
+    return {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
+
+
+def shown_spreads(summary: ObjectivesSummary) -> list[Spread]:
     """Of every cell of the table of accuracies."""
-    every = [*(summary["objectives"][name] for name in summary["ranking"]), summary["random"]]
-    return [found[key] for found in every for key in summary["measures"]]
+    return [found_at(found, key) for found in starts(summary).values() for key in summary["measures"]]
 
 
-def label_counts(summary: Mapping[str, Any]) -> list[str]:
+def label_counts(summary: ObjectivesSummary) -> list[str]:
     """A line on how many labels the fine-tunings used, choosing included."""
     counts = summary["label_counts"]
     if not counts or summary["metric"] == "skill":
@@ -140,10 +140,9 @@ def label_counts(summary: Mapping[str, Any]) -> list[str]:
     return [f"Labelled samples used in all, for choosing and for training: {told}."]
 
 
-def ends(summary: Mapping[str, Any]) -> str:
+def ends(summary: ObjectivesSummary) -> str:
     """A line on where the best settings lie."""
-    every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
-    settings = [each for found in every.values() for chosen in found["settings"].values() for each in chosen]
+    settings = [each for found in starts(summary).values() for chosen in found["settings"].values() for each in chosen]
     words = {"lr": "learning rate", "steps": "number of steps"}
     counts = {word: sum(key in each.get("at_end", ()) for each in settings) for key, word in words.items()}
     told = [f"the best {word} at an end of what was tried in {count}" for word, count in counts.items() if count]
@@ -151,7 +150,7 @@ def ends(summary: Mapping[str, Any]) -> str:
     return f"Of {len(settings)} fine-tunings: {'; '.join(told) or inside}."
 
 
-def own_objective(summary: Mapping[str, Any]) -> list[str]:
+def own_objective(summary: ObjectivesSummary) -> list[str]:
     """A line on what the recipe's own objective is, where it is among them."""
     if OWN not in summary["ranking"]:
         return []
@@ -160,7 +159,7 @@ def own_objective(summary: Mapping[str, Any]) -> list[str]:
     return [f"{OWN}: {mixture}, {'with' if found['stop_gradient'] else 'without'} stop-gradient."]
 
 
-def formula_table(summary: Mapping[str, Any]) -> list[list[str]]:
+def formula_table(summary: ObjectivesSummary) -> list[list[str]]:
     """What every objective is: a row a term."""
     lines = [["", "term", "formula", "compares", "source"]]
     for name in summary["ranking"]:
@@ -170,7 +169,7 @@ def formula_table(summary: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
-def report(rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Report:
+def report(rows: Runs, random: Sequence[RunMeasures], summary: ObjectivesSummary) -> Report:
     """The answer on the first screen, then accuracies, layers, prediction, tests, settings and commands.
 
     Args:
@@ -181,7 +180,7 @@ def report(rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str
     return Report(title, render(summary), summary["made_with"], lambda: _parts(rows, random, summary))
 
 
-def _parts(rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Iterator[Part]:
+def _parts(rows: Runs, random: Sequence[RunMeasures], summary: ObjectivesSummary) -> Iterator[Part]:
     ranked = {name: rows[name] for name in summary["ranking"]}
     first, *others = summary["verdict"]
     yield Answer(first)
@@ -212,7 +211,7 @@ def _parts(rows: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str
     yield Verbatim(commands(summary))
 
 
-def accuracy_figure(summary: Mapping[str, Any]) -> Figure:
+def accuracy_figure(summary: ObjectivesSummary) -> Figure:
     """Every measure of every objective beside random weights."""
     return Figure(
         "accuracy.png",
@@ -224,14 +223,14 @@ def accuracy_figure(summary: Mapping[str, Any]) -> Figure:
     )
 
 
-def accuracy_plot(summary: Mapping[str, Any]) -> bytes:
+def accuracy_plot(summary: ObjectivesSummary) -> bytes:
     """Side by side a panel for every measure, in each a line an objective; PNG bytes."""
     names, measures = summary["ranking"], summary["measures"]
     canvas = Canvas(figsize=(max(8.0, 2 * len(measures)), 1.1 + 0.34 * len(names)), dpi=110, layout="constrained")
     for place, (axes, key) in enumerate(
         zip(canvas.subplots(1, len(measures), squeeze=False)[0], measures, strict=True)
     ):
-        control = summary["random"][key]
+        control = found_at(summary["random"], key)
         if (arms := inside(control["mean"], interval_of(control), summary["metric"])) is not None:
             ((below,), (above,)) = arms
             axes.axvspan(control["mean"] - below, control["mean"] + above, color=_GREY, alpha=0.2, linewidth=0)
@@ -239,7 +238,7 @@ def accuracy_plot(summary: Mapping[str, Any]) -> bytes:
         if key.startswith("probe"):
             axes.axvline(summary["raw_tokens"], color="C1", linestyle="--", linewidth=1.2)
         for line, name in enumerate(names):
-            found = summary["objectives"][name][key]
+            found = found_at(summary["objectives"][name], key)
             axes.plot(found["values"], [line] * len(found["values"]), ".", color="#08519c", alpha=0.35, markersize=5)
             axes.errorbar(
                 found["mean"],
@@ -260,13 +259,12 @@ def accuracy_plot(summary: Mapping[str, Any]) -> bytes:
     return png_of(canvas)
 
 
-def label_figures(summary: Mapping[str, Any]) -> list[Figure]:
+def label_figures(summary: ObjectivesSummary) -> list[Figure]:
     """Fine-tuning by number of labels, where there are several."""
     tuned = [key for key in summary["measures"] if key.startswith("finetuned_")]
     if len(tuned) < 2:
         return []
-    every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
-    curves = {name: [found[key] for key in tuned] for name, found in every.items()}
+    curves = {name: [found_at(found, key) for key in tuned] for name, found in starts(summary).items()}
     return [
         Figure(
             "labels.png",
@@ -276,7 +274,7 @@ def label_figures(summary: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-def layer_figure(ranked: Rows, random: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> Figure:
+def layer_figure(ranked: Runs, random: Sequence[RunMeasures], summary: ObjectivesSummary) -> Figure:
     """The probe by layer, mean over seeds."""
     curves = {
         name: [
@@ -291,7 +289,7 @@ def layer_figure(ranked: Rows, random: Sequence[Mapping[str, Any]], summary: Map
     )
 
 
-def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, ticks: Sequence[str], metric: str) -> bytes:
+def curves_plot(curves: Mapping[str, Sequence[Spread]], *, ticks: Sequence[str], metric: str) -> bytes:
     """A line of means and intervals (see `spread`) for every start, random weights grey and dashed; PNG bytes."""
     canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
@@ -313,7 +311,7 @@ def curves_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], *, ticks: Seq
     return png_of(canvas)
 
 
-def rank_figure(ranked: Rows) -> Figure:
+def rank_figure(ranked: Runs) -> Figure:
     """Effective rank of the embeddings over training."""
     curves = {}
     for name, seeds in ranked.items():
@@ -326,7 +324,7 @@ def rank_figure(ranked: Rows) -> Figure:
     )
 
 
-def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]]:
+def prediction_table(ranked: Runs, summary: ObjectivesSummary) -> list[list[str]]:
     """The words of the verdict and its figures."""
     (corner, *head), *lines = spread_table(ranked, PREDICTION)
     rows = [
@@ -336,21 +334,23 @@ def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]
     return [[corner, "verdict", *head, "over linear"], *rows]
 
 
-def setting_table(summary: Mapping[str, Any]) -> list[list[str]]:
+def setting_table(summary: ObjectivesSummary) -> list[list[str]]:
     """The chosen settings of every start; a rate or number of steps at an end of what was tried is marked."""
     tuned = [key for key in summary["measures"] if key.startswith("finetuned_")]
-    every = {**{name: summary["objectives"][name] for name in summary["ranking"]}, RANDOM: summary["random"]}
 
-    def cell(setting: Mapping[str, Any]) -> str:
+    def cell(setting: ChosenSetting) -> str:
         rate, steps = (f"{setting[key]:g}{'*' if key in setting.get('at_end', ()) else ''}" for key in ("lr", "steps"))
         told = f"{rate} x {steps}{' causal' if setting['causal'] else ''}"
         return told.replace(" ", "\N{NO-BREAK SPACE}")
 
-    rows = [[name, *("; ".join(map(cell, found["settings"][key])) for key in tuned)] for name, found in every.items()]
+    rows = [
+        [name, *("; ".join(map(cell, found["settings"][key])) for key in tuned)]
+        for name, found in starts(summary).items()
+    ]
     return [["", *(_labels(key) for key in tuned)], *rows]
 
 
-def tests(summary: Mapping[str, Any]) -> Iterator[Part]:
+def tests(summary: ObjectivesSummary) -> Iterator[Part]:
     """Every objective against random weights and against the cosine, a family of tests for each measure."""
     if not any(summary["against_random"].values()):
         yield Words(["No tests: they need three seeds or more."])
@@ -361,13 +361,13 @@ def tests(summary: Mapping[str, Any]) -> Iterator[Part]:
             f"are fine-tuned on the same ones. {TESTED}"
         ]
     )
-    for rival, families in ((RANDOM, "against_random"), ("the cosine", "against_cosine")):
-        for key, found in summary[families].items():
+    for rival, families in {RANDOM: summary["against_random"], "the cosine": summary["against_cosine"]}.items():
+        for key, found in families.items():
             yield Words([f"Against {rival}, {title_of(key)}:"])
             yield Table(difference_table([Difference(**each) for each in found]))
 
 
-def commands(summary: Mapping[str, Any]) -> str:
+def commands(summary: ObjectivesSummary) -> str:
     """The command of this page, and one for each objective to look at its first run."""
     lines: Sequence[str] = [f"nepa inspect {folders[0]}" for folders in summary["runs"].values()]
     return "\n".join([summary["made_with"]["command"], *lines])

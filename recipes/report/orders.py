@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 
@@ -17,20 +16,21 @@ from recipes.report.plots import (
     panels_plot,
     strip_plot,
 )
+from recipes.report.summaries import HeadKey, OrdersSummary, RunMeasures, Runs, finetuned, found_at
 from recipes.report.tables import (
     TESTED,
     Column,
-    Rows,
     difference_table,
     drawn,
     interval_words,
     margin_cell,
     margin_note,
+    spread_cell,
     spread_table,
     spreads,
     text_table,
 )
-from recipes.statistics.significance import Difference, interval_of
+from recipes.statistics.significance import Difference
 
 NOT_COMPARABLE = (
     "Losses of different orders are not comparable: each order asks the network other questions, and an easy question "
@@ -51,43 +51,44 @@ PREDICTION = (
     Column("retrieval_top1_linear", "by linear"),
 )
 _SHOWN_DIFFERENCES = 12
-_UNIFORM = {"distance": 0, "entropy": 1, "on_bos": 2, "on_neighbours": 3}  # where each stands in `uniform`
+_UNIFORM: dict[HeadKey, int] = {
+    "distance": 0,
+    "entropy": 1,
+    "on_bos": 2,
+    "on_neighbours": 3,
+}  # where each stands in `uniform`
 _BLUE = "#08519c"
 _LINE = {"color": _BLUE, "linewidth": 1}
 
 
-def accuracy_columns(summary: Mapping[str, Any]) -> list[Column]:
+def accuracy_columns(summary: OrdersSummary) -> list[Column]:
     """Probe and fine-tuning, each beside random weights."""
     columns = [Column("probe", "probe"), Column("probe_random", "random weights")]
     for labels in summary["labels"]:
         columns += [
-            Column(f"finetuned_{labels}", f"fine-tuned, {_told(labels)}"),
-            Column(f"finetuned_{labels}_random", "from random weights"),
+            Column(finetuned(labels), f"fine-tuned, {_told(labels)}"),
+            Column(f"{finetuned(labels)}_random", "from random weights"),
         ]
     return columns
 
 
-def _told(labels: Any) -> str:
+def _told(labels: int | str) -> str:
     return "all labels" if labels == "all" else f"{labels} labels a class"
 
 
-def render(summary: Mapping[str, Any]) -> str:
+def render(summary: OrdersSummary) -> str:
     """The answer and the table of accuracies as text."""
     lines = [["", *(column.title for column in accuracy_columns(summary))]]
     for name in summary["ranking"]:
-        found = [summary["orders"][name][column.key] for column in accuracy_columns(summary)]
-        lines.append([name, *(_cell(each) for each in found)])
+        found = summary["orders"][name]
+        lines.append([name, *(spread_cell(found_at(found, column.key)) for column in accuracy_columns(summary))])
     return "\n".join([text_table(lines), "", foot(summary), "", *summary["verdict"]])
 
 
-def _cell(found: Mapping[str, Any]) -> str:
-    half = interval_of(found)
-    return f"{found['mean']:.3f}" + ("" if half is None else f" ± {half:.3f}")
-
-
-def foot(summary: Mapping[str, Any]) -> str:
+def foot(summary: OrdersSummary) -> str:
     """What the numbers are."""
-    shown = [summary["orders"][name][column.key] for name in summary["ranking"] for column in accuracy_columns(summary)]
+    every = [summary["orders"][name] for name in summary["ranking"]]
+    shown = [found_at(found, column.key) for found in every for column in accuracy_columns(summary)]
     interval = interval_words(len(summary["seeds"]), shown)
     forecast = summary["metric"] == "skill"
     held, attention = (
@@ -101,7 +102,7 @@ def foot(summary: Mapping[str, Any]) -> str:
     )
 
 
-def report(rows: Rows, summary: Mapping[str, Any], pictures: Sequence[Figure]) -> Report:
+def report(rows: Runs, summary: OrdersSummary, pictures: Sequence[Figure]) -> Report:
     """The answer on the first screen, then accuracies, paths, prediction, attention, tests and commands.
 
     Args:
@@ -114,7 +115,7 @@ def report(rows: Rows, summary: Mapping[str, Any], pictures: Sequence[Figure]) -
     return Report(title, render(summary), summary["made_with"], lambda: _parts(rows, summary, pictures))
 
 
-def _parts(rows: Rows, summary: Mapping[str, Any], pictures: Sequence[Figure]) -> Iterator[Part]:
+def _parts(rows: Runs, summary: OrdersSummary, pictures: Sequence[Figure]) -> Iterator[Part]:
     ranked = {name: rows[name] for name in summary["ranking"]}
     first, *others = summary["verdict"]
     yield Answer(first)
@@ -151,13 +152,13 @@ def _parts(rows: Rows, summary: Mapping[str, Any], pictures: Sequence[Figure]) -
     yield Verbatim(commands(summary))
 
 
-def prediction_table(ranked: Rows, summary: Mapping[str, Any]) -> list[list[str]]:
+def prediction_table(ranked: Runs, summary: OrdersSummary) -> list[list[str]]:
     """Losses, lifts and identification, with its margin over the linear baseline."""
     head, *lines = spread_table(ranked, PREDICTION)
     return [[*head, "over linear"], *([*line, margin_cell(summary["margins"][line[0]])] for line in lines)]
 
 
-def accuracy_figure(ranked: Rows, summary: Mapping[str, Any]) -> Figure:
+def accuracy_figure(ranked: Runs, summary: OrdersSummary) -> Figure:
     """The probe, ranked, with random weights and raw tokens."""
     own, control = spreads(ranked, "probe"), spreads(ranked, "probe_random")
     return Figure(
@@ -176,31 +177,34 @@ def accuracy_figure(ranked: Rows, summary: Mapping[str, Any]) -> Figure:
     )
 
 
-def fine_tuning_figures(ranked: Rows, summary: Mapping[str, Any]) -> list[Figure]:
+def fine_tuning_figures(ranked: Runs, summary: OrdersSummary) -> list[Figure]:
     """One for each number of labels."""
     return [
         Figure(
-            f"finetuned_{labels}.png",
+            f"{finetuned(labels)}.png",
             f"Fine-tuned on {_told(labels)} for {summary['finetune_steps']} steps; grey: from random weights.",
             interval_plot(
-                spreads(ranked, f"finetuned_{labels}"),
+                spreads(ranked, finetuned(labels)),
                 x=f"held-out {summary['metric']}",
                 metric=summary["metric"],
-                control=spreads(ranked, f"finetuned_{labels}_random"),
+                control=spreads(ranked, f"{finetuned(labels)}_random"),
             ),
         )
         for labels in summary["labels"]
     ]
 
 
-def order_table(summary: Mapping[str, Any]) -> list[list[str]]:
+def order_table(summary: OrdersSummary) -> list[list[str]]:
     """What every order is like, whatever is learned from it."""
-    keys = {"step": "step", "neighbours_seen": "neighbours seen", "lone": "alone", "locality": "locality"}
-    rows = [[name, *(f"{summary['orders'][name]['order'][key]:.2f}" for key in keys)] for name in summary["ranking"]]
-    return [["", *keys.values()], *rows]
+    lines = [["", "step", "neighbours seen", "alone", "locality"]]
+    for name in summary["ranking"]:
+        found = summary["orders"][name]["order"]
+        figures = (found["step"], found["neighbours_seen"], found["lone"], found["locality"])
+        lines.append([name, *(f"{each:.2f}" for each in figures)])
+    return lines
 
 
-def seen_figures(ranked: Rows) -> list[Figure]:
+def seen_figures(ranked: Runs) -> list[Figure]:
     """Share of neighbours already seen, at each place of each order; nothing of runs measured before there was one."""
     if not all("seen" in seeds[0]["order"] for seeds in ranked.values()):
         return []
@@ -218,7 +222,7 @@ def seen_figures(ranked: Rows) -> list[Figure]:
     ]
 
 
-def position_figure(ranked: Rows) -> Figure:
+def position_figure(ranked: Runs) -> Figure:
     """Loss at each place, mean over seeds."""
     losses = {
         name: np.mean([row["loss_per_position"]["model"] for row in seeds], axis=0).tolist()
@@ -232,8 +236,9 @@ def position_figure(ranked: Rows) -> Figure:
     )
 
 
-def attention_table(ranked: Rows) -> list[list[str]]:
+def attention_table(ranked: Runs) -> list[list[str]]:
     """Distance, entropy, share on the neighbours and on BOS, beside equal attention."""
+    heads: dict[HeadKey, str]
     heads = {"distance": "distance", "entropy": "entropy", "on_neighbours": "on the neighbours", "on_bos": "on BOS"}
     lines = [["", *heads.values(), "rank of the last layer", "at random weights"]]
     for name, seeds in ranked.items():
@@ -248,9 +253,9 @@ def attention_table(ranked: Rows) -> list[list[str]]:
     return lines
 
 
-def head_figures(ranked: Rows) -> list[Figure]:
+def head_figures(ranked: Runs) -> list[Figure]:
     """Attention distance and entropy of every head by layer, a panel an order."""
-    told = {"distance": "distance, in cells of the grid", "entropy": "entropy, in nats"}
+    told: dict[HeadKey, str] = {"distance": "distance, in cells of the grid", "entropy": "entropy, in nats"}
     return [
         Figure(
             f"heads_{key}.png",
@@ -262,7 +267,7 @@ def head_figures(ranked: Rows) -> list[Figure]:
     ]
 
 
-def head_curves(seeds: Sequence[Mapping[str, Any]], key: str) -> list[Curve]:
+def head_curves(seeds: Sequence[RunMeasures], key: HeadKey) -> list[Curve]:
     """One panel of `head_figures`."""
     heads = np.concatenate([row["attention"][key] for row in seeds], axis=1)  # [layers, seeds x heads]
     layers = np.arange(1, len(heads) + 1)
@@ -275,7 +280,7 @@ def head_curves(seeds: Sequence[Mapping[str, Any]], key: str) -> list[Curve]:
     ]
 
 
-def layer_figures(ranked: Rows) -> list[Figure]:
+def layer_figures(ranked: Runs) -> list[Figure]:
     """Attention distance and effective rank by layer."""
     distance, rank = {}, {}
     for name, seeds in ranked.items():
@@ -299,7 +304,7 @@ def layer_figures(ranked: Rows) -> list[Figure]:
     ]
 
 
-def cross_parts(summary: Mapping[str, Any]) -> Iterator[Part]:
+def cross_parts(summary: OrdersSummary) -> Iterator[Part]:
     """The matrix of training order against reading order, where it was measured."""
     if "cross" not in summary:
         return
@@ -315,7 +320,7 @@ def cross_parts(summary: Mapping[str, Any]) -> Iterator[Part]:
     )
 
 
-def tests(summary: Mapping[str, Any]) -> Iterator[Part]:
+def tests(summary: OrdersSummary) -> Iterator[Part]:
     """The surest differences between orders, and every order against random weights."""
     if not summary["differences"] and not summary["against_random"]:
         yield Words(["No tests: they need three seeds or more."])
@@ -336,7 +341,7 @@ def tests(summary: Mapping[str, Any]) -> Iterator[Part]:
     yield Table(difference_table(paired))
 
 
-def commands(summary: Mapping[str, Any]) -> str:
+def commands(summary: OrdersSummary) -> str:
     """The command of this page, and one for each order to look at its first run."""
     lines: Sequence[str] = [f"nepa inspect {folders[0]}" for folders in summary["runs"].values()]
     return "\n".join([summary["made_with"]["command"], *lines])

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nepa_core.runtime.checkpoint import disk_errors
+from recipes.report.summaries import MadeWith
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
@@ -79,7 +80,7 @@ class Report:
 
     title: str
     said: str
-    made_with: Mapping[str, Any]
+    made_with: MadeWith
     parts: Callable[[], Iterable[Part]]
     text_file: str = ""
 

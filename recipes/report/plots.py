@@ -6,7 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modalities.data.listing import printable
 from nepa_core.tokens import Sketch
-from recipes.statistics.significance import interval_of
+from recipes.statistics.significance import Spread, interval_of
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$\\frac{1"
 
@@ -250,13 +250,13 @@ def label_of(name: str) -> str:
 
 
 def interval_plot(
-    spreads: Mapping[str, Mapping[str, Any]],
+    spreads: Mapping[str, Spread],
     *,
     x: str,
-    control: Mapping[str, Mapping[str, Any]] | None = None,
+    control: Mapping[str, Spread] | None = None,
     control_name: str = "random weights",
     reference: Mapping[str, float] | None = None,
-    half: str = "ci95",
+    half: Literal["ci95", "std"] = "ci95",
     metric: str = "accuracy",
 ) -> bytes:
     """A line a variant, from the best down: mean ± `half`, a dot a seed; PNG bytes.

@@ -18,6 +18,7 @@ import torch
 from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.run import Run, reading_back
 from recipes.report.page import Report
+from recipes.report.summaries import MadeWith, Unreadable
 
 
 def rendered(report: Callable[[], Report], run: Run, *, before: bool) -> str:
@@ -34,7 +35,7 @@ NAMED = 3
 """Of the samples that could not be read, how many of a split are named on the screen."""
 
 
-def unreadable(summary: dict[str, Any], file: str = "summary.json") -> list[str]:
+def unreadable(summary: Unreadable, file: str = "summary.json") -> list[str]:
     """Lines on the samples that could not be read, where there are any: how many, and the first by name and cause.
 
     Args:
@@ -46,8 +47,11 @@ def unreadable(summary: dict[str, Any], file: str = "summary.json") -> list[str]
         return []
     one = sum(counts.values()) == 1
     lines = [f"{told} sample{'' if one else 's'} could not be read and {'was' if one else 'were'} skipped."]
-    for kind, key in (("training", "unreadable_messages"), ("held-out", "unreadable_held_out_messages")):
-        messages = summary.get(key, [])
+    lists = {
+        "training": ("unreadable_messages", summary.get("unreadable_messages", [])),
+        "held-out": ("unreadable_held_out_messages", summary.get("unreadable_held_out_messages", [])),
+    }
+    for kind, (key, messages) in lists.items():
         lines += [f"  {message}" for message in messages[:NAMED]]
         if len(messages) > NAMED:
             lines.append(f"  and {len(messages) - NAMED} more {kind} ones, see {key} in {file}")
@@ -68,7 +72,7 @@ def settings_of(run: Run) -> str:
     return "\n".join(lines(read_saved(file), "")) if file.exists() else ""
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> MadeWith:
     """Command, commit, device and versions: what a number needs beside it."""
     program = Path(sys.argv[0])
     ours = program.resolve().parent == Path(__file__).resolve().parents[1]  # python -m recipes, or torchrun -m

@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Iterator, Sequence
 from shlex import quote
-from typing import Any, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -14,11 +14,20 @@ from nepa_core.runtime.run import Run
 from recipes.report.page import Figure, Part, Report, Table, Verbatim
 from recipes.report.plots import line_plot, picture_table
 from recipes.report.provenance import settings_of, unreadable
-from recipes.statistics.segment_metrics import classes_in_truth, lonely, score_text
+from recipes.report.summaries import SegmentSummary
+from recipes.statistics.segment_metrics import ScoreKey, classes_in_truth, lonely, score_text
 
-MEASURES = ("mIoU", "mAcc", "aAcc")
-WEIGHTS = {"": "raw weights", "_ema": "averaged weights"}
-"""Ending of a measure's name -> the weights it is of."""
+MEASURES: Final = ("mIoU", "mAcc", "aAcc")
+
+
+class Keys(NamedTuple):
+    """Where the `MEASURES` of some weights stand in the summary, and their IoU in its rows of classes."""
+
+    scores: tuple[ScoreKey, ScoreKey, ScoreKey]
+    iou: Literal["iou", "iou_ema"]
+
+
+KEYS = {"raw weights": Keys(MEASURES, "iou"), "averaged weights": Keys(("mIoU_ema", "mAcc_ema", "aAcc_ema"), "iou_ema")}
 
 
 class Picture(NamedTuple):
@@ -55,11 +64,11 @@ def picture_grid(pictures: Sequence[Picture], names: Sequence[str]) -> bytes:
     return picture_table(rows, heads=heads, legend=legend)
 
 
-def render(summary: dict[str, Any], run: Run) -> str:
+def render(summary: SegmentSummary, run: Run) -> str:
     """The result as text."""
     lines, present = [f"{'':<18}" + "".join(f"  {name:>6}" for name in MEASURES)], classes_in_truth(summary)
-    for ending, weights in _kinds(summary).items():
-        cells = (score_text(summary[name + ending], present) for name in MEASURES)
+    for weights, keys in _kinds(summary).items():
+        cells = (score_text(summary[key], present) for key in keys.scores)
         lines.append(f"{weights:<18}" + "".join(f"  {cell:>6}" for cell in cells))
     start = "random weights" if summary["init"] is None else summary["init"]
     lines += ["", f"On {summary['images']} held-out images after the last of {summary['steps']} steps, from {start}."]
@@ -68,7 +77,7 @@ def render(summary: dict[str, Any], run: Run) -> str:
     return "\n".join([*lines, *lonely(summary), *unreadable(summary), *_no_control(summary, run)])
 
 
-def _no_control(summary: dict[str, Any], run: Run) -> list[str]:
+def _no_control(summary: SegmentSummary, run: Run) -> list[str]:
     """A line with the command for the control, where the run needs one and its folder does not stand beside the run."""
     control = run.path.with_name(f"{run.path.name}-control")
     if summary["init"] is None or (control / "summary.json").exists():
@@ -77,24 +86,24 @@ def _no_control(summary: dict[str, Any], run: Run) -> list[str]:
     return [f"No control was run: `{command}` trains random weights in the same way."]
 
 
-def _kinds(summary: dict[str, Any]) -> dict[str, str]:
-    return {ending: weights for ending, weights in WEIGHTS.items() if f"mIoU{ending}" in summary}
+def _kinds(summary: SegmentSummary) -> dict[str, Keys]:
+    return {weights: keys for weights, keys in KEYS.items() if keys.scores[0] in summary}
 
 
-def report(run: Run, summary: dict[str, Any], pictures: Sequence[Picture]) -> Report:
+def report(run: Run, summary: SegmentSummary, pictures: Sequence[Picture]) -> Report:
     """The scores, predictions.png, the IoU of every class, the loss and mIoU over training, the settings."""
     title, said = f"Segmentation: {run.path.name}", render(summary, run)
     return Report(title, said, summary["made_with"], lambda: _parts(run, summary, pictures))
 
 
-def _parts(run: Run, summary: dict[str, Any], pictures: Sequence[Picture]) -> Iterator[Part]:
+def _parts(run: Run, summary: SegmentSummary, pictures: Sequence[Picture]) -> Iterator[Part]:
     metrics = run.metrics()
     tested = [line for line in metrics if "mIoU" in line]
     trained = [line for line in metrics if "loss" in line]
     steps, kinds = [line["step"] for line in tested], _kinds(summary)
     yield Verbatim(render(summary, run))
     if pictures:
-        caption = f"Held-out images, with the {list(kinds.values())[-1]}."
+        caption = f"Held-out images, with the {list(kinds)[-1]}."
         yield Figure("predictions.png", caption, picture_grid(pictures, [row["name"] for row in summary["classes"]]))
     yield Table(_class_table(summary))
     yield Figure(
@@ -109,17 +118,17 @@ def _parts(run: Run, summary: dict[str, Any], pictures: Sequence[Picture]) -> It
         "miou.png",
         f"mIoU over training, on {summary['evaluation']['images']} held-out images at most.",
         line_plot(
-            {weights: (steps, [line[f"mIoU{ending}"] for line in tested]) for ending, weights in kinds.items()},
+            {weights: (steps, [line[keys.scores[0]] for line in tested]) for weights, keys in kinds.items()},
             x="step", y="mIoU", from_zero=True, title="Held-out mIoU",
         ),
     )  # fmt: skip
     yield Verbatim(settings_of(run), "Settings and data")
 
 
-def _class_table(summary: dict[str, Any]) -> list[list[str]]:
+def _class_table(summary: SegmentSummary) -> list[list[str]]:
     kinds, present = _kinds(summary), classes_in_truth(summary)
     rows = [
-        [row["name"], *(score_text(row[f"iou{ending}"], present, ".1%") for ending in kinds)]
+        [row["name"], *(score_text(row[keys.iou], present, ".1%") for keys in kinds.values())]
         for row in summary["classes"]
     ]
-    return [["class", *(f"IoU, {weights}" for weights in kinds.values())], *rows]
+    return [["class", *(f"IoU, {weights}" for weights in kinds)], *rows]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from recipes.report.summaries import PretrainSummary
 from recipes.statistics.credits import unpack_credits
 from recipes.statistics.held_out import unpack_clusters
-from recipes.statistics.significance import LEVEL, Credits, Difference, interval_of, points, shown_p, spread
+from recipes.statistics.significance import LEVEL, Credits, Difference, Spread, interval_of, points, shown_p, spread
 
 Rows = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Variant -> what was measured, one a seed. Tables ask by name for keys of `recipes.report.summaries`."""
 
 TESTED = (
     "Differences are paired over seeds, and over test samples where it is known what each adds. The noise of seeds is "
@@ -23,7 +25,7 @@ TESTED = (
 )
 """How `difference_table` is to be read."""
 
-_SIDES = ("model", "linear")  # of a run's credits
+_SIDES: Final = ("model", "linear")  # of a run's credits
 
 
 class Column(NamedTuple):
@@ -46,7 +48,7 @@ def credits_of(rows: Rows, key: str) -> Credits | None:
     return Credits({name: torch.stack(seeds) for name, seeds in found.items()}, *unpack_clusters(clusters.pop()))
 
 
-def spreads(rows: Rows, key: str) -> dict[str, dict[str, Any]]:
+def spreads(rows: Rows, key: str) -> dict[str, Spread]:
     """The spread of one measure over seeds, and over test samples where they are known, for every variant."""
     found = {}
     for name, seeds in rows.items():
@@ -56,7 +58,7 @@ def spreads(rows: Rows, key: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def gain_spreads(rows: Rows, controls: Rows, key: str, control: str) -> dict[str, dict[str, Any]]:
+def gain_spreads(rows: Rows, controls: Rows, key: str, control: str) -> dict[str, Spread]:
     """`spreads` of what every variant has over a control of its own; the measure may be called otherwise there."""
     found = {}
     for name, seeds in rows.items():
@@ -69,11 +71,11 @@ def gain_spreads(rows: Rows, controls: Rows, key: str, control: str) -> dict[str
     return found
 
 
-def _spread(values: Sequence[float], known: Credits, credits: Tensor) -> dict[str, Any]:
+def _spread(values: Sequence[float], known: Credits, credits: Tensor) -> Spread:
     return spread(values, credits, known.clusters, chained=known.chained)
 
 
-def margin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def margin(summaries: Sequence[PretrainSummary]) -> Spread | None:
     """How far pre-trained runs identify beyond the linear baseline, over seeds.
 
     Args:
@@ -83,10 +85,9 @@ def margin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
         As `spread`, over seeds and held-out samples together where the summaries hold what single samples add under
         "credits"; None where a run has no such figures.
     """
-    keys = ("retrieval_top1", "retrieval_top1_linear")
-    if not all(key in each for each in summaries for key in keys):
+    if not all("retrieval_top1" in each and "retrieval_top1_linear" in each for each in summaries):
         return None
-    values = [float(each[keys[0]]) - float(each[keys[1]]) for each in summaries]
+    values = [each["retrieval_top1"] - each["retrieval_top1_linear"] for each in summaries]
     known = [each.get("credits") for each in summaries]
     if not all(each and each.get("model") and each.get("linear") for each in known):
         return spread(values)
@@ -101,7 +102,7 @@ def margin(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return _spread(values, own, own.of[""] - linear.of[""])
 
 
-def margin_cell(found: Mapping[str, Any] | None) -> str:
+def margin_cell(found: Spread | None) -> str:
     """ "+1.3 ± 0.4": points."""
     if found is None:
         return ""
@@ -109,7 +110,7 @@ def margin_cell(found: Mapping[str, Any] | None) -> str:
     return f"{100 * found['mean']:+.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
-def margin_note(margins: Mapping[str, Mapping[str, Any] | None]) -> str:
+def margin_note(margins: Mapping[str, Spread | None]) -> str:
     """What the intervals of `margin` cover."""
     if all(each is not None and "both" in each for each in margins.values()):
         over = "seeds and held-out samples together"
@@ -118,7 +119,7 @@ def margin_note(margins: Mapping[str, Mapping[str, Any] | None]) -> str:
     return f"Over linear: points of identification beyond the linear baseline, with the 95 % interval over {over}."
 
 
-def drawn(seeds: int, found: Sequence[Mapping[str, Any]] = ()) -> str:
+def drawn(seeds: int, found: Sequence[Spread] = ()) -> str:
     """What the plots of a comparison show of every variant: the spreads `found`."""
     samples = _samples(found)
     if seeds == 1:
@@ -126,7 +127,7 @@ def drawn(seeds: int, found: Sequence[Mapping[str, Any]] = ()) -> str:
     return f"mean and 95 % interval over {seeds} seeds{' and' if samples else ''}{samples}, a dot a seed"
 
 
-def interval_words(seeds: int, found: Sequence[Mapping[str, Any]]) -> str:
+def interval_words(seeds: int, found: Sequence[Spread]) -> str:
     """What "mean ± half" is in the tables, as the beginning of a sentence."""
     samples = _samples(found)
     if seeds == 1:
@@ -134,7 +135,7 @@ def interval_words(seeds: int, found: Sequence[Mapping[str, Any]]) -> str:
     return f"Mean and 95 % interval over {seeds} seeds{f' and{samples} together' if samples else ' alone'}"
 
 
-def _samples(found: Sequence[Mapping[str, Any]]) -> str:
+def _samples(found: Sequence[Spread]) -> str:
     known = sum("both" in each for each in found)
     return (
         "" if not known else " the test samples" if known == len(found) else " the test samples, where these were kept,"
@@ -146,18 +147,17 @@ def groups(rows: Rows, key: str) -> dict[str, list[float]]:
     return {name: [float(row[key]) for row in seeds] for name, seeds in rows.items()}
 
 
-def spread_table(rows: Rows, columns: Sequence[Column], *, half: str = "ci95") -> list[list[str]]:
-    """Head and a row a variant, mean ± `half`: "ci95" (over test samples, too, where they are known) or "std"."""
+def spread_table(rows: Rows, columns: Sequence[Column]) -> list[list[str]]:
+    """Head and a row a variant, mean ± half of the 95 % interval (over test samples, too, where they are known)."""
     lines = [["", *(column.title for column in columns)]]
     found = {column.key: spreads(rows, column.key) for column in columns}
-    for name, seeds in rows.items():
-        line = [name]
-        for key, _, form in columns:
-            each = found[key][name]
-            width = interval_of(each) if half == "ci95" else each[half] if len(seeds) > 1 else None
-            line.append(f"{each['mean']:{form}}" + ("" if width is None else f" ± {width:{form}}"))
-        lines.append(line)
-    return lines
+    return lines + [[name, *(spread_cell(found[key][name], form) for key, _, form in columns)] for name in rows]
+
+
+def spread_cell(found: Spread, form: str = ".3f") -> str:
+    """ "0.912 ± 0.004": the mean and half of its widest interval, where one is known."""
+    half = interval_of(found)
+    return f"{found['mean']:{form}}" + ("" if half is None else f" ± {half:{form}}")
 
 
 def difference_table(found: Sequence[Difference]) -> list[list[str]]:

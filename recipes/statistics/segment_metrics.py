@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -28,6 +27,31 @@ class Scores(NamedTuple):
     iou: list[float | None]
     acc: list[float | None]
     present: int
+
+
+ScoreKey = Literal["mIoU", "mAcc", "aAcc", "mIoU_ema", "mAcc_ema", "aAcc_ema"]
+
+
+class ClassIou(TypedDict):
+    """One class; None where it occurs neither in the truth nor in the prediction."""
+
+    name: str
+    iou: float | None
+    iou_ema: NotRequired[float | None]  # of the averaged weights
+
+
+class SegmentFigures(TypedDict, total=False):
+    """`Scores` as they are written down, of the raw weights and, with "_ema", of the averaged ones."""
+
+    mIoU: float
+    mAcc: float
+    aAcc: float
+    mIoU_ema: float
+    mAcc_ema: float
+    aAcc_ema: float
+    classes: list[ClassIou]
+    classes_in_truth: int
+    images: int
 
 
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
@@ -71,12 +95,12 @@ def score_text(score: float | None, present: int, form: str = ".2%") -> str:
     return format(score, form) if present > 1 else "-"
 
 
-def classes_in_truth(summary: Mapping[str, Any]) -> int:
+def classes_in_truth(summary: SegmentFigures) -> int:
     """Classes that occur in the held-out truth; of a summary of before this was counted, all of them."""
-    return int(summary.get("classes_in_truth", len(summary["classes"])))
+    return summary.get("classes_in_truth", len(summary["classes"]))
 
 
-def lonely(summary: Mapping[str, Any]) -> list[str]:
+def lonely(summary: SegmentFigures) -> list[str]:
     """A line on held-out pixels that all have the same class, or none."""
     if classes_in_truth(summary) > 1:
         return []

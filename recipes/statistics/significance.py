@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -56,32 +56,36 @@ class Credits(NamedTuple):
     chained: bool = False
 
 
+class Spread(TypedDict):
+    """Values over seeds with mean, standard deviation and half-widths of 95 % intervals of the mean."""
+
+    values: list[float]
+    mean: float
+    std: float
+    ci95: float | None  # t-interval over seeds alone; None of one seed, of whose spread nothing is known
+    both: NotRequired[float]  # over seeds and test samples together (`over_both`), of one seed over samples alone
+
+
 def spread(
     values: Sequence[float], credits: Tensor | None = None, clusters: Tensor | None = None, *, chained: bool = False
-) -> dict[str, Any]:
-    """Values over seeds with mean, standard deviation and half-widths of 95 % intervals of the mean.
+) -> Spread:
+    """The spread of values over seeds.
 
     Args:
-        credits: [K, S], what the test samples add. clusters, chained: of `Credits`.
-
-    Returns:
-        `values`, `mean`, `std`; `ci95`: t-interval over seeds alone, None of one seed, of whose spread nothing is
-        known; with credits also `both`: over seeds and test samples together (`over_both`), of one seed over samples
-        alone.
+        credits: [K, S], what the test samples add: only with them is there `both`. clusters, chained: of `Credits`.
     """
     count = len(values)
     std = statistics.stdev(values) if count > 1 else 0.0
     ci95 = float(student_t.ppf(0.975, count - 1)) * std / math.sqrt(count) if count > 1 else None
-    found = {"values": list(values), "mean": statistics.fmean(values), "std": std, "ci95": ci95}
+    found: Spread = {"values": list(values), "mean": statistics.fmean(values), "std": std, "ci95": ci95}
     if credits is not None and (half := over_both(credits, clusters, chained=chained).half) is not None:
         found["both"] = half
     return found
 
 
-def interval_of(found: Mapping[str, Any]) -> float | None:
+def interval_of(found: Spread) -> float | None:
     """Half-width of the widest interval that `spread` knows, or None."""
-    half: float | None = found.get("both", found["ci95"])
-    return half
+    return found.get("both", found["ci95"])
 
 
 class Contrast(NamedTuple):

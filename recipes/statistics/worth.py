@@ -10,7 +10,7 @@ Shapes: S credits, one for each held-out sample or single token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -206,6 +206,12 @@ def without_control(init: str | None, command: str) -> str:
     )
 
 
-def worth_in(summary: dict[str, Any]) -> Worth | None:
+class MayHaveWorth(TypedDict, total=False):
+    """The part of a summary that `worth_in` reads."""
+
+    worth: dict[str, Any]
+
+
+def worth_in(summary: MayHaveWorth) -> Worth | None:
     """The verdict part of a summary, or None where it has none."""
     return Worth.model_validate(summary["worth"]) if summary.get("worth") else None

@@ -24,6 +24,7 @@ from recipes.networks.goals import FIGURES
 from recipes.report.finetune import scored_samples
 from recipes.report.provenance import provenance, unreadable
 from recipes.report.segment import MEASURES
+from recipes.report.summaries import EvaluateSummary
 from recipes.resolve import read_target
 from recipes.statistics.segment_metrics import classes_in_truth, lonely, score_text
 from recipes.training import segmentation
@@ -55,22 +56,24 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         weights = read_weights(target)
         if isinstance(config, SegmentConfig):
             compare_classes(target, config.data.class_names(), ranks)
-            summary = segmentation.evaluate(config, weights, ranks)
+            summary: EvaluateSummary = segmentation.evaluate(config, weights, ranks)
             present = classes_in_truth(summary)
             text = ", ".join(f"{name} {score_text(summary[name], present)}" for name in MEASURES)
             text += f", {summary['images']} images"
         else:
             left_out: set[str] = set()
-            summary = dict(measured(config, weights, ranks, left_out))
-            summary["unreadable_held_out_messages"] = sorted(left_out)
+            summary = {
+                **measured(config, weights, ranks, left_out),
+                "unreadable_held_out_messages": sorted(left_out),
+            }
             shown = [figure for figure in FIGURES if figure.key in summary]
             text = ", ".join(f"{figure.title} {format(summary[figure.key], figure.form)}" for figure in shown)
             text += f", {scored_samples(summary, 'samples')}"
         if ranks.is_main:
             kind = "ema" if weights.averaged else "raw"
             seen = config.data.held_out_as()
-            told = {"held_out_as": seen, "weights": kind, "made_with": provenance()}
-            Run(Path(target)).write_summary(summary | told, "evaluate.json")
+            summary |= {"held_out_as": seen, "weights": kind, "made_with": provenance()}
+            Run(Path(target)).write_summary(summary, "evaluate.json")
             if seen is not None:
                 print(f"Held-out {seen}.")
             print(f"Held out: {text}, {'averaged' if weights.averaged else 'raw'} weights.")

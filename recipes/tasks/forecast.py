@@ -56,8 +56,9 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
                 run.write_summary(summary, "forecast.json")
             summaries.append(summary)
         if ranks.is_main:
-            whole = summaries[0]
+            differences = summaries[0]["differences"]
             if options.also:
                 whole = over_seeds(targets, summaries, config.data)
+                differences = whole["differences"]
                 Run(Path(target)).write_summary(whole, "forecast_seeds.json")
-            print(render(summaries, whole["differences"]))
+            print(render(summaries, differences))

@@ -16,6 +16,7 @@ from nepa_core.runtime.run import Run
 from recipes.configs import PretrainConfig
 from recipes.report import card
 from recipes.report.provenance import rendered
+from recipes.report.summaries import PretrainSummary
 from recipes.resolve import default_out, read_target
 from recipes.training import pretraining
 
@@ -30,7 +31,7 @@ class Pretrained:
     """
 
     path: Path
-    summary: dict[str, Any]
+    summary: PretrainSummary
     verdict: str
 
     def load(self) -> Network:
@@ -71,5 +72,5 @@ def pretrain(
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = pretraining.pretrain(config, run, ranks, show=verbose)
         text = rendered(lambda: card.report(run, summary, config.data), run, before=before) if ranks.is_main else ""
-        found = run.summary() if ranks.is_main else None  # as any other reader finds it
+        found = run.summary_of(PretrainSummary) if ranks.is_main else None  # as any other reader finds it
     return Pretrained(run.path, found or {}, text)

@@ -6,7 +6,6 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.distributed import World
@@ -14,13 +13,14 @@ from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import Weights, class_names
 from recipes.configs import FinetuneConfig
 from recipes.networks.goals import Goal, Regression, find_goal
-from recipes.statistics.segment_metrics import score_text
+from recipes.report.summaries import HeldOutFigures
+from recipes.statistics.segment_metrics import ClassIou, score_text
 from recipes.training.finetuning import load_classifier, measure
 
 
 def measured(
     config: FinetuneConfig, weights: Weights, ranks: World, left_out: set[str] | None = None
-) -> dict[str, float]:
+) -> HeldOutFigures:
     """Held-out figures of a fine-tuned or imported run; see `finetune.measure`.
 
     Raises:
@@ -77,7 +77,7 @@ def _numbered(names: Sequence[str]) -> bool:
     return all(re.fullmatch(r"(LABEL_|class )?\d+", name) for name in names)
 
 
-def class_lines(rows: Sequence[dict[str, Any]], present: int) -> str:
+def class_lines(rows: Sequence[ClassIou], present: int) -> str:
     """The IoU of every class as text; `present`: classes in the truth."""
     width = max(len(row["name"]) for row in rows)
     ious = (score_text(row["iou"], present, ".1%") for row in rows)

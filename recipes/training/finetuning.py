@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from nepa_core.runtime.run import Run, is_imported, is_run, task_of
 from nepa_core.runtime.weights import Weights, load_backbone, read_weights, start_from
 from nepa_core.tokens import Tokens
 from recipes.configs import FinetuneConfig, MixConfig, PretrainConfig
-from recipes.networks.goals import Goal, Regression, find_goal, numbered
+from recipes.networks.goals import AVERAGED, Goal, Regression, find_goal, numbered
 from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead
 from recipes.presets import short
-from recipes.report.finetune import COUNTS, report, start_of
+from recipes.report.finetune import report, start_of
+from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.resolve import read_target
 from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained
 from recipes.statistics.worth import RANDOM, Score, Worth, judge, worth_in
@@ -68,7 +69,9 @@ def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig:
     return read_target(FinetuneConfig, target, changes, convert={PretrainConfig: short})
 
 
-def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "", show: bool = True) -> dict[str, Any]:
+def finetune(
+    config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "", show: bool = True
+) -> FinetuneSummary:
     """Train, measure, write summary.json and report/; a finished run is not trained again.
 
     Args:
@@ -85,7 +88,7 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
         raise UserError(f"{run.path} was imported and stays as it came; name another folder with out=DIR")
     if config.freeze_embedder and config.init is None:
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
-    if (finished := opened(config, run, ranks)) is not None:
+    if (finished := opened(config, run, ranks, FinetuneSummary)) is not None:
         return finished
     goal = find_goal(config.data)
     model, new = build_classifier(config, goal)
@@ -106,8 +109,8 @@ def finetune(config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "
     if not ranks.is_main:
         return {}
     last = run.metrics()[-1]  # measured after the last step, by all ranks
-    summary = {
-        **{name: value for name, value in last.items() if name != "step"},
+    summary: FinetuneSummary = {
+        **cast(HeldOutFigures, {name: value for name, value in last.items() if name != "step"}),
         "unreadable_held_out_messages": sorted(left_out),
         "init": config.init,
         "new_weights": new,
@@ -125,8 +128,8 @@ CONTROL = "control"
 
 
 def beside_control(
-    config: FinetuneConfig, run: Run, ranks: World, summary: dict[str, Any], *, show: bool = True
-) -> dict[str, Any]:
+    config: FinetuneConfig, run: Run, ranks: World, summary: FinetuneSummary, *, show: bool = True
+) -> FinetuneSummary:
     """Train the control of a finished run, compare the two, and write the verdict into summary.json and report/.
 
     The control is a run of its own in RUN/control, which stops and goes on like any other. Nothing is trained or
@@ -314,13 +317,15 @@ def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Bat
 
 def raw_and_averaged(
     config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World, left_out: set[str]
-) -> dict[str, float]:
+) -> HeldOutFigures:
     """Held-out figures of the weights as they are and, under names with "_ema", of their average; see `measure`."""
     figures = measure(config, model, ranks, left_out=left_out)
     if ema is not None:
         with applied(ema):
-            averaged = measure(config, model, ranks)
-        figures |= {f"{name}_ema": value for name, value in averaged.items() if name not in COUNTS}
+            found = measure(config, model, ranks)
+        for raw, averaged in AVERAGED.items():
+            if raw in found:
+                figures[averaged] = found[raw]
     return figures
 
 
@@ -333,8 +338,8 @@ def measure(
     *,
     left_out: set[str] | None = None,
     parts: list[Tensor] | None = None,
-) -> dict[str, float]:
-    """The figures of the model's goal over all held-out samples and the `COUNTS`, the same on every rank.
+) -> HeldOutFigures:
+    """The figures of the model's goal over all held-out samples, and the counts of these, the same on every rank.
 
     Every rank takes its share of the batches and the sums are added up, so the number of processes changes nothing.
 
@@ -375,5 +380,9 @@ def measure(
     named = ranks.union(unreadable)
     if left_out is not None:
         left_out.update(named)
-    counts = (*(int(ranks.sum(value)) for value in (seen, seen - scored)), len(named))
-    return {**goal.figures(ranks.sum(sums)), **dict(zip(COUNTS, counts, strict=True))}
+    return {
+        **goal.figures(ranks.sum(sums)),
+        "samples": int(ranks.sum(seen)),
+        "without_class": int(ranks.sum(seen - scored)),
+        "unreadable_held_out": len(named),
+    }

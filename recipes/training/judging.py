@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sized
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -24,6 +24,7 @@ from nepa_core.verdict.drawing import RIVALS, Drawn, apart, draw
 from nepa_core.verdict.gathered import Gathered, gather, gather_targets
 from nepa_core.verdict.judge import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
 from recipes.configs import PretrainConfig
+from recipes.report.summaries import PairCredits, PretrainSummary
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.held_out import pack_clusters
 from recipes.training.starting import build_pretrainer, first_samples
@@ -174,11 +175,13 @@ def training_parts(
             meter.advance(done)
 
 
-def packed(judged: Judged) -> dict[str, Any]:
+def packed(judged: Judged) -> PairCredits:
     """Which samples had their tokens identified, for intervals over several seeds."""
-    found: dict[str, Any] = {name: pack_credits(credit) for name, credit in judged.credits.items()}
-    clusters = None if judged.clusters is None else pack_clusters(judged.clusters, chained=judged.chained)
-    return found | {"clusters": clusters}
+    return {
+        "model": pack_credits(judged.credits["model"]),
+        "linear": pack_credits(judged.credits["linear"]),
+        "clusters": None if judged.clusters is None else pack_clusters(judged.clusters, chained=judged.chained),
+    }
 
 
 def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
@@ -192,10 +195,10 @@ def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
 
 def summarise(
     verdict: Verdict, objective: float, config: PretrainConfig, model: NEPA, result: FitResult
-) -> dict[str, Any]:
+) -> PretrainSummary:
     """summary.json: the verdict, the cost, and what it was made with."""
     return {
-        **verdict.model_dump(),
+        **cast(PretrainSummary, verdict.model_dump()),
         "objective": objective,
         "causal": config.objective.causal,
         "weights": "raw" if config.train.ema is None else "ema",

@@ -23,13 +23,14 @@ from nepa_core.runtime.weights import newest
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
 from recipes.report import card
+from recipes.report.summaries import PretrainSummary
 from recipes.training.advice import advice
 from recipes.training.judging import best_possible, held_out_health, packed, rank_warning, summarise, verdict_of
 from recipes.training.starting import build_model, build_pretrainer, check_samples, try_batch
 from recipes.training.train import opened, train
 
 
-def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
+def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = True) -> PretrainSummary:
     """Train, judge, write summary.json and report/; a finished run is not trained again.
 
     Args:
@@ -38,7 +39,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     Returns:
         The summary (empty on the other ranks).
     """
-    if (finished := opened(config, run, ranks)) is not None:
+    if (finished := opened(config, run, ranks, PretrainSummary)) is not None:
         return finished
     check_samples(config, ranks.size)
     if len(cast(Sized, config.data.plain().dataset("test"))) < 2:

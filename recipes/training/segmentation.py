@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,8 @@ from recipes.networks.upernet import UPerNet, resize
 from recipes.networks.windows import WindowLogits, predict
 from recipes.report.plots import spread_out
 from recipes.report.segment import Picture, report
-from recipes.statistics.segment_metrics import Scores, confusion, scores
+from recipes.report.summaries import EvaluateSummary, SegmentSummary
+from recipes.statistics.segment_metrics import ClassIou, Scores, SegmentFigures, confusion, scores
 from recipes.training.train import cost, opened, train
 
 
@@ -88,7 +89,7 @@ class Segmenter(nn.Module):
         return rearrange(features, "b (r c) d -> b d r c", r=grid[0], c=grid[1])
 
 
-def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True) -> dict[str, Any]:
+def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True) -> SegmentSummary:
     """Train, measure, write summary.json and report/; a finished run is not trained again.
 
     Returns:
@@ -97,14 +98,14 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
     if config.freeze_embedder and config.init is None:
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
     check_batch(config, ranks)
-    if (finished := opened(config, run, ranks)) is not None:
+    if (finished := opened(config, run, ranks, SegmentSummary)) is not None:
         return finished
     model, new = build_segmenter(config)
     model = model.to(ranks.device)
     if ranks.size > 1 and ranks.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
-    def held_out(ema: Ema | None, limit: int | None) -> dict[str, Measured]:
+    def held_out(ema: Ema | None, limit: int | None) -> RawAndAveraged:
         average_statistics(model, ranks)
         return raw_and_averaged(config, model, ema, ranks, limit)
 
@@ -115,20 +116,17 @@ def segment(config: SegmentConfig, run: Run, ranks: World, *, show: bool = True)
         run,
         ranks,
         step_function=make_step(config),
-        evaluate=lambda ema: headline(held_out(ema, config.evaluation.images)),
+        evaluate=lambda ema: headline(*held_out(ema, config.evaluation.images)),
         untrained=False,
         show=show,
     )
     measured = held_out(ema, None)
     if not ranks.is_main:
         return {}
-    summary = {
-        **headline(measured),
-        "classes": class_rows(config.data.class_names(), measured),
-        "classes_in_truth": measured[""].scores.present,
-        "images": measured[""].images,
-        "unreadable_held_out": len(measured[""].unreadable),
-        "unreadable_held_out_messages": measured[""].unreadable,
+    summary: SegmentSummary = {
+        **figures(config, *measured),
+        "unreadable_held_out": len(measured.raw.unreadable),
+        "unreadable_held_out_messages": measured.raw.unreadable,
         "init": config.init,
         "new_weights": new,
         "head": config.head,
@@ -184,16 +182,13 @@ def load_segmenter(config: SegmentConfig, weights: Weights) -> Segmenter:
     return model.eval()
 
 
-def evaluate(config: SegmentConfig, weights: Weights, ranks: World) -> dict[str, Any]:
+def evaluate(config: SegmentConfig, weights: Weights, ranks: World) -> EvaluateSummary:
     """Scores of a segmentation run on all held-out images, as `config.evaluation` says."""
-    measured = {"": measure(config, load_segmenter(config, weights).to(ranks.device), ranks)}
+    found = measure(config, load_segmenter(config, weights).to(ranks.device), ranks)
     return {
-        **headline(measured),
-        "classes": class_rows(config.data.class_names(), measured),
-        "classes_in_truth": measured[""].scores.present,
-        "images": measured[""].images,
-        "unreadable_held_out": len(measured[""].unreadable),
-        "unreadable_held_out_messages": measured[""].unreadable,
+        **figures(config, found),
+        "unreadable_held_out": len(found.unreadable),
+        "unreadable_held_out_messages": found.unreadable,
         "evaluation": config.evaluation.model_dump(),
     }
 
@@ -236,15 +231,20 @@ class Measured(NamedTuple):
     unreadable: list[str]
 
 
+class RawAndAveraged(NamedTuple):
+    """Of the weights as they are and, where there is one, of their average."""
+
+    raw: Measured
+    averaged: Measured | None
+
+
 def raw_and_averaged(
     config: SegmentConfig, model: Segmenter, ema: Ema | None, ranks: World, limit: int | None
-) -> dict[str, Measured]:
-    """`measure` of the weights as they are (key "") and, where there is one, of their average (key "_ema")."""
-    found = {"": measure(config, model, ranks, limit)}
-    if ema is not None:
-        with applied(ema):
-            found["_ema"] = measure(config, model, ranks, limit)
-    return found
+) -> RawAndAveraged:
+    """`measure` of both."""
+    raw = measure(config, model, ranks, limit)
+    with applied(ema):
+        return RawAndAveraged(raw, None if ema is None else measure(config, model, ranks, limit))
 
 
 @torch.no_grad()
@@ -325,19 +325,27 @@ def average_statistics(model: nn.Module, ranks: World) -> None:
             value.copy_(ranks.sum(value.clone()) / ranks.size)
 
 
-def headline(measured: dict[str, Measured]) -> dict[str, float]:
-    """mIoU, mAcc and aAcc, of the averaged weights under names with "_ema"."""
+def headline(raw: Measured, averaged: Measured | None) -> SegmentFigures:
+    """The scores of all classes together."""
+    found: SegmentFigures = {"mIoU": raw.scores.miou, "mAcc": raw.scores.macc, "aAcc": raw.scores.aacc}
+    if averaged is not None:
+        of = averaged.scores
+        found |= {"mIoU_ema": of.miou, "mAcc_ema": of.macc, "aAcc_ema": of.aacc}
+    return found
+
+
+def figures(config: SegmentConfig, raw: Measured, averaged: Measured | None = None) -> SegmentFigures:
+    """`headline`, and the IoU of every class."""
+    names = config.data.class_names()
+    rows: list[ClassIou] = [{"name": name, "iou": iou} for name, iou in zip(names, raw.scores.iou, strict=True)]
+    for row, iou in zip(rows, [] if averaged is None else averaged.scores.iou, strict=averaged is not None):
+        row["iou_ema"] = iou
     return {
-        f"{name}{ending}": value
-        for ending, each in measured.items()
-        for name, value in zip(("mIoU", "mAcc", "aAcc"), each.scores[:3], strict=True)
+        **headline(raw, averaged),
+        "classes": rows,
+        "classes_in_truth": raw.scores.present,
+        "images": raw.images,
     }
-
-
-def class_rows(names: tuple[str, ...], measured: dict[str, Measured]) -> list[dict[str, Any]]:
-    """{name, iou, iou_ema} of every class; an IoU is None where the class occurs neither in truth nor prediction."""
-    ious = {f"iou{ending}": each.scores.iou for ending, each in measured.items()}
-    return [{"name": name} | {key: values[k] for key, values in ious.items()} for k, name in enumerate(names)]
 
 
 @torch.no_grad()

@@ -23,9 +23,10 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.optim import OptimConfig
-from nepa_core.runtime.run import Run, is_imported
+from nepa_core.runtime.run import Run, Summary, is_imported
 from nepa_core.runtime.weights import newest
 from recipes.report.provenance import provenance
+from recipes.report.summaries import TrainingCost
 
 
 class Recipe(Protocol):
@@ -41,7 +42,7 @@ class Recipe(Protocol):
     def train(self) -> TrainConfig: ...
 
 
-def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
+def opened(config: BaseModel, run: Run, ranks: World, kind: type[Summary]) -> Summary | None:
     """Check the run's folder on every rank; the summary if it was finished before, else None. `train` writes it.
 
     Raises:
@@ -52,7 +53,7 @@ def opened(config: BaseModel, run: Run, ranks: World) -> dict[str, Any] | None:
     ranks.barrier()  # before one of them writes
     if is_imported(str(run.path)):
         newest(run)
-    if (summary := run.summary()) is None:
+    if (summary := run.summary_of(kind)) is None:
         recipe = cast(Recipe, config)
         check_memory(recipe.model, ranks.device)
         check_data(recipe.data, predicts=hasattr(config, "objective"))
@@ -177,7 +178,7 @@ def head(config: Recipe) -> Callable[[str], bool]:
     return at_head_rate if config.optim.head_lr is not None else lambda name: False
 
 
-def cost(result: FitResult, model: nn.Module) -> dict[str, Any]:
+def cost(result: FitResult, model: nn.Module) -> TrainingCost:
     """What a run took and what it was made with, for summary.json."""
     return {
         "steps": result.steps,

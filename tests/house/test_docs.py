@@ -72,9 +72,9 @@ class Block(NamedTuple):
 
     @property
     def file(self) -> str | None:
-        """The name of the file that a Python block is, or None."""
-        found = re.match(r"# (\w+\.py)\n", self.text)
-        return found[1] if found and self.language == "python" else None
+        """The name of the file that a Python or YAML block is, or None."""
+        found = re.match(r"# (\w+\.(?:py|yaml))\n", self.text)
+        return found[1] if found and self.language in ("python", "yaml") else None
 
     @property
     def commands(self) -> list[list[str]]:
@@ -168,13 +168,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             del sys.modules[name]
 
 
+KINDS = {("sh", ""), ("sh", "unrun"), ("python", ""), ("yaml", ""), ("text", "")}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_block_is_of_a_kind_and_every_command_exists(
     page: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for block in blocks(page):
         where = f"{page.name}:{block.line}"
-        assert (block.language, block.kind) in {("sh", ""), ("sh", "unrun"), ("python", ""), ("text", "")}, where
+        assert (block.language, block.kind) in KINDS, where
         if block.language == "python":
             compile(block.text, where, "exec")
         if block.file:
@@ -209,7 +212,7 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
         words = ["nepa", *words[5:]]
     assert words[0] == "nepa", f"{where}: no test knows the command {words[0]}"
     task, rest = words[1], words[2:]
-    if task in ("recipes", "--version"):
+    if task in ("recipes", "completion", "--version"):
         return
     assert task in TASKS, f"{where}: there is no task {task}"
     if ":" in rest[0]:
@@ -288,7 +291,7 @@ COMPARED = [
 
 
 def runs(page: Path) -> list[Block]:
-    return [block for block in blocks(page) if block.kind != "unrun" and block.language in ("sh", "python")]
+    return [block for block in blocks(page) if block.kind != "unrun" and block.language in ("sh", "python", "yaml")]
 
 
 def shortened(words: list[str]) -> list[str]:

@@ -22,7 +22,9 @@ from recipes import vision
 from recipes.cli import TASKS, main
 from recipes.options import describe_fields
 from recipes.report.provenance import provenance
+from recipes.report.summaries import PretrainSummary
 from tests.conftest import ROOT, largest_file
+from tests.summaries import check_summary
 from tests.tiny import Waves
 
 TINY = "tests.tiny:recipe"
@@ -188,7 +190,7 @@ def test_a_run_folder_holds_what_the_readme_says_and_is_not_computed_twice(nepa:
     page = (run / "report" / "index.html").read_text()
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in run.glob("report/*.png"))
     assert page.count("data:image/png") == len(list(run.glob("report/*.png"))) > 2
-    summary = json.loads((run / "summary.json").read_text())
+    summary = check_summary(run / "summary.json", PretrainSummary)
     assert summary.keys() >= {
         *("loss", "baseline_copy", "baseline_mean", "baseline_position_mean", "baseline_linear", "retrieval_top1"),
         *("retrieval_top1_copy", "retrieval_top1_linear", "retrieval_top1_untrained", "effective_rank_embedding"),

@@ -29,10 +29,12 @@ from recipes.comparison.orders import OrdersOptions as Options
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import Classification
 from recipes.report.orders import accuracy_figure, head_curves, seen_figures
+from recipes.report.summaries import OrdersSummary, RunMeasures
 from recipes.statistics.maps import grid_positions, neighbour_share
 from recipes.vision import digits_2x2
 from tests.conftest import ROOT
 from tests.recipes.readout.test_forecast import recipe as series_recipe
+from tests.summaries import check_summary
 from tests.tiny import CPU
 
 PARTS = ("answer", "accuracy", "paths", "prediction", "attention", "tests", "commands")
@@ -76,7 +78,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_summary_has_accuracies_of_every_order(compared: Path) -> None:
-    summary = json.loads((compared / "summary.json").read_text())
+    summary = check_summary(compared / "summary.json", OrdersSummary)
+    for file in compared.glob("runs/*/orders-*.json"):
+        check_summary(file, RunMeasures)
     assert set(summary["orders"]) == {"raster", "random:7"} == set(summary["ranking"])
     for figures in summary["orders"].values():
         assert len(figures["accuracies"]) == 1

@@ -26,12 +26,14 @@ from recipes.comparison.objectives import summarise
 from recipes.configs import PretrainConfig
 from recipes.objective_names import named
 from recipes.report.objectives import RANDOM, render
+from recipes.report.summaries import ObjectivesSummary, RunMeasures
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.protocol import alone
 from recipes.statistics.significance import Difference, against
 from recipes.training import finetuning as finetune
 from recipes.training.starting import build_model
 from tests.recipes.readout.test_forecast import recipe as series_recipe
+from tests.summaries import check_summary
 from tests.tiny import CPU, Waves
 
 PICTURES = ("accuracy", "labels", "layers", "rank")
@@ -70,7 +72,9 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_summary_has_every_measure_and_its_gain_over_random_weights(compared: Path) -> None:
-    summary = json.loads((compared / "summary.json").read_text())
+    summary = check_summary(compared / "summary.json", ObjectivesSummary)
+    for file in [*compared.glob("runs/*/objectives-*.json"), *compared.glob("random/*.json")]:
+        check_summary(file, RunMeasures)
     assert set(summary["objectives"]) == {"cosine", "recipe"} == set(summary["ranking"])
     assert summary["measures"] == ["probe", "probe_final", "finetuned_2", "finetuned_all"]
     assert summary["labels"] == [2, "all"]

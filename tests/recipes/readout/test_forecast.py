@@ -40,9 +40,11 @@ from recipes.readout.forecasters import (
 )
 from recipes.readout.forecasting import ForecastOptions as Options
 from recipes.report.forecast import cell, paired_differences, significant, stretches, verdict
+from recipes.report.summaries import ForecastFigures, ForecastSummary, SeedsSummary
 from recipes.timeseries import demo
 from tests import tiny
 from tests.modalities.test_timeseries import adapter, walk, write_csv
+from tests.summaries import check_summary
 from tests.tiny import CPU
 
 
@@ -290,7 +292,9 @@ def test_forecast_writes_every_row_and_finds_finished_ones_again(
 ) -> None:
     run = pretrained(tmp_path / "run")
     assert main(["forecast", run, *WORDS]) == 0
-    found = table(run)
+    found = check_summary(Path(run) / "forecast.json", ForecastSummary)
+    for row in found["horizons"]["4"]:
+        check_summary(Path(run) / row["folder"] / "summary.json", ForecastFigures)
     names = ["frozen", "frozen, random weights", "linear on the raw window", "persistence"]
     trained = ["fine-tuned", "fine-tuned, random weights", "DLinear"]
     assert [row["name"] for row in found["horizons"]["4"]] == names + trained
@@ -389,7 +393,7 @@ def test_runs_with_other_seeds_stand_in_one_table(tmp_path: Path, capsys: pytest
     assert main(["forecast", one, *WORDS, f"also=[{two}]"]) == 0
     said = capsys.readouterr().out
     assert "Mean ± standard deviation over seeds 0, 1." in said
-    both = table(one, "forecast_seeds.json")
+    both = check_summary(Path(one) / "forecast_seeds.json", SeedsSummary)
     alone, together = (each["differences"]["4"][0] for each in (table(one), both))
     assert together["mean"] == pytest.approx((alone["mean"] + table(two)["differences"]["4"][0]["mean"]) / 2)
     assert "over seeds and test windows together (2 seeds)" in said

@@ -19,11 +19,13 @@ from recipes.cli import main
 from recipes.configs import PretrainConfig
 from recipes.readout import classifiers
 from recipes.readout import probing as probe
+from recipes.report.summaries import ProbeSummary
 from recipes.statistics.credits import unpack_credits
 from recipes.statistics.held_out import unpack_clusters
 from recipes.statistics.worth import sentences, worth_in
 from recipes.training.starting import build_model
 from tests import tiny
+from tests.summaries import check_summary
 from tests.tiny import CPU, Waves
 from tests.tiny_scenes import scenes, write_scenes
 
@@ -48,8 +50,7 @@ def test_every_layer_stands_beside_random_weights_and_raw_tokens(
 ) -> None:
     assert main(["probe", str(finished.path)]) == 0
     shown = capsys.readouterr().out
-    result = finished.summary("probe.json")
-    assert result is not None
+    result = check_summary(finished.path / "probe.json", ProbeSummary)
     expected = [f"{layer}, {pooling}" for layer in LAYERS for pooling in ("mean", "last")]
     assert names(result["layers"]) == names(result["random_init"]["layers"]) == expected
     for row in (*result["layers"], *result["random_init"]["layers"], result["raw_tokens"]):

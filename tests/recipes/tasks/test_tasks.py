@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from recipes.comparison import ablate, orders
 from recipes.configs import PretrainConfig
 from recipes.objective_names import NAMED
 from recipes.presets import short
+from recipes.report.summaries import AblateRow, AblateSummary
 from recipes.tasks.bench import read_config
 from recipes.training import bench
 from recipes.training.finetuning import finetune
@@ -29,6 +29,7 @@ from recipes.training.starting import build_pretrainer, try_batch
 from recipes.training.workload import network
 from tests.conftest import ROOT
 from tests.pictures import encoded, picture, write_tree
+from tests.summaries import check_summary
 from tests.tiny import CPU
 
 ALONE = World(0, 1, CPU)
@@ -135,7 +136,9 @@ def test_ablate_runs_every_arm_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     words = ["ablate", "tests.tiny:recipe", f"out={tmp_path / 'ablation'}", "seeds=[0,1]", "workers=2"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    summary = json.loads((tmp_path / "ablation/summary.json").read_text())
+    summary = check_summary(tmp_path / "ablation/summary.json", AblateSummary)
+    for file in tmp_path.glob("ablation/runs/*/ablate-*.json"):
+        check_summary(file, AblateRow)
     assert list(summary["arms"]) == list(ablate.ARMS)
     assert "give three or more" in summary["verdict"]
     assert all(len(arm["probe_best"]["values"]) == 2 for arm in summary["arms"].values())

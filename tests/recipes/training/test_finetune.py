@@ -34,6 +34,7 @@ from recipes.configs import FinetuneConfig, MixConfig
 from recipes.networks.goals import numbered
 from recipes.presets import short
 from recipes.report.finetune import scored_samples
+from recipes.report.summaries import EvaluateSummary, FinetuneSummary
 from recipes.resolve import default_out
 from recipes.statistics.worth import sentences, worth_in
 from recipes.training.finetuning import (
@@ -49,6 +50,7 @@ from recipes.training.pretraining import pretrain
 from recipes.training.starting import build_model
 from tests import tiny
 from tests.nepa_core.runtime.test_distributed import torchrun
+from tests.summaries import check_summary
 from tests.tiny import CPU
 
 ALONE = World(0, 1, CPU)
@@ -113,9 +115,8 @@ def test_the_control_is_the_same_training_from_random_weights(
     )
     assert not (alone.path / "control").exists(), "random weights need no control"
 
-    summary, of_control = Run(tmp_path / "run").summary(), control.summary()
-    assert summary is not None
-    assert of_control is not None
+    summary = check_summary(tmp_path / "run" / "summary.json", FinetuneSummary)
+    of_control = check_summary(control.path / "summary.json", FinetuneSummary)
     worth = worth_in(summary)
     assert worth is not None
     (beside,) = worth.beside
@@ -507,8 +508,7 @@ def test_evaluate_finds_the_averaged_accuracy_of_the_run(
     summary = finetune(tuning(init=pretrained), Run(tmp_path / "run"), ALONE, show=False)
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out == f"Held out: top-1 {summary['accuracy_ema']:.2%}, 48 samples, averaged weights.\n"
-    found = Run(tmp_path / "run").summary("evaluate.json")
-    assert found is not None
+    found = check_summary(tmp_path / "run" / "evaluate.json", EvaluateSummary)
     assert {name: found[name] for name in ("accuracy", "held_out_loss")} == {
         name: summary[f"{name}_ema"] for name in ("accuracy", "held_out_loss")
     }

@@ -31,12 +31,14 @@ from recipes.cli import leave, main
 from recipes.configs import SegmentConfig
 from recipes.networks.windows import EvaluationConfig, predict, slide, whole, window_starts
 from recipes.report.segment import palette, render
+from recipes.report.summaries import EvaluateSummary, SegmentSummary
 from recipes.statistics.segment_metrics import confusion, scores
 from recipes.training import segmentation as task
 from recipes.training.pretraining import pretrain
 from recipes.training.segmentation import Measured, build_segmenter, make_step, measure, pixel_loss, segment
 from tests import tiny, tiny_scenes
 from tests.nepa_core.runtime.test_distributed import torchrun
+from tests.summaries import check_summary
 from tests.tiny import CPU, interrupted_at
 
 ALONE = World(0, 1, CPU)
@@ -251,8 +253,7 @@ def test_the_command_leaves_a_whole_run_folder(root: Path, tmp_path: Path, capsy
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "from random weights" in said
-    summary = Run(out).summary()
-    assert summary is not None
+    summary = check_summary(out / "summary.json", SegmentSummary)
     assert set(summary) >= {"mIoU", "mAcc", "aAcc", "mIoU_ema", "mAcc_ema", "aAcc_ema", "classes", "images", "steps"}
     assert [row["name"] for row in summary["classes"]] == ["a<b", "c", "d"]
     present = [row["iou"] for row in summary["classes"] if row["iou"] is not None]
@@ -275,8 +276,7 @@ def test_the_command_leaves_a_whole_run_folder(root: Path, tmp_path: Path, capsy
         [row["name"], iou] for row, iou in zip(summary["classes"], ious, strict=True)
     ]
     assert main(["evaluate", str(out), "evaluation.scales=[0.75,1.25]", "evaluation.flip=true"]) == 0
-    again = Run(out).summary("evaluate.json")
-    assert again is not None
+    again = check_summary(out / "evaluate.json", EvaluateSummary)
     assert (again["evaluation"]["scales"], again["evaluation"]["flip"]) == ([0.75, 1.25], True)
     assert again["images"] == 5
     capsys.readouterr()
