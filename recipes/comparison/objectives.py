@@ -80,9 +80,7 @@ class ObjectivesOptions(BaseModel):
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
     )
     labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all), AfterValidator(once)] = Field(
-        default=(10, 50, None),
-        min_length=1,
-        description="training labels a class to fine-tune on; default 10,50,all",
+        default=(10, 50, None), min_length=1, description="training labels a class to fine-tune on; default 10,50,all"
     )
     learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(3e-4, 1e-3, 3e-3),

@@ -249,12 +249,7 @@ ATTENTIVE = AttentiveProtocol(
 
 
 def attentive(
-    x: TokenFeatures,
-    y: Tensor,
-    x_test: TokenFeatures,
-    y_test: Tensor,
-    *,
-    protocol: AttentiveProtocol = ATTENTIVE,
+    x: TokenFeatures, y: Tensor, x_test: TokenFeatures, y_test: Tensor, *, protocol: AttentiveProtocol = ATTENTIVE
 ) -> Tensor:
     """An `AttentiveHead` on standardised tokens, trained by AdamW. Runs on the labels' device.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nepa_core.basics import Batch, UserError
-from nepa_core.model import NEPA
+from nepa_core.model import NEPA, evaluating
 from nepa_core.pretrainer import Pretrainer, objective_loss
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.fit import samples_at_once
@@ -84,12 +84,11 @@ def try_batch(config: PretrainConfig, model: NEPA) -> None:
     """
     if has_own_order(config):
         try_order(config)
-    device, training = next(model.parameters()).device, model.training
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), evaluating(model):
         batch = first_samples(config, min(config.train.micro_batch or config.train.batch, 8), device)
-        out = model.eval()(config.data.at(0.0).read(batch), causal=config.objective.causal)
+        out = model(config.data.at(0.0).read(batch), causal=config.objective.causal)
         loss = objective_loss(config.objective, out)
-    model.train(training)
     if not loss.isfinite():
         raise UserError(
             f"the loss of a first batch is {loss.item()}: lower model.layer_scale, and look at the range of the samples"
