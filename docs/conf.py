@@ -40,7 +40,7 @@ autodoc_default_options = {"exclude-members": "model_config, PatchOrder"}
 napoleon_use_ivar = True
 
 CONTENTS = {
-    "Start": ("../README", "tutorial", "your-own-data", "python", "commands"),
+    "Start": ("../README", "tutorial", "your-own-data", "python", "embed", "commands"),
     "Recipes": ("vision-recipe", "audio", "series"),
     "Questions": ("objectives", "orders", "troubleshooting", "glossary"),
     "Results": ("../RESULTS", "results/index"),

@@ -7,8 +7,9 @@ it is drawn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from modalities.data.audio import (
     HELD_OUT,
+    SUFFIXES,
     SYNTHETIC_NOISE,
     Clips,
     FrontEnd,
@@ -27,6 +29,7 @@ from modalities.data.audio import (
     empty_bands,
     framed_log_mel,
     open_audio,
+    open_files,
     open_source,
 )
 from modalities.image import patchify, unpatchify
@@ -63,6 +66,8 @@ class Audio(Ordered, Modality):
         in_memory: keep log-mel frames once computed.
         limit: at most this many training clips.
     """
+
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
 
     source: SourceName
     seconds: PositiveFloat
@@ -159,6 +164,14 @@ class Audio(Ordered, Modality):
     def plain(self) -> Audio:
         """With every batch padded to `seconds`, so that raw tokens of all batches stand in one array."""
         return self.model_copy(update={"padding": "full"})
+
+    def files(self, paths: Sequence[str]) -> Clips:
+        """Sound files by name.
+
+        Raises:
+            UnreadableSample: from the data set, on access to a file that is no sound, or is silent or too short.
+        """
+        return open_files(paths, self.front_end, self.padding)
 
     def token_dim(self) -> int:
         return self.frames * self.bands if self.patch is None else self.patch[0] * self.patch[1]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.data.image_augment import Augment, Interpolation, erase
-from modalities.data.image_decode import LARGEST_IMAGE, Channels
+from modalities.data.image_decode import LARGEST_IMAGE, SUFFIXES, Channels
 from modalities.data.image_sources import SourceName, numbered_classes, open_source
 from modalities.data.images import DecodedImages, open_files, open_images
 from modalities.orders import Ordered
@@ -39,6 +39,7 @@ class Images(Ordered, Modality):
     """
 
     token_name: ClassVar[str] = "patch"
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
 
     source: SourceName
     size: tuple[PositiveInt, PositiveInt]
@@ -152,12 +153,19 @@ class Images(Ordered, Modality):
         return self.model_copy(update={"augment": "none", "erase": 0.0})
 
     def files(self, paths: Sequence[str]) -> Dataset[Batch]:
-        """Image files by name, brought to this size and these channels.
+        """Image files by name, brought to this size and these channels as held-out ones are.
 
         Raises:
             UnreadableSample: from the data set, on access to a file that is no image.
         """
-        return open_files(paths, size=self.size, channels=self.channels, max_pixels=self.max_pixels)
+        return open_files(
+            paths,
+            size=self.size,
+            channels=self.channels,
+            crop_ratio=self.crop_ratio,
+            squash=self.squash,
+            max_pixels=self.max_pixels,
+        )
 
     def stored(self, split: str) -> DecodedImages:
         """See `Modality.stored`.

@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.data.image_decode import LARGEST_IMAGE
+from modalities.data.image_decode import LARGEST_IMAGE, SUFFIXES
 from modalities.data.listing import printable
 from modalities.data.scene_masks import IGNORED, Numbering
 from modalities.data.scenes import (
@@ -66,6 +66,7 @@ class Scenes(Ordered, Modality):
     """
 
     token_name: ClassVar[str] = "patch"
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
 
     root: str
     source: SceneSource = "folder"

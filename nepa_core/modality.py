@@ -23,7 +23,7 @@ from nepa_core.tokens import ImageInput, Sketch, Tokens
 class Modality(BaseModel, ABC):
     """An adapter: frozen settings plus `dataset` and `tokenize`; the other methods have defaults.
 
-    Four more open a task: `forecasts` (nepa forecast), `files` (nepa inspect images=), `stored` (nepa resize) and
+    Four more open a task: `forecasts` (nepa forecast), `files` (nepa embed files=), `stored` (nepa resize) and
     `image_input` (nepa export). By default each raises a `UserError` that names the method to write.
 
     Subclass it in your own module, write a function there that returns a whole recipe around it, and name
@@ -38,6 +38,9 @@ class Modality(BaseModel, ABC):
 
     token_name: ClassVar[str] = "token"
     """What one token is called on the verdict card."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ("",)
+    """How the names of files end that `files` takes out of a folder, in small letters; default: as they like."""
 
     @abstractmethod
     def dataset(self, split: str) -> Dataset[Batch]:
@@ -210,13 +213,15 @@ class Modality(BaseModel, ABC):
         return torch.zeros_like(first), torch.ones_like(first)
 
     def files(self, paths: Sequence[str]) -> Dataset[Batch]:
-        """Samples from files by name, for `nepa inspect images=`: as those of `dataset`, without a label or with -1.
+        """Samples from files by name, as held-out ones of `dataset`, without a label or with -1.
+
+        For `nepa embed files=` and `nepa inspect images=`.
 
         Raises:
             UnreadableSample: from the data set, on access to a file that can't be read.
             UserError: this adapter reads no files by name (the default).
         """
-        raise self._lacks("files(paths)", "images= are for runs on images")
+        raise self._lacks("files(paths)", "files= and images= are for adapters that read files")
 
     def stored(self, split: str) -> Dataset[Batch]:
         """The images of a split at their stored sizes, for `nepa resize`.

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from nepa_core.model import NEPA
+from nepa_core.model import NEPA, Prediction
+from nepa_core.objective import negative_cosine, pair_up
 from nepa_core.predictor import Trace
 from nepa_core.tokens import Tokens
 
@@ -33,8 +35,8 @@ class Row(NamedTuple):
 
 def read_rows(
     model: NEPA, tokens: Tokens, rows: Sequence[Row], *, causal: bool, dtype: torch.dtype | None = None
-) -> tuple[list[Tensor], Tensor]:
-    """What each row reads of a batch, and which places are real [B, T] bool.
+) -> tuple[list[Tensor], Tensor, Prediction]:
+    """What each row reads of a batch, which places are real [B, T] bool, and what the network gives.
 
     Rows of "token" are [B, N, D] float32 in canonical order, the others as `pool` gives them.
 
@@ -45,14 +47,28 @@ def read_rows(
     trace, bos = Trace(), model.config.bos
     device = tokens.values.device
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        mask = model(tokens, causal=causal, trace=trace).mask
+        out = model(tokens, causal=causal, trace=trace)
     found = [
         canonical_tokens(trace.hidden[row.layer].float(), tokens, bos=bos)
         if row.pooling == "token"
-        else pool(trace.hidden[row.layer], mask, row.pooling, bos=bos)
+        else pool(trace.hidden[row.layer], out.mask, row.pooling, bos=bos)
         for row in rows
     ]
-    return found, torch.ones(trace.hidden[0].shape[:2], dtype=torch.bool, device=device) if mask is None else mask
+    real = torch.ones(trace.hidden[0].shape[:2], dtype=torch.bool, device=device) if out.mask is None else out.mask
+    return found, real, out
+
+
+def surprise_of_tokens(out: Prediction, tokens: Tokens, *, bos: bool) -> Tensor:
+    """How badly every token was predicted from those before it: the loss -cos(p_t, z_{t+1}) of token t + 1.
+
+    Returns:
+        [B, N] float32 in canonical order, -1 to 1; NaN where nothing predicted the token: it is not real, or the one
+        before it is not, or it is the first and there is no BOS.
+    """
+    prediction, target, counted = pair_up(out.predictions, out.embeddings, out.mask, shift=True)
+    found = negative_cosine(prediction, target)
+    found = found if counted is None else found.masked_fill(~counted, torch.nan)
+    return tokens.canonical(found if bos else F.pad(found, (1, 0), value=torch.nan))
 
 
 def pool(hidden: Tensor, mask: Tensor | None, pooling: str, *, bos: bool) -> Tensor:

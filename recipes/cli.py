@@ -37,6 +37,7 @@ TASKS = {
         "forecast": ("RUN", "the next steps of a series, beside linear models and persistence"),
         "evaluate": ("RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
         "inspect": ("RUN", "attention and similarity maps and the layers in colour, as one page"),
+        "embed": ("RUN", "features of any layer for many samples, as parquet, npy or safetensors"),
         "orders": ("RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
         "objectives": ("RECIPE", "does pre-training pay, and with which objective? as one page"),
         "ablate": ("RECIPE", "the paper's ablations as one table and one plot"),

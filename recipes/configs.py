@@ -155,8 +155,9 @@ class FinetuneConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.model.mask_token:
-            raise ValueError("model.mask_token=true is of pre-training; set it to false")
+        if self.model.mask_token or self.train.probe:
+            key = "model.mask_token" if self.model.mask_token else "train.probe"
+            raise ValueError(f"{key}=true is of pre-training; set it to false")
         return self
 
 
@@ -197,8 +198,9 @@ class SegmentConfig(BaseModel):
             raise ValueError(
                 f"evaluation.stride={self.evaluation.stride} leaves gaps between windows of data.crop={self.data.crop}"
             )
-        if self.model.mask_token:
-            raise ValueError("model.mask_token=true is of pre-training; set it to false")
+        if self.model.mask_token or self.train.probe:
+            key = "model.mask_token" if self.model.mask_token else "train.probe"
+            raise ValueError(f"{key}=true is of pre-training; set it to false")
         if self.model.learned_positions and self.evaluation.mode == "whole":
             raise ValueError("model.learned_positions knows one size of image; set evaluation.mode=slide")
         return self

@@ -58,7 +58,13 @@ def short(recipe: PretrainConfig | FinetuneConfig, init: str | None = None) -> F
     recipe's, but 64 in parts of 16 where those are larger than 256. Meant for LayerScale 1.0. Chosen here and not
     tuned, neither for pre-trained nor for random weights.
     """
-    values: dict[str, Any] = {"length": Duration(epochs=20), "ema": 0.99, "evaluate": 200, "compile": False}
+    values: dict[str, Any] = {
+        "length": Duration(epochs=20),
+        "ema": 0.99,
+        "evaluate": 200,
+        "compile": False,
+        "probe": False,
+    }
     if recipe.train.batch > LARGE_BATCH:
         values |= {"batch": 64, "micro_batch": 16, "log": 20, "checkpoint": 200, "keep": 2}
     return FinetuneConfig(

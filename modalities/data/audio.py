@@ -283,6 +283,11 @@ def open_audio(
     return Clips(stored, rows, form, padding, _memory(stored, form) if in_memory else None)
 
 
+def open_files(paths: Sequence[str], form: FrontEnd, padding: Padding = "batch") -> Clips:
+    """Sound files by name, without labels."""
+    return Clips(Recordings(np.array(paths), None, None), torch.arange(len(paths)), form, padding, None)
+
+
 # --------------------------------------------------------------------------------------------------------- sources
 
 

@@ -87,11 +87,18 @@ def open_images(
 
 
 def open_files(
-    paths: Sequence[str], *, size: Size, channels: Channels, max_pixels: int = LARGEST_IMAGE
+    paths: Sequence[str],
+    *,
+    size: Size,
+    channels: Channels,
+    crop_ratio: float = 1.0,
+    squash: bool = False,
+    max_pixels: int = LARGEST_IMAGE,
 ) -> Dataset[Batch]:
-    """Image files by name, scaled to cover `size` and cropped; their label is -1, for none is known."""
+    """Image files by name, scaled and cropped as `open_images` does it; their label is -1, for none is known."""
+    fitted = CentreCrop(size, crop_ratio, squash=squash)
     files = Files(Paths.of(paths), torch.full((len(paths),), -1), None)
-    return DecodedImages(files, torch.arange(len(paths)), size, channels, CentreCrop(size, 1.0), None, max_pixels)
+    return DecodedImages(files, torch.arange(len(paths)), size, channels, fitted, None, max_pixels)
 
 
 class DecodedImages(Dataset[Batch]):

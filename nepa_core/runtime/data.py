@@ -23,6 +23,11 @@ from torch.utils.data._utils.collate import collate, default_collate_fn_map
 from nepa_core.basics import Batch, UnreadableSample, UserError, cores
 from nepa_core.tokens import LARGEST_VALUE, Tokens
 
+
+class NothingRead(UserError):
+    """Not one sample could be read."""
+
+
 _SKIPPED = "_unreadable"  # key under which a batch carries the names of its unreadable samples
 _ERROR = "_error"  # key of a batch that is a user's error instead
 _DRAWN = "_drawn"  # key of the index of every sample of a batch
@@ -318,7 +323,8 @@ def plain_batches(
         of: what an error calls the samples.
 
     Raises:
-        UserError: no sample could be read, or too few.
+        NothingRead: no sample could be read.
+        UserError: too few could.
     """
     count = len(cast(Sized, dataset))
     if indices is None:
@@ -351,7 +357,7 @@ def plain_batches(
             empty = False
             yield loaded
     if empty and (draws or rank == 0):
-        raise UserError(f"no {of} sample can be read: {min(skipped) if skipped else 'the split is empty'}")
+        raise NothingRead(f"no {of} sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
 KILLED = "DataLoader worker (pid"

@@ -52,6 +52,8 @@ class TrainConfig(BaseModel):
         log, evaluate, checkpoint: steps between lines of metrics, held-out measurements, checkpoints.
         keep: checkpoints that are kept.
         max_unreadable: share of the training samples, and of the held-out ones, that may be unreadable.
+        probe: in pre-training, read the labels of a few hundred samples at every held-out measurement, see
+            `recipes.training.online_probe`.
     """
 
     model_config = FROZEN
@@ -70,6 +72,7 @@ class TrainConfig(BaseModel):
     checkpoint: int = Field(gt=0, le=10**12)
     keep: int = Field(gt=0, le=10**12)
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
+    probe: bool = False
 
 
 class StepOutput(NamedTuple):
@@ -232,8 +235,8 @@ def fit(
         step_at: the share of the run that is done -> the step function from there on; for one that changes with it.
         ema: the averages of `model`'s parameters, updated after every step.
         evaluate: held-out figures for metrics.jsonl, called on every rank before the first step, every
-            `config.evaluate` steps and after the last; what the main process returns is logged, and a "warning" in it
-            is shown, too.
+            `config.evaluate` steps and after the last; what the main process returns is logged, and a "warning" and
+            figures called "probe_..." are shown, too.
         untrained: False leaves out the evaluation before the first step, as where a new head gives only zeros.
         changed_data: go on although the data is not what it was at the last checkpoint, see `Modality.changed`.
         height: parameter name -> number of layers above its own, for `optim.layer_decay`.
@@ -262,8 +265,11 @@ def fit(
             figures = evaluate()
         if world.is_main:
             run.log({"step": done, **figures})
-            if "warning" in figures:
-                meter.say(f"step {done}: {figures['warning']}")
+            for name, figure in figures.items():
+                if name == "warning":
+                    meter.say(f"step {done}: {figure}")
+                elif name.startswith("probe_"):
+                    meter.say(f"step {done}: {name.replace('_', ' ')} {figure:.3f}")
 
     def save(done: int, seconds: float, tokens: int) -> None:
         batches.settle()

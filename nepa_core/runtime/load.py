@@ -1,4 +1,4 @@
-"""A trained network at a Python prompt: `load`, then `encode`.
+"""A trained network at a Python prompt: `load`, then `encode`, `surprise` or `predict`.
 
 Shapes: B samples, T places, N tokens, D width.
 """
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA, Prediction, evaluating
-from nepa_core.pooling import Row, read_rows
+from nepa_core.pooling import Row, read_rows, surprise_of_tokens
 from nepa_core.runtime import trust as trusting
 from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.data import plain_batches, to_device
@@ -30,6 +30,20 @@ Layer = int | Literal["embedding", "final", "best"]
 Pooling = Literal["auto", "mean", "last", "bos"] | None
 Samples = Batch | Dataset[Batch] | Sequence[Batch]
 """One batch as a data set collates it, a map-style data set, or a list of its samples."""
+
+
+class Read(NamedTuple):
+    """What one forward pass reads of a batch, on the CPU.
+
+    Attributes:
+        features: of every row, [B, D] float32, or of single tokens [B, N, D], in canonical order and 0 where not real.
+        mask: [B, N] bool in canonical order, True for a real token.
+        surprise: [B, N] float32, see `nepa_core.pooling.surprise_of_tokens`; None where it was not asked for.
+    """
+
+    features: list[Tensor]
+    mask: Tensor
+    surprise: Tensor | None
 
 
 class Reading(NamedTuple):
@@ -54,6 +68,7 @@ class Network:
         causal: whether attention looks backwards only, as the network was trained.
         averaged: whether the weights are the average over training.
         labelled: whether it has been trained on labels since: its output then predicts no token.
+        shift: whether place t was trained to predict place t + 1, and not itself.
     """
 
     source: str
@@ -63,6 +78,7 @@ class Network:
     averaged: bool
     labelled: bool
     reading: Reading
+    shift: bool = True
 
     def encode(
         self, samples: Samples, layer: Layer | list[Layer] | tuple[Layer, ...] = "final", pooling: Pooling = "auto"
@@ -82,20 +98,58 @@ class Network:
             UserError: there is no such layer, no probe, or a sample can't be read.
         """
         layers = layer if isinstance(layer, list | tuple) else (layer,)
-        rows, dtype = [self._row(each, pooling) for each in layers], self._dtype()
-        parts: list[list[Tensor]] = [[] for _ in rows]
-        masks: list[Tensor] = []
-        with _reading_only(self.model):
-            for batch in self._batches(samples):
-                tokens = self.data.read(batch)
-                found, mask = read_rows(self.model, tokens, rows, causal=self.causal, dtype=dtype)
-                masks.append(tokens.canonical(mask[:, int(self.model.config.bos) :]).cpu())
-                for part, features in zip(parts, found, strict=True):
-                    part.append(features.cpu())
-        whole: list[Any] = [_joined(part) for part in parts]
+        reads = self._reads(samples, self.rows(layers, pooling))
+        whole: list[Any] = [_joined(parts) for parts in zip(*(read.features for read in reads), strict=True)]
         if pooling is None:
-            whole = [(features, _joined(masks)) for features in whole]
+            mask = _joined([read.mask for read in reads])
+            whole = [(features, mask) for features in whole]
         return whole if isinstance(layer, list | tuple) else whole[0]
+
+    def surprise(self, samples: Samples, *, per_token: bool = False) -> Tensor:
+        """How badly the network predicts samples: the loss of pre-training, the mean of -cos(p_t, z_{t+1}) over places.
+
+        Returns:
+            [B] float32, from -1 (all foreseen) to 1; or per token [B, N] in canonical order, NaN where nothing predicts
+            the token, see `nepa_core.pooling.surprise_of_tokens`.
+
+        Raises:
+            UserError: the output of this network predicts no token that it has not seen, or a sample can't be read.
+        """
+        self.check_surprise()
+        found = _joined([cast(Tensor, read.surprise) for read in self._reads(samples, (), surprise=True)])
+        return found if per_token else found.nanmean(1)
+
+    def check_surprise(self) -> None:
+        """Whether there is a `surprise` at all.
+
+        Raises:
+            UserError: the network was trained on labels, attends to what it predicts, or was trained to give it back.
+        """
+        self._check_predicts()
+        if not self.causal or not self.shift:
+            why = "attends to the tokens that it predicts" if self.shift else "was trained to give back what it sees"
+            raise UserError(f"{self.source} {why}, so nothing surprises it: take a causal run")
+
+    def rows(self, layers: Sequence[Layer], pooling: Pooling) -> list[Row]:
+        """What `encode` reads for these.
+
+        Raises:
+            UserError: there is no such layer or pooling, or no probe for "best".
+        """
+        return [self._row(each, pooling) for each in layers]
+
+    def read(self, batch: Batch, rows: Sequence[Row], *, surprise: bool = False) -> Read:
+        """One forward pass over a batch on the model's device, without gradients, in evaluation mode."""
+        bos = self.model.config.bos
+        with _reading_only(self.model):
+            tokens = self.data.read(batch)
+            found, mask, out = read_rows(self.model, tokens, rows, causal=self.causal, dtype=self._dtype())
+            loss = surprise_of_tokens(out, tokens, bos=bos).cpu() if surprise else None
+        return Read([each.cpu() for each in found], tokens.canonical(mask[:, int(bos) :]).cpu(), loss)
+
+    def _reads(self, samples: Samples, rows: Sequence[Row], *, surprise: bool = False) -> list[Read]:
+        with _reading_only(self.model):  # loading draws from the global generator, too
+            return [self.read(batch, rows, surprise=surprise) for batch in self._batches(samples)]
 
     def predict(self, samples: Samples) -> Prediction:
         """Embeddings of samples and the predictions of the next ones, float32 [B, T, D] each.
@@ -106,11 +160,7 @@ class Network:
         Raises:
             UserError: the network has been trained on labels since, or a sample can't be read.
         """
-        if self.labelled:
-            raise UserError(
-                f"{self.source} was trained on labels, and its output no longer predicts the next token: load the "
-                "pre-trained run, or use encode"
-            )
+        self._check_predicts()
         dtype, found = self._dtype(), list[Prediction]()
         with _reading_only(self.model):
             for batch in self._batches(samples):
@@ -124,6 +174,13 @@ class Network:
             _joined([out.predictions for out in found]),
             _joined(masks) if masks else None,
         )
+
+    def _check_predicts(self) -> None:
+        if self.labelled:
+            raise UserError(
+                f"{self.source} was trained on labels, and its output no longer predicts the next token: load the "
+                "pre-trained run, or use encode"
+            )
 
     @property
     def _device(self) -> torch.device:
@@ -195,11 +252,12 @@ class Network:
             yield to_device(rows, self._device)
 
 
-def load(name: str | Path, *, trust: bool = False) -> Network:
+def load(name: str | Path, *, data: Modality | None = None, trust: bool = False) -> Network:
     """Open a trained network: averaged weights where there are any, its adapter, and its attention.
 
     Args:
         name: the folder of a run of any task, a folder in the released layout, or OWNER/NAME on the Hugging Face hub.
+        data: the adapter to read samples by, without augmentation, in place of its own.
         trust: import the code that the run names, although it was not made here, see `nepa_core.runtime.trust`.
 
     Raises:
@@ -208,16 +266,19 @@ def load(name: str | Path, *, trust: bool = False) -> Network:
     name = str(name)
     with trusting.everything() if trust else nullcontext():
         weights = read_weights(name, key="")
-    data = weights.data.plain()
+    data = (data or weights.data).plain()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = network_of(weights, data, device)
-    return Network(name, model, data, weights.causal, weights.averaged, bool(weights.head), _reading(name))
+    saved = read_saved(Path(name) / "config.json") if is_run(name) else {}
+    shift = bool(saved.get("objective", {}).get("shift", True))
+    return Network(
+        name, model, data, weights.causal, weights.averaged, bool(weights.head), _reading(saved.get("train")), shift
+    )
 
 
-def _reading(name: str) -> Reading:
-    if not is_run(name):
+def _reading(train: dict[str, Any] | None) -> Reading:
+    if train is None:
         return Reading()
-    train = read_saved(Path(name) / "config.json").get("train", {})
     batch = min(train.get("micro_batch") or train.get("batch", 64), 256)
     return Reading(batch, train.get("workers", 0), train.get("precision", "auto"))
 

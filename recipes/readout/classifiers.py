@@ -25,38 +25,13 @@ from torch import Tensor, nn
 
 from nepa_core.runtime.optim import lr_factor
 from recipes.networks.heads import AttentiveHead
+from recipes.statistics.ridge import r2, standardised
 
 Classifier = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(features, labels, features to score on, their labels) -> credits [S] whose mean is accuracy, or R2."""
 
 _AT_ONCE = 2**27
 """Numbers in one intermediate matrix: half a gigabyte."""
-
-
-_RIDGE_STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # times the number of samples
-
-
-def ridge(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
-    """Ridge regression on features standardised by the training samples; numbers [S, K], credits of R2.
-
-    The strength, of six, is the one that serves the last fifth of the training samples best when the others are
-    fitted.
-    """
-    kept = len(x) - len(x) // 5
-    held = _ridge(x[:kept], y[:kept], x[kept:])
-    best = max(_RIDGE_STRENGTHS, key=lambda strength: float(r2(held[strength], y[kept:]).mean()))
-    return r2(_ridge(x, y, x_test)[best], y_test)
-
-
-def _ridge(x: Tensor, y: Tensor, x_test: Tensor) -> dict[float, Tensor]:
-    """Predictions [S, K] for `x_test` by every strength."""
-    x, x_test = (part.double() for part in standardised(x, x_test))
-    middle = y.double().mean(0)
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-    onto, read = vectors.T @ (x.T @ (y.double() - middle)) / len(x), x_test @ vectors
-    return {
-        strength: read @ (onto / (values.clamp(min=0) + strength)[:, None]) + middle for strength in _RIDGE_STRENGTHS
-    }
 
 
 def knn_regression(
@@ -75,18 +50,6 @@ def _neighbours(x: Tensor, x_test: Tensor, k: int) -> Iterator[tuple[Tensor, Ten
     x = F.normalize(x, dim=1)
     for part in F.normalize(x_test, dim=1).split(max(_AT_ONCE // len(x), 1)):
         yield (part @ x.T).topk(min(k, len(x)), dim=1)
-
-
-def r2(predicted: Tensor, truth: Tensor) -> Tensor:
-    """What each sample adds to the coefficient of determination, [S], of numbers [S, K] each.
-
-    The mean over S is R2, itself the mean over the K numbers; 0 for one that does not vary. The variance of the labels
-    counts as known in what is made from single samples, such as intervals: it is the same for all that is compared.
-    """
-    truth, predicted = truth.double(), predicted.double()
-    variance = (truth - truth.mean(0)).square().mean(0)
-    left = (truth - predicted).square()
-    return torch.where(variance > 0, 1 - left / variance, 0.0).mean(1)
 
 
 def knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07) -> Tensor:
@@ -135,13 +98,6 @@ def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
     )
     weight, bias = _unpacked(found.x, dim, x)
     return _right(torch.addmm(bias, x_test, weight), y_test)
-
-
-def standardised(x: Tensor, x_test: Tensor) -> tuple[Tensor, Tensor]:
-    """Both, shifted and scaled by the mean and standard deviation of x; constant features become 0."""
-    mean, std = x.mean(0), x.std(0, correction=0)
-    std = torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
-    return (x - mean) / std, (x_test - mean) / std
 
 
 def _unpacked(flat: np.ndarray, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def network_reader(config: PretrainConfig, model: NEPA, rows: Sequence[Row], *, 
 
     def read(tokens: Tokens, names: Collection[str]) -> dict[str, Tensor]:
         wanted = {name: row for name, row in named.items() if name in names}
-        read, mask = read_rows(model, tokens, tuple(wanted.values()), causal=causal, dtype=dtype)
+        read, mask, _ = read_rows(model, tokens, tuple(wanted.values()), causal=causal, dtype=dtype)
         found = dict(zip(wanted, read, strict=True))
         return found | ({"mask": mask} if "mask" in names else {})
 

@@ -42,6 +42,7 @@ from recipes.report.summaries import ProbeRow, ProbeScore, ProbeSummary
 from recipes.resolve import read_target
 from recipes.statistics.credits import pack_credits, unpack_credits
 from recipes.statistics.held_out import clusters_of, is_chained, pack_clusters
+from recipes.statistics.ridge import ridge
 from recipes.statistics.worth import MAJORITY, RANDOM, RAW, Metric, Score, Worth, judge, sentences, worth_in
 from recipes.training.pretraining import load_pretrained
 from recipes.training.starting import build_model
@@ -50,7 +51,7 @@ Pooling = Literal["mean", "last", "bos", "attentive"]
 Name = Literal["linear", "knn", "lars"]
 
 CLASSIFIERS: dict[Name, Classifier] = {"linear": classifiers.linear, "knn": classifiers.knn, "lars": classifiers.lars}
-REGRESSIONS: dict[Name, Classifier] = {"linear": classifiers.ridge, "knn": classifiers.knn_regression}
+REGRESSIONS: dict[Name, Classifier] = {"linear": ridge, "knn": classifiers.knn_regression}
 TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
 PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}
 """The paper's linear probe: name -> row."""

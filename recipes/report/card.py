@@ -96,6 +96,9 @@ def margin(of: Interval) -> str:
     return f"{100 * of.mean:+.1f} ± {half}"
 
 
+PROBES = ("probe_accuracy", "probe_r2")
+"""What `train.probe` adds to the lines of metrics.jsonl."""
+
 FEW = 5
 """Groups below which an interval covers too little where they are of unequal size: 86 % with three, simulated."""
 
@@ -205,7 +208,7 @@ def tries(summary: PretrainSummary) -> list[str]:
 
 
 def report(run: Run, summary: PretrainSummary, data: Modality) -> Report:
-    """The card, then loss.png, learning.png, rank.png, spread.png and position.png, then the settings."""
+    """The card, then loss.png, learning.png, probe.png, rank.png, spread.png and position.png, then the settings."""
     said, title = render(summary, data), f"Pre-training: {run.path.name}"
     return Report(title, said, summary["made_with"], lambda: _parts(run, summary, data.token_name), "card.txt")
 
@@ -227,6 +230,15 @@ def _parts(run: Run, summary: PretrainSummary, noun: str) -> Iterator[Part]:
         f"much the cosine of the prediction with the next {noun} exceeds that of the current one.",
         over_training(metrics, learned, y="share; cosine", title=f"Next {noun}"),
     )
+    for name in PROBES:
+        if any(name in line for line in metrics):
+            said = name.replace("_", " ")
+            yield Figure(
+                "probe.png",
+                "Held-out labels read by a small ridge from the last layer while training; at step 0 from random "
+                "weights. nepa probe reads every layer, beside the raw tokens.",
+                over_training(metrics, {said: name}, y=said, title="Small probe"),
+            )
     ranks = {"embedding": "effective_rank_embedding", "prediction": "effective_rank_prediction"}
     yield Figure(
         "rank.png",

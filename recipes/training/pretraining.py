@@ -26,6 +26,7 @@ from recipes.report import card
 from recipes.report.summaries import PretrainSummary
 from recipes.training.advice import advice
 from recipes.training.judging import best_possible, held_out_health, packed, rank_warning, summarise, verdict_of
+from recipes.training.online_probe import online_probe, probe_figure
 from recipes.training.starting import build_model, build_pretrainer, check_samples, try_batch
 from recipes.training.train import opened, train
 
@@ -46,10 +47,14 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
         raise UserError("the held-out split has fewer than two samples, and each is told from others: hold out more")
     model = build_pretrainer(config).to(ranks.device)
     try_batch(config, model)
+    probe = online_probe(config)
 
     def health(ema: Ema | None) -> dict[str, Any]:
+        if not ranks.is_main:
+            return {}
         figures = held_out_health(config, model, ranks, ema)
-        return figures | rank_warning(run, figures) if ranks.is_main else {}
+        labels = {} if probe is None else probe_figure(probe, config, model, ema)
+        return figures | labels | rank_warning(run, figures)
 
     result, ema = train(
         model,

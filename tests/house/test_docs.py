@@ -47,6 +47,7 @@ BUDGETS: dict[str, dict[str, str]] = {
     "segment": {"train.length.steps": "2", "train.batch": "2", "evaluation.images": "2"},
     "forecast": {"fit_samples": "64", "steps": "2"},
     "inspect": {"samples": "2"},
+    "embed": {"calibrate": "32"},
     "ablate": _COMPARE,
     "orders": _COMPARE | {"finetune_steps": "2", "labels": "2", "cross": "false"},
     "objectives": _COMPARE | {"finetune_steps": "2", "labels": "2", "finetune_causal": "false"},

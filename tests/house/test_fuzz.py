@@ -18,6 +18,7 @@ import pytest
 from nepa_core.runtime.config import keys
 from recipes import presets as finetune_presets
 from recipes.cli import TASKS, main
+from recipes.readout.embedding import EmbedOptions
 from recipes.readout.inspecting import InspectOptions
 from recipes.readout.probing import ProbeOptions
 from recipes.tasks import finetune as finetune_finetune
@@ -107,7 +108,7 @@ def test_words_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
             commands.append(Command((task, target, draw.choice(bad))))
     for task, target, options in (
         ("probe", "runs/base", ProbeOptions), ("inspect", "runs/base", InspectOptions),
-        ("evaluate", "runs/tuned", EvaluateOptions)
+        ("evaluate", "runs/tuned", EvaluateOptions), ("embed", "runs/base", EmbedOptions),
     ):  # fmt: skip
         names = [*options.model_fields, "data.samples", "train.max_unreadable", "data.size", "data.unreadable"]
         for name, value in draw.sample([(name, value) for name in names for value in ODD], 18):
@@ -223,6 +224,7 @@ READERS: dict[str, tuple[tuple[str, ...], ...]] = {
         ("pretrain", TINY, "out=runs/base", "train.length.steps=2"),
         ("probe", "runs/base", "layers=0", "poolings=mean", "classifiers=knn"),
         ("inspect", "runs/base", "samples=1"),
+        ("embed", "runs/base"),
         ("finetune", "runs/base", "train.length.steps=1"),
         ("finetune", TINY, "init=runs/base", "train.length.steps=1"),
         ("export", "runs/base", "out=released"),

@@ -89,6 +89,7 @@ PROBE = ("probe", "runs/base", "layers=0", "poolings=mean", "classifiers=knn")
 READING = [
     PROBE,
     ("inspect", "runs/base", "samples=1"),
+    ("embed", "runs/base"),
     ("finetune", "runs/base", "train.length.steps=1"),
     ("finetune", "tests.tiny:recipe", "init=runs/base", "train.length.steps=1"),
     ("pretrain", "runs/base", "out=again"),

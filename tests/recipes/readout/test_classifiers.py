@@ -24,9 +24,8 @@ from recipes.readout.classifiers import (
     lars,
     lars_optimizer,
     linear,
-    r2,
-    ridge,
 )
+from recipes.statistics.ridge import r2, ridge
 
 
 def clusters(samples: int, dim: int, classes: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -477,7 +477,7 @@ def test_files_are_brought_to_the_size_of_the_run(runs: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "words", "said"),
     [
-        ("recipe", ["images=a.png"], "images= are for runs on images"),
+        ("recipe", ["images=a.png"], "files= and images= are for adapters that read files: "),
         ("images", ["images=nowhere.png"], "nowhere.png"),
         ("images", ["images=__file__"], "not an image"),
         ("recipe", ["query=6"], "query=6: the tokens lie on 1 rows and 6 columns"),

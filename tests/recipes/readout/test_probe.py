@@ -22,6 +22,7 @@ from recipes.readout import probing as probe
 from recipes.report.summaries import ProbeSummary
 from recipes.statistics.credits import unpack_credits
 from recipes.statistics.held_out import unpack_clusters
+from recipes.statistics.ridge import ridge_predictions
 from recipes.statistics.worth import sentences, worth_in
 from recipes.training.starting import build_model
 from tests import tiny
@@ -289,7 +290,7 @@ def test_numbers_are_read_by_regressions_of_their_own() -> None:
 def test_ridge_is_that_of_the_normal_equations() -> None:
     draw = torch.Generator().manual_seed(0)
     x, y, x_test = (torch.randn(shape, generator=draw) for shape in ((40, 3), (40, 2), (9, 3)))
-    found = classifiers._ridge(x, y, x_test)[0.1]
+    found = ridge_predictions(x, y, x_test)[0.1]
     mean, std = x.mean(0), x.std(0, correction=0)
     a, b = (x - mean) / std, (x_test - mean) / std
     weights = torch.linalg.solve(a.T @ a / 40 + 0.1 * torch.eye(3), a.T @ (y - y.mean(0)) / 40)

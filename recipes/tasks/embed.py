@@ -1,0 +1,61 @@
+"""nepa embed: features of a run's network for many samples, as a table.
+
+A row is a sample, or with pooling=none a token: its name (the file, or "sample 3"), its number, its label where there
+is one, and the features of each layer that layer= names, as `nepa probe` reads them: without augmentation, with the
+averaged weights and the run's own attention. Samples are those of a split (split=train; data.root=DIR for other data of
+the same form), or files=a.png,b.png or files=DIR for adapters that read files by name.
+
+The table is parquet, npy or safetensors, by the suffix of out= or by format=; beside it FILE.json says what it is made
+of. npy has one file a column (x.npy the features, x.label.npy ...), and text lies in x.name.txt, also beside
+safetensors. Memory does not grow with the number of samples. Stopped or killed, the same command goes on; several
+processes (torchrun) give the same table. Samples that can't be read are left out, and named.
+
+surprise=true adds how badly the network predicts each sample (the mean of -cos, -1 to 1), an anomaly score, and
+surprise_quantile, the share of training samples, or with usual=test of held-out ones, that surprise less.
+surprise=tokens adds it for each token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nepa_core.basics import UserError
+from nepa_core.runtime.distributed import world
+from nepa_core.runtime.load import load
+from nepa_core.runtime.locks import at_work
+from nepa_core.runtime.run import Run, is_run, task_of
+from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
+from recipes.readout.embedding import EmbedOptions as Options
+from recipes.readout.embedding import embed, out_file, render
+from recipes.resolve import read_target
+
+FREE = ("data.", "train.workers")
+"""Keys of a run that may be changed: they say which samples are read, and how they are loaded."""
+
+CONFIGS: Mapping[str, Any] = {kind.task: kind for kind in (PretrainConfig, FinetuneConfig, SegmentConfig)}
+
+
+def main(target: str, options: Options, changes: dict[str, Any]) -> None:
+    config, file = read_config(target, changes), out_file(target, options)
+    with world() as ranks, at_work(Run(file.parent), ranks, trains=False):
+        net = load(target, data=config.data)
+        record = embed(net, options, file, ranks, workers=config.train.workers, show=True)
+        if ranks.is_main:
+            print(render(record, file))
+
+
+def read_config(target: str, changes: dict[str, Any]) -> Any:
+    """The settings of a run, with changes.
+
+    Raises:
+        UserError: it is no run, or a change is to what training decided.
+    """
+    if not is_run(target):
+        raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
+    for key in changes:
+        if not key.startswith(FREE):
+            raise UserError(f"{key} can't be set for nepa embed; what can: its options, {', '.join(FREE)}")
+    if (kind := CONFIGS.get(task_of(target))) is None:
+        raise UserError(f"{target} holds no network of its own: name a run of {', '.join(CONFIGS)}")
+    return read_target(kind, target, changes)
