@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -103,16 +103,7 @@ class DrawSampler(Sampler[Draw]):
     """The draws of one rank from step `start` to step `stop`; every step holds `accumulate` of them."""
 
     def __init__(
-        self,
-        samples: int,
-        *,
-        batch: int,
-        accumulate: int,
-        rank: int,
-        ranks: int,
-        seed: int,
-        start: int,
-        stop: int,
+        self, samples: int, *, batch: int, accumulate: int, rank: int, ranks: int, seed: int, start: int, stop: int
     ) -> None:
         self.samples, self.batch, self.accumulate = samples, batch, accumulate
         self.rank, self.ranks, self.seed, self.start, self.stop = rank, ranks, seed, start, stop
@@ -317,6 +308,7 @@ def plain_batches(
     max_unreadable: float = 1.0,
     tokenize: Callable[[Batch], Tokens] | None = None,
     labels: bool = False,
+    of: Literal["training", "held-out"] = "held-out",
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
@@ -330,6 +322,7 @@ def plain_batches(
         max_unreadable: share of the samples that may be.
         tokenize: of the adapter; samples whose tokens are not finite are then left out as unreadable, too.
         labels: and those with a float "label" that is not.
+        of: what an error calls the samples.
 
     Raises:
         NothingRead: no sample could be read.
@@ -361,12 +354,12 @@ def plain_batches(
         skipped.update(found)
         if unreadable is not None:
             unreadable.update(found)
-        _refuse_many(skipped, len(indices), max_unreadable, "held-out ")
+        _refuse_many(skipped, len(indices), max_unreadable, f"{of} ")
         if loaded:
             empty = False
             yield loaded
     if empty and (draws or rank == 0):
-        raise NothingRead(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
+        raise NothingRead(f"no {of} sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
 KILLED = "DataLoader worker (pid"

@@ -169,6 +169,7 @@ def training_parts(
         limit=limit,
         seed=0,
         tokenize=config.data.plain().tokenize,
+        of="training",
     )
     with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
         for done, part in enumerate(gather_targets(model, config.data.plain(), batches), 1):
