@@ -154,7 +154,12 @@ def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> 
         UserError: there is no such order, it depends on no seed, or the adapter takes none.
     """
     if "patch_order" not in type(config.data).model_fields:
-        raise UserError(f"{type(config.data).__name__} takes no data.patch_order, so its orders can't be compared")
+        kind = type(config.data).__name__
+        raise UserError(
+            f"{kind} takes no data.patch_order, so its orders can't be compared: write `from modalities.orders import "
+            f"Ordered`, `class {kind}(Ordered, Modality):`, and in it `def order(self, tokens): return "
+            "self.ordered(tokens, GRID)`, where GRID is (tokens,) of a line or (rows, columns) of a grid"
+        )
     base, _, seed = name.rpartition(":")
     if base in SEEDED and not seed.isdecimal():
         raise UserError(f"orders={name}: {seed!r} is no seed, which is a whole number from 0, such as {base}:1")
