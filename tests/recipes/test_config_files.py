@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nepa_core.runtime import trust
 from nepa_core.runtime.config import keys, override
 from recipes.cli import main
 from recipes.config_files import as_text, read_config_file
@@ -106,8 +107,12 @@ def test_a_key_of_the_command_line_has_no_line(fails: Callable[..., str], writte
 
 
 def test_code_that_a_file_names_runs_where_the_user_says_so(
-    fails: Callable[..., str], written: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    fails: Callable[..., str],
+    written: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(trust, "_given", trust.given())  # what the command trusts, no later test does
     path = written("recipe: lab_of_a_file:mine")
     Path("lab_of_a_file.py").write_text(
         "from tests import tiny\nprint('it ran')\ndef mine():\n    return tiny.recipe()\n"
