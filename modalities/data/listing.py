@@ -28,10 +28,21 @@ from torch import Tensor
 
 from nepa_core.basics import UserError, cores
 
-SYSTEM = {
-    *("@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"),
-    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
-}
+SYSTEM = frozenset(
+    [
+        "@eadir",
+        "__macosx",
+        "__pycache__",
+        "#recycle",
+        "$recycle.bin",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "icon\r",
+    ]
+)
 """Names, in small letters, that an operating system or a disk station leaves in folders of data."""
 LARGEST_FILE = 2**29
 """Bytes of a file or of a member of an archive that is read whole; PIL's largest image needs half of it."""

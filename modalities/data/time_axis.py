@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import datetime
 from typing import NamedTuple
 
 import numpy as np
@@ -107,15 +106,16 @@ class StampReader:
         self._read.add(pc.cast(times, pa.int64()).to_numpy(zero_copy_only=False))
 
     def _add_text(self, texts: pa.Array) -> int | None:
-        for form in _FORMATS if self._form is None else (self._form,):
-            if _parsed(texts[:1], form).null_count:
-                continue
-            times = _parsed(texts, form)
-            if not times.null_count:
-                self._form, self._zoned = form, form == _ISO_ZONED
-                self._add_times(times)
-                return None
-        return next((place for place, text in enumerate(texts.to_pylist()) if not _is_iso(text)), 0)
+        if self._form is None:
+            self._form = next((form for form in _FORMATS if not _parsed(texts[:1], form).null_count), None)
+        if self._form is None:
+            return 0
+        times = _parsed(texts, self._form)
+        if times.null_count:
+            return int(times.is_null().index(pa.scalar(True)).as_py())
+        self._zoned = self._form == _ISO_ZONED
+        self._add_times(times)
+        return None
 
     def stamps(self) -> Stamps:
         """All that were read."""
@@ -128,18 +128,14 @@ def _parsed(texts: pa.Array, form: str) -> pa.Array:
     """Times as microseconds; null where a text has another form."""
     if form not in (_ISO, _ISO_ZONED):
         return pc.strptime(texts, form, "us", error_is_null=True)
+    kind = pa.timestamp("us", "UTC" if form == _ISO_ZONED else None)
     try:
-        return pc.cast(texts, pa.timestamp("us", "UTC" if form == _ISO_ZONED else None))
-    except pa.ArrowInvalid:
-        return pa.nulls(len(texts))
-
-
-def _is_iso(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return True
+        return pc.cast(texts, kind)
+    except pa.ArrowInvalid:  # of which cell it does not say, so they are halved down to one
+        if len(texts) == 1:
+            return pa.nulls(1, kind)
+        half = len(texts) // 2
+        return pa.concat_arrays([_parsed(texts[:half], form), _parsed(texts[half:], form)])
 
 
 def compact_dates(values: Array) -> Array | None:

@@ -368,12 +368,11 @@ def _columns(task: Task, samples: Numbered, batch: Batch, usual: Array | None) -
     if token is not None:
         columns["token"] = token.numpy()
     label, target = batch.get("label"), net.data.token_targets(batch) if per_token else None
-    if options.files:
-        pass  # of no file a label is known
-    elif isinstance(label, Tensor):
-        columns["label"] = label.cpu()[of].numpy()
-    elif target is not None:
-        columns["label"] = target.cpu()[at].numpy()
+    if not options.files:  # whose labels nobody knows
+        if isinstance(label, Tensor):
+            columns["label"] = label.cpu()[of].numpy()
+        elif target is not None:
+            columns["label"] = target.cpu()[at].numpy()
     if read.surprise is not None:
         surprise = _surprise_of(read)[of].numpy()
         columns["surprise"] = surprise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema, applied
-from nepa_core.model import NEPA
+from nepa_core.model import NEPA, evaluating
 from nepa_core.pooling import Row, read_rows
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.fit import autocast_dtype
@@ -80,11 +80,8 @@ def _labelled(config: PretrainConfig, split: str) -> Labelled:
 @torch.no_grad()
 def probe_figure(probe: OnlineProbe, config: PretrainConfig, model: NEPA, ema: Ema | None) -> dict[str, float]:
     """ "probe_accuracy", or of numbers "probe_r2": held out, of the averaged weights where there are any."""
-    training = model.training
-    model.eval()
-    with applied(ema):
+    with evaluating(model), applied(ema):
         x, x_test = (_features(each.batches, config, model) for each in probe)
-    model.train(training)
     y, y_test = (each.labels for each in probe)
     if y.is_floating_point():
         y, y_test = (each.reshape(len(each), -1) for each in (y, y_test))

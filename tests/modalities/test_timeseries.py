@@ -141,6 +141,29 @@ def test_what_is_worked_out_of_a_column_weighs_less_than_the_column(
     assert peak < 3.7 * table.values.nbytes, "the values, the column, its time stamps, and less than a column more"
 
 
+@pytest.mark.parametrize("form", ["%d.%m.%Y %H:%M", "%Y-%m-%d %H:%M", "%Y/%m/%d %H:%M"])
+@pytest.mark.parametrize("bad", [3, 30_000])
+def test_the_cell_that_is_no_time_stamp_is_named_wherever_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, bad: int
+) -> None:
+    """And not a sound one before it, of the form of all others."""
+    monkeypatch.setattr("modalities.data.series.BLOCK", 1 << 14)
+    times = [
+        datetime.fromordinal(735_000 + row // 1440).replace(hour=row // 60 % 24, minute=row % 60)
+        for row in range(40_000)
+    ]
+    texts = [time.strftime(form) for time in times]
+    texts[bad] = "soon"
+    pa.parquet.write_table(
+        pa.table({"date": texts, "x": np.arange(40_000) % 7.0}), tmp_path / "x.parquet", row_group_size=9000
+    )
+    with pytest.raises(UserError, match=f"column 'date' holds 'soon' in row {bad + 1}, neither"):
+        read_table(str(tmp_path / "x.parquet"))
+    (tmp_path / "x.csv").write_text("date,x\n" + "".join(f"{text},{row % 7}\n" for row, text in enumerate(texts)))
+    with pytest.raises(UserError, match=f"'soon' in row {bad + 2}, neither|Row #{bad + 2}: .*invalid value 'soon'"):
+        read_table(str(tmp_path / "x.csv"))
+
+
 def test_time_stamps_in_text_are_read_from_parquet(tmp_path: Path) -> None:
     hours = [str(np.datetime64("2020-02-28T20:00") + np.timedelta64(hour, "h")) for hour in (0, 1, 2, 30, 31)]
     for texts in (hours, [f" {hour.replace('T', ' ')}:00" for hour in hours], [f"{hour}+02:00" for hour in hours]):
