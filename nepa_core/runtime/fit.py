@@ -236,7 +236,7 @@ def fit(
         ema: the averages of `model`'s parameters, updated after every step.
         evaluate: held-out figures for metrics.jsonl, called on every rank before the first step, every
             `config.evaluate` steps and after the last; what the main process returns is logged, and a "warning" and
-            figures called "probe_..." are shown, too.
+            figures of the online probe are shown, too.
         untrained: False leaves out the evaluation before the first step, as where a new head gives only zeros.
         changed_data: go on although the data is not what it was at the last checkpoint, see `Modality.changed`.
         height: parameter name -> number of layers above its own, for `optim.layer_decay`.
