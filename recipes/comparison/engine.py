@@ -362,13 +362,16 @@ def shell_friendly(name: str) -> str:
 def config_digest(config: PretrainConfig, content: str = "") -> str:
     """12 hexadecimal digits that tell a config from others, but for keys that don't touch what is computed.
 
+    Runs of before keep theirs: the schedule goes by its earlier name, and later keys count where they are in use.
+
     Args:
         content: of `Variant`.
     """
     values = config.model_dump(mode="json", serialize_as_any=True)
-    for key in FREE_KEYS:
+    for key in (*FREE_KEYS, "train.probe", *(() if config.optim.schedule == "wsd" else ("optim.decay_share",))):
         group, _, name = key.partition(".")
         values[group].pop(name, None)
+    values["optim"]["decay"] = values["optim"].pop("schedule")
     if content:
         values["content"] = content
     return digest({"adapter": import_path(type(config.data)), **values})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nepa_core.modality import Modality
+from nepa_core.runtime.config import shown
 from nepa_core.runtime.run import Run
 from nepa_core.verdict.drawing import RIVALS
 from nepa_core.verdict.intervals import Interval
@@ -174,7 +175,17 @@ def remarks(summary: PretrainSummary, noun: str) -> list[str]:
         found.append(SPACES[summary["space"]])
     if not summary["causal"]:
         found.append("Attention was bidirectional: each prediction could see its target, so these figures flatter it.")
-    return found + unreadable(summary)
+    return found + changes(summary) + unreadable(summary)
+
+
+def changes(summary: PretrainSummary) -> list[str]:
+    """Settings that were taken anew midway, a line a step."""
+    return [
+        f"From step {each['step']} on: "
+        + ", ".join(f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in each["changed"].items())
+        + "."
+        for each in summary.get("changes", [])
+    ]
 
 
 def render(summary: PretrainSummary, data: Modality) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, TypedDict, TypeVar, cast
 
 from modalities.orders.measures import OrderMeasures
+from nepa_core.runtime.going_on import Change
 from recipes.networks.goals import GoalFigures
 from recipes.statistics.segment_metrics import SegmentFigures
 from recipes.statistics.significance import Spread
@@ -48,6 +49,7 @@ class Cost(TypedDict, total=False):
     tokens_per_second: float  # without padding
     data_wait_share: float  # of the seconds, spent on waiting for batches
     parameters: int
+    changes: list[Change]  # of settings, midway
 
 
 class TrainingCost(Cost, Unreadable, total=False):

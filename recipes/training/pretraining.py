@@ -31,16 +31,19 @@ from recipes.training.starting import build_model, build_pretrainer, check_sampl
 from recipes.training.train import opened, train
 
 
-def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = True) -> PretrainSummary:
+def pretrain(
+    config: PretrainConfig, run: Run, ranks: World, *, midway: bool = False, show: bool = True
+) -> PretrainSummary:
     """Train, judge, write summary.json and report/; a finished run is not trained again.
 
     Args:
+        midway: the run may take settings anew and be lengthened, see `Run.open`.
         show: progress on the screen.
 
     Returns:
         The summary (empty on the other ranks).
     """
-    if (finished := opened(config, run, ranks, PretrainSummary)) is not None:
+    if (finished := opened(config, run, ranks, PretrainSummary, midway=midway)) is not None:
         return finished
     check_samples(config, ranks.size)
     if len(cast(Sized, config.data.plain().dataset("test"))) < 2:
@@ -65,6 +68,7 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
         step_function=make_step(config),
         step_at=partial(make_step, config) if config.data.draws_order() else None,
         evaluate=health,
+        midway=midway,
         show=show,
     )
     if not ranks.is_main:
