@@ -107,7 +107,7 @@ class FitResult(NamedTuple):
     """Figures of a finished fit over all sittings of a resumed run.
 
     Attributes:
-        unreadable: names of the samples skipped, and why. changes: see `going_on.TakenUp`.
+        unreadable: names of the samples skipped, and why. changes: see `going_on.TakenUp`. origin: see `fit`.
     """
 
     steps: int
@@ -116,6 +116,7 @@ class FitResult(NamedTuple):
     data_wait_share: float
     unreadable: list[str]
     changes: Sequence[Change] = ()
+    origin: Mapping[str, Any] | None = None
 
 
 class Diverged(UserError):
@@ -237,6 +238,7 @@ def fit(
     height: Callable[[str], int] = lambda name: 0,
     head: Callable[[str], bool] = lambda name: False,
     begin: Callable[[], object] = lambda: None,
+    origin: Mapping[str, Any] | None = None,
     watch: Stopwatch | None = None,
     show: bool = True,
 ) -> FitResult:
@@ -256,6 +258,7 @@ def fit(
         head: parameter name -> whether it trains at `optim.head_lr`.
         begin: writes the settings into the run's folder: called on the main process, once it is known that they fit
             what is there and before anything else is written.
+        origin: plain values that say where the weights of `model` are from; kept in every checkpoint.
         watch: told where the time of every step goes.
         show: progress on the screen.
 
@@ -306,6 +309,7 @@ def fit(
             "cycle": list(cycle),
             "settings": settings.stored(),
             "changes": list(sitting.changes),
+            "origin": sitting.origin or origin,
         }
         stays = steady if optim.schedule == "wsd" else None
         save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep, stays=stays)
@@ -395,6 +399,7 @@ def fit(
         watch.seconds.get("data", 0.0) / max(working, 1e-9),
         world.union(batches.unreadable),
         sitting.changes,
+        sitting.origin or origin,
     )
 
 
@@ -408,7 +413,7 @@ class Sitting(NamedTuple):
     """Where an earlier sitting of a run stopped: steps done, time and tokens spent, samples found unreadable.
 
     Attributes:
-        cycle, changes: see `going_on.TakenUp`. metrics_bytes: of metrics.jsonl then.
+        cycle, changes: see `going_on.TakenUp`. metrics_bytes: of metrics.jsonl then. origin: see `fit`.
     """
 
     cycle: Cycle
@@ -418,6 +423,7 @@ class Sitting(NamedTuple):
     unreadable: Sequence[str] = ()
     changes: Sequence[Change] = ()
     metrics_bytes: int = 0
+    origin: Mapping[str, Any] | None = None
 
 
 def restore(
@@ -472,6 +478,7 @@ def restore(
             state["unreadable"],
             found.changes,
             state["metrics_bytes"],
+            state.get("origin"),
         )
     except KeyError as error:
         raise UserError(

@@ -366,11 +366,17 @@ def config_digest(config: PretrainConfig, content: str = "") -> str:
 
     Args:
         content: of `Variant`.
+
+    Raises:
+        UserError: it begins with the weights of another run, which the digest would not tell apart.
     """
+    if config.init is not None:
+        raise UserError(f"init={config.init}: comparisons pre-train from random weights; leave init out")
     values = config.model_dump(mode="json", serialize_as_any=True)
     for key in (*FREE_KEYS, "train.probe", *(() if config.optim.schedule == "wsd" else ("optim.decay_share",))):
         group, _, name = key.partition(".")
         values[group].pop(name, None)
+    del values["init"]
     values["optim"]["decay"] = values["optim"].pop("schedule")
     if content:
         values["content"] = content

@@ -15,6 +15,7 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar, cast
 
 from modalities.orders.measures import OrderMeasures
 from nepa_core.runtime.going_on import Change
+from nepa_core.runtime.weights import Origin
 from recipes.networks.goals import GoalFigures
 from recipes.statistics.segment_metrics import SegmentFigures
 from recipes.statistics.significance import Spread
@@ -114,6 +115,9 @@ class PretrainSummary(Cost, Unreadable, total=False):
     collapsed: bool
     loss_per_position: dict[str, list[float]]
     objective: float  # the run's own, on held-out data
+    origin: Origin  # with init=: which weights it began with
+    retrieval_top1_first: float  # with init=: identified among the samples watched while training, at step 0
+    retrieval_top1_last: float  # and after the last step
     optimum: float  # the loss that no predictor can beat, where the adapter knows it
     causal: bool
     weights: str  # "raw" or "ema": which were judged

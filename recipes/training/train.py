@@ -113,6 +113,7 @@ def train(
     untrained: bool = True,
     announce: str = "",
     midway: bool = False,
+    origin: Mapping[str, Any] | None = None,
     show: bool,
 ) -> tuple[FitResult, Ema | None]:
     """`fit` with what the config asks for around the model: compiled or recomputed blocks, an average, layer decay.
@@ -125,7 +126,7 @@ def train(
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
         untrained: evaluate before the first step, too.
         announce: a line for the screen where a run starts that nothing was measured of before.
-        midway: see `Run.open`.
+        midway: see `Run.open`. origin: see `fit`.
     """
     dataset = config.data.dataset("train")
     plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
@@ -154,6 +155,7 @@ def train(
         height=height(config),
         head=head(config),
         begin=lambda: run.open(cast(BaseModel, config), midway=midway),
+        origin=origin,
         show=show,
     )
     return result, ema
