@@ -213,7 +213,7 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
         words = ["nepa", *words[5:]]
     assert words[0] == "nepa", f"{where}: no test knows the command {words[0]}"
     task, rest = words[1], words[2:]
-    if task in ("recipes", "completion", "--version"):
+    if task in ("recipes", "runs", "completion", "--version"):
         return
     assert task in TASKS, f"{where}: there is no task {task}"
     if ":" in rest[0]:
