@@ -261,8 +261,8 @@ def at_home(key: str, value: Any) -> Any:
 
 def _runs(words: list[str], asks_help: bool) -> int:
     from recipes.options import describe_fields
-    from recipes.tasks import runs
 
+    runs = importlib.import_module("recipes.tasks.runs")
     folders = [word for word in words if "=" not in word or os.path.exists(word)]
     options, unknown = split_options(runs.Options, [word for word in words if word not in folders])
     if unknown:
