@@ -26,13 +26,7 @@ from torch.utils.data import Dataset
 from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.pretrainer import HEADS
-from nepa_core.runtime.checkpoint import (
-    Checkpoint,
-    load_latest,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from nepa_core.runtime.checkpoint import Checkpoint, load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, seed_step
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.going_on import Change, Cycle, Settings, take_up
@@ -455,7 +449,9 @@ def restore(
     checkpoint, notes = load_latest(run.checkpoints)
     for note in notes:
         say(note)
-    if checkpoint is not None and data is not None and (stored := checkpoint.state.get("data")) not in (None, data):
+    stored = None if checkpoint is None else checkpoint.state.get("data")
+    # What is looked at may have grown since, behind a semicolon.
+    if checkpoint is not None and None not in (data, stored) and not f"{data};".startswith(f"{stored};"):
         raise UserError(
             f"the training data of {run.path} changed since step {checkpoint.step} (then {stored}; now {data}), so the "
             "samples would come in another order: give it back, go on all the same with data.changed=true, or name "
@@ -467,9 +463,9 @@ def restore(
             say("no checkpoint is left: starting from the beginning")
         return Sitting(cycle)
     found = take_up(run, checkpoint, settings, cycle, per_epoch=plan.per_epoch)
-    checkpoint, state = found.checkpoint, found.checkpoint.state
+    checkpoint = found.checkpoint
+    state, tensors = checkpoint.state, checkpoint.tensors
     try:
-        _restore_tensors(checkpoint, run, model, optimizer, names, ema, tally)
         sitting = Sitting(
             found.cycle,
             checkpoint.step,
@@ -480,6 +476,18 @@ def restore(
             state["metrics_bytes"],
             state.get("origin"),
         )
+        model.load_state_dict(_with_heads("model", checkpoint))
+        restore_optimizer(optimizer, names, tensors["optimizer"])
+        if ema is not None:
+            ema.restore(_with_heads("ema", checkpoint))
+        for name, value in tensors["tally"].items():
+            tally.sums[name].copy_(value)
+        tally.steps = state["tally_steps"]
+    except RuntimeError as error:
+        raise UserError(
+            f"the checkpoints of {run.path} are of another network than the recipe builds now: {error}; "
+            "give the earlier code back, or name another folder with out=DIR"
+        ) from error
     except KeyError as error:
         raise UserError(
             f"{run.checkpoints}: the newest checkpoint lacks {error}, so it was written by another version; give the "
@@ -488,31 +496,6 @@ def restore(
     for line in found.said:
         say(line)
     return sitting
-
-
-def _restore_tensors(
-    checkpoint: Checkpoint,
-    run: Run,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[Tensor, str],
-    ema: Ema | None,
-    tally: _Tally,
-) -> None:
-    tensors = checkpoint.tensors
-    try:
-        model.load_state_dict(_with_heads("model", checkpoint))
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoints of {run.path} are of another network than the recipe builds now: {error}; "
-            "give the earlier code back, or name another folder with out=DIR"
-        ) from error
-    restore_optimizer(optimizer, names, tensors["optimizer"])
-    if ema is not None:
-        ema.restore(_with_heads("ema", checkpoint))
-    for name, value in tensors["tally"].items():
-        tally.sums[name].copy_(value)
-    tally.steps = checkpoint.state["tally_steps"]
 
 
 def _heads_apart(group: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -530,7 +513,6 @@ def _with_heads(group: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _batches(
     dataset: Dataset[Batch], config: TrainConfig, world: World, *, accumulate: int, start: int, stop: int
 ) -> TrainingBatches:
-    """This rank's batches from step `start` to step `stop`."""
     sampler = DrawSampler(
         len(cast(Sized, dataset)),
         batch=config.batch,
