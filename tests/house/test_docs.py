@@ -322,6 +322,8 @@ def shortened(words: list[str]) -> list[str]:
     found = FEWER.get(words[1], {}) | given | BUDGETS.get(words[1], {})
     if "train.length.steps" in found:
         found = {key: value for key, value in found.items() if key != "train.length.epochs"}
+    if "train.length.steps" in given and ":" not in words[2]:  # a run that is lengthened
+        found["train.length.steps"] = "6"
     return [*plain, *(f"{key}={value}" for key, value in found.items())]
 
 

@@ -14,6 +14,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.checkpoint import _record_digest
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.fit import Interrupted
+from nepa_core.runtime.locks import holding
 from nepa_core.runtime.optim import OptimConfig, lr_factor
 from nepa_core.runtime.run import Run
 from recipes import pretrain
@@ -205,6 +206,14 @@ def _keep_no_settings(folder: Path) -> None:
             del record[key]
         record["sha256"] = _record_digest(record)
         (path / "state.json").write_text(json.dumps(record))
+
+
+def test_a_finished_run_that_another_command_lengthens_is_in_use(tmp_path: Path) -> None:
+    folder = run(tiny.recipe(), tmp_path / "run")
+    with holding(folder, trains=True):
+        run(folder)
+        with pytest.raises(UserError, match="is in use by"):
+            run(folder, train__length__steps=20)
 
 
 def test_what_the_steps_that_are_done_do_not_allow_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
