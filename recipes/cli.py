@@ -48,6 +48,8 @@ TASKS = {
     }.items()
 }
 
+RUNS = "[DIR] or RUN RUN ..."
+
 HELP = """usage: nepa TASK RECIPE-or-RUN [key=value ...]
 
 Next-embedding prediction on any data, with an honest verdict on what was learned.
@@ -148,10 +150,12 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if name == "completion":
         return _print_completion(rest)
+    if name == "runs":
+        return _runs(rest, asks_help)
     if name not in TASKS:
         from nepa_core.runtime.config import nearest
 
-        return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes', 'completion'])}", 2)
+        return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes', 'runs', 'completion'])}", 2)
     task = importlib.import_module(TASKS[name].module)
     rest = _trusting(rest)
     if asks_help and (not rest or "=" in rest[0]):
@@ -238,6 +242,21 @@ def at_home(key: str, value: Any) -> Any:
     return value
 
 
+def _runs(words: list[str], asks_help: bool) -> int:
+    from recipes.options import describe_fields
+
+    runs = importlib.import_module("recipes.tasks.runs")
+    folders = [word for word in words if "=" not in word or os.path.exists(word)]
+    options, unknown = split_options(runs.Options, [word for word in words if word not in folders])
+    if unknown:
+        return _fail(f"nepa runs only reads: {', '.join(unknown)} can't be set; see nepa runs --help", 2)
+    if asks_help:
+        print(f"usage: nepa runs {RUNS}\n\n{runs.__doc__}\noptions:\n{describe_fields(runs.Options)}")
+    else:
+        runs.main([str(at_home("out", folder)) for folder in folders], options)
+    return 0
+
+
 def _print_completion(rest: list[str]) -> int:
     from recipes.completion import SHELLS, script, words_of
 
@@ -304,6 +323,7 @@ def _version() -> str:
 
 def _help() -> str:
     rows = {f"{name} {task.takes}": task.gives for name, task in TASKS.items()}
+    rows[f"runs {RUNS}"] = "the runs that there are and what differs; of several, their curves on one page"
     rows["recipes"] = "the built-in recipes, a line each"
     rows["completion bash, zsh or fish"] = "what that shell reads to complete the words of nepa"
     width = max(map(len, rows))

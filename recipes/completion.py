@@ -39,7 +39,7 @@ def words_of(
         for recipe in recipes:
             found |= dict.fromkeys(f"{key}=" for key in settable(recipe) if key != "recipe")
         keys[name] = [*found, "--help", "--print-config", "-q"]
-    return Words([*tasks, "recipes", "completion", "--help", "--version"], list(recipes), keys)
+    return Words([*tasks, "recipes", "runs", "completion", "--help", "--version"], list(recipes), keys)
 
 
 def script(shell: str, words: Words) -> str:

@@ -44,13 +44,18 @@ class VerdictConfig(BaseModel):
 
 
 class PretrainConfig(BaseModel):
-    """A whole pre-training run: what a recipe function returns and `config.json` holds."""
+    """A whole pre-training run: what a recipe function returns and `config.json` holds.
+
+    Attributes:
+        init: a run, a folder in the released layout or a hub name whose weights it begins with; None for random ones.
+    """
 
     model_config = FROZEN
 
     task: ClassVar[str] = "pretrain"
 
     recipe: str = ""
+    init: str | None = None
     data: SerializeAsAny[Modality]
     model: PredictorConfig
     objective: ObjectiveConfig

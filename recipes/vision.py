@@ -277,7 +277,7 @@ def base_ade20k() -> SegmentConfig:
             weight_decay=0.05,
             warmup=Duration(steps=1500),
             clip=None,
-            decay="linear",
+            schedule="linear",
             layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False, head_counts=True),
         ),
         train=TrainConfig(
@@ -374,7 +374,7 @@ def camvid_segment() -> SegmentConfig:
             weight_decay=0.05,
             warmup=Duration(fraction=0.1),
             clip=1.0,
-            decay="linear",
+            schedule="linear",
         ),
         train=TrainConfig(
             length=Duration(steps=150), batch=16, ema=0.98, workers=0, log=10, evaluate=75, checkpoint=75, keep=1

@@ -79,7 +79,7 @@ def recipe() -> SegmentConfig:
             weight_decay=0.05,
             warmup=Duration(steps=2),
             clip=1.0,
-            decay="linear",
+            schedule="linear",
             layer_decay=LayerDecay(start=0.65, end=0.65, staggered_warmup=False),
         ),
         train=pretraining.train.model_copy(update={"length": Duration(steps=6), "batch": 4, "evaluate": 6}),

@@ -96,8 +96,8 @@ def write_whole(file: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
-    """Write a checkpoint and drop all but this one and the `keep` - 1 before it.
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, stays: int | None = None) -> Path:
+    """Write a checkpoint and drop all but this one, the `keep` - 1 before it and that of step `stays`.
 
     Everything goes to a temporary folder that is renamed when it is complete, so a crash leaves no half of one.
     Checkpoints of later steps go too: they were damaged, or this step would not be computed again.
@@ -130,14 +130,22 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     stored = _stored(folder)
     place = stored.index(target) + 1
     for other in stored[: max(place - keep, 0)] + stored[place:]:
+        if _step(other) == stays and stays < checkpoint.step:
+            continue
         shutil.rmtree(other, ignore_errors=True)
     return target
 
 
-def load_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest undamaged checkpoint (on the CPU), or None, and a line on each damaged one passed over."""
+def load_latest(folder: Path, most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest undamaged checkpoint (on the CPU), or None, and a line on each damaged one passed over.
+
+    Args:
+        most: the last step that it may be of.
+    """
     notes: list[str] = []
     for path in reversed(_stored(folder)):
+        if most is not None and _step(path) > most:
+            continue
         try:
             return read_checkpoint(path), notes
         except UserError as error:
@@ -188,6 +196,11 @@ def restore_optimizer(
 
 def _stored(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
+
+
+def _step(path: Path) -> int:
+    number = path.name.removeprefix("step_")
+    return int(number) if number.isdecimal() else -1
 
 
 def _record_digest(record: Mapping[str, Any]) -> str:

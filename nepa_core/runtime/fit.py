@@ -29,6 +29,7 @@ from nepa_core.pretrainer import HEADS
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, seed_step
 from nepa_core.runtime.distributed import World
+from nepa_core.runtime.going_on import Change, Cycle, Settings, take_up
 from nepa_core.runtime.meter import Meter
 from nepa_core.runtime.optim import Duration, OptimConfig, make_optimizer, set_rates
 from nepa_core.runtime.run import Run
@@ -97,13 +98,19 @@ StepFunction = Callable[[nn.Module, Batch], StepOutput]
 
 
 class FitResult(NamedTuple):
-    """Figures of a finished fit over all sittings of a resumed run; `unreadable` names the samples skipped, and why."""
+    """Figures of a finished fit over all sittings of a resumed run.
+
+    Attributes:
+        unreadable: names of the samples skipped, and why. changes: see `going_on.TakenUp`. origin: see `fit`.
+    """
 
     steps: int
     seconds: float
     tokens: int
     data_wait_share: float
     unreadable: list[str]
+    changes: Sequence[Change] = ()
+    origin: Mapping[str, Any] | None = None
 
 
 class Diverged(UserError):
@@ -224,6 +231,8 @@ def fit(
     changed_data: bool = False,
     height: Callable[[str], int] = lambda name: 0,
     head: Callable[[str], bool] = lambda name: False,
+    begin: Callable[[], object] = lambda: None,
+    origin: Mapping[str, Any] | None = None,
     watch: Stopwatch | None = None,
     show: bool = True,
 ) -> FitResult:
@@ -241,6 +250,9 @@ def fit(
         changed_data: go on although the data is not what it was at the last checkpoint, see `Modality.changed`.
         height: parameter name -> number of layers above its own, for `optim.layer_decay`.
         head: parameter name -> whether it trains at `optim.head_lr`.
+        begin: writes the settings into the run's folder: called on the main process, once it is known that they fit
+            what is there and before anything else is written.
+        origin: plain values that say where the weights of `model` are from; kept in every checkpoint.
         watch: told where the time of every step goes.
         show: progress on the screen.
 
@@ -251,6 +263,7 @@ def fit(
     """
     samples = len(cast(Sized, dataset))
     steps = plan(config, optim, samples=samples, ranks=world.size)
+    settings = Settings(optim, config)
     optimizer = make_optimizer(model, optim, height, head)
     tally = _Tally(world.device)
     found = fingerprint_of(dataset)
@@ -287,8 +300,13 @@ def fit(
             "tally_steps": tally.steps,
             "unreadable": unreadable,
             "data": found,
+            "cycle": list(cycle),
+            "settings": settings.stored(),
+            "changes": list(sitting.changes),
+            "origin": sitting.origin or origin,
         }
-        save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep)
+        stays = steady if optim.schedule == "wsd" else None
+        save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep, stays=stays)
 
     with Meter(steps.total, enabled=show and world.is_main) as meter, _stop_requests() as stop:
         sitting = restore(
@@ -300,9 +318,16 @@ def fit(
             ema=ema,
             tally=tally,
             data=None if changed_data else found,
+            settings=settings,
+            plan=steps,
             say=meter.say,
         )
-        start = sitting.step
+        world.barrier()  # all have read what is written from here on
+        if world.is_main:
+            begin()
+            run.truncate_metrics(sitting.metrics_bytes)
+        start, cycle = sitting.step, sitting.cycle
+        steady = cycle.steady(optim)
         tokens = torch.tensor(sitting.tokens, device=world.device)  # stays there: reading it would wait for the device
         if start == 0 and untrained:
             measure(0)
@@ -317,7 +342,14 @@ def fit(
         for step in range(start, steps.total):
             run_step = step_function if step_at is None else step_at(step / steps.total)
             sums = _accumulate(shared, run_step, batches, stream, step, steps.accumulate, config, world, watch)
-            lr = set_rates(optimizer, optim, peak=steps.peak_lr, step=step, total=steps.total, warmup=steps.warmup)
+            lr = set_rates(
+                optimizer,
+                optim,
+                peak=steps.peak_lr,
+                step=step - cycle.start,
+                total=cycle.total - cycle.start,
+                warmup=cycle.warmup,
+            )
             loss, weight, seen = world.sum(sums)
             tokens += seen.long()
             norm, skipped = update(optimizer, parameters, weight=weight / world.size, clip=optim.clip)
@@ -345,7 +377,7 @@ def fit(
                 measure(done)
             stopping = stop.wanted if world.size == 1 else done % config.log == 0 and world.any(stop.wanted)
             watch.lap("rest")
-            if done % config.checkpoint == 0 or last or stopping:
+            if done % config.checkpoint == 0 or done == steady or last or stopping:
                 save(done, sitting.seconds + time.perf_counter() - began, int(tokens))
                 watch.lap("checkpoint")
             if stopping and not last:
@@ -360,6 +392,8 @@ def fit(
         int(tokens),
         watch.seconds.get("data", 0.0) / max(working, 1e-9),
         world.union(batches.unreadable),
+        sitting.changes,
+        sitting.origin or origin,
     )
 
 
@@ -370,12 +404,20 @@ def fingerprint_of(dataset: Dataset[Batch]) -> str:
 
 
 class Sitting(NamedTuple):
-    """Where an earlier sitting of a run stopped: steps done, time and tokens spent, samples found unreadable."""
+    """Where an earlier sitting of a run stopped: steps done, time and tokens spent, samples found unreadable.
 
+    Attributes:
+        cycle, changes: see `going_on.TakenUp`. metrics_bytes: of metrics.jsonl then. origin: see `fit`.
+    """
+
+    cycle: Cycle
     step: int = 0
     seconds: float = 0.0
     tokens: int = 0
     unreadable: Sequence[str] = ()
+    changes: Sequence[Change] = ()
+    metrics_bytes: int = 0
+    origin: Mapping[str, Any] | None = None
 
 
 def restore(
@@ -388,18 +430,21 @@ def restore(
     ema: Ema | None,
     tally: _Tally,
     data: str | None,
+    settings: Settings,
+    plan: Plan,
     say: Callable[[str], None],
 ) -> Sitting:
     """The one place where training state is restored.
 
-    Precedence: the newest undamaged checkpoint of this run; else the model as it was handed in (from the seed, or
-    from an `init=` that the task has loaded).
+    Precedence: the newest undamaged checkpoint of this run, or where its length has changed the one that `take_up`
+    finds; else the model as it was handed in (from the seed, or from an `init=` that the task has loaded).
 
     Args:
         data: `fingerprint_of` the data, which must be that of the checkpoint; None where that does not matter.
 
     Raises:
-        UserError: the network that the recipe builds now is not the one that was stored, or the data has changed.
+        UserError: the network that the recipe builds now is not the one that was stored, the data has changed, or the
+            steps that are done don't allow the new length.
     """
     checkpoint, notes = load_latest(run.checkpoints)
     for note in notes:
@@ -412,15 +457,25 @@ def restore(
             "samples would come in another order: give it back, go on all the same with data.changed=true, or name "
             "another folder with out=DIR"
         )
+    cycle = Cycle(0, plan.warmup, plan.total)
     if checkpoint is None:
-        if world.is_main:
-            run.truncate_metrics(0)
         if notes:
             say("no checkpoint is left: starting from the beginning")
-        return Sitting()
+        return Sitting(cycle)
+    found = take_up(run, checkpoint, settings, cycle, per_epoch=plan.per_epoch)
+    checkpoint = found.checkpoint
     state, tensors = checkpoint.state, checkpoint.tensors
     try:
-        sitting = Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
+        sitting = Sitting(
+            found.cycle,
+            checkpoint.step,
+            state["seconds"],
+            state["tokens"],
+            state["unreadable"],
+            found.changes,
+            state["metrics_bytes"],
+            state.get("origin"),
+        )
         model.load_state_dict(_with_heads("model", checkpoint))
         restore_optimizer(optimizer, names, tensors["optimizer"])
         if ema is not None:
@@ -428,8 +483,6 @@ def restore(
         for name, value in tensors["tally"].items():
             tally.sums[name].copy_(value)
         tally.steps = state["tally_steps"]
-        if world.is_main:
-            run.truncate_metrics(state["metrics_bytes"])
     except RuntimeError as error:
         raise UserError(
             f"the checkpoints of {run.path} are of another network than the recipe builds now: {error}; "
@@ -440,7 +493,8 @@ def restore(
             f"{run.checkpoints}: the newest checkpoint lacks {error}, so it was written by another version; give the "
             "earlier code back, or name another folder with out=DIR"
         ) from error
-    say(f"going on after step {checkpoint.step}")
+    for line in found.said:
+        say(line)
     return sitting
 
 

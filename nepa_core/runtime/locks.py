@@ -227,16 +227,17 @@ def lock_beside(folder: Path) -> Path:
 
 
 @contextmanager
-def at_work(run: Run, ranks: World, *, trains: bool) -> Iterator[None]:
+def at_work(run: Run, ranks: World, *, trains: bool, goes_on: bool = False) -> Iterator[None]:
     """Be the only command that writes in a run's folder, see `nepa_core.runtime.locks.holding`; the main process is.
 
     Args:
         trains: this is training; where that is finished it is only shown, which needs no lock.
+        goes_on: also where it is finished.
     """
     refused: set[str] = set()
     with ExitStack() as stack:
         try:
-            if ranks.is_main and not (trains and run.summary() is not None):
+            if ranks.is_main and (goes_on or not (trains and run.summary() is not None)):
                 stack.enter_context(holding(run.path, trains=trains))
         except UserError as error:
             refused.add(str(error))

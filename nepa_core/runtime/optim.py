@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -88,7 +88,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(BaseModel):
-    """AdamW with linear warm-up and a decay to zero.
+    """AdamW, its linear warm-up and the schedule of the rate after that.
 
     Attributes:
         lr: peak learning rate.
@@ -97,8 +97,10 @@ class OptimConfig(BaseModel):
         betas, weight_decay: of AdamW; biases, norms and LayerScale are not decayed.
         warmup: linear rise from 0, which is the rate of the first step.
         clip: largest norm of the gradient, or None.
-        decay: from the peak to zero by half a "cosine", in a "linear" way, or by the "poly" rule of DeepLab,
-            (1 - progress) ** 0.9.
+        schedule: from the peak to zero by half a "cosine", in a "linear" way, or by the "poly" rule of DeepLab,
+            (1 - progress) ** 0.9; "wsd" (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays at the peak
+            and falls at the end by 1 - sqrt(progress) (Haegele et al. 2024, arXiv 2405.18392); "constant" stays there.
+        decay_share: of "wsd", the share of the run that its decay takes.
         layer_decay: smaller rates for lower layers, or None.
         head_lr: in fine-tuning the peak rate of a classifier and of the predictor's final norm, never scaled by the
             batch (the released scripts), see `nepa_core.model.at_head_rate`; None gives them the rate of the body.
@@ -112,23 +114,46 @@ class OptimConfig(BaseModel):
     weight_decay: float = Field(ge=0, le=1e4)
     warmup: Duration
     clip: float | None = Field(gt=1e-12, le=1e12)
-    decay: Literal["cosine", "linear", "poly"] = "cosine"
+    schedule: Literal["cosine", "linear", "poly", "wsd", "constant"] = "cosine"
+    decay_share: float = Field(default=0.2, gt=0, le=1)
     layer_decay: LayerDecay | None = None
     head_lr: float | None = Field(default=None, gt=0, le=1e4)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, values: Any) -> Any:
+        """Runs of before `schedule` had wsd call it `decay`."""
+        if not (isinstance(values, dict) and "decay" in values):
+            return values
+        return {"schedule" if key == "decay" else key: value for key, value in values.items()}
 
     def peak(self, batch: int) -> float:
         """The peak learning rate at this global batch."""
         return self.lr if self.lr_batch is None else self.lr * batch / self.lr_batch
 
+    def steady(self, warmup: int, total: int) -> int:
+        """The steps, from the first, whose rates are those of any longer run with the same warm-up."""
+        if self.schedule == "wsd":
+            return max(total - max(round(self.decay_share * total), 1), warmup)
+        return total if self.schedule == "constant" else 0
 
-def lr_factor(step: int, *, warmup: int, total: int, decay: str = "cosine") -> float:
-    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then `OptimConfig.decay` to 0."""
+
+def lr_factor(step: int, *, warmup: int, total: int, schedule: str = "cosine", steady: int = 0) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up from 0, then `OptimConfig.schedule`.
+
+    Args:
+        steady: of "wsd", the step at which the decay begins.
+    """
     if step < warmup:
         return step / warmup
+    if schedule == "constant" or (schedule == "wsd" and step < steady):
+        return 1.0
+    if schedule == "wsd":
+        return 1 - math.sqrt((step - steady) / (total - steady))
     progress = (step - warmup) / max(total - warmup, 1)
-    if decay == "cosine":
+    if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
-    return float((1 - progress) ** (1.0 if decay == "linear" else 0.9))
+    return float((1 - progress) ** (1.0 if schedule == "linear" else 0.9))
 
 
 def set_rates(
@@ -136,12 +161,14 @@ def set_rates(
 ) -> float:
     """Give every parameter group its learning rate for a step (from 0); returns that of the topmost layers."""
 
+    steady = config.steady(warmup, total)
+
     def rate(height: int) -> float:
         steps, factor = warmup, 1.0
         if config.layer_decay is not None:
             steps = config.layer_decay.warmup(height, warmup)
             factor = config.layer_decay.factor(height, step, total)
-        return factor * lr_factor(step, warmup=steps, total=total, decay=config.decay)
+        return factor * lr_factor(step, warmup=steps, total=total, schedule=config.schedule, steady=steady)
 
     for group in optimizer.param_groups:
         own = config.head_lr if group["head"] and config.head_lr is not None else peak

@@ -26,6 +26,21 @@ FREE_KEYS = (
 )
 """Keys that may change between two sittings of a run: they do not touch what is computed."""
 
+MIDWAY = (
+    *FREE_KEYS,
+    "optim.lr",
+    "optim.weight_decay",
+    "optim.clip",
+    "optim.schedule",
+    "optim.decay_share",
+    "train.length.steps",
+    "train.length.epochs",
+    "train.log",
+    "train.evaluate",
+    "train.probe",
+)
+"""Keys that a run takes anew where its own folder is named: they count from the checkpoint on that it goes on from."""
+
 RECORD = "import.json"
 """The file that `nepa import` leaves in a run: where its weights came from."""
 
@@ -51,11 +66,18 @@ class Run:
     def report(self) -> Path:
         return self.path / "report"
 
-    def open(self, config: BaseModel, *, write: bool = True) -> None:
+    def open(self, config: BaseModel, *, write: bool = True, midway: bool = False) -> bool:
         """Create the folder, or check that the run in it has this config.
 
         A run that has computed nothing yet, as after a mistyped folder, takes the new config. Of several processes all
-        check without `write` first; then one, alone, writes.
+        check without `write` first; then one, alone, writes. The name of the recipe is no difference.
+
+        Args:
+            midway: the user has named this run to go on with, so that keys of `MIDWAY` may differ; of a finished one
+                where its length does. Its summary.json then becomes `earlier_summary`.
+
+        Returns:
+            Whether a run is there that goes on with other settings than it had.
 
         Raises:
             UserError: the folder holds a run of another recipe or with another config (the differing keys are
@@ -63,30 +85,43 @@ class Run:
         """
         file, imports = self.path / "config.json", imports_of(config)
         trust.allow(imports)  # the user's own command has imported them
+        changed: dict[str, tuple[Any, Any]] = {}
+        begun = self.metrics_path.exists() or self.checkpoints.exists()
         if file.exists():
-            saved = load_config(type(config), file)
-            changed = {k: v for k, v in differences(saved, config).items() if k not in FREE_KEYS}
-            if changed and (self.metrics_path.exists() or self.checkpoints.exists()):
-                old, new = changed.get("recipe", ("", ""))
-                if old and new:  # most other keys differ, too
-                    raise UserError(f"{self.path} holds a run of {old}; name another folder for {new} with out=DIR")
-                listed = ", ".join(f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in changed.items())
-                raise UserError(
-                    f"{self.path} holds a run with another config: {listed}; give it back, or name another "
-                    "folder with out=DIR"
-                )
-            if not changed:
+            different = differences(load_config(type(config), file), config)
+            named = different.pop("recipe", ("", ""))  # a config made in Python has no name
+            changed = {key: values for key, values in different.items() if key not in FREE_KEYS}
+            longer = any(key.startswith("train.length.") for key in changed)
+            midway = midway and (longer or not (self.path / "summary.json").exists())
+            if begun and (refused := [key for key in changed if not (midway and key in MIDWAY)]):
+                raise UserError(self._refusal(changed, refused, named))
+            if not changed and not (midway and different):
                 if write:
                     trust.remember(file, imports)  # of a run of before there were notes
-                return
+                return False
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
             raise UserError(f"{self.path} exists and is not a run folder; name another one with out=DIR")
-        if not write:
-            return
-        with disk_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            save_config(config, file)
-        trust.remember(file, imports)
+        if write:
+            with disk_errors(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                if changed and (summary := self.summary()) is not None:
+                    (self.path / "summary.json").rename(self.earlier_summary(summary.get("steps")))
+                save_config(config, file)
+            trust.remember(file, imports)
+        return begun and bool(changed)
+
+    def _refusal(self, changed: Mapping[str, tuple[Any, Any]], refused: list[str], named: tuple[str, str]) -> str:
+        old, new = named
+        if old and new:  # most other keys differ, too
+            return f"{self.path} holds a run of {old}; name another folder for {new} with out=DIR"
+        listed = ", ".join(f"{key} {shown(a)} -> {shown(b)}" for key, (a, b) in changed.items() if key in refused)
+        return (
+            f"{self.path} holds a run with another config: {listed}; give it back, or name another folder with out=DIR"
+        )
+
+    def earlier_summary(self, steps: object) -> Path:
+        """Where the summary of a run lies that was finished at so many steps and then goes on."""
+        return self.path / f"summary_{steps}.json"
 
     def load_config(self, kind: type[Config]) -> Config:
         return load_config(kind, self.path / "config.json")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from nepa_core.basics import UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig
+from nepa_core.pretrainer import HEADS
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
 from nepa_core.runtime.released import NetworkState, State, digests, find, new_weights, read_released
@@ -24,7 +26,7 @@ training-time noise, ways to compute the same, or of pre-training alone."""
 TOKEN_KEYS = ("patch", "channels", "patch_order", "order_seed")
 """Keys of data that decide what a token of an image is, and which one comes next."""
 
-HEAD, BACKBONE = "head.", "backbone."
+HEAD, BACKBONE, EMBED = "head.", "backbone.", "embed."
 
 
 class Weights(NamedTuple):
@@ -208,11 +210,16 @@ def start_from(init: str, model: nn.Module, config: Start) -> list[str]:
     return load_backbone(model, config.model, weights)
 
 
-def load_backbone(model: nn.Module, config: PredictorConfig, weights: Weights) -> list[str]:
+def load_backbone(
+    model: nn.Module, config: PredictorConfig, weights: Weights, fresh: Collection[str] = ()
+) -> list[str]:
     """Load weights into a `NEPA` built by `config`.
 
     QK-norm weights that the checkpoint lacks start at 1 (the released base has none, its fine-tuned form has), and
     what only pre-training uses (a mask token) is left out.
+
+    Args:
+        fresh: names that are not taken.
 
     Returns:
         The names of the weights that are new.
@@ -221,11 +228,49 @@ def load_backbone(model: nn.Module, config: PredictorConfig, weights: Weights) -
         UserError: the two networks differ; every differing key or tensor is listed.
     """
     check_shape(config, weights)
-    expected = {name: value.shape for name, value in model.state_dict().items()}
-    given = {name: value for name, value in weights.model.items() if name != "mask_token" or name in expected}
+    mine = model.state_dict()
+    expected = {name: value.shape for name, value in mine.items() if name not in fresh}
+    given = {name: value for name, value in weights.model.items() if name not in fresh}
+    given = {name: value for name, value in given.items() if name != "mask_token" or name in expected}
     new = new_weights(expected, given, f"init={weights.source}")
     model.load_state_dict(given, strict=False)  # what strictness would find has been listed above
-    return new
+    return sorted({*new, *(name for name in fresh if name in mine)})
+
+
+class Origin(TypedDict):
+    """What a run of pre-training began with, and what `init=` could not give it."""
+
+    init: str
+    digest: str  # of that checkpoint
+    weights: str  # "raw" or "ema": which were taken
+    taken: list[str]
+    new: list[str]
+
+
+def begin_from(init: str, model: nn.Module, config: PredictorConfig, data: Modality) -> Origin:
+    """Load into a `NEPA`, or one with heads, what `init=` has for pre-training that goes on with other data.
+
+    The predictor must be the same. New are heads, a mask token that is not there, and the embedder where its tensors
+    have other names or shapes or tokens are cut otherwise (`data.patch`, `data.channels`).
+
+    Raises:
+        UserError: there are no such weights, or the networks differ; all keys are listed.
+    """
+    weights, mine = read_weights(init), model.state_dict()
+    own, other = (
+        {name: x.shape for name, x in part.items() if name.startswith(EMBED)} for part in (mine, weights.model)
+    )
+    cut = [(_token_keys(data).get(key), weights.tokens.get(key)) for key in TOKEN_KEYS[:2]]
+    fits = own == other and all(a == b or a is None or b is None for a, b in cut)
+    fresh = {name for name in mine if name.startswith(HEADS) or (name == "mask_token" and name not in weights.model)}
+    new = load_backbone(model, config, weights, fresh if fits else fresh | own.keys() | other.keys())
+    return {
+        "init": init,
+        "digest": weights.digest,
+        "weights": "ema" if weights.averaged else "raw",
+        "taken": sorted(mine.keys() - new),
+        "new": new,
+    }
 
 
 def check_shape(config: PredictorConfig, weights: Weights) -> None:

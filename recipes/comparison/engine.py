@@ -362,13 +362,23 @@ def shell_friendly(name: str) -> str:
 def config_digest(config: PretrainConfig, content: str = "") -> str:
     """12 hexadecimal digits that tell a config from others, but for keys that don't touch what is computed.
 
+    Runs of before keep theirs: the schedule goes by its earlier name, and later keys count where they are in use.
+
     Args:
         content: of `Variant`.
+
+    Raises:
+        UserError: it begins with the weights of another run, which the digest would not tell apart.
     """
+    if config.init is not None:
+        raise UserError(f"init={config.init}: comparisons pre-train from random weights; leave init out")
     values = config.model_dump(mode="json", serialize_as_any=True)
-    for key in (*FREE_KEYS, "train.probe"):  # it reads and trains nothing of the network
+    # the probe reads, and trains nothing of the network
+    for key in (*FREE_KEYS, "train.probe", *(() if config.optim.schedule == "wsd" else ("optim.decay_share",))):
         group, _, name = key.partition(".")
         values[group].pop(name, None)
+    del values["init"]
+    values["optim"]["decay"] = values["optim"].pop("schedule")
     if content:
         values["content"] = content
     return digest({"adapter": import_path(type(config.data)), **values})

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from nepa_core.modality import Modality
+from nepa_core.runtime.config import shown
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.weights import Origin
 from nepa_core.verdict.drawing import RIVALS
 from nepa_core.verdict.intervals import Interval
 from nepa_core.verdict.judge import COLLAPSE_SHARE, Verdict
@@ -174,7 +176,33 @@ def remarks(summary: PretrainSummary, noun: str) -> list[str]:
         found.append(SPACES[summary["space"]])
     if not summary["causal"]:
         found.append("Attention was bidirectional: each prediction could see its target, so these figures flatter it.")
-    return found + unreadable(summary)
+    if "origin" in summary:
+        found += [
+            origin_line(summary["origin"]),
+            "'Untrained' and 'before training' above are random weights. Of the samples watched while training, "
+            f"{summary['retrieval_top1_first']:.1%} of the places were identified by the weights it began with, and "
+            f"{summary['retrieval_top1_last']:.1%} after the last step.",
+        ]
+    return found + changes(summary) + unreadable(summary)
+
+
+def origin_line(origin: Origin) -> str:
+    """Which tensors `init=` gave, and which are new."""
+    taken, new, kind = len(origin["taken"]), origin["new"], "averaged " if origin["weights"] == "ema" else ""
+    return (
+        f"init={origin['init']}: {taken} of {taken + len(new)} {kind}tensors taken; "
+        f"{'new: ' + ', '.join(new) if new else 'none is new'}."
+    )
+
+
+def changes(summary: PretrainSummary) -> list[str]:
+    """Settings that were taken anew midway, a line a step."""
+    return [
+        f"From step {each['step']} on: "
+        + ", ".join(f"{key} {shown(old)} -> {shown(new)}" for key, (old, new) in each["changed"].items())
+        + "."
+        for each in summary.get("changes", [])
+    ]
 
 
 def render(summary: PretrainSummary, data: Modality) -> str:
@@ -236,7 +264,7 @@ def _parts(run: Run, summary: PretrainSummary, noun: str) -> Iterator[Part]:
             yield Figure(
                 "probe.png",
                 "Held-out labels read by a small ridge from the last layer while training; at step 0 from random "
-                "weights. nepa probe reads every layer, beside the raw tokens.",
+                "weights, or those of init. nepa probe reads every layer, beside the raw tokens.",
                 over_training(metrics, {said: name}, y=said, title="Small probe"),
             )
     ranks = {"embedding": "effective_rank_embedding", "prediction": "effective_rank_prediction"}
@@ -267,4 +295,6 @@ def _parts(run: Run, summary: PretrainSummary, noun: str) -> Iterator[Part]:
             x="place in the sequence", y="negative cosine", markers=True, title="Loss by place",
         ),
     )  # fmt: skip
+    if "origin" in summary:
+        yield Verbatim("\n".join(summary["origin"]["taken"]), "Tensors taken from init")
     yield Verbatim(settings_of(run), "Settings and data")

@@ -61,15 +61,18 @@ def unreadable(summary: Unreadable, file: str = "summary.json") -> list[str]:
 def settings_of(run: Run) -> str:
     """The keys of a run's config.json as they would be given, a line each; nothing where there is none."""
 
-    def lines(group: Mapping[str, Any], before: str) -> Iterator[str]:
-        for key, value in group.items():
-            if isinstance(value, dict) and value:
-                yield from lines(value, f"{before}{key}.")
-            else:
-                yield f"{before}{key}={value if isinstance(value, str) else json.dumps(value)}"
-
     file = run.path / "config.json"
-    return "\n".join(lines(read_saved(file), "")) if file.exists() else ""
+    saved = read_saved(file) if file.exists() else {}
+    return "\n".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in flat(saved))
+
+
+def flat(group: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of what a JSON file holds, with its value."""
+    for key, value in group.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def provenance() -> MadeWith:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, TypedDict, TypeVar, cast
 
 from modalities.orders.measures import OrderMeasures
+from nepa_core.runtime.going_on import Change
+from nepa_core.runtime.weights import Origin
 from recipes.networks.goals import GoalFigures
 from recipes.statistics.segment_metrics import SegmentFigures
 from recipes.statistics.significance import Spread
@@ -48,6 +50,7 @@ class Cost(TypedDict, total=False):
     tokens_per_second: float  # without padding
     data_wait_share: float  # of the seconds, spent on waiting for batches
     parameters: int
+    changes: list[Change]  # of settings, midway
 
 
 class TrainingCost(Cost, Unreadable, total=False):
@@ -112,6 +115,9 @@ class PretrainSummary(Cost, Unreadable, total=False):
     collapsed: bool
     loss_per_position: dict[str, list[float]]
     objective: float  # the run's own, on held-out data
+    origin: Origin  # with init=: which weights it began with
+    retrieval_top1_first: float  # with init=: identified among the samples watched while training, at step 0
+    retrieval_top1_last: float  # and after the last step
     optimum: float  # the loss that no predictor can beat, where the adapter knows it
     causal: bool
     weights: str  # "raw" or "ema": which were judged

@@ -5,6 +5,10 @@ to runs/NAME (a recipe of your own: runs/MODULE-NAME): config.json, metrics.json
 figures of the verdict, and report/ with its plots. Stopped by Ctrl-C, SIGTERM or a crash, it goes on where it was by
 the same command; a finished run is only shown again, and `nepa pretrain RUN out=OTHER` trains its settings anew.
 
+`nepa pretrain RUN train.length.steps=MORE` lengthens a finished run: optim.schedule=wsd goes on from the end of its
+stable phase, cosine begins a second cycle. An unfinished RUN takes optim.lr and other keys anew, which are recorded
+with the step. `init=` begins with the weights of a run, a folder in the released layout or a hub name.
+
 The verdict compares the prediction on held-out data with a linear autoregression, with copying, with mean embeddings
 and with the network before training, and judges collapse by the rank of the embeddings. `nepa probe RUN` is the next
 question.

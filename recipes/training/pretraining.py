@@ -14,15 +14,18 @@ from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale
 from nepa_core.objective import pair_count
 from nepa_core.pretrainer import objective_loss
+from nepa_core.runtime.checkpoint import load_latest
 from nepa_core.runtime.config import override, shown
 from nepa_core.runtime.data import replace_broken
 from nepa_core.runtime.distributed import World, gather_samples
 from nepa_core.runtime.fit import StepFunction, StepOutput
+from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.run import Run
-from nepa_core.runtime.weights import newest
+from nepa_core.runtime.weights import Origin, begin_from, newest
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
 from recipes.report import card
+from recipes.report.card import origin_line
 from recipes.report.summaries import PretrainSummary
 from recipes.training.advice import advice
 from recipes.training.judging import best_possible, held_out_health, packed, rank_warning, summarise, verdict_of
@@ -31,21 +34,25 @@ from recipes.training.starting import build_model, build_pretrainer, check_sampl
 from recipes.training.train import opened, train
 
 
-def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = True) -> PretrainSummary:
+def pretrain(
+    config: PretrainConfig, run: Run, ranks: World, *, midway: bool = False, show: bool = True
+) -> PretrainSummary:
     """Train, judge, write summary.json and report/; a finished run is not trained again.
 
     Args:
+        midway: the run may take settings anew and be lengthened, see `Run.open`.
         show: progress on the screen.
 
     Returns:
         The summary (empty on the other ranks).
     """
-    if (finished := opened(config, run, ranks, PretrainSummary)) is not None:
+    if (finished := opened(config, run, ranks, PretrainSummary, midway=midway)) is not None:
         return finished
     check_samples(config, ranks.size)
     if len(cast(Sized, config.data.plain().dataset("test"))) < 2:
         raise UserError("the held-out split has fewer than two samples, and each is told from others: hold out more")
     model = build_pretrainer(config).to(ranks.device)
+    origin = weights_of_init(config, model, run, say=show and ranks.is_main)
     try_batch(config, model)
     probe = online_probe(config)
 
@@ -65,6 +72,8 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
         step_function=make_step(config),
         step_at=partial(make_step, config) if config.data.draws_order() else None,
         evaluate=health,
+        midway=midway,
+        origin=origin,
         show=show,
     )
     if not ranks.is_main:
@@ -75,11 +84,29 @@ def pretrain(config: PretrainConfig, run: Run, ranks: World, *, show: bool = Tru
     summary = summarise(judged.verdict, objective, config, model, result)
     summary |= {"unreadable_held_out": len(unreadable), "unreadable_held_out_messages": sorted(unreadable)}
     summary |= {"credits": packed(judged), "advice": advice(judged.verdict, config, run.metrics())}
+    if result.origin is not None:
+        first, last = (line for line in run.metrics() if "retrieval_top1" in line and line["step"] in (0, result.steps))
+        summary["origin"] = cast(Origin, result.origin)
+        summary |= {"retrieval_top1_first": first["retrieval_top1"], "retrieval_top1_last": last["retrieval_top1"]}
     if optimum is not None:
         summary["optimum"] = optimum
     card.report(run, summary, config.data).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
+
+
+def weights_of_init(config: PretrainConfig, model: NEPA, run: Run, *, say: bool) -> Origin | None:
+    """Begin with the weights of `init=`; a run that has a checkpoint goes on with that, whatever became of those.
+
+    Args:
+        say: which tensors were taken.
+    """
+    if config.init is None or load_latest(run.checkpoints)[0] is not None:
+        return None
+    found = begin_from(config.init, model, config.model, config.data)
+    if say:
+        say_progress(origin_line(found))
+    return found
 
 
 def load_pretrained(

@@ -42,22 +42,26 @@ class Recipe(Protocol):
     def train(self) -> TrainConfig: ...
 
 
-def opened(config: BaseModel, run: Run, ranks: World, kind: type[Summary]) -> Summary | None:
+def opened(config: BaseModel, run: Run, ranks: World, kind: type[Summary], *, midway: bool = False) -> Summary | None:
     """Check the run's folder on every rank; the summary if it was finished before, else None. `train` writes it.
+
+    Args:
+        midway: see `Run.open`.
 
     Raises:
         UserError: the folder can't be used, or the run was imported and its weights are damaged: those of the seed
             would take their place.
     """
-    run.open(config, write=False)
+    goes_on = run.open(config, write=False, midway=midway)
     ranks.barrier()  # before one of them writes
     if is_imported(str(run.path)):
         newest(run)
-    if (summary := run.summary_of(kind)) is None:
-        recipe = cast(Recipe, config)
-        check_memory(recipe.model, ranks.device)
-        check_data(recipe.data, predicts=hasattr(config, "objective"))
-    return summary
+    if not goes_on and (summary := run.summary_of(kind)) is not None:
+        return summary
+    recipe = cast(Recipe, config)
+    check_memory(recipe.model, ranks.device)
+    check_data(recipe.data, predicts=hasattr(config, "objective"))
+    return None
 
 
 def check_memory(config: PredictorConfig, device: torch.device) -> None:
@@ -108,6 +112,8 @@ def train(
     evaluate: Callable[[Ema | None], Mapping[str, Any]],
     untrained: bool = True,
     announce: str = "",
+    midway: bool = False,
+    origin: Mapping[str, Any] | None = None,
     show: bool,
 ) -> tuple[FitResult, Ema | None]:
     """`fit` with what the config asks for around the model: compiled or recomputed blocks, an average, layer decay.
@@ -120,13 +126,12 @@ def train(
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
         untrained: evaluate before the first step, too.
         announce: a line for the screen where a run starts that nothing was measured of before.
+        midway: see `Run.open`. origin: see `fit`.
     """
     dataset = config.data.dataset("train")
     plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
     if ranks.is_main:
         say_leaks(config.data)
-        # the others have checked the folder in `opened`, and would meet one half made here
-        run.open(cast(BaseModel, config))
     if announce and show and ranks.is_main and not run.metrics_path.exists():
         say_progress(announce)
     if config.train.compile:
@@ -149,6 +154,8 @@ def train(
         changed_data=config.data.changed,
         height=height(config),
         head=head(config),
+        begin=lambda: run.open(cast(BaseModel, config), midway=midway),
+        origin=origin,
         show=show,
     )
     return result, ema
@@ -187,6 +194,7 @@ def cost(result: FitResult, model: nn.Module) -> TrainingCost:
         "data_wait_share": round(result.data_wait_share, 4),
         "unreadable_samples": len(result.unreadable),
         "unreadable_messages": result.unreadable,
+        "changes": list(result.changes),
         "parameters": sum(value.numel() for value in model.parameters()),
         "made_with": provenance(),
     }

@@ -233,7 +233,7 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
         words = ["nepa", *words[5:]]
     assert words[0] == "nepa", f"{where}: no test knows the command {words[0]}"
     task, rest = words[1], words[2:]
-    if task in ("recipes", "completion", "--version"):
+    if task in ("recipes", "runs", "completion", "--version"):
         return
     assert task in TASKS, f"{where}: there is no task {task}"
     if ":" in rest[0]:
@@ -322,6 +322,8 @@ def shortened(words: list[str]) -> list[str]:
     found = FEWER.get(words[1], {}) | given | BUDGETS.get(words[1], {})
     if "train.length.steps" in found:
         found = {key: value for key, value in found.items() if key != "train.length.epochs"}
+    if "train.length.steps" in given and ":" not in words[2]:  # a run that is lengthened
+        found["train.length.steps"] = "6"
     return [*plain, *(f"{key}={value}" for key, value in found.items())]
 
 

@@ -53,7 +53,7 @@ def test_bash_completes_tasks_recipes_and_keys(
         found = {word for word in _said("bash", "-c", ask, line) if word}
         assert found == {word[behind:] for word in wanted}, line
     everything = set(_said("bash", "-c", ask, "nepa "))
-    assert everything == {*TASKS, "recipes", "completion", "--help", "--version"}
+    assert everything == {*TASKS, "recipes", "runs", "completion", "--help", "--version"}
 
 
 def test_fish_completes_tasks_recipes_and_keys(

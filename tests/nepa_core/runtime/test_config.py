@@ -47,7 +47,10 @@ def test_naming_a_unit_of_a_duration_replaces_the_other(tiny_recipe: PretrainCon
         ({"optim.l": 1}, "unknown key optim.l; did you mean optim.lr?"),
         ({"train.bach": 1}, "unknown key train.bach; did you mean train.batch?"),
         ({"data.tokns": 1}, "unknown key data.tokns; did you mean data.tokens?"),
-        ({"zzz": 1}, "unknown key zzz; keys begin with recipe, data, model, objective, optim, train, verdict: add"),
+        (
+            {"zzz": 1},
+            "unknown key zzz; keys begin with recipe, init, data, model, objective, optim, train, verdict: add",
+        ),
         ({"optim.lr.peak": 1}, "unknown key optim.lr.peak: optim.lr is a single value"),
         ({"train.batch": "many"}, "train.batch=many: input should be a valid integer"),
         ({"train.batch": 2.5}, "train.batch=2.5: input should be a valid integer"),

@@ -257,9 +257,9 @@ def test_the_schedule_rises_linearly_and_falls_along_a_cosine_to_zero() -> None:
     assert lr_factor(0, warmup=0, total=1) == 1.0
 
 
-@pytest.mark.parametrize(("decay", "halfway"), [("linear", 0.5), ("poly", 0.5**0.9)])
-def test_other_decays_fall_from_the_peak_to_zero(decay: str, halfway: float) -> None:
-    factors = [lr_factor(step, warmup=4, total=12, decay=decay) for step in range(13)]
+@pytest.mark.parametrize(("schedule", "halfway"), [("linear", 0.5), ("poly", 0.5**0.9)])
+def test_other_decays_fall_from_the_peak_to_zero(schedule: str, halfway: float) -> None:
+    factors = [lr_factor(step, warmup=4, total=12, schedule=schedule) for step in range(13)]
     assert factors[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert factors[8] == pytest.approx(halfway)
     assert factors[12] == 0.0
@@ -288,7 +288,7 @@ def test_layer_decay_follows_the_number_of_layers_above() -> None:
     assert {height for name, height in heights.items() if ".blocks.1." in name} == {1}
 
     def rates(decay: LayerDecay, step: int, warmup: int) -> dict[int, float]:
-        optim = OPTIM.model_copy(update={"layer_decay": decay, "decay": "linear"})
+        optim = OPTIM.model_copy(update={"layer_decay": decay, "schedule": "linear"})
         optimizer = make_optimizer(model, optim, lambda name: layers_above(name, 2, head_counts=True))
         assert len(optimizer.param_groups) == 8, "four heights, matrices and vectors"
         top = set_rates(optimizer, optim, peak=2.0, step=step, total=11, warmup=warmup)
@@ -304,7 +304,7 @@ def test_layer_decay_follows_the_number_of_layers_above() -> None:
     assert rates(rising, 10, 0) == pytest.approx({h: 2 * (1 - 10 / 11) * last**h for h in range(4)})
     staggered = LayerDecay(start=0.5, end=0.5, staggered_warmup=True)
     steps = {0: 1, 1: 4, 2: 6, 3: 7}  # 8 * (1 - 0.5 ** height), at least one
-    expected = {h: 2 * 0.5**h * lr_factor(3, warmup=w, total=11, decay="linear") for h, w in steps.items()}
+    expected = {h: 2 * 0.5**h * lr_factor(3, warmup=w, total=11, schedule="linear") for h, w in steps.items()}
     assert rates(staggered, 3, 8) == pytest.approx(expected)
     assert expected[3] == pytest.approx(2 * 0.125 * 3 / 7)
     assert rates(staggered, 0, 0) == pytest.approx({h: 2 * 0.5**h for h in range(4)}), "no warm-up is none"
