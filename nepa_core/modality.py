@@ -58,6 +58,7 @@ class Modality(BaseModel, ABC):
                          changed between a stop and its resumption is then refused
           contents()     `modalities.data.listing.Contents`: samples that are in both splits are then counted
           raw(int)       of images decoded on access: the bytes of that file, or pixels
+          decoded(int)   of images: that one at its stored size, uint8 [C, h, w]
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.

@@ -135,7 +135,7 @@ class DecodedImages(Dataset[Batch]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
-        pixels = self.transform(self._decode(int(self.rows[index])))
+        pixels = self.transform(self.decoded(index))
         return _with_box({"image": pixels, "label": self.labels[index]}, self.erase)
 
     def name(self, index: int) -> str:
@@ -163,7 +163,13 @@ class DecodedImages(Dataset[Batch]):
         stored = self.raw(index)
         return stored if isinstance(stored, bytes) else stored.tobytes()
 
-    def _decode(self, row: int) -> Tensor:
+    def decoded(self, index: int) -> Tensor:
+        """That image as it is stored, uint8 [C, h, w].
+
+        Raises:
+            UnreadableSample: it can't be decoded.
+        """
+        row = int(self.rows[index])
         try:
             return decode(self.source.read(row), self.channels, self.max_pixels)
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
@@ -200,6 +206,10 @@ class MemoryImages(Dataset[Batch]):
     def name(self, index: int) -> str:
         """See `DecodedImages.name`."""
         return self.stored.name(index)
+
+    def decoded(self, index: int) -> Tensor:
+        """See `DecodedImages.decoded`."""
+        return self.stored.decoded(index)
 
     def fingerprint(self) -> str:
         """See `modalities.data.listing.fingerprint`."""

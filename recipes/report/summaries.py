@@ -207,6 +207,16 @@ class ProbeCredits(TypedDict):
     clusters: str | None
 
 
+class ProbeBeside(TypedDict):
+    """Another network, read in the same way."""
+
+    name: str
+    about: str  # what it is, and how it reads its samples
+    layers: list[ProbeRow]
+    best: ProbeRow  # by the validation figure
+    credits: str | None  # of its best, as of ProbeCredits
+
+
 class ProbeSummary(Unreadable, total=False):
     """probe.json."""
 
@@ -215,6 +225,7 @@ class ProbeSummary(Unreadable, total=False):
     random_init: RandomInit
     raw_tokens: ProbeRow
     raw_tokens_attentive: ProbeRow  # where asked for
+    beside: list[ProbeBeside]  # where asked for
     worth: dict[str, Any]  # recipes.statistics.worth.Worth
     credits: ProbeCredits
     paper: dict[str, ProbeRow]  # name of the paper's probe -> its row
