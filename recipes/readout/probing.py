@@ -61,6 +61,11 @@ REGRESSIONS: dict[Name, Classifier] = {"linear": ridge, "knn": classifiers.knn_r
 TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
 PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}
 """The paper's linear probe: name -> row."""
+EQUAL = (
+    "Equal for all networks: samples, labels, classifiers, and how a row is chosen. Each one's own: size, pixels, and what "
+    "it was trained on, which may hold these samples."
+)
+"""What stands below the rows of `beside=`."""
 FREE = ("data.", "train.workers", "train.max_unreadable")
 """Keys of a run or recipe that a probe may change: they say where the samples lie and how they are loaded."""
 _SMALL = 2**24
@@ -230,6 +235,7 @@ def probe(
     if len(raw) > 1:
         summary["raw_tokens_attentive"] = plain_raw[1]
     if backbones:
+        notes.append(EQUAL)
         summary["beside"] = [
             {
                 "name": each.name,
