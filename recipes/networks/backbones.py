@@ -27,6 +27,8 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.runtime.config import load_object
 from nepa_core.runtime.data import fold_seed
 from nepa_core.runtime.released import mismatch
+from nepa_core.tokens import Tokens
+from recipes.networks.goals import Goal
 
 TIMM = "timm:"
 VIEW = "seen by "
@@ -203,7 +205,7 @@ def timm_backbone(
             f"beside={asked} reads images, and samples here have no 'image' of uint8 [C, H, W] with C 1 or 3; give a "
             "function of your own by beside=module:function"
         )
-    name = asked if pretrained or "@" in asked else f"{asked} with random weights"
+    name = shown_name(asked, pretrained=pretrained)
     key = f"{VIEW}{name}"
 
     def rows(batch: Batch) -> dict[str, Tensor]:
@@ -257,6 +259,53 @@ def timm_rows(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
             found |= {"final norm, CLS": final[:, 0].float()} if cls else {}
     found["head input"] = model.forward_head(final, pre_logits=True).float()  # type: ignore[operator]
     return found
+
+
+def shown_name(asked: str, *, pretrained: bool) -> str:
+    """What tables and verdicts call a timm model."""
+    return asked if pretrained or "@" in asked else f"{asked} with random weights"
+
+
+class TimmClassifier(nn.Module):
+    """A timm model with a new classifier, which starts at zero as those on our networks do.
+
+    Args:
+        backbone: as `timm_model` gives it. size: (height, width) of its images.
+    """
+
+    predictor = None
+
+    def __init__(self, backbone: nn.Module, size: tuple[int, int], goal: Goal) -> None:
+        super().__init__()
+        backbone.reset_classifier(goal.outputs)  # type: ignore[operator]
+        for module in self._heads(backbone):
+            for value in module.parameters():
+                nn.init.zeros_(value)
+        self.backbone, self.size, self.goal = backbone, size, goal
+
+    @staticmethod
+    def _heads(backbone: nn.Module) -> list[nn.Module]:
+        found = backbone.get_classifier()  # type: ignore[operator]
+        return list(found) if isinstance(found, tuple) else [found]
+
+    def forward(self, tokens: Tokens, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
+        """Logits [B, C] of images, one token each; the other arguments are those of `Classifier`, without effect."""
+        logits: Tensor = self.backbone(tokens.values.unflatten(-1, (-1, *self.size))[:, 0].expand(-1, 3, -1, -1))
+        return logits
+
+    def heights(self, *, head_counts: bool) -> dict[str, int]:
+        """Parameter -> layers above it, as timm groups them for layer decay; empty where it does not."""
+        from timm.models import group_parameters
+
+        matcher: Any = getattr(self.backbone, "group_matcher", None)
+        layers = {} if matcher is None else group_parameters(self.backbone, matcher(coarse=False), reverse=True)
+        top = max(layers.values(), default=0) - (not head_counts)
+        return {f"backbone.{name}": max(top - layer, 0) for name, layer in layers.items()}
+
+    def head_names(self) -> set[str]:
+        """The parameters of the classifier."""
+        heads = {id(value) for module in self._heads(self.backbone) for value in module.parameters()}
+        return {name for name, value in self.named_parameters() if id(value) in heads}
 
 
 def timm_model(asked: str, *, pretrained: bool, seed: int) -> nn.Module:

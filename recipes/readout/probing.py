@@ -62,8 +62,8 @@ TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
 PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}
 """The paper's linear probe: name -> row."""
 EQUAL = (
-    "Equal for all networks: samples, labels, classifiers, and how a row is chosen. Each one's own: size, pixels, and what "
-    "it was trained on, which may hold these samples."
+    "Equal for all networks: samples, labels, classifiers, and how a row is chosen. Each one's own: size, pixels, "
+    "and what it was trained on, which may hold these samples."
 )
 """What stands below the rows of `beside=`."""
 FREE = ("data.", "train.workers", "train.max_unreadable")

@@ -132,7 +132,8 @@ class FinetuneSummary(GoalFigures, Cost, Unreadable, total=False):
     new_weights: list[str]  # parameters that were not in those
     classes: list[str] | None  # None of a regression
     causal: bool
-    worth: dict[str, Any]  # recipes.statistics.worth.Worth: beside the control, where there is one
+    worth: dict[str, Any]  # recipes.statistics.worth.Worth: beside the control and others, where there are any
+    backbone: str  # of a run that stands beside another: its network
     made_with: MadeWith
 
 
