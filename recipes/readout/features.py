@@ -158,9 +158,7 @@ def raw_reader(*, attentive: bool, per_token: bool = False) -> Reader:
     return Reader(key, (RAW, f"{RAW}, attentive", "mask") if attentive else (RAW,), read)
 
 
-def backbone_readers(
-    config: PretrainConfig, asked: Sequence[str], *, pretrained: bool, device: torch.device
-) -> list[Reader]:
+def backbone_readers(config: PretrainConfig, asked: Sequence[str], *, pretrained: bool, ranks: World) -> list[Reader]:
     """Readers of the networks that `beside=` names, each tried on the first training samples.
 
     Args:
@@ -171,13 +169,13 @@ def backbone_readers(
     """
     data, readers = config.data.plain(), []
     samples = data.dataset("train")
-    few = partial(plain_batches, batch=8, limit=8, device=device, tokenize=data.tokenize)
-    dtype = autocast_dtype(config.train.precision, device)
+    few = partial(plain_batches, batch=8, limit=8, device=ranks.device, tokenize=data.tokenize)
+    dtype = autocast_dtype(config.train.precision, ranks.device)
     for name in asked:
         if name.startswith(TIMM):
             seed = config.train.seed
             backbone = timm_backbone(
-                name, samples, next(few(samples)), pretrained=pretrained, seed=seed, device=device, dtype=dtype
+                name, samples, next(few(samples)), pretrained=pretrained, seed=seed, device=ranks.device, dtype=dtype
             )
         else:
             backbone = function_backbone(name)
@@ -187,8 +185,10 @@ def backbone_readers(
         with torch.no_grad():
             rows = backbone.rows(first)
         check_rows(name, rows, wanted)
-        model = backbone.model
-        weights = _tensor_digest(rows) if model is None else weights_digest(model)  # of a function all that is seen
+        if backbone.model is None:  # what it gives is all that is seen of its weights; another device may round it
+            (weights,) = ranks.union({_tensor_digest(rows)} if ranks.is_main else set())
+        else:
+            weights = weights_digest(backbone.model)
         read = partial(_read_backbone, data, backbone, list(rows))
         readers.append(Reader(backbone.key | {"weights": weights}, tuple(rows), read, backbone))
     return readers

@@ -154,7 +154,7 @@ def probe(
     ranks: World | None = None,
     show: bool = False,
 ) -> ProbeSummary:
-    """Score every layer x pooling of a network, of the same network with random weights, and the raw tokens.
+    """Score every layer x pooling of a network, of the same network with random weights, the raw tokens, and `beside`.
 
     Args:
         tuned: the network has been trained on labels since; the paper's rows are then not named.
@@ -180,7 +180,7 @@ def probe(
         network_reader(config, model, rows, causal=causal),
         network_reader(config, untrained, rows, causal=causal),
         raw_reader(attentive="attentive" in options.poolings and not per_sample, per_token=per_sample > 0),
-        *(others := backbone_readers(config, options.beside, pretrained=options.pretrained, device=device)),
+        *(others := backbone_readers(config, options.beside, pretrained=options.pretrained, ranks=ranks)),
     ]
     backbones = [each.backbone for each in others if each.backbone is not None]
     with nullcontext(str(store)) if store is not None else tempfile.TemporaryDirectory() as folder:

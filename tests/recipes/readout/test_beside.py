@@ -20,6 +20,7 @@ from recipes.statistics.credits import unpack_credits
 from recipes.statistics.worth import worth_in
 from recipes.training.starting import build_model
 from tests import tiny
+from tests.nepa_core.runtime.test_distributed import torchrun
 from tests.pictures import encoded, picture, write_tree
 from tests.recipes.readout.test_probe import Phases, names
 from tests.summaries import check_summary
@@ -159,3 +160,14 @@ def test_a_function_named_by_a_config_file_is_not_run_unasked(
         assert "line 2: it names my_net:features" in fails("probe", str(tmp_path / "my.yaml"))
     (tmp_path / "my.yaml").write_text(f"recipe: {finished.path}\nbeside: timm:test_vit\npretrained: false\n")
     assert "samples here have no 'image'" in fails("probe", str(tmp_path / "my.yaml"))
+
+
+@pytest.mark.distributed
+def test_two_processes_read_what_one_reads(finished: Run, tmp_path: Path) -> None:
+    words = ["probe", str(finished.path), f"beside={HERE}:flat,{HERE}:two_rows"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert main([*words, f"out={one}"]) == 0
+    done = torchrun("recipes", *words, f"out={two}")
+    assert done.returncode == 0, done.stderr
+    found = [Run(folder).summary("probe.json") or {} for folder in (one, two)]
+    assert found[0]["beside"] == found[1]["beside"]
