@@ -1,10 +1,11 @@
-"""What every other file may need: the batch type, the frozen-config setting, the two errors, calling a user's code."""
+"""What every other file may need: the batch type, the frozen-config setting, the two errors, small helpers."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,18 @@ def call(what: str, function: Callable[..., Any], *given: Any) -> Any:
         inside = traceback.extract_tb(error.__traceback__)[1:2]  # nothing where the call itself did not fit
         where = "".join(f", line {each.lineno} of {Path(each.filename).name}" for each in inside)
         raise UserError(f"{what} fails{where}: {type(error).__name__}: {error}") from error
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """ "a, b and 3 more": the first few of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def cores() -> int:

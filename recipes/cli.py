@@ -24,45 +24,28 @@ class Task(NamedTuple):
     gives: str
 
 
+_FILES = {"import": "import_released", "export": "export_released"}  # else that of the task's name
+
 TASKS = {
-    "check": Task(
-        "recipes.tasks.check", "RECIPE or RUN", "is an adapter of your own sound? what is wrong, in plain words"
-    ),
-    "pretrain": Task("recipes.tasks.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
-    "probe": Task("recipes.tasks.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
-    "finetune": Task(
-        "recipes.tasks.finetune",
-        "RUN or RECIPE",
-        "accuracy after training on labels, from init= or random weights",
-    ),
-    "segment": Task(
-        "recipes.tasks.segment", "RECIPE", "mIoU after training on pixel labels, from init= or random weights"
-    ),
-    "forecast": Task(
-        "recipes.tasks.forecast", "RUN", "the next steps of a series, beside linear models and persistence"
-    ),
-    "evaluate": Task("recipes.tasks.evaluate", "RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
-    "inspect": Task(
-        "recipes.tasks.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"
-    ),
-    "embed": Task(
-        "recipes.tasks.embed", "RUN", "features of any layer for many samples, as parquet, npy or safetensors"
-    ),
-    "orders": Task("recipes.tasks.orders", "RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
-    "objectives": Task(
-        "recipes.tasks.objectives", "RECIPE", "does pre-training pay, and with which objective? as one page"
-    ),
-    "ablate": Task("recipes.tasks.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
-    "import": Task(
-        "recipes.tasks.import_released", "DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"
-    ),
-    "export": Task("recipes.tasks.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
-    "resize": Task(
-        "recipes.tasks.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"
-    ),
-    "bench": Task(
-        "recipes.tasks.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"
-    ),
+    name: Task(f"recipes.tasks.{_FILES.get(name, name)}", takes, gives)
+    for name, (takes, gives) in {
+        "check": ("RECIPE or RUN", "is an adapter of your own sound? what is wrong, in plain words"),
+        "pretrain": ("RECIPE", "a run folder and the verdict: was anything learned?"),
+        "probe": ("RUN", "accuracy of every layer, beside random weights and the raw tokens"),
+        "finetune": ("RUN or RECIPE", "accuracy after training on labels, from init= or random weights"),
+        "segment": ("RECIPE", "mIoU after training on pixel labels, from init= or random weights"),
+        "forecast": ("RUN", "the next steps of a series, beside linear models and persistence"),
+        "evaluate": ("RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
+        "inspect": ("RUN", "attention and similarity maps and the layers in colour, as one page"),
+        "embed": ("RUN", "features of any layer for many samples, as parquet, npy or safetensors"),
+        "orders": ("RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
+        "objectives": ("RECIPE", "does pre-training pay, and with which objective? as one page"),
+        "ablate": ("RECIPE", "the paper's ablations as one table and one plot"),
+        "import": ("DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"),
+        "export": ("RUN", "a folder in the released Hugging Face layout, out=DIR"),
+        "resize": ("RECIPE", "the recipe's images once more, small, in shards that load faster"),
+        "bench": ("RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
+    }.items()
 }
 
 HELP = """usage: nepa TASK RECIPE-or-RUN [key=value ...]
