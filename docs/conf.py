@@ -42,7 +42,7 @@ napoleon_use_ivar = True
 CONTENTS = {
     "Start": ("../README", "tutorial", "your-own-data", "python", "embed", "commands"),
     "Recipes": ("vision-recipe", "audio", "series"),
-    "Questions": ("objectives", "orders", "troubleshooting", "glossary"),
+    "Questions": ("beside", "objectives", "orders", "troubleshooting", "glossary"),
     "Results": ("../RESULTS", "results/index"),
     "More": ("many-gpus", "architecture", "reference", "../CONTRIBUTING", "../CHANGELOG"),
 }

@@ -181,6 +181,15 @@ class Images(Ordered, Modality):
         rows = torch.arange(len(source.labels))
         return DecodedImages(source, rows, self.size, self.channels, torch.nn.Identity(), None, self.max_pixels)
 
+    def whole_images(
+        self, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], *, crop_ratio: float, squash: bool
+    ) -> Images:
+        """See `Modality.whole_images`; from the stored images, grey ones by the mean of the three channels."""
+        if self.channels == 1:
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
+        changes = {"size": size, "patch": size, "mean": mean, "std": std, "crop_ratio": crop_ratio, "squash": squash}
+        return self.model_copy(update=changes | {"patch_order": "raster", "in_memory": False})
+
     def image_input(self) -> ImageInput:
         return ImageInput(
             self.size,

@@ -58,6 +58,7 @@ class Modality(BaseModel, ABC):
                          changed between a stop and its resumption is then refused
           contents()     `modalities.data.listing.Contents`: samples that are in both splits are then counted
           raw(int)       of images decoded on access: the bytes of that file, or pixels
+          decoded(int)   of images: that one at its stored size, uint8 [C, h, w]
 
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.
@@ -235,6 +236,23 @@ class Modality(BaseModel, ABC):
             UserError: this adapter has no stored images (the default).
         """
         raise self._lacks("stored(split)", "nepa resize takes a recipe of images")
+
+    def whole_images(
+        self, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...], *, crop_ratio: float, squash: bool
+    ) -> Modality:
+        """These images, augmentation and all, for another network: `nepa finetune beside=`.
+
+        Args:
+            size: (height, width). mean, std: of each of three channels, pixels being between 0 and 1.
+            crop_ratio, squash: how held-out images are scaled and cropped, as of `modalities.image.Images`.
+
+        Returns:
+            An adapter of the same samples, whose one token is the standardised image, [C * H * W].
+
+        Raises:
+            UserError: samples are no images (the default).
+        """
+        raise self._lacks("whole_images(...)", "beside= trains on images")
 
     def image_input(self) -> ImageInput:
         """What must be done to an image before the network reads it, for the layout that `nepa export` writes.

@@ -166,6 +166,30 @@ class FinetuneConfig(BaseModel):
         return self
 
 
+class BesideConfig(BaseModel):
+    """Another network, trained as that of a fine-tuning run is, to stand beside it.
+
+    Attributes:
+        backbone: `timm:NAME` or `timm:NAME@FILE.safetensors`. pretrained: False starts from random weights.
+        data: of the run, with every image as one token of the network's own size, see `Modality.whole_images`.
+        label_smoothing, mix, optim, train: of the run.
+    """
+
+    model_config = FROZEN
+
+    task: ClassVar[str] = "finetune beside="
+    causal: ClassVar[bool] = False
+
+    recipe: str = ""
+    backbone: str
+    pretrained: bool
+    data: SerializeAsAny[Modality]
+    label_smoothing: float = Field(ge=0, lt=1)
+    mix: MixConfig | None
+    optim: OptimConfig
+    train: TrainConfig
+
+
 class SegmentConfig(BaseModel):
     """A whole segmentation run.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,7 @@ def load_hub(name: str) -> DatasetDict:
         try:
             huggingface_hub.HfApi().dataset_info(name, timeout=ANSWER)
         except Exception as error:  # the clients of the hub raise a dozen kinds: no network, no such name, no access
-            with _offline():
+            with offline():
                 try:
                     return datasets.load_dataset(name)
                 except Exception:
@@ -54,12 +55,12 @@ def load_hub(name: str) -> DatasetDict:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    """Both libraries as if HF_HUB_OFFLINE=1 had been set when they were imported."""
-    import datasets
+def offline() -> Iterator[None]:
+    """The hub's client, and `datasets` if it has been imported, as if HF_HUB_OFFLINE=1 had been set before."""
     import huggingface_hub
 
-    settings: tuple[Any, ...] = (huggingface_hub.constants, datasets.config)
+    settings: list[Any] = [huggingface_hub.constants]
+    settings += [sys.modules["datasets"].config] if "datasets" in sys.modules else []
     before = [place.HF_HUB_OFFLINE for place in settings]
     try:
         for place in settings:

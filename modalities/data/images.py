@@ -130,7 +130,7 @@ class DecodedImages(Dataset[Batch]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
-        pixels = self.transform(self._decode(int(self.rows[index])))
+        pixels = self.transform(self.decoded(index))
         return _with_box({"image": pixels, "label": self.labels[index]}, self.erase)
 
     def name(self, index: int) -> str:
@@ -158,7 +158,13 @@ class DecodedImages(Dataset[Batch]):
         stored = self.raw(index)
         return stored if isinstance(stored, bytes) else stored.tobytes()
 
-    def _decode(self, row: int) -> Tensor:
+    def decoded(self, index: int) -> Tensor:
+        """That image as it is stored, uint8 [C, h, w].
+
+        Raises:
+            UnreadableSample: it can't be decoded.
+        """
+        row = int(self.rows[index])
         try:
             return decode(self.source.read(row), self.channels, self.max_pixels)
         except Exception as error:  # PIL raises a dozen kinds for a damaged file
@@ -185,6 +191,11 @@ class MemoryImages(Derived, Dataset[Batch]):
         self._check(indices)
         chosen = torch.as_tensor(indices)
         return {"image": self.images.index_select(0, chosen), "label": self.labels.index_select(0, chosen)}
+
+    def decoded(self, index: int) -> Tensor:
+        """See `DecodedImages.decoded`."""
+        found: Tensor = self.stored.decoded(index)
+        return found
 
     def _check(self, indices: list[int]) -> None:
         for index in indices:

@@ -387,11 +387,11 @@ def imports_of(config: BaseModel) -> list[str]:
 
 
 def import_paths(*values: Any) -> list[str]:
-    """Those among some values, and in lists and dictionaries among them, that are of the form module:function."""
+    """Those among some values that are of the form module:function, in lists of any form and dictionaries, too."""
     found: list[str] = []
     for value in values:
         if isinstance(value, str):
-            found += [value] if _IMPORT_PATH.fullmatch(value) else []
+            found += [each for each in listed(value) if _IMPORT_PATH.fullmatch(each)]
         elif isinstance(value, list | tuple | dict):
             found += import_paths(*value, *(value.values() if isinstance(value, dict) else ()))
     return found

@@ -31,6 +31,7 @@ from typing import Any, BinaryIO, NamedTuple, Self, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UserError, file_digest
 from nepa_core.modality import Modality
@@ -44,6 +45,7 @@ from nepa_core.runtime.fit import autocast_dtype
 from nepa_core.runtime.meter import Meter
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
+from recipes.networks.backbones import TIMM, VIEW, Backbone, Viewed, check_rows, function_backbone, timm_backbone
 from recipes.statistics.held_out import NUMBER, Numbered, draw_seed
 
 RAW = "raw tokens"
@@ -65,11 +67,13 @@ class Reader(NamedTuple):
         read: tokens in the order of prediction, names of arrays -> name -> [B, ...]. Attentive rows are tokens
             [B, T, D], in float16, with their "mask" [B, T]; rows of single tokens are [B, N, D] float32 in canonical
             order; all others are vectors [B, D] float32.
+        backbone: another network, which `read` gives the batch itself.
     """
 
     key: dict[str, Any]
     names: tuple[str, ...]
-    read: Callable[[Tokens, Collection[str]], dict[str, Tensor]]
+    read: Callable[[Any, Collection[str]], dict[str, Tensor]]
+    backbone: Backbone | None = None
 
 
 class Source(NamedTuple):
@@ -153,6 +157,56 @@ def raw_reader(*, attentive: bool, per_token: bool = False) -> Reader:
     return Reader(key, (RAW, f"{RAW}, attentive", "mask") if attentive else (RAW,), read)
 
 
+def backbone_readers(config: PretrainConfig, asked: Sequence[str], *, pretrained: bool, ranks: World) -> list[Reader]:
+    """Readers of the networks that `beside=` names, each tried on the first training samples.
+
+    Args:
+        pretrained: see `recipes.networks.backbones.timm_backbone`.
+
+    Raises:
+        UserError: there is no such network, its weights can't be had, or it gives no features of these samples.
+    """
+    data, readers = config.data.plain(), []
+    samples = data.dataset("train")
+    few = partial(plain_batches, batch=8, limit=8, device=ranks.device, tokenize=data.tokenize)
+    dtype = autocast_dtype(config.train.precision, ranks.device)
+    for name in asked:
+        if name.startswith(TIMM):
+            seed = config.train.seed
+            backbone = timm_backbone(
+                name, samples, next(few(samples)), pretrained=pretrained, seed=seed, device=ranks.device, dtype=dtype
+            )
+        else:
+            backbone = function_backbone(name)
+        first = next(few(_viewed(samples, [backbone])))
+        labels, per_token = read_labels(data, first)
+        wanted = labels.shape[: 1 + per_token]
+        with torch.no_grad():
+            rows = backbone.rows(first)
+        check_rows(name, rows, wanted)
+        if backbone.model is None:  # what it gives is all that is seen of its weights; another device may round it
+            (weights,) = ranks.union({_tensor_digest(rows)} if ranks.is_main else set())
+        else:
+            weights = weights_digest(backbone.model)
+        read = partial(_read_backbone, data, backbone, list(rows))
+        readers.append(Reader(backbone.key | {"weights": weights}, tuple(rows), read, backbone))
+    return readers
+
+
+def _viewed(samples: Dataset[Batch], backbones: Sequence[Backbone]) -> Dataset[Batch]:
+    views = {VIEW + each.name: each.view for each in backbones if each.view is not None}
+    return Viewed(samples, views) if views else samples
+
+
+def _read_backbone(
+    data: Modality, backbone: Backbone, names: Sequence[str], batch: Batch, wanted: Collection[str]
+) -> dict[str, Tensor]:
+    labels, per_token = read_labels(data, batch)
+    rows = backbone.rows(batch)
+    check_rows(backbone.name, rows, labels.shape[: 1 + per_token], names)
+    return {name: x for name, x in rows.items() if name in wanted}
+
+
 def project(x: Tensor, width: int) -> Tensor:
     """[B, D] to [B, width] by a fixed sparse random projection (Li, Hastie & Church 2006) where D is larger."""
     if x.shape[1] <= width:
@@ -234,7 +288,6 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
     seed = 0 if source.split == "train" else draw_seed(samples, total)
     batches = partial(
         plain_batches,
-        Numbered(samples),
         batch=size,
         device=ranks.device,
         seed=seed,
@@ -242,7 +295,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
         tokenize=data.tokenize,
         of="training" if source.split == "train" else "held-out",
     )
-    first = next(batches(limit=min(FIRST, total)))
+    first = next(batches(Numbered(samples), limit=min(FIRST, total)))
     labels, per_token = read_labels(data, first)
     of: dict[str, Any] = {
         "adapter": import_path(type(data)),
@@ -261,7 +314,9 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
         meter.say(f"features of the {source.split} split, {total:,} samples: {found} in {store}")
         if any(missing):
             unreadable: set[str] = set()
+            seen = [each.backbone for each, names in zip(readers, missing, strict=True) if names and each.backbone]
             share = batches(
+                Numbered(_viewed(samples, seen)),
                 limit=total,
                 workers=source.config.train.workers,
                 rank=ranks.rank,
@@ -346,7 +401,11 @@ def _compute(
                 numbers = numbers[:, None].expand_as(labels)
             for reader, names, part in zip(readers, missing, parts, strict=True):
                 if part is not None:
-                    arrays = {"labels": labels, "sample": numbers, **reader.read(tokens, names)}
+                    arrays = {
+                        "labels": labels,
+                        "sample": numbers,
+                        **reader.read(tokens if reader.backbone is None else batch, names),
+                    }
                     part.append(arrays if chosen is None else {name: x[chosen] for name, x in arrays.items()})
             meter.advance(done)
 

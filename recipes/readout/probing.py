@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from nepa_core.runtime.run import Run, task_of
 from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.diagnostics import effective_rank
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
+from recipes.options import once
 from recipes.presets import small
 from recipes.readout import classifiers
 from recipes.readout.classifiers import Classifier, TokenFeatures
@@ -32,6 +33,7 @@ from recipes.readout.features import (
     BOOKS,
     Features,
     Source,
+    backbone_readers,
     kept_features,
     network_reader,
     raw_reader,
@@ -55,6 +57,11 @@ REGRESSIONS: dict[Name, Classifier] = {"linear": ridge, "knn": classifiers.knn_r
 TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
 PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}
 """The paper's linear probe: name -> row."""
+EQUAL = (
+    "Equal for all networks: samples, labels, classifiers, and how a row is chosen. Each one's own: size, pixels, "
+    "and what it was trained on, which may hold these samples."
+)
+"""What stands below the rows of `beside=`."""
 FREE = ("data.", "train.workers", "train.max_unreadable")
 """Keys of a run or recipe that a probe may change: they say where the samples lie and how they are loaded."""
 _SMALL = 2**24
@@ -86,6 +93,10 @@ class ProbeOptions(BaseModel):
     test_samples: int = Field(
         default=10_000, gt=0, description="most held-out samples they are scored on, drawn from all"
     )
+    beside: Annotated[tuple[str, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
+        default=(), description="others, read the same: timm:NAME, timm:NAME@FILE.safetensors, or module:function"
+    )
+    pretrained: bool = Field(default=True, description="timm's weights; false: random ones where no file is named")
 
     @model_validator(mode="after")
     def _attentive_is_linear(self) -> Self:
@@ -139,7 +150,7 @@ def probe(
     ranks: World | None = None,
     show: bool = False,
 ) -> ProbeSummary:
-    """Score every layer x pooling of a network, of the same network with random weights, and the raw tokens.
+    """Score every layer x pooling of a network, of the same network with random weights, the raw tokens, and `beside`.
 
     Args:
         tuned: the network has been trained on labels since; the paper's rows are then not named.
@@ -165,7 +176,9 @@ def probe(
         network_reader(config, model, rows, causal=causal),
         network_reader(config, untrained, rows, causal=causal),
         raw_reader(attentive="attentive" in options.poolings and not per_sample, per_token=per_sample > 0),
+        *(others := backbone_readers(config, options.beside, pretrained=options.pretrained, ranks=ranks)),
     ]
+    backbones = [each.backbone for each in others if each.backbone is not None]
     with nullcontext(str(store)) if store is not None else tempfile.TemporaryDirectory() as folder:
         train, test = (
             kept_features(
@@ -177,13 +190,21 @@ def probe(
             return {}
         splits = [Split.of(*pair, device) for pair in zip(train.features, test.features, strict=True)]
         check_regression(splits[0], options)
-        found = layers, random_init, raw = [score_rows(split, options.classifiers) for split in splits]
+        found = layers, random_init, raw, *rivals = [score_rows(split, options.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
     held_out = config.data.plain().dataset("test")
     clusters, chained = clusters_of(held_out, numbers), is_chained(held_out)
     several = len(options.classifiers) > 1
-    worth = verdict(found, splits[0], clusters, chained=chained, several=several, per_token=per_sample > 0)
-    plain, plain_random, plain_raw = (list(map(without_credits, rows)) for rows in found)
+    worth = verdict(
+        found,
+        splits[0],
+        clusters,
+        chained=chained,
+        several=several,
+        per_token=per_sample > 0,
+        beside=[each.name for each in backbones],
+    )
+    plain, plain_random, plain_raw, *plain_rivals = (list(map(without_credits, rows)) for rows in found)
     summary: ProbeSummary = {
         "layers": plain,
         "best": best_row(plain),
@@ -209,6 +230,18 @@ def probe(
     }
     if len(raw) > 1:
         summary["raw_tokens_attentive"] = plain_raw[1]
+    if backbones:
+        notes.append(EQUAL)
+        summary["beside"] = [
+            {
+                "name": each.name,
+                "about": each.about,
+                "layers": rows,
+                "best": best_row(rows),
+                "credits": best_row(scored)["credits"],
+            }
+            for each, rows, scored in zip(backbones, plain_rivals, rivals, strict=True)
+        ]
     if per_sample:
         summary["majority"] = float(majority_credits(splits[0]).mean())
     return summary
@@ -232,21 +265,22 @@ def verdict(
     chained: bool = False,
     several: bool,
     per_token: bool,
+    beside: Sequence[str] = (),
 ) -> Worth:
-    """The best reading of the network beside the best of random weights and of the raw tokens.
+    """The best reading of the network beside the best of random weights, of the raw tokens and of other networks.
 
     Of every classifier's rows: what is beside the network must not look worse for the choice of a classifier.
 
     Args:
-        found: rows of the network, of random weights, and of the raw tokens, as `score_rows` gives them.
+        found: rows of the network, of random weights, of the raw tokens and of those that `beside` names, as
+            `score_rows` gives them.
         clusters, chained: of the held-out samples, see `recipes.statistics.held_out`.
         several: name the classifiers.
     """
-    own, control, raw = (
+    own, *rivals = (
         best_reading(rows, name, several=several)
-        for rows, name in zip(found, ("this network", RANDOM, RAW), strict=True)
+        for rows, name in zip(found, ("this network", RANDOM, RAW, *beside), strict=True)
     )
-    rivals = [control, raw]
     if per_token:
         always = majority_credits(split).cpu()
         rivals.append(Score(MAJORITY, "", float(always.mean()), always))
@@ -446,7 +480,7 @@ def best_row(rows: Sequence[ProbeRow]) -> ProbeRow:
 
 
 def render(summary: ProbeSummary) -> str:
-    """The table as text, each classifier with its random-weights twin beside it, and the verdict."""
+    """The table as text, each classifier with its random-weights twin; other networks; the verdict."""
     names = list(dict.fromkeys(key for row in summary["layers"] for key in row["scores"]))
     metric = metric_of(summary["raw_tokens"])
     raw, best, best_random = summary["raw_tokens"], summary["best"], summary["random_init"]["best"]
@@ -460,6 +494,12 @@ def render(summary: ProbeSummary) -> str:
     for name, row, twin in rows:
         cells = [_cell(row, key, 8) + _cell(twin, key, 6) for key in names]
         lines.append(f"{name:<{width}}" + "".join(cells) + _rank(row, 6) + _rank(twin, 6))
+    for other in (others := summary.get("beside", [])):
+        lines += ["", f"{other['name']}: {other['about']}"]
+        wide = max(width, *(len(row["name"]) for row in other["layers"]))
+        for row in other["layers"]:
+            cells = [_cell(row, key, 8) + _cell(None, key, 6) for key in names]
+            lines.append(f"{row['name']:<{wide}}" + "".join(cells) + _rank(row, 6))
     of_paper = [f"{name} is {PAPER[name]}" for name in summary["paper"]]
     notes = [f"The paper's probe: {'; '.join(of_paper)}."] if of_paper else []
     notes += ["The figures are R2: 1 is perfect, 0 the mean of the labels."] if metric == "r2" else []
@@ -467,6 +507,7 @@ def render(summary: ProbeSummary) -> str:
     chosen = (
         f"Chosen on held-back training samples: {best['name']} {best[metric]:.3f}; "
         f"random weights {best_random['name']} {best_random[metric]:.3f}; raw tokens {raw[metric]:.3f}"
+        + "".join(f"; {each['name']} {each['best']['name']} {each['best'][metric]:.3f}" for each in others)
         + (f"; always the most frequent class {summary['majority']:.3f}." if "majority" in summary else ".")
     )
     worth = worth_in(summary)

@@ -17,6 +17,8 @@ from recipes.statistics.worth import sentences, without_control, worth_in
 def verdict(summary: FinetuneSummary, run: Run) -> list[str]:
     """The closing sentences: the run beside its control, or that this is missing."""
     worth = worth_in(summary)
+    if worth is None and "backbone" in summary:
+        return ["NO VERDICT: this network was trained to stand beside another, whose report compares the two."]
     if worth is None:
         return [without_control(summary["init"], f"nepa finetune {shlex.quote(str(run.path))}")]
     return sentences(worth, form=".2%" if worth.metric == "accuracy" else ".3f")

@@ -138,7 +138,8 @@ class FinetuneSummary(GoalFigures, Cost, Unreadable, total=False):
     new_weights: list[str]  # parameters that were not in those
     classes: list[str] | None  # None of a regression
     causal: bool
-    worth: dict[str, Any]  # recipes.statistics.worth.Worth: beside the control, where there is one
+    worth: dict[str, Any]  # recipes.statistics.worth.Worth: beside the control and others, where there are any
+    backbone: str  # of a run that stands beside another: its network
     made_with: MadeWith
 
 
@@ -213,6 +214,16 @@ class ProbeCredits(TypedDict):
     clusters: str | None
 
 
+class ProbeBeside(TypedDict):
+    """Another network, read in the same way."""
+
+    name: str
+    about: str  # what it is, and how it reads its samples
+    layers: list[ProbeRow]
+    best: ProbeRow  # by the validation figure
+    credits: str | None  # of its best, as of ProbeCredits
+
+
 class ProbeSummary(Unreadable, total=False):
     """probe.json."""
 
@@ -221,6 +232,7 @@ class ProbeSummary(Unreadable, total=False):
     random_init: RandomInit
     raw_tokens: ProbeRow
     raw_tokens_attentive: ProbeRow  # where asked for
+    beside: list[ProbeBeside]  # where asked for
     worth: dict[str, Any]  # recipes.statistics.worth.Worth
     credits: ProbeCredits
     paper: dict[str, ProbeRow]  # name of the paper's probe -> its row

@@ -71,7 +71,7 @@ class Worth(BaseModel):
     Attributes:
         headline: a few words in capitals. verdict: the sentence that begins with them.
         name, of, figure: what is judged. metric: of all figures.
-        beside: the rivals, random weights first.
+        beside: the rivals, random weights first where they are one.
         samples: how many credits were paired. unit: what each is of. clusters: how many are independent.
         covers: what the intervals say something about.
     """
@@ -103,7 +103,7 @@ def judge(
     """Compare a score with its rivals, on the same samples in the same order.
 
     Args:
-        rivals: the first is the control.
+        rivals: the control, called `RANDOM`, where there is one, and others.
         clusters: int64 [S], equal where samples depend on each other. chained: see `over_samples`.
     """
     beside = tuple(_beside(own, rival, clusters, chained=chained) for rival in rivals)
@@ -144,7 +144,8 @@ def _words(beside: Sequence[Beside]) -> tuple[str, str]:
         state: sorted((each for each in beside if each.state == state), key=lambda each: -each.figure)
         for state in CLAUSES
     }
-    control = beside[0].state
+    control = next((each.state for each in beside if each.name == RANDOM), None)
+    best = max(beside, key=lambda each: each.figure).name.upper()
     ahead, level = ([each.name.upper() for each in by_state[state]] for state in ("ahead", "level"))
     if control == "ahead":
         headline = "DOES NOT PAY"
@@ -153,7 +154,7 @@ def _words(beside: Sequence[Beside]) -> tuple[str, str]:
     elif control == "level":
         headline = "NOT SEEN TO PAY"
     else:
-        headline = f"NO MORE THAN {level[0]}" if level else "PAYS"
+        headline = f"NO MORE THAN {level[0]}" if level else "PAYS" if control else f"AHEAD OF {best}"
     parts = [CLAUSES[state].format(_listed(some)) for state, some in by_state.items() if some]
     return headline, f"{headline}: {'; '.join(parts)}."
 

@@ -12,25 +12,32 @@ the best step on the held-out data.
 After the run its control is trained in RUN/control: the same from random weights, with an embedder that learns
 (control=false leaves it out). The verdict is the difference between the two, with a 95 % interval that is paired over
 held-out samples, of the averaged weights where there are any.
+
+`beside=timm:NAME` trains a model of timm the same in RUN/beside, from its own weights (`timm:NAME@FILE.safetensors`
+takes them from a file, `pretrained=false` leaves them random), and adds it to the verdict: the same data, augmentation,
+mixing, optimiser, schedule, average and steps, at the image size, mean and std of its own data config. Layer decay
+follows timm's grouping of its layers.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from nepa_core.basics import FROZEN
+from nepa_core.runtime.config import listed
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run, is_imported
 from recipes.configs import FinetuneConfig
+from recipes.options import once
 from recipes.presets import SHORT
 from recipes.report.finetune import report, verdict
 from recipes.report.provenance import rendered
 from recipes.resolve import default_out, is_of
-from recipes.training.finetuning import beside_control, finetune, read_config
+from recipes.training.finetuning import beside_config, beside_control, finetune, read_config
 
 
 class Options(BaseModel):
@@ -40,6 +47,10 @@ class Options(BaseModel):
 
     out: str | None = Field(default=None, description="run folder; default runs/NAME-finetune")
     control: bool = Field(default=True, description="train the same from random weights, too, in RUN/control")
+    beside: Annotated[tuple[str, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
+        default=(), description="models of timm to train the same, timm:NAME or timm:NAME@FILE.safetensors"
+    )
+    pretrained: bool = Field(default=True, description="timm's weights; false: random ones where no file is named")
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
@@ -47,11 +58,12 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     run = Run(Path(options.out or default_out(target, "finetune")))
     own = is_of(FinetuneConfig, target) and not is_imported(target)
     before = run.summary() is not None
+    others = [beside_config(config, name, pretrained=options.pretrained) for name in options.beside]
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = finetune(config, run, ranks, setting="" if own else SHORT)
         if ranks.is_main:
             print(rendered(lambda: report(run, summary), run, before=before), flush=True)  # the control takes as long
-        if options.control and config.init is not None:
-            summary = beside_control(config, run, ranks, summary)
+        if others or (options.control and config.init is not None):
+            summary = beside_control(config, run, ranks, summary, control=options.control, others=others)
         if ranks.is_main:
             print("\n".join(["", *verdict(summary, run)]))

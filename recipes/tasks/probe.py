@@ -29,6 +29,13 @@ pre-trained with causal attention, and no more, and is read with it. The paper g
 (ImageNet-1k); all training samples there:
 `nepa probe RUN layers=final poolings=last,mean classifiers=lars train_samples=1300000 test_samples=50000`.
 
+`beside=` adds other networks, read on the same samples in the same way, each with a row of its own in the verdict. A
+model of timm (`beside=timm:vit_small_patch16_dinov3.lvd1689m`; `timm:NAME@FILE.safetensors` takes its weights from a
+file, `pretrained=false` leaves it random) reads the stored images as its own data config says, and has as rows the mean
+over the places and the CLS token of every layer, of the final norm, and the pooled features that its classifier reads.
+A function of yours (`beside=my_lab:features`) is given every batch without its labels and returns features [B, D], or a
+dictionary of several such rows; it serves any kind of data.
+
 A run takes changes to its data (`data.root=DIR`) and to train.workers. A recipe with `init=` gives the data of the
 recipe and the weights of a run, of a folder in the released layout, or of a hub name.
 """

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,15 +18,17 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, draw_coord_scale, evaluating
 from nepa_core.pooling import canonical_tokens
+from nepa_core.predictor import Predictor
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import StepFunction, StepOutput, autocast_dtype
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run, is_imported, is_run, task_of
-from nepa_core.runtime.weights import Weights, load_backbone, read_weights, start_from
+from nepa_core.runtime.weights import Weights, current_weights, load_backbone, newest, read_weights, start_from
 from nepa_core.tokens import Tokens
-from recipes.configs import FinetuneConfig, MixConfig, PretrainConfig
+from recipes.configs import BesideConfig, FinetuneConfig, MixConfig, PretrainConfig
+from recipes.networks.backbones import TIMM, TimmClassifier, pixels_of, shown_name, timm_model
 from recipes.networks.goals import AVERAGED, Goal, Regression, find_goal, numbered
 from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead
 from recipes.presets import short
@@ -51,6 +55,11 @@ class Classifier(nn.Module):
         self.head = head
         self.goal = goal
 
+    @property
+    def predictor(self) -> Predictor:
+        """That of the backbone."""
+        return self.backbone.predictor
+
     def forward(self, tokens: Tokens, *, causal: bool, coord_scale: float = 1.0) -> Tensor:
         """Logits [B, C], numbers [B, K] or, per token and in canonical order, logits [B, N, C]."""
         out = self.backbone(tokens, causal=causal, coord_scale=coord_scale)
@@ -69,8 +78,26 @@ def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig:
     return read_target(FinetuneConfig, target, changes, convert={PretrainConfig: short})
 
 
+def beside_config(config: FinetuneConfig, backbone: str, *, pretrained: bool) -> BesideConfig:
+    """The same training of a timm model, at its own image size; see `recipes.networks.backbones.timm_model`.
+
+    Raises:
+        UserError: there is no such model, its weights can't be had, or the data can't be trained on so.
+    """
+    if not backbone.startswith(TIMM):
+        raise UserError(f"beside={backbone} can't be trained: name a model of timm by beside=timm:NAME")
+    pixels = pixels_of(timm_model(backbone, pretrained=pretrained, seed=config.train.seed))
+    data = config.data.whole_images(
+        pixels.size, pixels.mean, pixels.std, crop_ratio=pixels.crop_ratio, squash=pixels.squash
+    )
+    if (headline := find_goal(config.data).headline) != "accuracy":
+        raise UserError(f"beside={backbone} learns classes, and the figure of these labels is {headline}; leave it out")
+    same = {name: getattr(config, name) for name in ("recipe", "label_smoothing", "mix", "optim", "train")}
+    return BesideConfig(backbone=backbone, pretrained=pretrained, data=data, **same)
+
+
 def finetune(
-    config: FinetuneConfig, run: Run, ranks: World, *, setting: str = "", show: bool = True
+    config: FinetuneConfig | BesideConfig, run: Run, ranks: World, *, setting: str = "", show: bool = True
 ) -> FinetuneSummary:
     """Train, measure, write summary.json and report/; a finished run is not trained again.
 
@@ -86,24 +113,35 @@ def finetune(
     """
     if is_imported(str(run.path)):
         raise UserError(f"{run.path} was imported and stays as it came; name another folder with out=DIR")
-    if config.freeze_embedder and config.init is None:
+    if isinstance(config, FinetuneConfig) and config.freeze_embedder and config.init is None:
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
     if (finished := opened(config, run, ranks, FinetuneSummary)) is not None:
         return finished
     goal = find_goal(config.data)
-    model, new = build_classifier(config, goal)
+    model: Classifier | TimmClassifier
+    if isinstance(config, FinetuneConfig):
+        (model, new), init, height_of, head_of = build_classifier(config, goal), config.init, None, None
+    else:
+        model = build_beside(config, goal)
+        init = shown_name(config.backbone, pretrained=config.pretrained)
+        new, decay = sorted(model.head_names()), config.optim.layer_decay
+        heights = {} if decay is None else model.heights(head_counts=decay.head_counts)
+        setting += ", but no layer decay: timm has none for it" if decay is not None and not heights else ""
+        height_of, head_of = partial(_height_in, heights), model.head_names().__contains__
     model = model.to(ranks.device)
     left_out: set[str] = set()
     result, _ = train(
         model,
-        model.backbone.predictor,
+        model.predictor,
         config,
         run,
         ranks,
         step_function=make_step(config, goal),
         evaluate=lambda ema: raw_and_averaged(config, model, ema, ranks, left_out),
         untrained=False,
-        announce=f"Fine-tuning from {start_of(config.init)}{f' with {setting}' if setting else ''}.",
+        height_of=height_of,
+        head_of=head_of,
+        announce=f"Fine-tuning from {start_of(init)}{f' with {setting}' if setting else ''}.",
         show=show,
     )
     if not ranks.is_main:
@@ -112,65 +150,84 @@ def finetune(
     summary: FinetuneSummary = {
         **cast(HeldOutFigures, {name: value for name, value in last.items() if name != "step"}),
         "unreadable_held_out_messages": sorted(left_out),
-        "init": config.init,
+        "init": init,
         "new_weights": new,
         "classes": None if goal.names is None else list(goal.names),
         "causal": config.causal,
         **cost(result, model),
     }
+    if isinstance(config, BesideConfig):
+        summary["backbone"] = config.backbone
     report(run, summary).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
 
 
-CONTROL = "control"
-"""The folder of the control, in that of its run."""
+def _height_in(heights: dict[str, int], name: str) -> int:
+    return heights.get(name, 0)
+
+
+CONTROL, BESIDE = "control", "beside"
+"""The folders of the control and of other networks, in that of their run."""
 
 
 def beside_control(
-    config: FinetuneConfig, run: Run, ranks: World, summary: FinetuneSummary, *, show: bool = True
+    config: FinetuneConfig,
+    run: Run,
+    ranks: World,
+    summary: FinetuneSummary,
+    *,
+    control: bool = True,
+    others: Sequence[BesideConfig] = (),
+    show: bool = True,
 ) -> FinetuneSummary:
-    """Train the control of a finished run, compare the two, and write the verdict into summary.json and report/.
+    """Train what stands beside a finished run, compare, and write the verdict into summary.json and report/.
 
-    The control is a run of its own in RUN/control, which stops and goes on like any other. Nothing is trained or
-    measured where the summary has a verdict.
+    Each is a run of its own, the control in RUN/control, which stops and goes on like any other. Nothing is trained or
+    measured where the summary has a verdict on all of them.
 
     Args:
         summary: of the run; of the main process's alone is read.
+        control: the same from random weights; there is none where the run itself started from these.
+        others: see `beside_config`.
 
     Returns:
         The summary with `worth`, see `recipes.statistics.worth.Worth` (empty on the other ranks).
 
     Raises:
-        UserError: the control can't be trained; the run is not touched.
+        UserError: one of them can't be trained; the run is not touched.
     """
-    if ranks.any(ranks.is_main and worth_in(summary) is not None):
+    rivals: list[tuple[str, FinetuneConfig | BesideConfig, Run, str]] = []
+    if control and config.init is not None:
+        same, folder = config.model_copy(update={"init": None, "freeze_embedder": False}), Run(run.path / CONTROL)
+        said = f"the same settings, as the control in {folder.path}; control=false leaves it out"
+        rivals.append((RANDOM, same, folder, said))
+    for each in others:
+        name = shown_name(each.backbone, pretrained=each.pretrained)
+        folder = Run(run.path / BESIDE / re.sub(r"[^\w.-]+", "_", name))
+        rivals.append((name, each, folder, f"the same settings, to stand beside it in {folder.path}"))
+    worth = worth_in(summary) if ranks.is_main else None
+    known = set() if worth is None else {each.name for each in worth.beside}
+    if ranks.any(ranks.is_main and known >= {name for name, *_ in rivals}):
         return summary
-    control = Run(run.path / CONTROL)
-    same = config.model_copy(update={"init": None, "freeze_embedder": False})
-    with at_work(control, ranks, trains=True):  # the run's own lock is not taken once that is finished
-        finetune(
-            same,
-            control,
-            ranks,
-            setting=f"the same settings, as the control in {control.path}; control=false leaves it out",
-            show=show,
-        )
-    ranks.barrier()  # its last checkpoint is there
-    own, rival = (held_out_credits(each, of, ranks) for each, of in ((config, run), (same, control)))
-    if not torch.equal(own.numbers, rival.numbers):
+    for _, other, folder, said in rivals:
+        with at_work(folder, ranks, trains=True):  # the run's own lock is not taken once that is finished
+            finetune(other, folder, ranks, setting=said, show=show)
+    ranks.barrier()  # the last checkpoints are there
+    own, *found = (held_out_credits(each, of, ranks) for _, each, of, _ in [("", config, run, ""), *rivals])
+    if not all(torch.equal(own.numbers, rival.numbers) for rival in found):
         raise UserError(f"the held-out samples changed while they were read; {_again(run)}")
     if not ranks.is_main:
         return {}
-    worth = compared(own, rival, config)
+    worth = compared(own, {name: each for (name, *_), each in zip(rivals, found, strict=True)}, config)
     summary = summary | {"worth": worth.model_dump(mode="json")}
     report(run, summary).write(run.report)
     run.write_summary(summary)
     return summary
 
 
-def compared(own: Credits, rival: Credits, config: FinetuneConfig) -> Worth:
-    """The verdict on a run beside its control, of the credits of both on the same samples."""
+def compared(own: Credits, rivals: Mapping[str, Credits], config: FinetuneConfig) -> Worth:
+    """The verdict on a run beside its control and others, of the credits of all on the same samples."""
     held_out = config.data.plain().dataset("test")
     clusters = clusters_of(held_out, own.numbers).repeat_interleave(own.weights)
 
@@ -179,8 +236,8 @@ def compared(own: Credits, rival: Credits, config: FinetuneConfig) -> Worth:
         return Score(name, "", float(each.mean()), each if bool(each.isfinite().all()) else None)
 
     return judge(
-        score(f"started from {config.init}", own),
-        [score(RANDOM, rival)],
+        score(f"started from {config.init}" if config.init else "this network", own),
+        [score(name, credits) for name, credits in rivals.items()],
         clusters,
         chained=is_chained(held_out),
         metric="r2" if own.metric == "r2" else "accuracy",
@@ -204,11 +261,17 @@ class Credits(NamedTuple):
     per_token: bool
 
 
-def held_out_credits(config: FinetuneConfig, run: Run, ranks: World) -> Credits:
+def held_out_credits(config: FinetuneConfig | BesideConfig, run: Run, ranks: World) -> Credits:
     """The credits of a finished run, of its averaged weights where there are any, the same on every rank."""
-    model = load_classifier(config, read_weights(str(run.path))).to(ranks.device)
-    if config.train.compile:
-        model.backbone.predictor.compile_blocks()
+    model: Classifier | TimmClassifier
+    if isinstance(config, FinetuneConfig):
+        model = load_classifier(config, read_weights(str(run.path)))
+    else:
+        model = build_beside(config, find_goal(config.data), trained=False)
+        model.load_state_dict(current_weights(newest(run)))
+    model = model.to(ranks.device)
+    if config.train.compile and model.predictor is not None:
+        model.predictor.compile_blocks()
     parts: list[Tensor] = []
     measure(config, model, ranks, parts=parts)
     every = torch.cat(ranks.in_order(parts))
@@ -230,6 +293,17 @@ def build_classifier(config: FinetuneConfig, goal: Goal) -> tuple[Classifier, li
     new = [] if config.init is None else start_from(config.init, backbone, config)
     backbone.embed.requires_grad_(not config.freeze_embedder)
     return Classifier(backbone, build_head(config, goal), goal), new
+
+
+def build_beside(config: BesideConfig, goal: Goal, *, trained: bool = True) -> TimmClassifier:
+    """The timm model of a config with its weights, or with random ones where it is not to start as `trained`."""
+    asked = config.backbone if trained else config.backbone.partition("@")[0]
+    model = timm_model(asked, pretrained=trained and config.pretrained, seed=config.train.seed)
+    size = pixels_of(model).size
+    if config.train.recompute:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):
+        return TimmClassifier(model, size, goal)
 
 
 def build_head(config: FinetuneConfig, goal: Goal) -> MeanHead | LastHead | RegressionHead | DenseHead:
@@ -269,11 +343,13 @@ def goal_of(head: dict[str, Tensor]) -> Goal:
     return numbered(len(bias), per_token=per_token)
 
 
-def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
+def make_step(config: FinetuneConfig | BesideConfig, goal: Goal) -> StepFunction:
     """The step function of fine-tuning: batch -> loss of the goal, with mixing and label smoothing where asked for."""
     if config.mix is not None and (goal.per_token or isinstance(goal, Regression)):
         raise UserError("mix is for one class a sample, and this adapter's samples hold other targets; set mix=null")
     mix = None if config.mix is None else make_mix(config.mix, goal.outputs, config.label_smoothing)
+
+    rescale = config.model.rope_rescale if isinstance(config, FinetuneConfig) else 1.0
 
     def step(model: nn.Module, batch: Batch) -> StepOutput:
         mixed, smoothing = None, config.label_smoothing
@@ -285,7 +361,7 @@ def make_step(config: FinetuneConfig, goal: Goal) -> StepFunction:
             batch, mixed = mix(batch)
             smoothing = 0.0  # it is in the mixed labels
             tokens = config.data.read(batch)
-        outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(config.model.rope_rescale))
+        outputs = model(tokens, causal=config.causal, coord_scale=draw_coord_scale(rescale))
         truth = goal.truth(batch, tokens) if mixed is None else mixed
         with torch.autocast(outputs.device.type, enabled=False):
             loss, weight = goal.loss(outputs.float(), truth, smoothing=smoothing)
@@ -316,7 +392,11 @@ def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Bat
 
 
 def raw_and_averaged(
-    config: FinetuneConfig, model: Classifier, ema: Ema | None, ranks: World, left_out: set[str]
+    config: FinetuneConfig | BesideConfig,
+    model: Classifier | TimmClassifier,
+    ema: Ema | None,
+    ranks: World,
+    left_out: set[str],
 ) -> HeldOutFigures:
     """Held-out figures of the weights as they are and, under names with "_ema", of their average; see `measure`."""
     figures = measure(config, model, ranks, left_out=left_out)
@@ -331,8 +411,8 @@ def raw_and_averaged(
 
 @torch.no_grad()
 def measure(
-    config: FinetuneConfig,
-    model: Classifier,
+    config: FinetuneConfig | BesideConfig,
+    model: Classifier | TimmClassifier,
     ranks: World,
     samples: Dataset[Batch] | None = None,
     *,

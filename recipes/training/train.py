@@ -35,8 +35,6 @@ class Recipe(Protocol):
     @property
     def data(self) -> Modality: ...
     @property
-    def model(self) -> PredictorConfig: ...
-    @property
     def optim(self) -> OptimConfig: ...
     @property
     def train(self) -> TrainConfig: ...
@@ -59,7 +57,8 @@ def opened(config: BaseModel, run: Run, ranks: World, kind: type[Summary], *, mi
     if not goes_on and (summary := run.summary_of(kind)) is not None:
         return summary
     recipe = cast(Recipe, config)
-    check_memory(recipe.model, ranks.device)
+    if isinstance(model := getattr(config, "model", None), PredictorConfig):
+        check_memory(model, ranks.device)
     check_data(recipe.data, predicts=hasattr(config, "objective"))
     return None
 
@@ -102,7 +101,7 @@ def check_data(data: Modality, *, predicts: bool) -> None:
 
 def train(
     model: nn.Module,
-    predictor: Predictor,
+    predictor: Predictor | None,
     config: Recipe,
     run: Run,
     ranks: World,
@@ -111,6 +110,8 @@ def train(
     step_at: Callable[[float], StepFunction] | None = None,
     evaluate: Callable[[Ema | None], Mapping[str, Any]],
     untrained: bool = True,
+    height_of: Callable[[str], int] | None = None,
+    head_of: Callable[[str], bool] | None = None,
     announce: str = "",
     midway: bool = False,
     origin: Mapping[str, Any] | None = None,
@@ -121,10 +122,11 @@ def train(
     The run's folder is made here, so that a command that fails on its data or its weights leaves nothing behind.
 
     Args:
-        predictor: the one inside `model`.
+        predictor: the one inside `model`, if any.
         step_at: see `fit`.
         evaluate: held-out figures for metrics.jsonl, given the average; called on every rank.
         untrained: evaluate before the first step, too.
+        height_of, head_of: `height` and `head` of `fit`; default: those of a network of ours.
         announce: a line for the screen where a run starts that nothing was measured of before.
         midway: see `Run.open`. origin: see `fit`.
     """
@@ -134,9 +136,9 @@ def train(
         say_leaks(config.data)
     if announce and show and ranks.is_main and not run.metrics_path.exists():
         say_progress(announce)
-    if config.train.compile:
+    if predictor is not None and config.train.compile:
         predictor.compile_blocks()
-    if config.train.recompute:
+    if predictor is not None and config.train.recompute:
         predictor.recompute_blocks()
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
     result = fit(
@@ -152,8 +154,8 @@ def train(
         evaluate=lambda: evaluate(ema),
         untrained=untrained,
         changed_data=config.data.changed,
-        height=height(config),
-        head=head(config),
+        height=height_of or height(config),
+        head=head_of or head(config),
         begin=lambda: run.open(cast(BaseModel, config), midway=midway),
         origin=origin,
         show=show,
@@ -177,7 +179,8 @@ def height(config: Recipe) -> Callable[[str], int]:
     decay = config.optim.layer_decay
     if decay is None:
         return lambda name: 0
-    return lambda name: layers_above(name, config.model.depth, head_counts=decay.head_counts)
+    depth = cast(PredictorConfig, getattr(config, "model", None)).depth
+    return lambda name: layers_above(name, depth, head_counts=decay.head_counts)
 
 
 def head(config: Recipe) -> Callable[[str], bool]:
