@@ -8,7 +8,6 @@ it is drawn.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -37,7 +36,7 @@ from modalities.orders import Ordered, grid_order, is_static, known_order, paddi
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.predictor import init_weights
-from nepa_core.tokens import Sketch, Tokens
+from nepa_core.tokens import Sketch, Tokens, cached
 
 UNIT = 8
 """Tokens to one unit of a coordinate, on both axes."""
@@ -259,8 +258,7 @@ class StandardisedLinear(nn.Linear):
         return super().forward((x - self.mean) / self.std)
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@cached
 @torch.no_grad()
 def token_statistics(data: Audio) -> tuple[Tensor, Tensor]:
     """Mean and std [P] of the real tokens of up to 1,000 training clips.
@@ -297,11 +295,7 @@ def _picture(mel: Tensor) -> Tensor:
     return mel.transpose(1, 2).flip(1)
 
 
-# The caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@cached
 def places(rows: int, columns: int) -> Tensor:
     """Coordinates of tokens in units of eight: (time) [N, 1], or (frequency, time) [N, 2] where there are rows."""
     time = torch.arange(columns) / UNIT
@@ -310,8 +304,7 @@ def places(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(rows).flip(0) / UNIT, time)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@cached
 def shortened_order(name: str, rows: int, longest: int, columns: int, seed: int) -> Tensor:
     """The order of a grid of rows x longest, without the patches beyond `columns`: [rows * columns] int64."""
     whole = grid_order(name, (rows, longest), seed)

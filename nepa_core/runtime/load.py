@@ -69,6 +69,7 @@ class Network:
         averaged: whether the weights are the average over training.
         labelled: whether it has been trained on labels since: its output then predicts no token.
         shift: whether place t was trained to predict place t + 1, and not itself.
+        digest: what tells these weights from others.
     """
 
     source: str
@@ -79,6 +80,7 @@ class Network:
     labelled: bool
     reading: Reading
     shift: bool = True
+    digest: str = ""
 
     def encode(
         self, samples: Samples, layer: Layer | list[Layer] | tuple[Layer, ...] = "final", pooling: Pooling = "auto"
@@ -272,8 +274,9 @@ def load(name: str | Path, *, data: Modality | None = None, trust: bool = False)
     model = network_of(weights, data, device)
     saved = read_saved(Path(name) / "config.json") if is_run(name) else {}
     shift = bool(saved.get("objective", {}).get("shift", True))
+    headed, reading = bool(weights.head), _reading(saved.get("train"))
     return Network(
-        name, model, data, weights.causal, weights.averaged, bool(weights.head), _reading(saved.get("train")), shift
+        name, model, data, weights.causal, weights.averaged, headed, reading, shift=shift, digest=weights.digest
     )
 
 
