@@ -7,7 +7,7 @@ it is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -185,6 +185,10 @@ class Audio(Ordered, Modality):
         # All that the statistics depend on; `limit` is not: fewer labels are no other sound.
         whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0}
         return StandardisedLinear(*token_statistics(self.model_copy(update=whole)), dim)
+
+    def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Mean and std are among the weights."""
+        return StandardisedLinear(weights["mean"], weights["std"], len(weights["bias"]))
 
     def order(self, tokens: Tokens) -> Tensor | None:
         """The patch order; one that would scatter padding among the real tokens gets it behind them."""

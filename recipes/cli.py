@@ -22,6 +22,7 @@ class Task(NamedTuple):
     module: str
     takes: str
     gives: str
+    second: str = ""  # the option that a second word without a = is
 
 
 TASKS = {
@@ -56,7 +57,10 @@ TASKS = {
     "import": Task(
         "recipes.tasks.import_released", "DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"
     ),
-    "export": Task("recipes.tasks.export_released", "RUN", "a folder in the released Hugging Face layout, out=DIR"),
+    "export": Task("recipes.tasks.export_released", "RUN", "the released Hugging Face layout, or format=onnx, torch"),
+    "push": Task(
+        "recipes.tasks.push", "RUN OWNER/NAME", "a run on the Hugging Face hub, with a model card; dry_run=true", "to"
+    ),
     "resize": Task(
         "recipes.tasks.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"
     ),
@@ -171,6 +175,8 @@ def _dispatch(words: list[str]) -> int:
         return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes', 'completion'])}", 2)
     task = importlib.import_module(TASKS[name].module)
     rest = _trusting(rest)
+    if (second := TASKS[name].second) and len(rest) > 1 and "=" not in rest[1]:
+        rest[1] = f"{second}={rest[1]}"
     if asks_help and (not rest or "=" in rest[0]):
         print(_task_help(name, task, None, {}))
         return 0

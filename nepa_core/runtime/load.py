@@ -23,6 +23,7 @@ from nepa_core.runtime import trust as trusting
 from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.fit import autocast_dtype
+from nepa_core.runtime.released import find
 from nepa_core.runtime.run import Run, is_run, reading_back
 from nepa_core.runtime.weights import network_of, read_weights
 
@@ -62,7 +63,7 @@ class Network:
     whatever mode the model is in. To change how it reads: `dataclasses.replace(net, causal=False)`.
 
     Attributes:
-        source: what was opened.
+        source: the folder that was opened; of a name on the hub the one in its cache.
         model: in evaluation mode, on CUDA where there is one; move it as you like.
         data: the adapter without augmentation. `data.dataset("test")` gives held-out samples.
         causal: whether attention looks backwards only, as the network was trained.
@@ -259,14 +260,15 @@ def load(name: str | Path, *, data: Modality | None = None, trust: bool = False)
     """Open a trained network: averaged weights where there are any, its adapter, and its attention.
 
     Args:
-        name: the folder of a run of any task, a folder in the released layout, or OWNER/NAME on the Hugging Face hub.
+        name: the folder of a run of any task, a folder in the released layout, or OWNER/NAME on the Hugging Face hub,
+            of either kind (`nepa push`).
         data: the adapter to read samples by, without augmentation, in place of its own.
         trust: import the code that the run names, although it was not made here, see `nepa_core.runtime.trust`.
 
     Raises:
         UserError: there is nothing of the kind, it is damaged, or names code that is not to be trusted.
     """
-    name = str(name)
+    name = str(find(str(name)))
     with trusting.everything() if trust else nullcontext():
         weights = read_weights(name, key="")
     data = (data or weights.data).plain()

@@ -13,14 +13,16 @@ from pydantic import BaseModel
 from torch import nn
 
 from modalities.data.listing import say, shared_content
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, needs
 from nepa_core.contract import check_first_batches
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import at_head_rate, layers_above
 from nepa_core.predictor import Predictor, PredictorConfig
+from nepa_core.runtime.config import keys, load_object
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
+from nepa_core.runtime.loggers import Listener, logger, shielded
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run, Summary, is_imported
@@ -55,6 +57,8 @@ def opened(config: BaseModel, run: Run, ranks: World, kind: type[Summary]) -> Su
         newest(run)
     if (summary := run.summary_of(kind)) is None:
         recipe = cast(Recipe, config)
+        if (logger := recipe.train.logger) is not None:
+            needs(f"train.logger={logger}", logger, extra=logger)
         check_memory(recipe.model, ranks.device)
         check_data(recipe.data, predicts=hasattr(config, "objective"))
     return summary
@@ -127,6 +131,7 @@ def train(
         say_leaks(config.data)
         # the others have checked the folder in `opened`, and would meet one half made here
         run.open(cast(BaseModel, config))
+        run.listeners = listeners(config, run)
     if announce and show and ranks.is_main and not run.metrics_path.exists():
         say_progress(announce)
     if config.train.compile:
@@ -152,6 +157,14 @@ def train(
         show=show,
     )
     return result, ema
+
+
+def listeners(config: Recipe, run: Run) -> list[Listener]:
+    """The logger and the hooks that a config names; what fails in them is said, and ends nothing."""
+    found = {f"train.hooks={name}": load_object(name) for name in config.train.hooks}
+    if (library := config.train.logger) is not None:
+        found[f"train.logger={library}"] = logger(library, run.path, keys(cast(BaseModel, config)))
+    return [shielded(name, listener) for name, listener in found.items()]
 
 
 def say_leaks(data: Modality) -> None:
