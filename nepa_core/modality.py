@@ -165,7 +165,10 @@ class Modality(BaseModel, ABC):
         Returns:
             Default: one Linear; None, there is no way, where `embedder` is an adapter's own.
         """
-        return None if self.offers("embedder") else nn.Linear(*reversed(weights["weight"].shape))
+        if self.offers("embedder"):
+            return None
+        dim, size = weights["weight"].shape
+        return nn.Linear(size, dim)
 
     def order(self, tokens: Tokens) -> Tensor | None:
         """The order in which to predict, [N] or [B, N] int64, or None for the canonical one."""

@@ -306,7 +306,9 @@ def fit(
             "unreadable": unreadable,
             "data": found,
         }
-        run.tell("checkpoint", str(save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep)))
+        run.tell(
+            "checkpoint", str(save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep))
+        )
 
     with Meter(steps.total, enabled=show and world.is_main) as meter, _stop_requests() as stop:
         sitting = restore(

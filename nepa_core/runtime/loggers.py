@@ -1,7 +1,7 @@
 """Who hears of a run while it goes on: hooks of the user's, and the logging libraries that people use already.
 
 A listener is a function of an event and what belongs to it: "log" and a line of metrics.jsonl as a dictionary,
-"checkpoint" and the path of its folder, "end" and the path of the run's folder, where report/ and summary.json then lie.
+"checkpoint" and the path of its folder, "end" and the path of the run's folder, where summary.json then lies.
 It is called by the main process alone. What it gets is its own to change: nothing of a run depends on it.
 """
 
@@ -90,7 +90,7 @@ def tensorboard(folder: Path, settings: Mapping[str, str]) -> Listener:
     """Event files in RUN/tensorboard; a sitting that goes on takes the place of what was logged beyond its start."""
     import numpy as np
     from PIL import Image
-    from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
+    from torch.utils.tensorboard import SummaryWriter
 
     writers: list[Any] = []
 
@@ -113,7 +113,7 @@ def tensorboard(folder: Path, settings: Mapping[str, str]) -> Listener:
 
 
 def wandb(folder: Path, settings: Mapping[str, str]) -> Listener:
-    """A run of Weights & Biases, in the project that WANDB_PROJECT names, or "nepa"; WANDB_MODE=offline sends nothing."""
+    """A run of Weights & Biases, in the project WANDB_PROJECT, or "nepa"; WANDB_MODE=offline sends nothing."""
     library: Any = importlib.import_module("wandb")
     options = {"id": kept(folder, "wandb"), "name": folder.name, "config": dict(settings), "dir": folder}
     project = None if "WANDB_PROJECT" in os.environ else PROJECT

@@ -5,7 +5,6 @@ The own layout is a run folder with nothing in it that only training needs, so e
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from nepa_core.modality import Modality
 from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import disk_errors, save_checkpoint, write_whole
 from nepa_core.runtime.config import import_path, imports_of, keys
-from nepa_core.runtime.run import RECORD, Run, task_of
+from nepa_core.runtime.run import RECORD, Run
 from nepa_core.runtime.weights import newest
 from recipes.released.exporting import ExportOptions, export_released
 from recipes.report.provenance import settings_of
@@ -46,7 +45,8 @@ class PushOptions(BaseModel):
         default="own", description="a run folder, of any task and adapter, or the released layout, of images alone"
     )
     license: str | None = Field(
-        default=None, description="as the hub spells it, such as apache-2.0; default: none is stated, and the card says so"
+        default=None,
+        description="as the hub spells it, such as apache-2.0; default: none is stated, and the card says so",
     )
     private: bool = Field(default=False, description="a repository made by this command is private")
     dry_run: bool = Field(default=False, description="only write the folder, to look at it; no network is asked")
@@ -80,7 +80,7 @@ def write_folder(run: Run, config: Any, to: str, options: PushOptions, said: Map
         write_whole(out / CARD, card(run, config, to, options, said))
         return
     checkpoint = newest(run)
-    tensors = {name: checkpoint.tensors[name] for name in ("model", "ema") if name in checkpoint.tensors}
+    tensors = {name: group for name, group in checkpoint.tensors.items() if name in ("model", "ema")}
     building = out.with_name(f".writing_{out.name}")
     with disk_errors(out):
         shutil.rmtree(building, ignore_errors=True)
@@ -108,13 +108,11 @@ def upload(to: str, options: PushOptions, folder: Path) -> str:
     try:
         hub = huggingface_hub.HfApi()
         hub.create_repo(to, private=options.private or None, exist_ok=True)
-        pushed = hub.upload_folder(
-            repo_id=to, folder_path=folder, delete_patterns=REPLACED, commit_message="nepa push"
-        )
+        pushed = hub.upload_folder(repo_id=to, folder_path=folder, delete_patterns=REPLACED, commit_message="nepa push")
     except Exception as error:  # the clients of the hub raise a dozen kinds: no network, no token, no such owner
         cause = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"{to} can't be pushed: {cause[:200]}; look at the network and at `hf auth whoami`, or write the folder with "
+            f"{to} can't be pushed: {cause[:200]}; look at the network and at `hf auth whoami`, or write the folder by "
             "dry_run=true and upload it elsewhere by `hf upload`"
         ) from error
     return str(pushed)
@@ -145,7 +143,7 @@ def card(run: Run, config: Any, to: str, options: PushOptions, said: Mapping[str
     """README.md: a head in YAML for the hub, then what was learned, what is not known, and what it was made with."""
     summary = run.summary() or {}
     probe: ProbeSummary | None = run.summary_of(ProbeSummary, "probe.json")
-    head = {"library_name": "nepa", "pipeline_tag": "feature-extraction", "tags": tags(config.data)}
+    head: dict[str, Any] = {"library_name": "nepa", "pipeline_tag": "feature-extraction", "tags": tags(config.data)}
     if options.license is not None:
         head["license"] = options.license
     if results := measured(config.data, summary, probe):
@@ -154,8 +152,8 @@ def card(run: Run, config: Any, to: str, options: PushOptions, said: Mapping[str
     causal = config.objective.causal if hasattr(config, "objective") else causal
     kind = type(config).task
     texts = [
-        f"A {'causal' if causal else 'bidirectional'} network of next-embedding prediction: {shape.depth} blocks of width "
-        f"{shape.dim}, {shape.heads} heads; adapter `{import_path(type(config.data))}`; made by `nepa {kind}`.",
+        f"A {'causal' if causal else 'bidirectional'} network of next-embedding prediction: {shape.depth} blocks of "
+        f"width {shape.dim}, {shape.heads} heads; adapter `{import_path(type(config.data))}`; made by `nepa {kind}`.",
         *(f"## {title}\n\n{fenced(text)}" for title, text in said.items()),
         f"## What is not known\n\n{bullets(unknown(config, summary, probe))}",
         f"## Use\n\n{use(config, to, options)}",
@@ -163,7 +161,9 @@ def card(run: Run, config: Any, to: str, options: PushOptions, said: Mapping[str
         f"## Made with\n\n{bullets(made_with(summary, probe))}",
         "## Licence\n\n" + (options.license or "None is stated: ask the author before you use these weights."),
     ]
-    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {to.partition('/')[2]}\n\n" + "\n\n".join(texts) + "\n"
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {to.partition('/')[2]}\n\n" + "\n\n".join(texts) + "\n"
+    )
 
 
 def tags(data: Modality) -> list[str]:
@@ -210,7 +210,8 @@ def made_with(summary: Mapping[str, Any], probe: ProbeSummary | None) -> Iterato
         if (made := figures.get("made_with")) is not None:
             yield f"{title}: {origin(made)}"
     if "seconds" in summary:
-        yield f"{summary['steps']:,} steps in {summary['seconds']:,.0f} s, {summary['parameters']:,} parameters trained."
+        steps, seconds, parameters = (summary[key] for key in ("steps", "seconds", "parameters"))
+        yield f"{steps:,} steps in {seconds:,.0f} s, {parameters:,} parameters trained."
 
 
 def origin(made: MadeWith) -> str:
@@ -233,14 +234,16 @@ def use(config: Any, to: str, options: PushOptions) -> str:
     lines = [fenced("\n".join(code), "python")]
     if needed:
         lines.append(
-            f"It needs {', '.join(f'`{name}`' for name in needed)}, which is not in this repository: ask the author for "
-            "it, and put it where you run this. Code that a stranger names is run only with `trust=True` (on the command "
-            f"line `trust=true`)."
+            f"It needs {', '.join(f'`{name}`' for name in needed)}, which is not in this repository: ask the author "
+            "for it, look at it, and put it where you run this. Code that someone else names is run only with "
+            "`trust=True` (on the command line `trust=true`)."
         )
     start = "`nepa finetune RECIPE init=" + to + "`"
     lines.append(f"{start} starts from it; `nepa_core.load(..., data=adapter)` reads other data of the same form.")
     if options.layout == "own":
-        lines.append(f"`hf download {to} --local-dir DIR` gives a run folder, for `nepa probe DIR`, `nepa embed DIR` ...")
+        lines.append(
+            f"`hf download {to} --local-dir DIR` gives a run folder, for `nepa probe DIR`, `nepa embed DIR` ..."
+        )
     return "\n\n".join(lines)
 
 
