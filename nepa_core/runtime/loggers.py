@@ -1,7 +1,8 @@
 """Who hears of a run while it goes on: hooks of the user's, and the logging libraries that people use already.
 
 A listener is a function of an event and what belongs to it: "log" and a line of metrics.jsonl as a dictionary,
-"checkpoint" and the path of its folder, "end" and the path of the run's folder, where summary.json then lies.
+"checkpoint" and the path of its folder, "end" and the path of the run's folder, where summary.json then lies, or "stop"
+and that path where training was interrupted or failed.
 It is called by the main process alone. What it gets is its own to change: nothing of a run depends on it.
 """
 
@@ -23,6 +24,8 @@ Listener = Callable[[str, Any], object]
 KEPT = "logger.json"
 """The file in a run that has the name under which each library keeps it, for the next sitting."""
 PROJECT = "nepa"
+OVER = {"end": "FINISHED", "stop": "KILLED"}
+"""Events after which a sitting logs no more, and what MLflow calls it."""
 
 
 def shielded(name: str, listener: Listener) -> Listener:
@@ -32,7 +35,7 @@ def shielded(name: str, listener: Listener) -> Listener:
     def listen(event: str, what: Any) -> None:
         try:
             listener(event, what)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = f"{name} failed on {event!r}, and the run goes on: {type(error).__name__}: {error}"
             if (kind := f"{event} {type(error).__name__}") not in told:
                 print(" ".join(line.split()), file=sys.stderr)
@@ -41,25 +44,23 @@ def shielded(name: str, listener: Listener) -> Listener:
     return listen
 
 
-def late(make: Callable[[], Listener]) -> Listener:
-    """A listener that is made at its first event: its errors are then those of a listener, too."""
-    made: list[Listener] = []
-
-    def listen(event: str, what: Any) -> None:
-        if not made:
-            made.append(make())
-        made[0](event, what)
-
-    return listen
-
-
 def logger(library: str, folder: Path, settings: Mapping[str, Any]) -> Listener:
     """A listener that hands figures, pictures and the card of a run to a library; a run that goes on keeps its name.
+
+    The library is begun at the first event, and not again where that fails.
 
     Args:
         library: of `LOGGERS`. folder: of the run. settings: keys of its config and their values.
     """
-    return late(lambda: LOGGERS[library](folder, {key: str(value) for key, value in settings.items()}))
+    begun: list[Listener] = []
+
+    def listen(event: str, what: Any) -> None:
+        if not begun:
+            begun.append(lambda event, what: None)
+            begun[0] = LOGGERS[library](folder, {key: str(value) for key, value in settings.items()})
+        begun[0](event, what)
+
+    return listen
 
 
 def figures(line: Mapping[str, Any]) -> dict[str, float]:
@@ -122,9 +123,10 @@ def wandb(folder: Path, settings: Mapping[str, str]) -> Listener:
     def listen(event: str, what: Any) -> None:
         if event == "log":
             run.log(figures(what), step=what["step"])
-        elif event == "end":
+        if event == "end":
             run.log({picture.stem: library.Image(str(picture)) for picture in pictures(folder)})
             run.summary["card"] = card(folder)
+        if event in OVER:
             run.finish()
 
     return listen
@@ -149,11 +151,12 @@ def mlflow(folder: Path, settings: Mapping[str, str]) -> Listener:
         if event == "log":
             for key, figure in figures(what).items():
                 client.log_metric(name, key, figure, step=what["step"])
-        elif event == "end":
+        if event == "end":
             for picture in pictures(folder):
                 client.log_artifact(name, str(picture), "report")
             client.log_text(name, card(folder), "report/card.txt")
-            client.set_terminated(name)
+        if event in OVER:
+            client.set_terminated(name, OVER[event])
 
     return listen
 
@@ -167,9 +170,10 @@ def trackio(folder: Path, settings: Mapping[str, str]) -> Listener:
     def listen(event: str, what: Any) -> None:
         if event == "log":
             run.log(figures(what), step=what["step"])
-        elif event == "end":
+        if event == "end":
             run.log({picture.stem: library.Image(str(picture)) for picture in pictures(folder)})
             run.log({"card": library.Markdown(f"```\n{card(folder)}\n```")})
+        if event in OVER:
             run.finish()
 
     return listen

@@ -139,23 +139,27 @@ def train(
     if config.train.recompute:
         predictor.recompute_blocks()
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
-    result = fit(
-        model=model,
-        step_function=step_function,
-        step_at=step_at,
-        dataset=dataset,
-        config=config.train,
-        optim=config.optim,
-        run=run,
-        world=ranks,
-        ema=ema,
-        evaluate=lambda: evaluate(ema),
-        untrained=untrained,
-        changed_data=config.data.changed,
-        height=height(config),
-        head=head(config),
-        show=show,
-    )
+    try:
+        result = fit(
+            model=model,
+            step_function=step_function,
+            step_at=step_at,
+            dataset=dataset,
+            config=config.train,
+            optim=config.optim,
+            run=run,
+            world=ranks,
+            ema=ema,
+            evaluate=lambda: evaluate(ema),
+            untrained=untrained,
+            changed_data=config.data.changed,
+            height=height(config),
+            head=head(config),
+            show=show,
+        )
+    except BaseException:
+        run.tell("stop", str(run.path))
+        raise
     return result, ema
 
 
