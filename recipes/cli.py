@@ -87,7 +87,7 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
 
 With -q there is no progress on the screen, only the result and what went wrong.
 
-A run that names code (an adapter, an order, a term) and was not made here by you is refused unless you add trust=true.
+A run that names code (an adapter, an order, a hook) and was not made here by you is refused unless you add trust=true.
 """
 
 

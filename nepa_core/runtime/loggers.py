@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,13 @@ def figures(line: Mapping[str, Any]) -> dict[str, float]:
     return {key: x for key, x in line.items() if isinstance(x, int | float) and key != "step"}
 
 
-def pictures(folder: Path) -> Iterator[Path]:
-    yield from sorted((folder / "report").glob("*.png"))
+def pictures(folder: Path) -> list[Path]:
+    """Those of a run's report."""
+    return sorted((folder / "report").glob("*.png"))
 
 
 def card(folder: Path) -> str:
+    """What a run's task said at its end."""
     file = folder / "report" / "card.txt"
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
