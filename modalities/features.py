@@ -21,7 +21,7 @@ from modalities.data.moments import ROUNDING, ROUNDING_SINGLE, ColumnMoments
 from modalities.data.numbering import check_numbering, first_unknown
 from modalities.data.vectors import Sequences, Stored, open_split
 from modalities.orders import Ordered, padding_behind
-from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.modality import Modality
 from nepa_core.tokens import Tokens, cached
 
@@ -136,10 +136,10 @@ def _say_unread_labels(root: str, train: Stored) -> None:
         if name.lower().endswith(endings) or (name != train.path.name and re.search("label|target|class", name.lower()))
     )
     if odd:
-        shown = ", ".join(map(printable, odd[:4])) + (f" and {len(odd) - 4} more" if len(odd) > 4 else "")
         say(
-            f"{root}: no labels; {shown} beside the data {'is' if len(odd) == 1 else 'are'} not read. Labels of arrays "
-            "and folders are train.label.npy and test.label.npy, a number for each sequence"
+            f"{root}: no labels; {some(list(map(printable, odd)), 4)} beside the data "
+            f"{'is' if len(odd) == 1 else 'are'} not read. Labels of arrays and folders are train.label.npy and "
+            "test.label.npy, a number for each sequence"
         )
 
 

@@ -104,10 +104,7 @@ class Scenes(Ordered, Modality):
         """{"image": uint8 [3, h, w], "target": uint8 [h, w]} of a split, cropped; see `CroppedScenes`."""
         random = split == "train" and self.augment
         return CroppedScenes(
-            self._stored(split),
-            self.crop,
-            self.short_side,
-            Augmentation(self.scales, self.distort) if random else None,
+            self._stored(split), self.crop, self.short_side, Augmentation(self.scales, self.distort) if random else None
         )
 
     def whole(self, split: str) -> StoredScenes:

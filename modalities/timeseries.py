@@ -31,7 +31,7 @@ from modalities.data.listing import Contents, fingerprint, say
 from modalities.data.moments import ROUNDING, ColumnMoments
 from modalities.data.series import LabelledSeries, read_labelled, read_table
 from modalities.orders import Ordered
-from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.modality import Modality
 from nepa_core.runtime.config import listed
 from nepa_core.tokens import LARGEST_VALUE, Sketch, Spans, Tokens, cached
@@ -476,7 +476,7 @@ def _read(
         name for name, column in zip(names, train.T, strict=True) if np.fmin.reduce(column) == np.fmax.reduce(column)
     ]
     if flat:
-        shown = ", ".join(map(repr, flat[:6])) + (f" and {len(flat) - 6} more" if len(flat) > 6 else "")
+        shown = some([repr(name) for name in flat])
         say(f"{root}: constant in the training rows, so that there is nothing to learn from: column {shown}")
     values = standardised(values, mean, std)
     for place, (name, column) in enumerate(zip(names, values.T, strict=True)):

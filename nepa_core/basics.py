@@ -1,11 +1,12 @@
-"""What every other file may need: the batch type, the frozen-config setting, the two errors, calling a user's code."""
+"""What every other file may need: the batch type, the frozen-config setting, the two errors, small helpers."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,18 @@ def needs(key: str, *packages: str, extra: str) -> None:
             f"{key} needs {' and '.join(missing)}, not installed here: pip install nepa[{extra}], or pip install "
             f"{' '.join(missing)}"
         )
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """ "a, b and 3 more": the first few of many names."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def cores() -> int:

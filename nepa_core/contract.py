@@ -8,16 +8,16 @@ Shapes as in `nepa_core.modality`: B samples, N tokens, P numbers in a raw token
 from __future__ import annotations
 
 from collections.abc import Sized
-from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.modality import Modality
+from nepa_core.basics import Batch, UserError
+from nepa_core.modality import Modality, readable
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import PredictorConfig
@@ -27,18 +27,7 @@ BATCH = 8
 TRIED = 256  # samples that are looked at for BATCH that can be read, before training
 PROBES = 32  # numbers of a raw sample that are changed to see in which tokens they stand
 NETWORK = PredictorConfig(
-    dim=48,
-    depth=2,
-    heads=2,
-    mlp_dim=96,
-    activation="gelu",
-    gated=False,
-    layer_scale=None,
-    qk_norm="plain",
-    rope_theta=100.0,
-    rope_rescale=1.0,
-    bos=False,
-    norm_eps=1e-6,
+    dim=48, depth=2, heads=2, mlp_dim=96, activation="gelu", gated=False, layer_scale=None, bos=False, norm_eps=1e-6
 )
 
 
@@ -289,7 +278,7 @@ def check_tokens_do_not_overlap(modality: Modality) -> None:
     rows = {name: value.repeat(1 + len(places), *[1] * (value.ndim - 1)) for name, value in batch.items()}
     rows[key] = _changed_one_by_one(raw[key], places)
     tokens = modality.tokenize(rows)
-    values, mask = tokens.values, _mask(tokens)
+    values, mask = tokens.values, tokens.real
     before, after, real = values[:1], values[1:], (mask[:1] & mask[1:])[..., None]
     change = ((after - before).abs() * real).flatten(1)  # [places, N * P]
     size, most = change.max(1)
@@ -525,7 +514,7 @@ def looked_at(modality: Modality) -> dict[str, str]:
             found[split] = f"{len(cast(Sized, dataset)):,} samples, the first {len(samples)} read: {first}"
         tokens = modality.tokenize(_batch(modality))
         order = modality.order(tokens)
-    values, low, high = tokens.values[_mask(tokens)], tokens.coords.amin(), tokens.coords.amax()
+    values, low, high = tokens.values[tokens.real], tokens.coords.amin(), tokens.coords.amax()
     (_, count, size), axes = tokens.values.shape, tokens.coords.shape[-1]
     found["tokens"] = f"{count} of {size} numbers, mean {values.mean():.2f}, standard deviation {values.std():.2f}"
     found["positions"] = f"on {axes} {'axis' if axes == 1 else 'axes'}, from {low:.4g} to {high:.4g}"
@@ -536,13 +525,7 @@ def looked_at(modality: Modality) -> dict[str, str]:
 
 def _samples(dataset: Dataset[Batch], within: int | None = None) -> dict[int, Batch]:
     """The first BATCH samples that can be read, by their index; of no more than so many."""
-    found: dict[int, Batch] = {}
-    for index in range(len(cast(Sized, dataset)))[:within]:
-        with suppress(UnreadableSample):
-            found[index] = dataset[index]
-        if len(found) == BATCH:
-            break
-    return found
+    return dict(islice(readable(dataset, within), BATCH))
 
 
 def _batch(modality: Modality, split: str = "train") -> Batch:
@@ -612,19 +595,13 @@ def _close(before: Tensor, after: Tensor) -> bool:
     return torch.allclose(before, after, atol=1e-4, equal_nan=True)
 
 
-def _mask(tokens: Tokens) -> Tensor:
-    """[B, N] bool, all True where the tokens carry no mask."""
-    shape = tokens.values.shape[:2]
-    return torch.ones(shape, dtype=torch.bool) if tokens.mask is None else tokens.mask
-
-
 def _copies(tokens: Tokens) -> tuple[Tensor, Tensor, Tensor]:
-    return tokens.values.clone(), tokens.coords.clone(), _mask(tokens).clone()
+    return tokens.values.clone(), tokens.coords.clone(), tokens.real.clone()
 
 
 def _only(tokens: Tokens, row: int) -> tuple[Tensor, Tensor]:
     """Values [n, P] and coordinates [n, A] of the n real tokens of one sample."""
-    real = _mask(tokens)[row]
+    real = tokens.real[row]
     coords = tokens.coords if tokens.coords.ndim == 2 else tokens.coords[row]
     return tokens.values[row, real], coords[real]
 

@@ -6,7 +6,7 @@ Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from typing import ClassVar, Self, cast
 
@@ -76,15 +76,12 @@ class Modality(BaseModel, ABC):
         Raises:
             UserError: the default finds ids in place of classes: far larger numbers than there are different ones.
         """
-        samples = self.dataset("train")
         found: set[int] = set()
-        for index in range(len(cast(Sized, samples))):
-            with suppress(UnreadableSample):
-                sample = samples[index]
-                label = torch.as_tensor(sample["label"] if "label" in sample else sample.get("target", 0.0))
-                if label.is_floating_point() or label.ndim != ("label" not in sample):
-                    return None
-                found.update(label.flatten().tolist())
+        for _, sample in readable(self.dataset("train")):
+            label = torch.as_tensor(sample["label"] if "label" in sample else sample.get("target", 0.0))
+            if label.is_floating_point() or label.ndim != ("label" not in sample):
+                return None
+            found.update(label.flatten().tolist())
         highest = max(found, default=-1)
         if highest > 1000 + 10 * len(found):
             raise UserError(
@@ -141,11 +138,7 @@ class Modality(BaseModel, ABC):
         Raises:
             UserError: none can be read.
         """
-        samples = self.dataset("train")
-        for index in range(len(cast(Sized, samples))):
-            with suppress(UnreadableSample):
-                return int(self.tokenize(default_collate([samples[index]])).values.shape[-1])
-        raise UserError(f"{type(self).__name__}: no training sample can be read; look at what dataset('train') gives")
+        return int(self.tokenize(default_collate([first_sample(self)])).values.shape[-1])
 
     def embedder(self, dim: int) -> nn.Module:
         """The map from raw tokens [B, N, P] to embeddings [B, N, dim], initialised. Default: one Linear.
@@ -180,8 +173,7 @@ class Modality(BaseModel, ABC):
         Default: the raw tokens as a grey picture of P rows and N columns, each sample from its lowest to its
         highest number; padding is black.
         """
-        real = torch.ones_like(tokens.values[..., 0], dtype=torch.bool) if tokens.mask is None else tokens.mask
-        values, drawn = tokens.canonical(tokens.values), tokens.canonical(real)[..., None]
+        values, drawn = tokens.canonical(tokens.values), tokens.canonical(tokens.real)[..., None]
         low = values.masked_fill(~drawn, torch.inf).amin((1, 2), keepdim=True)
         high = values.masked_fill(~drawn, -torch.inf).amax((1, 2), keepdim=True)
         grey = torch.where(drawn, (values - low) / (high - low).clamp(min=1e-12), 0.0)
@@ -287,3 +279,21 @@ class Modality(BaseModel, ABC):
                 "holds 1 to 3 numbers"
             )
         return tokens.reordered(self.order(tokens))
+
+
+def readable(samples: Dataset[Batch], most: int | None = None) -> Iterator[tuple[int, Batch]]:
+    """Those samples of a data set, or of its first `most`, that can be read, with their indices."""
+    for index in range(len(cast(Sized, samples)))[:most]:
+        with suppress(UnreadableSample):
+            yield index, samples[index]
+
+
+def first_sample(data: Modality) -> Batch:
+    """The first training sample that can be read.
+
+    Raises:
+        UserError: there is none.
+    """
+    for _, sample in readable(data.dataset("train")):
+        return sample
+    raise UserError(f"{type(data).__name__}: no training sample can be read; look at what dataset('train') gives")

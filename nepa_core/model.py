@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -167,6 +169,17 @@ def at_head_rate(name: str) -> bool:
     """
     parts = name.split(".")
     return "norm" not in parts if parts[0] == "head" else "predictor.norm" in name
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within the block a model is in evaluation mode, afterwards in its own again."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def draw_coord_scale(rescale: float) -> float:

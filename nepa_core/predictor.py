@@ -132,14 +132,7 @@ class Attention(nn.Module):
             )
 
     def forward(
-        self,
-        x: Tensor,
-        rope: Rope,
-        scale: Tensor | None,
-        *,
-        causal: bool,
-        allowed: Allowed,
-        trace: Trace | None,
+        self, x: Tensor, rope: Rope, scale: Tensor | None, *, causal: bool, allowed: Allowed, trace: Trace | None
     ) -> Tensor:
         qkv = self.qkv(x)
         if isinstance(rope, Tensor):
@@ -315,11 +308,7 @@ class Predictor(nn.Module):
         ahead = self.config.predict_position == "rotate"
         matrices, dtype = self.fused and self.config.qk_norm == "plain", compute_dtype(x)
         where = (coords, self.config.head_dim, self.config.rope_theta)
-        options: dict[str, Any] = {
-            "device": x.device,
-            "scale": coord_scale,
-            "bos": x.shape[1] == coords.shape[-2] + 1,
-        }
+        options: dict[str, Any] = {"device": x.device, "scale": coord_scale, "bos": x.shape[1] == coords.shape[-2] + 1}
         if matrices and not ahead and packing is None:
             return rotary_matrices(*where, dtype=dtype, **options)
         table = rotary_table(*where, dtype=torch.float32 if matrices else dtype, **options)

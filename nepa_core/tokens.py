@@ -55,6 +55,13 @@ class Tokens:
     mask: Tensor | None = None
     order: Tensor | None = None
 
+    @property
+    def real(self) -> Tensor:
+        """The mask, all True where there is none: [B, N] bool on the device of the values."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.values.shape[:2], dtype=torch.bool, device=self.values.device)
+
     def real_count(self) -> Tensor | int:
         """Tokens of the batch that are real; a scalar on their device where there is a mask."""
         return self.values.shape[0] * self.values.shape[1] if self.mask is None else self.mask.sum()

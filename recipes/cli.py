@@ -22,52 +22,35 @@ class Task(NamedTuple):
     module: str
     takes: str
     gives: str
-    second: str = ""  # the option that a second word without a = is
 
+
+_FILES = {"import": "import_released", "export": "export_released"}  # else that of the task's name
 
 TASKS = {
-    "check": Task(
-        "recipes.tasks.check", "RECIPE or RUN", "is an adapter of your own sound? what is wrong, in plain words"
-    ),
-    "pretrain": Task("recipes.tasks.pretrain", "RECIPE", "a run folder and the verdict: was anything learned?"),
-    "probe": Task("recipes.tasks.probe", "RUN", "accuracy of every layer, beside random weights and the raw tokens"),
-    "finetune": Task(
-        "recipes.tasks.finetune",
-        "RUN or RECIPE",
-        "accuracy after training on labels, from init= or random weights",
-    ),
-    "segment": Task(
-        "recipes.tasks.segment", "RECIPE", "mIoU after training on pixel labels, from init= or random weights"
-    ),
-    "forecast": Task(
-        "recipes.tasks.forecast", "RUN", "the next steps of a series, beside linear models and persistence"
-    ),
-    "evaluate": Task("recipes.tasks.evaluate", "RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
-    "inspect": Task(
-        "recipes.tasks.inspect", "RUN", "attention and similarity maps and the layers in colour, as one page"
-    ),
-    "embed": Task(
-        "recipes.tasks.embed", "RUN", "features of any layer for many samples, as parquet, npy or safetensors"
-    ),
-    "orders": Task("recipes.tasks.orders", "RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
-    "objectives": Task(
-        "recipes.tasks.objectives", "RECIPE", "does pre-training pay, and with which objective? as one page"
-    ),
-    "ablate": Task("recipes.tasks.ablate", "RECIPE", "the paper's ablations as one table and one plot"),
-    "import": Task(
-        "recipes.tasks.import_released", "DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"
-    ),
-    "export": Task("recipes.tasks.export_released", "RUN", "the released Hugging Face layout, or format=onnx, torch"),
-    "push": Task(
-        "recipes.tasks.push", "RUN OWNER/NAME", "a run on the Hugging Face hub, with a model card; dry_run=true", "to"
-    ),
-    "resize": Task(
-        "recipes.tasks.resize", "RECIPE", "the recipe's images once more, small, in shards that load faster"
-    ),
-    "bench": Task(
-        "recipes.tasks.bench", "RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"
-    ),
+    name: Task(f"recipes.tasks.{_FILES.get(name, name)}", takes, gives)
+    for name, (takes, gives) in {
+        "check": ("RECIPE or RUN", "is an adapter of your own sound? what is wrong, in plain words"),
+        "pretrain": ("RECIPE", "a run folder and the verdict: was anything learned?"),
+        "probe": ("RUN", "accuracy of every layer, beside random weights and the raw tokens"),
+        "finetune": ("RUN or RECIPE", "accuracy after training on labels, from init= or random weights"),
+        "segment": ("RECIPE", "mIoU after training on pixel labels, from init= or random weights"),
+        "forecast": ("RUN", "the next steps of a series, beside linear models and persistence"),
+        "evaluate": ("RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
+        "inspect": ("RUN", "attention and similarity maps and the layers in colour, as one page"),
+        "embed": ("RUN", "features of any layer for many samples, as parquet, npy or safetensors"),
+        "orders": ("RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
+        "objectives": ("RECIPE", "does pre-training pay, and with which objective? as one page"),
+        "ablate": ("RECIPE", "the paper's ablations as one table and one plot"),
+        "import": ("DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"),
+        "export": ("RUN", "the released Hugging Face layout, or format=onnx, torch"),
+        "push": ("RUN OWNER/NAME", "a run on the Hugging Face hub, with a model card; dry_run=true"),
+        "resize": ("RECIPE", "the recipe's images once more, small, in shards that load faster"),
+        "bench": ("RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
+    }.items()
 }
+
+SECOND = {"push": "to"}
+"""Task -> the option that a second word without a = is."""
 
 HELP = """usage: nepa TASK RECIPE-or-RUN [key=value ...]
 
@@ -175,8 +158,8 @@ def _dispatch(words: list[str]) -> int:
         return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes', 'completion'])}", 2)
     task = importlib.import_module(TASKS[name].module)
     rest = _trusting(rest)
-    if (second := TASKS[name].second) and len(rest) > 1 and "=" not in rest[1]:
-        rest[1] = f"{second}={rest[1]}"
+    if name in SECOND and len(rest) > 1 and "=" not in rest[1]:
+        rest[1] = f"{SECOND[name]}={rest[1]}"
     if asks_help and (not rest or "=" in rest[0]):
         print(_task_help(name, task, None, {}))
         return 0

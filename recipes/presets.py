@@ -8,6 +8,7 @@ from modalities.features import Features
 from nepa_core.modality import Modality
 from nepa_core.predictor import PredictorConfig
 from nepa_core.pretrainer import ObjectiveConfig
+from nepa_core.runtime.config import override
 from nepa_core.runtime.fit import TrainConfig
 from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
 from recipes.configs import FinetuneConfig, PretrainConfig, VerdictConfig
@@ -24,20 +25,7 @@ def small(data: Modality) -> PretrainConfig:
     """
     return PretrainConfig(
         data=data,
-        model=PredictorConfig(
-            dim=64,
-            depth=4,
-            heads=4,
-            mlp_dim=256,
-            activation="gelu",
-            gated=False,
-            layer_scale=1.0,
-            qk_norm="plain",
-            rope_theta=100.0,
-            rope_rescale=1.0,
-            bos=True,
-            norm_eps=1e-6,
-        ),
+        model=PredictorConfig(dim=64, depth=4, heads=4, activation="gelu", gated=False, layer_scale=1.0, norm_eps=1e-6),
         objective=PAPER_OBJECTIVE,
         optim=OptimConfig(
             lr=1e-3, lr_batch=None, betas=(0.9, 0.95), weight_decay=0.05, warmup=Duration(fraction=0.05), clip=1.0
@@ -55,8 +43,7 @@ def features() -> PretrainConfig:
     `nepa pretrain recipes.presets:features data.root=DIR`: the network of `small`, packed, so that sequences of unequal
     length cost no padding.
     """
-    config = small(Features())
-    return config.model_copy(update={"model": config.model.model_copy(update={"pack": True})})
+    return override(small(Features()), {"model.pack": True})
 
 
 SHORT = "the preset recipes.presets:short"

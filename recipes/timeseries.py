@@ -28,20 +28,16 @@ def etth1() -> PretrainConfig:
     more, or less, than linear: 23 to 24 % of the next tokens identified among 49, by a linear autoregression a point
     more.
     """
-    return override(
-        small(
-            TimeSeries(
-                source="file",
-                root="ETTh1.csv",
-                window=336,
-                patch=24,
-                channels="independent",
-                normalise="window",
-                parts=(8640, 2880, 2880),
-            )
-        ),
-        {"train.evaluate": 200},
+    data = TimeSeries(
+        source="file",
+        root="ETTh1.csv",
+        window=336,
+        patch=24,
+        channels="independent",
+        normalise="window",
+        parts=(8640, 2880, 2880),
     )
+    return override(small(data), {"train.evaluate": 200})
 
 
 def labelled() -> PretrainConfig:

@@ -16,6 +16,7 @@ from modalities.data.image_augment import Augment, Interpolation
 from modalities.image import Images
 from modalities.scenes import Scenes
 from nepa_core.predictor import PredictorConfig
+from nepa_core.runtime.config import override
 from nepa_core.runtime.fit import TrainConfig
 from nepa_core.runtime.optim import Duration, LayerDecay, OptimConfig
 from recipes.configs import FinetuneConfig, MixConfig, PretrainConfig, SegmentConfig, VerdictConfig
@@ -24,17 +25,7 @@ from recipes.networks.windows import EvaluationConfig
 from recipes.presets import PAPER_OBJECTIVE, small
 
 CAMVID_CLASSES = (
-    "sky",
-    "building",
-    "pole",
-    "road",
-    "pavement",
-    "tree",
-    "sign",
-    "fence",
-    "car",
-    "pedestrian",
-    "cyclist",
+    *("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist"),
 )
 """Labels 0 to 10; 11 is void."""
 
@@ -55,8 +46,7 @@ def digits_2x2() -> PretrainConfig:
 
     `nepa pretrain recipes.vision:digits_2x2`.
     """
-    recipe = digits()
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"patch": (2, 2)})})
+    return override(digits(), {"data.patch": (2, 2)})
 
 
 def cifar10() -> PretrainConfig:
@@ -65,26 +55,17 @@ def cifar10() -> PretrainConfig:
     `nepa pretrain recipes.vision:cifar10 data.root=DIR`, where DIR holds Hugging Face parquet files, an
     image folder (train/CLASS/*, test/CLASS/*) or torchvision's `cifar-10-batches-py`.
     """
-    recipe = small(
-        Images(
-            source="folder",
-            root="cifar10",
-            size=(32, 32),
-            patch=(4, 4),
-            channels=3,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-            in_memory=True,
-        )
+    data = Images(
+        source="folder",
+        root="cifar10",
+        size=(32, 32),
+        patch=(4, 4),
+        channels=3,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        in_memory=True,
     )
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"dim": 128, "mlp_dim": 512}),
-            "train": recipe.train.model_copy(
-                update={"length": recipe.train.length.model_copy(update={"steps": 1200}), "evaluate": 100}
-            ),
-        }
-    )
+    return override(small(data), {"model.dim": 128, "model.mlp_dim": 512, "train.length.steps": 1200})
 
 
 def base_in1k() -> PretrainConfig:
@@ -135,13 +116,8 @@ def large_in1k() -> PretrainConfig:
     paper's 800 epochs. Published after fine-tuning: 85.3 % top-1 (85.40 with the released weights). Values come from
     where those of `base_in1k` do, and what is not published is what it names.
     """
-    base = base_in1k()
-    return base.model_copy(
-        update={
-            "model": _vit(dim=1024, depth=24, heads=16, qk_norm="affine"),
-            "train": base.train.model_copy(update={"micro_batch": 256}),
-        }
-    )
+    network = _vit(dim=1024, depth=24, heads=16, qk_norm="affine")
+    return override(base_in1k(), {"model": network, "train.micro_batch": 256})
 
 
 def large_in1k_paper() -> PretrainConfig:
@@ -154,8 +130,7 @@ def large_in1k_paper() -> PretrainConfig:
     from where those of `base_in1k_paper` do, and what is not published is what it names; QK-norm with a weight is the
     release's.
     """
-    paper = _as_in_the_paper(large_in1k())
-    return paper.model_copy(update={"train": paper.train.model_copy(update={"length": Duration(epochs=800)})})
+    return override(_as_in_the_paper(large_in1k()), {"train.length.epochs": 800})
 
 
 def base_in1k_finetune() -> FinetuneConfig:
@@ -225,22 +200,18 @@ def large_in1k_finetune() -> FinetuneConfig:
     names; drop path 0.2 stands in the scripts' config and on their command line. Evaluated on images squashed to
     235 x 235, centre crop 224: what crop_pct 0.95 comes to there.
     """
-    base = base_in1k_finetune()
-    return base.model_copy(
-        update={
-            "init": "SixAILab/nepa-large-patch14-224",
-            "data": base.data.model_copy(update={"crop_ratio": 0.95, "squash": True}),
-            "model": _vit(dim=1024, depth=24, heads=16, qk_norm="affine", drop_path=0.2),
-            "optim": base.optim.model_copy(
-                update={
-                    "lr": 1e-3,
-                    "warmup": Duration(fraction=0.3),
-                    "layer_decay": LayerDecay(start=0.75, end=0.75, staggered_warmup=True, head_counts=False),
-                }
-            ),
-            "train": base.train.model_copy(update={"micro_batch": 64}),
-        }
-    )
+    changes = {
+        "init": "SixAILab/nepa-large-patch14-224",
+        "data.crop_ratio": 0.95,
+        "data.squash": True,
+        "model": _vit(dim=1024, depth=24, heads=16, qk_norm="affine", drop_path=0.2),
+        "optim.lr": 1e-3,
+        "optim.warmup.fraction": 0.3,
+        "optim.layer_decay.start": 0.75,
+        "optim.layer_decay.end": 0.75,
+        "train.micro_batch": 64,
+    }
+    return override(base_in1k_finetune(), changes)
 
 
 def large_in1k_finetune_paper() -> FinetuneConfig:
@@ -254,8 +225,7 @@ def large_in1k_finetune_paper() -> FinetuneConfig:
     where those of `base_in1k_finetune_paper` do, and what is not published is what it names; drop path 0.2 is the
     paper's.
     """
-    paper = _tuned_as_in_the_paper(large_in1k_finetune(), rate=0.60)
-    return paper.model_copy(update={"train": paper.train.model_copy(update={"length": Duration(epochs=50)})})
+    return override(_tuned_as_in_the_paper(large_in1k_finetune(), rate=0.60), {"train.length.epochs": 50})
 
 
 def base_ade20k() -> SegmentConfig:
@@ -280,13 +250,12 @@ def base_ade20k() -> SegmentConfig:
     148 x 148 maps): at a fifth of the bfloat16 peak 17 hours on one H100, 2 on eight. Reading, augmenting and
     distorting a crop takes 26 ms of one core, measured with 683 x 512 JPEG files.
     """
-    crop, patch = (518, 518), (14, 14)
     return SegmentConfig(
         init="SixAILab/nepa-base-patch14-224",
         data=Scenes(
             root="ADEChallengeData2016",
-            crop=crop,
-            patch=patch,
+            crop=(518, 518),
+            patch=(14, 14),
             short_side=518,
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
@@ -294,7 +263,7 @@ def base_ade20k() -> SegmentConfig:
             first_label=1,
             ignored_labels=(0,),
         ),
-        model=base_in1k().model.model_copy(update={"qk_norm": "affine", "rope_rescale": 1.0, "drop_path": 0.1}),
+        model=base_in1k_finetune().model.model_copy(update={"rope_rescale": 1.0}),
         causal=False,
         head="upernet",
         upernet=UPerNetConfig(
@@ -338,21 +307,20 @@ def large_ade20k() -> SegmentConfig:
     would stand still), in the numbering of MAE and BEiT. Time: not measured; by arithmetic twice that of
     `base_ade20k`, 34 hours on one H100, 4 on eight.
     """
-    recipe = base_ade20k()
-    large = {"dim": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096, "drop_path": 0.2}
-    decay = LayerDecay(start=0.75, end=0.75, staggered_warmup=False, head_counts=True)
-    return recipe.model_copy(
-        update={
-            "init": "SixAILab/nepa-large-patch14-224",
-            "model": recipe.model.model_copy(update=large),
-            "upernet": recipe.upernet.model_copy(update={"levels": (7, 11, 15, 23), "channels": 1024}),
-            "optim": recipe.optim.model_copy(update={"layer_decay": decay}),
-        }
-    )
+    network = _vit(dim=1024, depth=24, heads=16, qk_norm="affine", drop_path=0.2)
+    changes = {
+        "init": "SixAILab/nepa-large-patch14-224",
+        "model": network.model_copy(update={"rope_rescale": 1.0}),
+        "upernet.levels": (7, 11, 15, 23),
+        "upernet.channels": 1024,
+        "optim.layer_decay.start": 0.75,
+        "optim.layer_decay.end": 0.75,
+    }
+    return override(base_ade20k(), changes)
 
 
 def _camvid_scenes() -> Scenes:
-    """CamVid at half its size: crops of 96 x 128 in 192 patches of 8 x 8."""
+    """CamVid at half its size: crops of 96 x 128 in 192 patches of 8 x 8, mildly augmented."""
     return Scenes(
         root="camvid",
         crop=(96, 128),
@@ -364,6 +332,8 @@ def _camvid_scenes() -> Scenes:
         names=CAMVID_CLASSES,
         first_label=0,
         ignored_labels=(11,),
+        scales=(0.75, 1.5),
+        distort=False,
     )
 
 
@@ -373,14 +343,9 @@ def camvid() -> PretrainConfig:
     `nepa pretrain recipes.vision:camvid data.root=DIR`, where DIR holds `images/{train,val}` and
     `annotations/{train,val}`. About 4 minutes on one core; RESULTS.md has the verdict.
     """
-    recipe = small(_camvid_scenes().model_copy(update={"scales": (0.75, 1.5), "distort": False}))
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"dim": 128, "mlp_dim": 512}),
-            "train": recipe.train.model_copy(
-                update={"length": Duration(steps=300), "batch": 32, "evaluate": 100, "checkpoint": 100}
-            ),
-        }
+    network = {"model.dim": 128, "model.mlp_dim": 512}
+    return override(
+        small(_camvid_scenes()), network | {"train.length.steps": 300, "train.batch": 32, "train.checkpoint": 100}
     )
 
 
@@ -392,11 +357,10 @@ def camvid_segment() -> SegmentConfig:
     setting is too much and too slow: no colour distortion, scales 0.75 to 1.5, no layer decay, learning rate 2e-3.
     The 101 held-out scenes are one drive of a few minutes, so neighbours are much alike. Windows are half a crop apart.
     """
-    pretraining = camvid()
     return SegmentConfig(
         init=None,
-        data=_camvid_scenes().model_copy(update={"scales": (0.75, 1.5), "distort": False}),
-        model=pretraining.model.model_copy(update={"drop_path": 0.1}),
+        data=_camvid_scenes(),
+        model=camvid().model.model_copy(update={"drop_path": 0.1}),
         causal=False,
         head="upernet",
         upernet=UPerNetConfig(
@@ -447,15 +411,10 @@ def _vit(
         dim=dim,
         depth=depth,
         heads=heads,
-        mlp_dim=4 * dim,
         activation="gelu",
         gated=False,
-        layer_scale=1e-5,
         qk_norm=qk_norm,
-        rope_theta=100.0,
         rope_rescale=2.0,
-        bos=True,
-        norm_eps=1e-12,
         drop_path=drop_path,
     )
 
@@ -474,30 +433,19 @@ def _train(*, epochs: int, batch: int, micro_batch: int) -> TrainConfig:
     )
 
 
+_PAPER_NETWORK = {"model.activation": "silu", "model.gated": True, "model.learned_positions": 256}
+
+
 def _as_in_the_paper(released: PretrainConfig) -> PretrainConfig:
-    model = {"activation": "silu", "gated": True, "learned_positions": 256}
-    return released.model_copy(
-        update={
-            "data": released.data.model_copy(update={"augment": "crop"}),
-            "model": released.model.model_copy(update=model),
-            "optim": released.optim.model_copy(update={"warmup": Duration(epochs=40)}),
-        }
-    )
+    return override(released, _PAPER_NETWORK | {"data.augment": "crop", "optim.warmup.epochs": 40})
 
 
 def _tuned_as_in_the_paper(released: FinetuneConfig, rate: float) -> FinetuneConfig:
-    model = {"activation": "silu", "gated": True, "learned_positions": 256}
-    return released.model_copy(
-        update={
-            "init": None,
-            "readout": "last",
-            "model": released.model.model_copy(update=model),
-            "optim": released.optim.model_copy(
-                update={
-                    "lr": 1e-3,
-                    "warmup": Duration(epochs=5),
-                    "layer_decay": LayerDecay(start=rate, end=1.0, staggered_warmup=False, head_counts=False),
-                }
-            ),
-        }
-    )
+    changes = {
+        "init": None,
+        "readout": "last",
+        "optim.lr": 1e-3,
+        "optim.warmup.epochs": 5,
+        "optim.layer_decay": LayerDecay(start=rate, end=1.0, staggered_warmup=False, head_counts=False),
+    }
+    return override(released, _PAPER_NETWORK | changes)

@@ -43,10 +43,11 @@ from modalities.data.listing import (
     read_whole,
     say,
     say_left_aside,
+    some_rows,
     subfolders,
 )
 from modalities.data.text_files import read_lines
-from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.basics import Batch, UnreadableSample, UserError, some
 
 SourceName = Literal["synthetic", "folder"]
 Padding = Literal["batch", "full"]
@@ -278,10 +279,7 @@ def open_audio(
             token, or holds NaN.
     """
     stored = open_source(source, split, root=root, held_out_speaker=held_out_speaker, held_out=held_out)
-    count = len(stored)
-    rows = torch.arange(count)
-    if limit is not None and split == "train":
-        rows = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
+    rows = some_rows(len(stored), limit if split == "train" else None)
     return Clips(stored, rows, form, padding, _memory(stored, form) if in_memory else None)
 
 
@@ -428,8 +426,8 @@ def _listen(root: str, paths: Sequence[str]) -> None:
         peak = float(np.abs(points).max())
         if kind in ("FLOAT", "DOUBLE") and peak > 8:
             what = (
-                f"have numbers up to {_power_of_two(peak):,}, as integers have, in a file of floating-point samples, "
-                "which should lie between -1 and 1; divide them"
+                f"have numbers up to {2 ** math.ceil(math.log2(peak)):,}, as integers have, in a file of "
+                "floating-point samples, which should lie between -1 and 1; divide them"
             )
             found.setdefault(what, []).append(path)
         if _cancels(points):
@@ -440,10 +438,6 @@ def _listen(root: str, paths: Sequence[str]) -> None:
             found.setdefault("are clipped: they stay at full scale for several samples at a time", []).append(path)
     for what, named in found.items():
         say(f"{root}: {len(named)} of {read} clips listened to, such as {printable(min(named))}, {what}")
-
-
-def _power_of_two(number: float) -> int:
-    return int(2 ** math.ceil(math.log2(number)))
 
 
 def _check_rate(rate: int, wanted: int) -> None:
@@ -551,8 +545,13 @@ def _say_without_files(folder: Path, files: Sequence[str], rows: Sequence[Row]) 
     """Name the folders that would be classes if they held a file that is read."""
     held = {os.path.relpath(path, folder).split(os.sep)[0] for path in files}
     empty = [printable(name) for name in subfolders(folder) if name not in held]
-    if empty and {label for _, label, _ in rows} <= held:
-        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {_some(empty)}, so they are no classes")
+    if {label for _, label, _ in rows} <= held:
+        _say_empty(folder, empty)
+
+
+def _say_empty(folder: Path, empty: Sequence[str]) -> None:
+    if empty:
+        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {some(empty)}, so they are no classes")
 
 
 def _say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
@@ -603,13 +602,8 @@ def _tree(folder: Path, passed: Passed) -> list[tuple[str, str]]:
     passed.merge(beside)
     for group in groups:
         passed.merge(group.passed)
-    if empty := [printable(label) for label, group in zip(labels, groups, strict=True) if not group.paths]:
-        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {_some(empty)}, so they are no classes")
+    _say_empty(folder, [printable(label) for label, group in zip(labels, groups, strict=True) if not group.paths])
     return found
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> list[Row]:
@@ -643,7 +637,7 @@ def _by_folds(root: str, parts: dict[str, list[str]], folds: Sequence[str], held
     held = folds[: min(max(round(held_out * len(folds)), 1), len(folds) - 1)]
     lost = len(parts) - len(inner)
     say(
-        f"{root}: {folds[0]} to {folds[-1]} are folds and no classes; {_some(held)} held out, "
+        f"{root}: {folds[0]} to {folds[-1]} are folds and no classes; {some(held)} held out, "
         + ("classes are the folders in them" if classes else "no labels: no class folders are in all of them")
         + (f"; {lost} files beside them are left out" if lost else "")
     )
@@ -674,7 +668,7 @@ def _classes_of(root: str, parts: dict[str, list[str]]) -> dict[str, str]:
         if loose:
             say(f"{root}: left out: {len(loose)} beside the class folders, such as {printable(loose[0])}")
         if single:
-            say(f"{root}: left out, for one file can't be in both splits: {_some(list(map(printable, single)))}")
+            say(f"{root}: left out, for one file can't be in both splits: {some(list(map(printable, single)))}")
         return {path: each[0] for path, each in inner.items() if counts[each[0]] > 1}
     return dict.fromkeys(parts, "")
 

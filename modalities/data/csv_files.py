@@ -160,7 +160,6 @@ def _has_spaces(lines: Sequence[str], separator: str) -> bool:
 
 
 def _is_head(cells: Sequence[str]) -> bool:
-    """Whether these are names of columns."""
     if any(_STAMP.fullmatch(cell) for cell in cells):
         return False
     if not all(cell in _NULLS or _NUMBER.fullmatch(cell) or _COMMA.fullmatch(cell) for cell in cells):

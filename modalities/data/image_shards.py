@@ -199,7 +199,6 @@ def index_shard(file: Path) -> ShardIndex:
 
 
 def _samples(file: Path, images: Found, labels: dict[str, int | UserError], passed: Passed) -> ShardIndex:
-    """Pair images and labels."""
     index = ShardIndex([], [], [], [], passed)
     used: dict[str, str] = {}
     for key, (offset, size) in images.items():

@@ -37,8 +37,8 @@ from modalities.data.image_shards import compressed_shards, open_shards, shard_f
 from modalities.data.listing import (
     Integers,
     Passed,
+    Paths,
     data_folder,
-    file_sizes,
     list_files,
     list_groups,
     printable,
@@ -48,7 +48,7 @@ from modalities.data.listing import (
     subfolders,
 )
 from modalities.data.numbering import check_numbering, first_unknown
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, some
 
 if TYPE_CHECKING:
     from datasets import Dataset as Table
@@ -206,39 +206,23 @@ class Noise:
 
 @dataclass(frozen=True, eq=False)
 class Files:
-    """Image files. Their paths are an Arrow array: a list of strings would be copied into every worker.
+    """Image files."""
 
-    Attributes:
-        paths: bytes, as names of files need not be text.
-        base: the folder that names are relative to where they say what the data set is.
-    """
-
-    paths: pa.Array
+    paths: Paths
     labels: Tensor
     classes: Classes | None
-    base: str = ""
 
     def read(self, row: int) -> bytes:
-        return read_whole(self.path(row))
-
-    def path(self, row: int) -> str:
-        """As the system gives it."""
-        return os.fsdecode(self.paths[row].as_py())
+        return read_whole(self.paths.at(row))
 
     def name(self, row: int) -> str:
-        return printable(self.path(row))
+        return printable(self.paths.at(row))
 
     def relative_names(self) -> list[str]:
-        start = len(self.base) + 1 if self.base else 0
-        return [os.fsdecode(path)[start:] for path in self.paths.to_pylist()]
+        return self.paths.relative()
 
     def sizes(self) -> Integers:
-        return file_sizes([os.fsdecode(path) for path in self.paths.to_pylist()])
-
-
-def files_of(paths: Sequence[str], labels: Tensor, classes: Classes | None, base: str = "") -> Files:
-    """`Files` of paths as the system gives them."""
-    return Files(pa.array([os.fsencode(path) for path in paths], pa.large_binary()), labels, classes, base)
+        return self.paths.sizes()
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,13 +283,12 @@ def _open_folder(root: str, split: str) -> Source:
         del found[CLASS_FOLDERS]
     if not found:
         entries = sorted(map(printable, os.listdir(folder)))
-        more = f" and {len(entries) - 8} more" if len(entries) > 8 else ""
         raise UserError(
             f"data.root={root}: looked for train/<class>/* with val/<class>/*, for train/ with validation/ as "
             "save_to_disk writes them, for train-*.parquet with test-*.parquet (there or in data/), for "
             f"*train*.tar with *val*.tar, and for {CIFAR10}/, but found none of them complete; the "
             "held-out split may be called val, validation or test, and shards must not be compressed; the folder "
-            f"holds {', '.join(entries[:8]) or 'nothing'}{more}"
+            f"holds {some(entries, 8) or 'nothing'}"
         )
     chosen, *others = found
     if others:
@@ -361,10 +344,7 @@ def _same_classes(where: str, names: Mapping[str, Sequence[str] | None], kind: s
     alone += [f"{second}/{printable(name)}" for name in sorted(set(other or ()) - set(one or ()))]
     if not alone:
         raise UserError(f"{where}: both splits need the same {kind} in the same order; fix the names of {second}")
-    more = f" and {len(alone) - 6} more" if len(alone) > 6 else ""
-    raise UserError(
-        f"{where}: both splits need the same {kind}; without a counterpart in the other: {', '.join(alone[:6])}{more}"
-    )
+    raise UserError(f"{where}: both splits need the same {kind}; without a counterpart in the other: {some(alone)}")
 
 
 # --------------------------------------------------------------------------------- class folders, CIFAR-10, shards
@@ -375,7 +355,6 @@ def _subfolder(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def _any_image(folder: Path) -> bool:
-    """Whether both splits have an image in a class folder; stops at the first."""
     bases = (_subfolder(folder, names) for names in SPLITS.values())
     return all(
         any(list_files(base / name, SUFFIXES, within=base).paths for name in subfolders(base))
@@ -405,16 +384,14 @@ def _open_class_folders(train: Path, test: Path, split: str) -> Files:
     _say_nested(base, {name: group.paths for name, group in zip(classes, groups, strict=True)})
     labels = torch.arange(len(classes)).repeat_interleave(torch.tensor(counts))
     paths = [path for group in groups for path in group.paths]
-    return files_of(paths, labels, tuple(map(printable, classes)), str(base.parent))
+    return Files(Paths.of(paths, str(base.parent)), labels, tuple(map(printable, classes)))
 
 
 def _say_empty(base: Path, empty: Mapping[str, Passed]) -> None:
-    """Name the classes of which no image is left."""
     if not empty:
         return
-    shown = [f"{printable(name)} ({passed.total():,} passed over)" for name, passed in list(empty.items())[:6]]
-    more = f" and {len(empty) - 6} more" if len(empty) > 6 else ""
-    say(f"{base}: classes without an image that can be read: {', '.join(shown)}{more}; they stay classes, without one")
+    shown = some([f"{printable(name)} ({passed.total():,} passed over)" for name, passed in empty.items()])
+    say(f"{base}: classes without an image that can be read: {shown}; they stay classes, without one")
 
 
 def _say_nested(base: Path, paths: Mapping[str, Sequence[str]]) -> None:
@@ -474,7 +451,6 @@ def _open_parquet(files: Mapping[str, list[Path]], split: str) -> Rows:
 
 
 def _one_pair(files: Sequence[Path], schemas: Sequence[pa.Schema]) -> list[str]:
-    """The names of the two columns, the same in all files."""
     found = [_columns(schema, str(file)) for file, schema in zip(files, schemas, strict=True)]
     for file, each in zip(files, found, strict=True):
         if each != found[0]:
@@ -570,7 +546,6 @@ def _rows(table: Table, titles: Sequence[str], starts: Sequence[int], classes: C
 
 
 def _columns(schema: pa.Schema, title: str) -> list[str]:
-    """The names of the column of images and of the column of labels."""
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     if image is not None and label is not None:

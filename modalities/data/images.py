@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from modalities.data.hub import one_line
 from modalities.data.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
 from modalities.data.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
-from modalities.data.image_sources import Arrays, Files, Noise, Rows, Size, Source, SourceName, files_of, open_source
-from modalities.data.listing import IN_PLACE, OPENING, Contents, fingerprint
+from modalities.data.image_sources import Arrays, Files, Noise, Rows, Size, Source, SourceName, open_source
+from modalities.data.listing import IN_PLACE, OPENING, Contents, Derived, Paths, fingerprint, some_rows
 from nepa_core.basics import Batch, UnreadableSample, cores
 
 SHARE = 256  # images that a process decodes at a time
@@ -80,7 +80,7 @@ def open_images(
     box = ErasedBox(erase, size) if train and erase else None
     fitted = CentreCrop(size, crop_ratio, squash=squash)
     if not in_memory:
-        rows = _subset(len(stored.labels), limit)
+        rows = some_rows(len(stored.labels), limit)
         return DecodedImages(stored, rows, size, channels, transform or fitted, box, max_pixels)
     memory = _in_memory(stored, size, channels, limit, crop_ratio, squash, max_pixels)
     return memory if transform is None and box is None else AugmentedImages(memory, transform, box)
@@ -97,7 +97,7 @@ def open_files(
 ) -> Dataset[Batch]:
     """Image files by name, scaled and cropped as `open_images` does it; their label is -1, for none is known."""
     fitted = CentreCrop(size, crop_ratio, squash=squash)
-    files = files_of(paths, torch.full((len(paths),), -1), None)
+    files = Files(Paths.of(paths), torch.full((len(paths),), -1), None)
     return DecodedImages(files, torch.arange(len(paths)), size, channels, fitted, None, max_pixels)
 
 
@@ -122,14 +122,9 @@ class DecodedImages(Dataset[Batch]):
         erase: Callable[[], Tensor] | None = None,
         max_pixels: int = LARGEST_IMAGE,
     ) -> None:
-        self.source = source
-        self.rows = rows
-        self.labels = source.labels[rows]
-        self.size = size
-        self.channels = channels
-        self.transform = transform or CentreCrop(size)
-        self.erase = erase
-        self.max_pixels = max_pixels
+        self.source, self.rows, self.labels = source, rows, source.labels[rows]
+        self.size, self.channels, self.max_pixels = size, channels, max_pixels
+        self.transform, self.erase = transform or CentreCrop(size), erase
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -170,7 +165,7 @@ class DecodedImages(Dataset[Batch]):
             raise UnreadableSample(f"{self.source.name(row)}: {one_line(error)}") from error
 
 
-class MemoryImages(Dataset[Batch]):
+class MemoryImages(Derived, Dataset[Batch]):
     """Decoded images, uint8 [n, C, H, W].
 
     Args:
@@ -179,13 +174,7 @@ class MemoryImages(Dataset[Batch]):
     """
 
     def __init__(self, images: Tensor, labels: Tensor, unreadable: dict[int, str], stored: DecodedImages) -> None:
-        self.images = images
-        self.labels = labels
-        self.unreadable = unreadable
-        self.stored = stored
-
-    def __len__(self) -> int:
-        return len(self.images)
+        self.images, self.labels, self.unreadable, self.stored = images, labels, unreadable, stored
 
     def __getitem__(self, index: int) -> Batch:
         self._check([index])
@@ -197,36 +186,20 @@ class MemoryImages(Dataset[Batch]):
         chosen = torch.as_tensor(indices)
         return {"image": self.images.index_select(0, chosen), "label": self.labels.index_select(0, chosen)}
 
-    def name(self, index: int) -> str:
-        """See `DecodedImages.name`."""
-        return self.stored.name(index)
-
-    def fingerprint(self) -> str:
-        """See `modalities.data.listing.fingerprint`."""
-        return self.stored.fingerprint()
-
-    def contents(self) -> Contents | None:
-        """See `modalities.data.listing.Contents`."""
-        return self.stored.contents()
-
     def _check(self, indices: list[int]) -> None:
         for index in indices:
             if index in self.unreadable:
                 raise UnreadableSample(self.unreadable[index])
 
 
-class AugmentedImages(Dataset[Batch]):
+class AugmentedImages(Derived, Dataset[Batch]):
     """Images in memory, each transformed on access (and so without `__getitems__`)."""
 
     def __init__(
         self, images: MemoryImages, transform: Transform | None, erase: Callable[[], Tensor] | None = None
     ) -> None:
-        self.images = images
-        self.transform = transform
-        self.erase = erase
-
-    def __len__(self) -> int:
-        return len(self.images)
+        self.images = self.stored = images
+        self.transform, self.erase = transform, erase
 
     def __getitem__(self, index: int) -> Batch:
         sample = self.images[index]
@@ -234,45 +207,20 @@ class AugmentedImages(Dataset[Batch]):
             sample["image"] = self.transform(sample["image"])
         return _with_box(sample, self.erase)
 
-    def name(self, index: int) -> str:
-        """See `DecodedImages.name`."""
-        return self.images.name(index)
-
-    def fingerprint(self) -> str:
-        """See `modalities.data.listing.fingerprint`."""
-        return self.images.fingerprint()
-
-    def contents(self) -> Contents | None:
-        """See `modalities.data.listing.Contents`."""
-        return self.images.contents()
-
 
 def _with_box(sample: Batch, erase: Callable[[], Tensor] | None) -> Batch:
     return sample if erase is None else sample | {"erase": erase()}
 
 
-def _subset(count: int, limit: int | None) -> Tensor:
-    """The rows to use: all in turn, or the head of a fixed permutation (folders are sorted by class)."""
-    if limit is None:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
-
-
 @lru_cache(maxsize=4)  # both splits of two data sets
 def _in_memory(
-    stored: Source,
-    size: Size,
-    channels: Channels,
-    limit: int | None,
-    crop_ratio: float,
-    squash: bool,
-    max_pixels: int,
+    stored: Source, size: Size, channels: Channels, limit: int | None, crop_ratio: float, squash: bool, max_pixels: int
 ) -> MemoryImages:
     """Decode everything, in several processes where there is enough to do.
 
     Not in threads: with small images the interpreter's lock makes two threads slower than one.
     """
-    rows, fitted = _subset(len(stored.labels), limit), CentreCrop(size, crop_ratio, squash=squash)
+    rows, fitted = some_rows(len(stored.labels), limit), CentreCrop(size, crop_ratio, squash=squash)
     lazy = DecodedImages(stored, rows, size, channels, fitted, None, max_pixels)
     images = torch.zeros(len(lazy), channels, *size, dtype=torch.uint8)
     unreadable: dict[int, str] = {}

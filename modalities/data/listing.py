@@ -22,28 +22,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
 
 from nepa_core.basics import UserError, cores
 
-SYSTEM = frozenset(
-    [
-        "@eadir",
-        "__macosx",
-        "__pycache__",
-        "#recycle",
-        "$recycle.bin",
-        "lost+found",
-        "system volume information",
-        "thumbs.db",
-        "ehthumbs.db",
-        "desktop.ini",
-        "icon\r",
-    ]
-)
+SYSTEM = {
+    *("@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"),
+}
 """Names, in small letters, that an operating system or a disk station leaves in folders of data."""
 LARGEST_FILE = 2**29
 """Bytes of a file or of a member of an archive that is read whole; PIL's largest image needs half of it."""
 READ_BUDGET = 2**30  # bytes that `shared_content` reads at most
+SAMPLED = 2**16  # bytes at a place of `content_sample`
 OPENING = 2**16  # bytes that could be read in the time that it takes to open a file
 IN_PLACE = 2**10  # ... to find a row of what is open already, or in memory
 
@@ -439,6 +432,78 @@ def fingerprint(names: Iterable[str], sizes: Integers, labels: np.ndarray[Any, A
     if labels is not None:
         digest.update(np.ascontiguousarray(labels).tobytes())
     return f"{len(sizes)} samples, {int(sizes.sum())} bytes, {digest.hexdigest()}"
+
+
+def content_sample(file: Path) -> str:
+    """A hash of the first, the middle and the last `SAMPLED` bytes of a file: cheap, and the same after a copy.
+
+    What was edited elsewhere in a larger file is not seen.
+    """
+    digest, size = hashlib.blake2b(digest_size=8), file.stat().st_size
+    with file.open("rb") as stream:
+        for start in (0, (size - SAMPLED) // 2, size - SAMPLED):
+            stream.seek(max(start, 0))
+            digest.update(stream.read(SAMPLED))
+    return digest.hexdigest()
+
+
+def some_rows(count: int, limit: int | None) -> Tensor:
+    """The rows to use, int64: all in turn, or the head of a fixed permutation (folders are sorted by class)."""
+    if limit is None:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
+
+
+class Paths(NamedTuple):
+    """Names of files. An Arrow array of bytes: a list of strings would be copied into every worker, and a name need not
+    be text.
+
+    Attributes:
+        base: the folder that names are relative to where they say what the data set is.
+    """
+
+    stored: pa.Array
+    base: str
+
+    @classmethod
+    def of(cls, paths: Iterable[str], base: str = "") -> Paths:
+        """Of paths as the system gives them."""
+        return cls(pa.array([os.fsencode(path) for path in paths], pa.large_binary()), base)
+
+    def at(self, row: int) -> str:
+        """A path as the system gives it."""
+        return os.fsdecode(self.stored[row].as_py())
+
+    def relative(self) -> list[str]:
+        """Every path below the base."""
+        start = len(self.base) + 1 if self.base else 0
+        return [os.fsdecode(path)[start:] for path in self.stored.to_pylist()]
+
+    def sizes(self) -> Integers:
+        """See `file_sizes`."""
+        return file_sizes([os.fsdecode(path) for path in self.stored.to_pylist()])
+
+
+class Derived:
+    """What is said of a data set whose samples are made of those of another, `stored`, one of each."""
+
+    stored: Any
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def name(self, index: int) -> str:
+        """What a message calls that sample."""
+        return str(self.stored.name(index))
+
+    def fingerprint(self) -> str:
+        """See `fingerprint`."""
+        return str(self.stored.fingerprint())
+
+    def contents(self) -> Contents | None:
+        """See `Contents`."""
+        contents: Contents | None = self.stored.contents()
+        return contents
 
 
 def file_sizes(paths: Sequence[str]) -> Integers:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from modalities.data.image_decode import opened, orientation, upright
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, some
 
 IGNORED = 255
 """The target of a pixel that no loss and no metric counts."""
@@ -111,7 +111,6 @@ def _storage(image: Image.Image) -> tuple[str, str, int | None]:
 
 
 def _upright(labels: Labels, turn: int) -> Labels:
-    """`upright` of an array."""
     if turn == 1:
         return labels
     return upright(torch.from_numpy(labels.astype(np.int64)), turn).numpy()
@@ -195,7 +194,7 @@ def judge_census(census: Census, numbering: Numbering, where: str) -> str | None
             f"{where}: none of the {census.masks:,} annotations holds a class, only what data.ignored_labels leaves "
             f"out; classes are stored as {absent[0]} to {absent[-1]}, see data.first_label and data.class_count"
         )
-    shown = ", ".join(map(str, absent[:6])) + (f" and {len(absent) - 6} more" if len(absent) > 6 else "")
+    shown = some([str(value) for value in absent])
     told = f"{where}: of the {numbering.classes} declared classes, what is stored as {shown} never occurs"
     if share:
         line = (

@@ -35,7 +35,9 @@ from modalities.data.image_decode import LARGEST_IMAGE, SUFFIXES, decode
 from modalities.data.image_sources import Size
 from modalities.data.listing import (
     Contents,
+    Derived,
     Integers,
+    Paths,
     data_folder,
     file_sizes,
     fingerprint,
@@ -82,9 +84,7 @@ class StoredScenes(Dataset[Batch]):
     """
 
     def __init__(self, source: Pairs, numbering: Numbering, max_pixels: int = LARGEST_IMAGE) -> None:
-        self.source = source
-        self.numbering = numbering
-        self.max_pixels = max_pixels
+        self.source, self.numbering, self.max_pixels = source, numbering, max_pixels
         self._targets, self._known = _tables(numbering)
 
     def __len__(self) -> int:
@@ -186,8 +186,15 @@ class SceneFiles(Dataset[Batch]):
         """The path."""
         return printable(self.paths[index])
 
+    def fingerprint(self) -> str:
+        """Of their paths."""
+        return fingerprint(self.paths, file_sizes(self.paths))
 
-class CroppedScenes(Dataset[Batch]):
+    def contents(self) -> None:
+        """None: they are no split."""
+
+
+class CroppedScenes(Derived, Dataset[Batch]):
     """Scenes of one size: {"image": uint8 [3, h, w], "target": uint8 [h, w]}, and "real" where crops may be padded.
 
     "real" is int64 [2], the rows and columns of pixels from the top left that are no padding.
@@ -199,18 +206,12 @@ class CroppedScenes(Dataset[Batch]):
     """
 
     def __init__(
-        self,
-        scenes: StoredScenes | SceneFiles,
-        crop: Size,
-        short_side: int,
-        augmentation: Augmentation | None = None,
+        self, scenes: StoredScenes | SceneFiles, crop: Size, short_side: int, augmentation: Augmentation | None = None
     ) -> None:
-        self.scenes, self.crop, self.short_side, self.augmentation = scenes, crop, short_side, augmentation
+        self.scenes = self.stored = scenes
+        self.crop, self.short_side, self.augmentation = crop, short_side, augmentation
         smallest = 1.0 if augmentation is None else augmentation.scales[0]
         self.may_pad = round(short_side * smallest) < max(crop)
-
-    def __len__(self) -> int:
-        return len(self.scenes)
 
     def __getitem__(self, index: int) -> Batch:
         scene = self.scenes[index]
@@ -223,20 +224,6 @@ class CroppedScenes(Dataset[Batch]):
         real = torch.tensor(target.shape)
         sample = {"image": padded(image, self.crop), "target": padded(target, self.crop, IGNORED)}
         return sample | {"real": real} if self.may_pad else sample
-
-    def name(self, index: int) -> str:
-        """What a message calls that scene."""
-        return self.scenes.name(index)
-
-    def fingerprint(self) -> str:
-        """See `StoredScenes`; of `SceneFiles`, their names."""
-        if isinstance(self.scenes, StoredScenes):
-            return self.scenes.fingerprint()
-        return fingerprint(self.scenes.paths, file_sizes(self.scenes.paths))
-
-    def contents(self) -> Contents | None:
-        """See `StoredScenes`."""
-        return self.scenes.contents() if isinstance(self.scenes, StoredScenes) else None
 
 
 def augmented(
@@ -384,43 +371,28 @@ class Pairs(Hashable, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PairFiles:
-    """Image files and annotation files; Arrow arrays, as a list of strings would be copied into every worker.
+    """Image files and annotation files."""
 
-    Attributes:
-        images, annotations: their paths as bytes, as names of files need not be text.
-        base: the folder that names are relative to where they say what the data set is.
-    """
-
-    images: pa.Array
-    annotations: pa.Array
-    base: str
+    images: Paths
+    annotations: Paths
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.images.stored)
 
     def read(self, row: int) -> tuple[bytes, bytes]:
-        return read_whole(_path(self.images, row)), read_whole(_path(self.annotations, row))
+        return read_whole(self.images.at(row)), read_whole(self.annotations.at(row))
 
     def name(self, row: int) -> str:
-        return printable(_path(self.images, row))
+        return printable(self.images.at(row))
 
     def annotation(self, row: int) -> str:
-        return printable(_path(self.annotations, row))
+        return printable(self.annotations.at(row))
 
     def relative_names(self) -> list[str]:
-        return [os.fsdecode(path)[len(self.base) + 1 :] for path in self.images.to_pylist()]
+        return self.images.relative()
 
     def sizes(self, *, annotations: bool = False) -> Integers:
-        kinds = [self.images, self.annotations] if annotations else [self.images]
-        return sum((file_sizes([os.fsdecode(path) for path in kind.to_pylist()]) for kind in kinds), _zeros(len(self)))
-
-
-def _path(paths: pa.Array, row: int) -> str:
-    return os.fsdecode(paths[row].as_py())
-
-
-def _zeros(count: int) -> Integers:
-    return np.zeros(count, dtype=np.int64)
+        return self.images.sizes() + (self.annotations.sizes() if annotations else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -453,8 +425,7 @@ class PairRows:
         return [os.path.basename(self.name(row)) for row in range(len(self))]
 
     def sizes(self, *, annotations: bool = False) -> Integers:
-        kinds = [self.images, self.annotations] if annotations else [self.images]
-        return sum(map(stored_sizes, kinds), _zeros(len(self)))
+        return stored_sizes(self.images) + (stored_sizes(self.annotations) if annotations else 0)
 
 
 @lru_cache(maxsize=4)
@@ -530,8 +501,7 @@ def _open_tree(tree: Path, split: str) -> PairFiles:
     if spare := len(annotations) - len(images):
         first = printable(min(annotations.keys() - images.keys()))
         say(f"{tree / 'annotations' / place}: {spare:,} annotations have no image (such as {first}) and are left out")
-    paths = [[os.fsencode(files[stem]) for stem in stems] for files in (images, annotations)]
-    return PairFiles(pa.array(paths[0], pa.large_binary()), pa.array(paths[1], pa.large_binary()), str(tree))
+    return PairFiles(*(Paths.of((files[stem] for stem in stems), str(tree)) for files in (images, annotations)))
 
 
 def _by_stem(folder: Path) -> dict[str, str]:

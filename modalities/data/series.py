@@ -36,7 +36,7 @@ from modalities.data.time_axis import (
     find_gaps,
     may_count,
 )
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, some
 
 BLOCK = 1 << 19  # bytes of CSV parsed at a time
 _TIMES = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time)
@@ -324,8 +324,7 @@ def _time_column(file: _File, time: str | None, columns: Sequence[str] | None) -
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(name or "''" for name in names[:20])
-    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
+    return some([name or "''" for name in names], 20)
 
 
 def _suspects(file: _File, names: Sequence[str], time: str | None, columns: Sequence[str] | None) -> list[str]:

@@ -36,7 +36,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.data.listing import HIDDEN, ODD, Contents, Passed, fingerprint, is_hidden, natural_key, printable, say
+from modalities.data.listing import (
+    HIDDEN,
+    ODD,
+    Contents,
+    Passed,
+    content_sample,
+    fingerprint,
+    is_hidden,
+    natural_key,
+    printable,
+    say,
+)
 from nepa_core.basics import Batch, UnreadableSample, UserError
 
 SPLITS = {"train": ("train",), "test": ("test", "val", "validation")}
@@ -119,8 +130,11 @@ class Sequences(Dataset[Batch]):
         return Contents(stored.lengths * stored.width * stored.dtype.itemsize, read, self.name)
 
     def fingerprint(self) -> str:
-        """Changes where other sequences are stored, or one of another length or label."""
-        return fingerprint(self.stored.files, self.stored.lengths * self.stored.width, self.stored.labels)
+        """Changes where other sequences are stored, or one of another length or label; of arrays in one file also where
+        the beginning, the middle or the end of it holds other values (`content_sample`)."""
+        stored = self.stored
+        known = fingerprint(stored.files, stored.lengths * stored.width, stored.labels)
+        return known if stored.path.is_dir() else f"{known}; {content_sample(stored.path)}"
 
     def _padded(self, read: Read, index: int, shape: tuple[int, int], dtype: np.dtype[Any]) -> Tensor:
         name = self.name(index)

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -24,29 +25,19 @@ from nepa_core.basics import FROZEN, MOST_SEED, UserError, call
 from nepa_core.runtime.config import load_object, nearest
 from nepa_core.tokens import Tokens, cached
 
-OrderName = Literal[
-    "raster",
-    "column",
-    "reverse",
-    "snake",
-    "diagonal",
-    "hilbert",
-    "morton",
-    "spiral_in",
-    "spiral_out",
-    "centre_out",
-    "strided",
-    "blocks",
-    "random",
-    "random_per_sample",
-    "random_annealed",
-]
-
-ORDERS: tuple[str, ...] = get_args(OrderName)
-"""The names of all built-in orders."""
-
 DRAWN = ("random_per_sample", "random_annealed")
-"""Those that draw a permutation for every sample."""
+"""Orders that draw a permutation for every sample."""
+
+_CURVES: dict[str, Callable[[Grid], Tensor]] = {
+    curve.__name__: curve
+    for curve in (
+        *(curves.raster, curves.column, curves.reverse, curves.snake, curves.diagonal, curves.hilbert, curves.morton),
+        *(curves.spiral_in, curves.spiral_out, curves.centre_out, curves.strided, curves.blocks),
+    )
+}
+
+ORDERS = (*_CURVES, "random", *DRAWN)
+"""The names of all built-in orders."""
 
 
 def known_order(name: str) -> str:
@@ -93,33 +84,10 @@ def grid_order(name: str, grid: Grid, seed: int = 0) -> Tensor:
     """
     if _is_file(name):
         return _checked(_read(name), f"patch_order={name}", grid)
-    match name:
-        case "raster":
-            return curves.raster(grid)
-        case "column":
-            return curves.column(grid)
-        case "reverse":
-            return curves.reverse(grid)
-        case "snake":
-            return curves.snake(grid)
-        case "diagonal":
-            return curves.diagonal(grid)
-        case "hilbert":
-            return curves.hilbert(grid)
-        case "morton":
-            return curves.morton(grid)
-        case "spiral_in":
-            return curves.spiral_in(grid)
-        case "spiral_out":
-            return curves.spiral_out(grid)
-        case "centre_out":
-            return curves.centre_out(grid)
-        case "strided":
-            return curves.strided(grid)
-        case "blocks":
-            return curves.blocks(grid)
-        case "random":
-            return curves.seeded_random(grid, seed)
+    if name == "random":
+        return curves.seeded_random(grid, seed)
+    if name in _CURVES:
+        return _CURVES[name](grid)
     raise ValueError(f"there is no static patch order {name!r}{nearest(name, ORDERS)}")
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nepa_core.basics import UserError
+from nepa_core.basics import file_digest as _digest
 
 
 class Checkpoint(NamedTuple):
@@ -187,11 +188,6 @@ def restore_optimizer(
 
 def _stored(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _record_digest(record: Mapping[str, Any]) -> str:

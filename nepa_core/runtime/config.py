@@ -169,6 +169,8 @@ def _no_setting(data: Modality, name: str) -> str:
     """ "; did you mean data.limit?", or all settings that an adapter has."""
     if close := difflib.get_close_matches(name, type(data).model_fields, n=1, cutoff=0.6):
         return f"; did you mean data.{close[0]}?"
+    if name in ("patch_order", "order_seed"):
+        return f": the adapter {type(data).__name__} has no orders; it has where it inherits Ordered (docs/orders.md)"
     has = ", ".join(name for name, field in type(data).model_fields.items() if not field.exclude) or "none"
     return f": the adapter {type(data).__name__} has no such setting; it has {has}"
 

@@ -6,14 +6,16 @@ the global batch, and torch's global generator is seeded for each batch, in the 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import suppress
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -101,16 +103,7 @@ class DrawSampler(Sampler[Draw]):
     """The draws of one rank from step `start` to step `stop`; every step holds `accumulate` of them."""
 
     def __init__(
-        self,
-        samples: int,
-        *,
-        batch: int,
-        accumulate: int,
-        rank: int,
-        ranks: int,
-        seed: int,
-        start: int,
-        stop: int,
+        self, samples: int, *, batch: int, accumulate: int, rank: int, ranks: int, seed: int, start: int, stop: int
     ) -> None:
         self.samples, self.batch, self.accumulate = samples, batch, accumulate
         self.rank, self.ranks, self.seed, self.start, self.stop = rank, ranks, seed, start, stop
@@ -315,6 +308,7 @@ def plain_batches(
     max_unreadable: float = 1.0,
     tokenize: Callable[[Batch], Tokens] | None = None,
     labels: bool = False,
+    of: Literal["training", "held-out"] = "held-out",
 ) -> Iterator[Batch]:
     """Batches for evaluation: every sample once, unreadable ones left out, the last batch as small as it is.
 
@@ -328,6 +322,7 @@ def plain_batches(
         max_unreadable: share of the samples that may be.
         tokenize: of the adapter; samples whose tokens are not finite are then left out as unreadable, too.
         labels: and those with a float "label" that is not.
+        of: what an error calls the samples.
 
     Raises:
         NothingRead: no sample could be read.
@@ -359,12 +354,12 @@ def plain_batches(
         skipped.update(found)
         if unreadable is not None:
             unreadable.update(found)
-        _refuse_many(skipped, len(indices), max_unreadable, "held-out ")
+        _refuse_many(skipped, len(indices), max_unreadable, f"{of} ")
         if loaded:
             empty = False
             yield loaded
     if empty and (draws or rank == 0):
-        raise NothingRead(f"no held-out sample can be read: {min(skipped) if skipped else 'the split is empty'}")
+        raise NothingRead(f"no {of} sample can be read: {min(skipped) if skipped else 'the split is empty'}")
 
 
 KILLED = "DataLoader worker (pid"
@@ -427,3 +422,9 @@ def _raise_error(batch: Batch) -> Batch:
     if _ERROR in batch:
         raise batch[_ERROR]
     return batch
+
+
+def give_back_memory() -> None:
+    """Give memory that has been freed back to the system, which glibc alone must be asked to do (measured: 400 MB)."""
+    with suppress(OSError, TypeError, AttributeError):  # another library of C
+        ctypes.CDLL(None).malloc_trim(0)

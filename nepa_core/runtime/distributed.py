@@ -31,10 +31,12 @@ class World(NamedTuple):
             dist.barrier()
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all ranks, on every rank."""
-        if self.size > 1:
-            dist.all_reduce(value)
-        return value
+        """The sum over all ranks, on every rank; the value itself stays what it is."""
+        if self.size == 1:
+            return value
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
 
     def any(self, flag: bool) -> bool:
         """Whether any rank says True; every rank gets the same answer. Waits for the device."""

@@ -26,13 +26,7 @@ from torch.utils.data import Dataset
 from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.pretrainer import HEADS
-from nepa_core.runtime.checkpoint import (
-    Checkpoint,
-    load_latest,
-    optimizer_tensors,
-    restore_optimizer,
-    save_checkpoint,
-)
+from nepa_core.runtime.checkpoint import Checkpoint, load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
 from nepa_core.runtime.config import listed, load_object
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, seed_step
 from nepa_core.runtime.distributed import World
@@ -424,7 +418,9 @@ def restore(
     checkpoint, notes = load_latest(run.checkpoints)
     for note in notes:
         say(note)
-    if checkpoint is not None and data is not None and (stored := checkpoint.state.get("data")) not in (None, data):
+    stored = None if checkpoint is None else checkpoint.state.get("data")
+    # What is looked at may have grown since, behind a semicolon.
+    if checkpoint is not None and None not in (data, stored) and not f"{data};".startswith(f"{stored};"):
         raise UserError(
             f"the training data of {run.path} changed since step {checkpoint.step} (then {stored}; now {data}), so the "
             "samples would come in another order: give it back, go on all the same with data.changed=true, or name "
@@ -436,43 +432,28 @@ def restore(
         if notes:
             say("no checkpoint is left: starting from the beginning")
         return Sitting()
-    try:
-        return _restored(checkpoint, run, world, model, optimizer, names, ema, tally, say)
-    except KeyError as error:
-        raise UserError(
-            f"{run.checkpoints}: the newest checkpoint lacks {error}, so it was written by another version; give the "
-            "earlier code back, or name another folder with out=DIR"
-        ) from error
-
-
-def _restored(
-    checkpoint: Checkpoint,
-    run: Run,
-    world: World,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[Tensor, str],
-    ema: Ema | None,
-    tally: _Tally,
-    say: Callable[[str], None],
-) -> Sitting:
     state, tensors = checkpoint.state, checkpoint.tensors
-    sitting = Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
     try:
+        sitting = Sitting(checkpoint.step, state["seconds"], state["tokens"], state["unreadable"])
         model.load_state_dict(_with_heads("model", checkpoint))
+        restore_optimizer(optimizer, names, tensors["optimizer"])
+        if ema is not None:
+            ema.restore(_with_heads("ema", checkpoint))
+        for name, value in tensors["tally"].items():
+            tally.sums[name].copy_(value)
+        tally.steps = state["tally_steps"]
+        if world.is_main:
+            run.truncate_metrics(state["metrics_bytes"])
     except RuntimeError as error:
         raise UserError(
             f"the checkpoints of {run.path} are of another network than the recipe builds now: {error}; "
             "give the earlier code back, or name another folder with out=DIR"
         ) from error
-    restore_optimizer(optimizer, names, tensors["optimizer"])
-    if ema is not None:
-        ema.restore(_with_heads("ema", checkpoint))
-    for name, value in tensors["tally"].items():
-        tally.sums[name].copy_(value)
-    tally.steps = state["tally_steps"]
-    if world.is_main:
-        run.truncate_metrics(state["metrics_bytes"])
+    except KeyError as error:
+        raise UserError(
+            f"{run.checkpoints}: the newest checkpoint lacks {error}, so it was written by another version; give the "
+            "earlier code back, or name another folder with out=DIR"
+        ) from error
     say(f"going on after step {checkpoint.step}")
     return sitting
 
@@ -492,7 +473,6 @@ def _with_heads(group: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
 def _batches(
     dataset: Dataset[Batch], config: TrainConfig, world: World, *, accumulate: int, start: int, stop: int
 ) -> TrainingBatches:
-    """This rank's batches from step `start` to step `stop`."""
     sampler = DrawSampler(
         len(cast(Sized, dataset)),
         batch=config.batch,

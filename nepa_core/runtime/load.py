@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
-from nepa_core.model import NEPA, Prediction
+from nepa_core.model import NEPA, Prediction, evaluating
 from nepa_core.pooling import Row, read_rows, surprise_of_tokens
 from nepa_core.runtime import trust as trusting
 from nepa_core.runtime.config import read_saved
@@ -228,7 +228,6 @@ class Network:
         return best._replace(pooling="token") if pooling is None else best
 
     def _batches(self, samples: Samples) -> Iterator[Batch]:
-        """Batches on the device of the model."""
         if isinstance(samples, Mapping):
             yield from self._slices(samples)
             return
@@ -298,10 +297,5 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 @contextmanager
 def _reading_only(model: NEPA) -> Iterator[None]:
     """Within the block the model is in evaluation mode; its mode and the global generator are then as before."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        yield

@@ -8,11 +8,10 @@ goes by it. Tensors that are read stay mapped to their file until they are used.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import shlex
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, file_digest, some
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig
@@ -304,11 +303,9 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The names, of many only the first and the number of the others."""
-    names = list(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+    return some(names, LISTED)
 
 
 def new_weights(expected: Shapes, given: Mapping[str, Tensor], source: str) -> list[str]:
@@ -467,12 +464,8 @@ def _read_tensors(path: Path) -> State:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file that `read_released` reads, by name."""
-    found = {}
-    for file in (folder / CONFIG, folder / PREPROCESSOR, folder / RAW, averages(folder)):
-        if file is not None and file.exists():
-            with file.open("rb") as stream:
-                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    files = (folder / CONFIG, folder / PREPROCESSOR, folder / RAW, averages(folder))
+    return {file.name: file_digest(file) for file in files if file is not None and file.exists()}
 
 
 def _read_pickle(path: Path) -> State:

@@ -1,6 +1,6 @@
 """Whose code is imported.
 
-A run's config.json names its adapter, and perhaps an order, a term or a hook, by import path; importing a module runs it.
+A run's config.json names its adapter, and perhaps an order, a term, a hook, by import path; importing a module runs it.
 Imported without a question are what this program is installed with; what the user types, and what code of theirs
 names; and what a config.json names that a command of this user wrote on this machine. That is known by a note outside
 the folder, `$XDG_CONFIG_HOME/nepa/made/` (`~/.config` where that is not set) with the SHA-256 of the file: a run may be
@@ -12,7 +12,6 @@ Nothing is imported from inside a run folder, whoever names it, for its files co
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nepa_core
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, file_digest
 
 OURS = ("nepa_core", "modalities", "recipes", "tests")
 """The packages of this program."""
@@ -186,7 +185,7 @@ def made_folder() -> Path:
 def is_made_here(file: Path) -> bool:
     """Whether a command of this user has written this config.json, as it stands."""
     try:
-        return (made_folder() / _digest(file)).is_file()
+        return (made_folder() / file_digest(file)).is_file()
     except (OSError, RuntimeError):  # there is no home folder
         return False
 
@@ -201,7 +200,7 @@ def remember(file: Path, paths: Iterable[str]) -> None:
         return
     try:
         folder = made_folder()
-        note = folder / _digest(file)
+        note = folder / file_digest(file)
         if not note.exists():
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             note.write_text(f"{file.absolute().parent}\n" + "".join(f"{path}\n" for path in foreign))
@@ -210,7 +209,3 @@ def remember(file: Path, paths: Iterable[str]) -> None:
             f"That you made {file.parent} can't be noted ({error}): commands that read it will need trust=true.",
             file=sys.stderr,
         )
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

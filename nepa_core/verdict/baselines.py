@@ -33,8 +33,9 @@ _SEEN_FEATURES = 1024  # most where there is a matrix of its own for every posit
 _BYTES = 2**29  # most for the matrices of all places, where each has its own
 _NEAR = 16  # tokens of which a target reads as many numbers as fit, where not even one of every token would
 _HELD = 1024  # most samples that the strength is chosen on
+_HELD_BYTES = 2**26  # and most that they take
 _CHUNK = 1024  # samples whose moments are taken at once
-_SAMPLES_BYTES = 2**26  # most of either of these
+_CHUNK_BYTES = 2**25  # and most that they take
 _PIECE_BYTES = 2**24  # most raw tokens that are reduced at once
 
 
@@ -72,7 +73,7 @@ def fit_baselines(
     """
     device = device or torch.device("cpu")
     size = 4 * (test.values[0].numel() + 2 * test.embeddings[0].numel())
-    stream = _chunks(parts, first=max(1, min(_HELD, total // 10, _SAMPLES_BYTES // size)), size=size)
+    stream = _chunks(parts, first=max(1, min(_HELD, total // 10, _HELD_BYTES // size)), size=size)
     held = next(stream)
     linear: _Linear = (_Autoregression if test.order is None else _FromSeen)(held, test, device)
     means = _Means(test)
@@ -107,7 +108,7 @@ def _chunks(parts: Iterable[Gathered], *, first: int, size: int) -> Iterator[Gat
     Args:
         size: bytes of a sample, about.
     """
-    chunk = max(1, min(_CHUNK, _SAMPLES_BYTES // size))
+    chunk = max(1, min(_CHUNK, _CHUNK_BYTES // size))
     waiting: list[Gathered] = []
     missing = first
     for part in parts:

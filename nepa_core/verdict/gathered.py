@@ -6,16 +6,15 @@ Shapes: S samples, N tokens, T places (with BOS), Q = T - 1 predictions, P numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
-from nepa_core.model import NEPA, Prediction
+from nepa_core.model import NEPA, Prediction, evaluating
 from nepa_core.objective import pair_up
 from nepa_core.pretrainer import Pretrainer
 from nepa_core.tokens import Tokens
@@ -49,6 +48,11 @@ class Gathered(NamedTuple):
         return self.embeddings.shape[1] - self.values.shape[1]
 
     @property
+    def real(self) -> Tensor:
+        """The mask, all True where there is none: [S, T] bool."""
+        return torch.ones(self.embeddings.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+
+    @property
     def targets(self) -> Tensor:
         """[S, T - 1, D], the embedding that each prediction but the last is compared with."""
         return self.embeddings[:, 1:]
@@ -75,49 +79,29 @@ class Gathered(NamedTuple):
 
     def rows(self, index: slice | Tensor, *, tokens: int | None = None) -> Gathered:
         """Some of the samples; with `tokens`, cut or padded (with what is not real) to that many tokens."""
-        whole = Gathered(
-            values=self.values[index],
-            embeddings=self.embeddings[index],
-            predictions=self.predictions[index],
-            mask=None if self.mask is None else self.mask[index],
-            order=None if self.order is None else self.order[index],
-            encoded=None if self.encoded is None else self.encoded[index],
-            drawn=None if self.drawn is None else self.drawn.at(index),
-        )
+        some = self._each(lambda name, x: x[index])
+        whole = self._replace(**some, drawn=None if self.drawn is None else self.drawn.at(index))
         return whole if tokens is None else whole._sized(tokens)
 
     def _sized(self, tokens: int) -> Gathered:
-        count, bos = self.values.shape[1], self.bos
-        if tokens < count:
-            places = slice(tokens + bos)
-            return self._replace(
-                values=self.values[:, :tokens],
-                embeddings=self.embeddings[:, places],
-                predictions=self.predictions[:, places],
-                mask=None if self.mask is None else self.mask[:, places],
-                order=None if self.order is None else self.order[:, :tokens],
-                encoded=None if self.encoded is None else self.encoded[:, places],
-            )
-        mask = torch.ones(self.embeddings.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
-        return self._replace(
-            values=_padded(self.values, tokens),
-            embeddings=_padded(self.embeddings, tokens + bos),
-            predictions=_padded(self.predictions, tokens + bos),
-            mask=_padded(mask, tokens + bos),
-            order=None if self.order is None else _padded_order(self.order, tokens),
-            encoded=None if self.encoded is None else _padded(self.encoded, tokens + bos),
-        )
+        longer = tokens >= self.values.shape[1]
+        whole = self._replace(mask=self.real) if longer else self
+        front = {"values": 0, "order": 0}  # places before the first token; the rest has those of BOS
+        sized = whole._each(lambda name, x: _to_length(x, tokens + front.get(name, self.bos)))
+        if longer and self.order is not None:  # padding keeps the places behind, or an order could not be inverted
+            sized["order"][:, self.order.shape[1] :] = torch.arange(self.order.shape[1], tokens)
+        return self._replace(**sized)
 
+    def _each(self, change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+        """What `change` makes of each of the tensors; predictions that are the embeddings stay the same tensor."""
+        found = {name: change(name, x) for name, x in self._tensors().items() if name != "predictions"}
+        same = self.predictions is self.embeddings
+        found["predictions"] = found["embeddings"] if same else change("predictions", self.predictions)
+        return found
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those that are there."""
+        return {name: value for name, value in self._asdict().items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()
@@ -140,7 +124,7 @@ def gather(
     """
     parts: list[Gathered] = []
     count = 0
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             tokens = modality.read(batch)
             out = model(tokens, causal=causal)
@@ -154,7 +138,6 @@ def gather(
 
 
 def _gathered(model: NEPA, tokens: Tokens, out: Prediction) -> Gathered:
-    """What the model made of one batch."""
     predictions, embeddings = model.judged(out) if isinstance(model, Pretrainer) else (out.predictions, out.embeddings)
     if not (embeddings.isfinite().all() and predictions.isfinite().all()):
         raise UserError(
@@ -177,7 +160,7 @@ def gather_targets(model: NEPA, modality: Modality, batches: Iterable[Batch]) ->
 
     `predictions` are the embeddings once more, for their shape.
     """
-    with _evaluating(model):
+    with evaluating(model):
         for batch in batches:
             tokens = modality.read(batch)
             embeddings, mask = model.embedded(tokens)
@@ -201,29 +184,22 @@ def _own_order(model: NEPA, tokens: Tokens) -> Tensor | None:
 
 def joined(parts: list[Gathered]) -> Gathered:
     """One after the other, padded to the longest; the mask is None where all is real. `drawn` is not kept."""
-    longest = max(part.values.shape[1] for part in parts)
-    sized = [part.rows(slice(None), tokens=longest) if part.values.shape[1] < longest else part for part in parts]
-    first = sized[0]
-    masks = [
-        torch.ones(part.embeddings.shape[:2], dtype=torch.bool) if part.mask is None else part.mask for part in sized
-    ]
-    mask = torch.cat(masks)
-    return Gathered(
-        values=torch.cat([part.values for part in sized]),
-        embeddings=torch.cat([part.embeddings for part in sized]),
-        predictions=torch.cat([part.predictions for part in sized]),
-        mask=None if mask.all() else mask,
-        order=None if first.order is None else torch.cat([part.order for part in sized if part.order is not None]),
-        encoded=None if first.encoded is None else torch.cat([p.encoded for p in sized if p.encoded is not None]),
-    )
+    tokens, samples, start = max(part.values.shape[1] for part in parts), sum(len(part.values) for part in parts), 0
+    whole: dict[str, Any] = {}
+    once = all(part.predictions is part.embeddings for part in parts)
+    for part in parts:  # one at a time, so that only the whole is held twice
+        part = part._replace(mask=part.real)
+        part = part if part.values.shape[1] == tokens else part.rows(slice(None), tokens=tokens)
+        for name, x in part._tensors().items():
+            if not (once and name == "predictions"):
+                whole.setdefault(name, x.new_empty(samples, *x.shape[1:]))[start : start + len(x)] = x
+        start += len(part.values)
+    if once:
+        whole["predictions"] = whole["embeddings"]
+    return parts[0]._replace(**whole | {"mask": None if whole["mask"].all() else whole["mask"]}, drawn=None)
 
 
-def _padded(x: Tensor, places: int) -> Tensor:
-    """[S, N, ...] with zeros (False) up to so many places."""
-    return F.pad(x, (0, 0) * (x.ndim - 2) + (0, places - x.shape[1]))
-
-
-def _padded_order(order: Tensor, tokens: int) -> Tensor:
-    """Padding keeps the places behind, or an order could not be inverted."""
-    behind = torch.arange(order.shape[1], tokens)
-    return torch.cat((order, behind.expand(len(order), -1)), dim=1)
+def _to_length(x: Tensor, places: int) -> Tensor:
+    """[S, N, ...] cut to so many places, or padded with zeros (False)."""
+    missing = places - x.shape[1]
+    return x[:, :places] if missing < 0 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))

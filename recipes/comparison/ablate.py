@@ -20,12 +20,7 @@ from recipes.networks.goals import find_goal
 from recipes.report.ablate import report
 from recipes.report.provenance import provenance
 from recipes.report.summaries import AblateRow, AblateSummary, Arm, PretrainSummary
-from recipes.report.tables import (
-    credits_of,
-    groups,
-    margin,
-    spreads,
-)
+from recipes.report.tables import credits_of, groups, margin, spreads
 from recipes.statistics.protocol import Look
 from recipes.statistics.significance import LEAST_SEEDS, covers, differences, spread, verdict
 

@@ -28,12 +28,12 @@ from pydantic import BaseModel
 from torch.utils.data import Dataset
 
 from nepa_core.basics import FROZEN, Batch
-from nepa_core.modality import Modality
+from nepa_core.modality import Modality, first_sample
 from nepa_core.model import NEPA
 from nepa_core.pooling import Row, mean_of_tokens
 from nepa_core.predictor import Trace
 from nepa_core.runtime.config import override
-from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
+from nepa_core.runtime.data import epoch_order, fold_seed
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import Diverged
 from nepa_core.runtime.run import Run
@@ -47,20 +47,19 @@ from recipes.comparison.measures import (
     by_layer,
     few_labels,
     joined,
-    scaled_by,
     score_readers,
     short_tuning,
     tested,
     trained,
 )
 from recipes.configs import PretrainConfig
-from recipes.networks.goals import find_goal, first_sample, kind_of
+from recipes.networks.goals import Regression, find_goal, kind_of, label_statistics
 from recipes.readout import forecasters, probing
 from recipes.readout.features import network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches
 from recipes.report.summaries import ChosenSetting, RunMeasures, finetuned
 from recipes.statistics.credits import pack_credits
-from recipes.statistics.held_out import draw_seed, pack_clusters
+from recipes.statistics.held_out import drawn_batches, pack_clusters
 from recipes.training import finetuning
 from recipes.training.pretraining import load_pretrained
 from recipes.training.starting import build_model
@@ -83,31 +82,6 @@ _WINDOWS = 20_000  # most that forecasts are fitted on
 Tuning = TypeVar("Tuning", configs.FinetuneConfig, forecasters.ForecastConfig)
 
 
-class Care(BaseModel):
-    """How a start is fine-tuned: training labels a class (None: all), the choices of `Setting`, steps of a forecast.
-
-    Attributes:
-        folds: see `FOLDS`. extensions: see `EXTENSIONS`; 0 leaves the lists as they are.
-    """
-
-    model_config = FROZEN
-
-    labels: tuple[int | None, ...]
-    learning_rates: tuple[float, ...]
-    finetune_steps: tuple[int, ...]
-    finetune_causal: tuple[bool, ...]
-    horizon: int
-    folds: int = FOLDS
-    extensions: int = EXTENSIONS
-
-    @property
-    def only(self) -> Setting | None:
-        """The one setting that there is, or None where there is a choice."""
-        if max(map(len, (self.learning_rates, self.finetune_steps, self.finetune_causal))) > 1:
-            return None
-        return Setting(self.learning_rates[0], self.finetune_steps[0], self.finetune_causal[0])
-
-
 class CareBefore(BaseModel):
     """`Care` as it was when settings were chosen on 1,000 further labelled samples, from the lists as they are.
 
@@ -124,7 +98,25 @@ class CareBefore(BaseModel):
 
     @classmethod
     def of(cls, care: Care) -> CareBefore:
-        return cls(**care.model_dump(include=set(cls.model_fields)))
+        return CareBefore(**care.model_dump(include=set(CareBefore.model_fields)))
+
+
+class Care(CareBefore):
+    """How a start is fine-tuned: training labels a class (None: all), the choices of `Setting`, steps of a forecast.
+
+    Attributes:
+        folds: see `FOLDS`. extensions: see `EXTENSIONS`; 0 leaves the lists as they are.
+    """
+
+    folds: int = FOLDS
+    extensions: int = EXTENSIONS
+
+    @property
+    def only(self) -> Setting | None:
+        """The one setting that there is, or None where there is a choice."""
+        if max(map(len, (self.learning_rates, self.finetune_steps, self.finetune_causal))) > 1:
+            return None
+        return Setting(self.learning_rates[0], self.finetune_steps[0], self.finetune_causal[0])
 
 
 class Setting(NamedTuple):
@@ -433,7 +425,8 @@ def fine_tuned(
         parts = [each for each in [held_back(used, seed)] if each[1]]
     else:
         samples = few_labels(whole, goal, labels, seed)
-        goal = scaled_by(goal, samples)
+        if isinstance(goal, Regression):  # its scale is of these labels alone, so that no others are used
+            goal = Regression(*label_statistics(samples, type(config.data).__name__))
         used = len(samples)
         parts = [
             ([samples.indices[place] for place in train], [samples.indices[place] for place in held])
@@ -507,11 +500,7 @@ def layer_ranks(config: PretrainConfig, model: NEPA) -> list[float]:
     """Effective rank of drawn held-out windows' means over tokens, from the embedding to the final norm."""
     data, device = config.data.plain(), next(model.parameters()).device
     means: list[list[torch.Tensor]] = [[] for _ in range(config.model.depth + 2)]
-    windows, limit = data.dataset("test"), PROBE.test_samples
-    seed = draw_seed(windows, limit)
-    for batch in plain_batches(
-        windows, batch=forecasters.BATCH, device=device, limit=limit, seed=seed, tokenize=data.tokenize
-    ):
+    for batch in drawn_batches(data, PROBE.test_samples, device, at_once=forecasters.BATCH):
         trace = Trace()
         mask = model(data.read(batch), causal=config.objective.causal, trace=trace).mask
         for found, hidden in zip(means, trace.hidden, strict=True):

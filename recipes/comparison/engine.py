@@ -366,7 +366,7 @@ def config_digest(config: PretrainConfig, content: str = "") -> str:
         content: of `Variant`.
     """
     values = config.model_dump(mode="json", serialize_as_any=True)
-    for key in FREE_KEYS:
+    for key in (*FREE_KEYS, "train.probe"):  # it reads and trains nothing of the network
         group, _, name = key.partition(".")
         values[group].pop(name, None)
     if content:

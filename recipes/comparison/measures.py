@@ -20,20 +20,20 @@ from torch.utils.data import Dataset
 from nepa_core.basics import Batch, UnreadableSample
 from nepa_core.model import NEPA
 from nepa_core.predictor import Trace
-from nepa_core.runtime.data import epoch_order, fold_seed, plain_batches
+from nepa_core.runtime.data import epoch_order, fold_seed
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import fit
 from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
 from recipes import configs, presets
 from recipes.configs import PretrainConfig
-from recipes.networks.goals import Classification, Goal, Regression
+from recipes.networks.goals import Classification, Goal
 from recipes.readout import probing
 from recipes.readout.features import Reader, Source, kept_features, tokens_per_sample
 from recipes.report.summaries import HeadFigures, PretrainSummary, ProbeRow, RunMeasures, Runs
 from recipes.report.tables import spreads
 from recipes.statistics.credits import pack_credits
-from recipes.statistics.held_out import clusters_of, draw_seed, is_chained, pack_clusters
+from recipes.statistics.held_out import clusters_of, drawn_batches, is_chained, pack_clusters
 from recipes.statistics.maps import attention_figures, neighbour_share, token_positions, uniform_attention
 from recipes.statistics.significance import Spread
 from recipes.training import finetuning
@@ -194,16 +194,6 @@ def few_labels(whole: Dataset[Batch], goal: Goal, labels: int, seed: int) -> Som
     return Some(whole, chosen, kinds)
 
 
-def scaled_by(goal: Goal, samples: Dataset[Batch]) -> Goal:
-    """The goal; of a regression with the scale of these labels alone, so that no others are used."""
-    if not isinstance(goal, Regression):
-        return goal
-    batches = plain_batches(samples, batch=256, device=torch.device("cpu"))
-    labels = torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])
-    mean, std = labels.mean(0), labels.std(0, correction=0)
-    return Regression(mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float())
-
-
 def short_tuning(
     config: PretrainConfig, init: Path | None, samples: Dataset[Batch], *, whole: bool, steps: int
 ) -> configs.FinetuneConfig:
@@ -271,16 +261,10 @@ def attention_by_layer(config: PretrainConfig, model: NEPA, device: torch.device
     network.load_state_dict(model.state_dict())
     data, bos, causal = config.data.plain(), int(config.model.bos), config.objective.causal
     total, count = torch.zeros(4, config.model.depth + 1, config.model.heads, device=device), 0
-    held_out = data.dataset("test")
-    seed = draw_seed(held_out, samples)
-    batches = plain_batches(
-        held_out, batch=min(samples, 64), device=device, limit=samples, seed=seed, tokenize=data.tokenize
-    )
-    for batch in batches:
+    for batch in drawn_batches(data, samples, device, at_once=64):
         tokens, trace = data.read(batch), Trace()
         network(tokens, causal=causal, trace=trace)
-        shape = tokens.values.shape[:2]
-        mask = torch.ones(shape, dtype=torch.bool, device=device) if tokens.mask is None else tokens.mask
+        mask = tokens.real
         positions = token_positions(tokens, data.describe(tokens).grid)
         uniform = uniform_attention(F.pad(mask, (bos, 0), value=True), causal=causal)
         for layer, weights in enumerate([*trace.attention, uniform]):

@@ -80,9 +80,7 @@ class ObjectivesOptions(BaseModel):
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
     )
     labels: Annotated[tuple[PositiveInt | None, ...], BeforeValidator(listed_or_all), AfterValidator(once)] = Field(
-        default=(10, 50, None),
-        min_length=1,
-        description="training labels a class to fine-tune on; default 10,50,all",
+        default=(10, 50, None), min_length=1, description="training labels a class to fine-tune on; default 10,50,all"
     )
     learning_rates: Annotated[tuple[PositiveFloat, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(3e-4, 1e-3, 3e-3),
@@ -143,9 +141,7 @@ def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) ->
     return summary
 
 
-def care_of(
-    variants: Sequence[Variant], config: PretrainConfig, options: ObjectivesOptions, out: Path
-) -> Care | CareBefore:
+def care_of(variants: Sequence[Variant], config: PretrainConfig, options: ObjectivesOptions, out: Path) -> CareBefore:
     """By which rule settings are chosen: the present one, unless all that is asked for was kept by the former.
 
     Figures of two rules are never compared with each other.
@@ -169,7 +165,7 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> RunMea
     }
 
 
-def control(config: PretrainConfig, seed: int, care: Care | CareBefore, out: Path) -> Job:
+def control(config: PretrainConfig, seed: int, care: CareBefore, out: Path) -> Job:
     """The job that measures random weights with one seed: whatever the objective, they are the same."""
     neutral = PAPER_OBJECTIVE.model_copy(update={"causal": config.objective.causal})
     config = seeded(config.model_copy(update={"objective": neutral}), seed)

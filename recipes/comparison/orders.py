@@ -15,7 +15,6 @@ from modalities.orders.measures import OrderMeasures, mean_measures, order_measu
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
-from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.optim import MOST_STEPS
 from nepa_core.runtime.run import Run
 from recipes.comparison.downstream import beside_random, check, is_forecast, one_setting, read_as
@@ -39,7 +38,7 @@ from recipes.report.orders import report
 from recipes.report.provenance import provenance
 from recipes.report.summaries import Cross, OrderFigures, OrdersSummary, RunMeasures, Runs, finetuned
 from recipes.report.tables import credits_of, gain_spreads, groups, margin
-from recipes.statistics.held_out import draw_seed
+from recipes.statistics.held_out import drawn_batches
 from recipes.statistics.maps import token_positions
 from recipes.statistics.protocol import Look, alone
 from recipes.statistics.significance import (
@@ -155,7 +154,12 @@ def ordered(config: PretrainConfig, name: str, predict_position: str | None) -> 
         UserError: there is no such order, it depends on no seed, or the adapter takes none.
     """
     if "patch_order" not in type(config.data).model_fields:
-        raise UserError(f"{type(config.data).__name__} takes no data.patch_order, so its orders can't be compared")
+        kind = type(config.data).__name__
+        raise UserError(
+            f"{kind} takes no data.patch_order, so its orders can't be compared: write `from modalities.orders import "
+            f"Ordered`, `class {kind}(Ordered, Modality):`, and in it `def order(self, tokens): return "
+            "self.ordered(tokens, GRID)`, where GRID is (tokens,) of a line or (rows, columns) of a grid"
+        )
     base, _, seed = name.rpartition(":")
     if base in SEEDED and not seed.isdecimal():
         raise UserError(f"orders={name}: {seed!r} is no seed, which is a whole number from 0, such as {base}:1")
@@ -189,15 +193,12 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptio
 def measured_order(config: PretrainConfig, device: torch.device) -> OrderMeasures:
     """`order_measures` of the order that drawn held-out samples are read in, padding left out: a mean over samples."""
     data, most = config.data.plain(), _ORDER_SAMPLES
-    held_out = data.dataset("test")
-    seed = draw_seed(held_out, most)
-    batches = plain_batches(held_out, batch=most, device=device, limit=most, seed=seed, tokenize=data.tokenize)
-    tokens = data.read(next(iter(batches)))
+    tokens = data.read(next(drawn_batches(data, most, device, at_once=most)))
     positions = token_positions(tokens, data.describe(tokens).grid)
-    mask = torch.ones(tokens.values.shape[:2], dtype=torch.bool) if tokens.mask is None else tokens.mask
-    if positions.ndim == 2 and mask.all():
+    if positions.ndim == 2 and tokens.real.all():
         return order_measures(positions)
-    found = [order_measures(each[real]) for each, real in zip(positions.expand(*mask.shape, -1), mask, strict=True)]
+    each = zip(positions.expand(*tokens.real.shape, -1), tokens.real, strict=True)
+    found = [order_measures(where[real]) for where, real in each]
     return mean_measures(found)
 
 

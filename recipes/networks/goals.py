@@ -11,17 +11,17 @@ Shapes: B samples, N tokens, C classes, K numbers, O outputs (C or K).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
-from contextlib import suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypedDict, cast
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.modality import Modality
+from nepa_core.basics import Batch, UserError
+from nepa_core.modality import Modality, first_sample
 from nepa_core.runtime.data import plain_batches
 from nepa_core.tokens import Tokens
 
@@ -249,7 +249,8 @@ def find_goal(data: Modality) -> Goal:
     sample = first_sample(data)
     kind = kind_of(sample)
     if kind == "numbers":
-        return Regression(*label_statistics(data))
+        train = data.plain().dataset("train")
+        return Regression(*label_statistics(train, type(data).__name__, limit=_STATISTICS))
     target = sample.get("target")
     if kind is None and target is not None and target.ndim == 2:
         raise UserError(
@@ -288,32 +289,18 @@ def kind_of(sample: Mapping[str, Any]) -> Kind | None:
     return "token classes"
 
 
-def label_statistics(data: Modality) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [K] float32 of the training labels (10,000 drawn ones, where there are more).
+def label_statistics(samples: Dataset[Batch], adapter: str, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [K] float32 of the labels of training samples; of more than `limit`, drawn ones.
 
     The deviation of a number that is always the same is 1.
 
     Raises:
         UserError: a label is NaN or infinite.
     """
-    batches = plain_batches(
-        data.plain().dataset("train"), batch=256, device=torch.device("cpu"), limit=_STATISTICS, seed=0
-    )
+    seed = None if limit is None else 0
+    batches = plain_batches(samples, batch=256, device=torch.device("cpu"), limit=limit, seed=seed, of="training")
     labels = torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])
     if not labels.isfinite().all():
-        raise UserError(f"{type(data).__name__} has a 'label' that is NaN or infinite; leave such samples out")
+        raise UserError(f"{adapter} has a 'label' that is NaN or infinite; leave such samples out")
     mean, std = labels.mean(0), labels.std(0, correction=0)
     return mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float()
-
-
-def first_sample(data: Modality) -> Mapping[str, Any]:
-    """The first training sample that can be read.
-
-    Raises:
-        UserError: there is none.
-    """
-    samples = data.dataset("train")
-    for index in range(len(cast(Sized, samples))):
-        with suppress(UnreadableSample):
-            return samples[index]
-    raise UserError(f"{type(data).__name__}: no training sample can be read; look at what dataset('train') gives")

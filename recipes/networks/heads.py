@@ -20,9 +20,7 @@ class MeanHead(nn.Module):
     def __init__(self, dim: int, classes: int, norm_eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, norm_eps)
-        self.classifier = nn.Linear(dim, classes)
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = _zero_linear(dim, classes)
 
     def forward(self, features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
         """[B, T, D] -> logits [B, classes]."""
@@ -35,9 +33,7 @@ class LastHead(nn.Module):
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
-        self.classifier = nn.Linear(dim, classes)
-        nn.init.zeros_(self.classifier.weight)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = _zero_linear(dim, classes)
 
     def forward(self, features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
         """[B, T, D] -> logits [B, classes]."""
@@ -100,11 +96,16 @@ class DenseHead(nn.Module):
 
     def __init__(self, dim: int, outputs: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, outputs)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
+        self.linear = _zero_linear(dim, outputs)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, N, D] -> [B, N, outputs]."""
         out: Tensor = self.linear(features)
         return out
+
+
+def _zero_linear(dim: int, outputs: int) -> nn.Linear:
+    linear = nn.Linear(dim, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

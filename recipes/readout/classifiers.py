@@ -13,7 +13,7 @@ Shapes: S samples, T tokens, D width of a feature, C classes, K numbers. Feature
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,12 +38,18 @@ def knn_regression(
     x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
     """The mean of the numbers [S, K] of the neighbours that `knn` finds, weighted as there; credits of R2."""
-    x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
-    found = []
-    for some in x_test.split(max(_AT_ONCE // len(x), 1)):
-        similarity, nearest = (some @ x.T).topk(min(k, len(x)), dim=1)
-        found.append(((similarity / temperature).softmax(1)[..., None] * y[nearest]).sum(1))
+    found = [
+        ((similarity / temperature).softmax(1)[..., None] * y[nearest]).sum(1)
+        for similarity, nearest in _neighbours(x, x_test, k)
+    ]
     return r2(torch.cat(found), y_test)
+
+
+def _neighbours(x: Tensor, x_test: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cosine similarity and place [s, k] of the nearest of x, for some s of `x_test` after the others."""
+    x = F.normalize(x, dim=1)
+    for part in F.normalize(x_test, dim=1).split(max(_AT_ONCE // len(x), 1)):
+        yield (part @ x.T).topk(min(k, len(x)), dim=1)
 
 
 def knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07) -> Tensor:
@@ -51,15 +57,12 @@ def knn(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, te
 
     Each of the k training samples of the largest cosine similarity s votes for its class with exp(s / temperature).
     """
-    x, x_test = F.normalize(x, dim=1), F.normalize(x_test, dim=1)
     classes = int(max(y.max(), y_test.max())) + 1
-    right = []
-    chunk = max(_AT_ONCE // len(x), 1)
-    for some, truth in zip(x_test.split(chunk), y_test.split(chunk), strict=True):
-        similarity, nearest = (some @ x.T).topk(min(k, len(x)), dim=1)
-        votes = some.new_zeros(len(some), classes).scatter_add_(1, y[nearest], (similarity / temperature).exp())
-        right.append(_right(votes, truth))
-    return torch.cat(right)
+    named = []
+    for similarity, nearest in _neighbours(x, x_test, k):
+        votes = similarity.new_zeros(len(nearest), classes)
+        named.append(votes.scatter_add_(1, y[nearest], (similarity / temperature).exp()).argmax(1))
+    return (torch.cat(named) == y_test).double()
 
 
 def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
@@ -202,12 +205,7 @@ ATTENTIVE = AttentiveProtocol(
 
 
 def attentive(
-    x: TokenFeatures,
-    y: Tensor,
-    x_test: TokenFeatures,
-    y_test: Tensor,
-    *,
-    protocol: AttentiveProtocol = ATTENTIVE,
+    x: TokenFeatures, y: Tensor, x_test: TokenFeatures, y_test: Tensor, *, protocol: AttentiveProtocol = ATTENTIVE
 ) -> Tensor:
     """An `AttentiveHead` on standardised tokens, trained by AdamW. Runs on the labels' device.
 

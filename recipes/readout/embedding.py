@@ -299,6 +299,7 @@ def _calibration(task: Task, ranks: World, workers: int) -> Array:
             rank=ranks.rank,
             ranks=ranks.size,
             tokenize=net.data.tokenize,
+            of="training" if task.options.usual == "train" else "held-out",
         )
         for batch in batches:
             found.append(_surprise_of(net.read(batch, (), surprise=True)))

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nepa_core.basics import Batch, UserError
+from nepa_core.basics import Batch, UserError, file_digest
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.pooling import Row, read_rows
@@ -46,7 +46,6 @@ from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
 from recipes.statistics.held_out import NUMBER, Numbered, draw_seed
 
-POOLINGS = ("mean", "last", "bos", "attentive")
 RAW = "raw tokens"
 RAW_WIDTH = 4096
 """Raw samples of more numbers than this are projected to as many, at random: a linear read-out of 150,528 pixels
@@ -200,7 +199,7 @@ def read_labels(data: Modality, batch: Batch) -> tuple[Tensor, bool]:
 
 def tokens_per_sample(data: Modality) -> int:
     """How many single tokens a probe reads of each sample; 0 where samples have the labels, see `read_labels`."""
-    first = next(plain_batches(data.dataset("train"), batch=1, device=torch.device("cpu")))
+    first = next(plain_batches(data.dataset("train"), batch=1, device=torch.device("cpu"), of="training"))
     labels, per_token = read_labels(data, first)
     return min(PER_SAMPLE, labels.shape[1]) if per_token else 0
 
@@ -241,6 +240,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
         seed=seed,
         max_unreadable=source.config.train.max_unreadable,
         tokenize=data.tokenize,
+        of="training" if source.split == "train" else "held-out",
     )
     first = next(batches(limit=min(FIRST, total)))
     labels, per_token = read_labels(data, first)
@@ -302,7 +302,7 @@ def _intact(folder: Path, names: Collection[str]) -> set[str]:
     return {
         name
         for name in names
-        if name in recorded and (folder / _file(name)).exists() and _digest(folder / _file(name)) == recorded[name]
+        if name in recorded and (folder / _file(name)).exists() and file_digest(folder / _file(name)) == recorded[name]
     }
 
 
@@ -439,7 +439,7 @@ def _join_parts(folder: Path, key: dict[str, Any], names: Sequence[str], ranks: 
         for name in names:
             dtype, shape = next(fact["kinds"][name] for fact in facts if name in fact["kinds"])
             _join_array(folder, name, np.dtype(dtype), shape, order, ranks)
-            joined[name] = _digest(folder / _file(name))
+            joined[name] = file_digest(folder / _file(name))
         same = recorded.get("labels", joined["labels"]) == joined["labels"]
         arrays = (recorded if same else {}) | joined
         noted = {"of": key, "arrays": arrays, "unreadable": len(unreadable), "unreadable_messages": unreadable}
@@ -485,8 +485,3 @@ def _file(name: str) -> str:
 
 def _part_file(folder: Path, name: str, rank: int) -> Path:
     return folder / f".writing_{_file(name)}.{rank}"
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

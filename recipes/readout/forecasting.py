@@ -190,11 +190,7 @@ def table_rows(
     samples, device, causal = options.fit_samples, ranks.device, config.objective.causal
     horizons = sorted({*options.horizons, *options.finetune})
     untrained = build_model(config).to(device).eval()
-    about = {
-        "fitted": FITTED,
-        "data": data.model_dump(mode="json", exclude={"root"}),
-        "series": series,
-    }
+    about = {"fitted": FITTED, "data": data.model_dump(mode="json", exclude={"root"}), "series": series}
     fitted = about | {"samples": samples, "causal": causal}
     weights = {"pre-trained": weights_digest(model), "random": weights_digest(untrained)}
     reads: dict[str, tuple[Reader, dict[str, str]]] = {

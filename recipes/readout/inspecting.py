@@ -188,7 +188,7 @@ def read_sample(
         raise UserError(f"{type(data).__name__}.describe gives a grid of {sketch.grid} for {count} tokens; fix it")
     canonical = torch.arange(count, device=tokens.values.device)
     order = canonical if tokens.order is None else tokens.order.to(canonical.device).expand(1, -1)[0]
-    mask = torch.ones_like(canonical, dtype=torch.bool)[None] if tokens.mask is None else tokens.mask
+    mask = tokens.real
     real = tokens.canonical(mask)[0]
     query = chosen_query(options.query, sketch.grid, real, name)
     place = int(order.argsort()[query])

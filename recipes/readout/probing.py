@@ -50,11 +50,7 @@ from recipes.training.starting import build_model
 Pooling = Literal["mean", "last", "bos", "attentive"]
 Name = Literal["linear", "knn", "lars"]
 
-CLASSIFIERS: dict[Name, Classifier] = {
-    "linear": classifiers.linear,
-    "knn": classifiers.knn,
-    "lars": classifiers.lars,
-}
+CLASSIFIERS: dict[Name, Classifier] = {"linear": classifiers.linear, "knn": classifiers.knn, "lars": classifiers.lars}
 REGRESSIONS: dict[Name, Classifier] = {"linear": ridge, "knn": classifiers.knn_regression}
 TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
 PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}

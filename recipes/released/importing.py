@@ -35,12 +35,16 @@ def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
         What to tell the user.
 
     Raises:
-        UserError: the source is a run, the checkpoint can't be read (see `read_released`), or the folder holds another
-            run.
+        UserError: the source is a run, or would hold this one, the checkpoint can't be read (see `read_released`), or
+            the folder holds another run.
     """
     if is_run(source):
         raise UserError(f"{source} is a run already; name a folder that `nepa export` wrote, or OWNER/NAME on the hub")
     folder = find(source)
+    if run.path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"out={run.path} lies in {source}, which is read and stays as it is; name another folder by out=DIR"
+        )
     released = read_released(folder)
     config = run_config(released, changes)
     record: ImportRecord = {

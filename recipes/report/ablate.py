@@ -8,13 +8,7 @@ from typing import Literal
 from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Words
 from recipes.report.plots import interval_plot, line_plot
 from recipes.report.summaries import AblateSummary
-from recipes.report.tables import (
-    TESTED,
-    difference_table,
-    margin_cell,
-    margin_note,
-    text_table,
-)
+from recipes.report.tables import TESTED, difference_table, margin_cell, margin_note, text_table
 from recipes.statistics.significance import Difference, Spread
 
 Key = Literal["objective", "loss", "retrieval_top1", "effective_rank_embedding", "probe_best", "probe_final"]

@@ -10,7 +10,7 @@ from nepa_core.verdict.drawing import RIVALS
 from nepa_core.verdict.intervals import Interval
 from nepa_core.verdict.judge import COLLAPSE_SHARE, Verdict
 from recipes.report.page import Answer, Figure, Part, Report, Table, Verbatim, Words
-from recipes.report.plots import line_plot
+from recipes.report.plots import line_plot, over_training
 from recipes.report.provenance import settings_of, unreadable
 from recipes.report.summaries import PretrainSummary
 
@@ -215,76 +215,47 @@ def report(run: Run, summary: PretrainSummary, data: Modality) -> Report:
 
 def _parts(run: Run, summary: PretrainSummary, noun: str) -> Iterator[Part]:
     verdict, metrics = verdict_in(summary), run.metrics()
-    health = [line for line in metrics if "effective_rank_embedding" in line]
-    learning = [line for line in health if "retrieval_top1" in line]
-    training = [line for line in metrics if "loss" in line]
-    steps = [line["step"] for line in health]
     yield Answer(judgement(verdict))
     yield Words([headline(verdict, noun), *tries(summary)])
     yield Table([("predictor", "held-out loss", "identified"), *table(verdict, noun)])
     yield Words(remarks(summary, noun))
-    yield Words([f"Step {line['step']}: {line['warning']}." for line in health if "warning" in line])
-    yield Figure(
-        "loss.png",
-        "The objective over training.",
-        line_plot(
-            {
-                "training batches": ([line["step"] for line in training], [line["loss"] for line in training]),
-                "held out": (steps, [line["held_out_objective"] for line in health]),
-            },
-            x="step", y="objective", title="Objective",
-        ),
-    )  # fmt: skip
+    yield Words([f"Step {line['step']}: {line['warning']}." for line in metrics if "warning" in line])
+    objective = {"training batches": "loss", "held out": "held_out_objective"}
+    plot = over_training(metrics, objective, y="objective", title="Objective")
+    yield Figure("loss.png", "The objective over training.", plot)
+    learned = {"identified": "retrieval_top1", "copy gap": "copy_gap"}
     yield Figure(
         "learning.png",
         f"Share of places where the next {noun} is identified among up to {RIVALS} while training, and by how "
         f"much the cosine of the prediction with the next {noun} exceeds that of the current one.",
-        line_plot(
-            {
-                name: ([line["step"] for line in learning], [line[key] for line in learning])
-                for name, key in {"identified": "retrieval_top1", "copy gap": "copy_gap"}.items()
-            },
-            x="step", y="share; cosine", title=f"Next {noun}",
-        ),
-    )  # fmt: skip
+        over_training(metrics, learned, y="share; cosine", title=f"Next {noun}"),
+    )
     for name in PROBES:
-        if probed := [line for line in health if name in line]:
-            said, curve = name.replace("_", " "), ([line["step"] for line in probed], [line[name] for line in probed])
+        if any(name in line for line in metrics):
+            said = name.replace("_", " ")
             yield Figure(
                 "probe.png",
                 "Held-out labels read by a small ridge from the last layer while training; at step 0 from random "
                 "weights. nepa probe reads every layer, beside the raw tokens.",
-                line_plot({said: curve}, x="step", y=said, title="Small probe"),
+                over_training(metrics, {said: name}, y=said, title="Small probe"),
             )
+    ranks = {"embedding": "effective_rank_embedding", "prediction": "effective_rank_prediction"}
     yield Figure(
         "rank.png",
         "Effective rank over training: collapse shows here, not in the loss.",
-        line_plot(
-            {
-                of: (steps, [line[key] for line in health])
-                for of, key in {
-                    "embedding": "effective_rank_embedding", "prediction": "effective_rank_prediction",
-                }.items()
-            },
-            x="step", y="effective rank", from_zero=True, title="Effective rank",
-        ),
-    )  # fmt: skip
+        over_training(metrics, ranks, y="effective rank", from_zero=True, title="Effective rank"),
+    )
+    spreads = {
+        "spread, embedding": "spread_embedding",
+        "spread, prediction": "spread_prediction",
+        "shared direction, embedding": "shared_direction_embedding",
+        "shared direction, prediction": "shared_direction_prediction",
+    }
     yield Figure(
         "spread.png",
         "Spread per dimension (1 is isotropic, 0 collapsed), and the cosine of the best constant direction.",
-        line_plot(
-            {
-                title: (steps, [line[key] for line in health])
-                for title, key in {
-                    "spread, embedding": "spread_embedding",
-                    "spread, prediction": "spread_prediction",
-                    "shared direction, embedding": "shared_direction_embedding",
-                    "shared direction, prediction": "shared_direction_prediction",
-                }.items()
-            },
-            x="step", y="share", from_zero=True, title="Spread and shared direction",
-        ),
-    )  # fmt: skip
+        over_training(metrics, spreads, y="share", from_zero=True, title="Spread and shared direction"),
+    )
     yield Figure(
         "position.png",
         f"Held-out loss of the prediction made at each place (its target is the next {noun}); lower is better.",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from nepa_core.runtime.run import Run
 from recipes.networks.goals import AVERAGED, FIGURES, AveragedKey, Classification, FigureKey, Regression
 from recipes.report.page import Answer, Figure, Part, Report, Verbatim, Words
-from recipes.report.plots import line_plot
+from recipes.report.plots import over_training
 from recipes.report.provenance import settings_of, unreadable
 from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.statistics.worth import sentences, without_control, worth_in
@@ -64,11 +64,8 @@ def report(run: Run, summary: FinetuneSummary) -> Report:
 def _parts(run: Run, summary: FinetuneSummary) -> Iterator[Part]:
     goal = Regression if Regression.headline in summary else Classification
     metrics, key = run.metrics(), goal.headline
-    tested = [line for line in metrics if key in line]
-    trained = [line for line in metrics if "loss" in line]
-    steps = [line["step"] for line in tested]
-    curves = {key: "raw weights", AVERAGED[key]: "averaged weights"}
-    losses = {"held_out_loss": "held out", "held_out_loss_ema": "held out, averaged weights"}
+    curves = {"raw weights": key, "averaged weights": AVERAGED[key]}
+    losses = {"held out": "held_out_loss", "held out, averaged weights": "held_out_loss_ema"}
     title = next(figure.title for figure in goal.shown if figure.key == key)
     first, *rest = verdict(summary, run)
     yield Answer(first)
@@ -78,18 +75,17 @@ def _parts(run: Run, summary: FinetuneSummary) -> Iterator[Part]:
         "loss.png",
         f"{goal.loss_name.capitalize()} over training; "
         "that of the training batches includes mixing and label smoothing.",
-        line_plot(
-            {"training batches": ([line["step"] for line in trained], [line["loss"] for line in trained])}
-            | {name: (steps, [line[key] for line in tested]) for key, name in losses.items() if key in summary},
-            x="step", y=goal.loss_name, title=goal.loss_name.capitalize(),
+        over_training(
+            metrics,
+            {"training batches": "loss"} | {name: each for name, each in losses.items() if each in summary},
+            y=goal.loss_name,
+            title=goal.loss_name.capitalize(),
         ),
-    )  # fmt: skip
+    )
+    shown = {name: each for name, each in curves.items() if each in summary}
     yield Figure(
         f"{key}.png",
         f"Held-out {title} over training.",
-        line_plot(
-            {name: (steps, [line[key] for line in tested]) for key, name in curves.items() if key in summary},
-            x="step", y=title, from_zero=key == "accuracy", title=f"Held-out {title}",
-        ),
-    )  # fmt: skip
+        over_training(metrics, shown, y=title, from_zero=key == "accuracy", title=f"Held-out {title}"),
+    )
     yield Verbatim(settings_of(run), "Settings and data")

@@ -12,10 +12,7 @@ from recipes.report.page import Figure, Part, Report, Table, Words
 from recipes.report.plots import Panel, panel_plot
 from recipes.report.provenance import provenance
 from recipes.report.segment import Picture, picture_grid
-from recipes.statistics.maps import (
-    Reading,
-    pca_colours,
-)
+from recipes.statistics.maps import Reading, pca_colours
 
 QUERY, NEXT = "red", "white"  # frames
 

@@ -19,6 +19,7 @@ from recipes.report.tables import (
     difference_table,
     drawn,
     interval_words,
+    labels_words,
     margin_cell,
     margin_note,
     spread_cell,
@@ -55,8 +56,7 @@ def title_of(measure: str) -> str:
 
 
 def _labels(measure: str) -> str:
-    labels = measure.removeprefix("finetuned_")
-    return "all labels" if labels == "all" else f"{labels} labels a class"
+    return labels_words(measure.removeprefix("finetuned_"))
 
 
 def _head(measure: str) -> str:

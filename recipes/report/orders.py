@@ -8,14 +8,7 @@ from statistics import fmean
 import numpy as np
 
 from recipes.report.page import Answer, Figure, Heading, Part, Report, Table, Verbatim, Words
-from recipes.report.plots import (
-    Curve,
-    interval_plot,
-    line_plot,
-    matrix_plot,
-    panels_plot,
-    strip_plot,
-)
+from recipes.report.plots import Curve, interval_plot, line_plot, matrix_plot, panels_plot, strip_plot
 from recipes.report.summaries import HeadKey, OrdersSummary, RunMeasures, Runs, finetuned, found_at
 from recipes.report.tables import (
     TESTED,
@@ -23,6 +16,7 @@ from recipes.report.tables import (
     difference_table,
     drawn,
     interval_words,
+    labels_words,
     margin_cell,
     margin_note,
     spread_cell,
@@ -66,14 +60,10 @@ def accuracy_columns(summary: OrdersSummary) -> list[Column]:
     columns = [Column("probe", "probe"), Column("probe_random", "random weights")]
     for labels in summary["labels"]:
         columns += [
-            Column(finetuned(labels), f"fine-tuned, {_told(labels)}"),
+            Column(finetuned(labels), f"fine-tuned, {labels_words(labels)}"),
             Column(f"{finetuned(labels)}_random", "from random weights"),
         ]
     return columns
-
-
-def _told(labels: int | str) -> str:
-    return "all labels" if labels == "all" else f"{labels} labels a class"
 
 
 def render(summary: OrdersSummary) -> str:
@@ -182,7 +172,7 @@ def fine_tuning_figures(ranked: Runs, summary: OrdersSummary) -> list[Figure]:
     return [
         Figure(
             f"{finetuned(labels)}.png",
-            f"Fine-tuned on {_told(labels)} for {summary['finetune_steps']} steps; grey: from random weights.",
+            f"Fine-tuned on {labels_words(labels)} for {summary['finetune_steps']} steps; grey: from random weights.",
             interval_plot(
                 spreads(ranked, finetuned(labels)),
                 x=f"held-out {summary['metric']}",

@@ -17,6 +17,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .8rem; border-bottom: 1px solid #ddd }
 td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-nums; white-space: nowrap }
 td:first-child { white-space: nowrap } td.long { white-space: normal } pre { white-space: pre-wrap }
+h1, h2, h3, p, footer { overflow-wrap: anywhere }
 .wide { overflow-x: auto } .small { font-size: .8em } .small td, .small th { padding: .25rem .4rem }
 figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } footer { color: #777; font-size: .8rem }
 """

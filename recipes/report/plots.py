@@ -64,6 +64,18 @@ def line_plot(
     return png_of(canvas)
 
 
+def over_training(
+    metrics: Sequence[Mapping[str, Any]], curves: Mapping[str, str], *, y: str, title: str, from_zero: bool = False
+) -> bytes:
+    """A line for each key of metrics.jsonl, over the steps that have it, by its name in the legend; PNG bytes."""
+    lines = {name: [line for line in metrics if key in line] for name, key in curves.items()}
+    series = {
+        name: ([line["step"] for line in found], [line[curves[name]] for line in found])
+        for name, found in lines.items()
+    }
+    return line_plot(series, x="step", y=y, title=title, from_zero=from_zero)
+
+
 def picture_table(
     rows: Sequence[tuple[str, Sequence[np.ndarray]]], *, heads: Sequence[str], legend: Mapping[str, Sequence[float]]
 ) -> bytes:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nepa_core.runtime.run import Run
 from recipes.report.page import Figure, Part, Report, Table, Verbatim
-from recipes.report.plots import line_plot, picture_table
+from recipes.report.plots import over_training, picture_table
 from recipes.report.provenance import settings_of, unreadable
 from recipes.report.summaries import SegmentSummary
 from recipes.statistics.segment_metrics import ScoreKey, classes_in_truth, lonely, score_text
@@ -97,10 +97,7 @@ def report(run: Run, summary: SegmentSummary, pictures: Sequence[Picture]) -> Re
 
 
 def _parts(run: Run, summary: SegmentSummary, pictures: Sequence[Picture]) -> Iterator[Part]:
-    metrics = run.metrics()
-    tested = [line for line in metrics if "mIoU" in line]
-    trained = [line for line in metrics if "loss" in line]
-    steps, kinds = [line["step"] for line in tested], _kinds(summary)
+    metrics, kinds = run.metrics(), _kinds(summary)
     yield Verbatim(render(summary, run))
     if pictures:
         caption = f"Held-out images, with the {list(kinds)[-1]}."
@@ -109,19 +106,14 @@ def _parts(run: Run, summary: SegmentSummary, pictures: Sequence[Picture]) -> It
     yield Figure(
         "loss.png",
         "Cross-entropy of the training crops, with that of the auxiliary head.",
-        line_plot(
-            {"training crops": ([line["step"] for line in trained], [line["loss"] for line in trained])},
-            x="step", y="cross-entropy", from_zero=True, title="Cross-entropy",
-        ),
-    )  # fmt: skip
+        over_training(metrics, {"training crops": "loss"}, y="cross-entropy", from_zero=True, title="Cross-entropy"),
+    )
+    scores = {weights: keys.scores[0] for weights, keys in kinds.items()}
     yield Figure(
         "miou.png",
         f"mIoU over training, on {summary['evaluation']['images']} held-out images at most.",
-        line_plot(
-            {weights: (steps, [line[keys.scores[0]] for line in tested]) for weights, keys in kinds.items()},
-            x="step", y="mIoU", from_zero=True, title="Held-out mIoU",
-        ),
-    )  # fmt: skip
+        over_training(metrics, scores, y="mIoU", from_zero=True, title="Held-out mIoU"),
+    )
     yield Verbatim(settings_of(run), "Settings and data")
 
 

@@ -180,6 +180,11 @@ def difference_table(found: Sequence[Difference]) -> list[list[str]]:
     return [head, *rows]
 
 
+def labels_words(labels: int | str) -> str:
+    """How many labels a fine-tuning had."""
+    return "all labels" if labels == "all" else f"{labels} labels a class"
+
+
 def text_table(lines: Sequence[Sequence[str]]) -> str:
     """As text: the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

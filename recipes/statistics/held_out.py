@@ -6,7 +6,7 @@ Shapes: S samples.
 from __future__ import annotations
 
 import base64
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import Batch
+from nepa_core.modality import Modality
+from nepa_core.runtime.data import plain_batches
 from nepa_core.verdict.drawing import spans_of
 
 NUMBER = "number of the sample"
@@ -30,6 +32,13 @@ def draw_seed(dataset: Dataset[Any], limit: int) -> int | None:
     The first samples of class folders are of a few classes only, and the first windows of a series lie side by side.
     """
     return DRAW_SEED if len(cast(Sized, dataset)) > limit else None
+
+
+def drawn_batches(data: Modality, most: int, device: torch.device, *, at_once: int) -> Iterator[Batch]:
+    """At most so many held-out samples of an adapter without augmentation, by that draw."""
+    held_out = data.dataset("test")
+    seed, size = draw_seed(held_out, most), min(most, at_once)
+    return plain_batches(held_out, batch=size, device=device, limit=most, seed=seed, tokenize=data.tokenize)
 
 
 class Numbered(Dataset[Batch]):

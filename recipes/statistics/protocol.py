@@ -170,13 +170,7 @@ def claimed(file: Path) -> Claim:
 
 
 def declare(
-    before: Protocol | None,
-    now: Declared,
-    *,
-    task: str,
-    recipe: str,
-    found: Declared | None,
-    measured: bool,
+    before: Protocol | None, now: Declared, *, task: str, recipe: str, found: Declared | None, measured: bool
 ) -> tuple[Protocol, int]:
     """The protocol with this declaration, and the number of its look.
 

@@ -15,18 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 from nepa_core.runtime.distributed import world
-from recipes.training.bench import (
-    BenchOptions as Options,
-)
-from recipes.training.bench import (
-    against_bare_decode,
-    against_bare_loop,
-    against_bare_transformer,
-    against_cosine,
-    against_padding,
-    bench,
-    render,
-)
+from recipes.training.bench import AGAINST, against_bare_decode, bench, render
+from recipes.training.bench import BenchOptions as Options
 from recipes.training.workload import Trained, read_trained
 
 
@@ -39,14 +29,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         figures = bench(config, options, ranks)
         if not ranks.is_main:
             return
-        if options.against == "loop":
-            figures |= against_bare_loop(config, options, ranks)
-        if options.against == "transformer":
-            figures |= against_bare_transformer(config, options, ranks)
-        if options.against == "padding":
-            figures |= against_padding(config, options, ranks)
-        if options.against == "objectives":
-            figures |= against_cosine(config, options, ranks)
+        if options.against in AGAINST:
+            figures |= AGAINST[options.against](config, options, ranks)
         print(render(figures, config))
 
 

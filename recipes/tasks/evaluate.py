@@ -62,10 +62,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             text += f", {summary['images']} images"
         else:
             left_out: set[str] = set()
-            summary = {
-                **measured(config, weights, ranks, left_out),
-                "unreadable_held_out_messages": sorted(left_out),
-            }
+            summary = {**measured(config, weights, ranks, left_out), "unreadable_held_out_messages": sorted(left_out)}
             shown = [figure for figure in FIGURES if figure.key in summary]
             text = ", ".join(f"{figure.title} {format(summary[figure.key], figure.form)}" for figure in shown)
             text += f", {scored_samples(summary, 'samples')}"

@@ -34,9 +34,7 @@ from nepa_core.runtime.run import Run
 from recipes.readout.forecasting import ForecastOptions as Options
 from recipes.readout.forecasting import check_runs, forecast, over_seeds
 from recipes.readout.probing import FREE
-from recipes.report.forecast import (
-    render,
-)
+from recipes.report.forecast import render
 from recipes.training.pretraining import load_pretrained
 
 

@@ -24,9 +24,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from recipes.comparison.engine import (
-    read_recipe,
-)
+from recipes.comparison.engine import read_recipe
 from recipes.comparison.orders import OrdersOptions as Options
 from recipes.comparison.orders import orders
 from recipes.report.orders import render

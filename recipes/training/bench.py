@@ -391,8 +391,16 @@ def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, flo
     }
 
 
+AGAINST: dict[str | None, Callable[[Trained, BenchOptions, World], dict[str, float]]] = {
+    "loop": against_bare_loop,
+    "transformer": against_bare_transformer,
+    "padding": against_padding,
+    "objectives": against_cosine,
+}
+"""Options of `against` that train."""
+
+
 def _memory_alone(config: PretrainConfig, side: str) -> float:
-    """Peak memory of two training steps in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         save_config(config, Path(folder) / "config.json")
         arguments = (folder, side, imports_of(config))

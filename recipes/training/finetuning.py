@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema, applied
-from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.model import NEPA, draw_coord_scale, evaluating
 from nepa_core.pooling import canonical_tokens
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
@@ -353,9 +353,8 @@ def measure(
     seen, scored = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     unreadable: set[str] = set()
     dtype = autocast_dtype(config.train.precision, ranks.device)
-    data, was_training = config.data.plain(), model.training
-    model.eval()
-    for batch in plain_batches(
+    data = config.data.plain()
+    batches = plain_batches(
         samples if parts is None else Numbered(samples),
         batch=min(config.train.micro_batch or config.train.batch, 256),
         device=ranks.device,
@@ -366,17 +365,18 @@ def measure(
         max_unreadable=config.train.max_unreadable,
         tokenize=data.tokenize,
         labels=True,
-    ):
-        tokens = data.read(batch)
-        with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
-            outputs = model(tokens, causal=config.causal).float()
-        truth = goal.truth(batch, tokens)
-        sums += goal.sums(outputs, truth)
-        if parts is not None:
-            parts.append(torch.cat((batch[NUMBER][:, None].double(), goal.parts(outputs, truth)), dim=1).cpu())
-        seen += len(outputs)
-        scored += goal.scored(truth)
-    model.train(was_training)
+    )
+    with evaluating(model):
+        for batch in batches:
+            tokens = data.read(batch)
+            with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
+                outputs = model(tokens, causal=config.causal).float()
+            truth = goal.truth(batch, tokens)
+            sums += goal.sums(outputs, truth)
+            if parts is not None:
+                parts.append(torch.cat((batch[NUMBER][:, None].double(), goal.parts(outputs, truth)), dim=1).cpu())
+            seen += len(outputs)
+            scored += goal.scored(truth)
     named = ranks.union(unreadable)
     if left_out is not None:
         left_out.update(named)

@@ -13,7 +13,7 @@ from nepa_core.ema import Ema, applied
 from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import pair_count
 from nepa_core.pretrainer import HEADS, objective_loss
-from nepa_core.runtime.data import fold_seed, plain_batches
+from nepa_core.runtime.data import fold_seed, give_back_memory, plain_batches
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult
 from nepa_core.runtime.meter import Meter
@@ -123,8 +123,10 @@ def verdict_of(
     most = min(config.verdict.test_samples, room_for(config))
     untrained = build_pretrainer(config).to(device)
     before = start_of(gather_held_out(config, untrained, held_out(config, device, most))[0])
+    del untrained  # or it would stay beside the baselines
     samples = held_out(config, device, most)
     trained, objective = gather_held_out(config, model, samples)
+    give_back_memory()
     train = config.data.plain().dataset("train")
     every = len(cast(Sized, train))
     judged = judge(
@@ -167,6 +169,7 @@ def training_parts(
         limit=limit,
         seed=0,
         tokenize=config.data.plain().tokenize,
+        of="training",
     )
     with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
         for done, part in enumerate(gather_targets(model, config.data.plain(), batches), 1):

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -28,6 +29,7 @@ from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.meter import say_progress
 
 JPEG = b"\xff\xd8\xff"
+SETTINGS = "resize.json"
 DONE = "shards"  # folder of finished shards while others are missing
 
 
@@ -70,7 +72,21 @@ def resize(data: Modality, options: ResizeOptions, out: Path) -> list[str]:
     """
     counts = {split: len(cast(Sized, data.stored(split))) for split in SPLITS}
     shards = [shard for split, count in counts.items() for shard in _shards(split, count, options)]
-    _claim(out, _settings(data, options), data.classes() or ())
+    classes = data.classes() or ()
+    settings = data.plain().model_dump(mode="json") | options.model_dump(include={"size", "quality", "images"})
+    if _is_claimed(out, settings):
+        return _write(data, options, out, shards)
+    new = not out.exists()
+    try:
+        _claim(out, settings, classes)
+        return _write(data, options, out, shards)
+    except Exception:
+        if not any((out / shard.file).exists() or (out / DONE / shard.file).exists() for shard in shards):
+            _take_back(out, new=new)
+        raise
+
+
+def _write(data: Modality, options: ResizeOptions, out: Path, shards: list[Shard]) -> list[str]:
     missing = [shard for shard in shards if not any((place / shard.file).exists() for place in (out, out / DONE))]
     workers = min(options.workers or cores(), max(1, len(missing)))
     with ProcessPoolExecutor(workers, initializer=_quiet) as pool:
@@ -129,13 +145,13 @@ def _shards(split: str, rows: int, options: ResizeOptions) -> Iterator[Shard]:
         yield Shard(split, number, first, min(first + options.images, rows))
 
 
-def _settings(data: Modality, options: ResizeOptions) -> dict[str, Any]:
-    return data.plain().model_dump(mode="json") | options.model_dump(include={"size", "quality", "images"})
+def _is_claimed(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds shards of these settings.
 
-
-def _claim(out: Path, settings: dict[str, Any], classes: Sequence[str]) -> None:
-    """Make the folder, or find that its shards are of these settings."""
-    file = out / "resize.json"
+    Raises:
+        UserError: it holds others, or something else.
+    """
+    file = out / SETTINGS
     if file.exists():
         try:
             before = dict(read_json(file))
@@ -143,13 +159,27 @@ def _claim(out: Path, settings: dict[str, Any], classes: Sequence[str]) -> None:
             raise UserError(f"{file} is damaged ({error}); name another out=DIR") from error
         if other := {key: value for key, value in before.items() if settings.get(key) != value}:
             raise UserError(f"{file} tells of other settings, {other}; give those again, or name another out=DIR")
-        return
+        return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds no resized images; name another folder with out=DIR")
+    return False
+
+
+def _claim(out: Path, settings: dict[str, Any], classes: Sequence[str]) -> None:
     with disk_errors(out):
         (out / DONE).mkdir(parents=True)
         write_whole(out / CLASS_NAMES, "".join(f"{name}\n" for name in classes))
-        write_whole(file, json.dumps(settings, indent=2) + "\n")
+        write_whole(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
+
+
+def _take_back(out: Path, *, new: bool) -> None:
+    """Remove what a command that failed before its first shard has made."""
+    shutil.rmtree(out / DONE, ignore_errors=True)
+    for name in (CLASS_NAMES, SETTINGS):
+        (out / name).unlink(missing_ok=True)
+    if new:
+        with suppress(OSError):  # there is none, or it holds something
+            out.rmdir()
 
 
 def _deliver(out: Path, shards: list[Shard]) -> list[str]:

@@ -16,7 +16,7 @@ from modalities.data.scene_masks import IGNORED
 from modalities.data.scenes import padded
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema, applied
-from nepa_core.model import NEPA, draw_coord_scale
+from nepa_core.model import NEPA, draw_coord_scale, evaluating
 from nepa_core.pooling import canonical_tokens
 from nepa_core.predictor import Trace
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
@@ -59,13 +59,7 @@ class Segmenter(nn.Module):
         self.levels = levels
 
     def forward(
-        self,
-        tokens: Tokens,
-        grid: tuple[int, int],
-        *,
-        causal: bool,
-        auxiliary: bool,
-        coord_scale: float = 1.0,
+        self, tokens: Tokens, grid: tuple[int, int], *, causal: bool, auxiliary: bool, coord_scale: float = 1.0
     ) -> SegmentLogits:
         """Logits of every cell.
 
@@ -259,9 +253,7 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
     counts = torch.zeros(config.data.class_count, config.data.class_count, dtype=torch.int64, device=ranks.device)
     images = torch.zeros((), dtype=torch.int64, device=ranks.device)
     unreadable: set[str] = set()
-    was_training = model.training
-    model.eval()
-    for batch in plain_batches(
+    batches = plain_batches(
         config.data.whole("test"),
         batch=1,
         device=ranks.device,
@@ -273,11 +265,12 @@ def measure(config: SegmentConfig, model: Segmenter, ranks: World, limit: int | 
         unreadable=unreadable,
         max_unreadable=config.train.max_unreadable,
         tokenize=partial(whole_tokens, config),
-    ):
-        predicted = predict_image(config, model, batch["image"][0])
-        counts += confusion(predicted, batch["target"][0], config.data.class_count)
-        images += 1
-    model.train(was_training)
+    )
+    with evaluating(model):
+        for batch in batches:
+            predicted = predict_image(config, model, batch["image"][0])
+            counts += confusion(predicted, batch["target"][0], config.data.class_count)
+            images += 1
     return Measured(scores(ranks.sum(counts)), int(ranks.sum(images)), ranks.union(unreadable))
 
 
@@ -340,27 +333,21 @@ def figures(config: SegmentConfig, raw: Measured, averaged: Measured | None = No
     rows: list[ClassIou] = [{"name": name, "iou": iou} for name, iou in zip(names, raw.scores.iou, strict=True)]
     for row, iou in zip(rows, [] if averaged is None else averaged.scores.iou, strict=averaged is not None):
         row["iou_ema"] = iou
-    return {
-        **headline(raw, averaged),
-        "classes": rows,
-        "classes_in_truth": raw.scores.present,
-        "images": raw.images,
-    }
+    return {**headline(raw, averaged), "classes": rows, "classes_in_truth": raw.scores.present, "images": raw.images}
 
 
 @torch.no_grad()
 def pictures(config: SegmentConfig, model: Segmenter, device: torch.device) -> list[Picture]:
     """Held-out images from the first to the last of the split, equally far apart; unreadable ones are left out."""
     scenes = config.data.whole("test")
-    was_training, shown = model.training, []
-    model.eval()
-    for index in spread_out(len(scenes), config.evaluation.pictures):
-        with suppress(UnreadableSample):
-            scene = scenes[index]
-            if not whole_tokens(config, {"image": scene["image"][None]}).finite():
-                continue
-            predicted = predict_image(config, model, scene["image"].to(device))
-            name = Path(scenes.name(index)).name
-            shown.append(Picture(scene["image"], scene["target"], predicted.cpu(), name))
-    model.train(was_training)
+    shown = []
+    with evaluating(model):
+        for index in spread_out(len(scenes), config.evaluation.pictures):
+            with suppress(UnreadableSample):
+                scene = scenes[index]
+                if not whole_tokens(config, {"image": scene["image"][None]}).finite():
+                    continue
+                predicted = predict_image(config, model, scene["image"].to(device))
+                name = Path(scenes.name(index)).name
+                shown.append(Picture(scene["image"], scene["target"], predicted.cpu(), name))
     return shown

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nepa_core.basics import Batch, UserError
-from nepa_core.model import NEPA
+from nepa_core.model import NEPA, evaluating
 from nepa_core.pretrainer import Pretrainer, objective_loss
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.fit import samples_at_once
@@ -65,13 +65,11 @@ def have_one_order(reads: list[Tokens]) -> bool:
     Samples with padding elsewhere than that of the first are left out: a shared order, too, is read differently there.
     """
     reads = [each for each in reads if each.values.shape[1] == reads[0].values.shape[1]]
-    shapes = [each.values.shape[:2] for each in reads]
-    masks = [torch.ones(shape) if each.mask is None else each.mask for each, shape in zip(reads, shapes, strict=True)]
     orders = [
-        (torch.arange(shape[1]) if each.order is None else each.order).expand(shape)
-        for each, shape in zip(reads, shapes, strict=True)
+        (torch.arange(each.values.shape[1]) if each.order is None else each.order).expand(each.real.shape)
+        for each in reads
     ]
-    mask, order = torch.cat(masks), torch.cat(orders)
+    mask, order = torch.cat([each.real for each in reads]), torch.cat(orders)
     return bool((order == order[0]).all(1)[(mask == mask[0]).all(1)].all())
 
 
@@ -86,12 +84,11 @@ def try_batch(config: PretrainConfig, model: NEPA) -> None:
     """
     if has_own_order(config):
         try_order(config)
-    device, training = next(model.parameters()).device, model.training
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad(), evaluating(model):
         batch = first_samples(config, min(config.train.micro_batch or config.train.batch, 8), device)
-        out = model.eval()(config.data.at(0.0).read(batch), causal=config.objective.causal)
+        out = model(config.data.at(0.0).read(batch), causal=config.objective.causal)
         loss = objective_loss(config.objective, out)
-    model.train(training)
     if not loss.isfinite():
         raise UserError(
             f"the loss of a first batch is {loss.item()}: lower model.layer_scale, and look at the range of the samples"

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from torch.utils.data import default_collate
 
 import recipes
 from nepa_core import check_modality
 from nepa_core.basics import UserError
-from nepa_core.runtime.config import load_object, parse_assignments
+from nepa_core.runtime.config import load_object, override, parse_assignments
 from recipes.cli import TASKS, main, split_options
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from tests.conftest import ROOT
@@ -132,6 +133,25 @@ def test_the_readme_has_one_adapter_of_twenty_lines() -> None:
     found = [block for block in blocks(ROOT / "README.md") if block.file]
     assert [block.file for block in found] == ["my_waves.py"]
     assert len([line for line in found[0].text.splitlines()[1:] if line.strip()]) <= 20
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_refuses_the_orders_of_an_adapter_says_the_lines_that_it_lacks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Followed to the letter, they make `nepa orders` work on the adapter of the README."""
+    file = next(block for block in blocks(ROOT / "README.md") if block.file)
+    Path("my_waves.py").write_text(file.text)
+    assert main(["pretrain", "my_waves:base", "data.patch_order=reverse"]) == 2
+    assert "it has where it inherits Ordered" in capsys.readouterr().err
+    assert main(["orders", "my_waves:base", "orders=canonical,reverse", "seeds=0"]) == 2
+    code = re.findall(r"`([^`]+)`", capsys.readouterr().err)
+    assert code[:2] == ["from modalities.orders import Ordered", "class Waves(Ordered, Modality):"]
+    text = file.text.replace("class Waves(Modality):", f"{code[1]}\n    {code[2].replace('GRID', '(16,)')}\n")
+    Path("my_ordered_waves.py").write_text(f"{code[0]}\n{text}")
+    check_modality(load_object("my_ordered_waves:base")().data)
+    changed = override(load_object("my_ordered_waves:base")(), {"data.patch_order": "reverse"}).data
+    assert changed.read(default_collate(changed.dataset("test")[:2])).order.tolist() == list(range(15, -1, -1))
 
 
 @pytest.mark.usefixtures("folder")

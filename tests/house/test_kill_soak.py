@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -68,6 +69,9 @@ def test_killed_at_random_moments_it_ends_as_an_unbroken_one(kind: str, place: P
     finish(start(words["whole"], place, ranks))
     took = time.monotonic() - began
     killed = 0
+    folder, fresh = place / f"killed-{kind}", place / f"fresh-{kind}"
+    if folder.exists():  # what the command reads
+        shutil.copytree(folder, fresh)
     for _ in range(20):
         team = start(words["killed"], place, ranks)
         time.sleep(draw.uniform(0.05, 0.9) * took)
@@ -78,13 +82,18 @@ def test_killed_at_random_moments_it_ends_as_an_unbroken_one(kind: str, place: P
         for process in team:
             process.join(60)
         killed += bool(alive)
-        if killed == KILLS or not alive:
+        if not alive and not killed:  # done before the first kill: the whole run had a busier machine
+            shutil.rmtree(folder)
+            if fresh.exists():
+                shutil.copytree(fresh, folder)
+            took /= 2
+        elif killed == KILLS or not alive:
             break
     assert killed
     finish(start(words["killed"], place, ranks))
     expected = results(place / f"whole-{kind}")
     assert expected
-    assert results(place / f"killed-{kind}") == expected
+    assert results(folder) == expected
 
 
 def start(words: list[str], place: Path, ranks: int) -> list[BaseProcess]:

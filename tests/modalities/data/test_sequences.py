@@ -124,6 +124,24 @@ def test_neither_a_tiny_unit_nor_a_large_offset_costs_the_signal(tmp_path: Path,
     assert float(tokens[..., 3].abs().max()) < 1e-6
 
 
+def test_values_that_are_edited_in_place_change_the_fingerprint_and_a_copy_does_not(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(2000, 8, 4))
+    prints = []
+    for name in ("first", "copy", "start", "middle", "end"):
+        root = tmp_path / name
+        root.mkdir()
+        edited = values.copy()
+        if name in (places := {"start": 0, "middle": 1000, "end": -1}):
+            edited[places[name], 0, 0] += 1
+        for split in ("train", "test"):
+            np.save(root / f"{split}.npy", edited)
+        os.utime(root / "train.npy", (0, len(prints)))
+        samples: Any = Features(root=str(root)).dataset("train")
+        prints.append(samples.fingerprint())
+    assert prints[0] == prints[1]
+    assert len(set(prints)) == 4
+
+
 def test_integers_are_exact_and_files_of_several_dtypes_make_one(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (tmp_path / split).mkdir()

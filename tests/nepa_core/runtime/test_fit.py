@@ -638,6 +638,15 @@ def test_data_that_changed_between_a_stop_and_its_resumption_is_refused(
     assert "changed" not in json.loads((tmp_path / "config.json").read_text())["data"]
 
 
+def test_checkpoints_of_before_contents_were_looked_at_go_on(
+    tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted):
+        training(tiny_recipe, tmp_path, step=interrupted_at({5}, make_step(tiny_recipe)))
+    monkeypatch.setattr(Series, "fingerprint", lambda self: "48 samples; 0123", raising=False)
+    assert training(tiny_recipe, tmp_path)[2].steps == 12
+
+
 def test_checkpoints_of_before_say_nothing_of_the_data_and_go_on(
     tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

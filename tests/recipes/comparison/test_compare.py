@@ -36,6 +36,7 @@ from recipes.statistics.significance import (
     spread,
     verdict,
 )
+from recipes.vision import digits
 
 FORK = multiprocessing.get_context("fork")  # starts at once; the jobs here need no device
 
@@ -374,3 +375,9 @@ def test_tables_show_means_and_intervals(tmp_path: Path) -> None:
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
     assert difference_table(differences(ROWS))[1][0] == "a > b"
+
+
+def test_a_saved_comparison_is_found_again_by_its_digest() -> None:
+    """As of commit 390fdf6; a key that is new since must not have the same run trained once more."""
+    assert compare.config_digest(digits()) == "71bb522a49c4"
+    assert compare.config_digest(override(digits(), {"train.probe": True})) == compare.config_digest(digits())

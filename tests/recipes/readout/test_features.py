@@ -73,6 +73,15 @@ def drawn(limit: int, count: int) -> list[int]:
     return epoch_order(count, 0, 0)[:limit].tolist()
 
 
+@pytest.mark.parametrize(("split", "called"), [("train", "training"), ("test", "held-out")])
+def test_too_many_unreadable_samples_are_called_by_their_split(
+    tiny_recipe: PretrainConfig, model: NEPA, tmp_path: Path, split: str, called: str
+) -> None:
+    config = override(tiny_recipe, {"data.unreadable": [0, 9, 10], "train.max_unreadable": 0.01})
+    with pytest.raises(UserError, match=f"2 unreadable {called} samples of .*train.max_unreadable=0.01"):
+        keep(config, model, tmp_path, split=split)
+
+
 def same(a: Features, b: Features) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 

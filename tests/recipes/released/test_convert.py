@@ -314,6 +314,12 @@ def test_the_same_import_again_is_fine_and_another_is_refused(
     convert("import", source, f"out={run}")
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before, "fixed"
 
+    for inside in (source, source / "run"):
+        said = complaint(capsys, "import", source, f"out={inside}")
+        assert said.startswith(f"nepa: out={inside} lies in {source}, ")
+        assert "name another folder by out=DIR" in said
+    assert sorted(file.name for file in source.iterdir()) == ["config.json", "model.safetensors"]
+
     pretrain(image_recipe(), Run(tmp_path / "own"), ALONE, show=False)
     said = complaint(capsys, "import", source, f"out={tmp_path / 'own'}")
     assert "holds a run that was trained here" in said

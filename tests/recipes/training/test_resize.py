@@ -89,6 +89,34 @@ def test_an_interrupted_command_goes_on_with_the_next_shard(
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.parametrize("before", ["nothing", "an empty folder", "a finished shard"])
+def test_a_command_that_fails_before_its_first_shard_leaves_nothing(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    out, write = tmp_path / "new" / "small", resize.write_shard
+
+    def full(data: Any, options: Any, folder: Path, shard: resize.Shard) -> resize.Shard:
+        if before == "a finished shard" and shard.number == 0:
+            return write(data, options, folder, shard)
+        (folder / resize.DONE / f".writing_{shard.file}").write_bytes(b"half of it")
+        raise UserError("no space left")
+
+    if before == "an empty folder":
+        out.mkdir(parents=True)
+    monkeypatch.setattr(resize, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(resize, "write_shard", full)
+    assert command(tree, out) == 2
+    if before == "a finished shard":
+        assert (out / resize.DONE / "train-000000.tar").exists()
+        assert (out / "resize.json").exists()
+    elif before == "an empty folder":
+        assert list(out.iterdir()) == []
+    else:
+        assert not out.parent.exists()
+    monkeypatch.setattr(resize, "write_shard", write)
+    assert command(tree, out) == 0
+
+
 class InThisProcess:
     """A pool without processes."""
 
