@@ -16,6 +16,7 @@ import pytest
 
 from nepa_core.runtime import trust
 from recipes.cli import main
+from tests.nepa_core.runtime.test_distributed import torchrun
 
 TINY = ("tests.tiny:recipe", "verdict.test_samples=16")
 heard: list[tuple[str, Any]] = []
@@ -39,6 +40,14 @@ def stops(event: str, what: Any) -> None:
     """Ctrl-C with the line of step 6, after which a checkpoint is written."""
     if event == "log" and what["step"] == 6:
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def counts(event: str, what: Any) -> None:
+    """Leaves its rank for every line in the folder that the command names."""
+    if event == "log":
+        out = next(word.removeprefix("out=") for word in sys.argv if word.startswith("out="))
+        with open(f"{out}/heard.txt", "a") as file:
+            file.write(f"{os.environ['RANK']}\n")
 
 
 def here(*names: str) -> str:
@@ -114,6 +123,14 @@ def test_what_is_wrong_with_them_is_said_before_training(
     said = fails("pretrain", *TINY, "out=run", "train.logger=wandb")
     assert said == "train.logger=wandb needs wandb, not installed here: pip install nepa[wandb], or pip install wandb"
     assert not Path("run").exists()
+
+
+@pytest.mark.distributed
+def test_one_process_of_several_calls_the_hooks(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = torchrun("recipes", "pretrain", *TINY, here("counts"), f"out={out}", "-q")
+    assert found.returncode == 0, found.stderr
+    assert (out / "heard.txt").read_text().split() == ["0"] * len(lines(out))
 
 
 def installed(library: str) -> Any:
