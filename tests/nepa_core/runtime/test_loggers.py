@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,10 +139,11 @@ def installed(library: str) -> Any:
     return pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"pip install nepa[{library}]")
 
 
-def stopped_and_ended(library: str, plain: Path) -> list[dict[str, Any]]:
-    """A run in two sittings under a logger; its lines."""
+def stopped_and_ended(library: str, plain: Path, pause: float = 0.0) -> list[dict[str, Any]]:
+    """A run in two sittings under a logger, with so many seconds between them; its lines."""
     words = ("pretrain", *TINY, f"train.logger={library}", "out=run", "-q")
     assert main([*words, here("stops")]) == 130
+    time.sleep(pause)
     assert main([*words]) == 0
     assert Path("run/metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()
     return lines(Path("run"))
@@ -191,7 +193,7 @@ def test_mlflow_goes_on_in_the_same_run(folder: Path, plain: Path, monkeypatch: 
 def test_wandb_writes_offline_under_one_name(folder: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    stopped_and_ended("wandb", plain)
+    stopped_and_ended("wandb", plain, pause=1.1)  # the library names its folders by the second
     name = json.loads(Path("run/logger.json").read_text())["wandb"]
     files = sorted(Path("run/wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     stored = b"".join(file.read_bytes() for file in files)
