@@ -205,12 +205,11 @@ def test_wandb_writes_offline_under_one_name(folder: Path, plain: Path, monkeypa
 
 @pytest.mark.slow
 @installed("trackio")
-def test_trackio_has_all_in_its_store(folder: Path, plain: Path) -> None:
-    import trackio.utils
-
+def test_trackio_has_all_in_its_store(folder: Path, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(folder / "trackio"))  # read when it is imported, here
     stopped_and_ended("trackio", plain)
     name = json.loads(Path("run/logger.json").read_text())["trackio"]
-    with sqlite3.connect(Path(trackio.utils.TRACKIO_DIR) / "nepa.db") as store:
+    with sqlite3.connect(folder / "trackio" / "nepa.db") as store:
         rows = store.execute("select step, metrics from metrics where run_name = ?", (f"run-{name}",)).fetchall()
     points = {step: json.loads(values)["loss"] for step, values in rows if b"grad_norm" in bytes(values)}
     assert list(points.items()) == curve(lines(Path("run")), "loss")
