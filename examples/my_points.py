@@ -37,7 +37,7 @@ class Points(Ordered, Modality):
 
     def tokenize(self, batch):
         points, count = batch["points"], batch["count"][:, None]
-        real, row = torch.arange(512, device=points.device) < count, torch.arange(len(points), device=points.device)
+        real, row = torch.arange(512, device=points.device) < count, torch.arange(points.shape[0], device=points.device)
         far, centres = torch.where(real, torch.inf, -1.0), []
         for _ in range(32):  # each centre is the point farthest from those before it
             centres.append(points[row, far.argmax(1)])

@@ -7,8 +7,7 @@ it is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
 import torch
@@ -37,7 +36,7 @@ from modalities.orders import Ordered, grid_order, is_static, known_order, paddi
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.predictor import init_weights
-from nepa_core.tokens import Sketch, Tokens
+from nepa_core.tokens import Sketch, Tokens, cached
 
 UNIT = 8
 """Tokens to one unit of a coordinate, on both axes."""
@@ -187,6 +186,10 @@ class Audio(Ordered, Modality):
         whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0}
         return StandardisedLinear(*token_statistics(self.model_copy(update=whole)), dim)
 
+    def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """Mean and std are among the weights."""
+        return StandardisedLinear(weights["mean"], weights["std"], len(weights["bias"]))
+
     def order(self, tokens: Tokens) -> Tensor | None:
         """The patch order; one that would scatter padding among the real tokens gets it behind them."""
         if self.patch is None:
@@ -259,8 +262,7 @@ class StandardisedLinear(nn.Linear):
         return super().forward((x - self.mean) / self.std)
 
 
-@lru_cache(maxsize=8)
-@torch.inference_mode(False)
+@cached
 @torch.no_grad()
 def token_statistics(data: Audio) -> tuple[Tensor, Tensor]:
     """Mean and std [P] of the real tokens of up to 1,000 training clips.
@@ -297,11 +299,7 @@ def _picture(mel: Tensor) -> Tensor:
     return mel.transpose(1, 2).flip(1)
 
 
-# The caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
-
-
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@cached
 def places(rows: int, columns: int) -> Tensor:
     """Coordinates of tokens in units of eight: (time) [N, 1], or (frequency, time) [N, 2] where there are rows."""
     time = torch.arange(columns) / UNIT
@@ -310,8 +308,7 @@ def places(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(torch.arange(rows).flip(0) / UNIT, time)
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
+@cached
 def shortened_order(name: str, rows: int, longest: int, columns: int, seed: int) -> Tensor:
     """The order of a grid of rows x longest, without the patches beyond `columns`: [rows * columns] int64."""
     whole = grid_order(name, (rows, longest), seed)

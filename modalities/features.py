@@ -23,7 +23,7 @@ from modalities.data.vectors import Sequences, Stored, open_split
 from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.modality import Modality
-from nepa_core.tokens import Tokens
+from nepa_core.tokens import Tokens, cached
 
 _MEASURED = 1024  # training sequences that the scale of the features is measured on
 
@@ -151,8 +151,7 @@ def _kind(stored: Stored) -> str:
     return kind if stored.labels.ndim == 1 else f"{kind} [{stored.labels.shape[1]}]"
 
 
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@cached
 def statistics(root: str | None) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [P] float64 of the tokens of training sequences drawn by a seed; 1 for a constant.
 

@@ -6,7 +6,6 @@ Shapes: B samples, C channels, H x W pixels, N = rows * columns patches of p x q
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import ClassVar, Self
 
 import torch
@@ -22,7 +21,7 @@ from modalities.data.images import DecodedImages, open_files, open_images
 from modalities.orders import Ordered
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
-from nepa_core.tokens import ImageInput, Sketch, Tokens
+from nepa_core.tokens import ImageInput, Sketch, Tokens, cached
 
 
 class Images(Ordered, Modality):
@@ -217,11 +216,7 @@ def unpatchify(patches: Tensor, size: tuple[int, int], patch: tuple[int, int]) -
     return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=size[0] // patch[0], p=patch[0], q=patch[1])
 
 
-# The two caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@cached
 def patch_centres(rows: int, columns: int) -> Tensor:
     """(y, x) of patch centres in raster order, [N, 2] float32 on the CPU; the image spans -1 to 1."""
     y = (torch.arange(rows) + 0.5) / rows * 2 - 1
@@ -229,8 +224,7 @@ def patch_centres(rows: int, columns: int) -> Tensor:
     return torch.cartesian_prod(y, x)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@cached
 def channel_statistics(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and std as [C, 1, 1] on the device, sent there once instead of every step."""
     return torch.tensor(mean, device=device)[:, None, None], torch.tensor(std, device=device)[:, None, None]

@@ -182,6 +182,8 @@ class Scenes(Ordered, Modality):
         return 3 * self.patch[0] * self.patch[1]
 
     def order(self, tokens: Tokens) -> Tensor | None:
+        if self.patch_order == "raster":
+            return None  # the grid is read from numbers, which no graph can be traced through
         return self.ordered(tokens, _grid_of(tokens.coords))
 
     def describe(self, tokens: Tokens) -> Sketch:

@@ -34,7 +34,7 @@ from modalities.orders import Ordered
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.modality import Modality
 from nepa_core.runtime.config import listed
-from nepa_core.tokens import LARGEST_VALUE, Sketch, Spans, Tokens
+from nepa_core.tokens import LARGEST_VALUE, Sketch, Spans, Tokens, cached
 
 SPLITS = ("train", "validation", "test")
 VAR_ROWS = 24_000
@@ -434,11 +434,7 @@ def _digest(values: Tensor) -> str:
     return hashlib.blake2b(values.contiguous().numpy().data, digest_size=8).hexdigest()
 
 
-# The caches below outlive a caller's inference mode, and autograd can't save a tensor made in it.
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@cached
 def places(count: int) -> Tensor:
     """Time in patches, [N, 1] float32 on the CPU."""
     return torch.arange(count, dtype=torch.float32)[:, None]
@@ -594,8 +590,7 @@ def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
 # ------------------------------------------------------------------------------------ the synthetic source
 
 
-@lru_cache(maxsize=1)
-@torch.inference_mode(False)
+@cached
 def _transition() -> Tensor:
     """A [C, C]: two damped rotations, of 12 and of 40 steps, seen through a random orthogonal map; radius 0.98."""
     blocks = []

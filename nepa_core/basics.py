@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -51,6 +52,22 @@ def call(what: str, function: Callable[..., Any], *given: Any) -> Any:
         inside = traceback.extract_tb(error.__traceback__)[1:2]  # nothing where the call itself did not fit
         where = "".join(f", line {each.lineno} of {Path(each.filename).name}" for each in inside)
         raise UserError(f"{what} fails{where}: {type(error).__name__}: {error}") from error
+
+
+def needs(key: str, *packages: str, extra: str) -> None:
+    """Whether optional packages are installed; nothing is imported.
+
+    Args:
+        key: what the user gave that needs them. extra: of this package, which brings them.
+
+    Raises:
+        UserError: one is not; the line has the command that installs it.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"{key} needs {' and '.join(missing)}, not installed here: pip install nepa[{extra}], or pip install "
+            f"{' '.join(missing)}"
+        )
 
 
 def file_digest(file: Path) -> str:

@@ -6,7 +6,7 @@ Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from typing import ClassVar, Self, cast
 
@@ -149,6 +149,20 @@ class Modality(BaseModel, ABC):
         linear = nn.Linear(self.token_dim(), dim)
         init_weights(linear)
         return linear
+
+    def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module | None:
+        """An embedder to load trained weights into where the data is not there, at which `embedder` looks.
+
+        Args:
+            weights: its state dict.
+
+        Returns:
+            Default: one Linear; None, there is no way, where `embedder` is an adapter's own.
+        """
+        if self.offers("embedder"):
+            return None
+        dim, size = weights["weight"].shape
+        return nn.Linear(size, dim)
 
     def order(self, tokens: Tokens) -> Tensor | None:
         """The order in which to predict, [N] or [B, N] int64, or None for the canonical one."""

@@ -103,7 +103,7 @@ class NEPA(nn.Module):
         embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         mask = tokens.mask
         if self.bos is not None:
-            embeddings = torch.cat((self.bos.expand(len(embeddings), 1, -1), embeddings), dim=1)
+            embeddings = torch.cat((self.bos.expand(embeddings.shape[0], 1, -1), embeddings), dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         return embeddings, mask
 

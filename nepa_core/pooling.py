@@ -99,7 +99,7 @@ def last_token(features: Tensor, mask: Tensor | None) -> Tensor:
         return features[:, -1]
     places = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask, places, -1).amax(1).clamp(min=0)
-    return features[torch.arange(len(features), device=mask.device), last]
+    return features[torch.arange(features.shape[0], device=mask.device), last]
 
 
 def canonical_tokens(features: Tensor, tokens: Tokens, *, bos: bool) -> Tensor:

@@ -90,7 +90,7 @@ def _rotation(
     scale: float = 1.0,
     bos: bool = False,
 ) -> Form:
-    if coords.ndim == 2 and coords.device.type == "cpu":
+    if coords.ndim == 2 and coords.device.type == "cpu" and not torch.compiler.is_exporting():
         key = (coords.contiguous().numpy().tobytes(), coords.shape[-1], coords.dtype, head_dim, theta, bos, device)
         if scale == 1.0:
             return cast(Form, _cached_rotation(make, dtype, *key))

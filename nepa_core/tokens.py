@@ -5,8 +5,10 @@ Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -152,12 +154,31 @@ class ImageInput(NamedTuple):
     squash: bool = False
 
 
+Arguments = ParamSpec("Arguments")
+Made = TypeVar("Made")
+
+
+def cached(function: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
+    """Make tensors once for equal arguments, and outside of inference mode: autograd can't save those made in it.
+
+    They are shared: do not write to them. A graph of any length that is being traced makes its own.
+    """
+    kept = lru_cache(maxsize=256)(torch.inference_mode(False)(function))
+
+    @wraps(function)
+    def found(*args: Arguments.args, **named: Arguments.kwargs) -> Made:
+        traced = any(isinstance(each, torch.SymInt) for each in args)
+        return (function if traced else kept)(*args, **named)  # type: ignore[arg-type]
+
+    return found
+
+
 def _take(x: Tensor, order: Tensor) -> Tensor:
     """Index the token axis of x [B, N, ...] with order [N] or [B, N]."""
     order = order.to(x.device)
     if order.ndim == 1:
         return x.index_select(1, order)
-    return x[torch.arange(len(order), device=x.device)[:, None], order]
+    return x[torch.arange(order.shape[0], device=x.device)[:, None], order]
 
 
 def _take_coords(coords: Tensor, order: Tensor) -> Tensor:

@@ -42,13 +42,16 @@ TASKS = {
         "objectives": ("RECIPE", "does pre-training pay, and with which objective? as one page"),
         "ablate": ("RECIPE", "the paper's ablations as one table and one plot"),
         "import": ("DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"),
-        "export": ("RUN", "a folder in the released Hugging Face layout, out=DIR"),
+        "export": ("RUN", "the released Hugging Face layout, or format=onnx, torch"),
+        "push": ("RUN OWNER/NAME", "a run on the Hugging Face hub, with a model card; dry_run=true"),
         "resize": ("RECIPE", "the recipe's images once more, small, in shards that load faster"),
         "bench": ("RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
     }.items()
 }
 
 RUNS = "[DIR] or RUN RUN ..."
+SECOND = {"push": "to"}
+"""Task -> the option that a second word without a = is."""
 
 HELP = """usage: nepa TASK RECIPE-or-RUN [key=value ...]
 
@@ -68,7 +71,7 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
 
 With -q there is no progress on the screen, only the result and what went wrong.
 
-A run that names code (an adapter, an order, a term) and was not made here by you is refused unless you add trust=true.
+A run that names code (an adapter, an order, a hook) and was not made here by you is refused unless you add trust=true.
 """
 
 
@@ -158,6 +161,8 @@ def _dispatch(words: list[str]) -> int:
         return _fail(f"there is no task {name!r}{nearest(name, [*TASKS, 'recipes', 'runs', 'completion'])}", 2)
     task = importlib.import_module(TASKS[name].module)
     rest = _trusting(rest)
+    if name in SECOND and len(rest) > 1 and "=" not in rest[1]:
+        rest[1] = f"{SECOND[name]}={rest[1]}"
     if asks_help and (not rest or "=" in rest[0]):
         print(_task_help(name, task, None, {}))
         return 0

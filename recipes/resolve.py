@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import Config, explain, load_config, load_object, override, shown
 from nepa_core.runtime.run import is_imported, is_run, task_of
+from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 
 Convert = Mapping[type[BaseModel], Callable[[Any, str | None], Config]]
 """Config class of another task -> function of (its config, the run it was found in or None)."""
@@ -53,6 +54,30 @@ def read_target(
     if "recipe" in type(config).model_fields:
         config = config.model_copy(update={"recipe": target})
     return override(config, changes)
+
+
+NETWORKS: tuple[Any, ...] = (PretrainConfig, FinetuneConfig, SegmentConfig)
+"""Configs of the tasks whose runs hold a network."""
+
+
+def read_network(target: str, changes: Mapping[str, Any], *, free: tuple[str, ...], task: str) -> Any:
+    """The settings of a run of any task that leaves a network, with changes.
+
+    Args:
+        free: how the keys begin that may be changed, the others being what training decided. task: that reads them.
+
+    Raises:
+        UserError: it is no such run, or a change is to another key, or does not fit.
+    """
+    if not is_run(target):
+        raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
+    for key in changes:
+        if not key.startswith(free):
+            raise UserError(f"{key} can't be set for nepa {task}; what can: its options, {', '.join(free)}")
+    if (kind := next((each for each in NETWORKS if each.task == task_of(target)), None)) is None:
+        names = ", ".join(each.task for each in NETWORKS)
+        raise UserError(f"{target} holds no network of its own: name a run of {names}")
+    return read_target(kind, target, changes)
 
 
 _LISTS = ", as `nepa recipes` lists them"

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -24,7 +23,7 @@ from modalities.orders import curves
 from modalities.orders.curves import Grid
 from nepa_core.basics import FROZEN, MOST_SEED, UserError, call
 from nepa_core.runtime.config import load_object, nearest
-from nepa_core.tokens import Tokens
+from nepa_core.tokens import Tokens, cached
 
 DRAWN = ("random_per_sample", "random_annealed")
 """Orders that draw a permutation for every sample."""
@@ -73,12 +72,11 @@ def is_static(name: str) -> bool:
     return ":" not in name and name not in DRAWN
 
 
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # autograd can't save a tensor made in inference mode; this one outlives it
+@cached
 def grid_order(name: str, grid: Grid, seed: int = 0) -> Tensor:
     """The static order of that name over a grid of 1 to 3 axes, [N] int64 on the CPU: the cell read at each place.
 
-    The tensor is cached and shared: do not write to it. `seed` matters to "random" only.
+    `seed` matters to "random" only.
 
     Raises:
         UserError: a file holds no permutation of the grid, or a spiral is asked for on 3 axes.
@@ -155,9 +153,11 @@ def padding_behind(order: Tensor | None, mask: Tensor | None) -> Tensor | None:
         return order
     each = order.to(mask.device).expand(mask.shape)
     real = mask.gather(1, each)
-    if order.ndim == 1 and mask.device.type == "cpu" and not (real[:, 1:] & ~real[:, :-1]).any():
+    asks = order.ndim == 1 and mask.device.type == "cpu" and not torch.compiler.is_exporting()
+    if asks and not (real[:, 1:] & ~real[:, :-1]).any():
         return order
-    return each.gather(1, (~real).int().argsort(dim=1, stable=True))
+    places = torch.arange(mask.shape[1], device=mask.device)
+    return each.gather(1, torch.where(real, places, places + len(places)).argsort(dim=1))
 
 
 class Ordered(BaseModel):

@@ -378,11 +378,12 @@ _IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 
 
 def imports_of(config: BaseModel) -> list[str]:
-    """The import paths that a config names: its adapter, an order of the user's, and terms of the objective."""
+    """The import paths that a config names: its adapter, an order of the user's, terms of the objective, and hooks."""
     data = getattr(config, "data", None)
     if not isinstance(data, Modality):
         return []
     values = [*keys(data).values(), *getattr(getattr(config, "objective", None), "terms", ())]
+    values += getattr(getattr(config, "train", None), "hooks", ())
     return [import_path(type(data)), *import_paths(*values)]
 
 

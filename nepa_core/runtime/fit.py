@@ -15,10 +15,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -27,6 +27,7 @@ from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.pretrainer import HEADS
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
+from nepa_core.runtime.config import listed, load_object
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, seed_step
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.going_on import Change, Cycle, Settings, take_up
@@ -53,6 +54,8 @@ class TrainConfig(BaseModel):
         log, evaluate, checkpoint: steps between lines of metrics, held-out measurements, checkpoints.
         keep: checkpoints that are kept.
         max_unreadable: share of the training samples, and of the held-out ones, that may be unreadable.
+        logger: a library that gets every line, and at the end pictures and card, see `nepa_core.runtime.loggers`.
+        hooks: functions of the user's, module:function, that hear of every line, every checkpoint and the end.
         probe: in pre-training, read the labels of a few hundred samples at every held-out measurement, see
             `recipes.training.online_probe`.
     """
@@ -74,6 +77,15 @@ class TrainConfig(BaseModel):
     keep: int = Field(gt=0, le=10**12)
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
     probe: bool = False
+    logger: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None
+    hooks: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
+
+    @model_validator(mode="after")
+    def _hooks_exist(self) -> Self:
+        for name in self.hooks:  # here, and not where they are called: a file may have named them
+            if not callable(load_object(name)):
+                raise UserError(f"train.hooks={name} is no function of (event, what)")
+        return self
 
 
 class StepOutput(NamedTuple):
@@ -306,7 +318,8 @@ def fit(
             "origin": sitting.origin or origin,
         }
         stays = steady if optim.schedule == "wsd" else None
-        save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep, stays=stays)
+        written = save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep, stays=stays)
+        run.tell("checkpoint", str(written))
 
     with Meter(steps.total, enabled=show and world.is_main) as meter, _stop_requests() as stop:
         sitting = restore(

@@ -23,6 +23,7 @@ from nepa_core.runtime import trust as trusting
 from nepa_core.runtime.config import read_saved
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.fit import autocast_dtype
+from nepa_core.runtime.released import find
 from nepa_core.runtime.run import Run, is_run, reading_back
 from nepa_core.runtime.weights import network_of, read_weights
 
@@ -62,13 +63,14 @@ class Network:
     whatever mode the model is in. To change how it reads: `dataclasses.replace(net, causal=False)`.
 
     Attributes:
-        source: what was opened.
+        source: the folder that was opened; of a name on the hub the one in its cache.
         model: in evaluation mode, on CUDA where there is one; move it as you like.
         data: the adapter without augmentation. `data.dataset("test")` gives held-out samples.
         causal: whether attention looks backwards only, as the network was trained.
         averaged: whether the weights are the average over training.
         labelled: whether it has been trained on labels since: its output then predicts no token.
         shift: whether place t was trained to predict place t + 1, and not itself.
+        digest: what tells these weights from others.
     """
 
     source: str
@@ -79,6 +81,7 @@ class Network:
     labelled: bool
     reading: Reading
     shift: bool = True
+    digest: str = ""
 
     def encode(
         self, samples: Samples, layer: Layer | list[Layer] | tuple[Layer, ...] = "final", pooling: Pooling = "auto"
@@ -256,14 +259,15 @@ def load(name: str | Path, *, data: Modality | None = None, trust: bool = False)
     """Open a trained network: averaged weights where there are any, its adapter, and its attention.
 
     Args:
-        name: the folder of a run of any task, a folder in the released layout, or OWNER/NAME on the Hugging Face hub.
+        name: the folder of a run of any task, a folder in the released layout, or OWNER/NAME on the Hugging Face hub,
+            of either kind (`nepa push`).
         data: the adapter to read samples by, without augmentation, in place of its own.
         trust: import the code that the run names, although it was not made here, see `nepa_core.runtime.trust`.
 
     Raises:
         UserError: there is nothing of the kind, it is damaged, or names code that is not to be trusted.
     """
-    name = str(name)
+    name = str(find(str(name)))
     with trusting.everything() if trust else nullcontext():
         weights = read_weights(name, key="")
     data = (data or weights.data).plain()
@@ -271,8 +275,9 @@ def load(name: str | Path, *, data: Modality | None = None, trust: bool = False)
     model = network_of(weights, data, device)
     saved = read_saved(Path(name) / "config.json") if is_run(name) else {}
     shift = bool(saved.get("objective", {}).get("shift", True))
+    headed, reading = bool(weights.head), _reading(saved.get("train"))
     return Network(
-        name, model, data, weights.causal, weights.averaged, bool(weights.head), _reading(saved.get("train")), shift
+        name, model, data, weights.causal, weights.averaged, headed, reading, shift=shift, digest=weights.digest
     )
 
 

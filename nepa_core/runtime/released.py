@@ -338,7 +338,7 @@ def new_weights(expected: Shapes, given: Mapping[str, Tensor], source: str) -> l
 
 
 def find(name: str, key: str = "") -> Path:
-    """The folder that a name stands for: itself, or the files of that repository on the Hugging Face hub.
+    """The folder that a name stands for: itself, or the files of that repository on the Hugging Face hub, in its cache.
 
     Args:
         key: the key that the user gave the name with, for the message.
@@ -356,7 +356,7 @@ def find(name: str, key: str = "") -> Path:
     import huggingface_hub  # half a second to import
 
     try:
-        files = [CONFIG, PREPROCESSOR, "*.safetensors", AVERAGED_PICKLE]
+        files = ["*.json", "*.safetensors", AVERAGED_PICKLE]  # of the release or, in its folders, of a pushed run
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise UserError(

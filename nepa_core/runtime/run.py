@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, shortened, write_whole
 from nepa_core.runtime.config import Config, differences, imports_of, load_config, read_saved, save_config, shown
+from nepa_core.runtime.loggers import Listener
 
 FREE_KEYS = (
     "data.changed",
@@ -23,6 +25,8 @@ FREE_KEYS = (
     "train.keep",
     "train.max_unreadable",
     "train.recompute",
+    "train.logger",
+    "train.hooks",
 )
 """Keys that may change between two sittings of a run: they do not touch what is computed."""
 
@@ -52,10 +56,14 @@ class Run:
 
     metrics.jsonl holds only what is a function of config and data, so that a resumed run's file equals an
     uninterrupted one's byte for byte; wall-clock figures go to timing.jsonl.
+
+    Attributes:
+        listeners: who hears of it, see `nepa_core.runtime.loggers`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.listeners: list[Listener] = []
         self.metrics_path = path / "metrics.jsonl"
 
     @property
@@ -126,9 +134,15 @@ class Run:
     def load_config(self, kind: type[Config]) -> Config:
         return load_config(kind, self.path / "config.json")
 
+    def tell(self, event: str, what: Any) -> None:
+        """Let all listeners know."""
+        for listener in self.listeners:
+            listener(event, copy.deepcopy(what))
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         self._append(self.metrics_path, record)
+        self.tell("log", dict(record))
 
     def log_timing(self, record: Mapping[str, Any]) -> None:
         """Append one line to timing.jsonl."""
@@ -181,10 +195,12 @@ class Run:
             raise UserError(f"{self.metrics_path} can't be read: {error.strerror}") from error
 
     def write_summary(self, summary: Mapping[str, Any], name: str = "summary.json") -> None:
-        """Write the final numbers, whole or not at all."""
+        """Write the final numbers, whole or not at all; those of training end the run."""
         file = self.path / name
         with disk_errors(file):
             write_whole(file, json.dumps(summary, indent=2) + "\n")
+        if name == "summary.json":
+            self.tell("end", str(self.path))
 
     def summary(self, name: str = "summary.json") -> dict[str, Any] | None:
         """The final numbers, or None while the run is not finished.

@@ -1,6 +1,6 @@
 """Whose code is imported.
 
-A run's config.json names its adapter, and perhaps an order or a term, by import path, and importing a module runs it.
+A run's config.json names its adapter, and perhaps an order, a term, a hook, by import path; importing a module runs it.
 Imported without a question are what this program is installed with; what the user types, and what code of theirs
 names; and what a config.json names that a command of this user wrote on this machine. That is known by a note outside
 the folder, `$XDG_CONFIG_HOME/nepa/made/` (`~/.config` where that is not set) with the SHA-256 of the file: a run may be

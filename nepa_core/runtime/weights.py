@@ -60,7 +60,8 @@ class Weights(NamedTuple):
 def network_of(weights: Weights, data: Modality, device: torch.device) -> NEPA:
     """The network in evaluation mode on a device; nothing is drawn from the global generators.
 
-    Data that is not there any more is not needed where the adapter has the embedder that all have by default.
+    Data that is not there is not needed where the adapter has the embedder that all have by default, or a
+    `stored_embedder`.
 
     Raises:
         UserError: the data have tokens of another size, or the adapter's own embedder looks at data that is not there.
@@ -75,9 +76,11 @@ def _embedder(weights: Weights, data: Modality) -> nn.Module:
     try:
         return data.embedder(weights.config.dim)
     except UserError:
-        if type(data).embedder is not Modality.embedder:
+        state = {name: value for name, value in weights.model.items() if name.startswith(EMBED)}
+        without = data.stored_embedder({name.removeprefix(EMBED): value for name, value in state.items()})
+        if without is None:
             raise
-        return nn.Linear(weights.model["embed.weight"].shape[1], weights.config.dim)
+        return without
 
 
 class Start(Protocol):
@@ -92,7 +95,7 @@ class Start(Protocol):
 
 
 def read_weights(name: str, key: str = "init") -> Weights:
-    """The newest weights of a run of any task, or those of a folder in the released layout.
+    """The newest weights of a run of any task, or those of a folder in the released layout; either may lie on the hub.
 
     Args:
         key: the key that the user gave the name with, for the message.
@@ -100,9 +103,9 @@ def read_weights(name: str, key: str = "init") -> Weights:
     Raises:
         UserError: there is nothing of the kind, or it is damaged.
     """
-    if is_run(name):
-        return _of_run(name)
     folder = find(name, key)
+    if is_run(str(folder)):
+        return _of_run(name, folder)
     released = read_released(folder)
     model, head = released.averaged or (released.model, released.head)
     digest, averaged, data = ", ".join(digests(folder).values()), released.averaged is not None, released.adapter()
@@ -110,8 +113,8 @@ def read_weights(name: str, key: str = "init") -> Weights:
     return Weights(name, released.config, released.causal, data, 0, model, head, digest, averaged, tokens)
 
 
-def _of_run(name: str) -> Weights:
-    run = Run(Path(name))
+def _of_run(name: str, folder: Path) -> Weights:
+    run = Run(folder)
     file = run.path / "config.json"
     saved = read_saved(file)
     checkpoint = newest(run)

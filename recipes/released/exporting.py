@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 from safetensors.torch import save_file
 
 from nepa_core.basics import FROZEN, UserError
@@ -44,8 +44,8 @@ PREPROCESSOR_DEFAULTS = {
 """What no setting of a run says: of an imported one the original's stays."""
 
 Trained = PretrainConfig | FinetuneConfig
-FREE = ()
-"""Keys of the run that may be changed: none, it is written as it is."""
+FREE = ("data.",)
+"""Keys of the run that may be changed, and for a graph alone: where the samples lie that it is traced with."""
 
 
 class ExportOptions(BaseModel):
@@ -53,13 +53,32 @@ class ExportOptions(BaseModel):
 
     model_config = FROZEN
 
-    out: str | None = Field(default=None, description="folder to write, new or empty; must be given")
+    format: Literal["released", "onnx", "torch"] = Field(
+        default="released", description="a folder in the released layout, or the encoder as a graph: .onnx or .pt2"
+    )
+    out: str | None = Field(
+        default=None,
+        description="folder to write, new or empty, must be given; of a graph its file, RUN/export/encoder",
+    )
+    layer: int | str = Field(default="final", description="of a graph: embedding, the number of a block, final or best")
+    pooling: Literal["auto", "mean", "last", "bos", "none"] = Field(
+        default="auto", description="of a graph: how tokens become one vector; none: each token; auto: the mean"
+    )
     weights: Literal["raw", "ema"] = Field(
         default="raw", description=f"what goes into {RAW}; with raw the averages, where there are any, into {AVERAGED}"
     )
     fold_layer_scale: bool = Field(
         default=False, description="multiply the LayerScale vectors into the maps before them, and leave them out"
     )
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> ExportOptions:
+        graph = {"layer", "pooling"}
+        wrong = self.model_fields_set & ({"weights", "fold_layer_scale"} if self.format != "released" else graph)
+        if wrong:
+            kind = "the released layout" if self.format != "released" else "format=onnx and format=torch"
+            raise ValueError(f"{sorted(wrong)[0]} is for {kind}; leave it out")
+        return self
 
 
 def read_config(target: str, changes: dict[str, Any]) -> Trained:

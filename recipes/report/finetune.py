@@ -60,7 +60,7 @@ def scored_samples(summary: HeldOutFigures, noun: str) -> str:
 def report(run: Run, summary: FinetuneSummary) -> Report:
     """The verdict and the figures, the loss and the goal's first figure over training, the settings."""
     title, said = f"Fine-tuning: {run.path.name}", render(summary)
-    return Report(title, said, summary["made_with"], lambda: _parts(run, summary))
+    return Report(title, said, summary["made_with"], lambda: _parts(run, summary), "card.txt")
 
 
 def _parts(run: Run, summary: FinetuneSummary) -> Iterator[Part]:

@@ -93,7 +93,7 @@ def _kinds(summary: SegmentSummary) -> dict[str, Keys]:
 def report(run: Run, summary: SegmentSummary, pictures: Sequence[Picture]) -> Report:
     """The scores, predictions.png, the IoU of every class, the loss and mIoU over training, the settings."""
     title, said = f"Segmentation: {run.path.name}", render(summary, run)
-    return Report(title, said, summary["made_with"], lambda: _parts(run, summary, pictures))
+    return Report(title, said, summary["made_with"], lambda: _parts(run, summary, pictures), "card.txt")
 
 
 def _parts(run: Run, summary: SegmentSummary, pictures: Sequence[Picture]) -> Iterator[Part]:

@@ -173,6 +173,36 @@ class ImportRecord(TypedDict, total=False):
     made_with: MadeWith
 
 
+class GraphTensor(TypedDict):
+    """An input or output of a graph; an axis of any length has a name: "batch", "tokens", "4*tokens"."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class GraphRecord(TypedDict):
+    """FILE.json of `nepa export format=onnx` and `format=torch`."""
+
+    run: str
+    weights: str  # "raw" or "ema"
+    digest: str  # of the checkpoint
+    layer: str  # and the pooling, as in probe.json
+    causal: bool
+    format: str
+    opset: int | None  # of ONNX
+    inputs: list[GraphTensor]
+    outputs: list[GraphTensor]
+    about: str  # what the inputs are, in which units
+    adapter: str
+    settings: dict[str, Any]  # of the adapter: how samples become the inputs
+    held_out_as: str | None  # how pixels came from the stored images
+    largest_difference: float  # between graph and run; of features above 1 as a share of the largest
+    notes: list[str]  # ways that were tried before, and why they failed
+    versions: dict[str, str]
+    made_with: MadeWith
+
+
 # -------------------------------------------------------------------------------------------------- read-outs
 
 

@@ -17,23 +17,21 @@ surprise=tokens adds it for each token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from nepa_core.basics import UserError
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.load import load
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run, is_run, task_of
-from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
+from nepa_core.runtime.run import Run
 from recipes.readout.embedding import EmbedOptions as Options
 from recipes.readout.embedding import embed, out_file, render
-from recipes.resolve import read_target
+from recipes.resolve import read_network
 
 FREE = ("data.", "train.workers")
 """Keys of a run that may be changed: they say which samples are read, and how they are loaded."""
 
-CONFIGS: Mapping[str, Any] = {kind.task: kind for kind in (PretrainConfig, FinetuneConfig, SegmentConfig)}
+read_config = partial(read_network, free=FREE, task="embed")
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
@@ -43,19 +41,3 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         record = embed(net, options, file, ranks, workers=config.train.workers, show=True)
         if ranks.is_main:
             print(render(record, file))
-
-
-def read_config(target: str, changes: dict[str, Any]) -> Any:
-    """The settings of a run, with changes.
-
-    Raises:
-        UserError: it is no run, or a change is to what training decided.
-    """
-    if not is_run(target):
-        raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
-    for key in changes:
-        if not key.startswith(FREE):
-            raise UserError(f"{key} can't be set for nepa embed; what can: its options, {', '.join(FREE)}")
-    if (kind := CONFIGS.get(task_of(target))) is None:
-        raise UserError(f"{target} holds no network of its own: name a run of {', '.join(CONFIGS)}")
-    return read_target(kind, target, changes)

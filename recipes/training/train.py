@@ -13,14 +13,16 @@ from pydantic import BaseModel
 from torch import nn
 
 from modalities.data.listing import say, shared_content
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, needs
 from nepa_core.contract import check_first_batches
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import at_head_rate, layers_above
 from nepa_core.predictor import Predictor, PredictorConfig
+from nepa_core.runtime.config import keys, load_object
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import FitResult, StepFunction, TrainConfig, fit, plan
+from nepa_core.runtime.loggers import Listener, logger, shielded
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run, Summary, is_imported
@@ -57,6 +59,8 @@ def opened(config: BaseModel, run: Run, ranks: World, kind: type[Summary], *, mi
     if not goes_on and (summary := run.summary_of(kind)) is not None:
         return summary
     recipe = cast(Recipe, config)
+    if (logger := recipe.train.logger) is not None:
+        needs(f"train.logger={logger}", logger, extra=logger)
     if isinstance(model := getattr(config, "model", None), PredictorConfig):
         check_memory(model, ranks.device)
     check_data(recipe.data, predicts=hasattr(config, "objective"))
@@ -141,26 +145,43 @@ def train(
     if predictor is not None and config.train.recompute:
         predictor.recompute_blocks()
     ema = None if config.train.ema is None else Ema(model, config.train.ema)
-    result = fit(
-        model=model,
-        step_function=step_function,
-        step_at=step_at,
-        dataset=dataset,
-        config=config.train,
-        optim=config.optim,
-        run=run,
-        world=ranks,
-        ema=ema,
-        evaluate=lambda: evaluate(ema),
-        untrained=untrained,
-        changed_data=config.data.changed,
-        height=height_of or height(config),
-        head=head_of or head(config),
-        begin=lambda: run.open(cast(BaseModel, config), midway=midway),
-        origin=origin,
-        show=show,
-    )
+
+    def begin() -> None:
+        run.open(cast(BaseModel, config), midway=midway)
+        run.listeners = listeners(config, run)
+
+    try:
+        result = fit(
+            model=model,
+            step_function=step_function,
+            step_at=step_at,
+            dataset=dataset,
+            config=config.train,
+            optim=config.optim,
+            run=run,
+            world=ranks,
+            ema=ema,
+            evaluate=lambda: evaluate(ema),
+            untrained=untrained,
+            changed_data=config.data.changed,
+            height=height_of or height(config),
+            head=head_of or head(config),
+            begin=begin,
+            origin=origin,
+            show=show,
+        )
+    except BaseException:
+        run.tell("stop", str(run.path))
+        raise
     return result, ema
+
+
+def listeners(config: Recipe, run: Run) -> list[Listener]:
+    """The logger and the hooks that a config names; what fails in them is said, and ends nothing."""
+    found = {f"train.hooks={name}": load_object(name) for name in config.train.hooks}
+    if (library := config.train.logger) is not None:
+        found[f"train.logger={library}"] = logger(library, run.path, keys(cast(BaseModel, config)))
+    return [shielded(name, listener) for name, listener in found.items()]
 
 
 def say_leaks(data: Modality) -> None:

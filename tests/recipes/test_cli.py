@@ -140,7 +140,7 @@ def test_help_lists_the_keys_that_the_task_takes_and_no_others(nepa: Nepa) -> No
         listed[task] = [line.strip().partition("=")[0] for line in lines[start + 1 :]]
     data = [*(f"data.{key}" for key in Waves.model_fields if key != "changed"), "data.changed"]  # never stored: last
     assert listed["probe"] == [*data, "train.workers", "train.max_unreadable"]
-    assert listed["export"] == []
+    assert listed["export"] == data  # of a graph
     assert listed["inspect"] == data
     assert listed["evaluate"] == [
         *data, "model.attention", "causal", "train.batch", "train.micro_batch", "train.precision", "train.workers",

@@ -95,6 +95,8 @@ READING = [
     ("pretrain", "runs/base", "out=again"),
     ("pretrain", "runs/base"),
     ("export", "runs/base", "out=released"),
+    ("export", "runs/base", "format=torch"),
+    ("push", "runs/base", "me/base", "dry_run=true"),
     ("bench", "runs/base"),
     ("evaluate", "runs/base-finetune"),
     ("probe", "runs/base", "--help"),
