@@ -240,7 +240,10 @@ def check_tokenize_is_deterministic(modality: Modality) -> None:
 
 
 def check_plain_is_repeatable(modality: Modality) -> None:
-    """Without augmentation a sample is the same each time."""
+    """Without augmentation a sample is the same each time, and `data.limit` stays."""
+    assert modality.model_copy(update={"limit": 2}).plain().limit == 2, (
+        "plain() loses data.limit: return self.model_copy(update={...}), which keeps all other settings"
+    )
     dataset = modality.plain().dataset("train")
     for index, sample in _samples(dataset).items():
         again = dataset[index]

@@ -5,18 +5,20 @@ Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 o
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from typing import ClassVar, Self, cast
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, PositiveInt
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.predictor import init_weights
+from nepa_core.samples import Some, some_rows
 from nepa_core.tokens import ImageInput, Sketch, Tokens
 
 
@@ -35,6 +37,9 @@ class Modality(BaseModel, ABC):
 
     changed: bool = Field(default=False, exclude=True)
     """Go on although the training data is not what it was when the run stopped: for one command, never stored."""
+
+    limit: PositiveInt | None = Field(default=None, exclude_if=lambda limit: limit is None)
+    """At most this many training samples, drawn by a permutation that never changes; see `samples_of`."""
 
     token_name: ClassVar[str] = "token"
     """What one token is called on the verdict card."""
@@ -63,6 +68,18 @@ class Modality(BaseModel, ABC):
         Random augmentation belongs here and must draw from torch's global generator, which the loader
         seeds for every batch: this is what makes a resumed run exact.
         """
+
+    def samples_of(self, split: str) -> Dataset[Batch]:
+        """`dataset(split)`, of "train" no more than `limit` samples: what everything reads that trains or measures.
+
+        An adapter that declares a field `limit` of its own, as where it saves reading the rest, keeps to it in
+        `dataset`.
+        """
+        whole = self.dataset(split)
+        own = any("limit" in inspect.get_annotations(kind) for kind in type(self).__mro__ if kind is not Modality)
+        if split != "train" or self.limit is None or own or len(cast(Sized, whole)) <= self.limit:
+            return whole
+        return Some(whole, some_rows(len(cast(Sized, whole)), self.limit).tolist())
 
     @abstractmethod
     def tokenize(self, batch: Batch) -> Tokens:

@@ -43,11 +43,11 @@ from modalities.data.listing import (
     read_whole,
     say,
     say_left_aside,
-    some_rows,
     subfolders,
 )
 from modalities.data.text_files import read_lines
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
+from nepa_core.samples import some_rows
 
 SourceName = Literal["synthetic", "folder"]
 Padding = Literal["batch", "full"]

@@ -22,8 +22,9 @@ from modalities.data.hub import one_line
 from modalities.data.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
 from modalities.data.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
 from modalities.data.image_sources import Arrays, Files, Noise, Rows, Size, Source, SourceName, open_source
-from modalities.data.listing import IN_PLACE, OPENING, Contents, Derived, Paths, fingerprint, some_rows
+from modalities.data.listing import IN_PLACE, OPENING, Contents, Derived, Paths, fingerprint
 from nepa_core.basics import Batch, UnreadableSample, cores
+from nepa_core.samples import some_rows
 
 SHARE = 256  # images that a process decodes at a time
 WORTH_A_PROCESS = 2000  # images that repay the start of one

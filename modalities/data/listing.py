@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from nepa_core.basics import UserError, cores
 
@@ -456,13 +454,6 @@ def content_sample(file: Path) -> str:
             stream.seek(max(start, 0))
             digest.update(stream.read(SAMPLED))
     return digest.hexdigest()
-
-
-def some_rows(count: int, limit: int | None) -> Tensor:
-    """The rows to use, int64: all in turn, or the head of a fixed permutation (folders are sorted by class)."""
-    if limit is None:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
 
 
 class Paths(NamedTuple):

@@ -37,12 +37,12 @@ from nepa_core.runtime.data import epoch_order, fold_seed
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import Diverged
 from nepa_core.runtime.run import Run
+from nepa_core.samples import Some
 from nepa_core.verdict.diagnostics import effective_rank
 from recipes import configs, presets
 from recipes.comparison.measures import (
     PROBE,
     Figure,
-    Some,
     as_row,
     by_layer,
     few_labels,
@@ -403,7 +403,7 @@ def fine_tuned(
     `middle_setting` is taken.
     """
     goal, seed = find_goal(config.data), config.train.seed
-    whole, plain = (data.dataset("train") for data in (config.data, config.data.plain()))
+    whole, plain = (data.samples_of("train") for data in (config.data, config.data.plain()))
     alone = World(0, 1, device)
 
     def short(samples: Dataset[Batch], setting: Setting) -> configs.FinetuneConfig:

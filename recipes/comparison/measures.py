@@ -25,6 +25,7 @@ from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import fit
 from nepa_core.runtime.optim import Duration
 from nepa_core.runtime.run import Run
+from nepa_core.samples import Some
 from recipes import configs, presets
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import Classification, Goal
@@ -145,29 +146,12 @@ def score_readers(config: PretrainConfig, readers: Sequence[Reader], ranks: Worl
         splits = [probing.Split.of(*pair, ranks.device) for pair in zip(train.features, test.features, strict=True)]
         scored = [probing.score_rows(split, PROBE.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
-    held_out = config.data.plain().dataset("test")
+    held_out = config.data.plain().samples_of("test")
     clusters = pack_clusters(clusters_of(held_out, numbers), chained=is_chained(held_out))
     return [[row | {"clusters": clusters} for row in rows] for rows in scored]
 
 
 # ------------------------------------------------------------------------------------------- fine-tuning
-
-
-class Some(Dataset[Batch]):
-    """Chosen samples of a data set.
-
-    Args:
-        kinds: the class of each, where it is known.
-    """
-
-    def __init__(self, whole: Dataset[Batch], indices: list[int], kinds: list[int] | None = None) -> None:
-        self.whole, self.indices, self.kinds = whole, indices, kinds or []
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Batch:
-        return self.whole[self.indices[index]]
 
 
 def few_labels(whole: Dataset[Batch], goal: Goal, labels: int, seed: int) -> Some:
@@ -244,7 +228,7 @@ def tested(tuning: configs.FinetuneConfig, model: finetuning.Classifier, device:
     every = torch.cat(parts)
     shares, weights = goal.credits(every[:, 1:])
     credits = shares.repeat_interleave(weights)
-    held_out = tuning.data.plain().dataset("test")
+    held_out = tuning.data.plain().samples_of("test")
     clusters = clusters_of(held_out, every[:, 0]).repeat_interleave(weights)
     packed = pack_credits(credits) if bool(credits.isfinite().all()) else None
     return Figure(value, packed, pack_clusters(clusters, chained=is_chained(held_out)))

@@ -31,6 +31,18 @@ from nepa_core.tokens import Tokens
 from recipes.networks.goals import Goal
 
 TIMM = "timm:"
+
+
+def check_pretrained(beside: Sequence[str], *, pretrained: bool) -> None:
+    """The option `pretrained=false` beside `beside=`.
+
+    Raises:
+        ValueError: no network would have random weights by it.
+    """
+    if not pretrained and not any(name.startswith(TIMM) and "@" not in name for name in beside):
+        raise ValueError("pretrained=false is for beside=timm:NAME: name one without @FILE, or leave it out")
+
+
 VIEW = "seen by "
 """What the keys of a sample begin with that hold a backbone's own view of it."""
 HIDDEN = ("label", "target")

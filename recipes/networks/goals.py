@@ -249,7 +249,7 @@ def find_goal(data: Modality) -> Goal:
     sample = first_sample(data)
     kind = kind_of(sample)
     if kind == "numbers":
-        train = data.plain().dataset("train")
+        train = data.plain().samples_of("train")
         return Regression(*label_statistics(train, type(data).__name__, limit=_STATISTICS))
     target = sample.get("target")
     if kind is None and target is not None and target.ndim == 2:

@@ -198,7 +198,7 @@ def chosen_samples(data: Modality, options: EmbedOptions) -> Dataset[Batch]:
         UserError: a file is not there, a folder holds none, or the adapter reads no files.
     """
     if not options.files:
-        return data.dataset(options.split)
+        return data.samples_of(options.split)
     paths: list[str] = []
     for name in options.files:
         path = os.path.expanduser(name)
@@ -290,7 +290,7 @@ def _calibration(task: Task, ranks: World, workers: int) -> Array:
     net, found = task.net, list[Tensor]()
     try:
         batches = plain_batches(
-            net.data.dataset(task.options.usual),
+            net.data.samples_of(task.options.usual),
             batch=net.reading.batch,
             device=ranks.device,
             workers=workers,

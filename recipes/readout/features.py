@@ -167,7 +167,7 @@ def backbone_readers(config: PretrainConfig, asked: Sequence[str], *, pretrained
         UserError: there is no such network, its weights can't be had, or it gives no features of these samples.
     """
     data, readers = config.data.plain(), []
-    samples = data.dataset("train")
+    samples = data.samples_of("train")
     few = partial(plain_batches, batch=8, limit=8, device=ranks.device, tokenize=data.tokenize)
     dtype = autocast_dtype(config.train.precision, ranks.device)
     for name in asked:
@@ -253,7 +253,7 @@ def read_labels(data: Modality, batch: Batch) -> tuple[Tensor, bool]:
 
 def tokens_per_sample(data: Modality) -> int:
     """How many single tokens a probe reads of each sample; 0 where samples have the labels, see `read_labels`."""
-    first = next(plain_batches(data.dataset("train"), batch=1, device=torch.device("cpu"), of="training"))
+    first = next(plain_batches(data.samples_of("train"), batch=1, device=torch.device("cpu"), of="training"))
     labels, per_token = read_labels(data, first)
     return min(PER_SAMPLE, labels.shape[1]) if per_token else 0
 
@@ -282,7 +282,7 @@ def kept_features(source: Source, readers: Sequence[Reader], store: Path, ranks:
         UserError: the samples have no label or differ in shape, too few can be read, or the disk is full.
     """
     data = source.config.data.plain()
-    samples = data.dataset(source.split)
+    samples = data.samples_of(source.split)
     total = min(source.limit, len(cast(Sized, samples)))
     size = min(source.config.train.micro_batch or source.config.train.batch, 256)
     seed = 0 if source.split == "train" else draw_seed(samples, total)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import BaseModel, PositiveInt, SerializeAsAny
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from nepa_core.basics import FROZEN, Batch, UserError
 from nepa_core.contract import check_forecasts
@@ -37,6 +37,7 @@ from nepa_core.runtime.fit import StepFunction, StepOutput, TrainConfig, fit
 from nepa_core.runtime.optim import Duration, OptimConfig
 from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import load_backbone, read_weights
+from nepa_core.samples import Some
 from nepa_core.tokens import LARGEST_VALUE
 from recipes.configs import PretrainConfig
 from recipes.report.summaries import ForecastFigures
@@ -93,19 +94,10 @@ def series_digest(windows: Mapping[str, Dataset[Batch]]) -> str:
     return digest.hexdigest()
 
 
-class Chosen(Subset[Batch]):
-    """Some windows, which keep their names."""
-
-    def name(self, index: int) -> str:
-        """See `Windows.name`."""
-        name = getattr(self.dataset, "name", None)
-        return str(name(self.indices[index])) if name else f"window {self.indices[index]}"
-
-
-def chosen(data: Modality, split: str, horizon: int, samples: int) -> Chosen:
+def chosen(data: Modality, split: str, horizon: int, samples: int) -> Some:
     """At most `samples` windows of a split, chosen at random: the same ones for all that is fitted."""
     windows = data.forecasts(split, horizon)
-    return Chosen(windows, epoch_order(len(cast(Sized, windows)), 0, 0)[:samples].tolist())
+    return Some(windows, epoch_order(len(cast(Sized, windows)), 0, 0)[:samples].tolist())
 
 
 def sound_batches(data: Modality, windows: Dataset[Batch], device: torch.device) -> Iterator[Batch]:

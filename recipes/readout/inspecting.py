@@ -115,7 +115,7 @@ def inspect(model: NEPA, data: Modality, options: InspectOptions, *, causal: boo
 def chosen_samples(data: Modality, options: InspectOptions, device: torch.device) -> Iterator[tuple[str, Batch]]:
     """Name and batch of one of every sample to show."""
     if not options.images:
-        samples = data.dataset(options.split)
+        samples = data.samples_of(options.split)
         places = sorted(draw(samples, options.samples, seed=0).indices.tolist())
         for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places, tokenize=data.tokenize):
             yield sample_name(data, samples, options.split, int(batch.pop(NUMBER)), batch.get("label")), batch

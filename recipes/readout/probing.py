@@ -25,6 +25,7 @@ from nepa_core.runtime.run import Run, task_of
 from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.diagnostics import effective_rank
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
+from recipes.networks.backbones import check_pretrained
 from recipes.options import once
 from recipes.presets import small
 from recipes.readout import classifiers
@@ -99,9 +100,10 @@ class ProbeOptions(BaseModel):
     pretrained: bool = Field(default=True, description="timm's weights; false: random ones where no file is named")
 
     @model_validator(mode="after")
-    def _attentive_is_linear(self) -> Self:
+    def _options_agree(self) -> Self:
         if "attentive" in self.poolings and "linear" not in self.classifiers:
             raise ValueError("poolings=attentive is trained with its linear layer: add linear to classifiers")
+        check_pretrained(self.beside, pretrained=self.pretrained)
         return self
 
 
@@ -166,7 +168,7 @@ def probe(
     causal = config.objective.causal if options.causal is None else options.causal
     per_sample = tokens_per_sample(config.data.plain())
     if not per_sample:
-        check_count(len(cast(Sized, config.data.plain().dataset("train"))))
+        check_count(len(cast(Sized, config.data.plain().samples_of("train"))))
     if per_sample:
         rows, notes = token_rows(options, depth=config.model.depth, per_sample=per_sample)
     else:
@@ -192,7 +194,7 @@ def probe(
         check_regression(splits[0], options)
         found = layers, random_init, raw, *rivals = [score_rows(split, options.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
-    held_out = config.data.plain().dataset("test")
+    held_out = config.data.plain().samples_of("test")
     clusters, chained = clusters_of(held_out, numbers), is_chained(held_out)
     several = len(options.classifiers) > 1
     worth = verdict(

@@ -161,7 +161,7 @@ def held_out(net: Network) -> tuple[Batch, list[str]]:
     Raises:
         UserError: none can be read.
     """
-    samples = net.data.dataset("test")
+    samples = net.data.samples_of("test")
     options: dict[str, Any] = {"limit": 64 * SAMPLES, "unreadable": set(), "tokenize": net.data.tokenize}
     batch = next(plain_batches(samples, batch=SAMPLES, device=torch.device("cpu"), **options))
     batch = {name: x for name, x in batch.items() if isinstance(x, Tensor) and x.ndim}

@@ -36,7 +36,7 @@ def draw_seed(dataset: Dataset[Any], limit: int) -> int | None:
 
 def drawn_batches(data: Modality, most: int, device: torch.device, *, at_once: int) -> Iterator[Batch]:
     """At most so many held-out samples of an adapter without augmentation, by that draw."""
-    held_out = data.dataset("test")
+    held_out = data.samples_of("test")
     seed, size = draw_seed(held_out, most), min(most, at_once)
     return plain_batches(held_out, batch=size, device=device, limit=most, seed=seed, tokenize=data.tokenize)
 

@@ -22,9 +22,9 @@ follows timm's grouping of its layers.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from nepa_core.basics import FROZEN
 from nepa_core.runtime.config import listed
@@ -32,6 +32,7 @@ from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run, is_imported
 from recipes.configs import FinetuneConfig
+from recipes.networks.backbones import check_pretrained
 from recipes.options import once
 from recipes.presets import SHORT
 from recipes.report.finetune import report, verdict
@@ -51,6 +52,11 @@ class Options(BaseModel):
         default=(), description="models of timm to train the same, timm:NAME or timm:NAME@FILE.safetensors"
     )
     pretrained: bool = Field(default=True, description="timm's weights; false: random ones where no file is named")
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        check_pretrained(self.beside, pretrained=self.pretrained)
+        return self
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def _fit(config: Trained, steps: int, ranks: World, folder: Path, watch: Stopwat
     return fit(
         model=model,
         step_function=step_function(config),
-        dataset=config.data.dataset("train"),
+        dataset=config.data.samples_of("train"),
         config=train,
         optim=config.optim,
         run=run,
@@ -354,7 +354,7 @@ def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, flo
         UserError: the recipe's data are not images that are decoded on access.
     """
     torch.set_num_threads(1)
-    dataset = config.data.dataset("train")
+    dataset = config.data.samples_of("train")
     raw = getattr(dataset, "raw", None)
     if raw is None or not isinstance(raw(0), bytes):
         fix = f"a recipe of {type(config.data).__name__} can't be timed so"
@@ -432,7 +432,7 @@ def _model(config: Trained, ranks: World) -> nn.Module:
 
 
 def _plan(config: Trained, ranks: World) -> Plan:
-    samples = len(config.data.dataset("train"))  # type: ignore[arg-type]
+    samples = len(config.data.samples_of("train"))  # type: ignore[arg-type]
     return plan(config.train, config.optim, samples=samples, ranks=ranks.size)
 
 
@@ -442,7 +442,7 @@ def _bare(config: PretrainConfig, ranks: World) -> BareTransformer:
 
 def _one_batch(config: Trained, ranks: World, size: int) -> Batch:
     data: Modality = config.data
-    dataset = data.dataset("train")
+    dataset = data.samples_of("train")
     batches: Iterator[Batch] = plain_batches(dataset, batch=size, device=ranks.device, limit=size, seed=0)
     return next(batches)
 

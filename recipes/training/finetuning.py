@@ -228,7 +228,7 @@ def beside_control(
 
 def compared(own: Credits, rivals: Mapping[str, Credits], config: FinetuneConfig) -> Worth:
     """The verdict on a run beside its control and others, of the credits of all on the same samples."""
-    held_out = config.data.plain().dataset("test")
+    held_out = config.data.plain().samples_of("test")
     clusters = clusters_of(held_out, own.numbers).repeat_interleave(own.weights)
 
     def score(name: str, credits: Credits) -> Score:
@@ -428,7 +428,7 @@ def measure(
         left_out: gets name and cause of every sample that could not be read.
         parts: gets, of every batch of this rank, the samples' numbers and `Goal.parts`, [B, 1 + parts] float64.
     """
-    goal, samples = model.goal, config.data.plain().dataset("test") if samples is None else samples
+    goal, samples = model.goal, config.data.plain().samples_of("test") if samples is None else samples
     sums = torch.zeros(goal.sums_shape, dtype=torch.float64, device=ranks.device)
     seen, scored = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     unreadable: set[str] = set()

@@ -52,7 +52,7 @@ class HeldOut(NamedTuple):
 
 def held_out(config: PretrainConfig, device: torch.device, limit: int) -> HeldOut:
     """At most `limit` held-out samples, drawn over the whole split by `verdict.draw`."""
-    dataset = config.data.plain().dataset("test")
+    dataset = config.data.plain().samples_of("test")
     drawn, kept, unreadable = draw(dataset, limit, config.verdict.draw), list[int](), set[str]()
     batches = plain_batches(
         dataset,
@@ -127,7 +127,7 @@ def verdict_of(
     samples = held_out(config, device, most)
     trained, objective = gather_held_out(config, model, samples)
     give_back_memory()
-    train = config.data.plain().dataset("train")
+    train = config.data.plain().samples_of("train")
     every = len(cast(Sized, train))
     judged = judge(
         fit_baselines(
@@ -139,7 +139,7 @@ def verdict_of(
         trained,
         before,
         training_samples=every,
-        rivals_overlap=not apart(config.data.plain().dataset("test")),
+        rivals_overlap=not apart(config.data.plain().samples_of("test")),
     )
     return judged, objective, samples.unreadable
 

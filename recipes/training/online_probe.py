@@ -52,7 +52,7 @@ def online_probe(config: PretrainConfig) -> OnlineProbe | None:
 def _labelled(config: PretrainConfig, split: str) -> Labelled:
     data = config.data.plain()
     batches = plain_batches(
-        data.dataset(split),
+        data.samples_of(split),
         batch=eval_batch(config),
         device=torch.device("cpu"),
         limit=SAMPLES,

@@ -49,7 +49,7 @@ def pretrain(
     if (finished := opened(config, run, ranks, PretrainSummary, midway=midway)) is not None:
         return finished
     check_samples(config, ranks.size)
-    if len(cast(Sized, config.data.plain().dataset("test"))) < 2:
+    if len(cast(Sized, config.data.plain().samples_of("test"))) < 2:
         raise UserError("the held-out split has fewer than two samples, and each is told from others: hold out more")
     model = build_pretrainer(config).to(ranks.device)
     origin = weights_of_init(config, model, run, say=show and ranks.is_main)

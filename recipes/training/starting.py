@@ -98,7 +98,7 @@ def try_batch(config: PretrainConfig, model: NEPA) -> None:
 def first_samples(config: PretrainConfig, count: int, device: torch.device) -> Batch:
     """The first training samples, but for those that can't be read."""
     torn: set[str] = set()
-    dataset, most = config.data.dataset("train"), 128 * count
+    dataset, most = config.data.samples_of("train"), 128 * count
     try:
         return next(
             plain_batches(

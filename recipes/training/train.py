@@ -134,7 +134,7 @@ def train(
         announce: a line for the screen where a run starts that nothing was measured of before.
         midway: see `Run.open`. origin: see `fit`.
     """
-    dataset = config.data.dataset("train")
+    dataset = config.data.samples_of("train")
     plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
     if ranks.is_main:
         say_leaks(config.data)
@@ -189,8 +189,8 @@ def say_leaks(data: Modality) -> None:
 
     Of datasets with a method `contents`, see `modalities.data.listing.Contents`; a second or two for the largest.
     """
-    train = getattr(data.dataset("train"), "contents", lambda: None)()
-    test = None if train is None else getattr(data.plain().dataset("test"), "contents", lambda: None)()
+    train = getattr(data.samples_of("train"), "contents", lambda: None)()
+    test = None if train is None else getattr(data.plain().samples_of("test"), "contents", lambda: None)()
     if train is not None and test is not None and (line := shared_content(train, test).line()):
         say(line)
 

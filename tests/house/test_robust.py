@@ -47,7 +47,7 @@ VALUES = {
     (DIGITS, "data.patch_order=~nosuchuser/x.npy"): "data.patch_order=~nosuchuser/x.npy: there is no such user",
     (TINY, "out=" + 300 * "x"): "xxx/summary.json can't be read: File name too long",
     (TINY, "steps=3"): "unknown key steps; did you mean train.length.steps or optim.warmup.steps?",
-    (TINY, "data.limit=3"): "unknown key data.limit: the adapter Waves has no such setting; it has samples, tokens",
+    (TINY, "data.augment=3"): "unknown key data.augment: the adapter Waves has no such setting; it has limit, samples",
     (TINY, "train.nosuchthing=3"): "unknown key train.nosuchthing; train has length.steps, length.epochs,",
     (TINY, "train.batch=" + 500 * "x"): f"train.batch={77 * 'x'}...: input should be a valid integer",
     (TINY, "optim.lr=" + 9999 * "["): "optim.lr=[[[",

@@ -20,10 +20,11 @@ import torch
 from modalities.orders import grid_order
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
+from nepa_core.samples import Some
 from recipes.cli import main, split_options
 from recipes.comparison import engine as compare
 from recipes.comparison import measures, orders
-from recipes.comparison.measures import Some, few_labels
+from recipes.comparison.measures import few_labels
 from recipes.comparison.orders import MeasureOptions, ordered
 from recipes.comparison.orders import OrdersOptions as Options
 from recipes.configs import PretrainConfig

@@ -145,6 +145,9 @@ def test_what_cant_stand_beside_is_one_line(finished: Run, fails: Callable[..., 
     assert "has no 'of_toknes'; did you mean of_tokens?" in fails("probe", run, f"beside={HERE}:of_toknes")
     assert "is given twice" in fails("probe", run, f"beside={HERE}:flat,{HERE}:flat")
     assert "make it [8, D]" in fails("probe", run, f"beside={HERE}:one_number")
+    for task in ("probe", "finetune"):
+        assert "pretrained=false is for beside=timm:NAME" in fails(task, run, "pretrained=false")
+    assert "pretrained=false is for" in fails("probe", run, f"beside={HERE}:flat", "pretrained=false")
 
 
 def one_number(batch: dict[str, Any]) -> torch.Tensor:
