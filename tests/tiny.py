@@ -10,9 +10,10 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -50,6 +51,9 @@ SHAPE: dict[str, Any] = {
 """Settings of a small `PredictorConfig`, for tests that change a few."""
 
 
+Count = Annotated[int, Field(ge=0, le=10**6)]
+
+
 class Waves(Modality):
     """Noisy vectors that turn from token to token, at one of two speeds: the label.
 
@@ -61,9 +65,9 @@ class Waves(Modality):
         labelled: whether the samples carry their label.
     """
 
-    samples: int = 48
-    tokens: int = 6
-    size: int = 4
+    samples: Count = 48
+    tokens: Count = 6
+    size: Count = 4
     ragged: bool = False
     jitter: float = 0.0
     unreadable: tuple[int, ...] = ()

@@ -135,10 +135,13 @@ def override(config: Config, changes: Mapping[str, Any]) -> Config:
     Keys of a group that is null make the group; all that it has no default for must then be given.
 
     Raises:
-        UserError: a key is unknown (the nearest valid one is named) or missing, or a value does not fit.
+        UserError: a key is unknown (the nearest valid one is named) or missing, a value does not fit, or a group is
+            both null and set.
     """
     for key, value in changes.items():
         _check_key(config, key, value)
+        if value is None and (inner := next((each for each in changes if each.startswith(f"{key}.")), None)):
+            raise UserError(f"{key}=null and {inner} contradict each other: leave one of them out")
     return _override(config, dict(changes), "")
 
 

@@ -73,7 +73,7 @@ def test_naming_a_unit_of_a_duration_replaces_the_other(tiny_recipe: PretrainCon
         ({"train.batch": 0, "train.log": 0}, "train.batch=0: input should be greater than 0 (and 1 more)"),
         ({"train": 5}, "train holds several keys: set them one by one, such as train.length.steps"),
         ({"train": {"batch": 8}, "train.seed": 1}, "train holds several keys: set them one by one"),
-        ({"data": {}}, "data holds several keys: set them one by one, such as data.samples"),
+        ({"data": {}}, "data holds several keys: set them one by one, such as data.limit"),
     ],
 )
 def test_a_bad_override_is_one_line_that_names_the_key(
@@ -86,6 +86,11 @@ def test_a_bad_override_is_one_line_that_names_the_key(
 
 
 DECAY = {"optim.layer_decay.start": 0.5, "optim.layer_decay.end": 1, "optim.layer_decay.staggered_warmup": False}
+
+
+def test_a_group_is_not_null_and_set_at_once(tiny_recipe: PretrainConfig) -> None:
+    with pytest.raises(UserError, match=r"train=null and train\.length\.steps contradict each other"):
+        override(tiny_recipe, {"train.length.steps": 1, "train": None})
 
 
 def test_the_keys_of_a_group_that_is_null_make_it(tiny_recipe: PretrainConfig) -> None:
