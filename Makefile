@@ -1,6 +1,6 @@
 # make demo   set up, then the main job on the embedded digits
-# make test   set up, then the tests (make test-slow: the slow, distributed and browser ones; make test-newest: with the
-#             newest torch and all else, set up in .venv-newest)
+# make test   set up, then the tests (make test-slow: the slow, distributed and browser ones; make test-loggers: those
+#             of logging libraries, in .venv-loggers; make test-newest: with the newest torch and all else, in .venv-newest)
 # make docs   set up, then the site, into site/
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow test-newest check docs clean
+.PHONY: demo test test-slow test-loggers test-newest check docs clean
 
 demo: $(READY)
 	$(BIN)/nepa pretrain recipes.vision:digits
@@ -21,6 +21,15 @@ test-slow: $(READY)
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt
+
+test-loggers: .venv-loggers/.ready
+	.venv-loggers/bin/python -m pytest -m "slow or not slow" tests/nepa_core/runtime/test_loggers.py
+
+# without constraints: these libraries hold back what others need newer
+.venv-loggers/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-loggers
+	.venv-loggers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,wandb,mlflow,trackio]'
+	@touch $@
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -42,4 +51,4 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) .venv-newest site
+	rm -rf $(VENV) .venv-newest .venv-loggers site
