@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from modalities.data.hub import ANSWER, offline, one_line
-from nepa_core.basics import Batch, UserError
+from nepa_core.basics import Batch, UserError, call
 from nepa_core.runtime.config import load_object
 from nepa_core.runtime.data import fold_seed
 from nepa_core.runtime.released import mismatch
@@ -101,7 +101,7 @@ def function_backbone(path: str) -> Backbone:
     The batch is on the device, and gradients are off. Features may depend on nothing but their own sample.
 
     Raises:
-        UserError: there is no such function; or, from `rows`, it gives something else.
+        UserError: there is no such function; or, from `rows`, it fails or gives something else.
     """
     function = load_object(path)
     if not callable(function):
@@ -109,7 +109,7 @@ def function_backbone(path: str) -> Backbone:
 
     def rows(batch: Batch) -> dict[str, Tensor]:
         shown = {key: x for key, x in batch.items() if key not in HIDDEN and not key.startswith(VIEW)}
-        found = function(shown)
+        found = call(f"beside={path} called with a batch", function, shown)
         named = found if isinstance(found, dict) else {"features": found}
         for name, x in named.items():
             if not re.fullmatch(r"(?!labels$|sample$|mask$)[\w.-]+", str(name)):

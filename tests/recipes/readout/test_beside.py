@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -145,9 +146,15 @@ def test_what_cant_stand_beside_is_one_line(finished: Run, fails: Callable[..., 
     assert "has no 'of_toknes'; did you mean of_tokens?" in fails("probe", run, f"beside={HERE}:of_toknes")
     assert "is given twice" in fails("probe", run, f"beside={HERE}:flat,{HERE}:flat")
     assert "make it [8, D]" in fails("probe", run, f"beside={HERE}:one_number")
+    line = fails("probe", run, f"beside={HERE}:breaks")
+    assert re.search(r"breaks called with a batch fails, line \d+ of test_beside.py: KeyError: 'nothing'", line)
     for task in ("probe", "finetune"):
         assert "pretrained=false is for beside=timm:NAME" in fails(task, run, "pretrained=false")
     assert "pretrained=false is for" in fails("probe", run, f"beside={HERE}:flat", "pretrained=false")
+
+
+def breaks(batch: dict[str, Any]) -> torch.Tensor:
+    return flat(batch | {"values": batch["nothing"]})
 
 
 def one_number(batch: dict[str, Any]) -> torch.Tensor:
