@@ -338,6 +338,8 @@ def fit(
         world.barrier()  # all have read what is written from here on
         if world.is_main:
             begin()
+            if 0 < sitting.step < steps.total:
+                run.set_aside(sitting.step)
             run.truncate_metrics(sitting.metrics_bytes)
         start, cycle = sitting.step, sitting.cycle
         steady = cycle.steady(optim)

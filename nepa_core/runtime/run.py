@@ -45,6 +45,9 @@ MIDWAY = (
 )
 """Keys that a run takes anew where its own folder is named: they count from the checkpoint on that it goes on from."""
 
+OF_WEIGHTS = ("summary", "probe", "evaluate", "forecast")
+"""Files of figures that hold for the weights that they were measured with."""
+
 RECORD = "import.json"
 """The file that `nepa import` leaves in a run: where its weights came from."""
 
@@ -82,7 +85,7 @@ class Run:
 
         Args:
             midway: the user has named this run to go on with, so that keys of `MIDWAY` may differ; of a finished one
-                where its length does. Its summary.json then becomes `earlier_summary`.
+                where its length does. Its summary.json then becomes `earlier_summary`, and so do other tasks' figures.
 
         Returns:
             Whether a run is there that goes on with other settings than it had.
@@ -113,7 +116,7 @@ class Run:
             with disk_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 if changed and (summary := self.summary()) is not None:
-                    (self.path / "summary.json").rename(self.earlier_summary(summary.get("steps")))
+                    self.set_aside(summary.get("steps"))
                 save_config(config, file)
             trust.remember(file, imports)
         return begun and bool(changed)
@@ -126,6 +129,12 @@ class Run:
         return (
             f"{self.path} holds a run with another config: {listed}; give it back, or name another folder with out=DIR"
         )
+
+    def set_aside(self, steps: object) -> None:
+        """Give the figures of this run names with the step that they are of, before its weights change."""
+        for name in OF_WEIGHTS:
+            if (figures := self.path / f"{name}.json").exists():
+                figures.rename(self.path / f"{name}_{steps}.json")
 
     def earlier_summary(self, steps: object) -> Path:
         """Where the summary of a run lies that was finished at so many steps and then goes on."""

@@ -198,6 +198,18 @@ def test_a_finished_cosine_run_begins_a_second_cycle(
     assert "begins at step 32, 1 steps of warm-up and cosine to step 34" in said
 
 
+def test_figures_of_other_tasks_stay_with_the_weights_that_they_are_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(tiny.recipe(), tmp_path / "run", 6, monkeypatch)
+    for command in ({}, {"train__length__steps": 20}):
+        (folder / "probe.json").write_text("{}")
+        run(folder, **command)
+        run(folder)  # finished: nothing changes
+    kept = {path.name for path in folder.glob("*.json")}
+    assert kept == {"config.json", "summary.json", "summary_12.json", "probe_6.json", "probe_12.json"}
+
+
 def _keep_no_settings(folder: Path) -> None:
     """Make the checkpoints those of an earlier version."""
     for path in (folder / "checkpoints").iterdir():
