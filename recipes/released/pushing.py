@@ -186,7 +186,7 @@ def measured(data: Modality, summary: Mapping[str, Any], probe: ProbeSummary | N
     return [
         {
             "task": {"type": "feature-extraction"},
-            "dataset": dataset,
+            "dataset": dict(dataset),  # one object twice would be an alias in YAML
             "metrics": [{"type": kind, "name": name, "value": round(value, 4)}],
         }
         for kind, name, value in found
@@ -255,7 +255,8 @@ def foreign(config: Any) -> list[str]:
 
 
 def fenced(text: str, language: str = "text") -> str:
-    return f"```{language}\n{text.strip()}\n```"
+    body = text.strip("\n")  # the first row of a table begins with spaces
+    return f"```{language}\n{body}\n```"
 
 
 def bullets(lines: Iterator[str] | Sequence[str]) -> str:

@@ -78,6 +78,10 @@ def test_the_folder_holds_weights_config_figures_and_a_card(made: Path, hub: Pat
     card, summary, probe = (folder / "README.md").read_text(), *read(folder)
     head = head_of(card)
     assert (head["license"], head["library_name"]) == ("apache-2.0", "nepa")
+    assert "&" not in card.split("---")[1]  # an alias of YAML
+    table = card.partition("What the features are worth")[2].splitlines()[3:5]
+    assert table[0].startswith("   ")  # above the names of the rows
+    assert len(table[0]) == len(table[1])
     figures = [result["metrics"][0]["value"] for result in head["model-index"][0]["results"]]
     assert figures == [round(summary["retrieval_top1"], 4), round(probe["best"]["accuracy"], 4)]
     assert huggingface_hub.ModelCard(card).data.eval_results is not None  # as the hub reads it
