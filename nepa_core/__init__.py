@@ -1,7 +1,7 @@
 """Next-embedding prediction: the method.
 
 Read in this order: `tokens`, `modality` (what data must say about itself), `rope`, `predictor`, `model`, `objective`,
-`terms`, `pretrainer`, `ema`, then `verdict`. `kernels` change speed alone. `runtime` holds how it is run; nothing here
+`terms`, `pretrainer`, `ema`, then `verdict`; to make tokens `flow`, `mean_map`, `rollout`. `kernels` change speed alone. `runtime` holds how it is run; nothing here
 imports it but `load`, which opens a trained network, when it is asked for.
 
 Shape legend for the whole package: B samples, N tokens, T places in the sequence (N, or N + 1 with BOS),
