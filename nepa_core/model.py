@@ -24,11 +24,14 @@ class HeadOutputs(NamedTuple):
         projected: predictions and embeddings behind the projector, [B, T, P'] each, or None.
         horizons: [B, T, D] each; the k-th, from 1, predicts k places ahead.
         layers: [B, T, D] each, predictions of the next embedding from the chosen blocks.
+        flow: [B, T, P] each: the velocity at a place, and at the place of each token the one that is wanted of the
+            place before it (`flow.FlowHead.pairs`). Drawn in the forward pass.
     """
 
     projected: tuple[Tensor, Tensor] | None = None
     horizons: tuple[Tensor, ...] = ()
     layers: tuple[Tensor, ...] = ()
+    flow: tuple[Tensor, Tensor] | tuple[()] = ()
 
 
 class Prediction(NamedTuple):
