@@ -343,9 +343,8 @@ class Predictor(nn.Module):
             if cache.read == 0:
                 whole = x[:, :1].expand(-1, cache.places, -1)  # for its shape
                 cache.rope = self._rope(whole, coords, coord_scale, mask, None, tables_alone=True)
-                cache.allowed = attention_mask(
-                    whole.new_ones(1, cache.places).bool() if mask is None else mask, causal=True
-                )
+                real = torch.ones_like(whole[:1, :, 0], dtype=torch.bool) if mask is None else mask
+                cache.allowed = attention_mask(real, causal=True)
             rope, allowed = cache.following(x.shape[1])
         else:
             rope = self._rope(x, coords, coord_scale, mask, packing)
@@ -385,7 +384,11 @@ class Predictor(nn.Module):
         *,
         tables_alone: bool = False,
     ) -> Rope:
-        """The rotation in the form `Attention` wants: matrices where the norm can join in, else tables."""
+        """The rotation in the form `Attention` wants: matrices where the norm can join in, else tables.
+
+        Args:
+            tables_alone: as a cache wants it: matrices of all places and samples would take much memory.
+        """
         if self.config.rope_theta is None:
             return None
         ahead = self.config.predict_position == "rotate"

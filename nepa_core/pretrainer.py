@@ -201,8 +201,9 @@ class Heads(nn.Module):
         """`HeadOutputs.flow`; zeros where no token follows, and at the first place."""
         predicted = predictions.shape[1] - 1  # tokens: all but the first where there is no BOS
         first = tokens.values.shape[1] - predicted
-        values, coords = head.standardised(tokens.values[:, first:]), tokens.coords[..., first:, :]
-        velocity, wanted = head.pairs(values, predictions[:, :-1], coords)
+        known = torch.where(tokens.real[..., None], tokens.values, head.mean)  # padding may be any large number
+        coords = tokens.coords[..., first:, :]
+        velocity, wanted = head.pairs(head.standardised(known[:, first:]), predictions[:, :-1], coords)
         return F.pad(velocity, (0, 0, 0, 1)), F.pad(wanted, (0, 0, 1, 0))
 
 

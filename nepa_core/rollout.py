@@ -45,9 +45,11 @@ def rollout(
 ) -> Tokens:
     """Keep what is given of each sequence and make the rest.
 
-    Padding is no token: it stays as it is, and a token after it is made from the tokens before it.
+    A token that is given behind one to be made is read in its turn: those before it are made without it. Padding is no
+    token: it stays as it is, and a token after it is made from the tokens before it.
 
     Args:
+        model: in evaluation mode.
         tokens: in the order of prediction. The values of tokens to be made are not read.
         keep: how many leading tokens are given, for all samples or for each (int [B]); or which ones, bool [B, N].
         causal: of the pass; that of pre-training.
