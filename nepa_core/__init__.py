@@ -1,8 +1,9 @@
 """Next-embedding prediction: the method.
 
 Read in this order: `tokens`, `modality` (what data must say about itself), `rope`, `predictor`, `model`, `objective`,
-`terms`, `pretrainer`, `ema`, then `verdict`. `kernels` change speed alone. `runtime` holds how it is run; nothing here
-imports it but `load`, which opens a trained network, when it is asked for.
+`terms`, `pretrainer`, `ema`, then `verdict`; for what makes tokens `flow`, `mean_map` and `rollout`. `kernels` change
+speed alone. `runtime` holds how it is run; nothing here imports it but `load`, which opens a trained network, when it
+is asked for.
 
 Shape legend for the whole package: B samples, N tokens, T places in the sequence (N, or N + 1 with BOS),
 D model width, H heads, K head width, P raw token size, A coordinate axes, S samples gathered for a verdict.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,14 @@ class HeadOutputs(NamedTuple):
         projected: predictions and embeddings behind the projector, [B, T, P'] each, or None.
         horizons: [B, T, D] each; the k-th, from 1, predicts k places ahead.
         layers: [B, T, D] each, predictions of the next embedding from the chosen blocks.
+        flow: [B, T, P] each: the velocity at a place, and at the place of each token the one that is wanted of the
+            place before it (`flow.FlowHead.pairs`). Drawn in the forward pass.
     """
 
     projected: tuple[Tensor, Tensor] | None = None
     horizons: tuple[Tensor, ...] = ()
     layers: tuple[Tensor, ...] = ()
+    flow: tuple[Tensor, Tensor] | tuple[()] = ()
 
 
 class Prediction(NamedTuple):
@@ -89,23 +92,34 @@ class NEPA(nn.Module):
         x = embeddings
         if hidden is not None:
             x = self._hide(x, hidden)
-        if self.positions is not None:
-            x = x + self._learned_positions(tokens).to(x.dtype)
-        if self.next_position is not None:
-            x = x + self._next_positions(tokens, mask, coord_scale).to(x.dtype)
+        for vectors in self.positional(tokens, mask, coord_scale):
+            x = x + vectors.to(x.dtype)
         predictions = self.predictor(x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace)
         return Prediction(embeddings, predictions, mask)
 
     def embedded(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """The raw embeddings [B, T, D], BOS first where there is one, and their mask [B, T] or None."""
-        embeddings = self.embed(tokens.values)
-        # The residual stream is float32 also under autocast: a branch scaled by 1e-5 is lost in a bfloat16 sum.
-        embeddings = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+        embeddings = self.embedded_values(tokens.values)
         mask = tokens.mask
         if self.bos is not None:
             embeddings = torch.cat((self.bos.expand(embeddings.shape[0], 1, -1), embeddings), dim=1)
             mask = None if mask is None else F.pad(mask, (1, 0), value=True)
         return embeddings, mask
+
+    def embedded_values(self, values: Tensor) -> Tensor:
+        """The raw embeddings of tokens alone: [B, n, P] -> [B, n, D]."""
+        embeddings = self.embed(values)
+        # The residual stream is float32 also under autocast: a branch scaled by 1e-5 is lost in a bfloat16 sum.
+        return cast(Tensor, embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+
+    def positional(self, tokens: Tokens, mask: Tensor | None, coord_scale: float = 1.0) -> list[Tensor]:
+        """What is added to the embeddings of a whole sequence, [T, D] or [B, T, D] each; nothing where RoPE is all.
+
+        Args:
+            mask: of `embedded`.
+        """
+        added = [] if self.positions is None else [self._learned_positions(tokens)]
+        return added if self.next_position is None else [*added, self._next_positions(tokens, mask, coord_scale)]
 
     def _hide(self, x: Tensor, hidden: Tensor) -> Tensor:
         if self.mask_token is None:

@@ -6,6 +6,7 @@ table): LayerScale, QK-Norm with or without weight, GELU or SwiGLU, RoPE, drop p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, Self
@@ -25,6 +26,9 @@ from nepa_core.rope import RotaryPair, RotaryTable, norm_rotations, of_next, rot
 
 Rope = RotaryTable | RotaryPair | Tensor | None
 """How queries and keys are turned; a tensor holds the matrices of `norm_rotations`."""
+
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`Cache.extended` of a block."""
 
 
 class PredictorConfig(BaseModel):
@@ -112,6 +116,44 @@ class Trace:
     attention: list[Tensor] = field(default_factory=list)
 
 
+class Cache:
+    """Keys and values of the places read so far, so that a causal pass over the next ones reads these alone.
+
+    Made empty for one batch of sequences, and handed to every pass over it. Room for the whole sequence is taken at
+    once, and rotary tables are made once. It is written in place: not for gradients.
+
+    Attributes:
+        places: T, of the whole sequence. read: how many have been.
+    """
+
+    def __init__(self, places: int) -> None:
+        self.places, self.read = places, 0
+        self.rope: Rope = None
+        self.allowed: Tensor | None = None
+        self._kept: list[Tensor] = []  # of every block, [2, B, H, T, K]
+
+    def following(self, count: int) -> tuple[Rope, Allowed]:
+        """The rotation of so many next places, and whom they may look at: [B or 1, 1, count, places until then] bool.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        until = self.read + count
+        if until > self.places:
+            raise ValueError(f"{count} places after the first {self.read} are more than the {self.places} of the cache")
+        assert self.allowed is not None
+        return _rows(self.rope, slice(self.read, until)), self.allowed[:, :, self.read : until, :until]
+
+    def extended(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a block, all until now, from those of the places being read: [B, H, t, K] each."""
+        if block == len(self._kept):
+            self._kept.append(k.new_empty(2, *k.shape[:2], self.places, k.shape[3]))
+        until = self.read + k.shape[2]
+        keys, values = self._kept[block][:, :, :, :until]
+        keys[:, :, self.read :], values[:, :, self.read :] = k, v
+        return keys, values
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with QK-Norm and RoPE."""
 
@@ -132,7 +174,15 @@ class Attention(nn.Module):
             )
 
     def forward(
-        self, x: Tensor, rope: Rope, scale: Tensor | None, *, causal: bool, allowed: Allowed, trace: Trace | None
+        self,
+        x: Tensor,
+        rope: Rope,
+        scale: Tensor | None,
+        *,
+        causal: bool,
+        allowed: Allowed,
+        trace: Trace | None,
+        extend: Extend | None = None,
     ) -> Tensor:
         qkv = self.qkv(x)
         if isinstance(rope, Tensor):
@@ -143,6 +193,8 @@ class Attention(nn.Module):
             if rope is not None:
                 for_q, for_k = rope if isinstance(rope, RotaryPair) else (rope, rope)
                 q, k = rotate(q, for_q), rotate(k, for_k)
+        if extend is not None:
+            k, v = extend(k, v)
         mixed, weights = attend(q, k, v, causal=causal, allowed=allowed, backend=self.backend)
         if trace is not None and weights is not None:
             trace.attention.append(weights)
@@ -208,8 +260,11 @@ class Block(nn.Module):
         allowed: Allowed,
         trace: Trace | None,
         packing: Packing | None = None,
+        extend: Extend | None = None,
     ) -> Tensor:
-        branch = self.attention(self.norm1(x), rope, self.scale1, causal=causal, allowed=allowed, trace=trace)
+        branch = self.attention(
+            self.norm1(x), rope, self.scale1, causal=causal, allowed=allowed, trace=trace, extend=extend
+        )
         x = x + self._dropped(branch, packing)
         return x + self._dropped(self.mlp(self.norm2(x), self.scale2), packing)
 
@@ -260,34 +315,54 @@ class Predictor(nn.Module):
         mask: Tensor | None = None,
         coord_scale: float = 1.0,
         trace: Trace | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Predict the next embedding at every place.
 
         Args:
-            x: [B, T, D] input embeddings. With BOS in front T is one more than the coordinates have rows.
+            x: [B, T, D] input embeddings. With BOS in front T is one more than the coordinates have rows. With a cache
+                only those of the next places, one or more; coordinates and mask are those of the whole sequence, the
+                same in every pass.
             coords: [N, A] or [B, N, A] float32 positions of the tokens (without BOS).
             causal: attend backwards only.
             mask: [B, T] bool, True for a real token, or None.
             coord_scale: factor on all coordinates (the rotary augmentation of pre-training).
             trace: filled with hidden states, and with attention maps by the "eager" back-end.
+            cache: of this batch; the result is that of a pass over the whole sequence, but for rounding.
 
         Returns:
             [B, T, D], the output of the final LayerNorm (with `config.pack`, zero where no token is real).
+
+        Raises:
+            ValueError: a cache without `causal`: places read before would have to see those of now.
         """
-        packing = self._packing(x, mask) if trace is None else None
-        rope = self._rope(x, coords, coord_scale, mask, packing)
-        if packing is not None:
-            allowed: Allowed = packing.sequences or packing.allowed(causal=causal)
-            x = packing.pack(x)
+        packing = self._packing(x, mask) if trace is None and cache is None else None
+        if cache is not None:
+            if not causal:
+                raise ValueError("what later places change can't be kept: a cache needs causal=True")
+            if cache.read == 0:
+                whole = x[:, :1].expand(-1, cache.places, -1)  # for its shape
+                cache.rope = self._rope(whole, coords, coord_scale, mask, None, tables_alone=True)
+                real = torch.ones_like(whole[:1, :, 0], dtype=torch.bool) if mask is None else mask
+                cache.allowed = attention_mask(real, causal=True)
+            rope, allowed = cache.following(x.shape[1])
         else:
-            allowed = None if mask is None else attention_mask(mask, causal=causal)
+            rope = self._rope(x, coords, coord_scale, mask, packing)
+            allowed = None if mask is None or packing is not None else attention_mask(mask, causal=causal)
+        if packing is not None:
+            allowed = packing.sequences or packing.allowed(causal=causal)
+            x = packing.pack(x)
         maps = trace is not None and self.config.attention == "eager"  # a second pass would add them again
         recompute = self.recompute and not maps and torch.is_grad_enabled()
-        for block in self.blocks:
+        for number, block in enumerate(self.blocks):
             if trace is not None:
                 trace.hidden.append(x)
             run = partial(block, causal=causal, allowed=allowed, trace=trace if maps else None, packing=packing)
+            if cache is not None:
+                run.keywords["extend"] = partial(cache.extended, number)
             x = checkpoint(run, x, rope, use_reentrant=False) if recompute else run(x, rope)
+        if cache is not None:
+            cache.read += x.shape[1]
         out: Tensor = self.norm(x)
         if trace is not None:
             trace.hidden += [x, out]
@@ -300,13 +375,24 @@ class Predictor(nn.Module):
         return pack_rows(mask, flat=flat)
 
     def _rope(
-        self, x: Tensor, coords: Tensor, coord_scale: float, mask: Tensor | None, packing: Packing | None
+        self,
+        x: Tensor,
+        coords: Tensor,
+        coord_scale: float,
+        mask: Tensor | None,
+        packing: Packing | None,
+        *,
+        tables_alone: bool = False,
     ) -> Rope:
-        """The rotation in the form `Attention` wants: matrices where the norm can join in, else tables."""
+        """The rotation in the form `Attention` wants: matrices where the norm can join in, else tables.
+
+        Args:
+            tables_alone: as a cache wants it: matrices of all places and samples would take much memory.
+        """
         if self.config.rope_theta is None:
             return None
         ahead = self.config.predict_position == "rotate"
-        matrices, dtype = self.fused and self.config.qk_norm == "plain", compute_dtype(x)
+        matrices, dtype = self.fused and self.config.qk_norm == "plain" and not tables_alone, compute_dtype(x)
         where = (coords, self.config.head_dim, self.config.rope_theta)
         options: dict[str, Any] = {"device": x.device, "scale": coord_scale, "bos": x.shape[1] == coords.shape[-2] + 1}
         if matrices and not ahead and packing is None:
@@ -320,6 +406,13 @@ class Predictor(nn.Module):
         if matrices:
             return norm_rotations(tables, dtype)
         return RotaryPair(*tables) if ahead else tables[0]
+
+
+def _rows(rope: Any, places: slice) -> Any:
+    """These places of the tables."""
+    if isinstance(rope, Tensor):
+        return rope[..., places, :]
+    return None if rope is None else type(rope)(*(_rows(each, places) for each in rope))
 
 
 def _packed(table: RotaryTable, packing: Packing, samples: int) -> RotaryTable:

@@ -6,10 +6,12 @@ import difflib
 from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from pydantic import BaseModel, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from nepa_core.basics import FROZEN, UserError
+from nepa_core.flow import FlowConfig, FlowHead
 from nepa_core.model import NEPA, HeadOutputs, Prediction
 from nepa_core.objective import pair_up
 from nepa_core.predictor import PredictorConfig, Trace, init_weights
@@ -81,8 +83,9 @@ class ObjectiveConfig(BaseModel):
         for name in self.terms:
             if self.stop_gradient and term(name).shapes_targets:
                 raise ValueError(f"objective.terms.{name} shapes the targets: it needs objective.stop_gradient=false")
-        if "horizons" in self.heads and not self.shift:
-            raise ValueError("objective.terms.horizons looks ahead: it needs objective.shift=true")
+        for name in ("horizons", "flow"):
+            if name in self.heads and not self.shift:
+                raise ValueError(f"objective.terms.{name} looks ahead: it needs objective.shift=true")
         if "layers" in self.heads and not self.layers:
             raise ValueError("objective.terms.intermediate needs objective.layers, such as [2]")
         return self
@@ -125,6 +128,7 @@ def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather =
         "projector": [] if heads.projected is None else [(*heads.projected, 1)],
         "horizons": [(made, embeddings, ahead) for ahead, made in enumerate(heads.horizons, 1)],
         "layers": [(made, embeddings, 1) for made in heads.layers],
+        "flow": [(*heads.flow, 1)] if heads.flow else [],
     }
     if headless := [name for name in config.terms if not compared[term(name).head]]:
         raise ValueError(f"the term {headless[0]} needs a head: let a Pretrainer with this objective predict")
@@ -154,9 +158,15 @@ class Heads(nn.Module):
     The projector is Linear, LayerNorm, ReLU, Linear. LeNEPA's has a BatchNorm; a LayerNorm sees one token at a time, so
     it needs no statistics over masked tokens, micro-batches or processes, and training and evaluation agree. Every
     horizon and every chosen block has a linear map D -> D.
+
+    Args:
+        dim: D. tokens: some training tokens, from which a flow head takes its sizes, mean and standard deviation.
+
+    Raises:
+        ValueError: the term `flow` without tokens.
     """
 
-    def __init__(self, config: ObjectiveConfig, dim: int) -> None:
+    def __init__(self, config: ObjectiveConfig, dim: int, tokens: Tokens | None = None) -> None:
         super().__init__()
         self.blocks_read = config.layers if "layers" in config.heads else ()
         self.projector: nn.Sequential | None = None
@@ -169,31 +179,54 @@ class Heads(nn.Module):
         self.horizons = nn.ModuleList(nn.Linear(dim, dim) for _ in range(ahead))
         self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in self.blocks_read)
         self.apply(init_weights)
+        self.flow: FlowHead | None = None  # after that, for it has a start of its own
+        if "flow" in config.heads:
+            if tokens is None:
+                raise ValueError("the term flow needs training tokens: give some to the Pretrainer")
+            size, axes = tokens.values.shape[-1], tokens.coords.shape[-1]
+            self.flow = FlowHead(FlowConfig(), size, dim, axes).measure(tokens)
 
-    def forward(self, out: Prediction, hidden: list[Tensor]) -> HeadOutputs:
+    def forward(self, out: Prediction, hidden: list[Tensor], tokens: Tokens) -> HeadOutputs:
         """`hidden` as in `Trace`: the input and the output of every block, [B, T, D] each."""
         projector = self.projector
         return HeadOutputs(
             projected=None if projector is None else (projector(out.predictions), projector(out.embeddings)),
             horizons=tuple(head(out.predictions) for head in self.horizons),
             layers=tuple(head(hidden[block]) for head, block in zip(self.layers, self.blocks_read, strict=True)),
+            flow=() if self.flow is None else self._flowing(self.flow, out.predictions, tokens),
         )
+
+    @staticmethod
+    def _flowing(head: FlowHead, predictions: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """`HeadOutputs.flow`; zeros where no token follows, and at the first place."""
+        predicted = predictions.shape[1] - 1  # tokens: all but the first where there is no BOS
+        first = tokens.values.shape[1] - predicted
+        known = torch.where(tokens.real[..., None], tokens.values, head.mean)  # padding may be any large number
+        coords = tokens.coords[..., first:, :]
+        velocity, wanted = head.pairs(head.standardised(known[:, first:]), predictions[:, :-1], coords)
+        return F.pad(velocity, (0, 0, 0, 1)), F.pad(wanted, (0, 0, 1, 0))
 
 
 class Pretrainer(NEPA):
-    """`NEPA` with the heads of its objective, under names that start with "heads."; what it predicts is the same."""
+    """`NEPA` with the heads of its objective, under names that start with "heads."; what it predicts is the same.
 
-    def __init__(self, config: PredictorConfig, embed: nn.Module, objective: ObjectiveConfig) -> None:
+    Args:
+        tokens: some training tokens, for the term `flow` (see `Heads`).
+    """
+
+    def __init__(
+        self, config: PredictorConfig, embed: nn.Module, objective: ObjectiveConfig, tokens: Tokens | None = None
+    ) -> None:
         super().__init__(config, embed)
         self.objective = objective
-        self.heads = Heads(objective, config.dim)
+        self.heads = Heads(objective, config.dim, tokens)
 
     def forward(self, tokens: Tokens, *, trace: Trace | None = None, **how: Any) -> Prediction:
         """As `NEPA.forward`, with the outputs of the heads."""
         if trace is None and self.heads.blocks_read:
             trace = Trace()
         out = super().forward(tokens, trace=trace, **how)
-        return out._replace(heads=self.heads(out, [] if trace is None else trace.hidden))
+        return out._replace(heads=self.heads(out, [] if trace is None else trace.hidden, tokens))
 
     def targets(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, T, D] in the space of `judged`."""

@@ -36,9 +36,9 @@ class Term(NamedTuple):
         function: (prediction, target, counted, **settings) -> float32 scalar; both as the head makes them.
         formula: the same in writing, of one pair. compares: what the letters of it stand for.
         source: the paper.
-        space: where it brings prediction and target together, or None where it does not train the last prediction.
+        space: where it brings prediction and target together, or None where it does not.
         head: what it is computed behind, named as in `ObjectiveConfig`: "projector"; "horizons" and "layers" are
-            several, and the term is the mean over them.
+            several, and the term is the mean over them; "flow" is `flow.FlowHead`.
         across: the samples that it looks across: None for no other than that of the pair, those of a "forward pass"
             of one process, or of "all processes"; it then needs two of them.
         settings: keys of `ObjectiveConfig` that the function is given.
@@ -50,7 +50,7 @@ class Term(NamedTuple):
     compares: str
     source: str
     space: Space | None = "embedding"
-    head: Literal["projector", "horizons", "layers"] | None = None
+    head: Literal["projector", "horizons", "layers", "flow"] | None = None
     across: Literal["forward pass", "all processes"] | None = None
     settings: tuple[str, ...] = ()
     shapes_targets: bool = False
@@ -214,6 +214,11 @@ TERMS = {
     "intermediate": Term(
         cosine, "mean_l -cos(V_l h_l[t], z[t + 1])", "a linear map V_l of the output h_l of block l, and z",
         "Deeply-Supervised Nets have losses at inner layers; this one is this project's", space=None, head="layers"),
+    "flow": Term(
+        mse, "mean_i (v(s y + (1 - s) e, s, p, c) - (y - e))_i^2",
+        "the velocity of a small network v; y and c are raw content (standardised) and coordinates of the next token, "
+        "s a random time from 0 to 1 and e normal noise",
+        "flow matching, eq. 23 of arXiv 2210.02747, with a head per token as in MAR", space=None, head="flow"),
 }
 # fmt: on
 """Name -> what the term is: the only place that says so."""

@@ -17,8 +17,9 @@ NAMED: dict[str, dict[str, Any]] = {
     "sigreg": {"objective.terms": {"projected_mse": 1.0, "sigreg_tokens": 20.0}, **_SIGREG},
     "sigreg_batch": {"objective.terms": {"projected_mse": 1.0, "sigreg_batch": 1.0}, **_SIGREG},
     "intermediate": {"objective.terms": {"cosine": 1.0, "intermediate": 1.0}},
+    "cosine_flow": {"objective.terms": {"cosine": 1.0, "flow": 1.0}},
 }
-"""Name -> the keys it sets: every term that can train the prediction alone, and three mixtures.
+"""Name -> the keys it sets: every term that can train the prediction alone, and four mixtures.
 
 `intermediate` also chooses the middle block where no `objective.layers` are given.
 Shift, attention and the settings of the terms, such as `objective.temperature`, stay the recipe's.

@@ -42,10 +42,10 @@ def attend(
     """Scaled dot-product attention.
 
     Args:
-        q, k, v: [B, H, T, K].
+        q, k, v: [B, H, T, K]; with a mask queries may be fewer than keys.
         causal: attend backwards only. Ignored where `allowed` is a mask, which then holds it already.
-        allowed: [B, 1, T, T] bool of `attention_mask`, or None when all tokens are real; or the sequences of the one
-            row of a flat `Packing`, where `has_varlen_kernel`.
+        allowed: bool of `attention_mask`, [B or 1, 1, queries, keys], or None when all tokens are real; or the
+            sequences of the one row of a flat `Packing`, where `has_varlen_kernel`.
 
     Returns:
         The mixed values [B, H, T, K], and the weights [B, H, T, T] with the "eager" back-end.

@@ -37,8 +37,9 @@ def attend_xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: T
     bias = _ops().LowerTriangularMask() if causal else None
     if allowed is not None:
         batch, heads, places, _ = q.shape
-        padded = -(-places // 8) * 8  # xformers wants the bias' rows aligned to 8 elements
-        bias = q.new_full((batch, 1, places, padded), float("-inf"))[..., :places]
+        seen = k.shape[2]
+        padded = -(-seen // 8) * 8  # xformers wants the bias' rows aligned to 8 elements
+        bias = q.new_full((batch, 1, places, padded), float("-inf"))[..., :seen]
         bias = bias.masked_fill(allowed, 0.0).expand(-1, heads, -1, -1)
     return _attend(q, k, v, bias)
 

@@ -107,12 +107,16 @@ def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tu
     sums = [0.0, 0.0]
 
     def add(out: Prediction) -> None:
-        torch.manual_seed(fold_seed(config.train.seed, "held out"))  # SIGReg draws directions
         count = float(pair_count(out.predictions, out.mask, shift=config.objective.shift))
         sums[0] += count * float(objective_loss(config.objective, out))
         sums[1] += count
 
-    gathered = gather(model, config.data.plain(), samples.batches, causal=config.objective.causal, watch=add)
+    def batches() -> Iterator[Batch]:
+        for batch in samples.batches:
+            torch.manual_seed(fold_seed(config.train.seed, "held out"))  # SIGReg draws directions, flow matching noise
+            yield batch
+
+    gathered = gather(model, config.data.plain(), batches(), causal=config.objective.causal, watch=add)
     return samples.of(gathered), sums[0] / max(sums[1], 1.0)
 
 

@@ -121,5 +121,15 @@ def build_pretrainer(config: PretrainConfig) -> NEPA:
     """What is trained: the network of `build_model`, with the heads that its objective needs, if any."""
     if not config.objective.has_heads:
         return build_model(config)
+    tokens = _some_tokens(config) if "flow" in config.objective.heads else None
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
-    return Pretrainer(config.model, config.data.embedder(config.model.dim), config.objective)
+    return Pretrainer(config.model, config.data.embedder(config.model.dim), config.objective, tokens)
+
+
+def _some_tokens(config: PretrainConfig) -> Tokens:
+    """Those of 256 training samples without augmentation, a fixed draw."""
+    data = config.data.plain()
+    batches = plain_batches(
+        data.samples_of("train"), batch=256, device=torch.device("cpu"), limit=256, seed=0, tokenize=data.tokenize
+    )
+    return data.tokenize(next(batches))

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nepa_core import NEPA, ObjectiveConfig, Prediction, Pretrainer, UserError, next_embedding_loss
+from nepa_core import NEPA, ObjectiveConfig, Prediction, Pretrainer, Tokens, UserError, next_embedding_loss
 from nepa_core.model import HeadOutputs
 from nepa_core.objective import pair_up
 from nepa_core.predictor import Trace
 from nepa_core.pretrainer import Heads, objective_loss
 from nepa_core.runtime.config import load_config, override, parse_assignments
+from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import read_weights
@@ -87,6 +89,11 @@ def test_terms_are_set_one_by_one_or_all_at_once(words: list[str], terms: dict[s
         ({"objective.terms": {"sigreg_batch": 1}, "objective.stop_gradient": False}, "objective.terms needs one that"),
         ({"objective.terms.sigreg_tokens": 1}, "objective.terms.sigreg_tokens shapes the targets: it needs objective."),
         ({"objective.terms.horizons": 1, "objective.shift": False}, "objective.terms.horizons looks ahead: it needs"),
+        (
+            {"objective.terms.flow": 1, "objective.shift": False},
+            "objective.terms.flow looks ahead: it needs objective.",
+        ),
+        ({"objective.terms": {"flow": 1}}, "objective.terms needs one that"),
         ({"objective.terms.intermediate": 1}, "objective.terms.intermediate needs objective.layers, such as [2]"),
         ({"objective.layers": [3]}, "objective.layers=3 is no block: they are 1 to model.depth=2"),
         ({"objective.projector": [0, 8]}, "objective.projector=[0,8]: both widths must be above 0"),
@@ -197,7 +204,8 @@ def test_targets_get_a_gradient_only_without_stop_gradient_and_all_else_takes_pa
     )
     heads = model.heads if isinstance(model, Pretrainer) else None
     if heads is not None:
-        out = out._replace(heads=heads(out, [out.predictions] * 3))
+        tokens = config.data.read(next(held_out(config, CPU, 8).batches))
+        out = out._replace(heads=heads(out, [out.predictions] * 3, tokens))
     loss_of(config, out).backward()
     reached = out.embeddings.grad is not None and bool(out.embeddings.grad.any())
     assert reached != config.objective.stop_gradient
@@ -214,6 +222,7 @@ def test_no_prediction_sees_beyond_its_place(name: str) -> None:
     tokens = config.data.read(next(held_out(config, CPU, 8).batches))
 
     def first(values: Tensor) -> float:
+        torch.manual_seed(2)  # flow matching draws noise
         out = model(replace(tokens, values=values), causal=True)
         heads = out.heads
         if heads is not None:
@@ -297,8 +306,8 @@ def test_a_term_behind_heads_and_its_gradients_are_those_of_the_formula(
         for parameter in heads.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
     p, z, *hidden = (torch.randn(3, 6, 5).requires_grad_() for _ in range(6))  # the input and three blocks
-    bare = Prediction(z, p, mask)
-    loss = objective_loss(config, bare._replace(heads=heads(bare, hidden)))
+    bare, raw = Prediction(z, p, mask), Tokens(torch.zeros(3, 6, 1), torch.zeros(6, 1), mask)
+    loss = objective_loss(config, bare._replace(heads=heads(bare, hidden, raw)))
 
     weights = {key: value.detach().double().requires_grad_() for key, value in heads.named_parameters()}
     p64, z64, *hidden64 = (x.detach().double().requires_grad_() for x in (p, z, *hidden))
@@ -334,6 +343,47 @@ def test_what_a_head_predicts_is_hidden_from_it(name: str, stop_gradient: bool) 
             target = {place + ahead - 1}
             reached = set(gradient.abs().amax((0, 2)).nonzero().flatten().tolist())
             assert reached == set(range(place)) | (set() if stop_gradient else target)
+
+
+@pytest.mark.parametrize("recipe", [tiny.recipe, tiny.ragged])
+@pytest.mark.parametrize("bos", [True, False], ids=["bos", "no_bos"])
+def test_the_flow_term_compares_the_velocities_of_the_next_tokens(
+    recipe: Callable[[], PretrainConfig], bos: bool
+) -> None:
+    config = override(recipe(), {"objective.terms.flow": 0.5, "model.bos": bos, "objective.terms.cosine": 2.0})
+    model, _ = network(config)
+    assert isinstance(model, Pretrainer)
+    head = model.heads.flow
+    assert head is not None
+    tokens = config.data.read(next(held_out(config, CPU, 8).batches))
+    torch.manual_seed(2)
+    out = model(tokens, causal=True)
+    loss = objective_loss(config.objective, out)
+    following = tokens.values if bos else tokens.values[:, 1:]
+    coords = tokens.coords if bos else tokens.coords[1:]
+    torch.manual_seed(2)
+    velocity, wanted = head.pairs((following - head.mean) / head.std, out.predictions[:, :-1], coords)
+    apart = (velocity - wanted).square().mean(-1)
+    counted = torch.ones_like(apart, dtype=torch.bool) if out.mask is None else out.mask[:, 1:] & out.mask[:, :-1]
+    paper = next_embedding_loss(out.predictions, out.embeddings, out.mask)
+    assert loss.item() == pytest.approx((2 * paper + apart[counted].mean() / 2).item(), rel=1e-5)
+    (reached,) = torch.autograd.grad(apart[counted].mean(), model.predictor.blocks[0].mlp.up.weight)
+    assert reached.any()
+
+
+def test_the_flow_head_has_the_mean_and_spread_of_training_tokens_whatever_the_seed() -> None:
+    config = override(tiny.ragged(), {"objective.terms.flow": 1.0, "data.jitter": 9.0})
+    heads = [build_pretrainer(override(config, {"train.seed": seed})).heads for seed in (0, 1)]
+    whole = config.data.plain().tokenize(
+        next(plain_batches(config.data.plain().dataset("train"), batch=48, device=CPU))
+    )
+    for head in heads:
+        assert isinstance(head, Heads)
+        assert head.flow is not None
+        torch.testing.assert_close(head.flow.mean, whole.values[whole.real].mean(0))
+        torch.testing.assert_close(head.flow.std, whole.values[whole.real].std(0, correction=0))
+    with pytest.raises(ValueError, match=r"^the term flow needs training tokens: give some to the Pretrainer"):
+        Pretrainer(config.model, config.data.embedder(16), config.objective)
 
 
 def test_horizons_alone_are_judged_by_the_first() -> None:
@@ -373,6 +423,7 @@ def test_an_intermediate_block_is_read_at_its_output() -> None:
         ("sigreg_batch", {"stop_gradient": False}),
         ("horizons", {}),
         ("intermediate", {"layers": [1]}),
+        ("flow", {}),
     ],
 )
 def test_a_term_without_its_head_is_an_error_of_the_caller(term: str, changes: dict[str, Any]) -> None:
@@ -413,7 +464,7 @@ def test_every_named_objective_trains_on_digits(name: str, tmp_path: Path, monke
 
 
 def test_a_run_with_heads_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    terms = {"projected_mse": 1.0, "sigreg_tokens": 20.0, "horizons": 1.0}
+    terms = {"projected_mse": 1.0, "sigreg_tokens": 20.0, "horizons": 1.0, "flow": 1.0}
     config = override(tiny.random(), {"objective.terms": terms, "objective.stop_gradient": False})
     whole, again = Run(tmp_path / "whole"), Run(tmp_path / "again")
     pretrain(config, whole, ALONE, show=False)
