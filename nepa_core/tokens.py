@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -131,6 +131,21 @@ class Sketch:
     canvas: Tensor
     grid: tuple[int, int]
     curves: bool = False
+
+
+class Signal(NamedTuple):
+    """What samples look or sound like, made from their tokens by `Modality.decode`.
+
+    Attributes:
+        kind: what `data` holds.
+        data: pictures uint8 [B, C, H, W], C being 1 or 3, the first row on top; sound float32 [B, n], between -1 and
+            1; or curves float32 [B, L, C], NaN where there is nothing.
+        rate: points of sound a second, in Hz.
+    """
+
+    kind: Literal["picture", "sound", "curves"]
+    data: Tensor
+    rate: int | None = None
 
 
 class ImageInput(NamedTuple):

@@ -354,6 +354,25 @@ def test_window_normalisation_is_undone_by_its_scale(tmp_path: Path) -> None:
     assert torch.allclose(values * std + mean, batch["series"], atol=1e-4)
 
 
+@pytest.mark.parametrize("patch_order", ["raster", "reverse", "random_per_sample"])
+def test_curves_come_back_from_their_tokens(tmp_path: Path, patch_order: str) -> None:
+    """In units of the series, or of each window where these are normalised; with gaps where tokens are masked."""
+    values = walk()
+    values[30] = math.nan
+    data = adapter(write_csv(tmp_path, values), patch_order=patch_order)
+    batch = data.dataset("train").__getitems__([20, 0])  # type: ignore[attr-defined]
+    kind, curves, _ = data.decode(data.read(batch))
+    mask = data.tokenize(batch).mask
+    assert (kind, mask is not None and not mask.all()) == ("curves", True)
+    real = mask.repeat_interleave(data.patch, 1)
+    assert torch.equal(curves[real], batch["series"][real])
+    assert curves[~real].isnan().all()
+    own = data.model_copy(update={"normalise": "window"})
+    mean, std = own.scale(batch)
+    back = own.decode(own.read(batch)).data * std + mean
+    torch.testing.assert_close(back[real], batch["series"][real])
+
+
 @pytest.mark.parametrize(
     "settings",
     [
