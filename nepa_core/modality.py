@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.predictor import init_weights
 from nepa_core.samples import Some, some_rows
-from nepa_core.tokens import ImageInput, Signal, Sketch, Tokens
+from nepa_core.tokens import ImageInput, Law, Signal, Sketch, Tokens
 
 
 class Modality(BaseModel, ABC):
@@ -219,6 +219,13 @@ class Modality(BaseModel, ABC):
 
         Returns:
             The loss, or None where it is not known (the default).
+        """
+        return None
+
+    def known_law(self, tokens: Tokens) -> Law | None:
+        """The law of every token given those before it, which a generator should find; tokens as `read` gives them.
+
+        For synthetic sources, whose distribution is known. Default: None.
         """
         return None
 

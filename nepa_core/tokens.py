@@ -148,6 +148,24 @@ class Signal(NamedTuple):
     rate: int | None = None
 
 
+class Law(NamedTuple):
+    """The normal distribution of every token given those before it, in raw tokens as they stand.
+
+    Attributes:
+        mean: [B, N, P] of token t given tokens 0 to t - 1, the first given none.
+        covariance: [N, P, P], or [B, N, P, P] where samples differ.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """So many tokens at every place, each after the given ones: [count, B, N, P]."""
+        noise = torch.randn(count, *self.mean.shape, generator=generator)
+        apart: Tensor = torch.linalg.cholesky(self.covariance) @ noise[..., None]
+        return self.mean + apart[..., 0]
+
+
 class ImageInput(NamedTuple):
     """What an image is and what is done to it before a network reads it, in the terms of image processors.
 
