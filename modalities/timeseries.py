@@ -267,7 +267,7 @@ class TimeSeries(Ordered, Modality):
         later = torch.arange(self.patch)[:, None] - torch.arange(self.patch)  # steps from a shock to a value
         shocks = powers[later.clamp(min=0)] * (later >= 0)[..., None, None]  # [p, p, C, C]
         responses = torch.cat((rearrange(shocks, "k m i j -> (k i) (m j)"), powers[1:].flatten(0, 1) * _SPREAD), 1)
-        responses = responses / series.std.repeat(self.patch)[:, None]
+        responses = (responses / series.std.repeat(self.patch)[:, None]).double()
         first, rest = (part @ part.T for part in (responses, responses[:, :-VAR_CHANNELS]))
         return Law(mean.flatten(2), torch.stack([first, *[rest] * (count - 1)]))
 

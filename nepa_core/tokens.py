@@ -153,7 +153,7 @@ class Law(NamedTuple):
 
     Attributes:
         mean: [B, N, P] of token t given tokens 0 to t - 1, the first given none.
-        covariance: [N, P, P], or [B, N, P, P] where samples differ.
+        covariance: [N, P, P] float64, or [B, N, P, P] where samples differ.
     """
 
     mean: Tensor
@@ -162,7 +162,7 @@ class Law(NamedTuple):
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """So many tokens at every place, each after the given ones: [count, B, N, P]."""
         noise = torch.randn(count, *self.mean.shape, generator=generator)
-        apart: Tensor = torch.linalg.cholesky(self.covariance) @ noise[..., None]
+        apart: Tensor = torch.linalg.cholesky(self.covariance).to(noise.dtype) @ noise[..., None]
         return self.mean + apart[..., 0]
 
 

@@ -566,7 +566,7 @@ def test_the_known_law_is_that_of_what_is_drawn() -> None:
     assert law is not None
     assert law.mean.shape == tokens.values.shape
     assert law.covariance.shape == (16, 16, 16)
-    left = (tokens.values - law.mean)[..., None]
+    left = (tokens.values - law.mean).double()[..., None]
     white = torch.linalg.solve_triangular(torch.linalg.cholesky(law.covariance), left, upper=False)[..., 0]
     for some in (white[:, 1:].flatten(0, 1), white[:, 0]):
         rows = len(some)
@@ -591,11 +591,11 @@ def test_the_known_law_is_that_of_simulated_futures() -> None:
     for place, each in futures.items():
         found = ((each - series.mean) / series.std).flatten(1)
         torch.testing.assert_close(law.mean[0, place], found.mean(0), rtol=0, atol=0.02)
-        torch.testing.assert_close(law.covariance[place], found.T.cov(), rtol=0, atol=0.02)
+        torch.testing.assert_close(law.covariance[place], found.T.cov().double(), rtol=0, atol=0.02)
     drawn = law.draw(100_000, draw)
     assert drawn.shape == (100_000, 1, 3, 8)
     torch.testing.assert_close(drawn.mean(0), law.mean, rtol=0, atol=0.02)
-    torch.testing.assert_close(drawn[:, 0, 0].T.cov(), law.covariance[0], rtol=0, atol=0.02)
+    torch.testing.assert_close(drawn[:, 0, 0].T.cov().double(), law.covariance[0], rtol=0, atol=0.02)
 
 
 def test_the_card_names_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
