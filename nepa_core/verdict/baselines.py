@@ -74,7 +74,7 @@ def fit_baselines(
     device = device or torch.device("cpu")
     stream = chunks(parts, test, total=total)
     held = next(stream)
-    linear: Linear = (Autoregression if test.order is None else FromSeen)(held, test, device)
+    linear: Regressions = (Autoregression if test.order is None else FromSeen)(held, test, device)
     means = _Means(test)
     means.add(held)
     samples, marks = 0, [total // 4, total // 2] if total >= 64 else []
@@ -173,7 +173,7 @@ class _Means:
 # ----------------------------------------------------------------------------------------- linear regressions
 
 
-class Linear(Protocol):
+class Regressions(Protocol):
     """Regressions on raw tokens, one for each place or position of the target, that are fitted on a stream.
 
     Of the targets' directions; made with `raw`, of the targets themselves.

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nepa_core.tokens import Law, Tokens
-from nepa_core.verdict.baselines import Autoregression, FromSeen, Linear, chunks, resized
+from nepa_core.verdict.baselines import Autoregression, FromSeen, Regressions, chunks, resized
 from nepa_core.verdict.gathered import Gathered
 
 _RESIDUALS = 8192  # most that the shape of the covariances is estimated from
@@ -35,7 +35,7 @@ class LinearGaussian:
         covariance: [N, P, P] float64, of them.
     """
 
-    linear: Linear
+    linear: Regressions
     weights: list[tuple[Tensor, Tensor]]
     covariance: Tensor
 
@@ -102,7 +102,9 @@ def fit_linear_gaussian(parts: Iterable[Tokens], *, total: int, length: int) -> 
     first = next(stream)
     rest = chunks(chain([first], stream), first, total=total)
     held = next(rest)
-    linear: Linear = (Autoregression if held.order is None else FromSeen)(held, held, torch.device("cpu"), raw=True)
+    linear: Regressions = (Autoregression if held.order is None else FromSeen)(
+        held, held, torch.device("cpu"), raw=True
+    )
     fitted = 0
     for part in rest:
         linear.add(part)
