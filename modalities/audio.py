@@ -30,13 +30,14 @@ from modalities.data.audio import (
     open_audio,
     open_files,
     open_source,
+    waveform,
 )
 from modalities.image import patchify, unpatchify
 from modalities.orders import Ordered, grid_order, is_static, known_order, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.predictor import init_weights
-from nepa_core.tokens import Sketch, Tokens, cached
+from nepa_core.tokens import Signal, Sketch, Tokens, cached
 
 UNIT = 8
 """Tokens to one unit of a coordinate, on both axes."""
@@ -207,15 +208,28 @@ class Audio(Ordered, Modality):
 
     def describe(self, tokens: Tokens) -> Sketch:
         """The spectrogram, low frequencies at the bottom, each clip up to its loudest; padding is black."""
+        picture = self._spectrogram(tokens)
+        grid = (self.rows, tokens.values.shape[1] // self.rows)
+        return Sketch(picture / picture.amax((1, 2), keepdim=True).clamp(min=1e-6), grid)
+
+    def decode(self, tokens: Tokens) -> Signal:
+        """Sound, silent where padded; see `modalities.data.audio.waveform` for what is lost.
+
+        Raises:
+            UserError: windows do not overlap.
+        """
+        frames = self._spectrogram(tokens).flip(1).transpose(1, 2)
+        return Signal("sound", waveform(frames, self.front_end), self.sample_rate)
+
+    def _spectrogram(self, tokens: Tokens) -> Tensor:
+        """[B, F, T] as it is drawn, padding 0."""
         values = tokens.canonical(tokens.values)
         if tokens.mask is not None:
             values = values * tokens.canonical(tokens.mask)[..., None]
-        columns = values.shape[1] // self.rows
         if self.patch is None:
-            picture = _picture(rearrange(values, "b n (k f) -> b (n k) f", k=self.frames))
-        else:
-            picture = unpatchify(values, (self.bands, columns * self.patch[1]), self.patch)[:, 0]
-        return Sketch(picture / picture.amax((1, 2), keepdim=True).clamp(min=1e-6), (self.rows, columns))
+            return _picture(rearrange(values, "b n (k f) -> b (n k) f", k=self.frames))
+        columns = values.shape[1] // self.rows
+        return unpatchify(values, (self.bands, columns * self.patch[1]), self.patch)[:, 0]
 
     @torch.no_grad()
     def known_optimum(self, embed: nn.Module) -> float | None:

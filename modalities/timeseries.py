@@ -34,13 +34,15 @@ from modalities.orders import Ordered
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.modality import Modality
 from nepa_core.runtime.config import listed
-from nepa_core.tokens import LARGEST_VALUE, Sketch, Spans, Tokens, cached
+from nepa_core.tokens import LARGEST_VALUE, Law, Sketch, Spans, Tokens, cached
 
 SPLITS = ("train", "validation", "test")
 VAR_ROWS = 24_000
 VAR_CHANNELS = 4
 OPTIMUM_WINDOWS, OPTIMUM_DRAWS = 256, 256
 """Held-out windows, and futures drawn for each of their tokens, behind `known_optimum`."""
+_RADIUS = 0.98  # of the synthetic transition, which is that times an orthogonal matrix
+_SPREAD = (1 - _RADIUS**2) ** -0.5  # standard deviation of what it makes, the same in every direction
 _FLAT = 16 * torch.finfo(torch.float32).eps  # of the largest value: a window that varies by less is flat
 _LEAST = 1e-18  # for windows of zeros; its square is still a float32
 _ROWS = 1 << 16  # that are standardised at a time
@@ -233,12 +235,7 @@ class TimeSeries(Ordered, Modality):
         The value before a token says all about it. For draws u of its embedding's direction, the best prediction
         points to E[u], and its expected cosine is |E[u]|. The standard error is below 0.005.
         """
-        if (
-            self.source != "var"
-            or self.channels != "mixing"
-            or self.normalise != "none"
-            or self.patch_order != "raster"
-        ):
+        if not self._known():
             return None
         series, windows = _series(self), self.dataset("test")
         assert isinstance(windows, Windows)
@@ -257,6 +254,26 @@ class TimeSeries(Ordered, Modality):
             )
             cosines.append(_reachable(embed, self._futures(futures, series, device)))
         return -float(torch.stack(cosines).mean())
+
+    def known_law(self, tokens: Tokens) -> Law | None:
+        """Where `known_optimum` is known: of x[t] = A x[t - 1] + e[t], in z-scores; the first token has no past."""
+        if not self._known():
+            return None
+        series, count = _series(self), tokens.values.shape[1]
+        powers = torch.stack([torch.linalg.matrix_power(_transition(), step) for step in range(self.patch + 1)])
+        ends = tokens.values[:, :-1, -VAR_CHANNELS:] * series.std + series.mean
+        before = nn.functional.pad(ends, (0, 0, 1, 0))  # the mean, 0, before the first token
+        mean = (torch.einsum("kij,bnj->bnki", powers[1:], before) - series.mean) / series.std
+        later = torch.arange(self.patch)[:, None] - torch.arange(self.patch)  # steps from a shock to a value
+        shocks = powers[later.clamp(min=0)] * (later >= 0)[..., None, None]  # [p, p, C, C]
+        responses = torch.cat((rearrange(shocks, "k m i j -> (k i) (m j)"), powers[1:].flatten(0, 1) * _SPREAD), 1)
+        responses = (responses / series.std.repeat(self.patch)[:, None]).double()
+        first, rest = (part @ part.T for part in (responses, responses[:, :-VAR_CHANNELS]))
+        return Law(mean.flatten(2), torch.stack([first, *[rest] * (count - 1)]))
+
+    def _known(self) -> bool:
+        mixing = self.source == "var" and self.channels == "mixing"
+        return mixing and self.normalise == "none" and self.patch_order == "raster"
 
     @staticmethod
     def _futures(futures: Tensor, series: Series, device: torch.device) -> Tensor:
@@ -592,11 +609,11 @@ def _labelled_windows(data: TimeSeries, split: str) -> Labelled:
 
 @cached
 def _transition() -> Tensor:
-    """A [C, C]: two damped rotations, of 12 and of 40 steps, seen through a random orthogonal map; radius 0.98."""
+    """A [C, C]: two damped rotations, of 12 and of 40 steps, seen through a random orthogonal map; radius `_RADIUS`."""
     blocks = []
     for steps in (12, 40):
         angle = torch.tensor(2 * torch.pi / steps)
-        blocks.append(0.98 * torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())).view(2, 2))
+        blocks.append(_RADIUS * torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())).view(2, 2))
     mixed = torch.linalg.qr(torch.randn(VAR_CHANNELS, VAR_CHANNELS, generator=torch.Generator().manual_seed(0)))[0]
     rotations = torch.zeros(VAR_CHANNELS, VAR_CHANNELS)
     rotations[:2, :2], rotations[2:, 2:] = blocks

@@ -20,7 +20,7 @@ from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import Predictor, PredictorConfig
 from nepa_core.pretrainer import ObjectiveConfig, Pretrainer
-from nepa_core.tokens import Sketch, Spans, Tokens
+from nepa_core.tokens import Signal, Sketch, Spans, Tokens
 
 __all__ = [
     "NEPA",
@@ -32,6 +32,7 @@ __all__ = [
     "Predictor",
     "PredictorConfig",
     "Pretrainer",
+    "Signal",
     "Sketch",
     "Spans",
     "Tokens",

@@ -409,6 +409,36 @@ def check_sketch(modality: Modality) -> None:
     )
 
 
+SIGNALS = {
+    "picture": (4, torch.uint8, "uint8 [B, C, H, W]"),
+    "sound": (2, torch.float32, "float32 [B, n]"),
+    "curves": (3, torch.float32, "float32 [B, L, C]"),
+}
+"""Kind of a `Signal` -> axes and numbers of its data, and both in words."""
+
+
+def check_signal(modality: Modality) -> None:
+    """A signal is what `nepa_core.tokens.Signal` says, whatever the order of the tokens."""
+    batch = _batch(modality)
+    tokens = modality.read(batch)
+    try:
+        kind, data, rate = modality.decode(tokens)
+    except UserError:  # settings that leave nothing to decode
+        return
+    assert kind in SIGNALS, f"decode(tokens) gives the kind {kind!r}: make it one of {', '.join(SIGNALS)}"
+    axes, numbers, form = SIGNALS[kind]
+    samples = len(tokens.values)
+    assert (len(data), data.ndim, data.dtype) == (samples, axes, numbers), (
+        f"decode(tokens) gives a {kind} as {data.dtype} {_shape(data)} for {samples} samples: make it {form}"
+    )
+    assert kind != "sound" or rate, "decode(tokens) gives sound without its rate: add it, in Hz"
+    straight = modality.decode(modality.tokenize(batch)).data
+    rounding = 1.0 if kind == "picture" else 1e-4
+    assert torch.allclose(data.float(), straight.float(), rtol=0, atol=rounding, equal_nan=True), (
+        "decode(tokens) lays reordered tokens where they do not lie: bring them back with tokens.canonical(...)"
+    )
+
+
 def check_embedder(modality: Modality) -> None:
     """The embedder maps raw tokens one by one to [B, N, dim]."""
     values = modality.read(_batch(modality)).values
@@ -495,6 +525,7 @@ CHECKS = (
     check_order_can_be_undone,
     check_order_is_the_samples_own,
     check_sketch,
+    check_signal,
     check_windows,
     check_embedder,
     check_future_is_hidden,

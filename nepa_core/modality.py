@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, default_collate
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.predictor import init_weights
 from nepa_core.samples import Some, some_rows
-from nepa_core.tokens import ImageInput, Sketch, Tokens
+from nepa_core.tokens import ImageInput, Law, Signal, Sketch, Tokens
 
 
 class Modality(BaseModel, ABC):
@@ -197,6 +197,17 @@ class Modality(BaseModel, ABC):
         grey = torch.where(drawn, (values - low) / (high - low).clamp(min=1e-12), 0.0)
         return Sketch(grey.transpose(1, 2), grid=(1, values.shape[1]))
 
+    def decode(self, tokens: Tokens) -> Signal:
+        """The samples themselves, from tokens in any order, such as generated ones; masked tokens are left empty.
+
+        Default: what `describe` draws, pictures rounded to 256 levels. So images come back exactly as they were.
+        """
+        sketch = self.describe(tokens)
+        if sketch.curves:
+            return Signal("curves", sketch.canvas)
+        levels = (255 * sketch.canvas.clamp(0, 1)).round().to(torch.uint8)
+        return Signal("picture", levels[:, None] if levels.ndim == 3 else levels.permute(0, 3, 1, 2))
+
     def known_optimum(self, embed: nn.Module) -> float | None:
         """The best next-token loss (negative cosine) that any causal predictor can expect on held-out data.
 
@@ -208,6 +219,13 @@ class Modality(BaseModel, ABC):
 
         Returns:
             The loss, or None where it is not known (the default).
+        """
+        return None
+
+    def known_law(self, tokens: Tokens) -> Law | None:
+        """The law of every token given those before it, which a generator should find; tokens as `read` gives them.
+
+        For synthetic sources, whose distribution is known. Default: None.
         """
         return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -131,6 +131,39 @@ class Sketch:
     canvas: Tensor
     grid: tuple[int, int]
     curves: bool = False
+
+
+class Signal(NamedTuple):
+    """What samples look or sound like, made from their tokens by `Modality.decode`.
+
+    Attributes:
+        kind: what `data` holds.
+        data: pictures uint8 [B, C, H, W], C being 1 or 3, the first row on top; sound float32 [B, n], between -1 and
+            1; or curves float32 [B, L, C], NaN where there is nothing.
+        rate: points of sound a second, in Hz.
+    """
+
+    kind: Literal["picture", "sound", "curves"]
+    data: Tensor
+    rate: int | None = None
+
+
+class Law(NamedTuple):
+    """The normal distribution of every token given those before it, in raw tokens as they stand.
+
+    Attributes:
+        mean: [B, N, P] of token t given tokens 0 to t - 1, the first given none.
+        covariance: [N, P, P] float64, or [B, N, P, P] where samples differ.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """So many tokens at every place, each after the given ones: [count, B, N, P]."""
+        noise = torch.randn(count, *self.mean.shape, generator=generator)
+        apart: Tensor = torch.linalg.cholesky(self.covariance).to(noise.dtype) @ noise[..., None]
+        return self.mean + apart[..., 0]
 
 
 class ImageInput(NamedTuple):

@@ -20,7 +20,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import soundfile
@@ -79,6 +79,7 @@ COLUMNS = {
 }
 """What the columns of a manifest may be called, in any case."""
 
+_UPDATES = 30  # of the power behind mel bands: then its bands are right to a thousandth
 _ROUNDING = 1e-4  # of samples of 16 bits, three steps of them
 _LISTENED = 48  # clips of a split that are looked at when it is opened, for _LISTENED_SECONDS each
 _LISTENED_SECONDS = 5
@@ -154,6 +155,36 @@ def log_power(mel: Tensor) -> Tensor:
 def framed_log_mel(segments: Tensor, form: FrontEnd) -> Tensor:
     """The frames that lie whole within segments [..., (T - 1) * hop + n_fft]: [..., T, F]."""
     return log_power(_mel_spectrogram(form)(segments))
+
+
+def waveform(frames: Tensor, form: FrontEnd) -> Tensor:
+    """A waveform [B, T * hop] float32 between -1 and 1 of which `log_mel` is about `frames` [B, T, F]; no randomness.
+
+    Power that is not negative and gives these mel bands is found by multiplicative updates (Lee and Seung 2001, for
+    the Kullback-Leibler divergence), phases by torchaudio's Griffin-Lim. Back in `log_mel`, synthetic clips of 8 kHz
+    and 40 bands are off by 0.13 on average; by 0.40 with torchaudio's `InverseMelScale`, which cuts off what is
+    negative in a least-squares answer.
+
+    Raises:
+        UserError: windows do not overlap, so that a spectrogram says nothing of some points.
+    """
+    from torchaudio.transforms import GriffinLim  # slow to import
+
+    if form.hop >= form.window:
+        raise UserError("data.hop_ms is not less than data.window_ms: no sound can be made of such frames")
+    filters = _mel_spectrogram(form).get_buffer("mel_scale.fb").to(frames.device)  # [n_fft / 2 + 1, F]
+    loudest = math.log1p(form.n_fft * form.window / FLOOR)  # all power of a waveform between -1 and 1 in one band
+    mel = FLOOR * frames.float().clamp(0, loudest).transpose(1, 2).expm1()
+    mel = torch.cat((mel, mel[..., -1:]), -1)  # the frame centred on the end, which `log_mel` leaves out
+    power, tiny = (filters / filters.sum(0)) @ mel, 1e-12
+    for _ in range(_UPDATES):
+        power = (
+            power
+            * (filters @ (mel / (filters.T @ power).clamp(min=tiny)))
+            / filters.sum(1, keepdim=True).clamp(min=tiny)
+        )
+    griffin_lim = GriffinLim(form.n_fft, win_length=form.window, hop_length=form.hop, rand_init=False)
+    return cast(Tensor, griffin_lim.to(frames.device)(power)).clamp(-1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- data sets

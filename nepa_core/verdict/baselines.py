@@ -64,18 +64,17 @@ def fit_baselines(
     """Fit all baselines in one pass.
 
     copy: the current token's own embedding. mean: the best constant. position_mean: the best constant of each place.
-    linear: `_Autoregression`. Where samples have orders of their own and the model is told the position that it
-    predicts, so are these two: one constant for each position of the target, and `_FromSeen`.
+    linear: `Autoregression`. Where samples have orders of their own and the model is told the position that it
+    predicts, so are these two: one constant for each position of the target, and `FromSeen`.
 
     Args:
         parts: training samples in random order. total: how many there will be, about.
         device: where the products are computed; default: the CPU.
     """
     device = device or torch.device("cpu")
-    size = 4 * (test.values[0].numel() + 2 * test.embeddings[0].numel())
-    stream = _chunks(parts, first=max(1, min(_HELD, total // 10, _HELD_BYTES // size)), size=size)
+    stream = chunks(parts, test, total=total)
     held = next(stream)
-    linear: _Linear = (_Autoregression if test.order is None else _FromSeen)(held, test, device)
+    linear: Regressions = (Autoregression if test.order is None else FromSeen)(held, test, device)
     means = _Means(test)
     means.add(held)
     samples, marks = 0, [total // 4, total // 2] if total >= 64 else []
@@ -102,12 +101,14 @@ def fit_baselines(
     return Fitted(predictions, samples + len(held.values), tuple(curve), linear.features, test.values[0].numel())
 
 
-def _chunks(parts: Iterable[Gathered], *, first: int, size: int) -> Iterator[Gathered]:
-    """The samples in order: `first` of them, then as many at once as are worth a matrix product.
+def chunks(parts: Iterable[Gathered], like: Gathered, *, total: int) -> Iterator[Gathered]:
+    """The samples in order: first those that strengths are chosen on, then as many at once as are worth a product.
 
     Args:
-        size: bytes of a sample, about.
+        like: what samples are like. total: how many there will be, about.
     """
+    size = 4 * (like.values[0].numel() + 2 * like.embeddings[0].numel())
+    first = max(1, min(_HELD, total // 10, _HELD_BYTES // size))
     chunk = max(1, min(_CHUNK, _CHUNK_BYTES // size))
     waiting: list[Gathered] = []
     missing = first
@@ -172,8 +173,11 @@ class _Means:
 # ----------------------------------------------------------------------------------------- linear regressions
 
 
-class _Linear(Protocol):
-    """A regression on raw tokens that is fitted on a stream."""
+class Regressions(Protocol):
+    """Regressions on raw tokens, one for each place or position of the target, that are fitted on a stream.
+
+    Of the targets' directions; made with `raw`, of the targets themselves.
+    """
 
     features: int
 
@@ -183,8 +187,25 @@ class _Linear(Protocol):
     def choose(self, held: Gathered) -> None:
         """Choose the strength that serves these samples best: among all at first, then beside the last choice."""
 
+    def read(self, part: Gathered) -> Iterator[Tensor]:
+        """The features of every regression in turn, [S, F]."""
+
+    def solved(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Its weights [F, D] and intercept [D], of all samples so far, with the chosen strength.
+
+        One after the other, for together they take much memory.
+        """
+
     def predict(self, test: Gathered) -> Tensor:
-        """[S, Q, D] of the regression on all samples so far, with the chosen strength."""
+        """[S, Q, D] of them."""
+
+
+def _goal(part: Gathered, raw: bool) -> Tensor:
+    return part.targets if raw else F.normalize(part.targets, dim=-1)
+
+
+def _error(predicted: Tensor, goal: Tensor, raw: bool) -> Tensor:
+    return (predicted - goal).square().mean(-1) if raw else negative_cosine(predicted, goal)
 
 
 class _Moments:
@@ -250,7 +271,7 @@ class _Features(NamedTuple):
     @classmethod
     def of(cls, first: Gathered, count: int, keep: int) -> _Features:
         """For `count` tokens of which each may keep `keep` numbers, one at least."""
-        part = _resized(first, count)
+        part = resized(first, count)
         real = torch.ones(part.values.shape[:2]) if part.mask is None else part.mask[:, part.bos :].float()
         mean = (part.values * real[..., None]).sum(0) / real.sum(0).clamp(min=1)[:, None]
         keep = max(1, keep)
@@ -282,7 +303,7 @@ class _Features(NamedTuple):
         return x
 
 
-class _Autoregression:
+class Autoregression:
     """Ridge regression of each target's direction on the raw tokens before it, one regression a place.
 
     All places have one strength. Where no token is missing they share one matrix, because the tokens before place t
@@ -291,8 +312,8 @@ class _Autoregression:
     leaves less than a number a token: then it reads the last tokens alone.
     """
 
-    def __init__(self, first: Gathered, test: Gathered, device: torch.device) -> None:
-        self.count, self.places = test.values.shape[1], test.targets.shape[1]
+    def __init__(self, first: Gathered, test: Gathered, device: torch.device, *, raw: bool = False) -> None:
+        self.raw, self.count, self.places = raw, test.values.shape[1], test.targets.shape[1]
         ragged = test.counted is not None or first.counted is not None
         most = math.isqrt(3 * _BYTES // 4 // self.places) if ragged else _PRODUCTS // self.places
         most = min(_FEATURES, most)
@@ -303,37 +324,36 @@ class _Autoregression:
         size, outputs = self.reader.size, test.embeddings.shape[-1]
         near = max(1, most // size) if far else self.count
         ends = [1 - test.bos + place for place in range(self.places)]  # in tokens
-        self.read = [slice(max(0, end - near) * size, end * size) for end in ends]  # features of each place
+        self.spans = [slice(max(0, end - near) * size, end * size) for end in ends]  # features of each place
         self.features, self.outputs = near * size, outputs
-        self.scale = float(self.reader.read(_resized(first, self.count)).square().mean())  # strengths are times this
+        self.scale = float(self.reader.read(resized(first, self.count)).square().mean())  # strengths are times this
         if self.apart:
-            self.moments = [_Moments(read.stop - read.start, outputs, device) for read in self.read]
+            self.moments = [_Moments(span.stop - span.start, outputs, device) for span in self.spans]
         else:
-            self.shared = _Moments(self.read[-1].stop, 0, device)
+            self.shared = _Moments(self.spans[-1].stop, 0, device)
             self.y = torch.zeros(self.places, outputs, dtype=torch.float64, device=device)
-            self.xy = [torch.zeros(read.stop, outputs, device=device) for read in self.read]
+            self.xy = [torch.zeros(span.stop, outputs, device=device) for span in self.spans]
         self.tried: tuple[float, ...] = STRENGTHS
         self.strength = STRENGTHS[0]
 
     def add(self, part: Gathered) -> None:
-        part = _resized(part, self.count)
-        x, unit = self.reader.read(part).flatten(1).to(self.device), F.normalize(part.targets, dim=-1).to(self.device)
+        part = resized(part, self.count)
+        x, goal = self.reader.read(part).flatten(1).to(self.device), _goal(part, self.raw).to(self.device)
         counted = part.counted
         if self.apart:
             for place, moments in enumerate(self.moments):
                 rows = slice(None) if counted is None else counted[:, place].to(self.device)
-                moments.add(x[rows, self.read[place]], unit[rows, place])
+                moments.add(x[rows, self.spans[place]], goal[rows, place])
             return
         if counted is not None:  # none of the first samples had a gap, so these are rare
             whole = counted.all(1).to(self.device)
-            x, unit = x[whole], unit[whole]
+            x, goal = x[whole], goal[whole]
         self.shared.add(x[:, : len(self.shared.xx)], x.new_zeros(len(x), 0))
-        self.y += unit.double().sum(0)
+        self.y += goal.double().sum(0)
         for place, product in enumerate(self.xy):
-            product.addmm_(x[:, : len(product)].T, unit[:, place])
+            product.addmm_(x[:, : len(product)].T, goal[:, place])
 
     def _solved(self, strength: float) -> Iterator[tuple[Tensor, Tensor]]:
-        """Weights [width, D] and intercept [D] of every place, one after the other: together they take much memory."""
         if self.apart:
             yield from (moments.solve(strength * self.scale) for moments in self.moments)
             return
@@ -345,18 +365,24 @@ class _Autoregression:
             weights = torch.cholesky_solve(cross, factor[:width, :width]) if width else cross
             yield weights, y - x[:width] @ weights
 
+    def solved(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._solved(self.strength)
+
+    def read(self, part: Gathered) -> Iterator[Tensor]:
+        flat = self.reader.read(resized(part, self.count)).flatten(1).to(self.device)
+        return (flat[:, span] for span in self.spans)
+
     def _predicted(self, part: Gathered, strength: float) -> Tensor:
-        flat = self.reader.read(_resized(part, self.count)).flatten(1).to(self.device)
-        found = flat.new_empty(len(flat), self.places, self.outputs)
-        for place, (weights, offset) in enumerate(self._solved(strength)):
-            found[:, place] = flat[:, self.read[place]] @ weights + offset
+        found = torch.empty(len(part.values), self.places, self.outputs, device=self.device)
+        for place, (x, (weights, offset)) in enumerate(zip(self.read(part), self._solved(strength), strict=True)):
+            found[:, place] = x @ weights + offset
         return found.cpu()
 
     def choose(self, held: Gathered) -> None:
-        part = _resized(held, self.count)
-        unit = F.normalize(part.targets, dim=-1)
+        part = resized(held, self.count)
+        goal = _goal(part, self.raw)
         errors = {
-            strength: float(masked_mean(negative_cosine(self._predicted(part, strength), unit), part.counted))
+            strength: float(masked_mean(_error(self._predicted(part, strength), goal, self.raw), part.counted))
             for strength in self.tried
         }
         self.strength = min(errors, key=errors.__getitem__)
@@ -366,17 +392,17 @@ class _Autoregression:
         return self._predicted(test, self.strength)
 
 
-class _FromSeen:
-    """`_Autoregression` for orders of each sample: one regression for every position of the target.
+class FromSeen:
+    """`Autoregression` for orders of each sample: one regression for every position of the target.
 
     Its features are the raw tokens in canonical order, those not read before the target as their mean; where sequences
     are so long that the budget leaves less than a number a token, those around the target. Each regression chooses its
     own strength.
     """
 
-    def __init__(self, first: Gathered, test: Gathered, device: torch.device) -> None:
-        self.count = max(first.values.shape[1], test.values.shape[1])
-        most, first = math.isqrt(_BYTES // 4 // self.count), _canonical(_resized(first, self.count))
+    def __init__(self, first: Gathered, test: Gathered, device: torch.device, *, raw: bool = False) -> None:
+        self.raw, self.count = raw, max(first.values.shape[1], test.values.shape[1])
+        most, first = math.isqrt(_BYTES // 4 // self.count), _canonical(resized(first, self.count))
         far = min(_SEEN_FEATURES, most) < self.count
         keep = most // _NEAR if far else min(_SEEN_FEATURES, most) // self.count
         self.reader, self.device = _Features.of(first, self.count, keep), device
@@ -386,8 +412,8 @@ class _FromSeen:
         self.tried: list[tuple[float, ...]] = [STRENGTHS] * self.count
         self.strengths = [STRENGTHS[0]] * self.count
 
-    def _read(self, part: Gathered) -> Iterator[Tensor]:
-        """[S, F] features before each target in turn."""
+    def read(self, part: Gathered) -> Iterator[Tensor]:
+        part = resized(part, self.count)
         assert part.order is not None
         x, place, near = self.reader.read(_canonical(part)), part.order.argsort(1), self.near
         for target in range(self.count):
@@ -399,29 +425,32 @@ class _FromSeen:
     def add(self, part: Gathered) -> None:
         if part.values.shape[1] > self.count:  # longer than all test samples and the first ones: no place for it
             return
-        part = _resized(part, self.count)
-        unit, counted = (x.to(self.device) for x in part.by_target(F.normalize(part.targets, dim=-1)))
-        for target, x in enumerate(self._read(part)):
+        part = resized(part, self.count)
+        goal, counted = (x.to(self.device) for x in part.by_target(_goal(part, self.raw)))
+        for target, x in enumerate(self.read(part)):
             rows = counted[:, target]
-            self.moments[target].add(x[rows], unit[rows, target])
+            self.moments[target].add(x[rows], goal[rows, target])
 
     def choose(self, held: Gathered) -> None:
-        part = _resized(held, self.count)
-        unit, counted = (x.to(self.device) for x in part.by_target(F.normalize(part.targets, dim=-1)))
-        for target, x in enumerate(self._read(part)):
+        part = resized(held, self.count)
+        goal, counted = (x.to(self.device) for x in part.by_target(_goal(part, self.raw)))
+        for target, x in enumerate(self.read(part)):
             moments, rows, errors = self.moments[target], counted[:, target], {}
             for strength in self.tried[target]:
                 weights, offset = moments.solve(strength * moments.scale)
-                errors[strength] = float(negative_cosine(x[rows] @ weights + offset, unit[rows, target]).sum())
+                errors[strength] = float(_error(x[rows] @ weights + offset, goal[rows, target], self.raw).sum())
             self.strengths[target] = min(errors, key=errors.__getitem__)
             self.tried[target] = _beside(self.strengths[target])
 
+    def solved(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for moments, strength in zip(self.moments, self.strengths, strict=True):
+            yield moments.solve(strength * moments.scale)
+
     def predict(self, test: Gathered) -> Tensor:
         assert test.order is not None
-        part, found = _resized(test, self.count), []
-        for x, moments, strength in zip(self._read(part), self.moments, self.strengths, strict=True):
-            weights, offset = moments.solve(strength * moments.scale)
-            found.append((x @ weights + offset).cpu())
+        found = [
+            (x @ weights + offset).cpu() for x, (weights, offset) in zip(self.read(test), self.solved(), strict=True)
+        ]
         index = test.order[:, 1 - test.bos :]
         return torch.stack(found, dim=1)[torch.arange(len(index))[:, None], index]
 
@@ -442,7 +471,7 @@ def _canonical(part: Gathered) -> Gathered:
     return part._replace(values=part.values[rows, place], mask=mask)
 
 
-def _resized(part: Gathered, count: int) -> Gathered:
+def resized(part: Gathered, count: int) -> Gathered:
     """Sequences cut, or padded with what is not real, to `count` tokens."""
     if part.values.shape[1] == count:
         return part

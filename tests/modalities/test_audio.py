@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,41 @@ def test_the_sketch_is_the_spectrogram_with_low_frequencies_at_the_bottom(settin
     torch.testing.assert_close(sketch.canvas, (batch["mel"] / peak).transpose(1, 2).flip(1))
     assert sketch.grid == ((2, 3) if data.patch else (1, 6))
     assert data.token_name == ("patch" if data.patch else "frame")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"frames": 4}, {"patch": (8, 4)}, {"patch": (8, 4), "patch_order": "hilbert"}, {"bands": 40}],
+    ids=str,
+)
+def test_the_sound_of_a_clip_has_its_spectrogram(settings: dict[str, Any]) -> None:
+    """Its log-mel, which varies by 2, is some 0.1 off, but at the end, where frames stop at once. Padding is silent."""
+    data = adapter(**settings)
+    batch = data.dataset("test").__getitems__([0, 1, 2, 3])
+    kind, sound, rate = data.decode(data.read(batch))
+    count = batch["mel"].shape[1]
+    assert (kind, rate, sound.dtype, tuple(sound.shape)) == ("sound", 8000, torch.float32, (4, 80 * count))
+    assert sound.abs().max() <= 1
+    real = torch.arange(count) < batch["frames"][:, None] - 4
+    found = audio_data.log_mel(sound, data.front_end)
+    assert (found - batch["mel"])[real].abs().mean() < 0.15
+    assert batch["mel"][real].std() > 1.8
+    shortest = int(batch["frames"].argmin())
+    silent = 80 * (int(batch["frames"][shortest]) + 2)  # the last window reaches that far
+    assert silent < sound.shape[1]
+    assert (sound[shortest, silent:] == 0).all()
+    assert torch.equal(data.decode(data.read(batch)).data, sound)
+
+
+def test_sound_of_whatever_numbers_is_finite_and_silence_is_silent() -> None:
+    data = adapter()
+    tokens = data.tokenize(mels(8, 8))
+    assert (data.decode(replace(tokens, values=torch.zeros(2, 4, 32))).data == 0).all()
+    wild = data.decode(replace(tokens, values=1000 * torch.randn(2, 4, 32))).data
+    assert wild.isfinite().all()
+    assert wild.abs().max() == 1
+    with pytest.raises(UserError, match=r"data\.hop_ms is not less than data\.window_ms"):
+        adapter(hop_ms=30.0).decode(tokens)
 
 
 def real_values(tokens: Tokens, row: int) -> torch.Tensor:

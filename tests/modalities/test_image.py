@@ -1,5 +1,6 @@
 import hashlib
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -460,3 +461,27 @@ def test_a_limit_takes_the_same_mixed_choice_of_training_images(tmp_path: Path, 
     assert all(torch.equal(limited[i]["image"], smaller[i]["image"]) for i in range(10))
     assert len(open_folder(tmp_path, limit=1000, in_memory=in_memory)) == 100
     assert len(open_folder(tmp_path, "test", limit=20, in_memory=in_memory)) == 100
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("patch_order", ["raster", "random", "random_per_sample"])
+def test_pictures_come_back_from_their_tokens_bit_for_bit(channels: Any, patch_order: str) -> None:
+    """Every one of the 256 levels."""
+    data = adapter(channels=channels, mean=(0.41,) * channels, std=(0.27,) * channels, patch_order=patch_order)
+    image = torch.randint(0, 256, (20, channels, 8, 12), dtype=torch.uint8)
+    kind, pixels, rate = data.decode(data.read({"image": image}))
+    assert (kind, rate, pixels.dtype) == ("picture", None, torch.uint8)
+    assert torch.equal(pixels, image)
+
+
+def test_generated_pixels_are_clipped_and_rounded() -> None:
+    data = adapter(channels=1, mean=(0.5,), std=(0.5,))
+    tokens = data.tokenize({"image": torch.full((1, 1, 8, 12), 100, dtype=torch.uint8)})
+    values = tokens.values.clone()
+    values[0, 0, :4] = torch.tensor([-9.0, 9.0, 100.4 / 127.5 - 1, 100.6 / 127.5 - 1])
+    assert data.decode(replace(tokens, values=values)).data[0, 0].flatten()[[0, 1, 2, 12]].tolist() == [
+        0,
+        255,
+        100,
+        101,
+    ]

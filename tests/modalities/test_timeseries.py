@@ -21,6 +21,7 @@ from modalities.timeseries import TimeSeries, Windows, _autoregression, _series,
 from nepa_core.basics import UserError
 from nepa_core.contract import check_modality
 from nepa_core.runtime.config import override, parse_assignments, validated
+from nepa_core.tokens import Tokens
 from recipes.networks.goals import find_goal
 from recipes.report import card
 from recipes.timeseries import demo
@@ -354,6 +355,25 @@ def test_window_normalisation_is_undone_by_its_scale(tmp_path: Path) -> None:
     assert torch.allclose(values * std + mean, batch["series"], atol=1e-4)
 
 
+@pytest.mark.parametrize("patch_order", ["raster", "reverse", "random_per_sample"])
+def test_curves_come_back_from_their_tokens(tmp_path: Path, patch_order: str) -> None:
+    """In units of the series, or of each window where these are normalised; with gaps where tokens are masked."""
+    values = walk()
+    values[30] = math.nan
+    data = adapter(write_csv(tmp_path, values), patch_order=patch_order)
+    batch = data.dataset("train").__getitems__([20, 0])  # type: ignore[attr-defined]
+    kind, curves, _ = data.decode(data.read(batch))
+    mask = data.tokenize(batch).mask
+    assert (kind, mask is not None and not mask.all()) == ("curves", True)
+    real = mask.repeat_interleave(data.patch, 1)
+    assert torch.equal(curves[real], batch["series"][real])
+    assert curves[~real].isnan().all()
+    own = data.model_copy(update={"normalise": "window"})
+    mean, std = own.scale(batch)
+    back = own.decode(own.read(batch)).data * std + mean
+    torch.testing.assert_close(back[real], batch["series"][real])
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -527,10 +547,55 @@ def test_the_optimum_is_known_only_where_it_is() -> None:
     recipe = demo()
     embed = recipe.data.embedder(8)
     for change in ({"data.patch_order": "reverse"}, {"data.channels": "independent"}, {"data.normalise": "window"}):
-        assert override(recipe, change).data.known_optimum(embed) is None
+        data = override(recipe, change).data
+        assert data.known_optimum(embed) is None
+        assert data.known_law(data.read(data.dataset("test").__getitems__([0]))) is None
     assert best_possible(recipe, build_model(recipe)) is not None
     unmasked = override(recipe, {"objective.causal": False})
     assert best_possible(unmasked, build_model(unmasked)) is None
+
+
+def test_the_known_law_is_that_of_what_is_drawn() -> None:
+    """Whitened by it, tokens of the series are standard normal and new: nothing is left of those before them."""
+    data = demo().data
+    assert isinstance(data, TimeSeries)
+    windows = data.dataset("test")
+    assert isinstance(windows, Windows)
+    tokens = data.read(windows.__getitems__(list(range(0, len(windows), 16))))
+    law = data.known_law(tokens)
+    assert law is not None
+    assert law.mean.shape == tokens.values.shape
+    assert law.covariance.shape == (16, 16, 16)
+    left = (tokens.values - law.mean).double()[..., None]
+    white = torch.linalg.solve_triangular(torch.linalg.cholesky(law.covariance), left, upper=False)[..., 0]
+    for some in (white[:, 1:].flatten(0, 1), white[:, 0]):
+        rows = len(some)
+        assert (some.mean(0).abs() < 4.5 / rows**0.5).all()
+        assert ((some.T @ some / rows - torch.eye(16)).abs() < 6.5 / rows**0.5).all()
+    lagged = white[:, 1:-1].flatten(0, 1).T @ white[:, 2:].flatten(0, 1) / (14 * len(white))
+    assert (lagged.abs() < 5 / (14 * len(white)) ** 0.5).all()
+
+
+def test_the_known_law_is_that_of_simulated_futures() -> None:
+    data = override(demo(), {"data.patch": 2}).data
+    series = _series(data)
+    values = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    law = data.known_law(Tokens(values, torch.zeros(3, 1)))
+    assert law is not None
+    draw = torch.Generator().manual_seed(1)
+    last = (values[0, 1, 4:] * series.std + series.mean).expand(100_000, -1)
+    futures = {
+        0: _autoregression(2, 100_000, draw, burn_in=400),
+        2: _autoregression(2, 100_000, draw, start=last),
+    }
+    for place, each in futures.items():
+        found = ((each - series.mean) / series.std).flatten(1)
+        torch.testing.assert_close(law.mean[0, place], found.mean(0), rtol=0, atol=0.02)
+        torch.testing.assert_close(law.covariance[place], found.T.cov().double(), rtol=0, atol=0.02)
+    drawn = law.draw(100_000, draw)
+    assert drawn.shape == (100_000, 1, 3, 8)
+    torch.testing.assert_close(drawn.mean(0), law.mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(drawn[:, 0, 0].T.cov().double(), law.covariance[0], rtol=0, atol=0.02)
 
 
 def test_the_card_names_the_optimum(monkeypatch: pytest.MonkeyPatch) -> None:

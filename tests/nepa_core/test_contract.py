@@ -14,7 +14,7 @@ from modalities.image import Images
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.contract import check_modality
 from nepa_core.modality import Modality
-from nepa_core.tokens import Sketch, Tokens
+from nepa_core.tokens import Signal, Sketch, Tokens
 
 LENGTH, CHANNELS = 9, 2
 
@@ -354,6 +354,31 @@ class Drawn(Sound):
 )
 def test_defects_of_a_sketch_are_told(by: Any, words: str) -> None:
     refuses(Drawn(by=by), words)
+
+
+class Decoded(Sound):
+    by: Any
+
+    def decode(self, tokens: Tokens) -> Signal:
+        signal: Signal = self.by(tokens, super().decode(tokens))
+        return signal
+
+
+@pytest.mark.parametrize(
+    ("by", "words"),
+    [
+        (lambda t, s: Signal("smell", s.data), "the kind 'smell': make it one of picture, sound, curves"),
+        (
+            lambda t, s: Signal("picture", s.data[:1]),
+            r"uint8 \[1, 1, 2, 9\] for 6 samples: make it uint8 \[B, C, H, W\]",
+        ),
+        (lambda t, s: Signal("curves", s.data[:, 0]), r"curves as torch.uint8 .* make it float32 \[B, L, C\]"),
+        (lambda t, s: Signal("sound", torch.zeros(6, 9)), "sound without its rate: add it, in Hz"),
+        (lambda t, s: Signal("curves", t.values), "reordered tokens where they do not lie"),
+    ],
+)
+def test_defects_of_a_signal_are_told(by: Any, words: str) -> None:
+    refuses(Decoded(by=by), words)
 
 
 class Reversed(Sound):

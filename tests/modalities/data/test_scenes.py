@@ -262,6 +262,7 @@ def test_scenes_are_drawn_as_they_are_in_any_order(tree: Path, order: str) -> No
     sketch = data.describe(data.read({"image": image}))
     assert sketch.grid == (3, 7)
     torch.testing.assert_close(sketch.canvas, image.permute(0, 2, 3, 1) / 255)
+    assert torch.equal(data.decode(data.read({"image": image})).data, image)
 
 
 def test_coordinates_span_the_same_range_more_densely_in_a_larger_image(tree: Path) -> None:
