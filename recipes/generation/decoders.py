@@ -89,7 +89,10 @@ class Decoders(NamedTuple):
         return found
 
     def to(self, device: torch.device) -> Decoders:
-        return Decoders(*(each.to(device).eval().requires_grad_(False) for each in self))
+        """Themselves, moved."""
+        for each in self:
+            each.to(device).eval().requires_grad_(False)
+        return self
 
 
 @torch.no_grad()

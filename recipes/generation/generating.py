@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -23,22 +22,32 @@ from nepa_core.runtime.fit import fingerprint_of
 from nepa_core.runtime.load import Network
 from nepa_core.runtime.meter import say_progress
 from nepa_core.tokens import Tokens
-from nepa_core.verdict.intervals import over_samples
 from recipes.configs import PretrainConfig
-from recipes.generation.decoders import DecoderConfig, Decoders, kept_decoders, predictions
-from recipes.generation.judging import BEST, OWN, Scores, law_recovered, of_interval, score, table, verdict
+from recipes.generation.decoders import DecoderConfig, Decoders, kept_decoders
+from recipes.generation.judging import (
+    BEST,
+    OWN,
+    Scores,
+    copied,
+    law_recovered,
+    one_draw,
+    own_error,
+    score,
+    signal_to_noise,
+    table,
+    told_apart,
+    verdict,
+)
 from recipes.generation.linear_gaussian import fit_linear_gaussian
-from recipes.generation.reading import Kept, Samples, check_region, read_samples, scored, signals, untold
+from recipes.generation.reading import Kept, Samples, check_region, read_samples, signals, untold
 from recipes.generation.rivals import Copy, Decoded, Known, Linear, Rival
-from recipes.report.summaries import GenerateSummary, ToldApart
-from recipes.statistics.generated import Levels, diversity, levels, nearest, two_sample
+from recipes.report.summaries import GenerateSummary
+from recipes.statistics.generated import Levels, levels, nearest
 from recipes.statistics.worth import RANDOM
 from recipes.training.starting import build_model
 
 LINEAR, COPYING = "linear-Gaussian autoregression", "copying"
 _COVARIANCES = 2**30  # most bytes of the linear one
-_TOLD = 512  # most numbers of a signal that classifiers read
-_LEVELS = 2**16  # tokens whose levels are looked for
 
 
 class GenerateOptions(BaseModel):
@@ -67,7 +76,9 @@ class GenerateOptions(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> GenerateOptions:
         if isinstance(self.keep, float) and self.keep >= 1:
-            raise ValueError(f"keep={self.keep} leaves nothing to make: give a share below 1, or a whole number of tokens")
+            raise ValueError(
+                f"keep={self.keep} leaves nothing to make: give a share below 1, or a whole number of tokens"
+            )
         if self.region is not None and "keep" in self.model_fields_set:
             raise ValueError("keep= and region= are two ways to say what is given: leave one out")
         if self.region is not None and len(self.region) not in (2, 4):
@@ -93,6 +104,7 @@ class Generated(NamedTuple):
     held_out: Samples
     train: Samples
     decoded: Decoded
+    levels: Levels | None
     completed: list[Tokens]
     drawn: list[Tokens]
     scores: Scores
@@ -103,14 +115,9 @@ def check_network(net: Network, options: GenerateOptions) -> None:
     """Whether anything can be generated, before a folder is made.
 
     Raises:
-        UserError: the network predicts no token, or not from earlier ones alone; tokens overlap; or a region is asked of
-            a network that knows one order.
+        UserError: the network does not predict from earlier tokens alone; tokens overlap; or a region is asked of a
+            network that knows one order.
     """
-    if net.labelled:
-        raise UserError(
-            f"{net.source} was trained on labels, and its output no longer predicts the next token: name the "
-            "pre-trained run"
-        )
     try:
         check_generates(causal=net.causal, shift=net.shift)
     except UserError as error:
@@ -134,9 +141,7 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
     """
     check_network(net, options)
     start, bos, batch = time.monotonic(), net.model.config.bos, net.reading.batch
-    held_out = read_samples(
-        net.data, options.split, options.samples, batch, options.kept, bos=bos, seed=options.seed
-    )
+    held_out = read_samples(net.data, options.split, options.samples, batch, options.kept, bos=bos, seed=options.seed)
     train = read_samples(net.data, "train", options.train_samples, batch, Kept(0), bos=bos, seed=options.seed)
     untrained = build_model(config).to(next(net.model.parameters()).device).eval()
     decoders = kept_decoders(
@@ -163,11 +168,11 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
         if show:
             say_progress(f"judging {name}")
         scores[name] = score(rival, held_out, options.draws, standardise, bos=bos)
-    found = levels(torch.cat([part.values[part.real] for part in train.parts])[:_LEVELS])
-    drawn, completed = (
-        list(_one_draw(decoded, held_out, found, all_of=all_of, bos=bos)) for all_of in (True, False)
-    )
     longest = max(held_out.longest, train.longest)
+    found = levels(signals(train.parts, longest))
+    drawn, completed = (
+        list(one_draw(decoded, held_out, found, longest, all_of=all_of, bos=bos)) for all_of in (True, False)
+    )
     as_vectors = [
         signals((replace(part, values=standardise(part.values)) for part in parts), longest)
         for parts in (held_out.parts, train.parts, drawn, completed)
@@ -191,19 +196,22 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
         "completion": table(scores, "completion", held_out),
         "next_token": table(scores, "following", held_out),
         "mean_error": table(scores, "error", held_out),
-        "own_error": _own_error(decoded, held_out, bos=bos),
+        "own_error": own_error(decoded, held_out, bos=bos),
         "quantised": 0 if found is None else int((found.counts > 0).sum()),
-        "numbers": held_out.parts[0].values.shape[-1],
-        "from_nothing": told_apart(true, new, held_out, options.seed) | _copied(new, training, true),
+        "numbers": true.shape[1],
+        "from_nothing": told_apart(true, new, held_out, options.seed) | copied(new, training, true),
         "completed": told_apart(true, whole, held_out, options.seed),
+        "training": told_apart(true, training, None, options.seed),
         "notes": notes,
     }
+    if (psnr := signal_to_noise(net.data, decoded, held_out)) is not None:
+        summary["psnr"] = psnr
     summary |= {"verdict": verdict(summary["completion"]), "verdict_next": verdict(summary["next_token"])}
     if isinstance(best := rivals.get(BEST), Known):
         summary["law"] = law_recovered(decoded, best, held_out, options.draws)
     summary["seconds"] = round(time.monotonic() - start, 1)
     closest = nearest(whole, training, true).to
-    return Generated(summary, held_out, train, decoded, completed, drawn, scores[OWN], closest)
+    return Generated(summary, held_out, train, decoded, found, completed, drawn, scores[OWN], closest)
 
 
 def _rivals(
@@ -237,48 +245,3 @@ def _rivals(
     if net.data.known_law(held_out.parts[0]) is not None:
         rivals[BEST] = Known(net.data, drawing(BEST))
     return own, rivals, notes
-
-
-def _one_draw(decoded: Decoded, samples: Samples, found: Levels | None, *, all_of: bool, bos: bool) -> Iterator[Tokens]:
-    """One completion of every sample at the data's own levels, or with `all_of` one sample from nothing in its place.
-
-    Lengths, positions and order are those of the sample.
-    """
-    for part, given in zip(samples.parts, samples.given, strict=True):
-        real = part.real
-        kept = ~real | (real.cumsum(1) <= int(not bos)) if all_of else given
-        values = decoded.complete(part, kept, 1)[0]
-        yield replace(part, values=values if found is None else torch.where(kept[..., None], values, found.snap(values)))
-
-
-def _own_error(decoded: Decoded, samples: Samples, *, bos: bool) -> float:
-    """Squared error of tokens from their own embeddings, each number standardised."""
-    flow, found = decoded.decoders.flow, list[Tensor]()
-    for part in samples.parts:
-        _, embeddings = predictions(decoded.model, part, causal=decoded.causal)
-        said = flow.standardised(decoded.decoders.own(embeddings))
-        wrong = said - flow.standardised(part.values.to(said.device))
-        found.append(wrong.square().mean(-1).cpu()[scored(part, bos=bos)])
-    return float(torch.cat(found).mean())
-
-
-def told_apart(real: Tensor, made: Tensor, samples: Samples, seed: int) -> ToldApart:
-    """The two-sample test; nothing where there are too few signals. A few hundred numbers of each are read."""
-    chosen = torch.randperm(real.shape[1], generator=torch.Generator().manual_seed(seed))[:_TOLD].sort().values
-    try:
-        found = two_sample(real[:, chosen], made[:, chosen], seed, (samples.clusters, samples.clusters))
-    except ValueError:
-        return {}
-    return {"trees": of_interval(found.trees), "linear": of_interval(found.linear), "each": found.each}
-
-
-def _copied(made: Tensor, train: Tensor, real: Tensor) -> ToldApart:
-    """Copies of training samples, and diversity."""
-    found = nearest(made, train, real)
-    return {
-        "copies": of_interval(over_samples(found.copies.double())),
-        "copies_held_out": found.held_out,
-        "diversity": of_interval(diversity(made, real)),
-    }
-
-

@@ -5,7 +5,7 @@ Shapes: B samples of a batch, S of all, N tokens, P numbers in a raw token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Sized
 from dataclasses import replace
 from typing import NamedTuple, cast
 
@@ -177,7 +177,7 @@ def untold(tokens: Tokens, model: NEPA) -> Tokens:
     return replace(tokens, order=None) if own and model.config.predict_position == "off" else tokens
 
 
-def signals(parts: Iterator[Tokens], longest: int) -> Tensor:
+def signals(parts: Iterable[Tokens], longest: int) -> Tensor:
     """Samples as vectors [S, longest * P]: raw tokens in canonical order, padding 0."""
     found = [F.pad(each.canonical(each.values * each.real[..., None]), _behind(each, longest)) for each in parts]
     return torch.cat(found).flatten(1)

@@ -62,7 +62,7 @@ class Decoded:
         said, _ = predictions(self.model, tokens, causal=self.causal)
         coords = tokens.coords.to(said.device).expand(*said.shape[:2], -1).flatten(0, 1)
         rows = zip(said.flatten(0, 1).split(_ROWS // draws + 1), coords.split(_ROWS // draws + 1), strict=True)
-        drawn = [self._sample(x.expand(draws, -1, -1), place.expand(draws, -1, -1)).cpu() for x, place in rows]
+        drawn = [self._sample(x, place, draws).cpu() for x, place in rows]
         return torch.cat(drawn, 1).view(draws, *tokens.values.shape)
 
     def complete(self, tokens: Tokens, given: Tensor, draws: int) -> Tensor:
@@ -78,10 +78,10 @@ class Decoded:
         made = rollout(self.model, lambda x, place, _: draw(x, place), tokens.rows(rows).to(device), given[rows])
         return made.values.cpu().view(draws, *tokens.values.shape)
 
-    def _sample(self, prediction: Tensor, coords: Tensor) -> Tensor:
+    def _sample(self, prediction: Tensor, coords: Tensor, draws: int | None = None) -> Tensor:
         flow = self.decoders.flow
         drawn = flow.sample(
-            prediction, coords, steps=self.steps, temperature=self.temperature, generator=self.draw
+            prediction, coords, steps=self.steps, temperature=self.temperature, generator=self.draw, draws=draws
         )
         return flow.restored(drawn)
 

@@ -405,10 +405,11 @@ class GenerateSummary(TypedDict, total=False):
     mean_error: list[GenerateRow]  # squared error of the mean of the next token
     own_error: float  # of a token from its own embedding
     psnr: float  # of mean completions, where samples are pictures, in dB
-    quantised: int  # numbers of a token that have levels
-    numbers: int  # of a token
+    quantised: int  # numbers of a sample that have levels
+    numbers: int  # of a sample
     from_nothing: ToldApart
     completed: ToldApart
+    training: ToldApart  # the same of training samples, which are real: what the splits differ by
     law: LawFigures
     notes: list[str]
     seconds: float

@@ -13,7 +13,9 @@ from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
 from recipes.configs import PretrainConfig
 from recipes.generation.generating import GenerateOptions as Options
-from recipes.generation.generating import check_network, generate
+from recipes.generation.generating import generate
+from recipes.generation.showing import shown
+from recipes.report.generate import report
 from recipes.report.provenance import provenance
 from recipes.resolve import read_network
 
@@ -29,12 +31,18 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         if not ranks.is_main:
             return
         net = load(target, data=config.data)
-        check_network(net, options)
-        if not isinstance(config, PretrainConfig):
-            raise UserError(f"{target} is no run of pre-training: name the one that it began with")
-        run = Run(Path(options.out or Path(target) / "generate"))
-        found = generate(net, config, options, Path(target) / "generate", show=True)
-        summary = found.summary | {"made_with": provenance()}
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.write_summary(summary, "generate.json")
-        print(summary)
+        if net.labelled or not isinstance(config, PretrainConfig):
+            raise UserError(
+                f"{target} was trained on labels, and its output no longer predicts the next token: name the run of "
+                "pre-training that it began with"
+            )
+        kept = Path(target) / "generate"
+        folder = Path(options.out or kept)
+        found = generate(net, config, options, kept, show=True)
+        found.summary["made_with"] = provenance()
+        page = report(
+            Path(target), found.summary, shown(found, net.data, net.data.samples_of(options.split)), net.data.token_name
+        )
+        page.write(folder)
+        Run(folder).write_summary(found.summary, "generate.json")
+        print(page.text(folder))
