@@ -40,7 +40,7 @@ FILE, RECORD = "decoders.safetensors", "decoders.json"
 
 
 class DecoderConfig(BaseModel):
-    """How the flow head is made and trained: AdamW at 4e-3, which falls with the width beyond 128, 5 % warm-up, a cosine.
+    """How the flow head is made and trained: AdamW at 4e-3 (less beyond width 128), 5 % warm-up, a cosine to 0.
 
     Chosen here on digits, where half the steps at this rate served both networks as well as twice as many at 1e-3.
 

@@ -37,8 +37,8 @@ class Scores(NamedTuple):
     """Of one rival, lower is better; a number for each sample.
 
     Attributes:
-        following: energy score of the next token, mean over the tokens of a sample. error: squared error of its mean, by
-            number. completion: energy score of all that is made of a sample, as one vector.
+        following: energy score of the next token, mean over the tokens of a sample. error: squared error of its mean,
+            by number. completion: energy score of all that is made of a sample, as one vector.
         tokens: [B, N] each, energy score of every token in canonical order; NaN where nothing predicts it.
     """
 

@@ -1,7 +1,7 @@
 """What generates: a network with its decoders, and what stands beside it. All say and draw raw tokens.
 
-`mean` and `following` are of every token given the true ones before it, `complete` of those that are not given, made one
-after the other. Tokens are in the order of prediction, on the CPU.
+`mean` and `following` are of every token given the true ones before it, `complete` of those that are not given, made
+one after the other. Tokens are in the order of prediction, on the CPU.
 
 Shapes: K draws, B samples, N tokens, P numbers in a raw token, M rows, D width, A coordinate axes.
 """

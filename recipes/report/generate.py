@@ -16,7 +16,7 @@ from recipes.report.plots import Panel, panel_plot
 from recipes.report.summaries import GenerateRow, GenerateSummary, ToldApart
 
 HEAD = ("", "completion", "next token", "squared error")
-ACROSS = 10  # samples from nothing in a row
+ACROSS = 10  # samples from nothing in a row; half as many where each is wide
 
 
 class Example(NamedTuple):
@@ -69,12 +69,12 @@ def margins(rivals: Sequence[GenerateRow]) -> str:
     return ", ".join(f"{row['name']} {_pm([row['margin'], row['ci95']], '+.3f')}" for row in rivals[1:])
 
 
-def given(summary: GenerateSummary, noun: str) -> str:
+def given(summary: GenerateSummary) -> str:
     """What of a sample is given, in words."""
     region, keep = summary["region"], summary["keep"]
     if region is not None:
         return f"all but the region {region}"
-    return f"the first {keep:.0%} of its {noun}s" if isinstance(keep, float) else f"its first {keep} {noun}s"
+    return f"the first {100 * keep:.0f} % of its tokens" if isinstance(keep, float) else f"its first {keep} tokens"
 
 
 def remarks(summary: GenerateSummary, noun: str) -> list[str]:
@@ -82,7 +82,7 @@ def remarks(summary: GenerateSummary, noun: str) -> list[str]:
     clustered = "" if summary["clusters"] == summary["samples"] else f" in {summary['clusters']:,} independent groups"
     split = "held-out" if summary["split"] == "test" else "training"
     found = [
-        f"Energy scores, lower is better: of completions of each sample from {given(summary, noun)}, and of each next "
+        f"Energy scores, lower is better: of completions of each sample from {given(summary)}, and of each next "
         f"{noun} from true ones. Squared error: of the mean decoder, a ridge that gives the mean of what may come, not "
         "a sample of it. All in raw tokens, each number over its deviation.",
         f"Above NEPA's: completions {margins(summary['completion'])}; next {noun} {margins(summary['next_token'])} "
@@ -116,8 +116,9 @@ def _signals(summary: GenerateSummary, noun: str) -> list[str]:
         f"Samples drawn {start} are told from held-out ones {_told(drawn)}; completions {_told(summary['completed'])}; "
         f"training samples, which are real, {_told(summary['training'])}. 50 % is perfect; a stronger classifier may "
         f"tell more.{levels}",
-        f"Copies of training samples: {_percent(drawn['copies'])} of them, where {drawn['copies_held_out']:.1%} of "
-        f"held-out samples count as such. Diversity: {_pm(drawn['diversity'], '.2f')} of the data's.",
+        f"Copies of training samples: {_percent(drawn['copies'])} of them, where "
+        f"{100 * drawn['copies_held_out']:.1f} % of held-out samples count as such. Diversity: "
+        f"{_pm(drawn['diversity'], '.2f')} of the data's.",
     ]
 
 
@@ -129,7 +130,7 @@ def _told(told: ToldApart) -> str:
 
 def _percent(of: list[float | None]) -> str:
     mean, half = of
-    return f"{mean:.1%}" if half is None else f"{100 * (mean or 0):.1f} ± {100 * half:.1f} %"
+    return f"{100 * (mean or 0):.1f} %" if half is None else f"{100 * (mean or 0):.1f} ± {100 * half:.1f} %"
 
 
 def _pm(of: Sequence[float | None], form: str = ".3f") -> str:
@@ -142,7 +143,8 @@ def cost(summary: GenerateSummary) -> str:
     return (
         f"Decoders of {summary['train_samples']:,} training samples, flow head of width {summary['width']} in "
         f"{summary['decoder_steps']:,} steps, the same for both networks; {summary['draws']} draws, "
-        f"{summary['steps']} solver steps, temperature {summary['temperature']:g}, seed {summary['seed']}; {summary['seconds']:.0f} s."
+        f"{summary['steps']} solver steps, temperature {summary['temperature']:g}, seed {summary['seed']}; "
+        f"{summary['seconds']:.0f} s."
     )
 
 
@@ -165,12 +167,14 @@ def report(folder: Path, summary: GenerateSummary, shown: Shown, noun: str) -> R
         yield Table([HEAD, *rows(summary)])
         yield Words([*remarks(summary, noun), cost(summary)])
         caption = (
-            f"Completions from {given(summary, noun)}: the truth, what is given, the mean of what may come, samples, "
-            f"the training sample nearest to the first of these, and the energy score of each next {noun}: where it fails."
+            f"Completions from {given(summary)}: the truth, what is given, the mean of what may come, samples, "
+            f"the training sample nearest to the first of these, and the energy score of each next {noun}: where it "
+            "fails."
         )
         yield Figure("completions.png", caption, _plot(shown.examples))
         start = "nothing" if not summary["first"] else f"the first {noun} of held-out samples"
-        plot = panel_plot([("", [Panel("", sketch) for sketch in shown.drawn])], across=ACROSS)
+        across = ACROSS // 2 if shown.drawn[0].grid[0] == 1 else ACROSS
+        plot = panel_plot([("", [Panel("", sketch) for sketch in shown.drawn])], across=across)
         yield Figure("samples.png", f"Samples from {start}; lengths and positions are those of held-out ones.", plot)
         yield Figure("worst.png", "The samples that are completed worst.", _plot(shown.worst))
         if shown.energy is not None:
@@ -186,7 +190,8 @@ def report(folder: Path, summary: GenerateSummary, shown: Shown, noun: str) -> R
 
 
 def _plot(examples: Sequence[Example]) -> bytes:
-    return panel_plot([(each.name, panels(each)) for each in examples], across=8)
+    wide = examples[0].truth.grid[0] == 1
+    return panel_plot([(each.name, panels(each)) for each in examples], across=4 if wide else 8)
 
 
 def panels(example: Example) -> list[Panel]:
