@@ -126,7 +126,7 @@ def _around(data: Modality, tokens: Tokens, made: Tensor) -> tuple[Tokens, Tenso
     samples, count = tokens.values.shape[:2]
     order = data.order(tokens)
     each = (torch.arange(count) if order is None else order.cpu()).expand(samples, count)
-    later = made[each].long() + 2 * (~tokens.real.cpu().gather(1, each)).long()
+    later = torch.where(tokens.real.cpu().gather(1, each), made[each].long(), 2)
     each = each.gather(1, later.argsort(dim=1, stable=True))
     read = tokens.reordered(each)
     return read, ~made[each] | ~read.real.cpu()
