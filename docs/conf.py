@@ -44,7 +44,7 @@ CONTENTS = {
     "Recipes": ("vision-recipe", "audio", "series"),
     "Questions": ("beside", "objectives", "orders", "troubleshooting", "glossary"),
     "Results": ("../RESULTS", "results/index"),
-    "More": ("many-gpus", "architecture", "reference", "../CONTRIBUTING", "../CHANGELOG"),
+    "More": ("going-on", "many-gpus", "logging", "export", "architecture", "reference", "../CONTRIBUTING", "../CHANGELOG"),
 }
 """Caption of the side bar -> its pages."""
 
