@@ -25,7 +25,7 @@ from nepa_core.runtime.run import Run, task_of
 from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.diagnostics import effective_rank
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
-from recipes.networks.backbones import check_pretrained
+from recipes.networks.backbones import check_beside
 from recipes.options import once
 from recipes.presets import small
 from recipes.readout import classifiers
@@ -103,7 +103,7 @@ class ProbeOptions(BaseModel):
     def _options_agree(self) -> Self:
         if "attentive" in self.poolings and "linear" not in self.classifiers:
             raise ValueError("poolings=attentive is trained with its linear layer: add linear to classifiers")
-        check_pretrained(self.beside, pretrained=self.pretrained)
+        check_beside(self.beside, pretrained=self.pretrained)
         return self
 
 

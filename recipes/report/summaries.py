@@ -51,6 +51,7 @@ class Cost(TypedDict, total=False):
     data_wait_share: float  # of the seconds, spent on waiting for batches
     parameters: int
     changes: list[Change]  # of settings, midway
+    began_with: str  # a digest of the weights of `init=`, or of the file of a network of timm
 
 
 class TrainingCost(Cost, Unreadable, total=False):
