@@ -38,6 +38,7 @@ TASKS = {
         "evaluate": ("RUN", "held-out figures of a fine-tuned, imported or segmentation run"),
         "inspect": ("RUN", "attention and similarity maps and the layers in colour, as one page"),
         "embed": ("RUN", "features of any layer for many samples, as parquet, npy or safetensors"),
+        "generate": ("RUN", "samples, completions, and a card: how good are they, beside what costs nothing?"),
         "orders": ("RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
         "objectives": ("RECIPE", "does pre-training pay, and with which objective? as one page"),
         "ablate": ("RECIPE", "the paper's ablations as one table and one plot"),

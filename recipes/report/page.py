@@ -66,7 +66,15 @@ class Figure(NamedTuple):
     png: bytes
 
 
-Part = Answer | Heading | Words | Table | Verbatim | Figure
+class Sound(NamedTuple):
+    """A player: its file name, what is heard, and the WAV."""
+
+    name: str
+    caption: str
+    wav: bytes
+
+
+Part = Answer | Heading | Words | Table | Verbatim | Figure | Sound
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Report:
         return f"{self.said}\nReport: {folder / 'index.html'}"
 
     def write(self, folder: Path) -> None:
-        """Write every PNG, and an index.html that needs no other file.
+        """Write every PNG and WAV, and an index.html that needs no other file.
 
         Raises:
             UserError: the disk is full or may not be written.
@@ -100,8 +108,8 @@ class Report:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             for part in parts:
-                if isinstance(part, Figure):
-                    (folder / part.name).write_bytes(part.png)
+                if isinstance(part, Figure | Sound):
+                    (folder / part.name).write_bytes(part[-1])
             if self.text_file:
                 (folder / self.text_file).write_text(
                     self.text(folder) + "\n", encoding="utf-8", errors="backslashreplace"
@@ -133,6 +141,9 @@ def _shown(part: Part) -> str:
             caption, data = escape(caption), base64.b64encode(png).decode()
             image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
             return f"<figure>{image}<figcaption>{caption}</figcaption></figure>"
+        case Sound(_, caption, wav):
+            data = base64.b64encode(wav).decode()
+            return f'<p>{escape(caption)}<br><audio controls src="data:audio/wav;base64,{data}"></audio></p>'
 
 
 def _table(table: Table) -> str:

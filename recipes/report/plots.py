@@ -118,6 +118,7 @@ class Panel(NamedTuple):
         marks: colour -> the token that gets a frame of it.
         path: [N] int, the tokens in an order that is drawn as a line.
         at: [N, 2] (down, across) where the tokens of the path lie, unless in the cells of the sketch.
+        hidden: [N] bool, tokens whose cells are left white.
     """
 
     title: str
@@ -127,6 +128,7 @@ class Panel(NamedTuple):
     marks: Mapping[str, int] | None = None
     path: Tensor | None = None
     at: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 WIDTH, GAP, TITLE, HEADING, BAR, TICKS = 9.0, 0.12, 0.24, 0.22, 0.42, 0.14  # inches, of `panel_plot`
@@ -196,6 +198,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
         values = panel.heat.view(rows, columns).numpy()
         axes.imshow(np.where(np.isnan(values), 1.0, np.nan), cmap="gray", vmin=0, vmax=1, alpha=0.75, **whole)
         heat = axes.imshow(values, cmap="viridis", alpha=0.75, **whole)
+    if panel.hidden is not None:
+        white = np.where(panel.hidden.view(rows, columns).numpy(), 1.0, np.nan)
+        axes.imshow(white, cmap="gray", vmin=0, vmax=1, **whole)
     if panel.sketch.curves and panel.colours is None:
         _draw_curves(axes, canvas, rows, columns)
     if panel.path is not None:

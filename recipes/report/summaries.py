@@ -393,6 +393,78 @@ class SampledSummary(TypedDict, total=False):
     made_with: MadeWith
 
 
+# ------------------------------------------------------------------------------------------------- generation
+
+
+class GenerateRow(TypedDict):
+    """What a rival scores, lower is better."""
+
+    name: str
+    figure: float
+    margin: float  # this figure minus that of the network, paired over samples
+    ci95: float | None  # half-width of its 95 % interval; None of the network itself, or where it is not known
+
+
+class GenerateVerdict(TypedDict):
+    """What beats the network."""
+
+    headline: str
+    verdict: str  # the sentence that begins with it
+
+
+class LawFigures(TypedDict):
+    """Samples against the law of the data, where that is known: a mean and the half-width of its 95 % interval each."""
+
+    mean: list[float | None]  # shift of their mean, in standard deviations
+    variance: list[float | None]  # of theirs over the law's
+
+
+class ToldApart(TypedDict, total=False):
+    """Generated signals among held-out ones; pairs are a mean and the half-width of its 95 % interval."""
+
+    trees: list[float | None]  # share that boosted trees tell for what they are
+    linear: list[float | None]  # and a linear classifier
+    each: int  # signals of either kind
+    copies: list[float | None]  # share as close to a training sample as the closest 1 % of held-out ones
+    copies_held_out: float  # of these
+    diversity: list[float | None]  # mean distance of two of them over that of two held-out ones
+
+
+class GenerateSummary(TypedDict, total=False):
+    """generate.json."""
+
+    keep: float  # share of the tokens that is given, or how many
+    region: list[int] | None  # or what of the grid is made
+    split: str
+    samples: int
+    clusters: int  # independent ones
+    of: int  # samples of the split
+    draws: int  # of every token and completion
+    steps: int  # of the solver
+    temperature: float
+    seed: int
+    train_samples: int  # the decoders are of
+    decoder_steps: int
+    width: int
+    first: int  # tokens that are given where all else is drawn: 0 with BOS
+    verdict: GenerateVerdict  # by completions
+    verdict_next: GenerateVerdict  # by next tokens
+    completion: list[GenerateRow]  # energy score
+    next_token: list[GenerateRow]  # energy score
+    mean_error: list[GenerateRow]  # squared error of the mean of the next token
+    own_error: float  # of a token from its own embedding
+    psnr: float  # of mean completions, where samples are pictures, in dB
+    quantised: int  # numbers of a sample that have levels
+    numbers: int  # of a sample
+    from_nothing: ToldApart
+    completed: ToldApart
+    training: ToldApart  # the same of training samples, which are real: what the splits differ by
+    law: LawFigures
+    notes: list[str]
+    seconds: float
+    made_with: MadeWith
+
+
 # ------------------------------------------------------------------------------------------------ comparisons
 
 Value = TypeVar("Value")

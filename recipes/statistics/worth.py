@@ -107,7 +107,7 @@ def judge(
         clusters: int64 [S], equal where samples depend on each other. chained: see `over_samples`.
     """
     beside = tuple(_beside(own, rival, clusters, chained=chained) for rival in rivals)
-    headline, verdict = _words(beside)
+    headline, verdict = words(beside)
     return Worth(
         headline=headline,
         verdict=verdict,
@@ -135,7 +135,7 @@ CLAUSES = {"ahead": "beaten by {}", "level": "no difference from {} is seen", "b
 """State of rivals -> what the verdict says of them, in this order."""
 
 
-def _words(beside: Sequence[Beside]) -> tuple[str, str]:
+def words(beside: Sequence[Beside]) -> tuple[str, str]:
     """The headline, and the sentence: what beats the score is named first, the best of it before the rest."""
     if any(each.state == "unknown" for each in beside):
         why = "the held-out samples are too few, or all depend on each other, or a figure is not finite"

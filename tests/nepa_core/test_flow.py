@@ -57,6 +57,16 @@ def test_a_known_conditional_law_is_recovered(trained: FlowHead, method: Literal
         assert (made.T.cov() - NOISE @ NOISE.T).abs().max() < 0.2
 
 
+def test_several_draws_of_a_condition_are_those_of_repeated_ones(trained: FlowHead) -> None:
+    _, condition, coords = law(4, torch.Generator().manual_seed(2))
+    several = trained.sample(condition, coords, steps=3, draws=5, generator=torch.Generator().manual_seed(3))
+    repeated = trained.sample(
+        condition.expand(5, -1, -1), coords.expand(5, -1, -1), steps=3, generator=torch.Generator().manual_seed(3)
+    )
+    assert several.shape == (5, 4, SIZE)
+    torch.testing.assert_close(several, repeated, rtol=0, atol=1e-5)
+
+
 def test_temperature_narrows_what_is_sampled(trained: FlowHead) -> None:
     _, condition, coords = law(1, torch.Generator().manual_seed(7))
     condition, coords = condition.expand(500, -1), coords.expand(500, -1)
