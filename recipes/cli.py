@@ -269,7 +269,7 @@ def _print_completion(rest: list[str]) -> int:
     if len(rest) != 1 or rest[0] not in SHELLS:
         return _fail(f"nepa completion needs the name of a shell after it: {', '.join(SHELLS)}", 2)
     modules = {name: importlib.import_module(task.module) for name, task in TASKS.items()}
-    tasks = {name: (module.Options, partial(_taken, name, module)) for name, module in modules.items()}
+    tasks: dict[str, Any] = {name: (module.Options, partial(_taken, name, module)) for name, module in modules.items()}
     tasks["runs"] = importlib.import_module("recipes.tasks.runs").Options, lambda _: {}
     of_recipes = [name for name, task in TASKS.items() if "RECIPE" in task.takes]
     print(script(rest[0], words_of(tasks, of_recipes, list(_recipes()))), end="")

@@ -122,11 +122,14 @@ def subject(target: str, init: str | None, changes: dict[str, Any], device: torc
         UserError: there is no such run, recipe or checkpoint, or the weights do not fit the data.
     """
     if init is None and task_of(target) == PretrainConfig.task:
-        return Subject(*load_pretrained(Run(Path(target)), device, changes), tuned=False)
+        config, model = load_pretrained(Run(Path(target)), device, changes)
+        trained = Run(Path(target)).load_config(PretrainConfig).data
+        return Subject(config.model_copy(update={"data": config.data.as_trained_on(trained)}), model, tuned=False)
     config = read_target(PretrainConfig, target, changes, convert={FinetuneConfig: _around, SegmentConfig: _around})
     weights = read_weights(init or target)
     config = config.model_copy(
         update={
+            "data": config.data.as_trained_on(weights.data),
             "model": weights.config,
             "objective": config.objective.model_copy(update={"causal": weights.causal}),
             "train": config.train.model_copy(update={"seed": weights.seed}),

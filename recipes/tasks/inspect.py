@@ -42,11 +42,12 @@ FREE = ("data.",)
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    data = read_config(target, changes).data.plain()
+    data = read_config(target, changes).data
     with world() as ranks, at_work(Run(Path(target)), ranks, trains=False):
         if not ranks.is_main:
             return
         weights = read_weights(target)
+        data = data.as_trained_on(weights.data).plain()
         causal = weights.causal if options.causal is None else options.causal
         silent = why_silent(target, weights, data.token_name, causal=causal)
         if options.worst and silent:

@@ -26,8 +26,8 @@ class Options(BaseModel):
 
 def main(folders: Sequence[str], options: Options) -> None:
     named: dict[Path, Path] = {}
-    for folder in folders:
-        named.setdefault(Path(folder).resolve(), Path(folder))
+    for path in map(Path, folders):
+        named.setdefault(path.resolve(), path)
     paths = list(named.values())
     if len(paths) < min(len(folders), 2):
         raise UserError(f"{paths[0]} is named {len(folders)} times: name another run beside it, or it once")
