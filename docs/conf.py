@@ -40,7 +40,7 @@ autodoc_default_options = {"exclude-members": "model_config, PatchOrder"}
 napoleon_use_ivar = True
 
 CONTENTS = {
-    "Start": ("../README", "tutorial", "your-own-data", "python", "embed", "commands"),
+    "Start": ("../README", "tutorial", "your-own-data", "python", "embed", "generate", "commands"),
     "Recipes": ("vision-recipe", "audio", "series"),
     "Questions": ("beside", "objectives", "orders", "troubleshooting", "glossary"),
     "Results": ("../RESULTS", "results/index"),

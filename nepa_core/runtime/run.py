@@ -53,6 +53,7 @@ OF_WEIGHTS = (
     "forecast_seeds",
     "forecast_samples",
     "forecast_samples_seeds",
+    "generate",
 )
 """Files of figures that hold for the weights that they were measured with."""
 

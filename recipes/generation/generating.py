@@ -55,7 +55,7 @@ class GenerateOptions(BaseModel):
 
     model_config = FROZEN
 
-    out: str | None = Field(default=None, description="folder of card, figures and page; default RUN/generate")
+    out: str | None = Field(default=None, description="folder of card, page and generate.json; default the run")
     keep: int | float = Field(
         default=0.5, ge=0, description="what of a sample is given: a share below 1 of its first tokens, or so many"
     )

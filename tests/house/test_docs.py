@@ -49,6 +49,7 @@ BUDGETS: dict[str, dict[str, str]] = {
     "forecast": {"fit_samples": "64", "steps": "2", "flow_steps": "2", "test_windows": "8"},
     "inspect": {"samples": "2"},
     "embed": {"calibrate": "32"},
+    "generate": {"samples": "12", "draws": "2", "decoder_steps": "3", "train_samples": "64"},
     "ablate": _COMPARE,
     "orders": _COMPARE | {"finetune_steps": "2", "labels": "2", "cross": "false"},
     "objectives": _COMPARE | {"finetune_steps": "2", "labels": "2", "finetune_causal": "false"},

@@ -18,7 +18,7 @@ from nepa_core.basics import Batch
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.load import load
-from nepa_core.runtime.run import OF_WEIGHTS, Run
+from nepa_core.runtime.run import Run
 from recipes.audio import demo as spoken
 from recipes.cli import main
 from recipes.configs import PretrainConfig
@@ -93,14 +93,14 @@ def few_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def figures(run: Path) -> GenerateSummary:
-    found: GenerateSummary = json.loads((run / "generate" / "generate.json").read_text())
+    found: GenerateSummary = json.loads((run / "generate.json").read_text())
     return found
 
 
 def test_card_figures_and_page_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(run) == 0
     said = capsys.readouterr().out
-    found = check_summary(run / "generate" / "generate.json", GenerateSummary)
+    found = check_summary(run / "generate.json", GenerateSummary)
     assert said.strip().startswith(found["verdict"]["verdict"])
     assert found["verdict"]["headline"] in said
     names = ["NEPA", "random weights", "linear-Gaussian autoregression", "copying"]
@@ -166,7 +166,7 @@ def test_options_change_what_they_say(run: Path) -> None:
 def test_pictures_have_a_signal_to_noise_ratio_and_levels(tmp_path: Path) -> None:
     run = trained(tmp_path / "digits", digits())
     assert generate(run, "train_samples=400", "keep=6") == 0
-    found = check_summary(run / "generate" / "generate.json", GenerateSummary)
+    found = check_summary(run / "generate.json", GenerateSummary)
     assert 5 < found["psnr"] < 30
     assert 0 < found["quantised"] <= found["numbers"] == 64
     assert (run / "generate" / "energy.png").exists()
@@ -176,7 +176,7 @@ def test_a_region_is_made_by_a_network_that_is_told_where(tmp_path: Path) -> Non
     own = {"data__patch_order": "random_per_sample", "model__predict_position": "rotate"}
     run = trained(tmp_path / "digits", digits(), **own)
     assert generate(run, "region=[1,0,3,1]") == 0
-    found = check_summary(run / "generate" / "generate.json", GenerateSummary)
+    found = check_summary(run / "generate.json", GenerateSummary)
     assert found["region"] == [1, 0, 3, 1]
     assert "all but the region [1, 0, 3, 1]" in (run / "generate" / "card.txt").read_text()
 
@@ -192,7 +192,7 @@ def test_sound_can_be_heard(tmp_path: Path) -> None:
 def test_a_known_law_stands_on_the_card_and_is_no_rival(tmp_path: Path) -> None:
     run = trained(tmp_path / "series", series())
     assert generate(run) == 0
-    found = check_summary(run / "generate" / "generate.json", GenerateSummary)
+    found = check_summary(run / "generate.json", GenerateSummary)
     assert found["next_token"][-1]["name"] == "the best possible"
     assert "possible" not in found["verdict"]["verdict"]
     assert "The law of the data is known" in (run / "generate" / "card.txt").read_text()
@@ -239,7 +239,7 @@ def test_runs_that_generate_nothing_are_one_line(
 ) -> None:
     run = trained(tmp_path / "run", config, **changes)
     assert re.match(line, fails("generate", str(run), *words_of()))
-    assert not (run / "generate").exists()
+    assert not [*run.glob("generate*")]
 
 
 def test_a_run_on_labels_predicts_nothing(tmp_path: Path, fails: Callable[..., str]) -> None:
@@ -249,5 +249,8 @@ def test_a_run_on_labels_predicts_nothing(tmp_path: Path, fails: Callable[..., s
     assert not (tmp_path / "tuned" / "generate").exists()
 
 
-def test_figures_of_generation_stay_with_the_weights_that_they_are_of() -> None:
-    assert "generate" in OF_WEIGHTS
+def test_figures_of_generation_stay_with_the_weights_that_they_are_of(run: Path) -> None:
+    (run / "generate.json").write_text("{}")
+    Run(run).set_aside(12)
+    assert (run / "generate_12.json").exists()
+    assert not (run / "generate.json").exists()
