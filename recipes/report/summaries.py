@@ -453,6 +453,7 @@ class GenerateSummary(TypedDict, total=False):
     next_token: list[GenerateRow]  # energy score
     mean_error: list[GenerateRow]  # squared error of the mean of the next token
     own_error: float  # of a token from its own embedding
+    fid: dict[str, float]  # recipes.generation.frechet.Frechet
     psnr: float  # of mean completions, where samples are pictures, in dB
     quantised: int  # numbers of a sample that have levels
     numbers: int  # of a sample
