@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
@@ -51,36 +51,45 @@ LINEAR, COPYING = "linear-Gaussian autoregression", "copying"
 _COVARIANCES = 2**30  # most bytes of the linear one
 
 
+def _share_or_count(value: Any) -> Any:
+    share = isinstance(value, float) and 0 <= value < 1
+    if not share and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError("give a share below 1, or a whole number of tokens")
+    return value
+
+
 class GenerateOptions(BaseModel):
     """Options of `nepa generate`."""
 
     model_config = FROZEN
 
     out: str | None = Field(default=None, description="folder of card, page and generate.json; default the run")
-    keep: int | float = Field(
-        default=0.5, ge=0, description="what of a sample is given: a share below 1 of its first tokens, or so many"
+    keep: Annotated[int | float, BeforeValidator(_share_or_count)] = Field(
+        default=0.5, description="what of a sample is given: a share below 1 of its first tokens, or so many"
     )
     region: Annotated[tuple[int, ...] | None, BeforeValidator(listed)] = Field(
         default=None,
         description="what is made instead, [y0,x0,y1,x1] of the tokens' grid, or [x0,x1]; needs orders of each sample",
     )
     split: Literal["train", "test"] = Field(default="test", description="the split whose samples are completed")
-    samples: int = Field(default=500, gt=1, description="how many of them, drawn from the whole split")
-    draws: int = Field(default=16, gt=1, description="samples of every token, and completions of every sample")
+    samples: int = Field(default=500, gt=1, le=10**9, description="how many of them, drawn from the whole split")
+    draws: int = Field(
+        default=16, gt=1, le=10_000, description="samples of every token, and completions of every sample"
+    )
     steps: int = Field(default=8, gt=0, le=10_000, description="of the ODE solver, from noise to token")
-    temperature: float = Field(default=1.0, ge=0, description="factor on the noise; below 1 samples vary less")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="factor on the noise; below 1 samples vary less")
     seed: int = Field(default=0, ge=0, le=2**62, description="of decoders and draws")
-    train_samples: int = Field(default=5000, gt=1, description="most training samples that decoders are fitted on")
-    decoder_steps: int = Field(default=2000, gt=0, description="training steps of the flow head, of 256 tokens")
+    train_samples: int = Field(
+        default=5000, gt=1, le=10**9, description="most training samples that decoders are fitted on"
+    )
+    decoder_steps: int = Field(
+        default=2000, gt=0, le=10**9, description="training steps of the flow head, of 256 tokens"
+    )
     fid: str | None = Field(default=None, description="file of torch-fidelity's Inception weights: adds the FID")
     width: int = Field(default=128, ge=8, le=2**16, multiple_of=2, description="of the flow head")
 
     @model_validator(mode="after")
     def _agree(self) -> GenerateOptions:
-        if isinstance(self.keep, float) and self.keep >= 1:
-            raise ValueError(
-                f"keep={self.keep} leaves nothing to make: give a share below 1, or a whole number of tokens"
-            )
         if self.region is not None and "keep" in self.model_fields_set:
             raise ValueError("keep= and region= are two ways to say what is given: leave one out")
         if self.region is not None and len(self.region) not in (2, 4):

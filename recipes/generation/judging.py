@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -186,13 +187,15 @@ def told_apart(real: Tensor, made: Tensor, samples: Samples | None, seed: int) -
 
 
 def copied(made: Tensor, train: Tensor, real: Tensor) -> ToldApart:
-    """Copies of training samples, and diversity."""
-    found = nearest(made, train, real)
-    return {
-        "copies": of_interval(over_samples(found.copies.double())),
-        "copies_held_out": found.held_out,
-        "diversity": of_interval(diversity(made, real)),
+    """Copies of training samples, and diversity where the real ones differ."""
+    near = nearest(made, train, real)
+    found: ToldApart = {
+        "copies": of_interval(over_samples(near.copies.double())),
+        "copies_held_out": near.held_out,
     }
+    with suppress(ValueError):
+        found["diversity"] = of_interval(diversity(made, real))
+    return found
 
 
 def signal_to_noise(data: Modality, decoded: Decoded, samples: Samples) -> float | None:

@@ -89,13 +89,14 @@ def _energy(found: Generated, data: Modality) -> tuple[Sketch, Tensor] | None:
 def _sounds(found: Generated, data: Modality, source: object) -> list[Sound]:
     """Players of a few samples, beside what was made of them; none where samples are no sound."""
     made: list[tuple[str, str, Tokens]] = []
-    for index in range(min(HEARD, len(found.held_out.numbers))):
+    heard = range(min(HEARD, len(found.held_out.numbers)))
+    for index in heard:
         name, (tokens, _) = _name(found, source, index), found.held_out.one(index)
         made += [
             (f"truth_{index}.wav", f"{name}, as its tokens sound", tokens),
             (f"completed_{index}.wav", f"{name}, completed", _row(found.completed, index)),
         ]
-    made += [(f"sample_{index}.wav", "a sample from nothing", _row(found.drawn, index)) for index in range(HEARD)]
+    made += [(f"sample_{index}.wav", "a sample from nothing", _row(found.drawn, index)) for index in heard]
     sounds = []
     for file, caption, tokens in made:
         try:

@@ -122,8 +122,8 @@ def _signals(summary: GenerateSummary, noun: str) -> list[str]:
         f"training samples, which are real, {_told(summary['training'])}. 50 % is perfect; a stronger classifier may "
         f"tell more.{levels}",
         f"Copies of training samples: {_percent(drawn['copies'])} of them, where "
-        f"{100 * drawn['copies_held_out']:.1f} % of held-out samples count as such. Diversity: "
-        f"{_pm(drawn['diversity'], '.2f')} of the data's.",
+        f"{100 * drawn['copies_held_out']:.1f} % of held-out samples count as such.",
+        *([f"Diversity: {_pm(drawn['diversity'])} of the data's."] if "diversity" in drawn else []),
     ]
 
 

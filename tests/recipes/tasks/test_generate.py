@@ -206,7 +206,8 @@ def test_without_bos_the_first_token_is_given(tmp_path: Path) -> None:
 
 REFUSED = [
     (("keep=6",), r"keep=6 leaves nothing of the 6 tokens of a sequence to make"),
-    (("keep=1.0",), r"keep=1.0 leaves nothing to make: give a share below 1"),
+    (("keep=1.0",), r"keep=1.0: give a share below 1, or a whole number of tokens"),
+    (("keep=true",), r"keep=true: give a share below 1, or a whole number of tokens"),
     (("keep=0.5", "region=[0,2]"), r"keep= and region= are two ways to say what is given: leave one out"),
     (("region=[0,2]",), r"region= needs a network that was trained on orders of each sample's own"),
     (("region=[0,2,3]",), r"region=\[0, 2, 3\]: give \[y0,x0,y1,x1\], or \[x0,x1\]"),
