@@ -37,7 +37,7 @@ check: $(READY)
 	$(BIN)/mypy
 
 docs: $(VENV)/.ready-docs
-	$(BIN)/python -m sphinx -q -W --keep-going -c docs . site
+	$(BIN)/python -m sphinx -E -q -W --keep-going -c docs . site
 
 $(VENV)/.ready-docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[docs]'

@@ -44,7 +44,8 @@ CONTENTS = {
     "Recipes": ("vision-recipe", "audio", "series"),
     "Questions": ("beside", "objectives", "orders", "troubleshooting", "glossary"),
     "Results": ("../RESULTS", "results/index"),
-    "More": ("many-gpus", "architecture", "reference", "../CONTRIBUTING", "../CHANGELOG"),
+    "Runs": ("going-on", "many-gpus", "logging", "export"),
+    "More": ("architecture", "reference", "../CONTRIBUTING", "../CHANGELOG"),
 }
 """Caption of the side bar -> its pages."""
 

@@ -34,6 +34,8 @@ class Features(Ordered, Modality):
     Attributes:
         root: a folder in one of the layouts of `modalities.data.vectors`.
         standardise: shift and scale every feature by its mean and deviation over (1,024) training sequences.
+        standardise_by: the folder whose training sequences those are, in place of `root`. Tasks that read a trained run
+            with another `root` set it to that of the run: the same vectors then have the same features.
         coord_scale: multiplies stored coordinates. Neighbours should be about a quarter apart, for one unit is the
             wavelength of the fastest rotary angle; without stored coordinates they are: token i lies at i / 4.
         patch_order, order_seed: the order in which vectors are predicted, see `modalities.orders`; "raster" is that in
@@ -44,6 +46,7 @@ class Features(Ordered, Modality):
 
     root: str | None = None
     standardise: bool = True
+    standardise_by: str | None = Field(default=None, exclude_if=lambda root: root is None)
     coord_scale: float = Field(default=1.0, gt=1e-9, le=1e9)
 
     def dataset(self, split: str) -> Dataset[Batch]:
@@ -52,7 +55,7 @@ class Features(Ordered, Modality):
     def tokenize(self, batch: Batch) -> Tokens:
         values: Tensor = batch["values"]
         if self.standardise:
-            mean, std = (each.to(values.device, values.dtype) for each in statistics(self.root))
+            mean, std = (each.to(values.device, values.dtype) for each in statistics(self.standardise_by or self.root))
             values = (values - mean) / std
         values = values.float()  # not before: float64 holds a small signal on a large offset
         stored, count = self._stored("train"), values.shape[1]
@@ -67,6 +70,23 @@ class Features(Ordered, Modality):
         else:
             coords = torch.arange(count)[:, None] / 4
         return Tokens(values, coords, mask)
+
+    def as_trained_on(self, trained: Modality) -> Features:
+        """With the mean and deviation of the vectors that a network was trained on, where these are still there."""
+        if not isinstance(trained, Features) or self.standardise_by or not (self.standardise and trained.standardise):
+            return self
+        by = trained.standardise_by or trained.root
+        if by == self.root:
+            return self
+        try:
+            statistics(by)
+        except (UserError, OSError):
+            say(
+                f"{by}, which the network's vectors were standardised by, can't be read: {self.root} stands in for it, "
+                "and if its training split differs, so do the features; data.standardise_by=DIR says where it is now"
+            )
+            return self
+        return self.model_copy(update={"standardise_by": by})
 
     def order(self, tokens: Tokens) -> Tensor | None:
         return padding_behind(self.ordered(tokens, (tokens.values.shape[1],)), tokens.mask)

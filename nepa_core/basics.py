@@ -48,7 +48,7 @@ def call(what: str, function: Callable[..., Any], *given: Any) -> Any:
         return function(*given)
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         inside = traceback.extract_tb(error.__traceback__)[1:2]  # nothing where the call itself did not fit
         where = "".join(f", line {each.lineno} of {Path(each.filename).name}" for each in inside)
         raise UserError(f"{what} fails{where}: {type(error).__name__}: {error}") from error

@@ -123,6 +123,13 @@ class Modality(BaseModel, ABC):
         """This adapter without augmentation: what probes and baselines read. Default: itself."""
         return self
 
+    def as_trained_on(self, trained: Modality) -> Modality:
+        """This adapter as a network reads it that was trained on `trained`, which may be the same. Default: itself.
+
+        For what `tokenize` measures on the training data: other data are then read by the measures of those.
+        """
+        return self
+
     def before_mixing(self, batch: Batch) -> Batch:
         """What is done to a training batch, on the device, before `nepa finetune` mixes its samples.
 

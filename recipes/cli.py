@@ -269,15 +269,21 @@ def _print_completion(rest: list[str]) -> int:
     if len(rest) != 1 or rest[0] not in SHELLS:
         return _fail(f"nepa completion needs the name of a shell after it: {', '.join(SHELLS)}", 2)
     modules = {name: importlib.import_module(task.module) for name, task in TASKS.items()}
-    tasks = {name: (module.Options, partial(_taken, module)) for name, module in modules.items()}
-    print(script(rest[0], words_of(tasks, list(_recipes()))), end="")
+    tasks: dict[str, Any] = {name: (module.Options, partial(_taken, name, module)) for name, module in modules.items()}
+    tasks["runs"] = importlib.import_module("recipes.tasks.runs").Options, lambda _: {}
+    of_recipes = [name for name, task in TASKS.items() if "RECIPE" in task.takes]
+    print(script(rest[0], words_of(tasks, of_recipes, list(_recipes()))), end="")
     return 0
 
 
-def _taken(task: Any, recipe: str) -> dict[str, Any]:
-    """The keys of a recipe that a task takes: none of a recipe of other tasks."""
+def _taken(name: str, task: Any, recipe: str) -> dict[str, Any]:
+    """The keys of a recipe that a task takes, of it or of a run of it: none of a recipe of other tasks."""
     from nepa_core.basics import UserError
+    from nepa_core.runtime.config import keys
+    from recipes.resolve import find_recipe
 
+    if "RECIPE" not in TASKS[name].takes:
+        return _free(task, keys(find_recipe(recipe)()))
     try:
         return _settable(task, recipe, {})
     except UserError:
@@ -343,8 +349,11 @@ def _settable(task: Any, target: str, changes: dict[str, Any]) -> dict[str, Any]
     from recipes.resolve import read_target
 
     read = getattr(task, "read_config", partial(read_target, PretrainConfig))
+    return _free(task, keys(read(target, changes)))
+
+
+def _free(task: Any, found: Mapping[str, Any]) -> dict[str, Any]:
     free, fixed = getattr(task, "FREE", ("",)), getattr(task, "DECIDED", ())
-    found = keys(read(target, changes))
     return {key: value for key, value in found.items() if key.startswith(free) and not _among(key, fixed)}
 
 

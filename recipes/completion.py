@@ -15,21 +15,31 @@ from recipes.options import choices
 
 
 class Words(NamedTuple):
-    """What can be completed: the words after `nepa`, those after the task, and for each task those behind."""
+    """What can be completed.
+
+    Attributes:
+        tasks: the words after `nepa`. recipes: the built-in ones, for the word after the tasks `of_recipes`.
+        of_folders: tasks that take the folder of a run, and no recipe.
+        keys: task -> the words behind.
+    """
 
     tasks: list[str]
     recipes: list[str]
+    of_recipes: list[str]
+    of_folders: list[str]
     keys: dict[str, list[str]]
 
 
 def words_of(
-    tasks: Mapping[str, tuple[type[BaseModel], Callable[[str], Mapping[str, Any]]]], recipes: Sequence[str]
+    tasks: Mapping[str, tuple[type[BaseModel], Callable[[str], Mapping[str, Any]]]],
+    of_recipes: Sequence[str],
+    recipes: Sequence[str],
 ) -> Words:
     """The words of a command.
 
     Args:
         tasks: name -> its options, and recipe -> the keys that the task lets one set of it.
-        recipes: the built-in ones.
+        of_recipes: those that take a recipe. recipes: the built-in ones.
     """
     keys: dict[str, list[str]] = {}
     for name, (options, settable) in tasks.items():
@@ -39,7 +49,9 @@ def words_of(
         for recipe in recipes:
             found |= dict.fromkeys(f"{key}=" for key in settable(recipe) if key != "recipe")
         keys[name] = [*found, "--help", "--print-config", "-q"]
-    return Words([*tasks, "recipes", "runs", "completion", "--help", "--version"], list(recipes), keys)
+    of_folders = [name for name in tasks if name not in of_recipes]
+    said = [*tasks, "recipes", "completion", "--help", "--version"]
+    return Words(said, list(recipes), list(of_recipes), of_folders, keys)
 
 
 def script(shell: str, words: Words) -> str:
@@ -52,20 +64,29 @@ def script(shell: str, words: Words) -> str:
 
 
 def _bash(words: Words) -> str:
-    cases = "\n".join(f"    {task}) words='{' '.join(keys)}' ;;" for task, keys in words.keys.items())
+    cases = "\n".join(f"      {task}) words='{' '.join(keys)}' ;;" for task, keys in words.keys.items())
     return f"""# eval "$(nepa completion bash)", in ~/.bashrc
 _nepa() {{
-  local line="${{COMP_LINE:0:COMP_POINT}}" words="" given word
+  local line="${{COMP_LINE:0:COMP_POINT}}" words="" folders="" given word each place
   word="${{line##*[[:space:]]}}"
   read -ra given <<< "$line"
-  case $(( ${{#given[@]}} - (${{#word}} > 0) )) in
-    1) words='{" ".join(words.tasks)}' ;;
-    2) words='{" ".join(words.recipes)}' ;;
-    *) case "${{given[1]}}" in
+  place=$(( ${{#given[@]}} - (${{#word}} > 0) ))
+  case "$place:${{given[1]}}" in
+    1:*) words='{" ".join(words.tasks)}' ;;
+    {"|".join(f"2:{task}" for task in words.of_recipes)}) words='{" ".join(words.recipes)}' ;;
+    2:completion) words='{" ".join(SHELLS)}' ;;
+    {"|".join(f"2:{task}" for task in words.of_folders)}) folders=1 ;;
+    *) [[ ${{given[1]}} == runs ]] && folders=1
+    case "${{given[1]}}" in
 {cases}
     esac ;;
   esac
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
+  COMPREPLY=()
+  if [[ $folders ]]; then
+    while IFS= read -r each; do COMPREPLY+=("$each"); done < <(compgen -d -- "$word")
+    (( ${{#COMPREPLY[@]}} )) && compopt -o filenames 2> /dev/null
+  fi
+  (( ${{#COMPREPLY[@]}} )) || COMPREPLY=($(compgen -W "$words" -- "$word"))
   # bash takes = and : for ends of words, and puts in what lies behind the last of them
   COMPREPLY=("${{COMPREPLY[@]#"${{word%"${{word##*[=:]}}"}}"}}")
   [[ "${{COMPREPLY[*]}}" == *= ]] && compopt -o nospace 2> /dev/null
@@ -82,8 +103,13 @@ _nepa() {{
   local -a found
   case $CURRENT in
     2) found=({" ".join(words.tasks)}) ;;
-    3) found=({" ".join(words.recipes)}); _files ;;
-    *) case $words[2] in
+    3) case $words[2] in
+      {"|".join(words.of_recipes)}) found=({" ".join(words.recipes)}); _files ;;
+      completion) found=({" ".join(SHELLS)}) ;;
+      {"|".join(words.of_folders)}) _files -/ ;;
+    esac ;;
+    *) [[ $words[2] == runs ]] && _files -/
+    case $words[2] in
 {cases}
     esac ;;
   esac
@@ -95,13 +121,17 @@ compdef _nepa nepa
 
 
 def _fish(words: Words) -> str:
+    folders = "(__fish_complete_directories (commandline -ct) folder)"
     lines = [
         "# nepa completion fish | source, in ~/.config/fish/config.fish",
         "function __nepa_at; test (count (commandline -opc)) -eq $argv[1]; end",
-        "function __nepa_in; set -l given (commandline -opc); test (count $given) -gt 2; "
-        "and test $given[2] = $argv[1]; end",
+        'function __nepa_of; set -l given (commandline -opc); contains -- "$given[2]" $argv; end',
+        "function __nepa_in; test (count (commandline -opc)) -gt 2; and __nepa_of $argv; end",
         f"complete -c nepa -f -n '__nepa_at 1' -a '{' '.join(words.tasks)}'",
-        f"complete -c nepa -n '__nepa_at 2' -a '{' '.join(words.recipes)}'",
+        f"complete -c nepa -n '__nepa_at 2; and __nepa_of {' '.join(words.of_recipes)}' -a '{' '.join(words.recipes)}'",
+        f"complete -c nepa -f -n '__nepa_at 2; and __nepa_of completion' -a '{' '.join(SHELLS)}'",
+        f"complete -c nepa -f -n '__nepa_at 2; and __nepa_of {' '.join(words.of_folders)}' -a '{folders}'",
+        f"complete -c nepa -f -n '__nepa_in runs' -a '{folders}'",
     ]
     lines += [f"complete -c nepa -f -n '__nepa_in {task}' -a '{' '.join(keys)}'" for task, keys in words.keys.items()]
     return "\n".join(lines) + "\n"

@@ -106,6 +106,8 @@ def _entries(node: yaml.MappingNode, prefix: str, path: Path) -> Iterator[tuple[
         line = name.start_mark.line + 1
         if not isinstance(name, yaml.ScalarNode) or not name.value:
             raise UserError(f"{path}, line {line}: a key must be a name, such as optim.lr")
+        if name.value.split() != [name.value]:
+            raise UserError(f"{path}, line {line}: the key {shown(repr(name.value))} has blanks; take them out")
         key = f"{prefix}{name.value}"
         if isinstance(value, yaml.MappingNode) and value.value:
             yield from _entries(value, f"{key}.", path)
@@ -127,7 +129,7 @@ def _value(node: yaml.Node) -> Any:
 
 @contextmanager
 def naming_lines(file: ConfigFile, given: Collection[str]) -> Iterator[None]:
-    """Within the block an error that begins with a key of this file names its line, too.
+    """Within the block an error over keys of this file names their lines, too.
 
     Args:
         given: keys that the command line has, whatever the file says of them.
@@ -135,11 +137,25 @@ def naming_lines(file: ConfigFile, given: Collection[str]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        begins = re.match(r"(?:unknown key )?([^\s=;:]+)", str(error))
-        key = begins[1] if begins else ""
-        if key not in file.lines or key in given:
+        if not (lines := sorted(set(_lines_of(str(error), file, given)))):
             raise
-        raise UserError(f"{file.path}, line {file.lines[key]}: {error}") from error
+        where = f"line{'s' if len(lines) > 1 else ''} {' and '.join(map(str, lines))}"
+        raise UserError(f"{file.path}, {where}: {error}") from error
+
+
+def _lines_of(error: str, file: ConfigFile, given: Collection[str]) -> list[int]:
+    """That of the key or recipe that an error begins with, or those of the group, or of all that it names."""
+    error = error.removeprefix("unknown key ").lstrip("'")
+    lines = {shown(key): line for key, line in file.lines.items() if key not in given}
+    begun = [key for key in (*lines, *given, file.target) if re.match(rf"{re.escape(key)}(?![\w.])", error)]
+    if begun:
+        key = max(begun, key=len)
+        return [] if key in given else [lines.get(key, file.lines["recipe"])]
+    group = error.partition(":")[0]
+    if found := [line for key, line in lines.items() if key.startswith(f"{group}.")]:
+        return found
+    ends = {key: r"(?![\w.])" if "." in key else "=" for key in lines}  # "out" alone is a word like any other
+    return [line for key, line in lines.items() if re.search(rf"(?<![\w.]){re.escape(key)}{ends[key]}", error)]
 
 
 class _Dumper(yaml.SafeDumper):

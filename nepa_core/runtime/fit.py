@@ -504,6 +504,11 @@ def restore(
             "give the earlier code back, or name another folder with out=DIR"
         ) from error
     except KeyError as error:
+        if "optimizer" not in tensors:
+            raise UserError(
+                f"{run.path} holds weights without the optimiser's state, as a pushed run does, so it can't go on: "
+                f"begin another one with them by init={run.path}"
+            ) from error
         raise UserError(
             f"{run.checkpoints}: the newest checkpoint lacks {error}, so it was written by another version; give the "
             "earlier code back, or name another folder with out=DIR"

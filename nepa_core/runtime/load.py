@@ -270,7 +270,7 @@ def load(name: str | Path, *, data: Modality | None = None, trust: bool = False)
     name = str(find(str(name)))
     with trusting.everything() if trust else nullcontext():
         weights = read_weights(name, key="")
-    data = (data or weights.data).plain()
+    data = (data or weights.data).as_trained_on(weights.data).plain()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = network_of(weights, data, device)
     saved = read_saved(Path(name) / "config.json") if is_run(name) else {}

@@ -45,7 +45,16 @@ MIDWAY = (
 )
 """Keys that a run takes anew where its own folder is named: they count from the checkpoint on that it goes on from."""
 
-OF_WEIGHTS = ("summary", "probe", "evaluate", "forecast", "generate")
+OF_WEIGHTS = (
+    "summary",
+    "probe",
+    "evaluate",
+    "forecast",
+    "forecast_seeds",
+    "forecast_samples",
+    "forecast_samples_seeds",
+    "generate",
+)
 """Files of figures that hold for the weights that they were measured with."""
 
 RECORD = "import.json"

@@ -24,6 +24,7 @@ from nepa_core.runtime.meter import say_progress
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
 from recipes.generation.decoders import DecoderConfig, Decoders, kept_decoders
+from recipes.generation.frechet import check_weights, frechet
 from recipes.generation.judging import (
     BEST,
     OWN,
@@ -84,6 +85,7 @@ class GenerateOptions(BaseModel):
     decoder_steps: int = Field(
         default=2000, gt=0, le=10**9, description="training steps of the flow head, of 256 tokens"
     )
+    fid: str | None = Field(default=None, description="file of torch-fidelity's Inception weights: adds the FID")
     width: int = Field(default=128, ge=8, le=2**16, multiple_of=2, description="of the flow head")
 
     @model_validator(mode="after")
@@ -133,6 +135,8 @@ def check_network(net: Network, options: GenerateOptions) -> None:
         raise UserError(f"{net.source}: {error}") from error
     if options.region is not None:
         check_region(net.data, net.model)
+    if options.fid is not None:
+        check_weights(options.fid)
     try:
         check_tokens_do_not_overlap(net.data)
     except AssertionError as error:
@@ -152,6 +156,8 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
     start, bos, batch = time.monotonic(), net.model.config.bos, net.reading.batch
     held_out = read_samples(net.data, options.split, options.samples, batch, options.kept, bos=bos, seed=options.seed)
     train = read_samples(net.data, "train", options.train_samples, batch, Kept(0), bos=bos, seed=options.seed)
+    if options.fid is not None and (kind := net.data.decode(held_out.parts[0]).kind) != "picture":
+        raise UserError(f"fid= compares pictures, and samples of {type(net.data).__name__} are {kind}: leave it out")
     untrained = build_model(config).to(next(net.model.parameters()).device).eval()
     decoders = kept_decoders(
         folder,
@@ -213,6 +219,12 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
         "training": told_apart(true, training, None, options.seed),
         "notes": notes,
     }
+    if options.fid is not None:
+        of = (
+            torch.cat([net.data.decode(part).data for part in parts]) for parts in (held_out.parts, drawn, train.parts)
+        )
+        real, made, trained_on = of
+        summary["fid"] = frechet(real, made, trained_on, options.fid)._asdict()
     if (psnr := signal_to_noise(net.data, decoded, held_out)) is not None:
         summary["psnr"] = psnr
     summary |= {"verdict": verdict(summary["completion"]), "verdict_next": verdict(summary["next_token"])}

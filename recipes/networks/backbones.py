@@ -27,18 +27,20 @@ from nepa_core.basics import Batch, UserError, call
 from nepa_core.runtime.config import load_object
 from nepa_core.runtime.data import fold_seed
 from nepa_core.runtime.released import mismatch
-from nepa_core.tokens import Tokens
+from nepa_core.tokens import LARGEST_VALUE, Tokens
 from recipes.networks.goals import Goal
 
 TIMM = "timm:"
 
 
-def check_pretrained(beside: Sequence[str], *, pretrained: bool) -> None:
-    """The option `pretrained=false` beside `beside=`.
+def check_beside(beside: Sequence[str], *, pretrained: bool) -> None:
+    """The options `beside=` and `pretrained=`.
 
     Raises:
-        ValueError: no network would have random weights by it.
+        ValueError: a network has no name, or none would have random weights by `pretrained=false`.
     """
+    if any(name.partition("@")[0] in ("", TIMM) for name in beside):
+        raise ValueError("name each network: timm:NAME, timm:NAME@FILE.safetensors or module:function")
     if not pretrained and not any(name.startswith(TIMM) and "@" not in name for name in beside):
         raise ValueError("pretrained=false is for beside=timm:NAME: name one without @FILE, or leave it out")
 
@@ -116,6 +118,8 @@ def function_backbone(path: str) -> Backbone:
                 raise UserError(f"beside={path}: {name!r} can't name a row; take letters, digits, '_', '-' and '.'")
             if not isinstance(x, Tensor):
                 raise UserError(f"beside={path} gives {type(x).__name__} for a batch; return a tensor [B, D]")
+            if x.is_complex():
+                raise UserError(f"beside={path} gives complex numbers; return real ones, such as both parts")
         return {name: x.detach().float() for name, x in named.items()}
 
     file = getattr(sys.modules[function.__module__], "__file__", None) if hasattr(function, "__module__") else None
@@ -133,7 +137,7 @@ def check_rows(
         names: the rows of the batches before.
 
     Raises:
-        UserError: they are not, or not finite.
+        UserError: they are not, or distances between them would not be finite.
     """
     if not rows or (names is not None and list(rows) != list(names)):
         raise UserError(f"beside={name} gives the rows {list(rows)} for a batch, and {names or 'some'} are wanted")
@@ -143,8 +147,8 @@ def check_rows(
             raise UserError(
                 f"beside={name}: {row} has shape {list(x.shape)} for a batch of {wanted[0]}; make it {form}"
             )
-        if not x.isfinite().all():
-            raise UserError(f"beside={name}: {row} holds NaN or infinity")
+        if not (x.abs() <= LARGEST_VALUE).all():
+            raise UserError(f"beside={name}: {row} holds NaN, infinity or numbers above {LARGEST_VALUE:.0e}; scale it")
 
 
 # -------------------------------------------------------------------------------------------------------- of timm

@@ -109,16 +109,28 @@ def _shape(kind: pa.DataType) -> str:
     return "string" if pa.types.is_string(kind) else str(np.dtype(kind.to_pandas_dtype()))
 
 
-def join(parts: Sequence[Path], name: str, folder: Path, main: str | None) -> list[Path]:
-    """Write the rows of all parts, which have some, in their order, as the files of a table.
+def file_of(table: str, column: str, *, text: bool, main: str | None) -> str:
+    """The file that a column of a table lies in: of x.npy x.COLUMN.npy, and of text x.npy.COLUMN.txt, a row a line.
 
-    That is `name` itself for parquet and safetensors. npy has one file a column, NAME.COLUMN.npy, and safetensors and
-    npy have text in NAME.COLUMN.txt, a row a line.
+    safetensors has text beside it in the same way, and parquet all in one file.
+
+    Args:
+        main: the column whose npy file has the name of the table.
+    """
+    if (suffix := Path(table).suffix) == ".parquet" or column == main:
+        return table
+    if text:
+        return f"{table}.{column}.txt"
+    return f"{Path(table).stem}.{column}.npy" if suffix == ".npy" else table
+
+
+def join(parts: Sequence[Path], name: str, folder: Path, main: str | None) -> list[Path]:
+    """Write the rows of all parts, which have some, in their order, as the files of a table, see `file_of`.
 
     Args:
         name: of the table, with its suffix, which is the format.
         folder: where the files are written.
-        main: the column whose npy file has the name of the table.
+        main: as of `file_of`.
 
     Returns:
         The files.
@@ -128,7 +140,7 @@ def join(parts: Sequence[Path], name: str, folder: Path, main: str | None) -> li
         _join_parquet(parts, folder / name, schema)
         return [folder / name]
     text = [field.name for field in schema if pa.types.is_string(field.type)]
-    files = [folder / f"{Path(name).stem}.{column}.txt" for column in text]
+    files = [folder / file_of(name, column, text=True, main=main) for column in text]
     for file, column in zip(files, text, strict=True):
         with file.open("w") as lines:
             for part in parts:
@@ -139,7 +151,7 @@ def join(parts: Sequence[Path], name: str, folder: Path, main: str | None) -> li
     shape = {column: (count, *kind.shape[1:]) for column, kind in kinds.items()}
     if suffix == ".npy":
         for column, kind in kinds.items():
-            file = folder / (name if column == main else f"{Path(name).stem}.{column}.npy")
+            file = folder / file_of(name, column, text=False, main=main)
             with file.open("wb") as stream:
                 head = {"descr": kind.dtype.str, "fortran_order": False, "shape": shape[column]}
                 np.lib.format.write_array_header_1_0(stream, head)

@@ -40,6 +40,7 @@ from recipes.readout.columns import (
     SUFFIXES,
     Array,
     column_of,
+    file_of,
     is_part,
     join,
     note_of,
@@ -142,7 +143,7 @@ def embed(net: Network, options: EmbedOptions, file: Path, ranks: World, *, work
     samples = chosen_samples(net.data, options)
     task = Task(net, rows, samples, options, file, _part_size(net, rows, samples, options))
     settings = _settings(task)
-    if (record := _before(file, settings)) is not None:
+    if (record := _before(task, settings)) is not None:
         return record | {"finished": True} if ranks.is_main else {}
     ranks.barrier()  # all have looked before one of them writes
     if ranks.is_main:
@@ -190,6 +191,22 @@ class Task(NamedTuple):
         """Of the columns of features."""
         return [each if isinstance(each, str) else f"layer_{each}" for each in self.options.layer]
 
+    @property
+    def main(self) -> str | None:
+        """The column whose npy file has the name of the table."""
+        return self.names[0] if len(self.names) == 1 else None
+
+    @property
+    def files(self) -> list[str]:
+        """All that the table may consist of."""
+        columns = ["sample", *([] if self.options.files else ["label"]), *self.names]
+        columns += ["token"] if self.options.pooling == "none" else []
+        if self.options.surprise:
+            columns += ["surprise", *(["surprise_quantile"] if self.options.calibrate else [])]
+            columns += ["surprise_token"] if self.options.surprise == "tokens" else []
+        found = [file_of(self.file.name, column, text=False, main=self.main) for column in columns]
+        return list(dict.fromkeys([*found, file_of(self.file.name, "name", text=True, main=self.main)]))
+
 
 def chosen_samples(data: Modality, options: EmbedOptions) -> Dataset[Batch]:
     """The samples of a split, or those of files and of the files in folders.
@@ -203,6 +220,8 @@ def chosen_samples(data: Modality, options: EmbedOptions) -> Dataset[Batch]:
     for name in options.files:
         path = os.path.expanduser(name)
         if os.path.isdir(path):
+            if not data.offers("files"):
+                return data.files(())  # which refuses, before the folder is searched
             found, passed = list_files(path, data.suffixes)
             if not found:
                 raise UserError(f"files={printable(name)}: no file there ends in {' '.join(data.suffixes)}")
@@ -252,24 +271,29 @@ def record_file(file: Path) -> Path:
     return file.with_name(f"{file.name}.json")
 
 
-def _before(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _before(task: Task, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What an earlier command finished, or None: there is nothing, or something to go on with.
 
     Raises:
-        UserError: that is of other settings, or none of ours.
+        UserError: that is of other settings, or a file is there that is not of this table.
     """
-    begun = file.with_name(f".writing_{file.name}") / "settings.json"
-    record = _read(record_file(file))
-    for place, saved in ((file, record and record.get("settings")), (begun, _read(begun))):
-        if isinstance(saved, dict) and place.exists():
-            if changed := [key for key in settings if saved.get(key) != settings[key]]:
-                told = ", ".join(f"{key} {shown(saved.get(key))} -> {shown(settings[key])}" for key in changed[:2])
-                fix = f"remove {begun.parent}" if place is begun else "remove it"
-                raise UserError(f"{file} was made with other settings ({told}): name another file with out=, or {fix}")
-            if place is file:
-                return record
-    if file.exists() and not begun.exists():
-        raise UserError(f"{file} is there and not of `nepa embed`: name another file with out=")
+    file, store = task.file, task.store
+    record, begun, joined = map(_read, (record_file(file), store / "settings.json", store / "record.json"))
+    if os.path.lexists(record_file(file)) and not isinstance((record or {}).get("settings"), dict):
+        raise UserError(f"{record_file(file)} is there and not of `nepa embed`: name another file with out=")
+    own = [name for each in (record, joined) if each for name in each.get("files", [file.name])]
+    there = [name for name in own if os.path.lexists(file.with_name(name))]
+    it = "it" if there == [file.name] else f"the files that {record_file(file)} lists"
+    for saved, fix in (((record or {}).get("settings") if there else None, it), (begun, str(store))):
+        if saved and (changed := [key for key in settings if saved.get(key) != settings[key]]):
+            told = ", ".join(f"{key} {shown(saved.get(key))} -> {shown(settings[key])}" for key in changed[:2])
+            raise UserError(
+                f"{file} was made with other settings ({told}): name another file with out=, or remove {fix}"
+            )
+    if record and len(there) == len(own):
+        return record
+    if foreign := [name for name in task.files if name not in own and os.path.lexists(file.with_name(name))]:
+        raise UserError(f"{file.with_name(foreign[0])} is there and not of `nepa embed`: name another file with out=")
     return None
 
 
@@ -308,6 +332,11 @@ def _calibration(task: Task, ranks: World, workers: int) -> Array:
             f"surprise_quantile compares with usual={task.options.usual}, and {error}; calibrate=0 leaves it out"
         ) from error
     usual: Array = torch.cat(ranks.in_order(found)).sort().values.numpy()
+    if np.isnan(usual).all():
+        raise UserError(
+            f"surprise_quantile compares with usual={task.options.usual}, where nothing is predicted; calibrate=0 "
+            "leaves it out"
+        )
     return usual[~np.isnan(usual)]
 
 
@@ -377,7 +406,8 @@ def _columns(task: Task, samples: Numbered, batch: Batch, usual: Array | None) -
         surprise = _surprise_of(read)[of].numpy()
         columns["surprise"] = surprise
         if usual is not None:
-            columns["surprise_quantile"] = (np.searchsorted(usual, surprise) / len(usual)).astype(np.float32)
+            share = np.searchsorted(usual, surprise) / len(usual)
+            columns["surprise_quantile"] = np.where(np.isnan(surprise), np.nan, share).astype(np.float32)
         if options.surprise == "tokens":
             columns["surprise_token"] = read.surprise[at].numpy()
     return columns | {name: found[at].numpy() for name, found in zip(task.names, read.features, strict=True)}
@@ -403,15 +433,17 @@ def _finish(task: Task, settings: dict[str, Any], usual: Array | None) -> dict[s
     }
     if usual is not None:
         points = {str(share): float(np.quantile(usual, share)) for share in (0, 0.5, 0.9, RARE, 1)}
-        above = sum(int((column_of(part, "surprise_quantile") > RARE).sum()) for part in full)
+        quantiles = (column_of(part, "surprise_quantile") for part in full)
+        above, silent = np.sum([[(each > RARE).sum(), np.isnan(each).sum()] for each in quantiles], 0).tolist()
         of = {"split": task.options.usual, "samples": len(usual), "quantiles": points}
-        record["surprise"] = of | {f"rows_above_{RARE}": above}
+        record["surprise"] = of | {f"rows_above_{RARE}": above, "rows_not_predicted": silent}
     with disk_errors(task.file):
-        names = join(full, task.file.name, task.store, task.names[0] if len(task.names) == 1 else None)
-        for made in names:
-            made.replace(task.file.parent / made.name)
-        record |= {"files": [made.name for made in names], "settings": settings}
-        write_whole(record_file(task.file), json.dumps(record, indent=2) + "\n")
+        made = join(full, task.file.name, task.store, task.main)
+        record |= {"files": [each.name for each in made], "settings": settings}
+        write_whole(task.store / "record.json", json.dumps(record, indent=2) + "\n")  # of what is moved, were it killed
+        for each in made:
+            each.replace(task.file.with_name(each.name))
+        (task.store / "record.json").replace(record_file(task.file))
     shutil.rmtree(task.store, ignore_errors=True)
     return record
 
@@ -423,15 +455,17 @@ def render(record: dict[str, Any], file: Path) -> str:
     lines.append(f"{file}: {record['rows']:,} rows of {record['samples']:,} samples: {columns}.")
     if "surprise" in record:
         of = record["surprise"]
-        above, train = of[f"rows_above_{RARE}"], of["split"] == "train"
+        above, train, silent = of[f"rows_above_{RARE}"], of["split"] == "train", of.get("rows_not_predicted", 0)
+        share = above / max(record["rows"] - silent, 1)
         lines.append(
-            f"Surprise: {above:,} rows ({above / record['rows']:.1%}) above {RARE:.0%} of {of['samples']:,} "
+            f"Surprise: {above:,} rows ({share:.1%}) above {RARE:.0%} of {of['samples']:,} "
             f"{'training' if train else 'held-out'} samples."
             + (
                 " The network has trained on those: new ones surprise more (usual=test compares with some)."
                 if train
                 else ""
             )
+            + (f" {silent:,} more rows have none (NaN): nothing in them is predicted." if silent else "")
         )
     if count := record["unreadable_samples"]:
         more = f"; all are named in {record_file(file)}" if count > 1 else ""

@@ -269,12 +269,14 @@ def best_of(
     """What `score` gives on the test windows for the read-out that validates best; its name and validation MSE."""
     name = min(fitted, key=lambda name: fitted[name][1])
     ridge, validation = fitted[name]
-
-    def predict(batch: Batch) -> Tensor:
-        future = rearrange(ridge(read(data, batch)[name].float()), "b (h c) -> b h c", h=horizon)
-        return in_series_units(data, batch, future)
-
+    predict = partial(predict_by, data, read, name, ridge, horizon)
     return {**score(data, "test", horizon, device, predict), "readout": name, "validation_mse": validation}
+
+
+def predict_by(data: Modality, read: Reader, name: str, ridge: Ridge, horizon: int, batch: Batch) -> Tensor:
+    """What a ridge on the read-out of this name says, [B, H, C] in the units of "series"."""
+    future = rearrange(ridge(read(data, batch)[name].float()), "b (h c) -> b h c", h=horizon)
+    return in_series_units(data, batch, future)
 
 
 def _moments(data: Modality, read: Reader, windows: Dataset[Batch], device: torch.device) -> dict[str, list[Moments]]:

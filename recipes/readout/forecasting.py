@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
-from pydantic import BaseModel, BeforeValidator, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, Field, PositiveInt, field_validator
 from torch import Tensor
 
 from nepa_core.basics import FROZEN, UserError
@@ -86,12 +86,30 @@ class ForecastOptions(BaseModel):
     fit_samples: PositiveInt = Field(
         default=20_000, description="most samples (windows, times channels where independent) each row is fitted on"
     )
+    samples: int = Field(
+        default=0, ge=0, description="sampled futures of each test window, in place of one: 19 or more"
+    )
+    test_windows: PositiveInt = Field(default=200, description="test windows that are sampled, drawn at random")
+    flow_steps: PositiveInt = Field(default=2000, le=MOST_STEPS, description="training steps of what samples a token")
+    season: int | None = Field(
+        default=None, ge=2, description="steps that seasonal naive repeats; default: those that validate best"
+    )
     also: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         default=(), description="runs with other seeds, for mean ± standard deviation"
     )
 
+    @field_validator("samples")
+    @classmethod
+    def _enough(cls, samples: int) -> int:
+        if 0 < samples < 19:
+            raise ValueError("the central interval of 90 % needs 19 samples or more")
+        return samples
 
-class Row(NamedTuple):
+
+Figures = TypeVar("Figures")
+
+
+class Row(NamedTuple, Generic[Figures]):
     """One row of the table at one horizon.
 
     Attributes:
@@ -102,7 +120,7 @@ class Row(NamedTuple):
     name: str
     horizon: int
     depends: dict[str, Any]
-    measure: Callable[[Run], ForecastFigures]
+    measure: Callable[[Run], Figures]
 
     @property
     def folder(self) -> str:
@@ -185,7 +203,7 @@ def table_rows(
     ranks: World,
     *,
     show: bool,
-) -> list[Row]:
+) -> list[Row[ForecastFigures]]:
     """The rows of the table; the networks that are trained come last, as they take longest. series: `series_digest`."""
     samples, device, causal = options.fit_samples, ranks.device, config.objective.causal
     horizons = sorted({*options.horizons, *options.finetune})
@@ -204,16 +222,16 @@ def table_rows(
         DLINEAR: (None, "dlinear", ""),
     }
 
-    def ridge(name: str, horizon: int) -> Row:
+    def ridge(name: str, horizon: int) -> Row[ForecastFigures]:
         read, own = reads[name]
         measure = kept(lambda: best_ridge(data, read, horizon, samples, device), ranks)
         return Row(name, horizon, fitted | own, measure)
 
-    def persistence(horizon: int) -> Row:
+    def persistence(horizon: int) -> Row[ForecastFigures]:
         measure = kept(lambda: score(data, "test", horizon, device, lambda batch: repeat_last(data, batch)), ranks)
         return Row(PERSISTENCE, horizon, about, measure)
 
-    def trained(name: str, horizon: int) -> Row:
+    def trained(name: str, horizon: int) -> Row[ForecastFigures]:
         init, network, start = arms[name]
         arm = short(config, init, network, horizon, steps=options.steps, samples=samples)
         settings = arm.model_dump(mode="json", exclude={"init", "data"})

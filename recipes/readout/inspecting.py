@@ -20,6 +20,7 @@ from modalities.data.scene_masks import IGNORED
 from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
+from nepa_core.pooling import surprise_of_tokens
 from nepa_core.predictor import Trace
 from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.config import read_saved
@@ -30,8 +31,10 @@ from nepa_core.verdict.drawing import draw
 from recipes.configs import SegmentConfig
 from recipes.report.plots import spread_out
 from recipes.report.segment import Picture, palette
-from recipes.statistics.held_out import NUMBER, Numbered
+from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, draw_seed
 from recipes.statistics.maps import (
+    Failure,
+    Failures,
     Reading,
     attention_figures,
     chosen_attention,
@@ -41,6 +44,12 @@ from recipes.statistics.maps import (
     uniform_attention,
 )
 from recipes.training.segmentation import load_segmenter, predict_image
+
+SEARCHED = 2000
+"""Samples among which the worst-predicted ones are sought, a fixed draw over the whole split."""
+
+
+AT_ONCE = 32  # samples
 
 
 class InspectOptions(BaseModel):
@@ -62,6 +71,9 @@ class InspectOptions(BaseModel):
     layer: int | None = Field(default=None, ge=1, description="layer of the attention map, from 1; default: their mean")
     head: int | None = Field(default=None, ge=1, description="head of the attention map, from 1; default: their mean")
     causal: bool | None = Field(default=None, description="attend backwards only; default: as the run was trained")
+    worst: NonNegativeInt = Field(
+        default=0, description=f"so many worst-predicted samples, and tokens, among {SEARCHED:,} of the split"
+    )
 
     @field_validator("query", mode="before")
     @classmethod
@@ -115,10 +127,8 @@ def inspect(model: NEPA, data: Modality, options: InspectOptions, *, causal: boo
 def chosen_samples(data: Modality, options: InspectOptions, device: torch.device) -> Iterator[tuple[str, Batch]]:
     """Name and batch of one of every sample to show."""
     if not options.images:
-        samples = data.samples_of(options.split)
-        places = sorted(draw(samples, options.samples, seed=0).indices.tolist())
-        for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places, tokenize=data.tokenize):
-            yield sample_name(data, samples, options.split, int(batch.pop(NUMBER)), batch.get("label")), batch
+        places = draw(data.samples_of(options.split), options.samples, seed=0).indices
+        yield from named_samples(data, options.split, sorted(places.tolist()), device)
         return
     files = data.files(options.images)
     for index, path in enumerate(options.images):
@@ -126,6 +136,65 @@ def chosen_samples(data: Modality, options: InspectOptions, device: torch.device
             yield Path(path).name, to_device(default_collate([files[index]]), device)
         except UnreadableSample as error:
             raise UserError(f"images: {error}; name image files") from error
+
+
+def named_samples(
+    data: Modality, split: str, places: Sequence[int], device: torch.device
+) -> Iterator[tuple[str, Batch]]:
+    """Name and batch of one of each of these samples, but for those that can't be read."""
+    samples = data.samples_of(split)
+    for batch in plain_batches(Numbered(samples), batch=1, device=device, indices=places, tokenize=data.tokenize):
+        yield sample_name(data, samples, split, int(batch.pop(NUMBER)), batch.get("label")), batch
+
+
+@torch.no_grad()
+def worst_predicted(model: NEPA, data: Modality, options: InspectOptions) -> Failures:
+    """The samples with the highest loss, and those with the worst single token, among a draw of `SEARCHED`.
+
+    The mean of a sample is its `surprise` (`nepa_core.load`). The first token, which none comes before, counts there
+    alone: it is hard to predict in any sample. Of samples that depend on each other, such as windows of one stretch of
+    a series, the worst one stands for all.
+    """
+    device, samples = next(model.parameters()).device, data.samples_of(options.split)
+    numbers, means, peaks = [], [], []
+    for batch in plain_batches(
+        Numbered(samples),
+        batch=AT_ONCE,
+        device=device,
+        limit=SEARCHED,
+        seed=draw_seed(samples, SEARCHED),
+        tokenize=data.tokenize,
+    ):
+        numbers += batch.pop(NUMBER).tolist()
+        losses, later = token_losses(model, data.read(batch))
+        means.append(losses.nanmean(1))
+        peaks.append(later.nan_to_num(-torch.inf).amax(1))
+    mean, clusters = torch.cat(means), clusters_of(samples, torch.tensor(numbers)).tolist()
+
+    def failures(scores: Tensor) -> list[Failure]:
+        ranked = scores.argsort(descending=True, stable=True).cpu()
+        worst = dict[int, int]()
+        for row in ranked.tolist():
+            worst.setdefault(clusters[row], numbers[row])
+        found = []
+        for name, batch in named_samples(data, options.split, [*worst.values()][: options.worst], device):
+            tokens = data.read(batch)
+            losses, later = token_losses(model, tokens)
+            token = int(later[0].nan_to_num(-torch.inf).argmax())
+            found.append(Failure(name, data.describe(tokens), losses[0].cpu(), token))
+        return found
+
+    by_sample, by_token = failures(mean.nan_to_num(-torch.inf)), failures(torch.cat(peaks))
+    return Failures(len(numbers), options.split, float(mean.nanmean()), by_sample, by_token)
+
+
+def token_losses(model: NEPA, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """`surprise_of_tokens` under the causal mask, [B, N]; and the same without the first token of each sample."""
+    check_count(model, tokens)
+    losses = surprise_of_tokens(model(tokens, causal=True), tokens, bos=model.bos is not None)
+    first = torch.zeros_like(losses, dtype=torch.bool)
+    first[torch.arange(len(first)), tokens.real.to(first.device).int().argmax(1)] = True
+    return losses, losses.masked_fill(tokens.canonical(first), torch.nan)
 
 
 def sample_name(data: Modality, samples: Any, split: str, index: int, label: Tensor | None) -> str:

@@ -25,7 +25,7 @@ from nepa_core.runtime.run import Run, task_of
 from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.diagnostics import effective_rank
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
-from recipes.networks.backbones import check_pretrained
+from recipes.networks.backbones import check_beside
 from recipes.options import once
 from recipes.presets import small
 from recipes.readout import classifiers
@@ -103,7 +103,7 @@ class ProbeOptions(BaseModel):
     def _options_agree(self) -> Self:
         if "attentive" in self.poolings and "linear" not in self.classifiers:
             raise ValueError("poolings=attentive is trained with its linear layer: add linear to classifiers")
-        check_pretrained(self.beside, pretrained=self.pretrained)
+        check_beside(self.beside, pretrained=self.pretrained)
         return self
 
 
@@ -122,11 +122,14 @@ def subject(target: str, init: str | None, changes: dict[str, Any], device: torc
         UserError: there is no such run, recipe or checkpoint, or the weights do not fit the data.
     """
     if init is None and task_of(target) == PretrainConfig.task:
-        return Subject(*load_pretrained(Run(Path(target)), device, changes), tuned=False)
+        config, model = load_pretrained(Run(Path(target)), device, changes)
+        trained = Run(Path(target)).load_config(PretrainConfig).data
+        return Subject(config.model_copy(update={"data": config.data.as_trained_on(trained)}), model, tuned=False)
     config = read_target(PretrainConfig, target, changes, convert={FinetuneConfig: _around, SegmentConfig: _around})
     weights = read_weights(init or target)
     config = config.model_copy(
         update={
+            "data": config.data.as_trained_on(weights.data),
             "model": weights.config,
             "objective": config.objective.model_copy(update={"causal": weights.causal}),
             "train": config.train.model_copy(update={"seed": weights.seed}),

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from nepa_core.basics import Batch
 from nepa_core.verdict.drawing import spans_of
 from nepa_core.verdict.intervals import Interval, over_both
-from recipes.report.summaries import ErrorDifference, ForecastSummary
+from recipes.report.summaries import ErrorDifference, ForecastSummary, ScoreDifference
 from recipes.statistics.significance import spread
 
 ERRORS: Final = ("mse", "mae")
@@ -78,7 +78,7 @@ def render(summaries: Sequence[ForecastSummary], apart: Differences) -> str:
         for number, row in enumerate(rows)
     }
     pairs = {
-        (f"{each['rival']} - {each['row']}", horizon): _signed(each) for horizon in horizons for each in apart[horizon]
+        (f"{each['rival']} - {each['row']}", horizon): signed(each) for horizon in horizons for each in apart[horizon]
     }
     chosen = [f"{h}: {row['readout']}" for h, rows in first["horizons"].items() for row in rows[:1]]
     seeds = ", ".join(str(summary["seed"]) for summary in summaries)
@@ -90,18 +90,19 @@ def render(summaries: Sequence[ForecastSummary], apart: Differences) -> str:
     ]
     return "\n".join(
         [
-            *_grid("MSE / MAE", names, horizons, cells),
+            *grid("MSE / MAE", names, horizons, cells),
             "",
             *foot,
             "",
-            *_grid("MSE, rival - row", list(dict.fromkeys(name for name, _ in pairs)), horizons, pairs),
+            *grid("MSE, rival - row", list(dict.fromkeys(name for name, _ in pairs)), horizons, pairs),
             "",
             *verdict(summaries, apart),
         ]
     )
 
 
-def _grid(corner: str, names: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], str]) -> list[str]:
+def grid(corner: str, names: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], str]) -> list[str]:
+    """Lines of a table whose cells are found by row and column."""
     width, column = max(map(len, (corner, *names))), max(map(len, (*cells.values(), *columns)))
     lines = [f"{corner:<{width}}" + "".join(f"  {each:>{column}}" for each in columns)]
     rows = (f"{name:<{width}}" + "".join(f"  {cells.get((name, c), ''):>{column}}" for c in columns) for name in names)
@@ -118,8 +119,8 @@ def verdict(summaries: Sequence[ForecastSummary], apart: Differences) -> list[st
                 continue
             best = min((each for rival, each in of_row.items() if rival != untrained), key=lambda each: each["mse"])
             lines.append(
-                f"{horizon} steps ahead {row} pre-trained weights {_beside(of_row[untrained], 'random weights')}, and "
-                f"{_beside(best, best['rival'])}, the best baseline."
+                f"{horizon} steps ahead {row} pre-trained weights {beside(of_row[untrained], 'random weights')}, and "
+                f"{beside(best, best['rival'])}, the best baseline."
             )
     return [f"VERDICT  {lines[0]}", *lines[1:], covers(summaries)]
 
@@ -137,18 +138,19 @@ def covers(summaries: Sequence[ForecastSummary]) -> str:
     )
 
 
-def _beside(difference: ErrorDifference, rival: str) -> str:
+def beside(difference: ErrorDifference | ScoreDifference, rival: str, error: str = "MSE") -> str:
     """Such as "beat random weights (MSE lower by 0.0040 ± 0.0012)"."""
     interval = Interval(difference["mean"], difference["half"], difference["df"])
-    by = f"MSE {'lower' if interval.mean >= 0 else 'higher'} by {_plus_minus(abs(interval.mean), interval.half)}"
+    by = f"{error} {'lower' if interval.mean >= 0 else 'higher'} by {plus_minus(abs(interval.mean), interval.half)}"
     if interval.half is None:
         return f"can't be judged beside {rival} ({by}, too few stretches of time for an interval)"
     verb = "beat" if interval.above else "are beaten by" if interval.below else "are level with"
     return f"{verb} {rival} ({by})"
 
 
-def _signed(difference: ErrorDifference) -> str:
-    return ("+" if difference["mean"] >= 0 else "") + _plus_minus(difference["mean"], difference["half"])
+def signed(difference: ErrorDifference | ScoreDifference) -> str:
+    """With its sign and half-width."""
+    return ("+" if difference["mean"] >= 0 else "") + plus_minus(difference["mean"], difference["half"])
 
 
 def _scored(summary: ForecastSummary) -> str:
@@ -193,7 +195,7 @@ def _alike(std: float, mean: float) -> str:
     return text if decimals < 7 and (float(text) or not std) else f"{std:.1g}"
 
 
-def _plus_minus(mean: float, half: float | None) -> str:
+def plus_minus(mean: float, half: float | None) -> str:
     """The half-width with two digits, the mean with as many decimals, or those that its first digit needs."""
     if half is None or not half or not math.isfinite(half):
         return significant(mean) + ("" if half is None else f" ± {significant(half)}")

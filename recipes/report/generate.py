@@ -91,6 +91,11 @@ def remarks(summary: GenerateSummary, noun: str) -> list[str]:
         f"Next {noun}: {summary['verdict_next']['verdict']}",
         *_signals(summary, noun),
     ]
+    if "fid" in summary:
+        found.append(
+            f"FID against {split} pictures: {summary['fid']['drawn']:.1f} of drawn ones, "
+            f"{summary['fid']['training']:.1f} of training pictures. It falls with their number: compare these two."
+        )
     if "psnr" in summary:
         found.append(f"What mean completions make has a PSNR of {summary['psnr']:.1f} dB.")
     found.append(f"An embedding gives its own {noun} back with a squared error of {summary['own_error']:.2g}.")

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 
 from nepa_core.modality import Modality
-from recipes.report.page import Figure, Part, Report, Table, Words
+from recipes.report.page import Figure, Heading, Part, Report, Table, Words
 from recipes.report.plots import Panel, panel_plot
 from recipes.report.provenance import provenance
 from recipes.report.segment import Picture, picture_grid
-from recipes.statistics.maps import Reading, pca_colours
+from recipes.statistics.maps import Failure, Failures, Reading, pca_colours
 
 QUERY, NEXT = "red", "white"  # frames
 
@@ -31,8 +31,11 @@ def report(
     silent: str,
     pictures: Sequence[Picture],
     classes: Sequence[str],
+    failures: Failures | None = None,
 ) -> Report:
     """maps.png, layers.png, order.png unless the order is the canonical one, and classes.png of `pictures`.
+
+    And worst_samples.png and worst_tokens.png of `failures`.
 
     Args:
         folder: of the run. silent: see `why_silent`. pictures: see `segmented`. classes: names of those of their
@@ -74,9 +77,61 @@ def report(
         if orders := _order_panels(readings):
             plot = panel_plot([("", orders)], across=4)
             yield Figure("order.png", "The order of prediction, from the dot on.", plot)
+        if failures:
+            yield from failure_parts(failures, noun)
 
     title, said = f"Inside {folder.resolve().name}", f"{render(readings, noun, silent)}\n"
+    if failures:
+        said += f"\n{failure_text(failures, noun)}\n"
     return Report(title, said, provenance(), parts)
+
+
+def failure_parts(failures: Failures, noun: str) -> Iterator[Part]:
+    """The section of the worst-predicted samples and tokens."""
+    yield Heading("Predicted worst", "worst")
+    yield Words(
+        [
+            f"Of {failures.searched:,} {failures.split} samples, whose mean loss is {failures.mean:.3f}. The loss of a "
+            f"{noun} is -cos between its embedding and what was predicted from those before it: -1 is perfect, 1 the "
+            f"worst. The first {noun} of a sample, which none comes before, counts in the sample's loss alone."
+        ]
+    )
+    for kind, found in (("samples", failures.samples), (f"{noun}s", failures.tokens)):
+        name = "worst_samples.png" if kind == "samples" else "worst_tokens.png"
+        rows = [
+            (
+                each.name,
+                [
+                    Panel("input", each.sketch, marks={QUERY: each.token}),
+                    Panel(f"loss, mean {each.losses.nanmean():.3f}", each.sketch, heat=each.losses),
+                ],
+            )
+            for each in found
+        ]
+        caption = f"The {kind} with the highest loss; the worst {noun} has a {QUERY} frame."
+        yield Table([FAILED, *failure_table(found)])
+        yield Figure(name, caption, panel_plot(rows, across=3))
+
+
+FAILED = ("", "loss", "worst at", "loss there")
+
+
+def failure_table(failures: Sequence[Failure]) -> list[tuple[str, str, str, str]]:
+    """Rows of (sample, its loss, the worst token by its canonical index, the loss of that)."""
+    return [
+        (each.name, f"{each.losses.nanmean():.3f}", str(each.token), f"{each.losses[each.token]:.3f}")
+        for each in failures
+    ]
+
+
+def failure_text(failures: Failures, noun: str) -> str:
+    """Both tables as text."""
+    lines = [f"Predicted worst of {failures.searched:,} {failures.split} samples (mean loss {failures.mean:.3f}):"]
+    for head, found in (("by sample", failures.samples), (f"by {noun}", failures.tokens)):
+        rows = [(head, *FAILED[1:]), *failure_table(found)]
+        width = max(len(name) for name, *_ in rows)
+        lines += [f"{name:<{width}}" + "".join(f"  {cell:>10}" for cell in cells) for name, *cells in rows]
+    return "\n".join(lines)
 
 
 def map_panels(reading: Reading, noun: str, silent: str = "") -> list[Panel]:

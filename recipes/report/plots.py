@@ -337,6 +337,42 @@ def panels_plot(panels: Mapping[str, Sequence[Curve]], *, x: str, y: str) -> byt
     return png_of(canvas)
 
 
+class Fan(NamedTuple):
+    """What came before, seen [L], and after, truth [H]; and bands [5, H], its quantiles .05, .25, .5, .75 and .95."""
+
+    seen: Tensor
+    truth: Tensor
+    bands: Tensor
+
+
+def fan_plot(columns: Mapping[str, Sequence[Fan]]) -> bytes:
+    """A column for each named forecaster, a row a window: median, intervals of 50 and 90 %, and the truth; PNG bytes.
+
+    Of what was seen, as much is drawn as twice the horizon.
+    """
+    down = max(map(len, columns.values()))
+    canvas = Canvas(figsize=(4.6 * len(columns), 0.5 + 1.8 * down), dpi=110, layout="constrained")
+    grid = canvas.subplots(down, len(columns), sharey="row", squeeze=False)
+    for place, (name, fans) in enumerate(columns.items()):
+        grid[0][place].set_title(label_of(name), fontsize=9, loc="left", parse_math=False)
+        for axes, fan in zip(grid[:, place], fans, strict=False):
+            horizon = len(fan.truth)
+            seen = fan.seen[-2 * horizon :].numpy()
+            ahead, low = np.arange(1, horizon + 1), fan.bands.numpy()
+            axes.plot(np.arange(1 - len(seen), 1), seen, color="#888888", linewidth=0.9, label="seen")
+            for outer, shade, label in ((0, 0.2, "90 %"), (1, 0.4, "50 %")):
+                axes.fill_between(ahead, low[outer], low[-1 - outer], color="C0", alpha=shade, linewidth=0, label=label)
+            axes.plot(ahead, low[2], color="C0", linewidth=1.1, label="median")
+            axes.plot(ahead, fan.truth.numpy(), color="black", linewidth=0.9, label="truth")
+            axes.tick_params(labelsize=7)
+            axes.grid(alpha=0.3)
+    canvas.legend(
+        *grid[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False, fontsize=8
+    )
+    canvas.supxlabel("steps ahead", fontsize=9)
+    return png_of(canvas)
+
+
 def strip_plot(strips: Mapping[str, Sequence[float]], *, x: str) -> bytes:
     """A row of coloured cells a variant, their colours on one scale; rows may differ in length; PNG bytes."""
     grid = np.full((len(strips), max(map(len, strips.values()))), np.nan)

@@ -7,6 +7,7 @@ is shown.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -105,7 +106,12 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / "model.safetensors").is_file()
+    """Whether a folder has a config of ours, be it damaged, and is none in the released layout."""
+    if not (folder / "config.json").is_file() or (folder / "model.safetensors").is_file():
+        return False
+    damage: list[str] = []
+    ours = {"task", "adapter"} & _dictionary(folder / "config.json", damage).keys()
+    return bool(ours or damage or (folder / "metrics.jsonl").is_file())
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -119,11 +125,17 @@ def read_run(folder: Path) -> RunFiles:
     damage: list[str] = []
     saved, summary, probe = (_dictionary(folder / f"{name}.json", damage) for name in ("config", "summary", "probe"))
     files = [folder / name for name in ("config.json", "metrics.jsonl", "summary.json")]
+    if summary and not files[1].is_file() and (folder / "timing.jsonl").is_file():  # which what was pushed lacks, too
+        damage.append(f"{files[1]} is missing")
+    _check_figures(summary, COLUMNS, files[2], damage)
+    if probe:
+        best = probe.get("best")
+        _check_figures(best if isinstance(best, dict) else {}, PROBED, folder / "probe.json", damage, some=True)
     return RunFiles(
         printable(str(folder)),
         printable(str(saved.get("task", "pretrain"))),
         _settings(saved),
-        _lines(folder / "metrics.jsonl", damage),
+        _lines(folder / "metrics.jsonl", damage, finished=bool(summary)),
         summary,
         probe,
         (folder / RECORD).is_file(),
@@ -145,8 +157,18 @@ def _dictionary(file: Path, damage: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _lines(file: Path, damage: list[str]) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl: the last one may be half written."""
+def _check_figures(
+    found: dict[str, Any], columns: Sequence[Column], file: Path, damage: list[str], *, some: bool = False
+) -> None:
+    """Note what stands where a figure should, or, where there should be some, that there is none."""
+    given = {key: found[key] for column in columns for key in column.keys if found.get(key) is not None}
+    wrong = [f"{key} is {shown(value, 40)}" for key, value in given.items() if _number(value) is None]
+    if wrong or (some and not given):
+        damage.append(f"{file} is damaged: {', '.join(wrong) or 'it has no figure of its best row'}")
+
+
+def _lines(file: Path, damage: list[str], *, finished: bool) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl: the last one of a run that is not finished may be half written."""
     try:
         rows = file.read_bytes().splitlines() if file.is_file() else []
     except OSError as error:
@@ -160,7 +182,7 @@ def _lines(file: Path, damage: list[str]) -> list[dict[str, Any]]:
                 raise ValueError("no step")
             found.append(line)
         except (ValueError, AttributeError, RecursionError):
-            if number < len(rows):
+            if finished or number < len(rows):
                 damage.append(f"{file}, line {number}, is damaged")
     return found
 
@@ -213,15 +235,19 @@ def table(runs: Sequence[RunFiles]) -> list[list[str]]:
 def _figure(run: RunFiles, column: Column) -> str:
     known = [value for key in column.keys if (value := _number(run.summary.get(key))) is not None]
     if known:
-        return f"{known[0]:{column.form}}"
+        return _spelt(known[0], column)
     measured = [value for line in run.lines if (value := _number(line.get(column.line))) is not None]
-    return f"{measured[-1]:{column.form}}*" if measured and not run.summary else ""
+    return f"{_spelt(measured[-1], column)}*" if measured and not run.summary else ""
 
 
 def _probed(run: RunFiles, column: Column) -> str:
     best = run.probe.get("best")
     value = _number(best.get(column.keys[0])) if isinstance(best, dict) else None
-    return "" if value is None else f"{value:{column.form}}"
+    return "" if value is None else _spelt(value, column)
+
+
+def _spelt(value: float, column: Column) -> str:
+    return f"{value:{column.form}}" if math.isfinite(value) else str(value).replace("nan", "NaN")
 
 
 def _done(run: RunFiles) -> str:

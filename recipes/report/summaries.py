@@ -51,6 +51,7 @@ class Cost(TypedDict, total=False):
     data_wait_share: float  # of the seconds, spent on waiting for batches
     parameters: int
     changes: list[Change]  # of settings, midway
+    began_with: str  # a digest of the weights of `init=`, or of the file of a network of timm
 
 
 class TrainingCost(Cost, Unreadable, total=False):
@@ -344,6 +345,54 @@ class SeedsSummary(ForecastSetting, total=False):
     runs: list[str]  # their folders
 
 
+class SampledFigures(TypedDict, total=False):
+    """summary.json of a row of `nepa forecast samples=`, in RUN/forecast/: means over windows, z-scored."""
+
+    crps: float
+    pinball_10: float
+    pinball_50: float
+    pinball_90: float
+    coverage_50: float  # share of values within the central interval of 50 %
+    coverage_90: float
+    season: int  # steps, of a row that repeats one
+
+
+class SampledRow(SampledFigures, total=False):
+    """The same row in the table."""
+
+    name: str
+    folder: str  # in the first run's
+    half: dict[str, float | None]  # half-widths of 95 % intervals, by figure
+
+
+class ScoreDifference(TypedDict):
+    """CRPS of a rival minus that of the pre-trained network's samples, paired over test windows."""
+
+    rival: str
+    crps: float  # of the rival
+    mean: float
+    half: float | None  # half-width of the 95 % interval
+    df: float  # degrees of freedom
+
+
+class SampledSummary(TypedDict, total=False):
+    """forecast_samples.json, and forecast_samples_seeds.json over several runs. Horizons are keys, as text."""
+
+    horizons: dict[str, list[SampledRow]]
+    differences: dict[str, list[ScoreDifference]]
+    stretches: dict[str, int]  # independent ones among the test windows that are scored
+    windows: dict[str, int]  # test windows that are scored
+    whole: dict[str, int]  # that there are
+    look_back: int  # steps
+    places: int  # tokens of the look-back
+    samples: int  # of each window
+    fit_samples: int  # most training windows
+    flow_steps: int
+    seed: list[int]
+    runs: list[str]  # their folders
+    made_with: MadeWith
+
+
 # ------------------------------------------------------------------------------------------------- generation
 
 
@@ -404,6 +453,7 @@ class GenerateSummary(TypedDict, total=False):
     next_token: list[GenerateRow]  # energy score
     mean_error: list[GenerateRow]  # squared error of the mean of the next token
     own_error: float  # of a token from its own embedding
+    fid: dict[str, float]  # recipes.generation.frechet.Frechet
     psnr: float  # of mean completions, where samples are pictures, in dB
     quantised: int  # numbers of a sample that have levels
     numbers: int  # of a sample

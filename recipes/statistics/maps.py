@@ -192,3 +192,33 @@ class Reading(NamedTuple):
     ranks: Tensor
     hidden: list[Tensor]
     layers: list[AttentionFigures]
+
+
+class Failure(NamedTuple):
+    """A sample with the loss of each token, -cos of prediction and embedding: 1 is worst.
+
+    Attributes:
+        name: what the sample is called. sketch: of this sample alone.
+        losses: [N] float in canonical order, NaN where nothing predicts the token.
+        token: the worst of those that another token comes before.
+    """
+
+    name: str
+    sketch: Sketch
+    losses: Tensor
+    token: int
+
+
+class Failures(NamedTuple):
+    """The worst-predicted samples, from the worst down.
+
+    Attributes:
+        searched: samples that were read. split: theirs. mean: loss of a sample, over all of them.
+        samples: the highest loss over all tokens. tokens: the highest loss of one token.
+    """
+
+    searched: int
+    split: str
+    mean: float
+    samples: list[Failure]
+    tokens: list[Failure]

@@ -6,13 +6,14 @@ averaged weights and the run's own attention. Samples are those of a split (spli
 the same form), or files=a.png,b.png or files=DIR for adapters that read files by name.
 
 The table is parquet, npy or safetensors, by the suffix of out= or by format=; beside it FILE.json says what it is made
-of. npy has one file a column (x.npy the features, x.label.npy ...), and text lies in x.name.txt, also beside
-safetensors. Memory does not grow with the number of samples. Stopped or killed, the same command goes on; several
-processes (torchrun) give the same table. Samples that can't be read are left out, and named.
+of. npy has one file a column (x.npy the features, x.label.npy ...), and names lie in FILE.name.txt (x.npy.name.txt),
+also beside safetensors. No other file is overwritten. Memory does not grow with the number of samples. Stopped or
+killed, the same command goes on; several processes (torchrun) give the same table. Samples that can't be read are left
+out, and named.
 
 surprise=true adds how badly the network predicts each sample (the mean of -cos, -1 to 1), an anomaly score, and
-surprise_quantile, the share of training samples, or with usual=test of held-out ones, that surprise less.
-surprise=tokens adds it for each token.
+surprise_quantile, the share of training samples, or with usual=test of held-out ones, that surprise less. Both are NaN
+for a sample of which nothing is predicted. surprise=tokens adds it for each token.
 """
 
 from __future__ import annotations

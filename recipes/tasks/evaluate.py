@@ -62,6 +62,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             text += f", {summary['images']} images"
         else:
             left_out: set[str] = set()
+            config = config.model_copy(update={"data": config.data.as_trained_on(weights.data)})
             summary = {**measured(config, weights, ranks, left_out), "unreadable_held_out_messages": sorted(left_out)}
             shown = [figure for figure in FIGURES if figure.key in summary]
             text = ", ".join(f"{figure.title} {format(summary[figure.key], figure.form)}" for figure in shown)

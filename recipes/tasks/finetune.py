@@ -32,7 +32,7 @@ from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run, is_imported
 from recipes.configs import FinetuneConfig
-from recipes.networks.backbones import check_pretrained
+from recipes.networks.backbones import check_beside
 from recipes.options import once
 from recipes.presets import SHORT
 from recipes.report.finetune import report, verdict
@@ -55,7 +55,7 @@ class Options(BaseModel):
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
-        check_pretrained(self.beside, pretrained=self.pretrained)
+        check_beside(self.beside, pretrained=self.pretrained)
         return self
 
 

@@ -15,6 +15,13 @@ sees and says numbers in a window's own units, which are undone before its error
 **Verdict.** The differences in MSE between pre-trained weights and random ones, the linear model, persistence and
 DLinear have 95 % intervals, over stretches of time as long as a look-back with its horizon, all channels together.
 
+**Samples.** `samples=100` gives distributions in place of points: futures sampled token by token from the frozen
+network, by a flow head that is trained for each horizon (`flow_steps`), beside the same on random weights; and beside
+the linear model, the last season repeated (`season`; by default the one that validates best) and persistence, each with
+residuals of validation windows, drawn as whole horizons. CRPS, pinball loss and coverage of the central intervals of 50
+and 90 %, over `test_windows` windows drawn at random. RUN/forecast/index.html has fans of some of them. The network was
+trained on the places of a look-back alone: figures of long horizons say how well it goes on beyond them.
+
 Every finished row is kept in RUN/forecast/, its figures in summary.json and the squared error of each test window in
 errors.npy, and found again by what it depends on (weights, data, samples, steps), so a stopped command goes on where
 it was, and another horizon costs only itself. `also=[RUN2,RUN3]` names runs of the same recipe with other seeds: the
@@ -23,18 +30,21 @@ table is then mean ± standard deviation over all of them, and intervals are ove
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.distributed import world
+from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
+from recipes.generation.sampled_forecasts import sample_forecasts, summarised
 from recipes.readout.forecasting import ForecastOptions as Options
 from recipes.readout.forecasting import check_runs, forecast, over_seeds
 from recipes.readout.probing import FREE
 from recipes.report.forecast import render
+from recipes.report.sampled_forecasts import report
 from recipes.training.pretraining import load_pretrained
 
 
@@ -47,6 +57,9 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     with world() as ranks, ExitStack() as stack:
         for path in sorted(targets):  # in one order, or two commands could wait for each other
             stack.enter_context(at_work(Run(Path(path)), ranks, trains=False))
+        if options.samples:
+            sampled(targets, options, changes, ranks)
+            return
         summaries = []
         for path in targets:
             run = Run(Path(path))
@@ -62,3 +75,23 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
                 differences = whole["differences"]
                 Run(Path(target)).write_summary(whole, "forecast_seeds.json")
             print(render(summaries, differences))
+
+
+def sampled(targets: Sequence[str], options: Options, changes: Mapping[str, Any], ranks: World) -> None:
+    """Distributions in place of points."""
+    runs, rows, configs = [Run(Path(target)) for target in targets], [], []
+    for run in runs:
+        config, model = load_pretrained(run, ranks.device, changes)
+        rows.append(sample_forecasts(config, model, run, options, ranks, show=True))
+        configs.append(config)
+        if ranks.is_main:
+            summary, drawn = summarised(config, [run], [config.train.seed], rows[-1:], options)
+            run.write_summary(summary, "forecast_samples.json")
+    if not ranks.is_main:
+        return
+    if len(runs) > 1:
+        summary, drawn = summarised(configs[0], runs, [config.train.seed for config in configs], rows, options)
+        runs[0].write_summary(summary, "forecast_samples_seeds.json")
+    found, folder = report(runs[0].path, summary, drawn), runs[0].path / "forecast"
+    found.write(folder)
+    print(found.text(folder))

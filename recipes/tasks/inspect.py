@@ -6,6 +6,9 @@ principal components of each layer, taken over all samples shown. Below stands h
 looks. RUN/inspect/ gets the PNGs and one page that holds them. The adapter's `describe` says how its samples
 are drawn. Keys that begin with data. may be changed, such as data.root=DIR.
 
+worst=8 adds the samples and the tokens that are predicted worst, sought among 2,000 held-out samples: their names and
+losses, and where in each the loss lies.
+
 The similarity map and the ranks of the next token are of networks that predict it: they are left out for one that
 has been trained on labels, and where attention is bidirectional.
 
@@ -30,7 +33,7 @@ from nepa_core.runtime.run import Run, is_run, task_of
 from nepa_core.runtime.weights import read_weights
 from recipes.configs import SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
-from recipes.readout.inspecting import inspect, load_network, segmented, why_silent, write_masks
+from recipes.readout.inspecting import inspect, load_network, segmented, why_silent, worst_predicted, write_masks
 from recipes.report.inspect import report
 from recipes.resolve import read_target
 
@@ -39,18 +42,27 @@ FREE = ("data.",)
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    data = read_config(target, changes).data.plain()
+    data = read_config(target, changes).data
     with world() as ranks, at_work(Run(Path(target)), ranks, trains=False):
         if not ranks.is_main:
             return
         weights = read_weights(target)
+        data = data.as_trained_on(weights.data).plain()
         causal = weights.causal if options.causal is None else options.causal
         silent = why_silent(target, weights, data.token_name, causal=causal)
-        readings = inspect(load_network(weights, data, ranks.device), data, options, causal=causal)
+        if options.worst and silent:
+            raise UserError(f"worst={options.worst}: {silent.partition(': ')[2]} Leave it out")
+        model = load_network(weights, data, ranks.device)
+        readings = inspect(model, data, options, causal=causal)
         of_pixels = read_target(SegmentConfig, target, changes) if task_of(target) == SegmentConfig.task else None
         pictures = segmented(of_pixels, weights, options, ranks.device) if of_pixels else []
         folder = Path(target) / "inspect"
-        for stale in ("order.png", "classes.png"):  # of an earlier call, which may have had them
+        for stale in (
+            "order.png",
+            "classes.png",
+            "worst_samples.png",
+            "worst_tokens.png",
+        ):  # of an earlier call, which may have had them
             (folder / stale).unlink(missing_ok=True)
         found = report(
             Path(target),
@@ -62,6 +74,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             silent=silent,
             pictures=pictures,
             classes=of_pixels.data.class_names() if of_pixels else (),
+            failures=worst_predicted(model, data, options) if options.worst else None,
         )
         found.write(folder)
         if of_pixels and options.images:

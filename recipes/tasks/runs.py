@@ -25,8 +25,15 @@ class Options(BaseModel):
 
 
 def main(folders: Sequence[str], options: Options) -> None:
-    paths = [Path(folder) for folder in dict.fromkeys(folders)]
+    named: dict[Path, Path] = {}
+    for path in map(Path, folders):
+        named.setdefault(path.resolve(), path)
+    paths = list(named.values())
+    if len(paths) < min(len(folders), 2):
+        raise UserError(f"{paths[0]} is named {len(folders)} times: name another run beside it, or it once")
     if len(paths) < 2:
+        if "out" in options.model_fields_set:
+            raise UserError(f"out={options.out} is for the page of two runs or more: name them, or leave out= away")
         print(text([read_run(path) for path in runs_in(paths[0] if paths else Path("runs"))]))
         return
     if (Path(options.out) / "config.json").exists():

@@ -209,6 +209,8 @@ def beside_control(
     worth = worth_in(summary) if ranks.is_main else None
     known = set() if worth is None else {each.name for each in worth.beside}
     if ranks.any(ranks.is_main and known >= {name for name, *_ in rivals}):
+        for _, other, folder, _ in rivals:
+            opened(other, folder, ranks, FinetuneSummary)  # refuses those that began with other weights
         return summary
     for _, other, folder, said in rivals:
         with at_work(folder, ranks, trains=True):  # the run's own lock is not taken once that is finished

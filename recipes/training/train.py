@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
@@ -26,7 +27,7 @@ from nepa_core.runtime.loggers import Listener, logger, shielded
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.optim import OptimConfig
 from nepa_core.runtime.run import Run, Summary, is_imported
-from nepa_core.runtime.weights import newest
+from nepa_core.runtime.weights import newest, read_weights
 from recipes.report.provenance import provenance
 from recipes.report.summaries import TrainingCost
 
@@ -57,6 +58,16 @@ def opened(config: BaseModel, run: Run, ranks: World, kind: type[Summary], *, mi
     if is_imported(str(run.path)):
         newest(run)
     if not goes_on and (summary := run.summary_of(kind)) is not None:
+        began, now = summary.get("began_with"), digest_of_start(config)
+        if began and now and began != now:
+            raise UserError(
+                f"{run.path} is finished and began with other weights than {start_name(config)} has now: name another "
+                "folder with out=DIR, or remove this one"
+            )
+        if ranks.is_main and (
+            unheard := [key for key in ("logger", "hooks") if getattr(cast(Recipe, config).train, key)]
+        ):
+            say(f"{run.path} is finished, so train.{unheard[0]} hears nothing of it")
         return summary
     recipe = cast(Recipe, config)
     if (logger := recipe.train.logger) is not None:
@@ -65,6 +76,25 @@ def opened(config: BaseModel, run: Run, ranks: World, kind: type[Summary], *, mi
         check_memory(model, ranks.device)
     check_data(recipe.data, predicts=hasattr(config, "objective"))
     return None
+
+
+def start_name(config: BaseModel) -> str | None:
+    """The run, folder or file that a config's training begins with; None: random weights, or those of a hub."""
+    init = getattr(config, "init", None) or getattr(config, "backbone", "").partition("@")[2]
+    return init if init and Path(init).exists() else None
+
+
+def digest_of_start(config: BaseModel) -> str | None:
+    """Tells those weights from others that a later command would find in their place; None where they can't be read."""
+    if (name := start_name(config)) is None:
+        return None
+    if Path(name).is_file():
+        with Path(name).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        return read_weights(name).digest
+    except UserError:
+        return None
 
 
 def check_memory(config: PredictorConfig, device: torch.device) -> None:
@@ -135,6 +165,8 @@ def train(
         midway: see `Run.open`. origin: see `fit`.
     """
     dataset = config.data.samples_of("train")
+    if origin is None and (digest := digest_of_start(cast(BaseModel, config))) is not None:
+        origin = {"digest": digest}
     plan(config.train, config.optim, samples=len(cast(Sized, dataset)), ranks=ranks.size)
     if ranks.is_main:
         say_leaks(config.data)
@@ -220,5 +252,6 @@ def cost(result: FitResult, model: nn.Module) -> TrainingCost:
         "unreadable_messages": result.unreadable,
         "changes": list(result.changes),
         "parameters": sum(value.numel() for value in model.parameters()),
+        **({"began_with": result.origin["digest"]} if result.origin else {}),
         "made_with": provenance(),
     }

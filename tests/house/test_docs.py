@@ -46,7 +46,7 @@ BUDGETS: dict[str, dict[str, str]] = {
     "probe": {"train_samples": "64", "test_samples": "64", "poolings": "mean"},
     "finetune": {"train.length.steps": "2", "train.batch": "8"},
     "segment": {"train.length.steps": "2", "train.batch": "2", "evaluation.images": "2"},
-    "forecast": {"fit_samples": "64", "steps": "2"},
+    "forecast": {"fit_samples": "64", "steps": "2", "flow_steps": "2", "test_windows": "8"},
     "inspect": {"samples": "2"},
     "embed": {"calibrate": "32"},
     "generate": {"samples": "12", "draws": "2", "decoder_steps": "3", "train_samples": "64"},

@@ -58,6 +58,9 @@ def test_forty_lines_outside_the_package_are_pretrained_probed_and_forecast(
     capsys.readouterr()
     assert main(words) == 0
     assert capsys.readouterr().err.count("(kept)") == 7, "finished rows are known again by the windows"
+    few = ["samples=19", "test_windows=20", "flow_steps=2", "season=12"]
+    assert main(["forecast", "run", "horizons=6", "fit_samples=300", *few]) == 0
+    assert "6 steps ahead samples of the pre-trained network " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("names", [("reverse",), pytest.param(("raster", "reverse"), marks=pytest.mark.slow)])

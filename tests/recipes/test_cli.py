@@ -302,7 +302,7 @@ def test_the_adapter_of_a_run_is_checked_and_the_run_left_alone(nepa: Nepa, run:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     said = nepa("check", str(run))
     assert said.status == 0
-    assert said.out.startswith("Waves passes all 21 checks.")
+    assert said.out.startswith("Waves passes all 22 checks.")
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
 
 

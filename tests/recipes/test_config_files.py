@@ -90,6 +90,17 @@ def test_a_run_is_made_of_a_file_and_the_command_line_goes_before_it(written: Ca
         (f"{HEAD}data.order: some_lab.orders:mine", "my.yaml, line 2: it names some_lab.orders:mine, code that"),
         (f"{HEAD}objective.terms: {{'lab:term': 1}}", "my.yaml, line 2: it names objective.terms.lab:term, code that"),
         (f"{HEAD}{'a: {' * 2000}", "my.yaml"),
+        (
+            f"{HEAD}out: runs/x\ntrain:\n  length:\n    steps: 3\n    epochs: 1",
+            "my.yaml, lines 5 and 6: train.length: a duration needs exactly one of steps, epochs, fraction",
+        ),
+        (f"{HEAD}'optim.lr ': 1", "my.yaml, line 2: the key 'optim.lr ' has blanks; take them out"),
+        (f"{HEAD}optim:\n  ' lr': 1", "my.yaml, line 3: the key ' lr' has blanks; take them out"),
+        (f"{HEAD}optim lr: 1", "my.yaml, line 2: the key 'optim lr' has blanks; take them out"),
+        (f"{HEAD}\nmodel.heads: 3", "my.yaml, line 3: model.dim=16 must be a multiple of 2 * model.heads=6"),
+        (f"{HEAD}a=b: 3", "my.yaml, line 2: unknown key a=b"),
+        ("optim.lr: 1\nrecipe: tests.tiny:no", "my.yaml, line 2: tests.tiny:no: tests.tiny has no 'no'"),
+        ("recipe: nowhere", "my.yaml, line 1: 'nowhere' is neither a run folder nor a recipe"),
     ],
 )
 def test_what_is_wrong_is_one_line_with_its_number(
@@ -103,6 +114,8 @@ def test_what_is_wrong_is_one_line_with_its_number(
 def test_a_key_of_the_command_line_has_no_line(fails: Callable[..., str], written: Callable[..., Path]) -> None:
     path = written(f"{HEAD}optim.lr: 1e-3")
     assert fails("pretrain", str(path), "optim.lr=fast").startswith("optim.lr=fast: ")
+    assert fails("pretrain", str(path), "model.heads=3").startswith("model.dim=16 must be a multiple")
+    assert fails("pretrain", str(path), "train.length.steps=2", "train.length.epochs=2").startswith("train.length: ")
     assert fails("pretrain", "absent.yml").startswith("absent.yml: No such file")
 
 

@@ -905,7 +905,7 @@ def test_an_image_in_both_splits_is_counted_and_said(tmp_path: Path, capsys: pyt
         assert shared.names[0] == (f"{tmp_path}/val/a/4.png", f"{tmp_path}/train/a/4.png")
 
     class Data:
-        def dataset(self, split: str) -> Any:
+        def samples_of(self, split: str) -> Any:
             return open_folder(tmp_path, split)
 
         def plain(self) -> Data:
@@ -921,7 +921,7 @@ def test_noise_and_adapters_without_contents_are_not_compared(capsys: pytest.Cap
     assert open_images("noise", "train", size=(8, 8), channels=3).contents() is None
 
     class Bare:
-        def dataset(self, split: str) -> Any:
+        def samples_of(self, split: str) -> Any:
             assert split == "train"
             return object()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,19 @@ import torch
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as torch_save_file
 
+import nepa_core
 from modalities.data.listing import shared_content
 from modalities.data.vectors import open_split
 from modalities.features import Features, open_both
 from nepa_core.basics import UnreadableSample, UserError
 from nepa_core.contract import check_modality
+from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.run import Run
+from recipes import pretrain
 from recipes.cli import main
+from recipes.configs import PretrainConfig
+from recipes.presets import small
+from recipes.readout.probing import subject
 
 SHAPE = (24, 7, 3)
 LAYOUTS = ("npy", "safetensors", "parquet", "folder")
@@ -105,6 +112,45 @@ def test_tokens_are_standardised_masked_and_placed(tmp_path: Path) -> None:
     assert torch.equal(tokens.coords, batch["coords"] / 2)
     raw = features.model_copy(update={"standardise": False}).read(batch)
     assert torch.equal(raw.values, batch["values"])
+
+
+def test_a_trained_run_standardises_by_what_it_was_trained_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = written(tmp_path / "own", "npy", label="class")
+    write(tmp_path / "other", "test", "npy", arrays("test", label="class"))
+    scaled = arrays("train", label="class")
+    write(tmp_path / "other", "train", "npy", scaled | {"values": 3 * scaled["values"] + 10})
+    sizes = {"model.dim": 16, "model.depth": 1, "model.heads": 2, "train.length.steps": 1, "train.batch": 8}
+    run, words = tmp_path / "run", [f"data.root={tmp_path / 'other'}"]
+    pretrain(override(small(own), sizes | {"verdict.test_samples": 8}), out=run, verbose=False)
+    assert "standardise_by" not in (run / "config.json").read_text()
+    for name, extra in {"a": [], "b": words, "c": [*words, f"data.standardise_by={tmp_path / 'other'}"]}.items():
+        assert main(["embed", str(run), "-q", f"out={tmp_path / name}.npy", *extra]) == 0
+    a, b, c = (np.load(tmp_path / f"{name}.npy") for name in "abc")
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 0.01
+    read = subject(str(run), None, {"data.root": str(tmp_path / "other")}, torch.device("cpu")).config.data
+    assert (read.root, read.standardise_by) == (str(tmp_path / "other"), str(tmp_path / "own"))  # type: ignore[attr-defined]
+    assert subject(str(run), None, {}, torch.device("cpu")).config.data == own
+    data = override(load_config(PretrainConfig, run / "config.json"), {"data.root": str(tmp_path / "other")}).data
+    assert nepa_core.load(run, data=data).data == read
+    assert main(["inspect", str(run), "samples=1", *words]) == 0
+    tuned = str(tmp_path / "tuned")
+    assert main(["finetune", str(run), "train.length.steps=8", "control=false", "-q", f"out={tuned}"]) == 0
+    losses = []
+    for extra in ([], words, [*words, f"data.standardise_by={tmp_path / 'other'}"]):
+        assert main(["evaluate", tuned, *extra]) == 0
+        losses.append(json.loads((tmp_path / "tuned" / "evaluate.json").read_text())["held_out_loss"])
+    assert losses[0] == losses[1] != losses[2]
+    capsys.readouterr()
+    saved = (run / "config.json").read_text()
+    (run / "config.json").write_text(saved.replace(str(tmp_path / "own"), "moved"))
+    assert nepa_core.load(run, data=data).data == data
+    assert "moved, which the network's vectors were standardised by, can't be read" in capsys.readouterr().err
+    words.append(f"data.standardise_by={tmp_path / 'own'}")
+    assert main(["embed", str(run), "-q", f"out={tmp_path / 'd'}.npy", *words]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "d.npy"), a)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

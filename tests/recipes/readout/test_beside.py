@@ -146,11 +146,28 @@ def test_what_cant_stand_beside_is_one_line(finished: Run, fails: Callable[..., 
     assert "has no 'of_toknes'; did you mean of_tokens?" in fails("probe", run, f"beside={HERE}:of_toknes")
     assert "is given twice" in fails("probe", run, f"beside={HERE}:flat,{HERE}:flat")
     assert "make it [8, D]" in fails("probe", run, f"beside={HERE}:one_number")
+    assert "complex numbers" in fails("probe", run, f"beside={HERE}:complex_numbers")
+    assert "numbers above 1e+15" in fails("probe", run, f"beside={HERE}:huge")
+    assert "SystemExit: 3" in fails("probe", run, f"beside={HERE}:leaves")
+    for name in ("", "timm:", "timm:@file.safetensors"):
+        assert "name each network: timm:NAME" in fails("probe", run, f"beside={name}")
     line = fails("probe", run, f"beside={HERE}:breaks")
     assert re.search(r"breaks called with a batch fails, line \d+ of test_beside.py: KeyError: 'nothing'", line)
     for task in ("probe", "finetune"):
         assert "pretrained=false is for beside=timm:NAME" in fails(task, run, "pretrained=false")
     assert "pretrained=false is for" in fails("probe", run, f"beside={HERE}:flat", "pretrained=false")
+
+
+def complex_numbers(batch: dict[str, Any]) -> torch.Tensor:
+    return torch.complex(flat(batch), flat(batch))
+
+
+def huge(batch: dict[str, Any]) -> torch.Tensor:
+    return 1e30 * flat(batch)
+
+
+def leaves(batch: dict[str, Any]) -> torch.Tensor:
+    raise SystemExit(3)
 
 
 def breaks(batch: dict[str, Any]) -> torch.Tensor:

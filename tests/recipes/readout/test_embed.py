@@ -113,7 +113,7 @@ def test_every_format_holds_the_same_rows(
     assert embed(run, *words, "out=odd:name/x.parquet") == 0
     assert embed(run, *words, f"out={tmp_path / 'o'}", f"format={suffix}") == 0
     folder, table = tmp_path / "o", pq.read_table(tmp_path / "odd:name" / "x.parquet")
-    assert (folder / "train.name.txt").read_text().splitlines() == table["name"].to_pylist()
+    assert (folder / f"train.{suffix}.name.txt").read_text().splitlines() == table["name"].to_pylist()
     numbers = [name for name in table.column_names if name != "name"]
     names = ["sample", "token", "label", "surprise", "surprise_quantile", "surprise_token", "final"]
     assert numbers == names
@@ -149,6 +149,13 @@ def test_best_is_the_row_that_the_probe_chose(run: Path) -> None:
     net = nepa_core.load(run)
     expected = net.encode(net.data.dataset("test"), layer=1, pooling="last")
     np.testing.assert_allclose(column(run / "embed" / "test.parquet", "best"), expected.numpy(), atol=1e-6)
+
+
+def test_an_adapter_that_reads_no_files_searches_no_folder(
+    run: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding, "list_files", lambda *_: pytest.fail("the folder was searched"))
+    assert "Waves has no files(paths)" in fails("embed", str(run), "files=.")
 
 
 def test_samples_that_can_t_be_read_are_left_out_and_named(
@@ -211,6 +218,71 @@ def test_what_was_killed_goes_on_and_ends_byte_for_byte(
     assert before == [(out / "x.parquet").stat().st_mtime_ns]
 
 
+def test_npy_of_several_layers_is_guarded_as_one_file_is(
+    run: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["layer=1,embedding", "pooling=none", "surprise=tokens", "out=o", "format=npy"]
+    assert embed(run, *words) == 0
+    before = stored(Path("o"))
+    assert {"test.layer_1.npy", "test.embedding.npy", "test.npy.name.txt"} < set(before)
+    assert "test.npy" not in before
+    said = fails("embed", str(run), "layer=1,2", "out=o", "format=npy")
+    assert said.startswith('o/test.npy was made with other settings (layer [1,"embedding"] -> [1,2], pooling none -> ')
+    assert said.endswith("or remove the files that o/test.npy.json lists")
+    assert stored(Path("o")) == before
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding, "_compute", lambda *_, **__: 1 / 0)
+        assert embed(run, *words) == 0
+    assert capsys.readouterr().out.startswith("This table is finished")
+    Path("o/test.embedding.npy").unlink()
+    assert embed(run, *words) == 0
+    assert stored(Path("o")) == before
+    for path in Path("o").glob("*.npy*"):
+        if path.suffix != ".json":
+            path.unlink()
+    assert embed(run, "layer=1,2", "out=o", "format=npy") == 0
+    assert set(stored(Path("o"))) == {f"test.{name}.npy" for name in ("sample", "label", "layer_1", "layer_2")} | {
+        "test.npy.name.txt"
+    }
+
+
+@pytest.mark.parametrize("name", ["u.label.npy", "u.layer_1.npy", "u.npy.name.txt", "u.npy.json"])
+def test_files_of_others_are_not_overwritten(run: Path, fails: Callable[..., str], name: str) -> None:
+    Path(name).write_text("mine")
+    assert fails("embed", str(run), "layer=1,2", "out=u.npy").startswith(f"{name} is there and not of `nepa embed`: ")
+    assert [path.name for path in Path().iterdir() if path.is_file()] == [name]
+    assert Path(name).read_text() == "mine"
+    assert not list(Path().glob(".writing*"))
+
+
+def test_tables_of_one_stem_and_of_a_column_s_name_stay_apart(run: Path, fails: Callable[..., str]) -> None:
+    assert embed(run, "out=x.npy") == 0
+    assert embed(run, "data.samples=30", "out=x.safetensors") == 0
+    more, fewer = (Path(f"x.{kind}.name.txt").read_text().splitlines() for kind in ("npy", "safetensors"))
+    assert (len(more), len(fewer)) == (len(np.load("x.npy")), len(load_file("x.safetensors")["final"]))
+    assert len(more) > len(fewer)
+    assert "x.label.npy is there and not of" in fails("embed", str(run), "out=x.label.npy")
+
+
+def test_a_table_that_was_killed_while_its_files_were_moved_is_its_own(
+    run: Path, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == "x.sample.npy":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        assert embed(run, "out=o/x.npy") == 130
+    assert Path("o/x.npy.name.txt").exists()
+    assert embed(run, "out=o/x.npy") == 0
+    assert len(np.load("o/x.label.npy")) == 48
+
+
 @pytest.mark.slow
 def test_a_table_that_is_killed_without_goodbye_goes_on(run: Path, tmp_path: Path) -> None:
     def start(out: Path) -> subprocess.Popen[bytes]:
@@ -230,7 +302,7 @@ def test_a_table_that_is_killed_without_goodbye_goes_on(run: Path, tmp_path: Pat
     assert start(tmp_path / "o" / "whole.npy").wait(120) == 0
     assert whole.wait(120) == 0
     found = stored(tmp_path / "o")
-    assert {"whole.npy", "whole.sample.npy", "whole.token.npy", "whole.name.txt"} < set(found)
+    assert {"whole.npy", "whole.sample.npy", "whole.token.npy", "whole.npy.name.txt"} < set(found)
     assert {name: (tmp_path / name).read_bytes() for name in found} == found
 
 
@@ -358,6 +430,50 @@ def test_surprise_flags_corrupted_samples_and_places(tmp_path: Path) -> None:
     rise = [of_token[row & (token == i)].mean() - of_token[~row & (token == i)].mean() for i in range(6)]
     assert abs(rise[0]) < 0.1, "before the exchange nothing is odd"
     assert min(rise[2:]) > 0.3
+
+
+class Short(Waves):
+    """Every fourth sample of both splits is one token, and without BOS nothing predicts it.
+
+    Attributes:
+        of_one: the others, too.
+    """
+
+    ragged: bool = True
+    of_one: bool = False
+
+    def dataset(self, split: str) -> Any:
+        samples: Any = super().dataset(split)
+        one = torch.tensor(1)
+        return [samples[i] | ({"length": one} if self.of_one or i % 4 == 0 else {}) for i in range(len(samples))]
+
+
+def test_what_nothing_predicts_has_no_quantile_and_counts_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fails: Callable[..., str]
+) -> None:
+    config = override(tiny.recipe(), {"model.bos": False, "data": Short(), "train.length.steps": 1})
+    pretrain(config, Run(tmp_path / "run"), ALONE, show=False)
+    out, net = tmp_path / "x.parquet", nepa_core.load(tmp_path / "run")
+    assert embed(tmp_path / "run", "surprise=true", f"out={out}") == 0
+    surprise, quantile = column(out, "surprise"), column(out, "surprise_quantile")
+    silent = np.isnan(surprise)
+    assert silent[::4].all()
+    assert not silent.all()
+    assert np.array_equal(np.isnan(quantile), silent)
+    usual = net.surprise(net.data.dataset("train")).numpy()
+    known = usual[~np.isnan(usual)]
+    assert len(known) < 48
+    np.testing.assert_allclose(
+        quantile[~silent], [(known < each - 1e-7).mean() for each in surprise[~silent]], atol=1.5 / len(known)
+    )
+    record = json.loads(Path(f"{out}.json").read_text())["surprise"]
+    assert record["samples"] == len(known)
+    assert (record["rows_above_0.99"], record["rows_not_predicted"]) == ((quantile > 0.99).sum(), silent.sum())
+    assert f"{silent.sum()} more rows have none (NaN): nothing in them is predicted." in capsys.readouterr().out
+    said = fails("embed", str(tmp_path / "run"), "surprise=true", "data.of_one=true", "out=y.npy")
+    assert said == (
+        "surprise_quantile compares with usual=train, where nothing is predicted; calibrate=0 leaves it out"
+    )
 
 
 def test_networks_that_see_what_they_predict_are_not_surprised(run: Path, fails: Callable[..., str]) -> None:

@@ -14,20 +14,21 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import Dataset, default_collate
 
 from modalities.data.images import open_images
-from nepa_core.basics import UserError
+from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.predictor import PredictorConfig, Trace
-from nepa_core.runtime.config import load_config
+from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.weights import read_weights
 from nepa_core.tokens import Sketch, Tokens
 from recipes.cli import main
 from recipes.configs import PretrainConfig, SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
-from recipes.readout.inspecting import chosen_samples, inspect, load_network
+from recipes.readout.inspecting import chosen_samples, inspect, load_network, worst_predicted
 from recipes.report.plots import Panel, inside, line_plot, panel_plot
 from recipes.report.plots import spread_out as spread
 from recipes.report.segment import palette
@@ -44,6 +45,8 @@ from recipes.tasks.inspect import read_config
 from recipes.training.segmentation import load_segmenter, predict_image
 from tests import tiny
 from tests.modalities.test_image import adapter, encoded, picture
+from tests.modalities.test_timeseries import adapter as series_adapter
+from tests.modalities.test_timeseries import walk, write_csv
 from tests.tiny import CPU, Waves
 from tests.tiny_scenes import scene, write_scenes
 
@@ -340,6 +343,56 @@ def test_distances_are_in_units_of_the_grid() -> None:
     assert float(far[0].layers[-1].distance) == pytest.approx(35 / 18)  # of six tokens in a line
 
 
+class Odd(Waves):
+    """Every other token of one held-out sample points the other way."""
+
+    def dataset(self, split: str) -> Dataset[Batch]:
+        series = super().dataset(split)
+        assert isinstance(series, tiny.Series)
+        series.values = series.values.clone()
+        series.values[8, 1::2] *= -1
+        return series
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_sample_that_was_made_odd_is_the_worst_predicted(tmp_path: Path, bos: bool) -> None:
+    changes = {"train.length.steps": 120, "model.bos": bos, "train.ema": None, "data.samples": 400}
+    config = override(tiny.recipe(), changes)
+    model, _, _ = tiny.training(config, tmp_path / "run", evaluate=lambda _: {})
+    found = worst_predicted(model.eval(), Odd(ragged=False), Options(worst=2))
+    assert (found.searched, len(found.samples), len(found.tokens)) == (48, 2, 2)
+    assert found.samples[0].name.startswith("test 8,")
+    with torch.no_grad():
+        tokens = Odd().read(default_collate([Odd().dataset("test")[i] for i in range(48)]))
+        out = model(tokens, causal=True)
+    slow = torch.full((48, 6), torch.nan)
+    for token in range(1 - bos, 6):
+        target = out.embeddings[:, token + bos]
+        slow[:, token] = -torch.cosine_similarity(out.predictions[:, token + bos - 1], target, -1)
+    assert found.mean == pytest.approx(float(slow.nanmean()), abs=1e-5)
+    by_sample, by_token = slow.nanmean(1), slow[:, 1:].amax(1)
+    for each, scores in ((found.samples, by_sample), (found.tokens, by_token)):
+        numbers = scores.argsort(descending=True)[:2].tolist()
+        assert [failure.name.split(",")[0] for failure in each] == [f"test {number}" for number in numbers]
+        for failure, number in zip(each, numbers, strict=True):
+            assert torch.allclose(failure.losses, slow[number], atol=1e-5, equal_nan=True)
+            assert failure.token == int(slow[number, 1:].argmax()) + 1, "the first token is as hard in any sample"
+
+
+def test_losses_stand_at_their_tokens_in_any_order_and_windows_of_one_stretch_are_one_case(tmp_path: Path) -> None:
+    data = Backwards(ragged=True)
+    found = worst_predicted(_network(data), data, Options(worst=48))
+    assert len(found.samples) == 48
+    for each in found.samples:
+        length = int((~each.losses.isnan()).sum())
+        assert not each.losses[:length].isnan().any()
+        assert each.token < length - 1, "the last token is the first that is predicted"
+    series = series_adapter(write_csv(tmp_path, walk()))
+    found = worst_predicted(_network(series), series, Options(worst=48))
+    assert found.searched == 29
+    assert len(found.samples) == len(series.dataset("test").spans().cluster.unique()) < 29  # type: ignore[attr-defined]
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -382,6 +435,21 @@ def test_inspect_writes_pictures_and_one_page(runs: Path, name: str, capsys: pyt
         assert (word in page) == (name != "tuned"), word
     assert ("was trained on labels" in page) == ("was trained on labels" in shown) == (name == "tuned")
     assert {path: path.read_bytes() for path in report} == report
+
+
+@pytest.mark.parametrize("name", ["backwards", "images"])
+def test_failure_cases_stand_on_the_page(runs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["inspect", str(runs / name), "samples=1"]
+    assert main([*words, "worst=2"]) == 0
+    shown, folder = capsys.readouterr().out, runs / name / "inspect"
+    page = (folder / "index.html").read_text()
+    for text in (shown, page):
+        assert "worst at" in text
+        assert "Predicted worst" in text
+    assert {"worst_samples.png", "worst_tokens.png"} < {path.name for path in folder.iterdir()}
+    assert main(words) == 0
+    assert not list(folder.glob("worst_*.png"))
+    assert "worst at" not in capsys.readouterr().out
 
 
 def test_what_predicts_no_next_token_is_not_asked_for_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -487,6 +555,9 @@ def test_files_are_brought_to_the_size_of_the_run(runs: Path, tmp_path: Path) ->
         ("recipe", ["layer=last"], "layer=last: input should be a valid integer"),
         ("images", ["query=[0,4]"], "query=[0,4]: the tokens lie on 2 rows and 4 columns"),
         ("backwards", ["query=5", "samples=20"], "query=5: test"),
+        ("recipe", ["worst=-1"], "worst=-1"),
+        ("tuned", ["worst=2"], "worst=2: this network was trained on labels"),
+        ("recipe", ["worst=2", "causal=false"], "worst=2: attention is bidirectional"),
         ("recipe", ["layer=3"], "layer=3: this network has layers 1 to 2"),
         ("recipe", ["head=0"], "head=0"),
         ("recipe", ["split=val"], "split=val"),

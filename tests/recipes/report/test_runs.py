@@ -118,6 +118,58 @@ def test_what_is_damaged_is_named_and_the_rest_is_shown(runs: Path, capsys: pyte
         assert "runs/one/summary.json can't be read: nested too deeply" in said
         assert "\\x1b[31m" in said
         assert "\x1b" not in said
+        figures = f"runs/four/summary.json is damaged: retrieval_top1 is true, loss is {'1' + 36 * '0'}..."
+        assert figures in said
+        assert "runs/four/probe.json is damaged: it has no figure of its best row" in said
+
+
+def test_a_finished_run_has_all_its_lines_and_figures(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = runs / "one"
+    lines = (one / "metrics.jsonl").read_text()
+    with (runs / "two" / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step"')  # is being written
+    for change, said in {
+        '{"best": {"accuracy": "high"}}': "runs/one/probe.json is damaged: accuracy is high",
+        '{"best": {"r2": NaN}}': None,
+        '{"best": {}}': "runs/one/probe.json is damaged: it has no figure of its best row",
+        '{"layers": []}': "runs/one/probe.json is damaged: it has no figure of its best row",
+    }.items():
+        (one / "probe.json").write_text(change)
+        assert main(["runs"]) == 0
+        out = capsys.readouterr().out
+        assert (said is None) == ("damaged" not in out)
+        assert said is None or said in out
+        assert "nan" not in out
+    (one / "metrics.jsonl").write_text(lines[:-9])
+    assert main(["runs"]) == 0
+    assert f"runs/one/metrics.jsonl, line {lines.count(chr(10))}, is damaged" in capsys.readouterr().out
+    (one / "metrics.jsonl").unlink()
+    assert main(["runs"]) == 0
+    assert "runs/one/metrics.jsonl is missing" in capsys.readouterr().out
+    summary = json.loads((one / "summary.json").read_text())
+    (one / "summary.json").write_text(json.dumps(summary | {"retrieval_top1": float("nan")}))
+    assert main(["runs", "runs/one"]) == 0
+    assert " NaN " in capsys.readouterr().out
+
+
+def test_what_has_no_config_of_ours_is_no_run(
+    runs: Path, fails: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "other").mkdir()
+    (runs / "other" / "config.json").write_text('{"a": 1}')
+    assert main(["runs"]) == 0
+    assert "runs/other" not in capsys.readouterr().out
+    assert fails("runs", "runs/one", "runs/other") == "runs/other is not a run folder"
+
+
+def test_a_page_needs_two_runs(runs: Path, fails: Callable[..., str]) -> None:
+    said = "runs/one is named 2 times: name another run beside it, or it once"
+    assert fails("runs", "runs/one", "runs/one") == said
+    assert fails("runs", "runs/one", "./runs/one/") == said
+    assert fails("runs", "runs", "out=page") == (
+        "out=page is for the page of two runs or more: name them, or leave out= away"
+    )
+    assert not Path("page").exists()
 
 
 def test_the_names_and_defaults_of_before_are_no_difference(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

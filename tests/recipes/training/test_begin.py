@@ -18,6 +18,7 @@ from nepa_core.runtime.fit import Interrupted
 from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import begin_from, read_weights
 from recipes import pretrain
+from recipes.cli import main
 from recipes.comparison.engine import config_digest
 from recipes.report.summaries import PretrainSummary
 from recipes.training import pretraining
@@ -121,6 +122,19 @@ def test_a_stopped_run_goes_on_without_what_it_began_with(
     (run.path / "summary.json").unlink()
     with pytest.raises(UserError, match="there is no such folder"):
         pretrain(tmp_path.joinpath("run").as_posix(), verbose=False)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_a_finished_run_is_not_shown_for_other_weights_than_it_began_with(
+    task: str, tmp_path: Path, first: Path, fails: Callable[..., str]
+) -> None:
+    start = shutil.copytree(first, tmp_path / "start")
+    words = [task, "tests.tiny:recipe", f"init={start}", f"out={tmp_path / 'run'}", "train.length.steps=3"]
+    assert main(words) == main(words) == 0
+    pretrain(str(start), changes={"train.length.steps": 14}, verbose=False)
+    assert f"is finished and began with other weights than {start} has now" in fails(*words)
+    shutil.rmtree(start)
+    assert main(words) == 0, "whatever became of those"
 
 
 def test_comparisons_do_not_begin_with_other_weights(first: Path) -> None:

@@ -131,6 +131,27 @@ def test_it_starts_from_its_weights_with_a_classifier_of_zeros(root: str, tmp_pa
         torch.testing.assert_close(model(tokens, causal=False), model.backbone(seen))
 
 
+def test_a_file_that_has_other_weights_now_is_said(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = (
+        "finetune",
+        f"{HERE}:images",
+        f"data.root={root}",
+        "out=run",
+        "control=false",
+        f"beside={VIT}@own.safetensors",
+    )
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_file(timm.create_model("test_vit", num_classes=7).state_dict(), "own.safetensors")
+        if seed == 0:
+            assert main(list(words)) == 0
+            assert main(list(words)) == 0
+    assert "began with other weights than own.safetensors has now" in fails(*words)
+
+
 def test_grey_images_are_given_in_three_channels() -> None:
     half = (0.5,)
     grey = Images(source="digits", size=(8, 8), patch=(4, 4), channels=1, mean=half, std=half)
