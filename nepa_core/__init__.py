@@ -10,17 +10,19 @@ D model width, H heads, K head width, P raw token size, A coordinate axes, S sam
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.contract import check_modality
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA, Prediction
 from nepa_core.objective import next_embedding_loss
 from nepa_core.predictor import Predictor, PredictorConfig
-from nepa_core.pretrainer import ObjectiveConfig, Pretrainer
 from nepa_core.tokens import Signal, Sketch, Spans, Tokens
+
+if TYPE_CHECKING:
+    from nepa_core.contract import check_modality
+    from nepa_core.pretrainer import ObjectiveConfig, Pretrainer
 
 __all__ = [
     "NEPA",
@@ -45,10 +47,19 @@ __all__ = [
 ]
 
 
+LATER = {
+    "ObjectiveConfig": "pretrainer",
+    "Pretrainer": "pretrainer",
+    "check_modality": "contract",
+    "load": "runtime.load",
+}
+"""Name -> its module, imported when it is asked for: an adapter needs no objective, a loop of one's own no runtime."""
+
+
 def __getattr__(name: str) -> Any:
-    """`load` and `__version__`, looked up when they are asked for: a loop of one's own needs no runtime."""
-    if name == "load":
-        return import_module("nepa_core.runtime.load").load
+    """What is looked up when it is asked for: the names of `LATER`, and `__version__`."""
+    if name in LATER:
+        return getattr(import_module(f"nepa_core.{LATER[name]}"), name)
     if name == "__version__":
         return import_module("nepa_core.version").version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
