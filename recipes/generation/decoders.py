@@ -137,12 +137,18 @@ def _pairs(
         yield predicted.cpu()[chosen], coords[chosen], part.values[chosen].float(), embeddings.cpu()[chosen]
 
 
-def fit_flow(pairs: Pairs, config: DecoderConfig, device: torch.device, meter: Meter | None = None) -> FlowHead:
-    """A flow head, trained on the pairs; a function of these and the config alone."""
-    count, dtype = len(pairs.values), torch.float32
+def new_flow(pairs: Pairs, config: DecoderConfig) -> FlowHead:
+    """A flow head with the weights of the seed. Not for threads: they share the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_seed(config.seed, "flow"))
-        head = FlowHead(config.flow, pairs.values.shape[-1], pairs.prediction.shape[-1], pairs.coords.shape[-1])
+        return FlowHead(config.flow, pairs.values.shape[-1], pairs.prediction.shape[-1], pairs.coords.shape[-1])
+
+
+def fit_flow(
+    head: FlowHead, pairs: Pairs, config: DecoderConfig, device: torch.device, meter: Meter | None = None
+) -> FlowHead:
+    """The head trained on the pairs; a function of these, its weights and the config alone."""
+    count, dtype = len(pairs.values), torch.float32
     head = head.measure(Tokens(pairs.values[None], pairs.coords)).to(device)
     values = head.standardised(pairs.values.to(device, dtype))
     prediction, coords = pairs.prediction.to(device), pairs.coords.to(device)
@@ -171,13 +177,18 @@ def fit_decoders(
     pairs = {name: collect(model, parts, causal=causal, seed=config.seed) for name, model in models.items()}
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     beside = min(threads, len(models))
+    heads = [new_flow(each, config) for each in pairs.values()]
     with Meter(config.steps, enabled=show, noun="decoder step") as meter:
+
+        def fitted(head: FlowHead, each: Pairs) -> FlowHead:
+            return fit_flow(head, each, config, device, meter)
+
         if beside == 1:
-            flows = [fit_flow(each, config, device, meter) for each in pairs.values()]
+            flows = list(map(fitted, heads, pairs.values()))
         else:
             single = partial(torch.set_num_threads, 1)
             with ThreadPoolExecutor(beside, initializer=single) as pool:
-                flows = list(pool.map(lambda each: fit_flow(each, config, device, meter), pairs.values()))
+                flows = list(pool.map(fitted, heads, pairs.values()))
     return {
         name: Decoders(fit_mean(each.prediction, each.values), fit_mean(each.embedding, each.values), flow).to(device)
         for (name, each), flow in zip(pairs.items(), flows, strict=True)

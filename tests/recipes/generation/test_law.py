@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nepa_core.tokens import Tokens
 from nepa_core.verdict.intervals import over_samples
-from recipes.generation.decoders import DecoderConfig, Pairs, fit_flow
+from recipes.generation.decoders import DecoderConfig, Pairs, fit_flow, new_flow
 from recipes.generation.reading import Kept, read_samples
 from recipes.timeseries import demo
 from tests.tiny import CPU
@@ -30,7 +30,8 @@ def test_the_law_of_a_vector_autoregression_is_recovered() -> None:
         for part in train.parts
     ]
     condition, coords, values = map(torch.cat, zip(*found, strict=True))
-    head = fit_flow(Pairs(condition, coords, values, condition), DecoderConfig(steps=2000, batch=512), CPU)
+    pairs, config = Pairs(condition, coords, values, condition), DecoderConfig(steps=2000, batch=512)
+    head = fit_flow(new_flow(pairs, config), pairs, config, CPU)
     shifts, covariances, draw = list[Tensor](), list[Tensor](), torch.Generator().manual_seed(0)
     for part in test.parts[:8]:
         law = data.known_law(part)
