@@ -29,6 +29,7 @@ def test_weights_that_are_not_there_or_hold_code_are_refused_before_anything(
     assert not (tmp_path / "run" / "generate").exists()
 
 
+@pytest.mark.slow
 def test_only_pictures_have_one(fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recipes.generation.generating.check_weights", lambda file: None)
     run, short = str(tmp_path / "run"), ("train.length.steps=1", "verdict.fit_samples=16", "verdict.test_samples=8")
