@@ -25,10 +25,12 @@ test-newest:
 test-loggers: .venv-loggers/.ready
 	.venv-loggers/bin/python -m pytest -m "slow or not slow" tests/nepa_core/runtime/test_loggers.py
 
-# without constraints: these libraries hold back what others need newer
-.venv-loggers/.ready: pyproject.toml
+# on top of .venv, and without constraints: these libraries hold back what others need newer
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+.venv-loggers/.ready: $(READY)
 	$(PYTHON) -m venv .venv-loggers
-	.venv-loggers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,wandb,mlflow,trackio]'
+	$(CURDIR)/$(BIN)/python $(PURELIB) > "$$(.venv-loggers/bin/python $(PURELIB))/base.pth"
+	.venv-loggers/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[wandb,mlflow,trackio]'
 	@touch $@
 
 check: $(READY)
