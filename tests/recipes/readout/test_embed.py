@@ -406,6 +406,7 @@ class Corrupted(Waves):
         ]
 
 
+@pytest.mark.slow
 def test_surprise_flags_corrupted_samples_and_places(tmp_path: Path) -> None:
     config = override(small(Corrupted()), {"train.length.steps": 300, "train.batch": 32, "train.evaluate": 300})
     config = override(config, {"model.dim": 32, "model.depth": 2, "model.heads": 2, "optim.lr": 2e-3})

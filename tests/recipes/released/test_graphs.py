@@ -84,6 +84,7 @@ def nepa(*words: object) -> int:
     return nepa_main([str(word) for word in words])
 
 
+@pytest.mark.slow
 def test_a_graph_of_torch_takes_any_number_and_length_of_samples(run: Path, tmp_path: Path) -> None:
     net, file = nepa_core.load(run), tmp_path / "x.pt2"
     record = export_graph(net, EACH, "torch", file)

@@ -119,6 +119,7 @@ def test_card_figures_and_page_of_a_run(run: Path, capsys: pytest.CaptureFixture
     assert (run / "generate" / "card.txt").read_text() == said
 
 
+@pytest.mark.slow
 def test_decoders_are_kept_with_the_run_and_another_runs_are_not_taken(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +140,7 @@ def test_decoders_are_kept_with_the_run_and_another_runs_are_not_taken(
     assert fitted == [1]
 
 
+@pytest.mark.slow
 def test_options_change_what_they_say(run: Path) -> None:
     """Each beside the defaults, by what it does to the figures."""
     net, config = load(run), load_config(PretrainConfig, run / "config.json")
@@ -181,6 +183,7 @@ def test_a_region_is_made_by_a_network_that_is_told_where(tmp_path: Path) -> Non
     assert "all but the region [1, 0, 3, 1]" in (run / "generate" / "card.txt").read_text()
 
 
+@pytest.mark.slow
 def test_sound_can_be_heard(tmp_path: Path) -> None:
     run = trained(tmp_path / "spoken", spoken(), data__bands=16)
     assert generate(run, "samples=6") == 0
@@ -189,6 +192,7 @@ def test_sound_can_be_heard(tmp_path: Path) -> None:
     assert (run / "generate" / "completed_0.wav").read_bytes().startswith(b"RIFF")
 
 
+@pytest.mark.slow
 def test_a_known_law_stands_on_the_card_and_is_no_rival(tmp_path: Path) -> None:
     run = trained(tmp_path / "series", series())
     assert generate(run) == 0
