@@ -156,6 +156,7 @@ def test_what_refuses_the_orders_of_an_adapter_says_the_lines_that_it_lacks(
 
 
 @pytest.mark.usefixtures("folder")
+@pytest.mark.slow
 def test_the_readme_example_keeps_the_contract_and_trains() -> None:
     """And every command that the README gives for it; the rest of the README runs with the slow tests."""
     found = blocks(ROOT / "README.md")

@@ -121,6 +121,7 @@ def test_a_defect_in_a_loader_process_is_not_called_a_killed_process(tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_was_there_before_or_can_be_gone_on_from_stays(fails: Callable[..., str]) -> None:
     Path("empty").mkdir()
     assert MANY in fails("pretrain", LATE, "out=empty")

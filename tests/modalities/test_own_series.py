@@ -39,6 +39,7 @@ def tides(**changes: Any) -> Any:
     return type("Other", (kind,), {"__module__": "my_series", **changes})() if changes else kind()
 
 
+@pytest.mark.slow
 def test_forty_lines_outside_the_package_are_pretrained_probed_and_forecast(
     elsewhere: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +65,7 @@ def test_forty_lines_outside_the_package_are_pretrained_probed_and_forecast(
 
 
 @pytest.mark.parametrize("names", [("reverse",), pytest.param(("raster", "reverse"), marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_orders_compares_its_orders(elsewhere: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]) -> None:
     monkeypatch.setattr(engine, "share", lambda jobs, *, workers: engine.work_through(jobs))
     monkeypatch.setattr(orders, "share", engine.share)

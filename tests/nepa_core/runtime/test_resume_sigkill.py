@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 KEYS = ["train.length.steps=80", "train.checkpoint=10", "train.log=7", "train.evaluate=25"]
@@ -33,6 +35,7 @@ def results(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_byte_for_byte_as_one_that_was_not(tmp_path: Path) -> None:
     whole, killed = start(tmp_path / "whole"), start(tmp_path / "killed")
     wait_for(tmp_path / "killed" / "checkpoints" / "step_00000010", killed)

@@ -252,6 +252,7 @@ def test_an_imported_run_trains_on_from_its_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.slow
 def test_tuning_an_imported_run_starts_from_it_and_leaves_it_as_it_came(
     classes: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
