@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, Field
@@ -35,17 +35,18 @@ from recipes.generation.reading import scored
 from recipes.readout.features import weights_digest
 
 _BYTES = 2**28  # most that the pairs of one network take
-_LR, _WARMUP, _DECAY = 4e-3, 0.05, 0.01  # the rate is that of width 128 or less, and falls with the width
+_WARMUP, _DECAY = 0.05, 0.01
 FILE, RECORD = "decoders.safetensors", "decoders.json"
 
 
 class DecoderConfig(BaseModel):
-    """How the flow head is made and trained: AdamW at 4e-3 (less beyond width 128), 5 % warm-up, a cosine to 0.
+    """How the flow head is made and trained: AdamW, 5 % warm-up, a cosine to 0.
 
-    Chosen here on digits, where half the steps at this rate served both networks as well as twice as many at 1e-3.
+    The rate was chosen here on digits: half the steps at it served both networks as well as twice as many at 1e-3.
 
     Attributes:
-        steps, batch: of training, in tokens. seed: of weights, draws and noise.
+        steps, batch: of training, in tokens. lr: the highest rate, of width 128 or less; it falls with the width.
+        seed: of weights, draws and noise.
     """
 
     model_config = FROZEN
@@ -53,7 +54,19 @@ class DecoderConfig(BaseModel):
     flow: FlowConfig = FlowConfig()
     steps: int = Field(gt=0, le=10**9)
     batch: int = Field(default=256, gt=0)
+    lr: float = Field(default=4e-3, gt=0)
     seed: int = Field(default=0, ge=0)
+
+
+class Read(Protocol):
+    """What a flow head reads: predictions [M, D], and coordinates [M, A] and values [M, P] of the next tokens."""
+
+    @property
+    def prediction(self) -> Tensor: ...
+    @property
+    def coords(self) -> Tensor: ...
+    @property
+    def values(self) -> Tensor: ...
 
 
 class Pairs(NamedTuple):
@@ -137,7 +150,7 @@ def _pairs(
         yield predicted.cpu()[chosen], coords[chosen], part.values[chosen].float(), embeddings.cpu()[chosen]
 
 
-def new_flow(pairs: Pairs, config: DecoderConfig) -> FlowHead:
+def new_flow(pairs: Read, config: DecoderConfig) -> FlowHead:
     """A flow head with the weights of the seed. Not for threads: they share the global generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold_seed(config.seed, "flow"))
@@ -145,16 +158,16 @@ def new_flow(pairs: Pairs, config: DecoderConfig) -> FlowHead:
 
 
 def fit_flow(
-    head: FlowHead, pairs: Pairs, config: DecoderConfig, device: torch.device, meter: Meter | None = None
+    head: FlowHead, pairs: Read, config: DecoderConfig, device: torch.device, meter: Meter | None = None
 ) -> FlowHead:
     """The head trained on the pairs; a function of these, its weights and the config alone."""
     count, dtype = len(pairs.values), torch.float32
     head = head.measure(Tokens(pairs.values[None], pairs.coords)).to(device)
     values = head.standardised(pairs.values.to(device, dtype))
     prediction, coords = pairs.prediction.to(device), pairs.coords.to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=_LR, weight_decay=_DECAY, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=_DECAY, betas=(0.9, 0.99), fused=True)
     draw = torch.Generator(device).manual_seed(fold_seed(config.seed, "noise"))
-    peak, warmup = _LR * min(1.0, 128 / config.flow.width), round(_WARMUP * config.steps)
+    peak, warmup = config.lr * min(1.0, 128 / config.flow.width), round(_WARMUP * config.steps)
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = peak * lr_factor(step, warmup=warmup, total=config.steps)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from nepa_core.basics import UserError
-from nepa_core.flow import FlowConfig
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
 from nepa_core.rollout import check_generates
@@ -22,15 +21,16 @@ from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.run import Run
 from nepa_core.verdict.intervals import over_both
 from recipes.configs import PretrainConfig
+from recipes.generation.decoders import DecoderConfig, fit_flow, new_flow
 from recipes.generation.futures import (
     FIGURES,
+    HEAD_LR,
     SOLVER_STEPS,
     Layout,
     Point,
     Sampler,
     Scores,
     best_season,
-    fit_head,
     layout_of,
     pairs_of,
     repeat_season,
@@ -118,7 +118,7 @@ def table_rows(
     device: torch.device,
 ) -> list[Row[SampledFigures]]:
     """Horizon by horizon. series: `series_digest`."""
-    untrained, flow = build_model(config).to(device).eval(), FlowConfig()
+    untrained = build_model(config).to(device).eval()
     about = {
         "sampled": SAMPLED,
         "data": data.model_dump(mode="json", exclude={"root"}),
@@ -127,8 +127,11 @@ def table_rows(
         "test_windows": options.test_windows,
         "fitted_on": options.fit_samples,
     }
-    causal, seed = config.objective.causal, config.train.seed
-    head = {"steps": options.flow_steps, "flow": flow.model_dump(), "solver": SOLVER_STEPS, "seed": seed}
+    causal, training = (
+        config.objective.causal,
+        DecoderConfig(steps=options.flow_steps, lr=HEAD_LR, seed=config.train.seed),
+    )
+    head = {"training": training.model_dump(), "solver": SOLVER_STEPS}
     held = max(options.fit_samples // 4, 1)
 
     def measured(horizon: int, make: Callable[[], tuple[Sampler, SampledFigures]]) -> Callable[[Run], SampledFigures]:
@@ -142,7 +145,7 @@ def table_rows(
     def continued(name: str, network: NEPA, horizon: int) -> Row[SampledFigures]:
         def make() -> tuple[Sampler, SampledFigures]:
             pairs = pairs_of(network, data, layout, horizon, options.fit_samples, device, causal=causal)
-            fitted = fit_head(pairs, options.flow_steps, seed, flow)
+            fitted = fit_flow(new_flow(pairs, training), pairs, training, device).eval().requires_grad_(False)
             return rolled_out(network, fitted, data, layout, horizon, options.samples, causal=causal), {}
 
         depends = about | head | {"weights": weights_digest(network), "causal": causal}

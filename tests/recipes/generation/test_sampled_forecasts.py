@@ -27,12 +27,13 @@ from nepa_core.runtime.run import Run
 from nepa_core.tokens import Tokens
 from recipes.cli import main
 from recipes.generation import futures
+from recipes.generation.decoders import DecoderConfig, fit_flow, new_flow
 from recipes.generation.futures import (
     FIGURES,
+    HEAD_LR,
     Sampler,
     Scores,
     best_season,
-    fit_head,
     layout_of,
     pairs_of,
     read_on,
@@ -67,7 +68,8 @@ def figures(scores: Scores) -> dict[str, float]:
 def continued(data: TimeSeries, horizon: int, *, samples: int, steps: int, **changes: Any) -> Sampler:
     model, layout = network(data, **changes), layout_of(data, data.forecasts("validation", horizon))
     pairs = pairs_of(model, data, layout, horizon, 10_000, CPU, causal=True)
-    head = fit_head(pairs, steps, 0, FlowConfig(width=64))
+    config = DecoderConfig(flow=FlowConfig(width=64), steps=steps, lr=HEAD_LR)
+    head = fit_flow(new_flow(pairs, config), pairs, config, CPU).eval().requires_grad_(False)
     return rolled_out(model, head, data, layout, horizon, samples, causal=True)
 
 
