@@ -56,7 +56,8 @@ class TimeSeries(Ordered, Modality):
 
     Attributes:
         source: "file" (a .csv or .parquet table), "labelled" (a folder of the UCR or UEA layout, split as it is), or
-            "var": a synthetic vector autoregression of 4 channels, whose best loss is known.
+            "var": a synthetic vector autoregression of 4 channels, whose best loss is known; 24,000 rows, or as many
+            as `parts` count.
         root: the file or folder.
         time, columns: see `modalities.data.series.read_table`.
         window: steps in a sample, the look-back of forecasting. Labelled series are filled up to it at their end.
@@ -478,7 +479,8 @@ def _read(
     row: Callable[[int], str] = "row {}".format
     if root is None:
         names = tuple(map(str, range(VAR_CHANNELS)))
-        drawn = _autoregression(VAR_ROWS, 1, torch.Generator().manual_seed(0), burn_in=400)
+        wanted = sum(part for part in parts if isinstance(part, int))
+        drawn = _autoregression(max(VAR_ROWS, wanted), 1, torch.Generator().manual_seed(0), burn_in=400)
         values = drawn[0].numpy().astype(np.float64)
     else:
         names, values, breaks, gap, notes, row = read_table(root, time=time, columns=columns)

@@ -66,7 +66,7 @@ def write_images(root: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
-    """The pages of seven tasks over images and two over scenes, all of whose names are hostile."""
+    """The pages of eight tasks over images and two over scenes, all of whose names are hostile."""
     patch = pytest.MonkeyPatch()
     place = tmp_path_factory.mktemp("pages")
     patch.chdir(place)
@@ -75,7 +75,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
     words = ("recipes.vision:cifar10", "data.root=hostile-data", "data.limit=null", *TINY)
     assert main(["pretrain", *words, f"out={run}"]) == 0
     assert main(["inspect", run, "samples=2"]) == 0
-    found = {"pretrain": Path(run) / "report", "inspect": Path(run) / "inspect"}
+    assert main(["generate", run, "decoder_steps=2", "samples=6", "draws=2"]) == 0
+    found = {
+        task: Path(run) / folder
+        for task, folder in (("pretrain", "report"), *((t, t) for t in ("inspect", "generate")))
+    }
     assert main(["finetune", run, f"out={run}2", "train.length.steps=1"]) == 0
     assert main(["inspect", f"{run}2", f"images=[{next(Path('hostile-data/val').rglob('*.png'))}]"]) == 0
     found |= {"finetune": Path(f"{run}2") / "report", "inspect of files": Path(f"{run}2") / "inspect"}
