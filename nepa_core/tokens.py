@@ -23,6 +23,8 @@ class Spans(NamedTuple):
             of a series: intervals are made from the spread between clusters.
         chained: clusters are stretches of a series, so that samples of neighbours overlap, too.
         track: [S] int64. first, end: [S] int64. Samples of one track overlap where their [first, end) do.
+        views: samples of one cluster show one thing under one label, such as clips of one video: held-out figures of
+            networks trained on labels are of the mean of what is predicted of them.
     """
 
     cluster: Tensor
@@ -30,6 +32,7 @@ class Spans(NamedTuple):
     first: Tensor
     end: Tensor
     chained: bool = False
+    views: bool = False
 
 
 LARGEST_VALUE = 1e15
@@ -170,7 +173,7 @@ def mosaic(slices: Tensor) -> Tensor:
     lines = -(-count // across)
     whole = slices.new_zeros(samples, lines * across, height, width, *rest)
     whole[:, :count] = slices
-    table = whole.unflatten(1, (lines, across)).transpose(2, 3)
+    table: Tensor = whole.unflatten(1, (lines, across)).transpose(2, 3)
     return table.reshape(samples, lines * height, across * width, *rest)
 
 

@@ -68,8 +68,8 @@ class InspectOptions(BaseModel):
         default=None,
         min_length=1,
         max_length=3,
-        description="the token that asks: its canonical index, [row,column] or [slice,row,column], from 0; default: the "
-        "middle one",
+        description="the token that asks: its canonical index, [row,column] or [slice,row,column], from 0; default: "
+        "the middle one",
     )
     layer: int | None = Field(default=None, ge=1, description="layer of the attention map, from 1; default: their mean")
     head: int | None = Field(default=None, ge=1, description="head of the attention map, from 1; default: their mean")

@@ -190,7 +190,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
         """Numbers of tokens [N, ...] on the table of cells; a cell without a token is NaN."""
         table = values.new_full((rows * columns, *values.shape[1:]), torch.nan)
         table[cells] = values.cpu()
-        return table.unflatten(0, (rows, columns)).numpy()
+        return np.asarray(table.unflatten(0, (rows, columns)))
 
     whole: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
     heat = None
@@ -222,9 +222,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
         axes.plot(at[:, 1], at[:, 0], color="C1", linewidth=1)
         axes.plot(at[0, 1], at[0, 0], "o", color="C1", markersize=5)
     for colour, token in (panel.marks or {}).items():
-        cell = int(cells[token])
+        framed = int(cells[token])
         frame = Rectangle(
-            (cell % columns, cell // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False
+            (framed % columns, framed // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False
         )
         frame.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
         axes.add_patch(frame)
