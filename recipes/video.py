@@ -13,8 +13,8 @@ def moving_digits() -> PretrainConfig:
 
     `nepa pretrain recipes.video:moving_digits`.
     """
-    data = Video(source="digits", frames=8, size=(16, 16), patch=(2, 4, 4), channels=1, mean=(0.076,), std=(0.217,))
-    return override(small(data), {"train.length.steps": 300, "verdict.test_samples": 500})
+    data = Video(source="digits", frames=8, size=(16, 16), patch=(2, 8, 8), channels=1, mean=(0.076,), std=(0.23,))
+    return override(small(data), {"train.length.steps": 800, "verdict.test_samples": 500})
 
 
 def folder() -> PretrainConfig:

@@ -480,7 +480,7 @@ def opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise ValueError("no regular file")
     if not facts.st_size:
         raise ValueError("it is empty, 0 bytes")
-    with open(path, "rb") as file, av.open(file, container_options={"format_whitelist": FORMATS}) as container:
+    with open(path, "rb") as file, av.open(file, "r", container_options={"format_whitelist": FORMATS}) as container:
         streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
         if not streams:
             raise ValueError("holds no video" + (", but sound" if container.streams.audio else ""))

@@ -229,9 +229,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
         frame.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
         axes.add_patch(frame)
     if len(panel.sketch.grid) == 3:  # where one slice ends and the next begins
-        _, high, wide = panel.sketch.grid
-        axes.hlines(range(high, rows, high), 0, columns, color="#d0d0d0", linewidth=0.8)
-        axes.vlines(range(wide, columns, wide), 0, rows, color="#d0d0d0", linewidth=0.8)
+        _, down, across = panel.sketch.grid
+        axes.hlines(range(down, rows, down), 0, columns, color="#d0d0d0", linewidth=0.8)
+        axes.vlines(range(across, columns, across), 0, rows, color="#d0d0d0", linewidth=0.8)
     axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
     if _in_one_row(panel):
         tokens = spread_out(columns, 5)
