@@ -441,7 +441,7 @@ def _picked(container: InputContainer, stream: VideoStream, times: list[float], 
     ended = len(chosen) < len(times)
     chosen += [last] * (len(times) - len(chosen)) if last is not None else []
     late = first is None or first > times[0] + frame
-    return Picked(chosen, seek and times[0] > 0 and (late or (ended and at + 2 * frame < times[-1])))
+    return Picked(chosen, seek and times[0] > 0 and (late or (ended and at + frame / 2 < times[-1])))
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
@@ -508,5 +508,7 @@ def measured_seconds(container: InputContainer, stream: VideoStream) -> float:
         container.seek(origin, stream=stream)
     with suppress(FFmpegError):
         for packet in container.demux(stream):
+            if packet.is_corrupt:  # cut off in its midst
+                continue
             end = max(end, (packet.pts or packet.dts or origin) - origin + (packet.duration or 0))
     return float(end * (stream.time_base or 1))
