@@ -241,7 +241,7 @@ def _shapes(split: str) -> Shapes:
     voxels = np.stack(np.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3).astype(np.float32)
     volumes = np.empty((count, len(voxels)), np.float32)
     for row, label in enumerate(labels):
-        turn, _ = np.linalg.qr(draw.normal(size=(3, 3)))
+        turn = _rotation(draw.normal(size=4))
         centre, sides = draw.uniform(-2.5, 2.5, 3), draw.uniform(0.8, 1.25, 3)
         reach = draw.uniform(3.2, 4.2)  # of a ball of the same volume, about
         x, y, z = (((voxels - centre) @ turn) / (reach * sides)).T
@@ -256,6 +256,18 @@ def _shapes(split: str) -> Shapes:
     volumes += SHAPES_NOISE * draw.standard_normal(volumes.shape, dtype=np.float32)
     side = (SHAPES_SIDE,) * 3
     return Shapes(torch.from_numpy(volumes).unflatten(1, side), torch.as_tensor(labels, dtype=torch.int64))
+
+
+def _rotation(quaternion: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The turn [3, 3] of a quaternion [4] of any length: of four normal numbers, any turn is as likely."""
+    w, x, y, z = quaternion / np.sqrt(np.square(quaternion).sum())
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+        ]
+    )
 
 
 @lru_cache(maxsize=4)

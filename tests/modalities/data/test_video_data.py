@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -243,7 +244,7 @@ def test_moving_digits_are_the_same_everywhere_and_move_as_their_label_says() ->
     assert (len(train), len(test)) == (5188, 500)
     clips = torch.stack([test.read(row, ClipForm(8, None, 1, 1), 0.0) for row in range(40)])[:, :, 0]
     for clip, label in zip(clips, test.labels[:40], strict=True):  # type: ignore[index]
-        for before, after in zip(clip, clip[1:], strict=False):
+        for before, after in pairwise(clip):
             assert torch.equal(before.roll([*DIRECTIONS.values()][int(label)], (0, 1)), after)
     assert test.classes == ("right", "left", "down", "up")
     kinds = open_source("digits", "test")
