@@ -69,10 +69,10 @@ def write_sound(file: Path) -> Path:
     return file
 
 
-def write_movies(folder: Path, each: int = 6) -> Path:
-    """Class folders "bright" and "dark" of videos of 12 frames: files, and folders of frames; half as many held out."""
+def write_movies(folder: Path, each: int = 6, kinds: tuple[str, str] = ("bright", "dark")) -> Path:
+    """Class folders of bright and of dark videos of 12 frames: files, and folders of frames; half as many held out."""
     for split, count in (("train", each), ("test", each // 2)):
-        for kind, base in (("bright", 150), ("dark", 40)):
+        for kind, base in zip(kinds, (150, 40), strict=True):
             for place in range(count):
                 noise = np.random.default_rng(place + (split == "test") * 100).integers(0, 40, (12, 32, 48, 3))
                 frames = [*(base + noise).astype(np.uint8)]

@@ -69,7 +69,7 @@ class GenerateOptions(BaseModel):
     )
     region: Annotated[tuple[int, ...] | None, BeforeValidator(listed)] = Field(
         default=None,
-        description="what is made instead, [y0,x0,y1,x1] of the tokens' grid, or [x0,x1]; needs orders of each sample",
+        description="what is made instead, [y0,x0,y1,x1] of the tokens' grid, [x0,x1], or six; needs drawn orders",
     )
     split: Literal["train", "test"] = Field(default="test", description="the split whose samples are completed")
     samples: int = Field(default=500, gt=1, le=10**9, description="how many of them, drawn from the whole split")

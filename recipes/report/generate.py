@@ -178,7 +178,7 @@ def report(folder: Path, summary: GenerateSummary, shown: Shown, noun: str) -> R
         )
         yield Figure("completions.png", caption, _plot(shown.examples))
         start = "nothing" if not summary["first"] else f"the first {noun} of held-out samples"
-        across = ACROSS // 2 if shown.drawn[0].table[0] == 1 else ACROSS
+        across = ACROSS // 2 if _is_wide(shown.drawn[0]) else ACROSS
         plot = panel_plot([("", [Panel("", sketch) for sketch in shown.drawn])], across=across)
         yield Figure("samples.png", f"Samples from {start}; lengths and positions are those of held-out ones.", plot)
         yield Figure("worst.png", "The samples that are completed worst.", _plot(shown.worst))
@@ -195,8 +195,13 @@ def report(folder: Path, summary: GenerateSummary, shown: Shown, noun: str) -> R
 
 
 def _plot(examples: Sequence[Example]) -> bytes:
-    wide = examples[0].truth.table[0] == 1
-    return panel_plot([(each.name, panels(each)) for each in examples], across=4 if wide else 8)
+    across = 4 if _is_wide(examples[0].truth) else 8
+    return panel_plot([(each.name, panels(each)) for each in examples], across=across)
+
+
+def _is_wide(sketch: Sketch) -> bool:
+    """Tokens in one row, or slices side by side."""
+    return sketch.table[0] == 1 or len(sketch.grid) == 3
 
 
 def panels(example: Example) -> list[Panel]:
