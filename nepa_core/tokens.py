@@ -158,9 +158,10 @@ class Sketch:
 
 
 def slices_across(slices: int) -> int:
-    """How many pictures stand side by side: a line or a few of them, with the fewest gaps, wider than high."""
+    """How many pictures stand side by side: a line or a few, one to four times as long as high, with the fewest gaps."""
     root = math.isqrt(slices - 1) + 1
-    return min(range(root, min(slices, 2 * root) + 1), key=lambda across: (-slices % across, -across))
+    fit = [across for across in range(root, slices + 1) if across <= 4 * -(-slices // across)]
+    return min(fit, key=lambda across: (-slices % across, -across))
 
 
 def mosaic(slices: Tensor) -> Tensor:

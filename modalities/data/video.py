@@ -315,6 +315,7 @@ def _check_decoder(paths: Sequence[str]) -> None:
         needs(f"{printable(file)} (PyAV)", "av", extra="video")
 
 
+@lru_cache(maxsize=8)  # a run opens its data many times
 def _say_short(root: str, split: str, videos: Videos, form: ClipForm) -> None:
     """Say how many of a few videos, evenly spread over the list, are shorter than a clip."""
     count = len(videos)

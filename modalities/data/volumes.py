@@ -284,6 +284,7 @@ def _check_reader(paths: Sequence[str]) -> None:
         needs(printable(file), "nibabel", extra="volumes")
 
 
+@lru_cache(maxsize=8)  # a run opens its data many times
 def _say_unequal(root: str, split: str, files: Files, size: Size, fit: Fit) -> None:
     """Say how many of a few volumes, evenly spread over the list, are brought to another size, and how."""
     count = len(files)

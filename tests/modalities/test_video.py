@@ -18,8 +18,11 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.run import Run
 from recipes.cli import main
+from recipes.generation.reading import Kept, arranged
 from recipes.networks.goals import Classification, Regression
 from recipes.presets import short
+from recipes.readout.inspecting import chosen_query
+from recipes.statistics.maps import token_positions
 from recipes.training.finetuning import finetune, held_out_credits, of_views
 from recipes.video import moving_digits
 from tests.movies import ramp, write_movies, write_video
@@ -135,3 +138,34 @@ def test_held_out_figures_count_videos_and_not_clips(tmp_path: Path, capsys: pyt
     said = capsys.readouterr().out
     assert "clips: 3 of each video, averaged, 4 frames at its own frame rate" in said
     assert "4 samples" in said
+
+
+def test_a_region_may_be_of_some_steps_alone() -> None:
+    data = adapter(patch=(2, 8, 8), patch_order="random_per_sample")
+    batch = default_collate([data.dataset("test")[place] for place in range(2)])
+    tokens, given = arranged(data, data.tokenize(batch), Kept(region=(2, 0, 1, 4, 2, 2)), bos=True)
+    made = torch.zeros(4, 2, 2, dtype=torch.bool)
+    made[2:4, 0:2, 1:2] = True
+    assert torch.equal(tokens.canonical(~given), made.flatten().expand(2, -1))
+    with pytest.raises(
+        UserError, match=r"the tokens lie on 4 slices of 2 rows .* give \[s0,y0,x0,s1,y1,x1\] with s up"
+    ):
+        arranged(data, data.tokenize(batch), Kept(region=(0, 0, 1, 1)), bos=True)
+
+
+def test_a_token_is_asked_by_step_row_and_column() -> None:
+    real = torch.ones(32, dtype=torch.bool)
+    assert chosen_query((2, 1, 3), (4, 2, 4), real, "x") == (2 * 2 + 1) * 4 + 3
+    assert chosen_query((9,), (4, 2, 4), real, "x") == 9
+    assert chosen_query(None, (4, 2, 4), real, "x") == (2 * 2 + 1) * 4 + 2
+    for wrong in ((4, 0, 0), (1, 1), (32,)):
+        with pytest.raises(UserError, match="the tokens lie on 4 slices, 2 rows and 4 columns, counted from 0"):
+            chosen_query(wrong, (4, 2, 4), real, "x")
+
+
+def test_distances_are_those_on_three_axes() -> None:
+    data = adapter(patch=(2, 8, 8), patch_order="reverse")
+    tokens = data.read(default_collate([data.dataset("test")[0]]))
+    positions = token_positions(tokens, data.describe(tokens).grid)
+    assert positions[0].tolist() == [3, 1, 1]
+    assert float((positions[0] - positions[4]).norm()) == 1  # one step earlier, at the same place

@@ -121,9 +121,9 @@ def test_other_sizes_are_scaled_or_cropped_and_padded() -> None:
 
 def test_volumes_of_another_size_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_volumes(tmp_path, each=4, side=5)
-    open_volumes("folder", "train", size=(5, 5, 5), root=str(tmp_path))
-    assert capsys.readouterr().err == ""
     np.save(tmp_path / "train" / "flat" / "0.npy", np.random.default_rng(0).normal(size=(5, 7, 5)))
+    open_volumes("folder", "test", size=(5, 5, 5), root=str(tmp_path))
+    assert capsys.readouterr().err == ""
     open_volumes("folder", "train", size=(5, 5, 5), root=str(tmp_path))
     said = capsys.readouterr().err
     assert "1 of 8 volumes of train looked at, such as" in said
