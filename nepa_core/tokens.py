@@ -158,7 +158,7 @@ class Sketch:
 
 
 def slices_across(slices: int) -> int:
-    """How many pictures stand side by side: a line or a few, one to four times as long as high, with the fewest gaps."""
+    """How many pictures stand in a line, up to four times as many as there are lines, with the fewest gaps."""
     root = math.isqrt(slices - 1) + 1
     fit = [across for across in range(root, slices + 1) if across <= 4 * -(-slices // across)]
     return min(fit, key=lambda across: (-slices % across, -across))
