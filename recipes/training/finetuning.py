@@ -484,14 +484,14 @@ def measure(
             seen += len(outputs)
             scored += goal.scored(truth)
     if views is not None:
-        every = torch.cat(ranks.in_order(said))
+        numbers, truth, outputs = of_views(goal, torch.cat(ranks.in_order(said)), views)
+        found = goal.sums(outputs, truth).to(sums)  # on every rank, so that each refuses what one does
         if ranks.is_main:  # the sums are added up below
-            numbers, truth, outputs = of_views(goal, every, views)
-            sums += goal.sums(outputs, truth).to(sums)
-            if parts is not None:
-                parts.append(torch.cat((numbers[:, None].double(), goal.parts(outputs, truth)), dim=1))
+            sums += found
             seen += len(outputs)
             scored += goal.scored(truth)
+            if parts is not None:
+                parts.append(torch.cat((numbers[:, None].double(), goal.parts(outputs, truth)), dim=1))
     named = ranks.union(unreadable)
     if left_out is not None:
         left_out.update(named)
