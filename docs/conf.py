@@ -41,7 +41,7 @@ napoleon_use_ivar = True
 
 CONTENTS = {
     "Start": ("../README", "tutorial", "your-own-data", "python", "embed", "generate", "commands"),
-    "Recipes": ("vision-recipe", "audio", "series"),
+    "Recipes": ("vision-recipe", "audio", "series", "video-and-volumes"),
     "Questions": ("beside", "objectives", "orders", "troubleshooting", "glossary"),
     "Results": ("../RESULTS", "results/index"),
     "Runs": ("going-on", "many-gpus", "logging", "export"),
@@ -55,9 +55,9 @@ REFERENCE = {
     "The core": ("nepa_core", "nepa_core.runtime.load"),
     "Objective": ("nepa_core.objective", "nepa_core.terms"),
     "Adapters": ("modalities.image", "modalities.scenes", "modalities.audio", "modalities.timeseries",
-                 "modalities.features", "modalities.orders"),
+                 "modalities.features", "modalities.video", "modalities.volume", "modalities.orders"),
     "Recipes": ("recipes.training.door", "recipes.presets", "recipes.vision", "recipes.audio", "recipes.timeseries",
-                "recipes.configs", "recipes.report.summaries"),
+                "recipes.video", "recipes.volumes", "recipes.configs", "recipes.report.summaries"),
     "Settings of a run": ("nepa_core.runtime.fit", "nepa_core.runtime.optim"),
 }  # fmt: skip
 """Heading of the reference -> the modules whose public names it lists."""

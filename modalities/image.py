@@ -216,12 +216,25 @@ def unpatchify(patches: Tensor, size: tuple[int, int], patch: tuple[int, int]) -
     return rearrange(patches, "b (h w) (c p q) -> b c (h p) (w q)", h=size[0] // patch[0], p=patch[0], q=patch[1])
 
 
+def cubify(volumes: Tensor, cube: tuple[int, int, int]) -> Tensor:
+    """Cut volumes, or frames behind each other, [B, C, D, H, W] into cubes [B, N, C * f * p * q] in raster order."""
+    f, p, q = cube
+    return rearrange(volumes, "b c (d f) (h p) (w q) -> b (d h w) (c f p q)", f=f, p=p, q=q)
+
+
+def uncubify(cubes: Tensor, size: tuple[int, int, int], cube: tuple[int, int, int]) -> Tensor:
+    """The inverse of `cubify`: [B, N, C * f * p * q] -> [B, C, D, H, W], `size` being (D, H, W)."""
+    (d, h, w), (f, p, q) = (side // cut for side, cut in zip(size, cube, strict=True)), cube
+    return rearrange(cubes, "b (d h w) (c f p q) -> b c (d f) (h p) (w q)", d=d, h=h, w=w, f=f, p=p, q=q)
+
+
 @cached
-def patch_centres(rows: int, columns: int) -> Tensor:
-    """(y, x) of patch centres in raster order, [N, 2] float32 on the CPU; the image spans -1 to 1."""
-    y = (torch.arange(rows) + 0.5) / rows * 2 - 1
-    x = (torch.arange(columns) + 0.5) / columns * 2 - 1
-    return torch.cartesian_prod(y, x)
+def patch_centres(*grid: int) -> Tensor:
+    """(y, x), or (z, y, x), of the centres of a grid's cells in raster order, [N, A] float32 on the CPU.
+
+    Every axis spans -1 to 1.
+    """
+    return torch.cartesian_prod(*((torch.arange(side) + 0.5) / side * 2 - 1 for side in grid))
 
 
 @cached

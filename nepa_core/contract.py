@@ -7,6 +7,7 @@ Shapes as in `nepa_core.modality`: B samples, N tokens, P numbers in a raw token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sized
 from dataclasses import replace
 from itertools import islice
@@ -393,15 +394,16 @@ def check_sketch(modality: Modality) -> None:
     tokens = modality.read(batch)
     samples, count, _ = tokens.values.shape
     sketch = modality.describe(tokens)
-    canvas, (rows, columns) = sketch.canvas, sketch.grid
+    canvas, cells = sketch.canvas, math.prod(sketch.grid)
     dims, form = ((3,), "[B, L, C] for curves") if sketch.curves else ((3, 4), "[B, H, W] or [B, H, W, 3]")
     fits = len(canvas) == samples and canvas.ndim in dims and (canvas.ndim == 3 or canvas.shape[-1] == 3)
     assert fits, f"describe(tokens) gives a canvas of shape {_shape(canvas)} for {samples} samples: make it {form}"
     assert sketch.curves or (canvas.min() >= 0 and canvas.max() <= 1), (
         "describe(tokens) gives a canvas beyond 0 to 1: scale the pictures"
     )
-    assert rows * columns == count, (
-        f"describe(tokens) gives a grid of {rows} x {columns} cells for {count} tokens: make it one cell a token"
+    assert cells == count, (
+        f"describe(tokens) gives a grid of {' x '.join(map(str, sketch.grid))} cells for {count} tokens: make it one "
+        "cell a token"
     )
     straight = modality.describe(modality.tokenize(batch)).canvas
     assert torch.allclose(canvas, straight, atol=1e-4, equal_nan=True), (

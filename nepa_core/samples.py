@@ -63,5 +63,5 @@ class Some(Dataset[Batch]):
         if rows is None:
             spans: Spans = method()
             cluster, track, first, end = (each[self.indices] for each in spans[:4])
-            return Spans(cluster, track, first, end, spans.chained)
+            return Spans(cluster, track, first, end, spans.chained, spans.views)
         return method(self.indices[rows] if isinstance(rows, int) else [self.indices[row] for row in rows])

@@ -5,6 +5,7 @@ Shapes: B samples, N tokens, P numbers in a raw token, A coordinate axes (1, 2 o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
@@ -22,6 +23,8 @@ class Spans(NamedTuple):
             of a series: intervals are made from the spread between clusters.
         chained: clusters are stretches of a series, so that samples of neighbours overlap, too.
         track: [S] int64. first, end: [S] int64. Samples of one track overlap where their [first, end) do.
+        views: samples of one cluster show one thing under one label, such as clips of one video: held-out figures of
+            networks trained on labels are of the mean of what is predicted of them.
     """
 
     cluster: Tensor
@@ -29,6 +32,7 @@ class Spans(NamedTuple):
     first: Tensor
     end: Tensor
     chained: bool = False
+    views: bool = False
 
 
 LARGEST_VALUE = 1e15
@@ -124,13 +128,54 @@ class Sketch:
         canvas: pictures between 0 and 1, [B, H, W] grey or [B, H, W, 3] RGB, the first row on top; or with `curves`
             C curves of L points, [B, L, C] in any unit, NaN where there is nothing to draw.
         grid: (rows, columns) of equal cells that cover the canvas; N = rows * columns, and token i in canonical
-            order lies in row i // columns and column i % columns.
+            order lies in row i // columns and column i % columns. Or (slices, rows, columns), of tokens on three axes
+            such as time, row and column: the canvas is then that of `of_slices`.
         curves: the canvas holds curves. Where the grid has C rows, each of them has a row of its own.
     """
 
     canvas: Tensor
-    grid: tuple[int, int]
+    grid: tuple[int, int] | tuple[int, int, int]
     curves: bool = False
+
+    @classmethod
+    def of_slices(cls, slices: Tensor, grid: tuple[int, int, int]) -> Sketch:
+        """One picture of S slices [B, S, H, W] or [B, S, H, W, 3], each of rows x columns cells; see `mosaic`."""
+        return cls(mosaic(slices), grid)
+
+    @property
+    def table(self) -> tuple[int, int]:
+        """Rows and columns of cells on the canvas; more than N where the last line of slices is not full."""
+        slices, rows, columns = (1, *self.grid) if len(self.grid) == 2 else self.grid
+        across = slices_across(slices)
+        return -(-slices // across) * rows, across * columns
+
+    def cells(self) -> Tensor:
+        """The cell of every token in canonical order, counted along the rows of `table`: [N] int64 on the CPU."""
+        slices, rows, columns = (1, *self.grid) if len(self.grid) == 2 else self.grid
+        across = slices_across(slices)
+        part, row, column = torch.meshgrid(*map(torch.arange, (slices, rows, columns)), indexing="ij")
+        return ((part // across * rows + row) * across * columns + part % across * columns + column).flatten()
+
+
+def slices_across(slices: int) -> int:
+    """How many pictures stand in a line, up to four times as many as there are lines, with the fewest gaps."""
+    root = math.isqrt(slices - 1) + 1
+    fit = [across for across in range(root, slices + 1) if across <= 4 * -(-slices // across)]
+    return min(fit, key=lambda across: (-slices % across, -across))
+
+
+def mosaic(slices: Tensor) -> Tensor:
+    """Pictures [B, S, H, W] or [B, S, H, W, C] in lines of `slices_across`, from the left: one picture a sample.
+
+    [B, H * lines, W * across] or the same with C behind; a gap in the last line is black.
+    """
+    samples, count, height, width, *rest = slices.shape
+    across = slices_across(count)
+    lines = -(-count // across)
+    whole = slices.new_zeros(samples, lines * across, height, width, *rest)
+    whole[:, :count] = slices
+    table: Tensor = whole.unflatten(1, (lines, across)).transpose(2, 3)
+    return table.reshape(samples, lines * height, across * width, *rest)
 
 
 class Signal(NamedTuple):

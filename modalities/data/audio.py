@@ -8,7 +8,6 @@ real. A source knows the label of every row and gives the row's waveform.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import os
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from modalities.data.labelled import NUMBER, SPLITS, Kind, Row, manifest_rows, of_split, say_empty, say_passed, tree
 from modalities.data.listing import (
     Contents,
     Passed,
@@ -37,28 +37,21 @@ from modalities.data.listing import (
     fingerprint,
     is_hidden,
     list_files,
-    list_groups,
     natural_key,
     printable,
     read_whole,
     say,
-    say_left_aside,
     subfolders,
 )
-from modalities.data.text_files import read_lines
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.samples import some_rows
 
 SourceName = Literal["synthetic", "folder"]
 Padding = Literal["batch", "full"]
 
-SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
-"""What a split may be called where it is stored; the first name found is taken."""
-
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+KIND = Kind("clip", "audio file", SUFFIXES)
 FSDD_NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
-NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-"""Labels of a CSV file that all look like this are numbers to predict."""
 FSDD_TEST = 5
 """Recordings 0 to 4 of each digit and speaker are FSDD's test split."""
 
@@ -72,20 +65,10 @@ HELD_OUT = 0.1
 FOLD = re.compile(r"(fold|split|part)[ _-]?\d+", re.IGNORECASE)
 """Folders of this name divide a data set for cross-validation; they are no classes."""
 
-COLUMNS = {
-    "path": ("path", "file", "filename", "file_name"),
-    "split": ("split", "set", "subset"),
-    "label": ("label", "class", "category"),
-}
-"""What the columns of a manifest may be called, in any case."""
-
 _UPDATES = 30  # of the power behind mel bands: then its bands are right to a thousandth
 _ROUNDING = 1e-4  # of samples of 16 bits, three steps of them
 _LISTENED = 48  # clips of a split that are looked at when it is opened, for _LISTENED_SECONDS each
 _LISTENED_SECONDS = 5
-
-Row = tuple[str, str, str]
-"""Path, label ("" for none), and "train" or "test"."""
 
 SYNTHETIC_CLASSES = ("tone", "rising", "falling", "pulsed")
 SYNTHETIC_COUNT = {"train": 2000, "test": 512}
@@ -550,17 +533,17 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: 
     if held_out_speaker is not None:
         raise UserError(f"data.held_out_speaker needs files of FSDD's naming, and data.root={root} holds none")
     if place.is_file():
-        rows = _manifest_rows(place)
+        rows = manifest_rows(place, KIND)
         return _recordings(root, rows, split, numbers=all(NUMBER.fullmatch(label) for _, label, _ in rows))
     passed = Passed()
     folders = {each: [place / n for n in names if (place / n).is_dir()] for each, names in SPLITS.items()}
     if all(folders.values()):
-        rows = [(path, label, each) for each, found in folders.items() for path, label in _tree(found[0], passed)]
-        _say_passed(root, passed, [folder.name for folder in folders["test"]])
+        rows = [(path, label, each) for each, found in folders.items() for path, label in tree(found[0], KIND, passed)]
+        say_passed(root, passed, [folder.name for folder in folders["test"]])
         return _recordings(root, rows, split)
     if not any(folders.values()):
         files, passed = list_files(place, SUFFIXES)
-        _say_passed(root, passed)
+        say_passed(root, passed)
         if files:
             rows = _divided(root, place, files, held_out)
             _say_without_files(place, files, rows)
@@ -577,64 +560,14 @@ def _say_without_files(folder: Path, files: Sequence[str], rows: Sequence[Row]) 
     held = {os.path.relpath(path, folder).split(os.sep)[0] for path in files}
     empty = [printable(name) for name in subfolders(folder) if name not in held]
     if {label for _, label, _ in rows} <= held:
-        _say_empty(folder, empty)
-
-
-def _say_empty(folder: Path, empty: Sequence[str]) -> None:
-    if empty:
-        say(f"{folder}: no audio file ({', '.join(SUFFIXES)}) in the folders {some(empty)}, so they are no classes")
-
-
-def _say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
-    """Say what a listing passed over, and which of several held-out splits is taken."""
-    if line := passed.line(root):
-        say(line)
-    say_left_aside(root, held_out)
+        say_empty(folder, empty, KIND)
 
 
 def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = False) -> Recordings:
-    """A split of (path, label or "", "train" or "test"); classes are numbered in the order of their names."""
-    names = {each: sorted({label for _, label, part in rows if part == each}) for each in SPLITS}
-    for each, found in names.items():
-        if not found:
-            raise UserError(
-                f"data.root={root}: no audio file ({', '.join(SUFFIXES)}) in the "
-                f"{'training' if each == 'train' else 'held-out'} split"
-            )
-    mine = [(path, label) for path, label, part in rows if part == split]
-    paths = np.array([path for path, _ in mine])
-    _listen(root, paths.tolist())
-    if names["train"] == names["test"] == [""]:
-        return Recordings(paths, None, None)
-    if numbers:
-        return Recordings(paths, torch.tensor([float(label) for _, label in mine]), None)
-    alone = sorted(set(names["test"]) ^ set(names["train"]))
-    if "" in alone:
-        raise UserError(
-            f"data.root={root}: clips of one split have labels, and those of the other none; give both, or none"
-        )
-    if alone:
-        raise UserError(f"data.root={root}: both splits need the same classes; only one has {', '.join(alone[:6])}")
-    classes = names["train"]
-    number = {label: place for place, label in enumerate(classes)}
-    return Recordings(paths, torch.tensor([number[label] for _, label in mine]), tuple(map(printable, classes)))
-
-
-def _tree(folder: Path, passed: Passed) -> list[tuple[str, str]]:
-    """(path, class) of all audio files in the class folders, sorted; without class folders those there, of class ""."""
-    beside = Passed()
-    labels = subfolders(folder, beside)
-    groups = list_groups(folder, [folder / label for label in labels], SUFFIXES)
-    found = sorted((path, label) for label, group in zip(labels, groups, strict=True) for path in group.paths)
-    if not found:
-        listed = list_files(folder, SUFFIXES)
-        passed.merge(listed.passed)
-        return [(path, "") for path in listed.paths]
-    passed.merge(beside)
-    for group in groups:
-        passed.merge(group.passed)
-    _say_empty(folder, [printable(label) for label, group in zip(labels, groups, strict=True) if not group.paths])
-    return found
+    """A split of (path, label or "", "train" or "test")."""
+    found = of_split(root, rows, split, KIND, numbers=numbers)
+    _listen(root, found.paths)
+    return Recordings(np.array(found.paths), found.labels, found.classes)
 
 
 def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> list[Row]:
@@ -702,112 +635,6 @@ def _classes_of(root: str, parts: dict[str, list[str]]) -> dict[str, str]:
             say(f"{root}: left out, for one file can't be in both splits: {some(list(map(printable, single)))}")
         return {path: each[0] for path, each in inner.items() if counts[each[0]] > 1}
     return dict.fromkeys(parts, "")
-
-
-def _manifest_rows(file: Path) -> list[Row]:
-    lines = [f"{line}\n" for line in read_lines(file)]
-    separator = max(",;\t|", key=next((line for line in lines if line.strip()), "").count)
-    known = {name: each for each, names in SPLITS.items() for name in names}
-    found: list[tuple[int, str, str, str]] = []
-    try:
-        table = csv.reader(lines, delimiter=separator)
-        head = next((row for row in table if any(row)), [])
-        names = [name.strip().lower() for name in head]
-        places = {
-            key: next((names.index(name) for name in also if name in names), None) for key, also in COLUMNS.items()
-        }
-        missing = [name for name in ("path", "split") if places[name] is None]
-        if missing:
-            raise UserError(
-                f"{file}: the first line must name the columns path and split, and label where clips have labels; "
-                f"no {missing[0]}"
-            )
-        for row in table:
-            if not any(row):
-                continue
-            path, label, split = (
-                row[place].strip() if place is not None and place < len(row) else ""
-                for place in (places["path"], places["label"], places["split"])
-            )
-            if not path or "\0" in path or split.lower() not in known:
-                raise UserError(
-                    f"{file}, row {table.line_num}: needs a path and a split of {', '.join(known)}, not {path!r}, "
-                    f"{split!r}"
-                )
-            found.append((table.line_num, _beside(file, path), label, split.lower()))
-    except csv.Error as error:
-        raise UserError(f"{file}: not a readable CSV file ({error})") from error
-    held_out = [name for name in SPLITS["test"] if any(split == name for *_, split in found)]
-    _say_passed(str(file), Passed(), held_out)
-    rows = [each for each in found if each[3] not in held_out[1:]]
-    bare = [number for number, _, label, _ in rows if not label]
-    if 0 < len(bare) < len(rows):
-        raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
-    _check_once(file, [(number, path, known[split], label) for number, path, label, split in rows])
-    _check_kind(file, [(number, label) for number, _, label, _ in rows])
-    return [(path, label, known[split]) for _, path, label, split in rows]
-
-
-def _beside(file: Path, path: str) -> str:
-    """A path of a manifest, seen from its folder; one with the separators of Windows too."""
-    if "\\" in path and "/" not in path and not (file.parent / path).exists():
-        path = path.replace("\\", "/")
-    return os.path.normpath(file.parent / path)
-
-
-def _check_kind(file: Path, rows: Sequence[tuple[int, str]]) -> None:
-    """See that labels are all classes or all numbers to predict, which have a decimal point each.
-
-    Args:
-        rows: number in the file and label of each.
-    """
-    numbers = [bool(NUMBER.fullmatch(label)) for _, label in rows]
-    if any(numbers) and not all(numbers) and all(_reads_as_number(label) for _, label in rows):
-        number, label = rows[numbers.index(False)]
-        raise UserError(
-            f"{file}, row {number}: the label {label!r} has no decimal point, and others have; write numbers to "
-            "predict with one (2.0), classes without"
-        )
-
-
-def _reads_as_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _check_once(file: Path, rows: Sequence[tuple[int, str, str, str]]) -> None:
-    """See that no clip is in both splits; say how many are named twice, or with two labels, and how many are not there.
-
-    Args:
-        rows: number in the file, path, split and label of each.
-    """
-    first: dict[str, tuple[int, str, str]] = {}
-    twice, other_label = 0, list[str]()
-    for number, path, split, label in rows:
-        before, other, known = first.setdefault(path, (number, split, label))
-        if other != split:
-            raise UserError(
-                f"{file}, row {number}: {printable(path)} is held out here or in row {before}, and trained on in the "
-                "other; name it once"
-            )
-        if known != label:
-            other_label.append(
-                f"{printable(path)} in row {before}, {printable(known)}, and row {number}, {printable(label)}"
-            )
-        twice += before != number
-    if other_label:
-        say(f"{file}: {len(other_label):,} rows give a clip another label than a row above: {other_label[0]}")
-    if twice:
-        say(f"{file}: {twice:,} rows name a clip that a row above has named")
-    gone = [path for path, size in zip(first, file_sizes(list(first)), strict=True) if size < 0]
-    if gone:
-        say(
-            f"{file}: {len(gone):,} of {len(first):,} clips are not there and are skipped as unreadable, such as "
-            f"{printable(gone[0])}"
-        )
 
 
 def _fsdd_files(folder: Path) -> list[tuple[Path, re.Match[str]]]:

@@ -24,7 +24,8 @@ def own_grid(tokens: Tokens, sketch: Sketch) -> Tensor | None:
     Of one sample in canonical order, whose tokens have several axes and are drawn in one row.
     """
     coords = tokens.coords if tokens.coords.ndim == 2 else tokens.coords[0]
-    return coords[:, -2:].float() if coords.shape[-1] > 1 and sketch.grid[0] == 1 else None
+    in_one_row = len(sketch.grid) == 2 and sketch.grid[0] == 1
+    return coords[:, -2:].float() if coords.shape[-1] > 1 and in_one_row else None
 
 
 def pictures(summary: OrdersSummary) -> list[Figure]:

@@ -69,7 +69,7 @@ class GenerateOptions(BaseModel):
     )
     region: Annotated[tuple[int, ...] | None, BeforeValidator(listed)] = Field(
         default=None,
-        description="what is made instead, [y0,x0,y1,x1] of the tokens' grid, or [x0,x1]; needs orders of each sample",
+        description="what is made instead, [y0,x0,y1,x1] of the tokens' grid, [x0,x1], or six; needs drawn orders",
     )
     split: Literal["train", "test"] = Field(default="test", description="the split whose samples are completed")
     samples: int = Field(default=500, gt=1, le=10**9, description="how many of them, drawn from the whole split")
@@ -92,8 +92,11 @@ class GenerateOptions(BaseModel):
     def _agree(self) -> GenerateOptions:
         if self.region is not None and "keep" in self.model_fields_set:
             raise ValueError("keep= and region= are two ways to say what is given: leave one out")
-        if self.region is not None and len(self.region) not in (2, 4):
-            raise ValueError(f"region={list(self.region)}: give [y0,x0,y1,x1], or [x0,x1] of tokens in one row")
+        if self.region is not None and len(self.region) not in (2, 4, 6):
+            raise ValueError(
+                f"region={list(self.region)}: give [y0,x0,y1,x1], [x0,x1] of tokens in one row, or [s0,y0,x0,s1,y1,x1] "
+                "of slices"
+            )
         return self
 
     @property

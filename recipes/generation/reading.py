@@ -62,7 +62,7 @@ class Kept(NamedTuple):
     Attributes:
         keep: a share of its tokens below 1, or so many, first in the order of prediction.
         region: the rest, where it is that: rows and columns [y0, x0, y1, x1] of the tokens' grid, from 0, the second
-            ones excluded; or [x0, x1] of tokens in one row.
+            ones excluded; [x0, x1] of tokens in one row, or [s0, y0, x0, s1, y1, x1] where there are slices, too.
     """
 
     keep: float = 0.5
@@ -132,22 +132,27 @@ def _around(data: Modality, tokens: Tokens, made: Tensor) -> tuple[Tokens, Tenso
     return read, ~made[each] | ~read.real.cpu()
 
 
-def _region(region: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
+def _region(region: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
     """Which tokens lie in it, bool [N] in canonical order.
 
     Raises:
         UserError: it is not on the grid, or empty.
     """
-    rows, columns = grid
-    top, left, bottom, right = region if len(region) == 4 else (0, region[0], 1, region[1])
-    if (len(region) == 2 and rows > 1) or not (0 <= top < bottom <= rows and 0 <= left < right <= columns):
+    rows, columns = grid[-2:]
+    if len(region) == 2 and len(grid) == 2 and rows == 1:
+        region = (0, region[0], 1, region[1])
+    first, end = region[: len(region) // 2], region[len(region) // 2 :]
+    if len(first) != len(grid) or not all(0 <= a < b <= side for a, b, side in zip(first, end, grid, strict=True)):
         wanted = f"[y0,x0,y1,x1] with y up to {rows} and x up to {columns}" if rows > 1 else f"[x0,x1] up to {columns}"
+        lie = f"{rows} rows and {columns} columns"
+        if len(grid) == 3:
+            wanted = f"[s0,y0,x0,s1,y1,x1] with s up to {grid[0]}, y up to {rows} and x up to {columns}"
+            lie = f"{grid[0]} slices of {lie}"
         raise UserError(
-            f"region={list(region)}: the tokens lie on {rows} rows and {columns} columns; give {wanted}, from 0, the "
-            "second beyond the first"
+            f"region={list(region)}: the tokens lie on {lie}; give {wanted}, from 0, the second beyond the first"
         )
-    found = torch.zeros(rows, columns, dtype=torch.bool)
-    found[top:bottom, left:right] = True
+    found = torch.zeros(grid, dtype=torch.bool)
+    found[tuple(map(slice, first, end))] = True
     return found.flatten()
 
 

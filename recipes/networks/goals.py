@@ -140,6 +140,10 @@ class Classification:
         loss = F.cross_entropy(logits, labels, reduction="sum").double()
         return torch.stack((among[:, 0].sum(), among.sum(), loss, torch.tensor(len(labels)).to(loss)))
 
+    def averaged(self, outputs: Tensor, group: Tensor) -> Tensor:
+        """Logits [V, C] of the mean probability of views: logits [S, C] of these, group [S] int64 from 0 to V - 1."""
+        return _means(outputs.softmax(-1), group).clamp(min=1e-12).log()
+
     def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
         """What each sample adds to the accuracy, [B, 2] float64: how many are right, and of how many classes."""
         counted = truth >= 0
@@ -210,6 +214,10 @@ class Regression:
         y, error = (truth - mean) / std, (outputs - truth) / std
         return torch.stack((error.square(), error.abs(), y, y.square(), torch.ones_like(y))).sum(1)
 
+    def averaged(self, outputs: Tensor, group: Tensor) -> Tensor:
+        """The mean [V, K] of what is said of views [S, K]; group [S] int64 from 0 to V - 1."""
+        return _means(outputs, group)
+
     def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
         """What each sample adds to R2, [B, 2 K] float64: squared errors and numbers, standardised."""
         mean, std = (x.to(truth.device).double() for x in (self.mean, self.std))
@@ -234,6 +242,12 @@ class Regression:
             "r2": float(r2.mean()),
             "held_out_loss": float((squared / count).mean()),
         }
+
+
+def _means(rows: Tensor, group: Tensor) -> Tensor:
+    """Mean [V, C] of the rows [S, C] of each group [S], from 0 to V - 1."""
+    total = rows.new_zeros(int(group.max()) + 1, rows.shape[1]).index_add_(0, group, rows)
+    return total / group.bincount().to(rows)[:, None]
 
 
 Goal = Classification | Regression

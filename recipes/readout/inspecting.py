@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from operator import lt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,8 +67,9 @@ class InspectOptions(BaseModel):
     query: tuple[NonNegativeInt, ...] | None = Field(
         default=None,
         min_length=1,
-        max_length=2,
-        description="the token that asks: its canonical index or [row,column], from 0; default: the middle one",
+        max_length=3,
+        description="the token that asks: its canonical index, [row,column] or [slice,row,column], from 0; default: "
+        "the middle one",
     )
     layer: int | None = Field(default=None, ge=1, description="layer of the attention map, from 1; default: their mean")
     head: int | None = Field(default=None, ge=1, description="head of the attention map, from 1; default: their mean")
@@ -253,7 +256,7 @@ def read_sample(
     sketch, trace = data.describe(tokens), Trace()
     out = model(tokens, causal=causal, trace=trace)
     bos, count = int(model.bos is not None), tokens.values.shape[1]
-    if sketch.grid[0] * sketch.grid[1] != count:
+    if math.prod(sketch.grid) != count:
         raise UserError(f"{type(data).__name__}.describe gives a grid of {sketch.grid} for {count} tokens; fix it")
     canonical = torch.arange(count, device=tokens.values.device)
     order = canonical if tokens.order is None else tokens.order.to(canonical.device).expand(1, -1)[0]
@@ -301,22 +304,24 @@ def check_count(model: NEPA, tokens: Tokens) -> None:
         raise UserError(f"{count} tokens are more than model.learned_positions={model.config.learned_positions}")
 
 
-def chosen_query(given: tuple[int, ...] | None, grid: tuple[int, int], real: Tensor, name: str) -> int:
+def chosen_query(given: tuple[int, ...] | None, grid: tuple[int, ...], real: Tensor, name: str) -> int:
     """The canonical index of the query; by default the middle of the grid, or of the real tokens.
 
     Raises:
         UserError: there is no such token in this sample.
     """
-    rows, columns = grid
     if given is None:
         found = real.nonzero()[:, 0].tolist()
         if not found:
             raise UserError(f"{name} has no real token to ask; name other samples")
-        return rows // 2 * columns + columns // 2 if real.all() else found[len(found) // 2]
-    row, column = given if len(given) == 2 else divmod(given[0], columns)
+        middle = int(np.ravel_multi_index([side // 2 for side in grid], grid))
+        return middle if real.all() else found[len(found) // 2]
     named = "query=" + json.dumps(given[0] if len(given) == 1 else given).replace(" ", "")
-    if row >= rows or column >= columns:
-        raise UserError(f"{named}: the tokens lie on {rows} rows and {columns} columns, counted from 0")
-    if not real[row * columns + column]:
+    inside = given[0] < len(real) if len(given) == 1 else len(given) == len(grid) and all(map(lt, given, grid))
+    if not inside:
+        sides = [f"{side} {axis}" for side, axis in zip(grid, ("slices", "rows", "columns")[-len(grid) :], strict=True)]
+        raise UserError(f"{named}: the tokens lie on {', '.join(sides[:-1])} and {sides[-1]}, counted from 0")
+    place = given[0] if len(given) == 1 else int(np.ravel_multi_index(list(given), grid))
+    if not real[place]:
         raise UserError(f"{named}: {name} has padding there, {int(real.sum())} real tokens; name another")
-    return row * columns + column
+    return place

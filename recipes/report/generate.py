@@ -178,7 +178,7 @@ def report(folder: Path, summary: GenerateSummary, shown: Shown, noun: str) -> R
         )
         yield Figure("completions.png", caption, _plot(shown.examples))
         start = "nothing" if not summary["first"] else f"the first {noun} of held-out samples"
-        across = ACROSS // 2 if shown.drawn[0].grid[0] == 1 else ACROSS
+        across = ACROSS // 2 if _is_wide(shown.drawn[0]) else ACROSS
         plot = panel_plot([("", [Panel("", sketch) for sketch in shown.drawn])], across=across)
         yield Figure("samples.png", f"Samples from {start}; lengths and positions are those of held-out ones.", plot)
         yield Figure("worst.png", "The samples that are completed worst.", _plot(shown.worst))
@@ -195,8 +195,13 @@ def report(folder: Path, summary: GenerateSummary, shown: Shown, noun: str) -> R
 
 
 def _plot(examples: Sequence[Example]) -> bytes:
-    wide = examples[0].truth.grid[0] == 1
-    return panel_plot([(each.name, panels(each)) for each in examples], across=4 if wide else 8)
+    across = 4 if _is_wide(examples[0].truth) else 8
+    return panel_plot([(each.name, panels(each)) for each in examples], across=across)
+
+
+def _is_wide(sketch: Sketch) -> bool:
+    """Tokens in one row, or slices side by side."""
+    return sketch.table[0] == 1 or len(sketch.grid) == 3
 
 
 def panels(example: Example) -> list[Panel]:
@@ -216,7 +221,7 @@ def _without(sketch: Sketch, hidden: Tensor) -> Sketch:
     """Curves with gaps where tokens are hidden: in the columns of the grid, of each curve where it has its own row."""
     if not sketch.curves:
         return sketch
-    (rows, columns), (_, length, count) = sketch.grid, sketch.canvas.shape
+    (rows, columns), (_, length, count) = sketch.table, sketch.canvas.shape
     lost = hidden.view(rows, columns)[:, torch.arange(length) * columns // length]  # [rows, L]
     lost = lost.T if rows == count else lost.all(0)[:, None].expand(length, count)
     return replace(sketch, canvas=sketch.canvas.masked_fill(lost, torch.nan))

@@ -168,7 +168,7 @@ def panel_plot(rows: Sequence[tuple[str, Sequence[Panel]]], *, across: int) -> b
 
 def _in_one_row(panel: Panel) -> bool:
     """Whether tokens stand side by side: then they are counted below."""
-    return panel.sketch.grid[0] == 1 and panel.at is None
+    return panel.sketch.table[0] == 1 and panel.at is None
 
 
 def _aspect(panel: Panel) -> float:
@@ -183,41 +183,55 @@ def _aspect(panel: Panel) -> float:
 
 def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
     """Draw in units of tokens, (0, 0) being the top left corner; gives the heat map where there is one."""
-    (rows, columns), canvas = panel.sketch.grid, panel.sketch.canvas[0].float().cpu()
+    (rows, columns), canvas = panel.sketch.table, panel.sketch.canvas[0].float().cpu()
+    cells = panel.sketch.cells()
+
+    def laid(values: Tensor) -> np.ndarray:
+        """Numbers of tokens [N, ...] on the table of cells; a cell without a token is NaN."""
+        table = values.new_full((rows * columns, *values.shape[1:]), torch.nan)
+        table[cells] = values.cpu()
+        return np.asarray(table.unflatten(0, (rows, columns)))
+
     whole: dict[str, Any] = {"extent": (0, columns, rows, 0), "aspect": "auto", "interpolation": "nearest"}
     heat = None
     axes.set_title(
         printable(panel.title), fontsize=7, pad=4, loc="left", parse_math=False
     )  # a frame may stand out by 2
     if panel.colours is not None:
-        axes.imshow(panel.colours.nan_to_num(1.0).view(rows, columns, 3).numpy(), **whole)
+        axes.imshow(np.nan_to_num(laid(panel.colours), nan=1.0), **whole)
     elif not panel.sketch.curves:
         grey = canvas if canvas.ndim == 2 or panel.heat is None else canvas.mean(-1)
         axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, **whole)
     if panel.heat is not None:
-        values = panel.heat.view(rows, columns).numpy()
+        values = laid(panel.heat)
         axes.imshow(np.where(np.isnan(values), 1.0, np.nan), cmap="gray", vmin=0, vmax=1, alpha=0.75, **whole)
         heat = axes.imshow(values, cmap="viridis", alpha=0.75, **whole)
     if panel.hidden is not None:
-        white = np.where(panel.hidden.view(rows, columns).numpy(), 1.0, np.nan)
+        white = np.where(laid(panel.hidden.float()) == 1, 1.0, np.nan)
         axes.imshow(white, cmap="gray", vmin=0, vmax=1, **whole)
     if panel.sketch.curves and panel.colours is None:
         _draw_curves(axes, canvas, rows, columns)
     if panel.path is not None:
         axes.imshow(np.ones((1, 1)), cmap="gray", vmin=0, vmax=1, alpha=0.6 if panel.at is None else 1, **whole)
-        cells = torch.stack((panel.path // columns, panel.path % columns), dim=1) + 0.5
+        walked = cells[panel.path]
+        at = torch.stack((walked // columns, walked % columns), dim=1) + 0.5
         if panel.at is not None:
             low, high = panel.at.amin(0), panel.at.amax(0)
             share = (panel.at[panel.path] - low) / (high - low).clamp(min=1e-12)
-            cells = (0.05 + 0.9 * share) * torch.tensor([rows, columns])
-        axes.plot(cells[:, 1], cells[:, 0], color="C1", linewidth=1)
-        axes.plot(cells[0, 1], cells[0, 0], "o", color="C1", markersize=5)
+            at = (0.05 + 0.9 * share) * torch.tensor([rows, columns])
+        axes.plot(at[:, 1], at[:, 0], color="C1", linewidth=1)
+        axes.plot(at[0, 1], at[0, 0], "o", color="C1", markersize=5)
     for colour, token in (panel.marks or {}).items():
+        framed = int(cells[token])
         frame = Rectangle(
-            (token % columns, token // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False
+            (framed % columns, framed // columns), 1, 1, fill=False, edgecolor=colour, linewidth=1.4, clip_on=False
         )
         frame.set_path_effects([withStroke(linewidth=2.6, foreground="black")])
         axes.add_patch(frame)
+    if len(panel.sketch.grid) == 3:  # where one slice ends and the next begins
+        _, down, across = panel.sketch.grid
+        axes.hlines(range(down, rows, down), 0, columns, color="#d0d0d0", linewidth=0.8)
+        axes.vlines(range(across, columns, across), 0, rows, color="#d0d0d0", linewidth=0.8)
     axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
     if _in_one_row(panel):
         tokens = spread_out(columns, 5)

@@ -80,6 +80,12 @@ def is_chained(dataset: Dataset[Any]) -> bool:
     return spans is not None and spans.chained
 
 
+def views_of(dataset: Dataset[Any]) -> Tensor | None:
+    """The cluster of every sample, int64 [S], where samples of one are views of one thing; else None; see `Spans`."""
+    spans = spans_of(dataset)
+    return spans.cluster if spans is not None and spans.views else None
+
+
 class Clusters(NamedTuple):
     """Cluster of each sample, int64 [S], or None where each is its own; chained: see `is_chained`."""
 

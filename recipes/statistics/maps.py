@@ -82,19 +82,19 @@ def neighbour_share(weights: Tensor, positions: Tensor, mask: Tensor | None = No
     return (share * real).sum(-1) / real.sum(-1).clamp(min=1)
 
 
-def grid_positions(grid: tuple[int, int]) -> Tensor:
-    """(row, column) of every token of a grid in canonical order, [N, 2] float32: one unit is one token."""
-    rows, columns = grid
-    return torch.cartesian_prod(torch.arange(float(rows)), torch.arange(float(columns)))
+def grid_positions(grid: tuple[int, ...]) -> Tensor:
+    """(row, column) or (slice, row, column) of every token in canonical order, [N, A] float32, in units of a token."""
+    return torch.cartesian_prod(*(torch.arange(float(side)) for side in grid))
 
 
-def token_positions(tokens: Tokens, grid: tuple[int, int]) -> Tensor:
+def token_positions(tokens: Tokens, grid: tuple[int, ...]) -> Tensor:
     """Where the token at each place lies, [N, A] or [B, N, A] float32 in the order of reading, on its own device.
 
-    (row, column) on the grid that it is drawn in; of tokens that have coordinates on several axes and are drawn in one
-    row, as point clouds are, the coordinates, in units of the median distance of a token to the nearest other one.
+    (row, column), or (slice, row, column), on the grid that it is drawn in; of tokens that have coordinates on several
+    axes and are drawn in one row, as point clouds are, the coordinates, in units of the median distance of a token to
+    the nearest other one.
     """
-    if grid[0] > 1 or tokens.coords.shape[-1] == 1:
+    if len(grid) > 2 or grid[0] > 1 or tokens.coords.shape[-1] == 1:
         cells = grid_positions(grid).to(tokens.values.device)
         return cells if tokens.order is None else cells[tokens.order.to(cells.device)]
     coords = tokens.coords.to(tokens.values.device)

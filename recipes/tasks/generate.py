@@ -3,8 +3,8 @@
 On the frozen network stand two decoders, fitted on training samples: `mean`, a ridge from a prediction to the raw token
 after it, and `flow`, a small network that samples that token. Sequences are made token by token. Of held-out samples
 the first half of the tokens is given (keep=0.5, or keep=3 tokens), or all but a region of their grid
-(region=[y0,x0,y1,x1]) where the network was trained on orders of each sample's own and is told where the next token
-lies. What is given stays bit for bit.
+(region=[y0,x0,y1,x1]; of steps or slices, too, region=[s0,y0,x0,s1,y1,x1]) where the network was trained on orders of
+each sample's own and is told where the next token lies. What is given stays bit for bit.
 
 The card has the energy scores of completions and of single next tokens, beside the same decoders on the untrained
 network, a linear-Gaussian autoregression, copying and, where the adapter knows the law of its data, the best possible,

@@ -29,13 +29,13 @@ from nepa_core.runtime.weights import Weights, current_weights, load_backbone, n
 from nepa_core.tokens import Tokens
 from recipes.configs import BesideConfig, FinetuneConfig, MixConfig, PretrainConfig
 from recipes.networks.backbones import TIMM, TimmClassifier, pixels_of, shown_name, timm_model
-from recipes.networks.goals import AVERAGED, Goal, Regression, find_goal, numbered
+from recipes.networks.goals import AVERAGED, Classification, Goal, Regression, find_goal, numbered
 from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead
 from recipes.presets import short
 from recipes.report.finetune import report, start_of
 from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.resolve import read_target
-from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained
+from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained, views_of
 from recipes.statistics.worth import RANDOM, Score, Worth, judge, worth_in
 from recipes.training.train import cost, opened, train
 
@@ -411,6 +411,25 @@ def raw_and_averaged(
     return figures
 
 
+def of_views(goal: Goal, every: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What was said of samples, averaged over the views of one thing.
+
+    Args:
+        every: [S, 1 + truth + outputs] float64: number in the data set, truth and outputs of each sample that was read.
+        views: the cluster of every sample of the data set, int64.
+
+    Returns:
+        Number of the first view [V] int64, truth [V] or [V, K] and outputs [V, C], V things in their order.
+    """
+    numbers, outputs = every[:, 0].long(), every[:, -goal.outputs :].float()
+    _, group = views[numbers].unique(return_inverse=True)
+    first = torch.full((int(group.max()) + 1,), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
+    truth = every[first, 1 : -goal.outputs].float()
+    if isinstance(goal, Classification):
+        truth = truth[:, 0].long()
+    return numbers[first], truth, goal.averaged(outputs, group)
+
+
 @torch.no_grad()
 def measure(
     config: FinetuneConfig | BesideConfig,
@@ -424,6 +443,7 @@ def measure(
     """The figures of the model's goal over all held-out samples, and the counts of these, the same on every rank.
 
     Every rank takes its share of the batches and the sums are added up, so the number of processes changes nothing.
+    Where samples are views of one thing (`nepa_core.tokens.Spans`), that counts once, by the mean of the predictions.
 
     Args:
         samples: read in place of the held-out ones; without augmentation.
@@ -435,9 +455,9 @@ def measure(
     seen, scored = torch.zeros(2, dtype=torch.int64, device=ranks.device)
     unreadable: set[str] = set()
     dtype = autocast_dtype(config.train.precision, ranks.device)
-    data = config.data.plain()
+    data, views, said = config.data.plain(), None if goal.per_token else views_of(samples), list[Tensor]()
     batches = plain_batches(
-        samples if parts is None else Numbered(samples),
+        samples if parts is None and views is None else Numbered(samples),
         batch=min(config.train.micro_batch or config.train.batch, 256),
         device=ranks.device,
         workers=config.train.workers,
@@ -454,11 +474,24 @@ def measure(
             with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
                 outputs = model(tokens, causal=config.causal).float()
             truth = goal.truth(batch, tokens)
+            if views is not None:
+                each = (batch[NUMBER][:, None], truth.reshape(len(truth), -1), outputs)
+                said.append(torch.cat([x.double() for x in each], dim=1).cpu())
+                continue
             sums += goal.sums(outputs, truth)
             if parts is not None:
                 parts.append(torch.cat((batch[NUMBER][:, None].double(), goal.parts(outputs, truth)), dim=1).cpu())
             seen += len(outputs)
             scored += goal.scored(truth)
+    if views is not None:
+        numbers, truth, outputs = of_views(goal, torch.cat(ranks.in_order(said)), views)
+        found = goal.sums(outputs, truth).to(sums)  # on every rank, so that each refuses what one does
+        if ranks.is_main:  # the sums are added up below
+            sums += found
+            seen += len(outputs)
+            scored += goal.scored(truth)
+            if parts is not None:
+                parts.append(torch.cat((numbers[:, None].double(), goal.parts(outputs, truth)), dim=1))
     named = ranks.union(unreadable)
     if left_out is not None:
         left_out.update(named)

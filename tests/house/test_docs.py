@@ -25,6 +25,7 @@ from nepa_core.runtime.config import load_object, override, parse_assignments
 from recipes.cli import TASKS, main, split_options
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from tests.conftest import ROOT
+from tests.movies import write_movies, write_volumes
 from tests.pictures import encoded, picture, write_tree
 from tests.sounds import write_fsdd
 from tests.tiny_scenes import write_scenes
@@ -294,6 +295,15 @@ def vectors(folder: Path) -> None:
         np.save(folder / f"{split}.lengths.npy", np.arange(64) % 6 + 3)
 
 
+def movies(folder: Path) -> None:
+    """Class folders "a" and "b"."""
+    write_movies(folder, kinds=("a", "b"))
+
+
+def scans(folder: Path) -> None:
+    write_volumes(folder, side=8)
+
+
 DATA: dict[str, Callable[[Path], object]] = {
     "cifar10": images,
     "camvid": lambda folder: write_scenes(folder, splits=("train", "val")),
@@ -303,6 +313,8 @@ DATA: dict[str, Callable[[Path], object]] = {
     "ucr": labelled,
     "vectors": vectors,
     "imagenet": photos,
+    "movies": movies,
+    "scans": scans,
 }
 """What `data.root=` and `images=` name on the pages -> what makes it, small."""
 

@@ -53,7 +53,7 @@ class Recordings(Dataset[Batch]):
 
     def spans(self) -> Spans:
         rows = torch.arange(10)
-        return Spans(rows // 2, rows * 0, rows * 5, rows * 5 + 7, chained=True)
+        return Spans(rows // 2, rows * 0, rows * 5, rows * 5 + 7, chained=True, views=True)
 
 
 def test_some_samples_keep_what_the_whole_set_says_of_them() -> None:
@@ -65,6 +65,7 @@ def test_some_samples_keep_what_the_whole_set_says_of_them() -> None:
     spans = some.spans()
     assert (spans.cluster.tolist(), spans.first.tolist(), spans.end.tolist()) == ([3, 1, 2], [35, 10, 20], [42, 17, 27])
     assert spans.chained
+    assert spans.views
 
 
 def test_some_samples_offer_nothing_that_the_whole_set_lacks() -> None:

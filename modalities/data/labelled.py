@@ -1,0 +1,276 @@
+"""Files with labels: class folders in train/ and a held-out folder, or a CSV file that names them.
+
+A sample is a file, or what a kind of data makes of several, such as a folder of frames.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from modalities.data.listing import (
+    Passed,
+    file_sizes,
+    list_files,
+    list_groups,
+    printable,
+    say,
+    say_left_aside,
+    subfolders,
+)
+from modalities.data.text_files import read_lines
+from nepa_core.basics import UserError, some
+
+SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
+"""What a split may be called where it is stored; the first name found is taken."""
+
+NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+"""Labels of a CSV file that all look like this are numbers to predict."""
+
+COLUMNS = {
+    "path": ("path", "file", "filename", "file_name"),
+    "split": ("split", "set", "subset"),
+    "label": ("label", "class", "category"),
+}
+"""What the columns of a manifest may be called, in any case."""
+
+Row = tuple[str, str, str]
+"""Path, label ("" for none), and "train" or "test"."""
+
+
+class Kind(NamedTuple):
+    """What samples are called, as in "2 clips", and what their files are, as in "no audio file (.wav) in ..."."""
+
+    noun: str
+    file: str
+    suffixes: tuple[str, ...]
+
+    @property
+    def sought(self) -> str:
+        """The files with their suffixes, in words."""
+        return f"{self.file} ({', '.join(self.suffixes)})"
+
+
+class Labelled(NamedTuple):
+    """Samples of a split.
+
+    Attributes:
+        paths: of each.
+        labels: [n] int64, or float32 for numbers to predict; None where there are none.
+        classes: place k names label k; None where labels are no classes.
+    """
+
+    paths: list[str]
+    labels: Tensor | None
+    classes: tuple[str, ...] | None
+
+
+def read_layout(
+    root: str, kind: Kind, items: Callable[[list[str]], list[str]] = lambda paths: paths
+) -> tuple[list[Row], bool]:
+    """The rows of both splits, and whether labels are numbers to predict, of a folder or of a CSV file.
+
+    Args:
+        items: the samples that files make, all of one folder and below.
+
+    Raises:
+        UserError: there is no such folder or file, or it is in none of the layouts.
+    """
+    place = Path(root).expanduser()
+    if place.is_file():
+        rows = manifest_rows(place, kind)
+        return rows, all(NUMBER.fullmatch(label) for _, label, _ in rows)
+    passed = Passed()
+    folders = {each: [place / name for name in names if (place / name).is_dir()] for each, names in SPLITS.items()}
+    if not all(folders.values()):
+        raise UserError(
+            f"data.root={root}: looked for train/<class>/* or train/* with the same in val/ (or validation/, test/), "
+            f"each with {kind.sought}, but found none complete; a CSV file of path,label,split is given as "
+            "data.root=FILE.csv"
+        )
+    rows = [
+        (path, label, each) for each, found in folders.items() for path, label in tree(found[0], kind, passed, items)
+    ]
+    say_passed(root, passed, [folder.name for folder in folders["test"]])
+    return rows, False
+
+
+def of_split(root: str, rows: Sequence[Row], split: str, kind: Kind, *, numbers: bool = False) -> Labelled:
+    """A split of (path, label or "", "train" or "test"); classes are numbered in the order of their names.
+
+    Raises:
+        UserError: a split is empty, or the two have other classes.
+    """
+    names = {each: sorted({label for _, label, part in rows if part == each}) for each in SPLITS}
+    for each, found in names.items():
+        if not found:
+            raise UserError(
+                f"data.root={root}: no {kind.sought} in the {'training' if each == 'train' else 'held-out'} split"
+            )
+    mine = [(path, label) for path, label, part in rows if part == split]
+    paths = [path for path, _ in mine]
+    if names["train"] == names["test"] == [""]:
+        return Labelled(paths, None, None)
+    if numbers:
+        return Labelled(paths, torch.tensor([float(label) for _, label in mine]), None)
+    alone = sorted(set(names["test"]) ^ set(names["train"]))
+    if "" in alone:
+        raise UserError(
+            f"data.root={root}: {kind.noun}s of one split have labels, and those of the other none; give both, or none"
+        )
+    if alone:
+        raise UserError(f"data.root={root}: both splits need the same classes; only one has {', '.join(alone[:6])}")
+    classes = names["train"]
+    number = {label: place for place, label in enumerate(classes)}
+    return Labelled(paths, torch.tensor([number[label] for _, label in mine]), tuple(map(printable, classes)))
+
+
+def tree(
+    folder: Path, kind: Kind, passed: Passed, items: Callable[[list[str]], list[str]] = lambda paths: paths
+) -> list[tuple[str, str]]:
+    """(path, class) of all samples in the class folders, sorted; without class folders those there, of class ""."""
+    beside = Passed()
+    labels = subfolders(folder, beside)
+    groups = list_groups(folder, [folder / label for label in labels], kind.suffixes)
+    made = [items(group.paths) for group in groups]
+    found = sorted((path, label) for label, paths in zip(labels, made, strict=True) for path in paths)
+    if all(path == str(folder / label) for path, label in found):  # folders that are samples themselves, or none
+        listed = list_files(folder, kind.suffixes)
+        passed.merge(listed.passed)
+        return [(path, "") for path in items(listed.paths)]
+    passed.merge(beside)
+    for group in groups:
+        passed.merge(group.passed)
+    say_empty(folder, [printable(label) for label, group in zip(labels, groups, strict=True) if not group.paths], kind)
+    return found
+
+
+def say_empty(folder: Path, empty: Sequence[str], kind: Kind) -> None:
+    """Say which folders hold none of the files, so that they are no classes."""
+    if empty:
+        say(f"{folder}: no {kind.sought} in the folders {some(empty)}, so they are no classes")
+
+
+def say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
+    """Say what a listing passed over, and which of several held-out splits is taken."""
+    if line := passed.line(root):
+        say(line)
+    say_left_aside(root, held_out)
+
+
+def manifest_rows(file: Path, kind: Kind) -> list[Row]:
+    """What a CSV file with the columns path, split and, where there are any, label says; `COLUMNS` has their names.
+
+    Raises:
+        UserError: it is no such file, or names a sample in both splits.
+    """
+    lines = [f"{line}\n" for line in read_lines(file)]
+    separator = max(",;\t|", key=next((line for line in lines if line.strip()), "").count)
+    known = {name: each for each, names in SPLITS.items() for name in names}
+    found: list[tuple[int, str, str, str]] = []
+    try:
+        table = csv.reader(lines, delimiter=separator)
+        head = next((row for row in table if any(row)), [])
+        names = [name.strip().lower() for name in head]
+        places = {
+            key: next((names.index(name) for name in also if name in names), None) for key, also in COLUMNS.items()
+        }
+        missing = [name for name in ("path", "split") if places[name] is None]
+        if missing:
+            raise UserError(
+                f"{file}: the first line must name the columns path and split, and label where {kind.noun}s have "
+                f"labels; no {missing[0]}"
+            )
+        for row in table:
+            if not any(row):
+                continue
+            path, label, split = (
+                row[place].strip() if place is not None and place < len(row) else ""
+                for place in (places["path"], places["label"], places["split"])
+            )
+            if not path or "\0" in path or split.lower() not in known:
+                raise UserError(
+                    f"{file}, row {table.line_num}: needs a path and a split of {', '.join(known)}, not {path!r}, "
+                    f"{split!r}"
+                )
+            found.append((table.line_num, _beside(file, path), label, split.lower()))
+    except csv.Error as error:
+        raise UserError(f"{file}: not a readable CSV file ({error})") from error
+    held_out = [name for name in SPLITS["test"] if any(split == name for *_, split in found)]
+    say_passed(str(file), Passed(), held_out)
+    rows = [each for each in found if each[3] not in held_out[1:]]
+    bare = [number for number, _, label, _ in rows if not label]
+    if 0 < len(bare) < len(rows):
+        raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
+    _check_once(file, kind.noun, [(number, path, known[split], label) for number, path, label, split in rows])
+    _check_kind(file, [(number, label) for number, _, label, _ in rows])
+    return [(path, label, known[split]) for _, path, label, split in rows]
+
+
+def _beside(file: Path, path: str) -> str:
+    """A path of a manifest, seen from its folder; one with the separators of Windows too."""
+    if "\\" in path and "/" not in path and not (file.parent / path).exists():
+        path = path.replace("\\", "/")
+    return os.path.normpath(file.parent / path)
+
+
+def _check_kind(file: Path, rows: Sequence[tuple[int, str]]) -> None:
+    """See that labels are all classes or all numbers to predict, which have a decimal point each.
+
+    Args:
+        rows: number in the file and label of each.
+    """
+    numbers = [bool(NUMBER.fullmatch(label)) for _, label in rows]
+    if any(numbers) and not all(numbers) and all(_reads_as_number(label) for _, label in rows):
+        number, label = rows[numbers.index(False)]
+        raise UserError(
+            f"{file}, row {number}: the label {label!r} has no decimal point, and others have; write numbers to "
+            "predict with one (2.0), classes without"
+        )
+
+
+def _reads_as_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_once(file: Path, noun: str, rows: Sequence[tuple[int, str, str, str]]) -> None:
+    """See that no sample is in both splits; say how many are named twice, with two labels, and how many are not there.
+
+    Args:
+        rows: number in the file, path, split and label of each.
+    """
+    first: dict[str, tuple[int, str, str]] = {}
+    twice, other_label = 0, list[str]()
+    for number, path, split, label in rows:
+        before, other, known = first.setdefault(path, (number, split, label))
+        if other != split:
+            raise UserError(
+                f"{file}, row {number}: {printable(path)} is held out here or in row {before}, and trained on in the "
+                "other; name it once"
+            )
+        if known != label:
+            other_label.append(
+                f"{printable(path)} in row {before}, {printable(known)}, and row {number}, {printable(label)}"
+            )
+        twice += before != number
+    if other_label:
+        say(f"{file}: {len(other_label):,} rows give a {noun} another label than a row above: {other_label[0]}")
+    if twice:
+        say(f"{file}: {twice:,} rows name a {noun} that a row above has named")
+    gone = [path for path, size in zip(first, file_sizes(list(first)), strict=True) if size < 0]
+    if gone:
+        say(
+            f"{file}: {len(gone):,} of {len(first):,} {noun}s are not there and are skipped as unreadable, such as "
+            f"{printable(gone[0])}"
+        )

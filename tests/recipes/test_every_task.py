@@ -1,0 +1,145 @@
+"""Every task that fits a kind of data runs on it: a line of `KINDS` each, on the embedded demo made small.
+
+A kind of data that lies in files says how to make some: `nepa embed files=` is then tried, too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from recipes.cli import main
+from tests.movies import ramp, write_video
+
+pytestmark = pytest.mark.slow
+
+
+class Kind(NamedTuple):
+    """What is tried of a kind of data.
+
+    Attributes:
+        recipe: its demo.
+        keys: that make it small.
+        orders: names, where tokens lie on a grid; none: there is no grid.
+        labelled: samples have classes or numbers to predict.
+        picture: `generate` makes a signal, which `inspect` draws.
+        file: makes a file of its own for `embed files=`, in a folder; gives its name.
+    """
+
+    recipe: str
+    keys: tuple[str, ...] = ()
+    orders: str = ""
+    labelled: bool = True
+    picture: bool = True
+    file: Callable[[Path], Path] | None = None
+
+
+def a_video(folder: Path) -> Path:
+    return write_video(folder / "own.mp4", ramp(9))
+
+
+def a_volume(folder: Path) -> Path:
+    import numpy as np
+
+    np.save(folder / "own.npy", np.random.default_rng(0).normal(size=(9, 9, 9)))
+    return folder / "own.npy"
+
+
+KINDS = {
+    "image": Kind("recipes.vision:digits_2x2", orders="raster,hilbert"),
+    "audio": Kind("recipes.audio:demo", ("data.patch=[8,8]",), orders="time,raster"),
+    "video": Kind("recipes.video:moving_digits", orders="raster,hilbert", file=a_video),
+    "volume": Kind("recipes.volumes:shapes", ("data.patch=[8,8,8]",), orders="raster,morton", file=a_volume),
+}
+
+_SMALL = (
+    *("data.limit=64", "model.dim=16", "model.depth=2", "model.heads=2", "model.mlp_dim=32", "train.batch=8"),
+    *("train.length.steps=3", "train.evaluate=3", "train.checkpoint=3"),
+    *("verdict.fit_samples=32", "verdict.test_samples=32", "verdict.health_samples=16"),
+)
+_COMPARE = ("seeds=0", "workers=1", "labels=2", "finetune_steps=2")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, Path]:
+    """A kind of data, and a run of its demo."""
+    kind, run = KINDS[request.param], tmp_path_factory.mktemp(request.param) / "run"
+    assert main(["pretrain", kind.recipe, *kind.keys, *_SMALL, f"out={run}"]) == 0
+    return kind, run
+
+
+def small(kind: Kind) -> list[str]:
+    return [kind.recipe, *kind.keys, *_SMALL]
+
+
+def words_of(task: str, kind: Kind, run: Path) -> list[str] | None:
+    """The command that tries a task; None where the kind of data is not for it."""
+    folder = run.parent
+    match task:
+        case "check":
+            return ["check", kind.recipe, *kind.keys]
+        case "probe" if kind.labelled:
+            return ["probe", str(run), "train_samples=40", "test_samples=40", "poolings=mean", "layers=1"]
+        case "finetune" if kind.labelled:
+            return ["finetune", str(run), f"out={folder / 'tuned'}", "train.length.steps=2", "train.batch=8"]
+        case "evaluate" if kind.labelled:
+            return ["evaluate", str(folder / "tuned")]
+        case "inspect":
+            return ["inspect", str(run), "samples=2", "worst=1"]
+        case "embed":
+            return ["embed", str(run), f"out={folder / 'x.parquet'}", "surprise=true", "calibrate=16"]
+        case "files" if kind.file is not None:
+            return ["embed", str(run), f"files={kind.file(folder)}", f"out={folder / 'own.parquet'}", "calibrate=0"]
+        case "generate":
+            made = ("samples=8", "draws=2", "decoder_steps=3", "train_samples=32")
+            return ["generate", str(run), *made]
+        case "orders" if kind.orders:
+            return [
+                "orders",
+                *small(kind),
+                f"orders={kind.orders}",
+                *_COMPARE,
+                "cross=false",
+                f"out={folder / 'orders'}",
+            ]
+        case "objectives" if kind.labelled:
+            few = ("objectives=cosine", "learning_rates=1e-3", "finetune_causal=false")
+            return ["objectives", *small(kind), *few, *_COMPARE, f"out={folder / 'objectives'}"]
+        case "bench":
+            return ["bench", *small(kind), "steps=2", "repeats=1"]
+    return None
+
+
+TASKS = (
+    "check",
+    "probe",
+    "finetune",
+    "evaluate",
+    "inspect",
+    "embed",
+    "files",
+    "generate",
+    "orders",
+    "objectives",
+    "bench",
+)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_runs_on_a_kind_of_data(
+    task: str, trained: tuple[Kind, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, run = trained
+    words = words_of(task, kind, run)
+    if words is None:
+        pytest.skip(f"{kind.recipe} is not for {task}")
+    assert main(words) == 0, capsys.readouterr().err[-600:]
+    if task == "generate" and kind.picture:
+        assert json.loads((run / "generate.json").read_text())["verdict"]
+        assert (run / "generate" / "completions.png").is_file()
+    if task == "inspect":
+        assert (run / "inspect" / "maps.png").is_file()
