@@ -9,8 +9,7 @@ Shapes: B samples, N tokens, P numbers in a padded token, A axes.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
@@ -22,14 +21,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from modalities.data.joined import PartEmbedders, one_batch, one_sequence, order_of_batch, order_of_sequence
-from modalities.data.parts import Mixed, Paired, by_index, by_label, common_classes, naming, numbered, of_class, opened
+from modalities.data.parts import Mixed, check_names, common_classes, naming, opened, paired
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Crossing, Modality, first_sample
-from nepa_core.runtime.config import as_saved, from_saved, nearest
-from nepa_core.tokens import ImageInput, Signal, Sketch, Tokens
+from nepa_core.runtime.config import as_saved, from_saved
+from nepa_core.tokens import Signal, Sketch, Tokens
 
 OF_ONE = ("classes", "forecasts", "files", "stored", "whole_images", "image_input", "window_scale", "known_optimum")
 """Methods that are those of one part, where one is chosen."""
+
+
+def _of_one(method: str) -> Any:
+    """A method that is that of the chosen part."""
+    return lambda self, *given, **named: getattr(self._one, method)(*given, **named)
 
 
 class Form(NamedTuple):
@@ -77,22 +81,10 @@ class Together(Modality):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if len(self.parts) < 2:
-            raise ValueError(f"data.parts needs two parts or more, and has {', '.join(self.parts) or 'none'}")
-        for name in self.parts:
-            if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in ("part", "label", "target", "drawn"):
-                raise ValueError(f"data.parts.{name}: call a part by another name, of letters, digits and _")
-        named = {"data.part": self.part, "data.first": None if self.first == "drawn" else self.first}
-        for key, name in [*named.items(), *((f"data.weights.{name}", name) for name in self.weights or ())]:
-            if name is not None and name not in self.parts:
-                raise ValueError(f"{key if '.weights.' in key else f'{key}={name}'}: no such part{nearest(name, self.parts)}")
-        if self.weights is not None:
-            if missing := [name for name in self.parts if name not in self.weights]:
-                raise ValueError(f"data.weights.{missing[0]} is missing: give every part its share")
-            if wrong := [name for name, weight in self.weights.items() if not 1e-6 <= weight <= 1e6]:
-                raise ValueError(f"data.weights.{wrong[0]}={self.weights[wrong[0]]:g}: a share is above 0")
-            if self.mode == "paired":
-                raise ValueError("data.weights is of data.mode=mixed: pairs hold one sample of every part")
+        first = None if self.first == "drawn" else self.first
+        check_names(self.parts, self.weights, {"data.part": self.part, "data.first": first})
+        if self.weights is not None and self.mode == "paired":
+            raise ValueError("data.weights is of data.mode=mixed: a pair holds one sample of every part")
         return self
 
     # pydantic leaves properties alone; which kind of token this is depends on a setting
@@ -118,20 +110,11 @@ class Together(Modality):
         training = split == "train" and not self._plain
         if self.part is not None:
             with naming(self.part):
-                return self.parts[self.part].samples_of(split)
-        sets = opened(self.parts, split)
-        if self.mode == "mixed":
-            equal = dict.fromkeys(self.parts, 1.0)
-            return Mixed(sets, (self.weights or equal) if training else None)
-        if self.pair_by == "index":
-            return Paired(sets, by_index(sets), None)
-        common = common_classes(self.parts)
-        classes = [numbered(part, split, common) for part in self.parts.values()]
-        rows = by_label(classes, once=split != "train")
-        if not len(rows):
-            raise UserError(f"data.pair_by=label: no class has {split} samples of every part")
-        partners = [of_class(each) for each in classes[1:]] if training else None
-        return Paired(sets, rows, classes[0][rows[:, 0]], partners)
+                return self._one.samples_of(split)
+        if self.mode == "paired":
+            return paired(self.parts, split, self.pair_by, training=training)
+        shares = self.weights or dict.fromkeys(self.parts, 1.0)
+        return Mixed(opened(self.parts, split), shares if training else None)
 
     def tokenize(self, batch: Batch) -> Tokens:
         if self.part is not None:
@@ -254,7 +237,8 @@ class Together(Modality):
 
     def classes(self) -> tuple[str, ...] | None:
         if self.part is None and self.mode == "paired":
-            return common_classes(self.parts) if self.pair_by == "label" else None
+            own = (part.classes() for part in self.parts.values())
+            return common_classes(self.parts) if self.pair_by == "label" else next((each for each in own if each), None)
         return self._one.classes()
 
     def token_targets(self, batch: Batch) -> Tensor | None:
@@ -276,20 +260,9 @@ class Together(Modality):
     def decode(self, tokens: Tokens) -> Signal:
         return super().decode(tokens) if self.part is None else self._one.decode(self._own(self.part, tokens))
 
-    def forecasts(self, split: str, horizon: int) -> Dataset[Batch]:
-        return self._one.forecasts(split, horizon)
-
-    def window_scale(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self._one.window_scale(batch)
-
-    def files(self, paths: Sequence[str]) -> Dataset[Batch]:
-        return self._one.files(paths)
-
-    def stored(self, split: str) -> Dataset[Batch]:
-        return self._one.stored(split)
-
-    def image_input(self) -> ImageInput:
-        return self._one.image_input()
+    forecasts, window_scale = _of_one("forecasts"), _of_one("window_scale")
+    files, stored = _of_one("files"), _of_one("stored")
+    image_input, whole_images = _of_one("image_input"), _of_one("whole_images")
 
 
 def _keys_of(part: str, batch: Batch) -> Batch:

@@ -180,7 +180,9 @@ def layers_above(name: str, depth: int, *, head_counts: bool) -> int:
     parts = name.split(".")
     if "blocks" in parts:
         return depth - 1 - int(parts[parts.index("blocks") + 1]) + head_counts
-    return depth + head_counts if {"embed", "bos", "mask_token", "positions", "next_position", "parts"} & set(parts) else 0
+    return (
+        depth + head_counts if {"embed", "bos", "mask_token", "positions", "next_position", "parts"} & set(parts) else 0
+    )
 
 
 def at_head_rate(name: str) -> bool:

@@ -39,9 +39,7 @@ def spoken_digits() -> PretrainConfig:
     `{digit}_{speaker}_{index}.wav`; with `data.mode=mixed` unpaired, and then
     `nepa transfer recipes.together:spoken_digits data.mode=mixed data.parts.sound.root=DIR`.
     """
-    sound = Audio(
-        source="folder", root="fsdd", seconds=1.0, sample_rate=8000, bands=40, padding="full", in_memory=True
-    )
+    sound = Audio(source="folder", root="fsdd", seconds=1.0, sample_rate=8000, bands=40, padding="full", in_memory=True)
     data = Together(parts={"image": _digits(), "sound": sound}, mode="paired")
     return override(_parts(data), {"train.length.steps": 1600})
 

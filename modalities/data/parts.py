@@ -6,6 +6,7 @@ A sample holds every part's keys as "PART.KEY". Shapes: S samples of a split, K 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,7 +17,8 @@ from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, readable
-from nepa_core.runtime.config import import_path
+from nepa_core.runtime.config import import_path, nearest
+from nepa_core.runtime.data import spread_out
 from nepa_core.tokens import Spans
 
 
@@ -27,6 +29,38 @@ def naming(part: str) -> Iterator[None]:
         yield
     except (UserError, UnreadableSample) as error:
         raise type(error)(f"part {part}: {error}") from error
+
+
+def check_names(parts: Mapping[str, Any], weights: Mapping[str, float] | None, named: Mapping[str, str | None]) -> None:
+    """Whether parts are called as they may be, and what names them names one.
+
+    Args:
+        weights: part -> its share. named: key -> the part that it names.
+
+    Raises:
+        ValueError: what is wrong with which key.
+    """
+    if len(parts) < 2:
+        raise ValueError(f"data.parts needs two parts or more, and has {', '.join(parts) or 'none'}")
+    for name in parts:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name) or name in RESERVED:
+            raise ValueError(f"data.parts.{name}: call a part by another name, of letters, digits and _")
+    for key, part in named.items():
+        if part is not None and part not in parts:
+            raise ValueError(f"{key}={part}: there is no such part{nearest(part, parts)}")
+    if weights is None:
+        return
+    for name, weight in weights.items():
+        if name not in parts:
+            raise ValueError(f"data.weights.{name}: there is no such part{nearest(name, parts)}")
+        if not 1e-6 <= weight <= 1e6:
+            raise ValueError(f"data.weights.{name}={weight:g}: a share is a number above 0")
+    if missing := [name for name in parts if name not in weights]:
+        raise ValueError(f"data.weights.{missing[0]} is missing: give every part its share")
+
+
+RESERVED = ("part", "label", "target", "drawn")
+"""Words that are something else beside the names of parts."""
 
 
 def opened(parts: Mapping[str, Modality], split: str) -> dict[str, Dataset[Batch]]:
@@ -76,7 +110,9 @@ class _Parts(Dataset[Batch]):
 
     def fingerprint(self) -> str:
         """Changes where that of a part does, or its length."""
-        own = {part: getattr(each, "fingerprint", lambda each=each: len(cast(Any, each))) for part, each in self._each()}
+        own = {
+            part: getattr(each, "fingerprint", lambda each=each: len(cast(Any, each))) for part, each in self._each()
+        }
         return ", ".join(f"{part} {print_()}" for part, print_ in own.items())
 
     def _each(self) -> list[tuple[str, Any]]:
@@ -89,7 +125,7 @@ def named(part: str, sample: Batch) -> Batch:
 
 
 class Mixed(_Parts):
-    """Samples of one part each: the parts one after the other, each as often as its share asks.
+    """Samples of one part each, every part as often as its share asks.
 
     "part" is the number of the part; the keys of the others are zeros.
 
@@ -104,8 +140,10 @@ class Mixed(_Parts):
         shares = {} if weights is None else {part: weights[part] / total for part in sets}
         epoch = max((self.counts[part] / share for part, share in shares.items()), default=0.0)
         taken = self.counts if weights is None else {part: round(share * epoch) for part, share in shares.items()}
-        self.part = torch.repeat_interleave(torch.arange(len(sets)), torch.tensor([taken[part] for part in sets]))
-        self.row = torch.cat([torch.arange(taken[part]) % self.counts[part] for part in sets])
+        part = torch.repeat_interleave(torch.arange(len(sets)), torch.tensor([taken[part] for part in sets]))
+        row = torch.cat([torch.arange(taken[part]) % self.counts[part] for part in sets])
+        laid = spread_out(torch.arange(len(part)), part)  # so that the first few samples are of all parts
+        self.part, self.row = part[laid], row[laid]
         self.names = list(sets)
         if any(hasattr(each, "spans") for each in sets.values()):
             self.spans = self._spans  # only then, for samples are else independent
@@ -160,16 +198,17 @@ class Mixed(_Parts):
             cluster, track = spans.cluster[taken] + first[0], spans.track[taken] + first[1]
             found.append(Spans(cluster, track, spans.first[taken], spans.end[taken], spans.chained))
             first = torch.stack((cluster.max(), track.max())) + 1
-        joined = (torch.cat([each[axis] for each in found]) for axis in range(4))
+        back = self.part.argsort(stable=True).argsort()  # from part by part to the order of the samples
+        joined = (torch.cat([each[axis] for each in found])[back] for axis in range(4))
         return Spans(*joined, chained=any(each.chained for each in found))
 
 
 class Paired(_Parts):
-    """Samples that hold one of every part, and "label", the class that they share, where there is one.
+    """Samples that hold one of every part, and a "label" where they are paired by it or the first part has one.
 
     Args:
         rows: [S, K] int64, the sample of every part.
-        label: [S] int64, or None.
+        label: [S] int64, or None: samples are paired by their number.
         partners: for each part but the first, class -> samples to draw a partner from anew at every access, by torch's
             global generator; None: pairs are as `rows` has them.
     """
@@ -204,22 +243,27 @@ class Paired(_Parts):
                 table[place, column] = own[int(torch.randint(len(own), ()))]
         return table
 
-    def _labels(self, index: Any) -> Batch:
-        return {} if self.label is None else {"label": self.label[index]}
+    def _labelled(self, found: Batch, index: Any) -> Batch:
+        """With the label that the parts have in common, or else that of the first part that has one."""
+        if self.label is not None:
+            return found | {"label": self.label[index]}
+        own = (found[f"{part}.label"] for part in self.sets if f"{part}.label" in found)
+        label = next(own, None)
+        return found if label is None else found | {"label": label}
 
     def __getitem__(self, index: int) -> Batch:
         (rows,) = self._drawn([index]).tolist()
         found: Batch = {}
         for part, row in zip(self.sets, rows, strict=True):
             found |= self.sample_of(part, row)
-        return found | self._labels(index)
+        return self._labelled(found, index)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch at once."""
         table, found = self._drawn(indices), dict[str, Any]()
         for column, part in enumerate(self.sets):
             found |= self.batch_of(part, table[:, column].tolist())
-        return found | self._labels(indices)
+        return self._labelled(found, indices)
 
     def _spans(self, source: str) -> Spans:
         """Those of the first part that has any: pairs depend on each other as its samples do."""
@@ -230,6 +274,24 @@ class Paired(_Parts):
 
 
 # ------------------------------------------------------------------------------------------------------- pairs
+
+
+def paired(parts: Mapping[str, Modality], split: str, pair_by: str, *, training: bool) -> Paired:
+    """Pairs of a split, see `Together`.
+
+    Raises:
+        UserError: they can't be paired so.
+    """
+    sets = opened(parts, split)
+    if pair_by == "index":
+        return Paired(sets, by_index(sets), None)
+    common = common_classes(parts)
+    classes = [numbered(part, split, common) for part in parts.values()]
+    rows = by_label(classes, once=split != "train")
+    if not len(rows):
+        raise UserError(f"data.pair_by=label: no class has {split} samples of every part")
+    partners = [of_class(each) for each in classes[1:]] if training else None
+    return Paired(sets, rows, classes[0][rows[:, 0]], partners)
 
 
 def by_index(sets: Mapping[str, Dataset[Batch]]) -> Tensor:
@@ -291,7 +353,9 @@ def common_classes(parts: Mapping[str, Modality]) -> tuple[str, ...]:
             raise UserError(f"data.pair_by=label needs an integer label of every sample, and part {part} has none")
     first, *others = names.values()
     if not (common := tuple(name for name in first if all(name in other for other in others))):
-        told = "; ".join(f"{part} has {', '.join(each[:4])}{', ...' if each[4:] else ''}" for part, each in names.items())
+        told = "; ".join(
+            f"{part} has {', '.join(each[:4])}{', ...' if each[4:] else ''}" for part, each in names.items()
+        )
         raise UserError(f"data.pair_by=label: no class is common to all parts ({told}): name them alike")
     return common
 

@@ -176,7 +176,7 @@ def _check_key(config: BaseModel, key: str, value: Any) -> None:
 def _no_setting(data: Modality, group: str, name: str) -> str:
     """ "; did you mean data.limit?", or all settings that an adapter has."""
     if name == "part":
-        return f": the adapter {type(data).__name__} has no parts; several kinds of data are parts of one (docs/together.md)"
+        return f": the adapter {type(data).__name__} has no parts; Together has (docs/together.md)"
     if close := difflib.get_close_matches(name, type(data).model_fields, n=1, cutoff=0.6):
         return f"; did you mean {group}.{close[0]}?"
     if name in ("patch_order", "order_seed"):

@@ -119,6 +119,8 @@ class PretrainSummary(Cost, Unreadable, total=False):
     origin: Origin  # with init=: which weights it began with
     retrieval_top1_first: float  # with init=: identified among the samples watched while training, at step 0
     retrieval_top1_last: float  # and after the last step
+    strata: dict[str, dict[str, Any]]  # nepa_core.verdict.judge.Verdict of each kind of samples: the parts of a mix
+    crossings: dict[str, dict[str, Any]]  # "B from A" -> nepa_core.verdict.crossing.Crossed, of pairs
     optimum: float  # the loss that no predictor can beat, where the adapter knows it
     causal: bool
     weights: str  # "raw" or "ema": which were judged
