@@ -208,8 +208,13 @@ class Together(Modality):
         return tuple(self.parts)
 
     def strata(self) -> Mapping[str, Modality]:
-        alone = self.mode == "mixed" and self.part is None
-        return {name: self.model_copy(update={"part": name}) for name in self.parts if alone}
+        if self.part is not None:
+            return {self.part: self}
+        return {name: self.model_copy(update={"part": name}) for name in self.parts if self.mode == "mixed"}
+
+    def shares(self) -> Mapping[str, float]:
+        weights = self.weights or dict.fromkeys(self.parts, 1.0)
+        return {name: weights[name] / sum(weights.values()) for name in self.strata()}
 
     def crossings(self) -> Mapping[str, Crossing]:
         if self.mode == "mixed" or self.part is not None or self.arrange == "interleaved":

@@ -75,7 +75,8 @@ class Melodies(Dataset[Batch]):
 
     def __init__(self, form: Tones, split: str) -> None:
         count = form.samples[split != "train"]
-        score = torch.randint(form.bands, (form.kinds, form.tones), generator=torch.Generator().manual_seed(0))
+        scores = torch.rand(form.tones, form.bands, generator=torch.Generator().manual_seed(0)).argsort(1)
+        score = scores.T[torch.arange(form.kinds) % form.bands]  # [kinds, N]: no two share a tone while bands last
         draw = torch.Generator().manual_seed(1 + (split != "train"))
         self.labels = torch.randint(form.kinds, (count,), generator=draw)
         pitch = score[self.labels] + form.detune * torch.randn(count, form.tones, generator=draw)

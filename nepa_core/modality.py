@@ -179,9 +179,14 @@ class Modality(BaseModel, ABC):
     def strata(self) -> Mapping[str, Modality]:
         """What a verdict judges apart: name -> an adapter of those samples alone, whose tokens fit the same network.
 
-        Default: nothing, all samples are of one kind.
+        Where one of several kinds was chosen, that one alone. Default: nothing, kinds have no names.
         """
         return {}
+
+    def shares(self) -> Mapping[str, float]:
+        """The share of each of `strata` in a training batch; they add up to 1. Default: equal ones."""
+        names = self.strata()
+        return dict.fromkeys(names, 1 / len(names)) if names else {}
 
     def crossings(self) -> Mapping[str, Crossing]:
         """Which parts of a sample a verdict predicts from which: "B from A" -> these two. Default: none."""

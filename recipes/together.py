@@ -49,7 +49,7 @@ def _digits() -> Images:
     return Images(
         source="digits",
         size=(8, 8),
-        patch=(2, 4),
+        patch=(4, 4),
         channels=1,
         mean=(0.305,),
         std=(0.376,),

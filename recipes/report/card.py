@@ -138,7 +138,15 @@ def strata_table(summary: PretrainSummary) -> list[tuple[str, ...]]:
     ]
 
 
-CROSSINGS_HEAD = ("first token of", "NEPA", "linear map", "shuffled pairs", "untrained", "minus linear", "minus shuffled")
+CROSSINGS_HEAD = (
+    "first token of",
+    "NEPA",
+    "linear map",
+    "shuffled pairs",
+    "untrained",
+    "minus linear",
+    "minus shuffled",
+)
 
 
 def crossings_table(summary: PretrainSummary) -> list[tuple[str, ...]]:

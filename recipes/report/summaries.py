@@ -693,6 +693,28 @@ class AblateSummary(ComparisonSummary, total=False):
     random_init: Spread  # the probe of random weights
 
 
+class TransferRow(TypedDict, total=False):
+    """transfer-HASH.json in the folder of a run, and random/ of random weights."""
+
+    parts: dict[str, RunMeasures]  # of those that the run was trained on
+    raw_tokens: dict[str, float]  # beside random weights: part -> the probe of its raw tokens
+
+
+class TransferSummary(ComparisonSummary, total=False):
+    """summary.json of `nepa transfer`; plain dictionaries are by part."""
+
+    parts: list[str]
+    metrics: dict[str, str]
+    steps: dict[str, int]  # by variant
+    probes: dict[str, dict[str, Spread]]  # variant -> the probe of the best layer
+    gains: dict[str, dict[str, Spread]]  # way of training together -> over the part alone
+    random: dict[str, Spread]
+    raw: dict[str, float]
+    differences: dict[str, list[dict[str, Any]]]  # recipes.statistics.significance.Difference: against the part alone
+    verdict: list[str]
+    runs: dict[str, list[str]]
+
+
 def finetuned(labels: int | str | None) -> str:
     """The key of fine-tuning on so many labels a class, None or "all" for all."""
     return f"finetuned_{'all' if labels is None else labels}"

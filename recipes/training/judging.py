@@ -138,7 +138,7 @@ class Judgement(NamedTuple):
 
 def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False) -> Judgement:
     """Judge a trained model on held-out data, each kind of samples by itself (`Modality.strata`)."""
-    if not (strata := config.data.strata()):
+    if len(strata := config.data.strata()) < 2:
         return _verdict_of(config, model, device, show=show)
     found = {
         name: _verdict_of(config.model_copy(update={"data": data}), model, device, show=show)
