@@ -6,15 +6,76 @@ Shapes: B samples, N tokens, P numbers in a padded token, n tokens of one part, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
+from modalities.data.parts import naming
 from modalities.orders import padding_behind
+from nepa_core.basics import UserError
+from nepa_core.modality import Modality, first_sample
 from nepa_core.tokens import Tokens
 
 Own = Callable[[int, Tokens], Tensor | None]
 """(number of a part, its tokens) -> their order, [n] or [B, n] int64 or None."""
+
+
+class Form(NamedTuple):
+    """Numbers in a part's token, and its axes."""
+
+    size: int
+    axes: int
+
+
+class Layout(dict[str, Form]):
+    """The form of every part's tokens, by its name, in the order of their numbers."""
+
+    @classmethod
+    def measured(cls, parts: Mapping[str, Modality]) -> Self:
+        """On the first training sample of each.
+
+        Raises:
+            UserError: a part has none that can be read.
+        """
+        found = cls()
+        for name, part in parts.items():
+            with naming(name):
+                tokens = part.tokenize(default_collate([first_sample(part)]))
+            found[name] = Form(tokens.values.shape[-1], tokens.coords.shape[-1])
+        return found
+
+    @property
+    def largest(self) -> Form:
+        return Form(max(form.size for form in self.values()), max(form.axes for form in self.values()))
+
+    def padded(self, name: str, tokens: Tokens) -> Tokens:
+        """A part's tokens in the form of all, the number of the part behind the others."""
+        number, (size, axes) = list(self).index(name), self.largest
+        values = F.pad(tokens.values.float(), (0, size - tokens.values.shape[-1]))
+        whose = values.new_full((*values.shape[:2], 1), number)
+        coords = F.pad(tokens.coords, (0, axes - tokens.coords.shape[-1]))
+        part = torch.full(values.shape[1:2], number, device=values.device)
+        return Tokens(torch.cat((values, whose), dim=-1), coords, tokens.mask, part=part)
+
+    def own(self, name: str, tokens: Tokens) -> Tokens:
+        """The way back of `padded`, also in another order."""
+        size, axes = self[name]
+        return Tokens(tokens.values[..., :size], tokens.coords[..., :axes], tokens.mask, tokens.order)
+
+    def check_merged(self) -> None:
+        """Whether time alone orders the tokens of all parts.
+
+        Raises:
+            UserError: a part has more axes.
+        """
+        for name, form in self.items():
+            if form.axes > 1:
+                raise UserError(
+                    f"data.arrange=interleaved merges by time, and part {name} has {form.axes} axes: set it to after"
+                )
 
 
 class PartEmbedders(nn.Module):
@@ -27,6 +88,10 @@ class PartEmbedders(nn.Module):
     def __init__(self, own: Mapping[str, nn.Module], sizes: Sequence[int]) -> None:
         super().__init__()
         self.own, self.sizes = nn.ModuleDict(own), list(sizes)
+
+    def of(self, name: str) -> nn.Module:
+        """The map of one part, of its own raw tokens."""
+        return self.own[name]
 
     def forward(self, values: Tensor) -> Tensor:
         """[B, N, P], the number of the part last -> [B, N, D]."""

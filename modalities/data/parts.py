@@ -9,15 +9,16 @@ import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, readable
-from nepa_core.runtime.config import import_path, nearest
+from nepa_core.runtime.config import as_saved, from_saved, import_path, nearest
 from nepa_core.runtime.data import spread_out
 from nepa_core.tokens import Spans
 
@@ -29,6 +30,29 @@ def naming(part: str) -> Iterator[None]:
         yield
     except (UserError, UnreadableSample) as error:
         raise type(error)(f"part {part}: {error}") from error
+
+
+def crossed(parts: Sequence[str], first: str) -> dict[str, tuple[str, int, int]]:
+    """ "B from A" -> (A, its number, that of B): the part that leads and the one behind it, for all that may lead."""
+    found = {}
+    for source in parts if first == "drawn" else [first]:
+        target = next(name for name in parts if name != source)
+        found[f"{target} from {source}"] = (source, parts.index(source), parts.index(target))
+    return found
+
+
+def _from_file(parts: Any) -> Any:
+    if not isinstance(parts, Mapping):
+        raise ValueError("name the parts, each an adapter")
+    return {name: from_saved(part, f"data.parts.{name}") for name, part in parts.items()}
+
+
+Parts = Annotated[
+    dict[str, Modality],
+    BeforeValidator(_from_file),
+    PlainSerializer(lambda parts: {name: as_saved(part) for name, part in parts.items()}),
+]
+"""Adapters by name; a config file holds each with its import path."""
 
 
 def check_names(parts: Mapping[str, Any], weights: Mapping[str, float] | None, named: Mapping[str, str | None]) -> None:
@@ -124,6 +148,12 @@ def named(part: str, sample: Batch) -> Batch:
     return {f"{part}.{key}": value for key, value in sample.items()}
 
 
+def keys_of(part: str, batch: Batch, rows: Tensor | None = None) -> Batch:
+    """The way back, of some samples or all."""
+    own = {key.removeprefix(f"{part}."): x for key, x in batch.items() if key.startswith(f"{part}.")}
+    return own if rows is None else {key: x[rows] for key, x in own.items()}
+
+
 class Mixed(_Parts):
     """Samples of one part each, every part as often as its share asks.
 
@@ -199,8 +229,8 @@ class Mixed(_Parts):
             found.append(Spans(cluster, track, spans.first[taken], spans.end[taken], spans.chained))
             first = torch.stack((cluster.max(), track.max())) + 1
         back = self.part.argsort(stable=True).argsort()  # from part by part to the order of the samples
-        joined = (torch.cat([each[axis] for each in found])[back] for axis in range(4))
-        return Spans(*joined, chained=any(each.chained for each in found))
+        cluster, track, begin, end = (torch.cat(list(each))[back] for each in zip(*(s[:4] for s in found), strict=True))
+        return Spans(cluster, track, begin, end, chained=any(each.chained for each in found))
 
 
 class Paired(_Parts):

@@ -173,9 +173,9 @@ def crossings_words(summary: PretrainSummary) -> list[str]:
     return [
         f"Across parts: the first token of one part is identified among {found[0].retrieval_candidates} by what is "
         f"predicted of it after the other part alone, on {count} held-out samples (chance "
-        f"{1 / found[0].retrieval_candidates:.1%}). Shuffled pairs: the other part is that of another sample. Linear map: "
-        f"a ridge regression from that part's raw tokens, fitted on {found[0].fitted_samples:,} training pairs. Margins "
-        "are in points, 95 %, paired over samples.",
+        f"{1 / found[0].retrieval_candidates:.1%}). Shuffled pairs: the other part is that of another sample. Linear "
+        f"map: a ridge regression from that part's raw tokens, fitted on {found[0].fitted_samples:,} training pairs. "
+        "Margins are in points, 95 %, paired over samples.",
     ]
 
 
