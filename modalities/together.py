@@ -192,7 +192,7 @@ class Together(Modality):
         return common_classes(self.parts) if self.pair_by == "label" else next((each for each in own if each), None)
 
     def token_targets(self, batch: Batch) -> Tensor | None:
-        return None if self.part is None else self.chosen.token_targets(batch)
+        return None if self.part is None and self.mode == "paired" else self.chosen.token_targets(batch)
 
     def before_mixing(self, batch: Batch) -> Batch:
         return batch if self.part is None else self.chosen.before_mixing(batch)
