@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, field_serializer, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -22,6 +22,7 @@ from modalities.data.joined import Layout, PartEmbedders, one_batch, one_sequenc
 from modalities.data.parts import Mixed, Parts, check_names, common_classes, crossed, keys_of, naming, opened, paired
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Crossing, Modality
+from nepa_core.runtime.config import as_saved
 from nepa_core.tokens import Signal, Sketch, Tokens
 
 OF_ONE = ("forecasts", "window_scale", "files", "stored", "image_input", "whole_images")
@@ -56,6 +57,10 @@ class Together(Modality):
     part: str | None = Field(default=None, exclude_if=lambda part: part is None)
     _drawing: bool = PrivateAttr(False)  # set by `at` alone
     _plain: bool = PrivateAttr(False)  # set by `plain` alone
+
+    @field_serializer("parts")
+    def _saved(self, parts: dict[str, Modality]) -> dict[str, Any]:
+        return {name: as_saved(part) for name, part in parts.items()}
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

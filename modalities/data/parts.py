@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Annotated, Any, cast
 
 import torch
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import BeforeValidator
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, readable
-from nepa_core.runtime.config import as_saved, from_saved, import_path, nearest
+from nepa_core.runtime.config import from_saved, import_path, nearest
 from nepa_core.runtime.data import spread_out
 from nepa_core.tokens import Spans
 
@@ -47,11 +47,7 @@ def _from_file(parts: Any) -> Any:
     return {name: from_saved(part, f"data.parts.{name}") for name, part in parts.items()}
 
 
-Parts = Annotated[
-    dict[str, Modality],
-    BeforeValidator(_from_file),
-    PlainSerializer(lambda parts: {name: as_saved(part) for name, part in parts.items()}),
-]
+Parts = Annotated[dict[str, Modality], BeforeValidator(_from_file)]
 """Adapters by name; a config file holds each with its import path."""
 
 

@@ -28,7 +28,7 @@ from recipes.statistics.significance import LEAST_SEEDS, Difference, covers, dif
 from recipes.training.starting import build_model
 
 RANDOM = "random weights"
-SAME_COST, OWN_STEPS = "together, equal total cost", "together, equal own steps"
+SAME_COST, OWN_STEPS = "together, same cost", "together, own steps"
 
 
 class TransferOptions(BaseModel):
@@ -203,20 +203,26 @@ def summarise(
 
 
 def sentences(found: Mapping[str, Sequence[Difference]], parts: Sequence[str], look: Look) -> list[str]:
-    """Which part is helped by the others, at equal steps of its own and at equal cost."""
+    """The answer in short; which part is helped by the others, at equal steps of its own and at equal cost."""
     if len(look.seeds) < LEAST_SEEDS:
         given = "one seed" if len(look.seeds) == 1 else f"{len(look.seeds)} seeds"
         return [f"With {given} nothing can be told from noise: give three or more."]
-    said = []
+    said, short = [], []
     for part, tests in found.items():
         others = [each for each in parts if each != part]
-        helper = others[0] if len(others) == 1 else "the others"
-        for kind, words in ((OWN_STEPS, "at equal steps of its own"), (SAME_COST, "at equal total cost")):
+        helper, seen = others[0] if len(others) == 1 else "the others", []
+        for kind, words in ((OWN_STEPS, "At equal steps of its own"), (SAME_COST, "At equal total cost")):
             each = next(each for each in tests if kind in each.better or kind in each.worse)
-            mean, half = 100 * each.mean * (1 if kind in each.better else -1), 100 * each.half
-            verb = ("helps" if mean > 0 else "hurts") if each.real else "neither helps nor hurts"
-            note = "" if each.real else f", within the noise: {unseen([each])}"
-            said.append(
-                f"{words[0].upper()}{words[1:]}, {helper} {verb} {part} ({mean:+.1f} ± {half:.1f} points{note})."
-            )
-    return [*said, covers([each for tests in found.values() for each in tests], look.told())]
+            points = f"{100 * each.mean * (1 if kind in each.better else -1):+.1f} ± {100 * each.half:.1f} points"
+            if not each.real:
+                said.append(f"{words}, no effect of {helper} on {part} is seen ({points}): {unseen([each])}.")
+                continue
+            verb = "helps" if kind in each.better else "hurts"
+            seen.append(f"{verb} {words[0].lower()}{words[1:]}")
+            said.append(f"{words}, {helper} {verb} {part} ({points}).")
+        short.append(f"{helper} {' and '.join(seen) or 'without an effect that is seen'}, for {part}")
+    return [
+        f"Which helps which? {'; '.join(short)}.",
+        *said,
+        covers([each for tests in found.values() for each in tests], look.told()),
+    ]

@@ -91,13 +91,12 @@ def answers(summary: PretrainSummary) -> list[str]:
 def crossing_words(name: str, crossed: Crossed) -> str:
     """Whether the one part predicts the other."""
     target, _, source = name.partition(" from ")
-    said = f"the first token of {target} from {source} alone"
     if crossed.margin_shuffled_ci95 is None:
         return f"NOT KNOWN whether {source} predicts {target}: the held-out samples are too few."
     if not crossed.predicts:
-        return f"{source.upper()} DOES NOT PREDICT {target.upper()} beyond chance: {said}."
-    beside = "better than" if crossed.linear.above else "worse than" if crossed.linear.below else "as well as"
-    return f"{source.upper()} PREDICTS {target.upper()}, {beside} a linear map: {said}."
+        return f"{source.upper()} DOES NOT PREDICT {target.upper()}, as far as these samples show."
+    beside = "better than" if crossed.linear.above else "less well than" if crossed.linear.below else "no better than"
+    return f"{source.upper()} PREDICTS {target.upper()}, {beside} a linear map."
 
 
 def headline(verdict: Verdict, noun: str) -> str:

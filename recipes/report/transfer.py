@@ -30,8 +30,19 @@ def matrix(summary: TransferSummary) -> list[list[str]]:
     """A row a way of training together, a column a part: points over the part alone."""
     parts = summary["parts"]
     ways = dict.fromkeys(way for part in parts for way in summary["gains"][part])
-    rows = [[way, *(margin_cell(summary["gains"][part].get(way)) for part in parts)] for way in ways]
-    return [["minus alone, in points", *parts], *rows]
+    return [
+        ["minus alone, in points", *parts],
+        *([way, *(_cell(summary, part, way) for part in parts)] for way in ways),
+    ]
+
+
+def _cell(summary: TransferSummary, part: str, way: str) -> str:
+    """With the interval of the paired test, or of too few seeds that of the differences alone."""
+    for each in (Difference(**each) for each in summary["differences"][part]):
+        if way in (name.removesuffix(f" of {part}") for name in (each.better, each.worse)):
+            sign = -1 if each.better.endswith("alone") else 1
+            return f"{100 * sign * each.mean:+.1f} ± {100 * each.half:.1f}"
+    return margin_cell(summary["gains"][part].get(way))
 
 
 def probes(summary: TransferSummary) -> list[list[str]]:
@@ -58,8 +69,8 @@ def foot(summary: TransferSummary) -> list[str]:
     return [
         f"{interval_words(len(summary['seeds']), every)}, on held-out data: {metrics}. The probe's layer is chosen on "
         "held-back training samples. A point is 0.01.",
-        "Equal total cost: as many steps, of as many samples, as each part alone. Equal own steps: as many samples of "
-        "each part as alone. All have the same network, and tokens of the same form.",
+        "Same cost: as many steps, of as many samples, as each part alone. Own steps: as many samples of each part as "
+        "alone. All have the same network, and tokens of the same form.",
     ]
 
 
@@ -70,8 +81,8 @@ def report(summary: TransferSummary) -> Report:
 
 
 def _pages(summary: TransferSummary) -> Iterator[Part]:
-    yield Answer(" ".join(summary["verdict"][:2]))
-    yield Words(summary["verdict"][2:])
+    yield Answer(summary["verdict"][0])
+    yield Words(summary["verdict"][1:])
     yield Table(matrix(summary))
     yield Table(probes(summary))
     yield Words(foot(summary))
