@@ -1,10 +1,7 @@
 """Several kinds of data in one predictor: each with its own tokens and embedder, in one batch or in one sequence.
 
-Mixed: samples of one part each. Paired: samples of all parts, in one sequence. A token is padded to the largest of any
-part, with the number of its part as one more number, by which the embedder knows whose it is; coordinates are padded by
-zeros to the most axes of any.
-
-Shapes: B samples, N tokens, P numbers in a padded token.
+A token is padded to the largest of any part, with the number of its part as one more number, by which the embedder
+knows whose it is; coordinates are padded by zeros to the most axes of any.
 """
 
 from __future__ import annotations
@@ -20,17 +17,28 @@ from torch.utils.data import Dataset
 
 from modalities.data.joined import Layout, PartEmbedders, one_batch, one_sequence, order_of_batch, order_of_sequence
 from modalities.data.parts import Mixed, Parts, check_names, common_classes, crossed, keys_of, naming, opened, paired
+from modalities.orders import padding_behind
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Crossing, Modality
 from nepa_core.runtime.config import as_saved
-from nepa_core.tokens import Signal, Sketch, Tokens
+from nepa_core.tokens import Tokens
 
 OF_ONE = ("forecasts", "window_scale", "files", "stored", "image_input", "whole_images")
-"""Methods that are those of one part, where one is chosen."""
+"""Methods that are those of one part, which must be chosen."""
+
+
+OR_DEFAULT = ("describe", "decode", "before_mixing", "held_out_as")
+"""Methods that are those of the chosen part, or else as of any adapter."""
 
 
 def _of_one(method: str) -> Any:
-    return lambda self, *given, **named: getattr(self.chosen, method)(*given, **named)
+    def call(self: Together, *given: Any, **named: Any) -> Any:
+        if self.part is None and method in OR_DEFAULT:
+            return getattr(super(Together, self), method)(*given, **named)
+        own = (self.layout.own(str(self.part), each) if isinstance(each, Tokens) else each for each in given)
+        return getattr(self.chosen, method)(*own, **named)
+
+    return call
 
 
 class Together(Modality):
@@ -78,8 +86,7 @@ class Together(Modality):
     def dataset(self, split: str) -> Dataset[Batch]:
         training = split == "train" and not self._plain
         if self.part is not None:
-            with naming(self.part):
-                return self.chosen.samples_of(split)
+            return opened({self.part: self.chosen}, split)[self.part]
         if self.mode == "paired":
             return paired(self.parts, split, self.pair_by, training=training)
         return Mixed(opened(self.parts, split), self.shares() if training else None)
@@ -107,13 +114,13 @@ class Together(Modality):
         if self.part is not None:
             return own(names.index(self.part), tokens)
         if self.mode == "mixed":
-            return order_of_batch(tokens, len(names), own)
+            return padding_behind(order_of_batch(tokens, len(names), own), tokens.mask)
         if merged := self.arrange == "interleaved":
             self.layout.check_merged()
         lead = torch.tensor([0 if self.first == "drawn" else names.index(self.first)])
         if self._drawing:
             lead = torch.randint(len(names), (len(tokens.values),))
-        return order_of_sequence(tokens, len(names), own, lead, merged=merged)
+        return padding_behind(order_of_sequence(tokens, len(names), own, lead, merged=merged), tokens.mask)
 
     def embedder(self, dim: int) -> nn.Module:
         own = {name: part.embedder(dim) for name, part in self.parts.items()}
@@ -140,7 +147,7 @@ class Together(Modality):
         return self._each(lambda name, part: part.as_trained_on(theirs.get(name, part)))
 
     def draws_order(self) -> bool:
-        return any(part.draws_order() for name, part in self.parts.items() if self.part in (None, name))
+        return any(self.parts[name].draws_order() for name in ([self.part] if self.part else self.parts))
 
     def part_names(self) -> tuple[str, ...]:
         return tuple(self.parts)
@@ -160,15 +167,9 @@ class Together(Modality):
         found = crossed(list(self.parts), self.first)
         return {name: Crossing(self.model_copy(update={"first": a}), *pair) for name, (a, *pair) in found.items()}
 
-    # ---------------------------------------------------------------------------- what is that of one part
-
     @property
     def chosen(self) -> Modality:
-        """The part that is read alone.
-
-        Raises:
-            UserError: there is none.
-        """
+        """The part that is read alone; a `UserError` where there is none."""
         if self.part is None:
             ways = " or ".join(f"part={name}" for name in self.parts)
             raise UserError(f"samples are of several parts, and one is wanted here: add {ways}")
@@ -184,6 +185,7 @@ class Together(Modality):
         return ("",) if self.part is None else self.chosen.suffixes
 
     forecasts, window_scale, files, stored, image_input, whole_images = map(_of_one, OF_ONE)
+    describe, decode, before_mixing, held_out_as = map(_of_one, OR_DEFAULT)
 
     def offers(self, method: str) -> bool:
         if method not in (*OF_ONE, "classes"):
@@ -199,21 +201,7 @@ class Together(Modality):
     def token_targets(self, batch: Batch) -> Tensor | None:
         return None if self.part is None and self.mode == "paired" else self.chosen.token_targets(batch)
 
-    def before_mixing(self, batch: Batch) -> Batch:
-        return batch if self.part is None else self.chosen.before_mixing(batch)
-
-    def held_out_as(self) -> str | None:
-        return None if self.part is None else self.chosen.held_out_as()
-
     def known_optimum(self, embed: nn.Module) -> float | None:
         if self.part is None or not isinstance(embed, PartEmbedders):
             return None
         return self.chosen.known_optimum(embed.of(self.part))
-
-    def describe(self, tokens: Tokens) -> Sketch:
-        return (
-            super().describe(tokens) if self.part is None else self.chosen.describe(self.layout.own(self.part, tokens))
-        )
-
-    def decode(self, tokens: Tokens) -> Signal:
-        return super().decode(tokens) if self.part is None else self.chosen.decode(self.layout.own(self.part, tokens))

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from modalities.data.parts import naming
-from modalities.orders import padding_behind
+from modalities.data.parts import known_by, naming
 from nepa_core.basics import UserError
 from nepa_core.modality import Modality, first_sample
 from nepa_core.tokens import Tokens
@@ -43,8 +42,7 @@ class Layout(dict[str, Form]):
         found = cls()
         for name, part in parts.items():
             with naming(name):
-                tokens = part.tokenize(default_collate([first_sample(part)]))
-            found[name] = Form(tokens.values.shape[-1], tokens.coords.shape[-1])
+                found[name] = _form(part)
         return found
 
     @property
@@ -76,6 +74,17 @@ class Layout(dict[str, Form]):
                 raise UserError(
                     f"data.arrange=interleaved merges by time, and part {name} has {form.axes} axes: set it to after"
                 )
+
+
+_FORMS: dict[str, Form] = {}
+
+
+def _form(part: Modality) -> Form:
+    """Measured once in a process, for adapters are copied often and opening their data may take long."""
+    if (key := known_by(part)) not in _FORMS:
+        tokens = part.tokenize(default_collate([first_sample(part)]))
+        _FORMS[key] = Form(tokens.values.shape[-1], tokens.coords.shape[-1])
+    return _FORMS[key]
 
 
 class PartEmbedders(nn.Module):
@@ -158,10 +167,10 @@ def order_of_batch(tokens: Tokens, count: int, own: Own) -> Tensor | None:
             found = own(number, _cut(tokens.rows(rows), slice(n)))
             if found is not None:
                 order[rows, :n], moved = found.to(order.device), True
-    return padding_behind(order, tokens.mask) if moved else None
+    return order if moved else None
 
 
-def order_of_sequence(tokens: Tokens, count: int, own: Own, lead: Tensor, *, merged: bool) -> Tensor | None:
+def order_of_sequence(tokens: Tokens, count: int, own: Own, lead: Tensor, *, merged: bool) -> Tensor:
     """The order of samples that hold all parts, [N] or [B, N].
 
     Args:
@@ -182,13 +191,13 @@ def order_of_sequence(tokens: Tokens, count: int, own: Own, lead: Tensor, *, mer
         pieces = [each.expand(len(tokens.values), -1) for each in pieces]
     of_lead = {first: _laid(tokens, pieces, first, merged) for first in sorted(set(lead.tolist()))}
     if len(lead) == 1:
-        return padding_behind(of_lead[int(lead)], tokens.mask)
+        return of_lead[int(lead)]
     shape = tokens.values.shape[:2]
     order = torch.empty(shape, dtype=torch.int64, device=tokens.values.device)
     for first, each in of_lead.items():
         chosen = (lead == first).to(order.device)
         order[chosen] = each.to(order.device).expand(shape)[chosen]
-    return padding_behind(order, tokens.mask)
+    return order
 
 
 def _laid(tokens: Tokens, pieces: Sequence[Tensor], first: int, merged: bool) -> Tensor:

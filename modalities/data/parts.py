@@ -390,9 +390,13 @@ def numbered(part: Modality, split: str, common: Sequence[str]) -> Tensor:
     """[S] int64, the place of each sample's class among the common ones, -1 where it has none of these."""
     names = part.classes() or ()
     places = torch.tensor([common.index(name) if name in common else -1 for name in names] + [-1])
-    key = f"{import_path(type(part))} {part.model_dump_json(serialize_as_any=True)}"
-    labels = _labels(key, split, part)
+    labels = _labels(known_by(part), split, part)
     return places[torch.where((labels < 0) | (labels >= len(names)), len(names), labels)]
+
+
+def known_by(part: Modality) -> str:
+    """Tells an adapter and its settings from others."""
+    return f"{import_path(type(part))} {part.model_dump_json(serialize_as_any=True)}"
 
 
 _READ: dict[tuple[str, str], Tensor] = {}
