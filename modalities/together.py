@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from modalities.data.joined import Layout, PartEmbedders, one_batch, one_sequence, order_of_batch, order_of_sequence
-from modalities.data.parts import Mixed, Parts, check_names, common_classes, crossed, keys_of, naming, opened, paired
+from modalities.data.parts import Mixed, Parts, check_parts, common_classes, crossed, keys_of, naming, opened, paired
 from modalities.orders import padding_behind
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Crossing, Modality
@@ -25,7 +25,6 @@ from nepa_core.tokens import Tokens
 
 OF_ONE = ("forecasts", "window_scale", "files", "stored", "image_input", "whole_images")
 """Methods that are those of one part, which must be chosen."""
-
 
 OR_DEFAULT = ("describe", "decode", "before_mixing", "held_out_as")
 """Methods that are those of the chosen part, or else as of any adapter."""
@@ -51,8 +50,8 @@ class Together(Modality):
         pair_by: of "paired": "label" pairs samples of the same class, in training with partners drawn anew each time
             and else always the same, held-out ones once each; "index" pairs sample i of all parts.
         arrange: of "paired": one part "after" the other, or "interleaved" by the first coordinate, such as time.
-        first: of "paired": the part whose tokens come first, or "drawn": anew for each training sample, so that every
-            part is predicted from the others; where nothing is drawn the first of `parts` leads.
+        first: of "paired": the part whose tokens come first; or "drawn", anew for each training sample, and elsewhere
+            the first of `parts`.
         part: read the samples of this part alone, as the network of all parts reads them.
     """
 
@@ -73,14 +72,11 @@ class Together(Modality):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         first = None if self.first == "drawn" else self.first
-        check_names(self.parts, self.weights, {"data.part": self.part, "data.first": first})
-        if self.weights is not None and self.mode == "paired":
-            raise ValueError("data.weights is of data.mode=mixed: a pair holds one sample of every part")
+        check_parts(self.parts, self.mode, self.weights, {"data.part": self.part, "data.first": first})
         return self
 
     @cached_property
     def layout(self) -> Layout:
-        """The form of every part's tokens."""
         return Layout.measured(self.parts)
 
     def dataset(self, split: str) -> Dataset[Batch]:
@@ -175,7 +171,6 @@ class Together(Modality):
             raise UserError(f"samples are of several parts, and one is wanted here: add {ways}")
         return self.parts[self.part]
 
-    # pydantic leaves properties alone; which kind of token this is depends on a setting
     @property
     def token_name(self) -> str:  # type: ignore[override]
         return "token" if self.part is None else self.chosen.token_name

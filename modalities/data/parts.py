@@ -51,11 +51,13 @@ Parts = Annotated[dict[str, Modality], BeforeValidator(_from_file)]
 """Adapters by name; a config file holds each with its import path."""
 
 
-def check_names(parts: Mapping[str, Any], weights: Mapping[str, float] | None, named: Mapping[str, str | None]) -> None:
-    """Whether parts are called as they may be, and what names them names one.
+def check_parts(
+    parts: Mapping[str, Any], mode: str, weights: Mapping[str, float] | None, named: Mapping[str, str | None]
+) -> None:
+    """Whether parts are called as they may be, what names them names one, and each has a share where shares are given.
 
     Args:
-        weights: part -> its share. named: key -> the part that it names.
+        named: key -> the part that it names.
 
     Raises:
         ValueError: what is wrong with which key.
@@ -70,6 +72,8 @@ def check_names(parts: Mapping[str, Any], weights: Mapping[str, float] | None, n
             raise ValueError(f"{key}={part}: there is no such part{nearest(part, parts)}")
     if weights is None:
         return
+    if mode == "paired":
+        raise ValueError("data.weights is of data.mode=mixed: a pair holds one sample of every part")
     for name, weight in weights.items():
         if name not in parts:
             raise ValueError(f"data.weights.{name}: there is no such part{nearest(name, parts)}")

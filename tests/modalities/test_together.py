@@ -290,7 +290,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "check {mixed}",
         "objectives tests.tiny_parts:paired objectives=cosine seeds=0 labels=2 learning_rates=1e-3 finetune_steps=2 "
         "finetune_causal=false train.length.steps=2 workers=1 out=objectives",
-        "bench tests.tiny_parts:mixed steps=2 out=bench",
+        "bench tests.tiny_parts:mixed steps=2",
     ],
 )
 def test_every_task_works_on_it(
