@@ -122,9 +122,6 @@ class Together(Modality):
         own = {name: part.embedder(dim) for name, part in self.parts.items()}
         return PartEmbedders(own, [self.layout[name].size for name in self.parts])
 
-    def token_dim(self) -> int:
-        return self.layout.largest.size + 1
-
     def _each(self, change: Callable[[str, Modality], Modality]) -> Self:
         return self.model_copy(update={"parts": {name: change(name, part) for name, part in self.parts.items()}})
 
