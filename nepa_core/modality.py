@@ -9,7 +9,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
-from typing import ClassVar, Self, cast
+from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
 from pydantic import BaseModel, Field, PositiveInt
@@ -20,6 +20,19 @@ from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.predictor import init_weights
 from nepa_core.samples import Some, some_rows
 from nepa_core.tokens import ImageInput, Law, Signal, Sketch, Tokens
+
+
+class Crossing(NamedTuple):
+    """Two parts of a sample, of which a network may predict the one from the other.
+
+    Attributes:
+        data: an adapter whose order has all tokens of the first before those of the second.
+        source, target: their numbers in `Tokens.part`.
+    """
+
+    data: Modality
+    source: int
+    target: int
 
 
 class Modality(BaseModel, ABC):
@@ -59,6 +72,8 @@ class Modality(BaseModel, ABC):
           name(int)      what a picture or a message calls that sample, such as its file
           spans()        `nepa_core.tokens.Spans`, where samples overlap or are cut from one recording: a verdict then
                          keeps rivals apart and makes its intervals from recordings, not from samples
+          strata()       [S] int64, of which kind each sample is, where kinds are told apart at sight: every batch of
+                         training then holds them in their shares, and rivals are of one kind
           fingerprint()  a short text such as the number and digest of the files. It is part of a checkpoint: data that
                          changed between a stop and its resumption is then refused
           contents()     `modalities.data.listing.Contents`: samples that are in both splits are then counted
@@ -156,6 +171,26 @@ class Modality(BaseModel, ABC):
     def draws_order(self) -> bool:
         """Whether `order` is drawn anew for each sample, so that nothing seen tells which token comes next."""
         return False
+
+    def part_names(self) -> tuple[str, ...]:
+        """The kinds of data that `Tokens.part` numbers from 0, or none (the default)."""
+        return ()
+
+    def strata(self) -> Mapping[str, Modality]:
+        """What a verdict judges apart: name -> an adapter of those samples alone, whose tokens fit the same network.
+
+        Where one of several kinds was chosen, that one alone. Default: nothing, kinds have no names.
+        """
+        return {}
+
+    def shares(self) -> Mapping[str, float]:
+        """The share of each of `strata` in a training batch; they add up to 1. Default: equal ones."""
+        names = self.strata()
+        return dict.fromkeys(names, 1 / len(names)) if names else {}
+
+    def crossings(self) -> Mapping[str, Crossing]:
+        """Which parts of a sample a verdict predicts from which: "B from A" -> these two. Default: none."""
+        return {}
 
     def token_dim(self) -> int:
         """P, the size of a raw token. Default: measured on the first training sample that can be read.

@@ -69,6 +69,7 @@ class NEPA(nn.Module):
         self.predictor = Predictor(config)
         # Last, so that the other weights are those of the same seed without it.
         self.next_position = _linear(config.dim) if config.predict_position == "add" else None
+        self.parts = _learned_vector(config.parts, config.dim) if config.parts else None
 
     def forward(
         self,
@@ -119,6 +120,7 @@ class NEPA(nn.Module):
             mask: of `embedded`.
         """
         added = [] if self.positions is None else [self._learned_positions(tokens)]
+        added += [] if self.parts is None else [self._learned_parts(tokens)]
         return added if self.next_position is None else [*added, self._next_positions(tokens, mask, coord_scale)]
 
     def _hide(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -138,6 +140,15 @@ class NEPA(nn.Module):
                 "or leave it at 0"
             )
         vectors = self.positions[:count] if tokens.order is None else self.positions[tokens.order]
+        return vectors if self.bos is None else F.pad(vectors, (0, 0, 1, 0))
+
+    def _learned_parts(self, tokens: Tokens) -> Tensor:
+        """The learned vector of each token's part, [T, D] or [B, T, D]; zero for BOS and for padding of no part."""
+        assert self.parts is not None
+        if tokens.part is None:
+            raise UserError(f"model.parts={len(self.parts)} is for data of several parts: set it to 0")
+        part = tokens.part.to(self.parts.device)
+        vectors = torch.where((part >= 0)[..., None], self.parts[part.clamp(min=0)], 0.0)
         return vectors if self.bos is None else F.pad(vectors, (0, 0, 1, 0))
 
     def _next_positions(self, tokens: Tokens, mask: Tensor | None, coord_scale: float) -> Tensor:
@@ -169,7 +180,9 @@ def layers_above(name: str, depth: int, *, head_counts: bool) -> int:
     parts = name.split(".")
     if "blocks" in parts:
         return depth - 1 - int(parts[parts.index("blocks") + 1]) + head_counts
-    return depth + head_counts if {"embed", "bos", "mask_token", "positions", "next_position"} & set(parts) else 0
+    return (
+        depth + head_counts if {"embed", "bos", "mask_token", "positions", "next_position", "parts"} & set(parts) else 0
+    )
 
 
 def at_head_rate(name: str) -> bool:

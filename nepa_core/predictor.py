@@ -54,6 +54,8 @@ class PredictorConfig(BaseModel):
             numbers of D) is added to the input, BOS included. "rotate": queries are turned by its coordinates, keys by
             their own; the first prediction, which attends to BOS alone, learns nothing from it. Never part of a
             target. A place that no token follows gets nothing, or its own coordinates.
+        parts: number of kinds of data whose tokens stand in one sequence or batch (`Tokens.part`), each with a learned
+            vector that is added to its inputs (never to a target); 0 is none.
         bos: a learned vector in front of the tokens, from which the first token is predicted.
         mask_token: a learned vector for inputs hidden by `objective.input_mask`.
         drop_path: stochastic depth, rising linearly from 0 to this rate at the last block.
@@ -79,6 +81,7 @@ class PredictorConfig(BaseModel):
     norm_eps: float = Field(default=1e-12, gt=1e-30, le=1)
     learned_positions: int = Field(default=0, ge=0, le=2**24)
     predict_position: Literal["off", "add", "rotate"] = "off"
+    parts: int = Field(default=0, ge=0, le=2**12, exclude_if=lambda parts: parts == 0)
     mask_token: bool = False
     drop_path: float = Field(default=0.0, ge=0, lt=1)
     attention: Backend = "sdpa"

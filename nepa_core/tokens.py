@@ -52,12 +52,15 @@ class Tokens:
         mask: [B, N] bool, True for a real token, or None when every token is real.
         order: [N] or [B, N] int64, the canonical index of the token at each place, or None while
             the tokens stand in canonical order. Set by `reordered`.
+        part: [N] or [B, N] int64, from which of several kinds of data each token is, or None where there is one. The
+            network adds a learned vector to its input for it (`model.parts`), never to a target.
     """
 
     values: Tensor
     coords: Tensor
     mask: Tensor | None = None
     order: Tensor | None = None
+    part: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
@@ -83,10 +86,11 @@ class Tokens:
             coords=self.coords if self.coords.ndim == 2 else self.coords[index],
             mask=None if self.mask is None else self.mask[index],
             order=self.order if self.order is None or self.order.ndim == 1 else self.order[index],
+            part=self.part if self.part is None or self.part.ndim == 1 else self.part[index],
         )
 
     def reordered(self, order: Tensor | None) -> Tokens:
-        """Apply one permutation to values, coordinates and mask together.
+        """Apply one permutation to values, coordinates, mask and parts together.
 
         Args:
             order: [N] or [B, N] int64; place t of the result holds token `order[t]`. None changes nothing.
@@ -100,6 +104,7 @@ class Tokens:
             coords=_take_coords(self.coords, order),
             mask=None if self.mask is None else _take(self.mask, order),
             order=order,
+            part=None if self.part is None else _take_shared(self.part, order),
         )
 
     def canonical(self, features: Tensor) -> Tensor:
@@ -117,6 +122,7 @@ class Tokens:
             coords=self.coords if shared else self.coords.to(device, non_blocking=True),
             mask=None if self.mask is None else self.mask.to(device, non_blocking=True),
             order=None if self.order is None else self.order.to(device, non_blocking=True),
+            part=None if self.part is None else self.part.to(device, non_blocking=True),
         )
 
 
@@ -261,8 +267,16 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
 
 def _take_coords(coords: Tensor, order: Tensor) -> Tensor:
     """The same for coordinates, whose token axis comes first when all samples share them."""
-    if coords.ndim == 3:
-        return _take(coords, order)
+    return _take(coords, order) if coords.ndim == 3 else _of_all(coords, order)
+
+
+def _take_shared(x: Tensor, order: Tensor) -> Tensor:
+    """The same for one number a token, [N] or [B, N]."""
+    return _take(x, order) if x.ndim == 2 else _of_all(x, order)
+
+
+def _of_all(shared: Tensor, order: Tensor) -> Tensor:
+    """What all samples share, [N, ...], in the order [N] or [B, N]."""
     if order.ndim == 1:
-        return coords[order.to(coords.device)]
-    return coords.to(order.device, non_blocking=True)[order]  # where the order is: fetching that would wait for it
+        return shared[order.to(shared.device)]
+    return shared.to(order.device, non_blocking=True)[order]  # where the order is: fetching that would wait for it

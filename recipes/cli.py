@@ -41,6 +41,7 @@ TASKS = {
         "generate": ("RUN", "samples, completions, and a card: how good are they, beside what costs nothing?"),
         "orders": ("RECIPE", "which patch order? accuracies, tests and pictures, as one page"),
         "objectives": ("RECIPE", "does pre-training pay, and with which objective? as one page"),
+        "transfer": ("RECIPE", "which kind of data helps which? each alone against all in one predictor"),
         "ablate": ("RECIPE", "the paper's ablations as one table and one plot"),
         "import": ("DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"),
         "export": ("RUN", "the released Hugging Face layout, or format=onnx, torch"),
@@ -49,6 +50,9 @@ TASKS = {
         "bench": ("RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
     }.items()
 }
+
+PART = "data.part"
+"""The key that part=NAME is short for, in every task."""
 
 RUNS = "[DIR] or RUN RUN ..."
 SECOND = {"push": "to"}
@@ -69,6 +73,8 @@ wrote. Every key of the recipe can be set: optim.lr=1e-3 train.length.epochs=20 
   nepa TASK --help                            what a task takes and gives
   nepa pretrain RECIPE --print-config         the same keys as a file; `nepa pretrain my.yaml` reads one
   nepa --version                              which version this is
+
+Of data of several parts, part=NAME reads the samples of one part alone, in every task.
 
 With -q there is no progress on the screen, only the result and what went wrong.
 
@@ -223,10 +229,14 @@ def split_options(kind: Any, words: Sequence[str]) -> tuple[Any, dict[str, Any]]
 
 
 def _split(kind: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    from nepa_core.basics import UserError
     from nepa_core.runtime.config import validated
 
-    given = {key: at_home(key, value) for key, value in given.items()}
+    written = set(given)
+    given = {PART if key == "part" else key: at_home(key, value) for key, value in given.items()}
     own = {key: value for key, value in given.items() if key in kind.model_fields}
+    if "part" in written and PART in written:
+        raise UserError(f"part= is short for {PART}=: give one of them")
     return validated(kind, own), {key: value for key, value in given.items() if key not in own}
 
 

@@ -80,6 +80,17 @@ class PretrainConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        own, there = self.model.parts, len(self.data.part_names())
+        if own and not there:
+            raise ValueError(f"model.parts={own} is for data of several parts: set it to 0")
+        if own and own != there:
+            raise ValueError(
+                f"model.parts={own} and the data have {there} parts: set it to {there}, or to 0 for no vectors"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _terms_exist(self) -> Self:
         for name in self.objective.terms:  # here, and not where they are computed: a file may have named them
             if ":" in name and not callable(load_object(name)):

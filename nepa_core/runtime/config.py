@@ -151,15 +151,20 @@ def _check_key(config: BaseModel, key: str, value: Any) -> None:
     known = list(keys(config))
     parts = key.split(".")
     for depth, part in enumerate(parts):
-        if isinstance(node, dict) and (depth == len(parts) - 1 or ":" in key):
-            return  # the config that holds the dictionary says which entries it takes; an import path has dots
+        if isinstance(node, dict):
+            if isinstance(node.get(part), BaseModel):
+                node, kind = node[part], type(node[part])
+                continue
+            if depth == len(parts) - 1 or ":" in key:
+                return  # the config that holds the dictionary says which entries it takes; an import path has dots
+            raise UserError(f"unknown key {shown(key)}{nearest(part, node)}")
         if kind is None:
             raise UserError(f"unknown key {shown(key)}: {shown('.'.join(parts[:depth]))} is a single value")
         if node is None:
             known += [".".join((*parts[:depth], name)) for name in kind.model_fields]
         if part not in kind.model_fields:
-            if depth == 1 and isinstance(node, Modality):
-                raise UserError(f"unknown key {shown(key)}{_no_setting(node, part)}")
+            if depth == len(parts) - 1 and isinstance(node, Modality):
+                raise UserError(f"unknown key {shown(key)}{_no_setting(node, '.'.join(parts[:depth]), part)}")
             raise UserError(f"unknown key {shown(key)}{nearest_key(key, known)}")
         node = getattr(node, part, None)
         kind = type(node) if isinstance(node, BaseModel) else _group(kind, part)
@@ -168,10 +173,12 @@ def _check_key(config: BaseModel, key: str, value: Any) -> None:
         raise UserError(f"{key} holds several keys: set them one by one, such as {first}=VALUE")
 
 
-def _no_setting(data: Modality, name: str) -> str:
+def _no_setting(data: Modality, group: str, name: str) -> str:
     """ "; did you mean data.limit?", or all settings that an adapter has."""
+    if name == "part":
+        return f": the adapter {type(data).__name__} has no parts; Together has (docs/together.md)"
     if close := difflib.get_close_matches(name, type(data).model_fields, n=1, cutoff=0.6):
-        return f"; did you mean data.{close[0]}?"
+        return f"; did you mean {group}.{close[0]}?"
     if name in ("patch_order", "order_seed"):
         return f": the adapter {type(data).__name__} has no orders; it has where it inherits Ordered (docs/orders.md)"
     has = ", ".join(name for name, field in type(data).model_fields.items() if not field.exclude) or "none"
@@ -190,7 +197,7 @@ def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
     for head, inner in nested.items():
         group = _group(type(node), head)
         if isinstance(getattr(node, head), dict):
-            values[head] = (values[head] or {}) | inner
+            values[head] = (values[head] or {}) | _entries(values[head], inner, f"{prefix}{head}.")
         elif values[head] is None and group is not None:
             values[head] = _made(group, inner, f"{prefix}{head}.")
         else:
@@ -198,6 +205,19 @@ def _override(node: Config, changes: dict[str, Any], prefix: str) -> Config:
     if isinstance(node, Duration):  # it holds one unit: naming one replaces the other
         values = changes
     return validated(type(node), values, prefix)
+
+
+def _entries(old: dict[str, Any] | None, inner: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The entries of a dictionary that keys change: whole ones, or fields of those that are configs."""
+    found: dict[str, Any] = {}
+    fields: dict[str, dict[str, Any]] = {}
+    for key, value in inner.items():
+        name, _, rest = key.partition(".")
+        if rest and isinstance((old or {}).get(name), BaseModel):
+            fields.setdefault(name, {})[rest] = value
+        else:
+            found[key] = value
+    return found | {name: _override(old[name], changes, f"{prefix}{name}.") for name, changes in fields.items() if old}
 
 
 def _group(kind: type[BaseModel], name: str) -> type[BaseModel] | None:
@@ -233,6 +253,8 @@ def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
     key = prefix + _typed(first)
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a validator over the whole config names its keys itself, a Duration can't
+        if prefix.startswith("data."):  # where an adapter is part of another
+            message = re.sub(r"\bdata\.(?=\w)", prefix, message)
         return message if kind is not Duration else f"{prefix.removesuffix('.')}: {message}"
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(str(first['loc'][-1]), kind.model_fields)}"
@@ -284,16 +306,23 @@ def keys(config: BaseModel, prefix: str = "") -> dict[str, Any]:
     fields = type(config).model_fields
     for name in sorted(fields, key=lambda name: bool(fields[name].exclude)):
         value = getattr(config, name)
-        if isinstance(value, BaseModel):
-            found |= keys(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
+        for key, each in (nested_in(prefix + name, value) or {prefix + name: value}).items():
+            found |= keys(each, f"{key}.") if isinstance(each, BaseModel) else {key: each}
     return found
+
+
+def nested_in(key: str, value: Any) -> dict[str, BaseModel]:
+    """The configs that a value is or holds as a dictionary, by their dotted keys."""
+    if isinstance(value, BaseModel):
+        return {key: value}
+    if isinstance(value, dict) and value and all(isinstance(each, BaseModel) for each in value.values()):
+        return {f"{key}.{name}": each for name, each in value.items()}
+    return {}
 
 
 def differences(old: BaseModel, new: BaseModel) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ, with both values (None where one side lacks the key)."""
-    a, b = (keys(config) | _adapter(config) for config in (old, new))
+    a, b = (keys(config) | _adapter(config) | _adapters(config) for config in (old, new))
     return {key: (a.get(key), b.get(key)) for key in a | b if a.get(key) != b.get(key)}
 
 
@@ -312,6 +341,21 @@ def _adapter(config: BaseModel) -> dict[str, str]:
     """The import path of a config's adapter, under the key that the file has it under."""
     data = getattr(config, "data", None)
     return {"adapter": import_path(type(data))} if isinstance(data, Modality) else {}
+
+
+def _adapters(config: BaseModel) -> dict[str, str]:
+    """The import paths of the adapters that an adapter holds, by the keys that a file has them under."""
+    found: dict[str, str] = {}
+    data = getattr(config, "data", None)
+    held = {"data": data} if isinstance(data, Modality) else {}
+    while held:
+        key, adapter = held.popitem()
+        if key != "data":
+            found[f"{key}.adapter"] = import_path(type(adapter))
+        for name in type(adapter).model_fields:
+            inner = nested_in(f"{key}.{name}", getattr(adapter, name))
+            held |= {own: each for own, each in inner.items() if isinstance(each, Modality)}
+    return found
 
 
 def load_config(kind: type[Config], path: Path) -> Config:
@@ -377,6 +421,31 @@ def load_adapter(saved: Mapping[str, Any], file: Path) -> Modality | None:
         raise UserError(f"{file}: {error}") from error
 
 
+def as_saved(adapter: Modality) -> dict[str, Any]:
+    """An adapter inside another as a file holds it: its settings, and its import path under "adapter"."""
+    return {"adapter": import_path(type(adapter)), **adapter.model_dump(mode="json", serialize_as_any=True)}
+
+
+def from_saved(value: Any, key: str) -> Modality:
+    """The way back of `as_saved`, by the rule of `trust` that holds where it is read; an adapter as it is.
+
+    Args:
+        key: of the adapter, such as "data.parts.image".
+
+    Raises:
+        UserError: it is none, or as of `load_adapter`.
+    """
+    if isinstance(value, Modality):
+        return value
+    if not isinstance(value, Mapping) or "adapter" not in value:
+        raise UserError(f"{key}={shown(value)} is no adapter: settings, and its class as adapter=module:Class")
+    name = str(value["adapter"])
+    found = load_object(name)
+    if not (isinstance(found, type) and issubclass(found, Modality)):
+        raise UserError(f"{key}.adapter={shown(name)} is not an adapter (a subclass of Modality)")
+    return validated(found, {field: each for field, each in value.items() if field != "adapter"}, f"{key}.")
+
+
 _IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")
 
 
@@ -387,7 +456,7 @@ def imports_of(config: BaseModel) -> list[str]:
         return []
     values = [*keys(data).values(), *getattr(getattr(config, "objective", None), "terms", ())]
     values += getattr(getattr(config, "train", None), "hooks", ())
-    return [import_path(type(data)), *import_paths(*values)]
+    return [import_path(type(data)), *_adapters(config).values(), *import_paths(*values)]
 
 
 def import_paths(*values: Any) -> list[str]:

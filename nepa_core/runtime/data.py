@@ -103,9 +103,19 @@ class DrawSampler(Sampler[Draw]):
     """The draws of one rank from step `start` to step `stop`; every step holds `accumulate` of them."""
 
     def __init__(
-        self, samples: int, *, batch: int, accumulate: int, rank: int, ranks: int, seed: int, start: int, stop: int
+        self,
+        samples: int,
+        *,
+        batch: int,
+        accumulate: int,
+        rank: int,
+        ranks: int,
+        seed: int,
+        start: int,
+        stop: int,
+        strata: Tensor | None = None,
     ) -> None:
-        self.samples, self.batch, self.accumulate = samples, batch, accumulate
+        self.samples, self.batch, self.accumulate, self.strata = samples, batch, accumulate, strata
         self.rank, self.ranks, self.seed, self.start, self.stop = rank, ranks, seed, start, stop
 
     def __len__(self) -> int:
@@ -114,9 +124,12 @@ class DrawSampler(Sampler[Draw]):
     def __iter__(self) -> Iterator[Draw]:
         per_epoch = self.samples // self.batch
         micro = self.batch // (self.ranks * self.accumulate)
+        known, order = -1, torch.empty(0)
         for step in range(self.start, self.stop):
             epoch, place = divmod(step, per_epoch)
-            order = epoch_order(self.samples, self.seed, epoch)
+            if epoch != known:
+                known, order = epoch, epoch_order(self.samples, self.seed, epoch)
+                order = order if self.strata is None else spread_out(order, self.strata)
             for part in range(self.accumulate):
                 first = place * self.batch + (part * self.ranks + self.rank) * micro
                 yield Draw(order[first : first + micro].tolist(), fold_seed(self.seed, "data", step, part, self.rank))
@@ -127,6 +140,23 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     """The permutation of the samples in an epoch."""
     generator = torch.Generator().manual_seed(fold_seed(seed, "order", epoch))
     return torch.randperm(samples, generator=generator)
+
+
+def spread_out(order: Tensor, strata: Tensor) -> Tensor:
+    """An order in which every stretch holds each kind of sample in its share, give or take one.
+
+    Within a kind the order stays as it is.
+
+    Args:
+        order: [S] int64, a permutation. strata: [S] int64, the kind of each sample.
+    """
+    kind = strata[order]
+    when = torch.empty(len(order), dtype=torch.float64)
+    for each in kind.unique():
+        own = kind == each
+        count = int(own.sum())
+        when[own] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return order[when.argsort(stable=True)]
 
 
 class _Batches(Dataset[Batch | bytes]):

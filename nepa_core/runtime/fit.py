@@ -542,6 +542,7 @@ def _batches(
         seed=config.seed,
         start=start,
         stop=stop,
+        strata=dataset.strata() if hasattr(dataset, "strata") else None,
     )
     return TrainingBatches(
         dataset, sampler, workers=config.workers, max_unreadable=config.max_unreadable, device=world.device

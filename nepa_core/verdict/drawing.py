@@ -57,7 +57,7 @@ def draw(dataset: Dataset[Any], limit: int, seed: int) -> Drawn:
     spans = spans_of(dataset)
     if spans is None:
         indices = torch.randperm(count, generator=generator)[:limit]
-        return Drawn(indices, torch.arange(len(indices)) // RIVALS, indices)
+        return _of_one_kind(dataset, Drawn(indices, torch.arange(len(indices)) // RIVALS, indices))
     tracks = _tracks(spans)
     length = int((spans.end - spans.first).max())
     most = min(limit, count)
@@ -73,7 +73,23 @@ def draw(dataset: Dataset[Any], limit: int, seed: int) -> Drawn:
     groups += [group() for _ in range(most // len(groups[0]) - 1)]
     size = min(map(len, groups))
     indices = torch.cat([each[:size] for each in groups])
-    return Drawn(indices, torch.arange(len(indices)) // size, spans.cluster[indices], spans.chained)
+    drawn = Drawn(indices, torch.arange(len(indices)) // size, spans.cluster[indices], spans.chained)
+    return _of_one_kind(dataset, drawn)
+
+
+def _of_one_kind(dataset: Dataset[Any], drawn: Drawn) -> Drawn:
+    """The draw with rivals of one kind alone, where samples are of several: see `strata` of `Modality.dataset`."""
+    if not hasattr(dataset, "strata"):
+        return drawn
+    kinds, group = dataset.strata()[drawn.indices], torch.empty_like(drawn.group)
+    first = 0
+    for kind in kinds.unique():
+        own = kinds == kind
+        places = torch.arange(int(own.sum())) // RIVALS if spans_of(dataset) is None else drawn.group[own]
+        names, number = places.unique(return_inverse=True)
+        group[own] = first + number
+        first += len(names)
+    return drawn._replace(group=group)
 
 
 def apart(dataset: Dataset[Any]) -> bool:

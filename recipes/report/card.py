@@ -8,6 +8,7 @@ from nepa_core.modality import Modality
 from nepa_core.runtime.config import shown
 from nepa_core.runtime.run import Run
 from nepa_core.runtime.weights import Origin
+from nepa_core.verdict.crossing import Crossed
 from nepa_core.verdict.drawing import RIVALS
 from nepa_core.verdict.intervals import Interval
 from nepa_core.verdict.judge import COLLAPSE_SHARE, Verdict
@@ -28,6 +29,16 @@ SPACES = {
 def verdict_in(summary: PretrainSummary) -> Verdict:
     """The verdict part of a summary; those of before lack what was not counted then."""
     return Verdict.model_validate({name: value for name, value in summary.items() if name in Verdict.model_fields})
+
+
+def strata_in(summary: PretrainSummary) -> dict[str, Verdict]:
+    """Kind of samples -> its verdict, where they were judged apart."""
+    return {name: Verdict.model_validate(each) for name, each in summary.get("strata", {}).items()}
+
+
+def crossings_in(summary: PretrainSummary) -> dict[str, Crossed]:
+    """ "B from A" -> how often the first token of B is identified from A alone."""
+    return {name: Crossed.model_validate(each) for name, each in summary.get("crossings", {}).items()}
 
 
 BASELINES = {
@@ -70,6 +81,24 @@ def judgement(verdict: Verdict) -> str:
     return "LEARNED. The predictor identifies the next token better than an untrained one, a linear one and a copy."
 
 
+def answers(summary: PretrainSummary) -> list[str]:
+    """The judgement, or that of each kind of samples; and whether parts of a sample predict each other."""
+    strata = strata_in(summary)
+    found = [f"{name}: {judgement(each)}" for name, each in strata.items()] or [judgement(verdict_in(summary))]
+    return found + [crossing_words(name, each) for name, each in crossings_in(summary).items()]
+
+
+def crossing_words(name: str, crossed: Crossed) -> str:
+    """Whether the one part predicts the other."""
+    target, _, source = name.partition(" from ")
+    if crossed.margin_shuffled_ci95 is None:
+        return f"NOT KNOWN whether {source} predicts {target}: the held-out samples are too few."
+    if not crossed.predicts:
+        return f"{source.upper()} DOES NOT PREDICT {target.upper()}, as far as these samples show."
+    beside = "better than" if crossed.linear.above else "less well than" if crossed.linear.below else "no better than"
+    return f"{source.upper()} PREDICTS {target.upper()}, {beside} a linear map."
+
+
 def headline(verdict: Verdict, noun: str) -> str:
     """Next-token identification beside its baselines."""
     return (
@@ -90,6 +119,75 @@ def table(verdict: Verdict, noun: str) -> list[tuple[str, str, str]]:
     ]
     lines = [(name, f"{loss:.3f}", f"{top1:.1%}") for name, loss, top1 in rows]
     return [*lines, ("NEPA before training", "", f"{verdict.retrieval_top1_untrained:.1%}")]
+
+
+STRATA_HEAD = ("", "NEPA", "linear autoregression", "copy", "untrained", "NEPA minus linear")
+
+
+def strata_table(summary: PretrainSummary) -> list[tuple[str, ...]]:
+    """Rows of identification, a kind of samples each."""
+    return [
+        (
+            name,
+            *(f"{x:.1%}" for x in (v.retrieval_top1, v.retrieval_top1_linear, v.retrieval_top1_copy)),
+            f"{v.retrieval_top1_untrained:.1%}",
+            margin(v.linear),
+        )
+        for name, v in strata_in(summary).items()
+    ]
+
+
+CROSSINGS_HEAD = (
+    "first token of",
+    "NEPA",
+    "linear map",
+    "shuffled pairs",
+    "untrained",
+    "minus linear",
+    "minus shuffled",
+)
+
+
+def crossings_table(summary: PretrainSummary) -> list[tuple[str, ...]]:
+    """Rows of identification, a direction each."""
+    return [
+        (
+            name,
+            *(f"{x:.1%}" for x in (c.retrieval_top1, c.retrieval_top1_linear, c.retrieval_top1_shuffled)),
+            f"{c.retrieval_top1_untrained:.1%}",
+            margin(c.linear),
+            margin(c.shuffled),
+        )
+        for name, c in crossings_in(summary).items()
+    ]
+
+
+def crossings_words(summary: PretrainSummary) -> list[str]:
+    """What the table of directions shows."""
+    found = list(crossings_in(summary).values())
+    if not found:
+        return []
+    few, most = min(each.samples for each in found), max(each.samples for each in found)
+    count = f"{few:,}" if few == most else f"{few:,} to {most:,}"
+    return [
+        f"Across parts: the first token of one part is identified among {found[0].retrieval_candidates} by what is "
+        f"predicted of it after the other part alone, on {count} held-out samples (chance "
+        f"{1 / found[0].retrieval_candidates:.1%}). Shuffled pairs: the other part is that of another sample. Linear "
+        f"map: a ridge regression from that part's raw tokens, fitted on {found[0].fitted_samples:,} training pairs. "
+        "Margins are in points, 95 %, paired over samples.",
+    ]
+
+
+def text_rows(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A table as text, or nothing of no rows."""
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = [
+        "  ".join(f"{cell:{'<' if place == 0 else '>'}{widths[place]}}" for place, cell in enumerate(row))
+        for row in [head, *rows]
+    ]
+    return ["", *lines]
 
 
 def margin(of: Interval) -> str:
@@ -218,12 +316,15 @@ def render(summary: PretrainSummary, data: Modality) -> str:
     return "\n".join(
         [
             "",
-            judgement(verdict),
+            *answers(summary),
             headline(verdict, noun),
             *tries(summary),
+            *text_rows(CROSSINGS_HEAD, crossings_table(summary)),
+            *text_rows(STRATA_HEAD, strata_table(summary)),
             "",
             *lines,
             "",
+            *crossings_words(summary),
             *remarks(summary, noun),
             cost,
         ]
@@ -243,8 +344,13 @@ def report(run: Run, summary: PretrainSummary, data: Modality) -> Report:
 
 def _parts(run: Run, summary: PretrainSummary, noun: str) -> Iterator[Part]:
     verdict, metrics = verdict_in(summary), run.metrics()
-    yield Answer(judgement(verdict))
+    yield Answer(" ".join(answers(summary)))
     yield Words([headline(verdict, noun), *tries(summary)])
+    if crossed := crossings_table(summary):
+        yield Table([CROSSINGS_HEAD, *crossed])
+        yield Words(crossings_words(summary))
+    if apart := strata_table(summary):
+        yield Table([STRATA_HEAD, *apart])
     yield Table([("predictor", "held-out loss", "identified"), *table(verdict, noun)])
     yield Words(remarks(summary, noun))
     yield Words([f"Step {line['step']}: {line['warning']}." for line in metrics if "warning" in line])

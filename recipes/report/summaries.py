@@ -119,6 +119,8 @@ class PretrainSummary(Cost, Unreadable, total=False):
     origin: Origin  # with init=: which weights it began with
     retrieval_top1_first: float  # with init=: identified among the samples watched while training, at step 0
     retrieval_top1_last: float  # and after the last step
+    strata: dict[str, dict[str, Any]]  # nepa_core.verdict.judge.Verdict of each kind of samples: the parts of a mix
+    crossings: dict[str, dict[str, Any]]  # "B from A" -> nepa_core.verdict.crossing.Crossed, of pairs
     optimum: float  # the loss that no predictor can beat, where the adapter knows it
     causal: bool
     weights: str  # "raw" or "ema": which were judged
@@ -689,6 +691,28 @@ class AblateSummary(ComparisonSummary, total=False):
     differences: list[dict[str, Any]]  # recipes.statistics.significance.Difference: arms against the base
     effective_rank_embedding_start: float
     random_init: Spread  # the probe of random weights
+
+
+class TransferRow(TypedDict, total=False):
+    """transfer-HASH.json in the folder of a run, and random/ of random weights."""
+
+    parts: dict[str, RunMeasures]  # of those that the run was trained on
+    raw_tokens: dict[str, float]  # beside random weights: part -> the probe of its raw tokens
+
+
+class TransferSummary(ComparisonSummary, total=False):
+    """summary.json of `nepa transfer`; plain dictionaries are by part."""
+
+    parts: list[str]
+    metrics: dict[str, str]
+    steps: dict[str, int]  # by variant
+    probes: dict[str, dict[str, Spread]]  # variant -> the probe of the best layer
+    gains: dict[str, dict[str, Spread]]  # way of training together -> over the part alone
+    random: dict[str, Spread]
+    raw: dict[str, float]
+    differences: dict[str, list[dict[str, Any]]]  # recipes.statistics.significance.Difference: against the part alone
+    verdict: list[str]
+    runs: dict[str, list[str]]
 
 
 def finetuned(labels: int | str | None) -> str:

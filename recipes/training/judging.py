@@ -19,10 +19,12 @@ from nepa_core.runtime.fit import FitResult
 from nepa_core.runtime.meter import Meter
 from nepa_core.runtime.run import Run
 from nepa_core.verdict.baselines import fit_baselines
+from nepa_core.verdict.crossing import Crossed, gather_crossing, judge_crossing, whole
 from nepa_core.verdict.diagnostics import health, learning
 from nepa_core.verdict.drawing import RIVALS, Drawn, apart, draw
 from nepa_core.verdict.gathered import Gathered, gather, gather_targets
 from nepa_core.verdict.judge import COLLAPSE_SHARE, Judged, Verdict, judge, start_of
+from nepa_core.verdict.strata import pooled
 from recipes.configs import PretrainConfig
 from recipes.report.summaries import PairCredits, PretrainSummary
 from recipes.statistics.credits import pack_credits
@@ -120,10 +122,57 @@ def gather_held_out(config: PretrainConfig, model: NEPA, samples: HeldOut) -> tu
     return samples.of(gathered), sums[0] / max(sums[1], 1.0)
 
 
-def verdict_of(
+class Judgement(NamedTuple):
+    """What is said of a trained model.
+
+    Attributes:
+        judged: on all held-out samples. objective: the value of its own objective there. unreadable: left out.
+        strata: kind of samples -> the same of them alone, where the adapter has such.
+    """
+
+    judged: Judged
+    objective: float
+    unreadable: set[str]
+    strata: dict[str, Judged]
+
+
+def verdict_of(config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False) -> Judgement:
+    """Judge a trained model on held-out data, each kind of samples by itself (`Modality.strata`)."""
+    if len(strata := config.data.strata()) < 2:
+        return _verdict_of(config, model, device, show=show)
+    found = {
+        name: _verdict_of(config.model_copy(update={"data": data}), model, device, show=show)
+        for name, data in strata.items()
+    }
+    asked = {name: each.judged.verdict.asked for name, each in found.items()}
+    return Judgement(
+        pooled({name: each.judged for name, each in found.items()}),
+        sum(asked[name] * each.objective for name, each in found.items()) / sum(asked.values()),
+        set[str]().union(*(each.unreadable for each in found.values())),
+        {name: each.judged for name, each in found.items()},
+    )
+
+
+def crossings_of(
     config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False
-) -> tuple[Judged, float, set[str]]:
-    """Judge a trained model on held-out data; also the value of its own objective there, and the samples left out."""
+) -> dict[str, Crossed]:
+    """Which parts of a sample a trained model predicts from which, see `Modality.crossings`; of causal ones alone."""
+    found = {}
+    for name, crossing in config.data.crossings().items() if config.objective.causal else ():
+        own = config.model_copy(update={"data": crossing.data.plain()})
+        crossing, most = crossing._replace(data=own.data), min(config.verdict.test_samples, room_for(own))
+        made = []
+        for each in (build_pretrainer(config).to(device), model):
+            samples = held_out(own, device, most)
+            made.append(samples.of(whole(gather_crossing(each, crossing, samples.batches))))
+        train = own.data.samples_of("train")
+        count = min(config.verdict.fit_samples or len(cast(Sized, train)), len(cast(Sized, train)))
+        parts = gather_crossing(model, crossing, _training(own, train, device), predicts=False)
+        found[name] = judge_crossing(parts, made[1], made[0], total=count, device=device)
+    return found
+
+
+def _verdict_of(config: PretrainConfig, model: NEPA, device: torch.device, *, show: bool = False) -> Judgement:
     most = min(config.verdict.test_samples, room_for(config))
     untrained = build_pretrainer(config).to(device)
     before = start_of(gather_held_out(config, untrained, held_out(config, device, most))[0])
@@ -145,7 +194,7 @@ def verdict_of(
         training_samples=every,
         rivals_overlap=not apart(config.data.plain().samples_of("test")),
     )
-    return judged, objective, samples.unreadable
+    return Judgement(judged, objective, samples.unreadable, {})
 
 
 VERDICT_BYTES = 2**28
@@ -165,20 +214,25 @@ def training_parts(
     """What a model makes of training samples without augmentation, a random choice in random order, batch by batch."""
     batch, limit = eval_batch(config), config.verdict.fit_samples
     count = min(limit or len(cast(Sized, dataset)), len(cast(Sized, dataset)))
-    batches = plain_batches(
-        dataset,
-        batch=batch,
-        device=device,
-        workers=config.train.workers,
-        limit=limit,
-        seed=0,
-        tokenize=config.data.plain().tokenize,
-        of="training",
-    )
+    batches = _training(config, dataset, device)
     with Meter(-(-count // batch), enabled=show, noun="linear control, batch") as meter:
         for done, part in enumerate(gather_targets(model, config.data.plain(), batches), 1):
             yield part
             meter.advance(done)
+
+
+def _training(config: PretrainConfig, dataset: Dataset[Batch], device: torch.device) -> Iterator[Batch]:
+    """Those samples in random order, as many as the verdict fits on."""
+    return plain_batches(
+        dataset,
+        batch=eval_batch(config),
+        device=device,
+        workers=config.train.workers,
+        limit=config.verdict.fit_samples,
+        seed=0,
+        tokenize=config.data.plain().tokenize,
+        of="training",
+    )
 
 
 def packed(judged: Judged) -> PairCredits:

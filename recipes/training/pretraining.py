@@ -28,7 +28,15 @@ from recipes.report import card
 from recipes.report.card import origin_line
 from recipes.report.summaries import PretrainSummary
 from recipes.training.advice import advice
-from recipes.training.judging import best_possible, held_out_health, packed, rank_warning, summarise, verdict_of
+from recipes.training.judging import (
+    best_possible,
+    crossings_of,
+    held_out_health,
+    packed,
+    rank_warning,
+    summarise,
+    verdict_of,
+)
 from recipes.training.online_probe import online_probe, probe_figure
 from recipes.training.starting import build_model, build_pretrainer, check_samples, try_batch
 from recipes.training.train import opened, train
@@ -79,7 +87,8 @@ def pretrain(
     if not ranks.is_main:
         return {}
     with applied(ema):
-        judged, objective, unreadable = verdict_of(config, model, ranks.device, show=show)
+        judged, objective, unreadable, strata = verdict_of(config, model, ranks.device, show=show)
+        crossings = crossings_of(config, model, ranks.device, show=show)
         optimum = best_possible(config, model)
     summary = summarise(judged.verdict, objective, config, model, result)
     summary |= {"unreadable_held_out": len(unreadable), "unreadable_held_out_messages": sorted(unreadable)}
@@ -88,6 +97,10 @@ def pretrain(
         first, last = (line for line in run.metrics() if "retrieval_top1" in line and line["step"] in (0, result.steps))
         summary["origin"] = cast(Origin, result.origin)
         summary |= {"retrieval_top1_first": first["retrieval_top1"], "retrieval_top1_last": last["retrieval_top1"]}
+    if strata:
+        summary["strata"] = {name: each.verdict.model_dump() for name, each in strata.items()}
+    if crossings:
+        summary["crossings"] = {name: each.model_dump() for name, each in crossings.items()}
     if optimum is not None:
         summary["optimum"] = optimum
     card.report(run, summary, config.data).write(run.report)

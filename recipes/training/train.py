@@ -221,10 +221,11 @@ def say_leaks(data: Modality) -> None:
 
     Of datasets with a method `contents`, see `modalities.data.listing.Contents`; a second or two for the largest.
     """
-    train = getattr(data.samples_of("train"), "contents", lambda: None)()
-    test = None if train is None else getattr(data.plain().samples_of("test"), "contents", lambda: None)()
-    if train is not None and test is not None and (line := shared_content(train, test).line()):
-        say(line)
+    for each in data.strata().values() or (data,):
+        train = getattr(each.samples_of("train"), "contents", lambda: None)()
+        test = None if train is None else getattr(each.plain().samples_of("test"), "contents", lambda: None)()
+        if train is not None and test is not None and (line := shared_content(train, test).line()):
+            say(line)
 
 
 def height(config: Recipe) -> Callable[[str], int]:

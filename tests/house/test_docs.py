@@ -54,6 +54,7 @@ BUDGETS: dict[str, dict[str, str]] = {
     "ablate": _COMPARE,
     "orders": _COMPARE | {"finetune_steps": "2", "labels": "2", "cross": "false"},
     "objectives": _COMPARE | {"finetune_steps": "2", "labels": "2", "finetune_causal": "false"},
+    "transfer": _COMPARE,
     "bench": {"steps": "2", "repeats": "1"},
 }
 """Task -> the keys that its commands are run with, whatever the page says."""
