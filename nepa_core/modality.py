@@ -165,6 +165,17 @@ class Modality(BaseModel, ABC):
         """
         return int(self.tokenize(default_collate([first_sample(self)])).values.shape[-1])
 
+    def symbols(self, values: Tensor) -> Tensor | None:
+        """Which of finitely many tokens each one is, where tokens are discrete: n-gram counts then join the verdict.
+
+        Args:
+            values: [B, N, P] raw tokens.
+
+        Returns:
+            [B, N] int64, equal for equal tokens alone; or None, tokens are not discrete (the default).
+        """
+        return None
+
     def embedder(self, dim: int) -> nn.Module:
         """The map from raw tokens [B, N, P] to embeddings [B, N, dim], initialised. Default: one Linear.
 

@@ -104,6 +104,7 @@ class PretrainSummary(Cost, Unreadable, total=False):
     margin_copy_ci95: float | None
     margin_untrained: float
     margin_untrained_ci95: float | None
+    counts: dict[str, Any]  # CountControl, where tokens are symbols
     effective_rank_embedding: float
     effective_rank_embedding_start: float
     effective_rank_prediction: float

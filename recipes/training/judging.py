@@ -139,6 +139,7 @@ def verdict_of(
             trained,
             total=min(config.verdict.fit_samples or every, every),
             device=device,
+            symbols=config.data.symbols,
         ),
         trained,
         before,
