@@ -139,11 +139,11 @@ class Signal(NamedTuple):
     Attributes:
         kind: what `data` holds.
         data: pictures uint8 [B, C, H, W], C being 1 or 3, the first row on top; sound float32 [B, n], between -1 and
-            1; or curves float32 [B, L, C], NaN where there is nothing.
+            1; curves float32 [B, L, C], NaN where there is nothing; or symbols int64 [B, n], -1 where there is none.
         rate: points of sound a second, in Hz.
     """
 
-    kind: Literal["picture", "sound", "curves"]
+    kind: Literal["picture", "sound", "curves", "symbols"]
     data: Tensor
     rate: int | None = None
 
