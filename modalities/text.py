@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 
 from modalities.data.documents import FASTA, HELD_OUT, TEXT
-from modalities.data.text_windows import Form, SourceName, TextWindows, classes_of, open_text_files, open_windows
+from modalities.data.text_windows import Ends, Form, SourceName, TextWindows, classes_of, open_text_files, open_windows
 from modalities.data.vocabulary import OTHER, Vocabulary, open_vocabulary
 from modalities.orders import Ordered, padding_behind
 from nepa_core.basics import Batch
@@ -33,8 +33,8 @@ _MULTIPLIER = -7046029254386353131  # odd: symbols of a token become one number
 class Text(Ordered, Modality):
     """Documents cut into windows; a token holds `patch` symbols, each one-hot.
 
-    A linear map of one-hot numbers is a table of embeddings, one for each symbol and place in the token. The last
-    window of a document is filled up and masked; what is less than a token at its end is left out.
+    A linear map of one-hot numbers is a table of embeddings, one for each symbol and place in the token. What is less
+    than a token at the end of a document is left out.
 
     Attributes:
         source: "file" (what lies at `root`) or "stdlib": code and docstrings of Python's own library.
@@ -44,6 +44,8 @@ class Text(Ordered, Modality):
             of UTF-8. What has no symbol is read as one more.
         patch: symbols in a token; it divides the window.
         window: symbols in a sample.
+        ends: what becomes of a document's last window where it is not full: "pad" fills it up and masks what is not
+            real, "drop" leaves it out, and with it documents shorter than a window.
         patch_order, order_seed: the order in which tokens are predicted, see `modalities.orders`; "raster" is reading.
     """
 
@@ -58,6 +60,7 @@ class Text(Ordered, Modality):
     label: str | None = None
     letters: str | None = Field(default=None, min_length=1)
     vocabulary: str | None = None
+    ends: Ends = "pad"
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -87,12 +90,13 @@ class Text(Ordered, Modality):
         return open_windows(self.form, split)
 
     def tokenize(self, batch: Batch) -> Tokens:
-        """One-hot symbols [B, N, k * V] of batch["symbols"] [B, L]; masked only where a window is not full."""
+        """One-hot symbols [B, N, k * V] of batch["symbols"] [B, L], the first batch["tokens"] [B] of them real."""
         numbers: Tensor = batch["symbols"]
         values = F.one_hot(numbers, self.symbols_known.size).float().unflatten(1, (-1, self.patch)).flatten(2)
-        count = values.shape[1]
-        mask = torch.arange(count, device=values.device) < batch["tokens"][:, None]
-        coords = torch.arange(count)[:, None] / UNIT
+        coords = torch.arange(values.shape[1])[:, None] / UNIT
+        if "tokens" not in batch:
+            return Tokens(values, coords)
+        mask = torch.arange(values.shape[1], device=values.device) < batch["tokens"][:, None]
         return Tokens(values * mask[..., None], coords, mask)
 
     def classes(self) -> tuple[str, ...] | None:
@@ -161,4 +165,4 @@ def _page(shown: Sequence[str], real: Sequence[bool], patch: int, grid: tuple[in
         draw.rectangle((column * wide, line * high, (column + 1) * wide - 1, (line + 1) * high - 1), fill=255)
         draw.text((column * wide + 1, line * high), (symbol[:letters]).replace("\n", "¶").replace(OTHER, "?"), 0, font)
     levels = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8)
-    return levels.view(page.height, page.width) / 255
+    return levels.view(page.height, page.width).float().div(255)

@@ -16,7 +16,8 @@ def demo() -> PretrainConfig:
 
     `nepa pretrain recipes.text:demo`.
     """
-    return override(small(Text(source="stdlib", letters=PRINTABLE, patch=2, window=64)), {"verdict.test_samples": 1024})
+    data = Text(source="stdlib", letters=PRINTABLE, patch=2, window=48, ends="drop")
+    return override(small(data), {"verdict.test_samples": 1024})
 
 
 def folder() -> PretrainConfig:

@@ -24,14 +24,15 @@ TEST = (
     *("bisect", "bz2", "cProfile", "fnmatch", "glob", "linecache", "locale", "ntpath", "plistlib", "profile", "pstats"),
     *("socketserver", "stat", "tabnanny", "textwrap", "timeit", "traceback", "warnings", "weakref", "webbrowser"),
 )
+_LEAST = 48
 CODE, DOCSTRING = "code", "docstring"
 
 
 @lru_cache(maxsize=1)
 def stdlib_documents() -> dict[str, tuple[Document, ...]]:
-    """A document for every docstring, and one for the code of every function without it; no text occurs twice.
+    """A document for every docstring, and one for the code of every function without it, of `_LEAST` characters or more.
 
-    Modules of the one split are not in the other.
+    Modules of the one split are not in the other, and no two texts begin with the same `_LEAST` characters.
 
     Raises:
         UserError: this Python has no library as text.
@@ -39,13 +40,17 @@ def stdlib_documents() -> dict[str, tuple[Document, ...]]:
     seen: set[str] = set()
     found = {}
     for split, modules in (("train", TRAIN), ("test", TEST)):
-        mine = [each for module in modules for each in _of_module(module) if len(each.text) >= 8]
-        first = {each.text: each._replace(split=split) for each in reversed(mine) if each.text not in seen}
+        mine = [each for module in modules for each in _of_module(module) if len(each.text) >= _LEAST]
+        first = {_key(each): each._replace(split=split) for each in reversed(mine) if _key(each) not in seen}
         found[split] = tuple(reversed(first.values()))
         seen.update(first)
         if not found[split]:
             raise UserError("this Python carries no library as text; give texts of yours by recipes.text:folder")
     return found
+
+
+def _key(document: Document) -> str:
+    return document.text[:_LEAST]
 
 
 def _of_module(name: str) -> Iterator[Document]:

@@ -24,6 +24,7 @@ from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.tokens import Spans
 
 SourceName = Literal["stdlib", "file"]
+Ends = Literal["pad", "drop"]
 _FEW = 20  # documents below which intervals are made from stretches of them
 _STRETCH = 16  # windows in a stretch
 _LONGEST = 8192  # numbers in a token
@@ -41,10 +42,13 @@ class Form(NamedTuple):
     vocabulary: str | None
     patch: int
     window: int
+    ends: Ends
 
 
 class TextWindows(Dataset[Batch]):
-    """Windows: "symbols" int64 [L], zeros behind the end, "tokens" that are real, and "label" where documents have one.
+    """Windows: "symbols" int64 [L], zeros behind the end, and "label" where documents have one.
+
+    Where not all windows are full, "tokens" says how many of each are real.
 
     Args:
         flat: symbols of all documents, one behind the other. first, tokens, document: [W], where each window begins,
@@ -65,6 +69,7 @@ class TextWindows(Dataset[Batch]):
     ) -> None:
         self.form, self.starts, self.names, self.labels, self.broken = form, starts, names, labels, broken
         self.first, self.tokens, self.document = windows
+        self.full = bool((self.tokens == form.window // form.patch).all())
         self.flat = torch.from_numpy(np.concatenate((flat, np.zeros(form.window, np.int16))))
 
     def __len__(self) -> int:
@@ -79,7 +84,9 @@ class TextWindows(Dataset[Batch]):
         if self.broken and (bad := [self.broken[at] for at in self.document[rows].tolist() if at in self.broken]):
             raise UnreadableSample(bad[0])
         real = places < (self.tokens[rows] * self.form.patch)[:, None]
-        found = {"symbols": self.flat[self.first[rows, None] + places].long() * real, "tokens": self.tokens[rows]}
+        found = {"symbols": self.flat[self.first[rows, None] + places].long() * real}
+        if not self.full:
+            found["tokens"] = self.tokens[rows]
         return found if self.labels is None else found | {"label": self.labels[rows]}
 
     def name(self, index: int) -> str:
@@ -164,25 +171,26 @@ def _cut(
         )
     parts, other = list[np.ndarray[Any, Any]](), Counter[str]()
     rows, starts, short, total = list[tuple[int, int, int]](), list[int](), list[str](), 0
+    whole = form.window // patch
+    least = whole if form.ends == "drop" and broken is None else 2  # tokens of a window
     for number, each in enumerate(documents):
         symbols, unknown = vocabulary.encode(each.text)
         other.update(unknown)
         starts.append(total)
         tokens = len(symbols) // patch
-        if tokens < 2:
-            short.append(each.name)
         if broken is not None:
-            tokens = min(tokens, form.window // patch)
-            if tokens < 2 and number not in broken:
-                broken[number] = f"{printable(each.name)}: fewer than two tokens of {patch} symbols"
-        whole = form.window // patch
-        rows += [(total + at * patch, min(whole, tokens - at), number) for at in range(0, tokens - 1, whole)]
-        if broken is not None and tokens < 2:
-            rows.append((total, 2, number))
+            if tokens < least:
+                broken.setdefault(number, f"{printable(each.name)}: fewer than two tokens of {patch} symbols")
+            tokens = max(min(tokens, whole), least)
+        elif tokens < least:
+            short.append(each.name)
+        rows += [(total + at * patch, min(whole, tokens - at), number) for at in range(0, tokens - least + 1, whole)]
         parts.append(symbols)
         total += len(symbols)
-    if short and broken is None:
-        say(f"{where}: left out, for they have fewer than two tokens of {patch} symbols: {_counted(short)}")
+    if short:
+        what = f"a window of {form.window}" if least == whole else f"two tokens of {patch}"
+        few = f"{len(short):,} of {len(documents):,} documents ({some(list(map(printable, short)), 2)})"
+        say(f"{where}: left out, for they have less than {what} symbols: {few}")
     if other:
         kinds = ", ".join(f"{printable(each)!r}" for each, _ in other.most_common(6))
         say(
@@ -190,7 +198,9 @@ def _cut(
             f"{kinds}{' and others' if len(other) > 6 else ''}"
         )
     if not rows:
-        raise UserError(f"{where}: no document has two tokens of {patch} symbols; make data.patch smaller")
+        raise UserError(
+            f"{where}: no document has {least} tokens of {patch} symbols; make data.window or data.patch smaller"
+        )
     first, tokens_of, document = torch.tensor(rows).unbind(1)
     number_of = {name: place for place, name in enumerate(classes or ())}
     labels = None if classes is None else torch.tensor([number_of[documents[at].label] for at in document.tolist()])
@@ -198,7 +208,3 @@ def _cut(
     return TextWindows(
         form, np.concatenate(parts), (first, tokens_of, document), torch.tensor(starts), names, labels, broken or {}
     )
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names):,} documents ({some(list(map(printable, names)), 2)})"
