@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -116,7 +117,7 @@ class Text(Ordered, Modality):
         return padding_behind(self.ordered(tokens, (tokens.values.shape[1],)), tokens.mask)
 
     def describe(self, tokens: Tokens) -> Sketch:
-        """The text itself, black on white in lines of a few tokens each; a line break is ¶, padding is grey."""
+        """The text itself, black on white in lines of a few tokens each; a line break is a hook, padding is grey."""
         shown = [self.symbols_known.shown(each) for each in self.decode(tokens).data.clamp(min=0).tolist()]
         real, count = tokens.canonical(tokens.real).tolist(), tokens.values.shape[1]
         letters = min(_LETTERS, max((len(each) for each in self.symbols_known.symbols), default=1))
@@ -163,6 +164,11 @@ def _page(shown: Sequence[str], real: Sequence[bool], patch: int, grid: tuple[in
         if not real[place // patch]:
             continue
         draw.rectangle((column * wide, line * high, (column + 1) * wide - 1, (line + 1) * high - 1), fill=255)
-        draw.text((column * wide + 1, line * high), (symbol[:letters]).replace("\n", "¶").replace(OTHER, "?"), 0, font)
-    levels = torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8)
-    return levels.view(page.height, page.width).float().div(255)
+        if symbol == "\n":
+            left, top = column * wide + 1, (line + 1) * high - 5
+            draw.line((left, top, left + 5, top, left + 5, top - 4), 128)  # an arrow's hook, as on the key
+            continue
+        middle = (2 * column + 1) * wide / 2
+        draw.text((middle, line * high), symbol[:letters].replace(OTHER, "?"), 0, font, anchor="ma")
+    levels = np.asarray(page, np.float32) / 255
+    return torch.from_numpy(levels)

@@ -30,7 +30,7 @@ CODE, DOCSTRING = "code", "docstring"
 
 @lru_cache(maxsize=1)
 def stdlib_documents() -> dict[str, tuple[Document, ...]]:
-    """A document for every docstring, and one for the code of every function without it, of `_LEAST` characters or more.
+    """A document for every docstring, and one for the code of every function; of `_LEAST` characters or more.
 
     Modules of the one split are not in the other, and no two texts begin with the same `_LEAST` characters.
 

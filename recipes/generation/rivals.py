@@ -148,8 +148,11 @@ class Known:
         values = read.values.clone()
         for place in (~given).any(0).nonzero()[:, 0].tolist():
             law = self.law(replace(read, values=values))
-            at = Law(law.mean[:, place], law.covariance[..., place, :, :])
-            values[:, place] = torch.where(kept[:, place, None], values[:, place], at.draw(1, self.draw)[0])
+            if law.drawn is not None:
+                drawn = law.draw(1, self.draw)[0, :, place]
+            else:
+                drawn = Law(law.mean[:, place], law.covariance[..., place, :, :]).draw(1, self.draw)[0]
+            values[:, place] = torch.where(kept[:, place, None], values[:, place], drawn)
         return values.view(draws, *tokens.values.shape)
 
     def law(self, tokens: Tokens) -> Law:
