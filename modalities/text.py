@@ -170,5 +170,5 @@ def _page(shown: Sequence[str], real: Sequence[bool], patch: int, grid: tuple[in
             continue
         middle = (2 * column + 1) * wide / 2
         draw.text((middle, line * high), symbol[:letters].replace(OTHER, "?"), 0, font, anchor="ma")
-    levels = np.asarray(page, np.float32) / 255
-    return torch.from_numpy(levels)
+    picture: Tensor = torch.from_numpy(np.asarray(page, np.float32) / np.float32(255))
+    return picture

@@ -89,6 +89,7 @@ def remarks(summary: GenerateSummary, noun: str) -> list[str]:
         f"(95 %, paired over {summary['samples']:,} {split} samples{clustered}; other seeds of the run and of the "
         "decoders differ, too).",
         f"Next {noun}: {summary['verdict_next']['verdict']}",
+        *_readings(summary, noun),
         *_signals(summary, noun),
     ]
     if "fid" in summary:
@@ -105,6 +106,22 @@ def remarks(summary: GenerateSummary, noun: str) -> list[str]:
             f"deviations (0 is right); variance: {_pm(summary['law']['variance'])} of the law's (1 is right)."
         )
     return found + summary["notes"]
+
+
+def _readings(summary: GenerateSummary, noun: str) -> list[str]:
+    """What is read of the mean of the next token, a line for each reading."""
+    lines = []
+    for each in summary.get("readings", []):
+        right = each["measure"] == "right"
+        what = "right in" if right else "off by"
+        told = ", ".join(
+            f"{row['name']} " + (f"{row['figure']:.1%}" if right else f"{row['figure']:.3f}") for row in each["rows"]
+        )
+        apart = ", ".join(f"{row['name']} {_pm([row['margin'], row['ci95']], '+.3f')}" for row in each["rows"][1:])
+        lines.append(f"The next {noun}'s {each['name']}, {what}: {told}. Minus NEPA's: {apart}.")
+    if lines:
+        lines[0] = f"Read of the mean decoder, shares of classes and mean absolute errors of numbers. {lines[0]}"
+    return lines
 
 
 def _signals(summary: GenerateSummary, noun: str) -> list[str]:

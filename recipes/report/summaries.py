@@ -420,6 +420,14 @@ class LawFigures(TypedDict):
     variance: list[float | None]  # of theirs over the law's
 
 
+class ReadingFigures(TypedDict):
+    """What is read of the mean of the next token, by name: `Modality.readings`."""
+
+    name: str
+    measure: Literal["right", "error"]  # the share of classes, or the mean absolute error of numbers
+    rows: list[GenerateRow]
+
+
 class ToldApart(TypedDict, total=False):
     """Generated signals among held-out ones; pairs are a mean and the half-width of its 95 % interval."""
 
@@ -461,6 +469,7 @@ class GenerateSummary(TypedDict, total=False):
     from_nothing: ToldApart
     completed: ToldApart
     training: ToldApart  # the same of training samples, which are real: what the splits differ by
+    readings: list[ReadingFigures]  # where the adapter names any
     law: LawFigures
     notes: list[str]
     seconds: float
