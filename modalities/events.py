@@ -33,7 +33,7 @@ from nepa_core.runtime.config import listed
 from nepa_core.tokens import Law, Signal, Sketch, Tokens
 
 _WIDE, _HIGH, _BAR = 8, 6, 24  # pixels: width of an event, height of a kind, height of a gap or number
-_FULL = 3.0  # a gap or number that fills its bar
+_FULL = 2.0  # a gap or number that fills its bar
 
 
 class Events(Modality):

@@ -150,7 +150,8 @@ class Text(Ordered, Modality):
 
     def _numbers(self, values: Tensor) -> Tensor:
         """The largest of each symbol's numbers, [..., N, k * V] -> [..., N, k]."""
-        return values.unflatten(-1, (self.patch, -1)).argmax(-1)
+        found: Tensor = values.unflatten(-1, (self.patch, -1)).argmax(-1)
+        return found
 
 
 def _page(shown: Sequence[str], real: Sequence[bool], patch: int, grid: tuple[int, int], letters: int) -> Tensor:

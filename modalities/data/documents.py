@@ -259,7 +259,7 @@ def _divided(root: str, documents: Sequence[Document], held_out: float) -> list[
         raise UserError(f"data.root={root}: one document (of each class); two are wanted, for one of them is held out")
     if single:
         say(f"{root}: left out, for one document can't be in both splits: {some(list(map(printable, single)))}")
-    base = os.path.dirname(os.path.expanduser(root)) + os.sep
+    base = os.path.expanduser(root)
 
     def key(each: Document) -> bytes:
         return hashlib.sha256(f"{each.name.removeprefix(base)}\0{each.text}".encode("utf-8", "replace")).digest()

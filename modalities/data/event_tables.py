@@ -86,8 +86,12 @@ def read_events(path: str, named: Named) -> EventTable:
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
         raise UserError(f"{printable(path)}: {one_line(error)}") from error
     if not len(table.time):
-        raise UserError(f"{printable(path)}: no rows below its head; events are wanted, a row each")
+        raise _no_rows(path)
     return _sorted(path, table, row)
+
+
+def _no_rows(path: str) -> UserError:
+    return UserError(f"{printable(path)}: no rows below its head; events are wanted, a row each")
 
 
 class _Raw(NamedTuple):
@@ -141,6 +145,8 @@ def _csv(path: str, named: Named) -> tuple[_Raw, Any]:
     except (pa.ArrowException, OSError, ValueError) as error:
         found = bad_row(form, [where[name] for name in places.values])
         raise UserError(f"{path}: {found or one_line(error)}") from error
+    if not blocks:
+        raise _no_rows(path)
     table = pa.Table.from_batches(blocks)
     columns = {name: table[str(place)].combine_chunks() for name, place in where.items()}
     return _raw(path, columns, places, row), row
