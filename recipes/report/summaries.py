@@ -424,7 +424,7 @@ class ReadingFigures(TypedDict):
     """What is read of the mean of the next token, by name: `Modality.readings`."""
 
     name: str
-    measure: Literal["right", "error"]  # the share of classes, or the mean absolute error of numbers
+    measure: str  # "right", the share of classes, or "error", the mean absolute one of numbers
     rows: list[GenerateRow]
 
 

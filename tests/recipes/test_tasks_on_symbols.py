@@ -29,6 +29,7 @@ def a_table(folder: Path) -> Path:
     return folder / "own.csv"
 
 
+KEYS = {"text": ("data.window=12",), "events": ()}
 FILES: dict[str, Callable[[Path], Path]] = {"text": a_text, "events": a_table}
 
 
@@ -36,7 +37,7 @@ FILES: dict[str, Callable[[Path], Path]] = {"text": a_text, "events": a_table}
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """The recipe of a demo, and a run of it."""
     run = tmp_path_factory.mktemp(request.param) / "run"
-    assert main(["pretrain", f"recipes.{request.param}:demo", *_SMALL, f"out={run}"]) == 0
+    assert main(["pretrain", f"recipes.{request.param}:demo", *_SMALL, *KEYS[request.param], f"out={run}"]) == 0
     return request.param, run
 
 
@@ -73,15 +74,23 @@ def test_a_task_runs(task: str, trained: tuple[str, Path], capsys: pytest.Captur
     recipe, folder = f"recipes.{name}:demo", run.parent
     compare = ("seeds=0", "workers=1", "labels=2", "finetune_steps=2", f"out={folder / task}")
     words = {
-        "check": [recipe],
+        "check": [recipe, *KEYS[name]],
         "probe": [str(run), "train_samples=40", "test_samples=40", "poolings=mean", "layers=1"],
         "finetune": [str(run), f"out={folder / 'tuned'}", "train.length.steps=2", "train.batch=8"],
         "inspect": [str(run), "samples=2", "worst=1"],
         "embed": [str(run), f"out={folder / 'x.parquet'}", "surprise=true", "calibrate=16"],
         "files": [str(run), f"files={FILES[name](folder)}", f"out={folder / 'own.parquet'}", "calibrate=0"],
-        "orders": [recipe, *_SMALL, *compare, "orders=raster,reverse", "cross=false"],
-        "objectives": [recipe, *_SMALL, *compare, "objectives=cosine", "learning_rates=1e-3", "finetune_causal=false"],
-        "bench": [recipe, *_SMALL, "steps=2", "repeats=1"],
+        "orders": [recipe, *KEYS[name], *_SMALL, *compare, "orders=raster,reverse", "cross=false"],
+        "objectives": [
+            recipe,
+            *KEYS[name],
+            *_SMALL,
+            *compare,
+            "objectives=cosine",
+            "learning_rates=1e-3",
+            "finetune_causal=false",
+        ],
+        "bench": [recipe, *KEYS[name], *_SMALL, "steps=2", "repeats=1"],
     }[task]
     wanted = 2 if (task, name) == ("orders", "events") else 0  # events lie on no grid: refused in one line
     assert main([{"files": "embed"}.get(task, task), *words]) == wanted, capsys.readouterr().err[-600:]

@@ -1,5 +1,6 @@
 """Tables of events: what is read, sorted, counted and refused."""
 
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_parquet_gives_the_same(tmp_path: Path) -> None:
     table = pa.table(
         {
             "user": columns[0],
-            "when": pa.array([np.datetime64(each, "s") for each in columns[1]], pa.timestamp("ms")),
+            "when": pa.array([datetime.fromisoformat(each) for each in columns[1]], pa.timestamp("ms")),
             "event": pa.array(columns[2]).dictionary_encode(),
             "amount": pa.array([float(each) if each else None for each in columns[3]]),
         }
