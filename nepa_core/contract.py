@@ -415,6 +415,7 @@ SIGNALS = {
     "picture": (4, torch.uint8, "uint8 [B, C, H, W]"),
     "sound": (2, torch.float32, "float32 [B, n]"),
     "curves": (3, torch.float32, "float32 [B, L, C]"),
+    "symbols": (2, torch.int64, "int64 [B, n]"),
 }
 """Kind of a `Signal` -> axes and numbers of its data, and both in words."""
 

@@ -200,6 +200,17 @@ class Modality(BaseModel, ABC):
         """
         return int(self.tokenize(default_collate([first_sample(self)])).values.shape[-1])
 
+    def symbols(self, values: Tensor) -> Tensor | None:
+        """Which of finitely many tokens each one is, where tokens are discrete: n-gram counts then join the verdict.
+
+        Args:
+            values: [B, N, P] raw tokens.
+
+        Returns:
+            [B, N] int64, equal for equal tokens alone; or None, tokens are not discrete (the default).
+        """
+        return None
+
     def embedder(self, dim: int) -> nn.Module:
         """The map from raw tokens [B, N, P] to embeddings [B, N, dim], initialised. Default: one Linear.
 
@@ -249,6 +260,30 @@ class Modality(BaseModel, ABC):
             return Signal("curves", sketch.canvas)
         levels = (255 * sketch.canvas.clamp(0, 1)).round().to(torch.uint8)
         return Signal("picture", levels[:, None] if levels.ndim == 3 else levels.permute(0, 3, 1, 2))
+
+    def placed(self, tokens: Tokens) -> Tensor | None:
+        """Where tokens lie by what they hold, for adapters whose tokens say it, as an event its time.
+
+        Such positions are part of what is predicted: what decodes a prediction is then not told them, and generated
+        tokens lie where they say.
+
+        Returns:
+            [B, N, A] coordinates of the tokens in the order in which they stand, each by itself and those before it;
+            or None: positions are known beforehand (the default).
+        """
+        return None
+
+    def readings(self, values: Tensor) -> dict[str, Tensor]:
+        """What one would ask of the next token by name, for the card of `nepa generate`.
+
+        Args:
+            values: [B, N, P] raw tokens, true ones or the means of what may come.
+
+        Returns:
+            name -> [B, N], int64 classes (of a mean the likeliest), or numbers, NaN where a true token has none.
+            Default: nothing.
+        """
+        return {}
 
     def known_optimum(self, embed: nn.Module) -> float | None:
         """The best next-token loss (negative cosine) that any causal predictor can expect on held-out data.

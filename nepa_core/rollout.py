@@ -22,6 +22,9 @@ from nepa_core.tokens import Tokens
 Draw = Callable[[Tensor, Tensor, int], Tensor]
 """(prediction [B, D], coordinates of the next token [B, A], its number in the order) -> its values [B, P]."""
 
+Placed = Callable[[Tokens], Tensor | None]
+"""`Modality.placed`."""
+
 
 def check_generates(*, causal: bool, shift: bool) -> None:
     """Whether a network that was trained so can be rolled out.
@@ -41,7 +44,14 @@ def check_generates(*, causal: bool, shift: bool) -> None:
 
 @torch.no_grad()
 def rollout(
-    model: NEPA, draw: Draw, tokens: Tokens, keep: int | Tensor, *, causal: bool = True, cache: bool = True
+    model: NEPA,
+    draw: Draw,
+    tokens: Tokens,
+    keep: int | Tensor,
+    *,
+    causal: bool = True,
+    cache: bool = True,
+    placed: Placed = lambda tokens: None,
 ) -> Tokens:
     """Keep what is given of each sequence and make the rest.
 
@@ -55,6 +65,8 @@ def rollout(
         causal: of the pass; that of pre-training.
         cache: read every token once, and keep its keys and values; False reads all of them again for every token, for
             the same result but for rounding.
+        placed: `Modality.placed`. Where it says where tokens lie by what they hold, every token is read anew at the
+            places that those made so far say, and a draw must not look at the coordinates that it is given.
 
     Returns:
         The same with values in place of those to be made; given ones are kept bit for bit.
@@ -76,18 +88,21 @@ def rollout(
         raise UserError("model.bos=false leaves nothing to predict the first token from: keep one or more")
     values = torch.where(given[..., None], read.values, 0.0)
     coords = read.coords.to(values.device).expand(*given.shape, -1)
+    moves = placed(replace(read, values=values)) is not None
     embeddings, mask = model.embedded(replace(read, values=values))
     added = model.positional(read, mask)
     kept = Cache(count + bos)
     for token in missing:
-        kept = kept if cache else Cache(count + bos)
+        kept = kept if cache and not moves else Cache(count + bos)
         new = slice(kept.read, token + bos)
         x = embeddings[:, new]
         for vectors in added:
             x = x + vectors[..., new, :].to(x.dtype)
-        prediction = model.predictor(x, read.coords, causal=causal, mask=mask, cache=kept)[:, -1]
+        prediction = model.predictor(x, coords if moves else read.coords, causal=causal, mask=mask, cache=kept)[:, -1]
         made = draw(prediction, coords[:, token], token).to(values.dtype)
         values[:, token] = torch.where(given[:, token, None], values[:, token], made)
+        if moves and (now := placed(replace(read, values=values))) is not None:
+            coords = torch.where(given[..., None], coords, now.to(coords.device))
         embeddings[:, token + bos] = model.embedded_values(values[:, token, None])[:, 0]
     return replace(tokens, values=values if behind is None else replace(read, order=behind).canonical(values))
 

@@ -190,28 +190,32 @@ class Signal(NamedTuple):
     Attributes:
         kind: what `data` holds.
         data: pictures uint8 [B, C, H, W], C being 1 or 3, the first row on top; sound float32 [B, n], between -1 and
-            1; or curves float32 [B, L, C], NaN where there is nothing.
+            1; curves float32 [B, L, C], NaN where there is nothing; or symbols int64 [B, n], -1 where there is none.
         rate: points of sound a second, in Hz.
     """
 
-    kind: Literal["picture", "sound", "curves"]
+    kind: Literal["picture", "sound", "curves", "symbols"]
     data: Tensor
     rate: int | None = None
 
 
 class Law(NamedTuple):
-    """The normal distribution of every token given those before it, in raw tokens as they stand.
+    """The distribution of every token given those before it, in raw tokens as they stand: a normal one, or any.
 
     Attributes:
         mean: [B, N, P] of token t given tokens 0 to t - 1, the first given none.
         covariance: [N, P, P] float64, or [B, N, P, P] where samples differ.
+        drawn: (count, generator) -> [count, B, N, P] of a distribution that is not normal; None: it is.
     """
 
     mean: Tensor
     covariance: Tensor
+    drawn: Callable[[int, torch.Generator | None], Tensor] | None = None
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """So many tokens at every place, each after the given ones: [count, B, N, P]."""
+        if self.drawn is not None:
+            return self.drawn(count, generator)
         noise = torch.randn(count, *self.mean.shape, generator=generator)
         apart: Tensor = torch.linalg.cholesky(self.covariance).to(noise.dtype) @ noise[..., None]
         return self.mean + apart[..., 0]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nepa_core.objective import masked_mean, negative_cosine
+from nepa_core.verdict.counts import Counted, Counts, Symbols
 from nepa_core.verdict.diagnostics import identified
 from nepa_core.verdict.gathered import Gathered, joined
 
@@ -49,6 +50,7 @@ class Fitted(NamedTuple):
             about a quarter and a half of them; empty where there are too few.
         features: numbers of a whole sequence that the linear one reads; fewer than there are tokens where it reads
             those next to each target alone. of: how many there are.
+        counts: what n-gram counts identify, where tokens are symbols.
     """
 
     predictions: dict[str, Tensor]
@@ -56,10 +58,16 @@ class Fitted(NamedTuple):
     curve: tuple[tuple[int, Tensor], ...]
     features: int
     of: int
+    counts: Counted | None = None
 
 
 def fit_baselines(
-    parts: Iterable[Gathered], test: Gathered, *, total: int, device: torch.device | None = None
+    parts: Iterable[Gathered],
+    test: Gathered,
+    *,
+    total: int,
+    device: torch.device | None = None,
+    symbols: Symbols = lambda values: None,
 ) -> Fitted:
     """Fit all baselines in one pass.
 
@@ -70,17 +78,22 @@ def fit_baselines(
     Args:
         parts: training samples in random order. total: how many there will be, about.
         device: where the products are computed; default: the CPU.
+        symbols: `Modality.symbols`; n-gram counts join the others where it gives any.
     """
     device = device or torch.device("cpu")
     stream = chunks(parts, test, total=total)
     held = next(stream)
     linear: Regressions = (Autoregression if test.order is None else FromSeen)(held, test, device)
-    means = _Means(test)
+    means, counts, known = _Means(test), Counts(), symbols(test.values)
     means.add(held)
+    if known is not None:
+        counts.add(held, _known(symbols, held))
     samples, marks = 0, [total // 4, total // 2] if total >= 64 else []
     curve: list[tuple[int, Tensor]] = []
     for part in stream:
         means.add(part)
+        if known is not None:
+            counts.add(part, _known(symbols, part))
         for some in _cut(part, [mark - samples for mark in marks]):
             linear.add(some)
             samples += len(some.values)
@@ -98,7 +111,15 @@ def fit_baselines(
     mean, position_mean = means.predict(test)
     copied = test.embeddings[:, :-1]
     predictions = {"copy": copied, "mean": mean, "position_mean": position_mean, "linear": linear.predict(test)}
-    return Fitted(predictions, samples + len(held.values), tuple(curve), linear.features, test.values[0].numel())
+    counted = None if known is None else counts.judged(test, known, held, _known(symbols, held))
+    fitted = samples + len(held.values)
+    return Fitted(predictions, fitted, tuple(curve), linear.features, test.values[0].numel(), counted)
+
+
+def _known(symbols: Symbols, part: Gathered) -> Tensor:
+    found = symbols(part.values)
+    assert found is not None
+    return found
 
 
 def chunks(parts: Iterable[Gathered], like: Gathered, *, total: int) -> Iterator[Gathered]:

@@ -8,6 +8,7 @@ the true next token can be told from others; `verdict` puts both beside baseline
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -80,27 +81,42 @@ def identification(
         and for those of a group that is smaller than the largest. Equal candidates share the credit, so chance is one
         over the number of candidates whatever repeats.
     """
-    samples = len(predictions)
+
+    def of_group(rows: Tensor) -> Tensor:
+        asked, offered = (F.normalize(x[rows].transpose(0, 1), dim=-1) for x in (predictions, targets))
+        return credits_of(asked @ offered.transpose(1, 2), None if counted is None else counted[rows], tie=_TIE)
+
+    return by_group(of_group, len(predictions), group)
+
+
+def by_group(credits: Callable[[Tensor], Tensor], samples: int, group: Tensor | None) -> Tensor:
+    """What `credits` gives of the rows of each group, [S]; NaN for those of a group smaller than the largest.
+
+    Args:
+        group: see `identification`.
+    """
     group = torch.arange(samples) // RIVALS if group is None else group
     sizes = group.bincount()
     found = torch.full((samples,), math.nan)
     for name, size in enumerate(sizes.tolist()):
         if size >= _WHOLE * sizes.max():
             rows = (group == name).nonzero()[:, 0]
-            found[rows] = _credits(predictions[rows], targets[rows], None if counted is None else counted[rows])
+            found[rows] = credits(rows).float()
     return found
 
 
-def _credits(predictions: Tensor, targets: Tensor, counted: Tensor | None) -> Tensor:
-    """`identification` of one group, [S]."""
-    asked, offered = (F.normalize(x.transpose(0, 1), dim=-1) for x in (predictions, targets))
-    cosine = asked @ offered.transpose(1, 2)  # [Q, asked, offered]
-    true = cosine.diagonal(dim1=1, dim2=2)[..., None].clone()
+def credits_of(score: Tensor, counted: Tensor | None, *, tie: float) -> Tensor:
+    """`identification` of one group by any score, higher for the likelier candidate: [Q, asked, offered] -> [S].
+
+    Args:
+        counted: [S, Q] bool. tie: scores closer than this are equal.
+    """
+    true = score.diagonal(dim1=1, dim2=2)[..., None].clone()
     if counted is not None:
-        cosine = cosine.masked_fill(~counted.T[:, None, :], -math.inf)
-    beaten = (cosine > true + _TIE).any(-1)
+        score = score.masked_fill(~counted.T[:, None, :], -math.inf)
+    beaten = (score > true + tie).any(-1)
     beaten |= true[..., 0].isnan()
-    credit = torch.where(beaten, 0.0, 1.0 / ((cosine - true).abs() <= _TIE).sum(-1).clamp(min=1))
+    credit = torch.where(beaten, 0.0, 1.0 / ((score - true).abs() <= tie).sum(-1).clamp(min=1))
     if counted is None:
         return credit.mean(0)
     return (credit * counted.T).sum(0) / counted.T.sum(0)

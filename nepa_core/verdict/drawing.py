@@ -47,10 +47,10 @@ def spans_of(dataset: Dataset[Any]) -> Spans | None:
 def draw(dataset: Dataset[Any], limit: int, seed: int) -> Drawn:
     """At most `limit` samples of a split, drawn at random over the whole of it.
 
-    Independent samples are drawn once each and cut into groups of 64, the last as small as it is. Where they overlap,
-    every group sweeps all tracks from a phase of its own and takes what has none of another's values; groups are of
-    one size, 64 or as many as there is room for, and a sample may stand in several of them. Where there is no room
-    for two, rivals overlap: see `apart`.
+    Samples that share no values, be they of one recording or not, are drawn once each and cut into groups of 64, the
+    last as small as it is. Where they overlap, every group sweeps all tracks from a phase of its own and takes what has
+    none of another's values; groups are of one size, 64 or as many as there is room for, and a sample may stand in
+    several of them. Where there is no room for two, rivals overlap: see `apart`.
     """
     count = len(cast(Sized, dataset))
     generator = torch.Generator().manual_seed(seed)
@@ -59,6 +59,9 @@ def draw(dataset: Dataset[Any], limit: int, seed: int) -> Drawn:
         indices = torch.randperm(count, generator=generator)[:limit]
         return _of_one_kind(dataset, Drawn(indices, torch.arange(len(indices)) // RIVALS, indices))
     tracks = _tracks(spans)
+    if all(bool((track.end[:-1] <= track.first[1:]).all()) for track in tracks):
+        indices = torch.randperm(count, generator=generator)[:limit]
+        return Drawn(indices, torch.arange(len(indices)) // RIVALS, spans.cluster[indices], spans.chained)
     length = int((spans.end - spans.first).max())
     most = min(limit, count)
     widest = _apart(tracks, 0)

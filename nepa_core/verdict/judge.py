@@ -7,14 +7,16 @@ that know which samples depend on each other; collapse is judged by the rank of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from nepa_core.basics import FROZEN
 from nepa_core.objective import masked_mean, negative_cosine
 from nepa_core.verdict.baselines import Fitted
+from nepa_core.verdict.counts import Counted
 from nepa_core.verdict.diagnostics import health, identified
 from nepa_core.verdict.drawing import RIVALS
 from nepa_core.verdict.gathered import Gathered
@@ -34,6 +36,32 @@ class LinearPoint(BaseModel):
 
     samples: int
     retrieval_top1: float
+
+
+class CountControl(BaseModel):
+    """n-gram counts beside the network, where tokens are symbols.
+
+    Attributes:
+        tokens: of the n-grams. fitted: training tokens that were counted.
+        retrieval_top1: share of next tokens identified by the counts.
+        margin, margin_ci95: that of the network minus it, and the half-width of its interval, as those of `Verdict`.
+        possible: what knowing the next token would identify, for equal candidates share the credit.
+        same: how many of the other candidates are that token, on average.
+    """
+
+    model_config = FROZEN
+
+    tokens: int
+    fitted: int
+    retrieval_top1: float
+    margin: float
+    margin_ci95: float | None
+    possible: float
+    same: float
+
+    @property
+    def interval(self) -> Interval:
+        return Interval(self.margin, self.margin_ci95)
 
 
 class Verdict(BaseModel):
@@ -59,6 +87,7 @@ class Verdict(BaseModel):
             half-width of its 95 % interval over the samples (paired, by clusters); None for one cluster.
         margin_copy, margin_copy_ci95: the same against the copy of the current token.
         margin_untrained, margin_untrained_ci95: the same against the network before training.
+        counts: n-gram counts beside the network; None where tokens are no symbols.
         effective_rank_*, spread_*, shared_direction_*: see the functions of those names; `*_start` is the
             network before training on the same samples.
         collapsed: effective_rank_embedding is below half of effective_rank_embedding_start.
@@ -97,6 +126,7 @@ class Verdict(BaseModel):
     margin_copy_ci95: float | None
     margin_untrained: float
     margin_untrained_ci95: float | None
+    counts: CountControl | None = Field(default=None, exclude_if=lambda counts: counts is None)
     effective_rank_embedding: float
     effective_rank_embedding_start: float
     effective_rank_prediction: float
@@ -143,9 +173,15 @@ class Verdict(BaseModel):
         return self.copying.above
 
     @property
+    def beats_counts(self) -> bool:
+        """Also where there are none."""
+        return self.counts is None or self.counts.interval.above
+
+    @property
     def beats_all(self) -> bool:
         """All of them, the linear control also if it had not been starved."""
-        return self.beats_untrained and self.beats_linear and self.beats_copy and not self.beats_starved_alone
+        others = self.beats_untrained and self.beats_copy and self.beats_counts
+        return others and self.beats_linear and not self.beats_starved_alone
 
     @property
     def beats_starved_alone(self) -> bool:
@@ -269,6 +305,7 @@ def judge(
         margin_copy_ci95=copying.half,
         margin_untrained=untrained.mean,
         margin_untrained_ci95=untrained.half,
+        counts=_of_counts(fitted.counts, asked, margin),
         **now,
         effective_rank_embedding_start=start["effective_rank_embedding"],
         effective_rank_prediction_start=start["effective_rank_prediction"],
@@ -277,6 +314,23 @@ def judge(
         loss_per_position={name: _by_place(loss, counted) for name, loss in losses.items()},
     )
     return Judged(verdict, {name: found[name] for name in ("model", "linear")}, clusters, chained)
+
+
+def _of_counts(counts: Counted | None, asked: Tensor, margin: Callable[[Tensor], Interval]) -> CountControl | None:
+    """The figures of n-gram counts, if any."""
+    if counts is None:
+        return None
+    credits = counts.credits[asked]
+    apart = margin(credits)
+    return CountControl(
+        tokens=counts.tokens,
+        fitted=counts.fitted,
+        retrieval_top1=float(credits.mean()),
+        margin=apart.mean,
+        margin_ci95=apart.half,
+        possible=float(counts.most[asked].mean()),
+        same=counts.same,
+    )
 
 
 def _rivals(test: Gathered) -> int:

@@ -120,8 +120,11 @@ def predictions(model: NEPA, tokens: Tokens, *, causal: bool) -> tuple[Tensor, T
     return (before, embeddings[:, 1:]) if model.config.bos else (torch.cat((before[:, :1], before), 1), embeddings)
 
 
-def collect(model: NEPA, parts: Sequence[Tokens], *, causal: bool, seed: int) -> Pairs:
+def collect(model: NEPA, parts: Sequence[Tokens], *, causal: bool, seed: int, told: bool = True) -> Pairs:
     """The pairs of training samples, or so many of them as fit into a quarter of a gibibyte, drawn by the seed.
+
+    Args:
+        told: where the next token lies; False puts 0 there, for tokens that say it themselves.
 
     Raises:
         UserError: the network gives NaN or infinity.
@@ -131,6 +134,8 @@ def collect(model: NEPA, parts: Sequence[Tokens], *, causal: bool, seed: int) ->
     share = _BYTES / (4 * (2 * width + size + axes) * places)
     draw = torch.Generator().manual_seed(fold_seed(seed, "pairs"))
     found = Pairs(*map(torch.cat, zip(*_pairs(model, parts, share, draw, causal=causal), strict=True)))
+    if not told:
+        found = found._replace(coords=torch.zeros_like(found.coords))
     if not len(found.values):
         raise UserError("no training sample has a token that is predicted from another: nothing can be decoded")
     if not found.prediction.isfinite().all():
@@ -183,11 +188,17 @@ def fit_flow(
 
 
 def fit_decoders(
-    models: Mapping[str, NEPA], parts: Sequence[Tokens], config: DecoderConfig, *, causal: bool, show: bool
+    models: Mapping[str, NEPA],
+    parts: Sequence[Tokens],
+    config: DecoderConfig,
+    *,
+    causal: bool,
+    show: bool,
+    told: bool = True,
 ) -> dict[str, Decoders]:
     """All three for every network, trained with the same budget on the same places; on a CPU side by side."""
     device = next(next(iter(models.values())).parameters()).device
-    pairs = {name: collect(model, parts, causal=causal, seed=config.seed) for name, model in models.items()}
+    pairs = {name: collect(model, parts, causal=causal, seed=config.seed, told=told) for name, model in models.items()}
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     beside = min(threads, len(models))
     heads = [new_flow(each, config) for each in pairs.values()]
@@ -217,19 +228,21 @@ def kept_decoders(
     *,
     causal: bool,
     show: bool,
+    told: bool = True,
 ) -> dict[str, Decoders]:
     """Those that an earlier command left in the folder, if they are of these weights, data and settings; else new ones.
 
     Args:
-        of: what the training samples are, plain values.
+        of: what the training samples are, plain values. told: see `collect`.
     """
     device = next(next(iter(models.values())).parameters()).device
     digests = {name: weights_digest(model) for name, model in models.items()}
     settings = {"weights": digests, "of": dict(of), "decoders": config.model_dump(mode="json"), "causal": causal}
+    settings |= {} if told else {"told": told}
     if (state := _found(folder, settings)) is not None:
         axes = parts[0].coords.shape[-1]
         return {name: Decoders.of(state, name, config, axes).to(device) for name in models}
-    found = fit_decoders(models, parts, config, causal=causal, show=show)
+    found = fit_decoders(models, parts, config, causal=causal, show=show, told=told)
     state = {key: x.contiguous() for name, each in found.items() for key, x in each.state(name).items()}
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ from recipes.generation.judging import (
     law_recovered,
     one_draw,
     own_error,
+    readings,
     score,
     signal_to_noise,
     table,
@@ -41,12 +42,13 @@ from recipes.generation.judging import (
 )
 from recipes.generation.linear_gaussian import fit_linear_gaussian
 from recipes.generation.reading import Kept, Samples, check_region, read_samples, signals, untold
-from recipes.generation.rivals import Copy, Decoded, Known, Linear, Rival
+from recipes.generation.rivals import Always, Copy, Decoded, Known, Linear, Rival
 from recipes.report.summaries import GenerateSummary
 from recipes.statistics.generated import Levels, levels, nearest
 from recipes.statistics.worth import RANDOM
 from recipes.training.starting import build_model
 
+ALWAYS = "always the mean"
 LINEAR, COPYING = "linear-Gaussian autoregression", "copying"
 _COVARIANCES = 2**30  # most bytes of the linear one
 
@@ -174,6 +176,7 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
         },
         causal=net.causal,
         show=show,
+        told=net.data.placed(held_out.parts[0]) is None,
     )
     flow = decoders[OWN].flow
 
@@ -230,6 +233,8 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
         summary["fid"] = frechet(real, made, trained_on, options.fid)._asdict()
     if (psnr := signal_to_noise(net.data, decoded, held_out)) is not None:
         summary["psnr"] = psnr
+    if found_readings := readings(net.data, rivals | {ALWAYS: Always(flow.mean.cpu())}, held_out, bos=bos):
+        summary["readings"] = found_readings
     summary |= {"verdict": verdict(summary["completion"]), "verdict_next": verdict(summary["next_token"])}
     if isinstance(best := rivals.get(BEST), Known):
         summary["law"] = law_recovered(decoded, best, held_out, options.draws)
@@ -253,7 +258,15 @@ def _rivals(
         return torch.Generator(on).manual_seed(fold_seed(options.seed, name))
 
     own, random = (
-        Decoded(model, decoders[name], options.steps, options.temperature, drawing(name, device), net.causal)
+        Decoded(
+            model,
+            decoders[name],
+            options.steps,
+            options.temperature,
+            drawing(name, device),
+            net.causal,
+            net.data.placed,
+        )
         for name, model in ((OWN, net.model), (RANDOM, untrained))
     )
     rivals: dict[str, Rival] = {OWN: own, RANDOM: random}

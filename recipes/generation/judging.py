@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from nepa_core.verdict.intervals import Interval, over_samples
 from recipes.generation.decoders import predictions
 from recipes.generation.reading import Samples, scored, signals
 from recipes.generation.rivals import Decoded, Known, Rival
-from recipes.report.summaries import GenerateRow, GenerateVerdict, LawFigures, ToldApart
+from recipes.report.summaries import GenerateRow, GenerateVerdict, LawFigures, ReadingFigures, ToldApart
 from recipes.statistics.generated import Levels, diversity, nearest, two_sample
 from recipes.statistics.scores import energy_score
 from recipes.statistics.worth import Beside, words
@@ -105,6 +105,48 @@ def table(scores: Mapping[str, Scores], part: str, samples: Samples) -> list[Gen
         half = None if name == OWN else apart.half
         rows.append({"name": name, "figure": float(values.mean()), "margin": apart.mean, "ci95": half})
     return rows
+
+
+class Says(Protocol):
+    """What says the mean of every token, [B, N, P]."""
+
+    def mean(self, tokens: Tokens) -> Tensor: ...
+
+
+def readings(data: Modality, rivals: Mapping[str, Says], samples: Samples, *, bos: bool) -> list[ReadingFigures]:
+    """What is read of the mean of each next token (`Modality.readings`): share of classes that are right, and mean
+    absolute error of numbers, of each rival; intervals are paired over samples as everywhere."""
+    kinds = {name: not x.is_floating_point() for name, x in data.readings(samples.parts[0].values).items()}
+    found = {
+        name: {rival: _read(data, each, samples, name, bos=bos) for rival, each in rivals.items()} for name in kinds
+    }
+    figures = list[ReadingFigures]()
+    for name, scores in found.items():
+        own, rows = scores[OWN], list[GenerateRow]()
+        asked = own.isfinite()
+        clusters = samples.clusters[asked]
+        for rival, each in scores.items() if asked.any() else ():
+            apart = over_samples((each - own)[asked], clusters, chained=samples.chained)
+            half = None if rival == OWN else apart.half
+            rows.append({"name": rival, "figure": float(each[asked].mean()), "margin": apart.mean, "ci95": half})
+        if rows:
+            figures.append({"name": name, "measure": "right" if kinds[name] else "error", "rows": rows})
+    return figures
+
+
+def _read(data: Modality, rival: Says, samples: Samples, name: str, *, bos: bool) -> Tensor:
+    """Right or wrong by how much, mean over the tokens of a sample: [S]; NaN where none has this reading."""
+    found = list[Tensor]()
+    for tokens, _ in _pieces(samples, 1):
+        true, said = (data.readings(x)[name] for x in (tokens.values, rival.mean(tokens)))
+        counted = scored(tokens, bos=bos)
+        if true.is_floating_point():
+            counted &= ~true.isnan()
+            off = (said.nan_to_num(0.0) - true).abs()
+        else:
+            off = (said == true).float()
+        found.append(off.double().masked_fill(~counted, 0.0).sum(1) / counted.sum(1))
+    return torch.cat(found)
 
 
 def verdict(rows: list[GenerateRow]) -> GenerateVerdict:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nepa_core.modality import Modality
 from nepa_core.model import NEPA
-from nepa_core.rollout import rollout
+from nepa_core.rollout import Placed, rollout
 from nepa_core.tokens import Law, Tokens
 from recipes.generation.decoders import Decoders, predictions
 from recipes.generation.linear_gaussian import LinearGaussian
@@ -45,6 +45,7 @@ class Decoded:
 
     Attributes:
         steps, temperature: of `FlowHead.sample`. draw: on the model's device.
+        placed: of the adapter. Where tokens say where they lie, the flow head is not told, and sees 0.
     """
 
     model: NEPA
@@ -53,6 +54,7 @@ class Decoded:
     temperature: float
     draw: torch.Generator
     causal: bool = True
+    placed: Placed = lambda tokens: None
 
     def mean(self, tokens: Tokens) -> Tensor:
         said: Tensor = self.decoders.mean(predictions(self.model, tokens, causal=self.causal)[0])
@@ -61,6 +63,8 @@ class Decoded:
     def following(self, tokens: Tokens, draws: int) -> Tensor:
         said, _ = predictions(self.model, tokens, causal=self.causal)
         coords = tokens.coords.to(said.device).expand(*said.shape[:2], -1).flatten(0, 1)
+        if self.placed(tokens) is not None:
+            coords = torch.zeros_like(coords)
         rows = zip(said.flatten(0, 1).split(_ROWS // draws + 1), coords.split(_ROWS // draws + 1), strict=True)
         drawn = [self._sample(x, place, draws).cpu() for x, place in rows]
         return torch.cat(drawn, 1).view(draws, *tokens.values.shape)
@@ -75,7 +79,14 @@ class Decoded:
     def _rolled(self, tokens: Tokens, given: Tensor, draws: int, draw: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         rows = torch.arange(len(given)).repeat(draws)
         device = next(self.model.parameters()).device
-        made = rollout(self.model, lambda x, place, _: draw(x, place), tokens.rows(rows).to(device), given[rows])
+        told = float(self.placed(tokens) is None)
+        made = rollout(
+            self.model,
+            lambda x, place, _: draw(x, told * place),
+            tokens.rows(rows).to(device),
+            given[rows],
+            placed=self.placed,
+        )
         return made.values.cpu().view(draws, *tokens.values.shape)
 
     def _sample(self, prediction: Tensor, coords: Tensor, draws: int | None = None) -> Tensor:
@@ -130,6 +141,16 @@ class Copy:
 
 
 @dataclass(frozen=True, eq=False)
+class Always:
+    """One token [P] whatever came before; its mean alone."""
+
+    token: Tensor
+
+    def mean(self, tokens: Tokens) -> Tensor:
+        return self.token.expand_as(tokens.values)
+
+
+@dataclass(frozen=True, eq=False)
 class Known:
     """The best possible, where an adapter knows the law of its data."""
 
@@ -148,8 +169,11 @@ class Known:
         values = read.values.clone()
         for place in (~given).any(0).nonzero()[:, 0].tolist():
             law = self.law(replace(read, values=values))
-            at = Law(law.mean[:, place], law.covariance[..., place, :, :])
-            values[:, place] = torch.where(kept[:, place, None], values[:, place], at.draw(1, self.draw)[0])
+            if law.drawn is not None:
+                drawn = law.draw(1, self.draw)[0, :, place]
+            else:
+                drawn = Law(law.mean[:, place], law.covariance[..., place, :, :]).draw(1, self.draw)[0]
+            values[:, place] = torch.where(kept[:, place, None], values[:, place], drawn)
         return values.view(draws, *tokens.values.shape)
 
     def law(self, tokens: Tokens) -> Law:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from nepa_core.modality import Modality
 from nepa_core.runtime.config import shown
@@ -41,11 +42,26 @@ def crossings_in(summary: PretrainSummary) -> dict[str, Crossed]:
     return {name: Crossed.model_validate(each) for name, each in summary.get("crossings", {}).items()}
 
 
-BASELINES = {
-    "linear": ("LINEAR", "a ridge regression on the previous tokens", "retrieval_top1_linear"),
-    "copying": ("COPYING", "the current token itself", "retrieval_top1_copy"),
-}
-"""Baselines that a prediction should beat: attribute of the verdict -> its name, what it is, its figure."""
+class Unbeaten(NamedTuple):
+    """A baseline that a prediction should beat: its name, what it is, what it identifies, and the margin over it."""
+
+    name: str
+    what: str
+    identified: float
+    margin: Interval
+
+
+def baselines(verdict: Verdict) -> list[Unbeaten]:
+    """Those of a verdict."""
+    linear = Unbeaten("LINEAR", LINEAR, verdict.retrieval_top1_linear, verdict.linear)
+    copying = Unbeaten("COPYING", "the current token itself", verdict.retrieval_top1_copy, verdict.copying)
+    counts = verdict.counts
+    if counts is None:
+        return [linear, copying]
+    return [linear, copying, Unbeaten("COUNTING", COUNTING, counts.retrieval_top1, counts.interval)]
+
+
+LINEAR, COUNTING = "a ridge regression on the previous tokens", "a table of what followed the last tokens in training"
 
 
 def judgement(verdict: Verdict) -> str:
@@ -63,22 +79,21 @@ def judgement(verdict: Verdict) -> str:
         )
     if not verdict.beats_untrained:
         return "NOTHING LEARNED. The predictor identifies the next token no better than before training."
-    unbeaten = [name for name in BASELINES if not getattr(verdict, name).above]
+    unbeaten = [each for each in baselines(verdict) if not each.margin.above]
     if unbeaten:
-        best = max(unbeaten, key=lambda name: float(getattr(verdict, BASELINES[name][2])))
-        name, what, key = BASELINES[best]
-        figures = f"{getattr(verdict, key):.1%} of the next tokens, the predictor {verdict.retrieval_top1:.1%}"
-        if getattr(verdict, best).below:
-            return f"LEARNED, BUT LESS THAN {name}. {what[0].upper()}{what[1:]} identifies {figures}."
-        return (
-            f"LEARNED, BUT NO MORE THAN {name}. {what[0].upper()}{what[1:]} identifies {figures}: within the interval."
-        )
+        best = max(unbeaten, key=lambda each: each.identified)
+        what = f"{best.what[0].upper()}{best.what[1:]}"
+        figures = f"{best.identified:.1%} of the next tokens, the predictor {verdict.retrieval_top1:.1%}"
+        if best.margin.below:
+            return f"LEARNED, BUT LESS THAN {best.name}. {what} identifies {figures}."
+        return f"LEARNED, BUT NO MORE THAN {best.name}. {what} identifies {figures}: within the interval."
     if verdict.beats_starved_alone:
         return (
             "LEARNED, BUT THE LINEAR CONTROL IS STARVED. The predictor is ahead of a ridge regression that gains more "
             "from its next samples than that lead."
         )
-    return "LEARNED. The predictor identifies the next token better than an untrained one, a linear one and a copy."
+    rivals = "a linear one and a copy" if verdict.counts is None else "a linear one, a copy and n-gram counts"
+    return f"LEARNED. The predictor identifies the next token better than an untrained one, {rivals}."
 
 
 def answers(summary: PretrainSummary) -> list[str]:
@@ -101,9 +116,12 @@ def crossing_words(name: str, crossed: Crossed) -> str:
 
 def headline(verdict: Verdict, noun: str) -> str:
     """Next-token identification beside its baselines."""
+    counts = (
+        "" if verdict.counts is None else f"{verdict.counts.tokens}-gram counts {verdict.counts.retrieval_top1:.1%}, "
+    )
     return (
         f"Next {noun} identified among {verdict.retrieval_candidates}: NEPA {verdict.retrieval_top1:.1%}, "
-        f"linear autoregression {verdict.retrieval_top1_linear:.1%}, copy {verdict.retrieval_top1_copy:.1%}, "
+        f"linear autoregression {verdict.retrieval_top1_linear:.1%}, {counts}copy {verdict.retrieval_top1_copy:.1%}, "
         f"untrained {verdict.retrieval_top1_untrained:.1%}, chance {verdict.chance:.1%}."
     )
 
@@ -118,6 +136,8 @@ def table(verdict: Verdict, noun: str) -> list[tuple[str, str, str]]:
         (f"copy of the current {noun}", verdict.baseline_copy, verdict.retrieval_top1_copy),
     ]
     lines = [(name, f"{loss:.3f}", f"{top1:.1%}") for name, loss, top1 in rows]
+    if verdict.counts is not None:
+        lines.insert(2, (f"{verdict.counts.tokens}-gram counts", "", f"{verdict.counts.retrieval_top1:.1%}"))
     return [*lines, ("NEPA before training", "", f"{verdict.retrieval_top1_untrained:.1%}")]
 
 
@@ -245,13 +265,26 @@ def linear_control(verdict: Verdict) -> list[str]:
     return [f"{text}."]
 
 
+def count_control(verdict: Verdict, noun: str) -> list[str]:
+    """Of discrete tokens: how n-grams were counted, and how many candidates are the same token."""
+    if verdict.counts is None:
+        return []
+    return [
+        f"The counts are of up to {verdict.counts.tokens} {noun}s in a row, chosen on training samples held back, over "
+        f"{verdict.counts.fitted:,} {noun}s. On average {verdict.counts.same:.1f} of the other candidates are the "
+        f"true {noun} itself and share its credit: knowing it would identify {verdict.counts.possible:.1%}."
+    ]
+
+
 def remarks(summary: PretrainSummary, noun: str) -> list[str]:
     """The sentences under the table."""
     verdict = verdict_in(summary)
+    counts = "" if verdict.counts is None else f"minus counts: {margin(verdict.counts.interval)}; "
     found = [
-        f"NEPA minus linear: {margin(verdict.linear)} points; minus copy: {margin(verdict.copying)}; minus untrained: "
-        f"{margin(verdict.untrained)} ({covered(verdict)}).",
+        f"NEPA minus linear: {margin(verdict.linear)} points; {counts}minus copy: {margin(verdict.copying)}; minus "
+        f"untrained: {margin(verdict.untrained)} ({covered(verdict)}).",
         *linear_control(verdict),
+        *count_control(verdict, noun),
         f"Effective rank of the embeddings {verdict.effective_rank_embedding:.1f} "
         f"(before training {verdict.effective_rank_embedding_start:.1f}), of the predictions "
         f"{verdict.effective_rank_prediction:.1f} ({verdict.effective_rank_prediction_start:.1f}).",

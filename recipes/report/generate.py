@@ -89,6 +89,7 @@ def remarks(summary: GenerateSummary, noun: str) -> list[str]:
         f"(95 %, paired over {summary['samples']:,} {split} samples{clustered}; other seeds of the run and of the "
         "decoders differ, too).",
         f"Next {noun}: {summary['verdict_next']['verdict']}",
+        *_readings(summary, noun),
         *_signals(summary, noun),
     ]
     if "fid" in summary:
@@ -105,6 +106,34 @@ def remarks(summary: GenerateSummary, noun: str) -> list[str]:
             f"deviations (0 is right); variance: {_pm(summary['law']['variance'])} of the law's (1 is right)."
         )
     return found + summary["notes"]
+
+
+def reading_rows(summary: GenerateSummary) -> list[tuple[str, ...]]:
+    """What is read of the mean of the next token: a head, and a row for each rival; empty where nothing is."""
+    found = summary.get("readings", [])
+    if not found:
+        return []
+    said = [[f"{row['figure']:{_FORMS[each['measure']]}}" for row in each["rows"]] for each in found]
+    head = ("", *(f"{each['name']}, {'right' if each['measure'] == 'right' else 'off by'}" for each in found))
+    return [head, *zip([row["name"] for row in found[0]["rows"]], *said, strict=True)]
+
+
+_FORMS = {"right": ".1%", "error": ".3f"}
+
+
+def _readings(summary: GenerateSummary, noun: str) -> list[str]:
+    """Intervals of what is read of the mean of the next token."""
+    found = [
+        f"{each['name']} "
+        + ", ".join(f"{row['name']} {_pm([row['margin'], row['ci95']], '+.3f')}" for row in each["rows"][1:])
+        for each in summary.get("readings", [])
+    ]
+    if not found:
+        return []
+    return [
+        f"Read of the mean of the next {noun}: the share of classes that are right, the mean absolute error of "
+        f"numbers. Minus NEPA's: {'; '.join(found)}."
+    ]
 
 
 def _signals(summary: GenerateSummary, noun: str) -> list[str]:
@@ -158,6 +187,9 @@ def render(summary: GenerateSummary, noun: str) -> str:
     table = [HEAD, *rows(summary)]
     width = max(len(row[0]) for row in table)
     lines = [f"{row[0]:<{width}}" + "".join(f"{cell:>15}" for cell in row[1:]) for row in table]
+    if read := reading_rows(summary):
+        wide = [max(map(len, column)) for column in zip(*read, strict=True)]
+        lines += ["", *("  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]) for row in read)]
     return "\n".join(["", summary["verdict"]["verdict"], "", *lines, "", *remarks(summary, noun), cost(summary)])
 
 
@@ -170,6 +202,8 @@ def report(folder: Path, summary: GenerateSummary, shown: Shown, noun: str) -> R
     def parts() -> Iterator[Part]:
         yield Answer(summary["verdict"]["verdict"])
         yield Table([HEAD, *rows(summary)])
+        if read := reading_rows(summary):
+            yield Table(read)
         yield Words([*remarks(summary, noun), cost(summary)])
         caption = (
             f"Completions from {given(summary)}: the truth, what is given, the mean of what may come, samples, "

@@ -55,8 +55,8 @@ def report(
         yield Table([HEADER, *layer_table(readings)])
         yield Words(
             [
-                f"Means over heads and the samples shown. Distance: from a {noun} to those it attends to, in units of "
-                f"the {noun} grid, BOS left out. Entropy in nats. The last line is equal attention wherever it may "
+                f"Means over heads and the samples shown. Distance: from each {noun} to those it attends to, in units "
+                f"of the {noun} grid, BOS left out. Entropy in nats. The last line is equal attention wherever it may "
                 "look."
             ]
         )

@@ -104,6 +104,7 @@ class PretrainSummary(Cost, Unreadable, total=False):
     margin_copy_ci95: float | None
     margin_untrained: float
     margin_untrained_ci95: float | None
+    counts: dict[str, Any]  # CountControl, where tokens are symbols
     effective_rank_embedding: float
     effective_rank_embedding_start: float
     effective_rank_prediction: float
@@ -421,6 +422,14 @@ class LawFigures(TypedDict):
     variance: list[float | None]  # of theirs over the law's
 
 
+class ReadingFigures(TypedDict):
+    """What is read of the mean of the next token, by name: `Modality.readings`."""
+
+    name: str
+    measure: str  # "right", the share of classes, or "error", the mean absolute one of numbers
+    rows: list[GenerateRow]
+
+
 class ToldApart(TypedDict, total=False):
     """Generated signals among held-out ones; pairs are a mean and the half-width of its 95 % interval."""
 
@@ -462,6 +471,7 @@ class GenerateSummary(TypedDict, total=False):
     from_nothing: ToldApart
     completed: ToldApart
     training: ToldApart  # the same of training samples, which are real: what the splits differ by
+    readings: list[ReadingFigures]  # where the adapter names any
     law: LawFigures
     notes: list[str]
     seconds: float

@@ -188,6 +188,7 @@ def _verdict_of(config: PretrainConfig, model: NEPA, device: torch.device, *, sh
             trained,
             total=min(config.verdict.fit_samples or every, every),
             device=device,
+            symbols=config.data.symbols,
         ),
         trained,
         before,

@@ -305,6 +305,27 @@ def scans(folder: Path) -> None:
     write_volumes(folder, side=8)
 
 
+def texts(folder: Path) -> None:
+    for kind in ("prose", "verse"):
+        (folder / kind).mkdir(parents=True)
+        for i in range(12):
+            (folder / kind / f"{i}.txt").write_text(f"{kind} number {i}, \u00fcber " * 20)
+
+
+def genes(file: Path) -> None:
+    letters = np.random.default_rng(0).choice(list("ACGT"), (40, 300))
+    file.write_text("\n".join(f">gene{i}\n{''.join(row)}" for i, row in enumerate(letters)))
+
+
+def events(file: Path) -> None:
+    draw = np.random.default_rng(0)
+    rows = [
+        f"u{i % 40},2024-01-{1 + i // 40:02}T{draw.integers(24):02}:00,{'abc'[i % 3]},{i % 7},{i % 2}"
+        for i in range(800)
+    ]
+    file.write_text("\n".join(["user,when,what,amount,label", *rows]))
+
+
 DATA: dict[str, Callable[[Path], object]] = {
     "cifar10": images,
     "camvid": lambda folder: write_scenes(folder, splits=("train", "val")),
@@ -316,6 +337,9 @@ DATA: dict[str, Callable[[Path], object]] = {
     "imagenet": photos,
     "movies": movies,
     "scans": scans,
+    "texts": texts,
+    "genes.fasta": genes,
+    "events.csv": events,
 }
 """What `data.root=` and `images=` name on the pages -> what makes it, small."""
 

@@ -9,7 +9,7 @@ import nepa_core
 from tests.structure import PACKAGES, arrows, circles, floors, imports
 
 ROOT = Path(nepa_core.__file__).parents[1]
-CHOOSE = {"vision", "audio", "timeseries", "video", "volumes", "together", "presets", "configs"}
+CHOOSE = {"vision", "audio", "timeseries", "video", "volumes", "text", "events", "together", "presets", "configs"}
 """Files of recipes/ that know adapters: presets, and the config of `nepa segment`, which is for scenes."""
 
 

@@ -25,7 +25,13 @@ def verdict(**changes: Any) -> Verdict:
     found |= {f"retrieval_top1_{name}": 0.1 for name in names}
     found |= {"retrieval_top1": 0.3, "samples": 500, "asked": 500, "clusters": 500, "retrieval_candidates": 64}
     found |= {"fitted_samples": 1000, "training_samples": 1000, "linear_features": 64, "linear_of": 64}
-    found |= {"rivals_overlap": False, "collapsed": False, "linear_moved": None, "linear_moved_ci95": None}
+    found |= {
+        "rivals_overlap": False,
+        "collapsed": False,
+        "linear_moved": None,
+        "linear_moved_ci95": None,
+        "counts": None,
+    }
     found |= {"effective_rank_embedding": 4.0, "effective_rank_embedding_start": 5.0, "linear_curve": ()}
     return Verdict.model_construct(**found | {"loss_per_position": {}} | changes)
 
