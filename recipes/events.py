@@ -12,8 +12,8 @@ def demo() -> PretrainConfig:
     """A marked point process of 5 kinds whose law is known, in sequences of 24 to 32 events: nothing is downloaded.
 
     `nepa pretrain recipes.events:demo`. 2,000 sequences to train, 1,000 held out, 2 classes. 55 s of one core. Measured
-    (seed 0): next event identified among 64 13.6 %, by a linear autoregression 7.6 %; `nepa generate` reads the kind of the next event right in 64.9 %, as
-    the best possible does, by a linear model in 53.4 %.
+    (seed 0): next event identified among 64 13.6 %, by a linear autoregression 7.6 %; `nepa generate` reads the kind of
+    the next event right in 64.9 %, as the best possible does, and a linear model in 53.4 %.
     """
     return override(small(Events(source="process", events=32)), {"verdict.test_samples": 1000})
 

@@ -301,7 +301,7 @@ class _Features(NamedTuple):
         rows = ((part.values - mean) * real[..., None]).flatten(0, 1)
         if rows.shape[1] > _FEATURES:  # a matrix of that side would take too much memory, and there are fewer rows
             return cls(mean, torch.linalg.svd(rows, full_matrices=False).Vh[:keep].T.contiguous())
-        return cls(mean, torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -keep:])
+        return cls(mean, _directions(rows.T @ rows)[:, -keep:])
 
     @property
     def size(self) -> int:
@@ -322,6 +322,15 @@ class _Features(NamedTuple):
         if part.mask is not None:
             x *= part.mask[:, part.bos :, None]
         return x
+
+
+def _directions(gram: Tensor) -> Tensor:
+    """Eigenvectors by rising eigenvalue; in float64 where float32 fails, as with symbols that never occur."""
+    try:
+        found = torch.linalg.eigh(gram)
+    except RuntimeError:  # torch.linalg.LinAlgError
+        found = torch.linalg.eigh(gram.double())
+    return cast(Tensor, found.eigenvectors.to(gram.dtype))
 
 
 class Autoregression:

@@ -29,7 +29,7 @@ def a_table(folder: Path) -> Path:
     return folder / "own.csv"
 
 
-KEYS = {"text": ("data.window=12",), "events": ()}
+KEYS = {"text": ("data.letters=etaoin", "data.patch=4", "data.window=96"), "events": ()}
 FILES: dict[str, Callable[[Path], Path]] = {"text": a_text, "events": a_table}
 
 

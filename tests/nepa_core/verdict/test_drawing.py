@@ -102,3 +102,18 @@ def test_the_verdicts_of_three_draws_agree_within_their_intervals(tmp_path: Path
         assert one.half is not None
         assert other.half is not None
         assert abs(one.mean - other.mean) < math.hypot(one.half, other.half)
+
+
+def test_samples_that_share_no_values_are_drawn_once_each_whatever_they_are_of() -> None:
+    """Also the first and only ones of their recordings; intervals still count by recordings."""
+
+    class Cut(list[int]):
+        def spans(self) -> Spans:
+            document = torch.arange(200) // 3
+            first = torch.arange(200) * 8
+            return Spans(document, document, first, first + 8)
+
+    drawn = draw(Cut(range(200)), 1000, 0)
+    assert sorted(drawn.indices.tolist()) == list(range(200))
+    assert drawn.group.bincount().tolist() == [64, 64, 64, 8]
+    assert torch.equal(drawn.cluster, drawn.indices // 3)
