@@ -279,8 +279,11 @@ class _Features(NamedTuple):
             return cls(mean, None)
         rows = ((part.values - mean) * real[..., None]).flatten(0, 1)
         if rows.shape[1] > _FEATURES:  # a matrix of that side would take too much memory, and there are fewer rows
-            return cls(mean, torch.linalg.svd(rows, full_matrices=False).Vh[:keep].T.contiguous())
-        return cls(mean, torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -keep:])
+            return cls(mean, _of_rows(rows, keep))
+        try:
+            return cls(mean, torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -keep:])
+        except torch.linalg.LinAlgError:  # too many eigenvalues are equal, as where much of a token is padding
+            return cls(mean, _of_rows(rows, keep))
 
     @property
     def size(self) -> int:
@@ -301,6 +304,11 @@ class _Features(NamedTuple):
         if part.mask is not None:
             x *= part.mask[:, part.bos :, None]
         return x
+
+
+def _of_rows(rows: Tensor, keep: int) -> Tensor:
+    """The first principal directions of rows [m, P], [P, keep or m]."""
+    return torch.linalg.svd(rows, full_matrices=False).Vh[:keep].T.contiguous()
 
 
 class Autoregression:
