@@ -16,8 +16,8 @@ from recipes.presets import small
 def digits_and_tones() -> PretrainConfig:
     """Pairs of a handwritten digit and a melody of its class: does one sense predict the other?
 
-    `nepa pretrain recipes.together:digits_and_tones`. 1,297 digits in 4 patches of 4 x 4 with 1,500 melodies of 8
-    tones; 484 held-out pairs. 40 s of one core. Measured (seeds 0, 1, 2): the first tone after the digit identified 8.5, 10.9,
+    `nepa pretrain recipes.together:digits_and_tones`. 1,297 digits in 4 patches of 4 x 4, 1,500 melodies of 8 tones,
+    484 held-out pairs. 40 s of one core. Measured (seeds 0, 1, 2): the first tone after the digit identified 8.5, 10.9,
     9.4 % among 64, by a linear map 6.0, 6.5, 5.8 %, with shuffled pairs 1.1 to 1.3 %; docs/together.md has both ways.
     """
     data = Together(parts={"image": _digits(), "tone": Tones()}, mode="paired")
@@ -28,7 +28,7 @@ def digits_and_series() -> PretrainConfig:
     """Handwritten digits and windows of a synthetic series, unpaired, in one predictor.
 
     `nepa pretrain recipes.together:digits_and_series`, then `nepa probe runs/digits_and_series part=image`. Half of
-    every batch are digits. 50 s of one core. Measured (seed 0): next patch identified 17.9 %, by a linear autoregression
+    every batch are digits. 40 s of one core. Measured (seed 0): next patch identified 17.9 %, by a linear autoregression
     16.1 %; next piece of the series, which is linear, 59.6 and 62.0 %.
     """
     series = TimeSeries(source="var", window=64, patch=4, stride=4, channels="mixing", parts=(16_000, 2_000, 6_000))
