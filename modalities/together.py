@@ -23,18 +23,15 @@ from nepa_core.modality import Crossing, Modality
 from nepa_core.runtime.config import as_saved
 from nepa_core.tokens import Tokens
 
-OF_ONE = ("forecasts", "window_scale", "files", "stored", "image_input", "whole_images")
-"""Methods that are those of one part, which must be chosen."""
-
-OR_DEFAULT = ("describe", "decode", "before_mixing", "held_out_as")
-"""Methods that are those of the chosen part, or else as of any adapter."""
+OF_ONE = ("forecasts", "window_scale", "files", "stored", "image_input", "whole_images")  # of the part that is chosen
+OR_DEFAULT = ("describe", "decode", "before_mixing", "held_out_as", "symbols", "readings")  # or else as of any adapter
 
 
 def _of_one(method: str) -> Any:
     def call(self: Together, *given: Any, **named: Any) -> Any:
         if self.part is None and method in OR_DEFAULT:
             return getattr(super(Together, self), method)(*given, **named)
-        own = (self.layout.own(str(self.part), each) if isinstance(each, Tokens) else each for each in given)
+        own = (self.layout.of_part(str(self.part), each) for each in given)
         return getattr(self.chosen, method)(*own, **named)
 
     return call
@@ -177,7 +174,11 @@ class Together(Modality):
         return ("",) if self.part is None else self.chosen.suffixes
 
     forecasts, window_scale, files, stored, image_input, whole_images = map(_of_one, OF_ONE)
-    describe, decode, before_mixing, held_out_as = map(_of_one, OR_DEFAULT)
+    describe, decode, before_mixing, held_out_as, symbols, readings = map(_of_one, OR_DEFAULT)
+
+    def placed(self, tokens: Tokens) -> Tensor | None:
+        found = None if self.part is None else self.chosen.placed(self.layout.own(self.part, tokens))
+        return None if found is None else self.layout.placed(found)
 
     def offers(self, method: str) -> bool:
         if method not in (*OF_ONE, "classes"):

@@ -6,7 +6,7 @@ Shapes: B samples, N tokens, P numbers in a padded token, n tokens of one part, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +62,16 @@ class Layout(dict[str, Form]):
         """The way back of `padded`, also in another order."""
         size, axes = self[name]
         return Tokens(tokens.values[..., :size], tokens.coords[..., :axes], tokens.mask, tokens.order)
+
+    def of_part(self, name: str, given: Any) -> Any:
+        """What a method of one part is given: its own tokens, or values [..., P]; all else as it is."""
+        if isinstance(given, Tokens):
+            return self.own(name, given)
+        return given[..., : self[name].size] if isinstance(given, Tensor) else given
+
+    def placed(self, coords: Tensor) -> Tensor:
+        """A part's coordinates [B, N, A] with as many axes as all have."""
+        return F.pad(coords, (0, self.largest.axes - coords.shape[-1]))
 
     def check_merged(self) -> None:
         """Whether time alone orders the tokens of all parts.

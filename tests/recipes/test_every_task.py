@@ -27,6 +27,7 @@ class Kind(NamedTuple):
         orders: names, where tokens lie on a grid; none: there is no grid.
         labelled: samples have classes or numbers to predict.
         picture: `generate` makes a signal, which `inspect` draws.
+        part: of several kinds of data, the one that tasks read; the run is of all.
         file: makes a file of its own for `embed files=`, in a folder; gives its name.
     """
 
@@ -35,7 +36,18 @@ class Kind(NamedTuple):
     orders: str = ""
     labelled: bool = True
     picture: bool = True
+    part: str | None = None
     file: Callable[[Path], Path] | None = None
+
+
+def a_text(folder: Path) -> Path:
+    (folder / "own.txt").write_text("def f(x):\n    return x + 1\n" * 4)
+    return folder / "own.txt"
+
+
+def a_table(folder: Path) -> Path:
+    (folder / "own.csv").write_text("time,kind,level\n" + "\n".join(f"{i},{'abcde'[i % 5]},{i % 3}" for i in range(9)))
+    return folder / "own.csv"
 
 
 def a_video(folder: Path) -> Path:
@@ -52,6 +64,16 @@ def a_volume(folder: Path) -> Path:
 KINDS = {
     "image": Kind("recipes.vision:digits_2x2", orders="raster,hilbert"),
     "audio": Kind("recipes.audio:demo", ("data.patch=[8,8]",), orders="time,raster"),
+    "series": Kind("recipes.timeseries:demo", orders="raster,reverse", labelled=False),
+    "text": Kind(
+        "recipes.text:demo",
+        ("data.letters=etaoin", "data.patch=4", "data.window=96"),
+        orders="raster,reverse",
+        file=a_text,
+    ),
+    "events": Kind("recipes.events:demo", file=a_table),
+    "pairs": Kind("recipes.together:digits_and_tones"),
+    "mix": Kind("recipes.together:digits_and_series", part="image"),
     "video": Kind("recipes.video:moving_digits", orders="raster,hilbert", file=a_video),
     "volume": Kind("recipes.volumes:shapes", ("data.patch=[8,8,8]",), orders="raster,morton", file=a_volume),
 }
@@ -73,7 +95,11 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def small(kind: Kind) -> list[str]:
-    return [kind.recipe, *kind.keys, *_SMALL]
+    return [kind.recipe, *kind.keys, *_SMALL, *part_of(kind)]
+
+
+def part_of(kind: Kind) -> list[str]:
+    return [] if kind.part is None else [f"part={kind.part}"]
 
 
 def words_of(task: str, kind: Kind, run: Path) -> list[str] | None:
@@ -81,31 +107,47 @@ def words_of(task: str, kind: Kind, run: Path) -> list[str] | None:
     folder = run.parent
     match task:
         case "check":
-            return ["check", kind.recipe, *kind.keys]
+            return ["check", kind.recipe, *kind.keys, *part_of(kind)]
         case "probe" if kind.labelled:
-            return ["probe", str(run), "train_samples=40", "test_samples=40", "poolings=mean", "layers=1"]
+            return [
+                "probe",
+                str(run),
+                *part_of(kind),
+                "train_samples=40",
+                "test_samples=40",
+                "poolings=mean",
+                "layers=1",
+            ]
         case "finetune" if kind.labelled:
-            return ["finetune", str(run), f"out={folder / 'tuned'}", "train.length.steps=2", "train.batch=8"]
+            return [
+                "finetune",
+                str(run),
+                *part_of(kind),
+                f"out={folder / 'tuned'}",
+                "train.length.steps=2",
+                "train.batch=8",
+            ]
         case "evaluate" if kind.labelled:
             return ["evaluate", str(folder / "tuned")]
         case "inspect":
-            return ["inspect", str(run), "samples=2", "worst=1"]
+            return ["inspect", str(run), *part_of(kind), "samples=2", "worst=1"]
         case "embed":
-            return ["embed", str(run), f"out={folder / 'x.parquet'}", "surprise=true", "calibrate=16"]
+            return ["embed", str(run), *part_of(kind), f"out={folder / 'x.parquet'}", "surprise=true", "calibrate=16"]
         case "files" if kind.file is not None:
-            return ["embed", str(run), f"files={kind.file(folder)}", f"out={folder / 'own.parquet'}", "calibrate=0"]
+            return [
+                "embed",
+                str(run),
+                *part_of(kind),
+                f"files={kind.file(folder)}",
+                f"out={folder / 'own.parquet'}",
+                "calibrate=0",
+            ]
         case "generate":
             made = ("samples=8", "draws=2", "decoder_steps=3", "train_samples=32")
-            return ["generate", str(run), *made]
+            return ["generate", str(run), *part_of(kind), *made]
         case "orders" if kind.orders:
-            return [
-                "orders",
-                *small(kind),
-                f"orders={kind.orders}",
-                *_COMPARE,
-                "cross=false",
-                f"out={folder / 'orders'}",
-            ]
+            where = f"out={folder / 'orders'}"
+            return ["orders", *small(kind), f"orders={kind.orders}", *_COMPARE, "cross=false", where]
         case "objectives" if kind.labelled:
             few = ("objectives=cosine", "learning_rates=1e-3", "finetune_causal=false")
             return ["objectives", *small(kind), *few, *_COMPARE, f"out={folder / 'objectives'}"]
