@@ -28,7 +28,7 @@ def digits_and_series() -> PretrainConfig:
     """Handwritten digits and windows of a synthetic series, unpaired, in one predictor.
 
     `nepa pretrain recipes.together:digits_and_series`, then `nepa probe runs/digits_and_series part=image`. Half of
-    every batch are digits. 40 s of one core. Measured (seed 0): next patch identified 17.9 %, by a linear autoregression
+    every batch are digits. 40 s of one core. Measured (seed 0): next patch identified 17.9 %, by linear autoregression
     16.1 %; next piece of the series, which is linear, 59.6 and 62.0 %.
     """
     series = TimeSeries(source="var", window=64, patch=4, stride=4, channels="mixing", parts=(16_000, 2_000, 6_000))

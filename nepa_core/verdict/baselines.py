@@ -282,7 +282,7 @@ class _Features(NamedTuple):
             return cls(mean, _of_rows(rows, keep))
         try:
             return cls(mean, torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -keep:])
-        except torch.linalg.LinAlgError:  # too many eigenvalues are equal, as where much of a token is padding
+        except torch._C._LinAlgError:  # too many eigenvalues are equal, as where much of a token is padding
             return cls(mean, _of_rows(rows, keep))
 
     @property
@@ -308,7 +308,7 @@ class _Features(NamedTuple):
 
 def _of_rows(rows: Tensor, keep: int) -> Tensor:
     """The first principal directions of rows [m, P], [P, keep or m]."""
-    return torch.linalg.svd(rows, full_matrices=False).Vh[:keep].T.contiguous()
+    return cast(Tensor, torch.linalg.svd(rows, full_matrices=False).Vh[:keep].T.contiguous())
 
 
 class Autoregression:
