@@ -282,7 +282,7 @@ class _Features(NamedTuple):
             return cls(mean, _of_rows(rows, keep))
         try:
             return cls(mean, torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -keep:])
-        except torch._C._LinAlgError:  # too many eigenvalues are equal, as where much of a token is padding
+        except RuntimeError:  # of LAPACK: too many eigenvalues are equal, as where much of a token is padding
             return cls(mean, _of_rows(rows, keep))
 
     @property
