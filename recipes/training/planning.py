@@ -18,9 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, Batch
 from nepa_core.runtime.data import plain_batches
-from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import autocast_dtype, plan
 from recipes.training.workload import Trained, network, predictor_in, step_function
 
@@ -101,7 +100,7 @@ class Planned(NamedTuple):
     Attributes:
         parameters: all of them. flops: of a sample, forward and backward. rate: samples a second of all devices.
         steps, samples: of the whole run. micro_batch: of one process. checkpoint: bytes. loaded: samples a second that
-            one core loads here, or None.
+            one core loads here.
     """
 
     parameters: int
@@ -112,7 +111,7 @@ class Planned(NamedTuple):
     micro_batch: int
     memory: list[Memory]
     checkpoint: int
-    loaded: float | None
+    loaded: float
 
     @property
     def hours(self) -> float:
@@ -126,7 +125,7 @@ class Live(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.line: list[int] = []
         self._now = 0
         self._known = {each.untyped_storage().data_ptr() for each in known}
@@ -173,6 +172,42 @@ class Pass(NamedTuple):
         return float((self.constant + samples * self.slope)[: self.forward].max())
 
 
+class Need(NamedTuple):
+    """What a device takes in one strategy.
+
+    Attributes:
+        weights: bytes of them. copies: of that size that are held, without gradients. block: bytes of the weights and
+            gradients of the largest block, which fsdp gathers.
+    """
+
+    seen: Pass
+    weights: int
+    copies: int
+    block: int
+    strategy: str
+    devices: int
+
+    @property
+    def held(self) -> float:
+        """Bytes of weights, average and optimiser."""
+        return self.copies * self.weights / (self.devices if self.strategy == "fsdp" else 1)
+
+    def peak(self, samples: int) -> float:
+        """Bytes at a micro-batch."""
+        if self.strategy == "fsdp":
+            return self.held + self.weights / self.devices + self.block + self.seen.activations(samples)
+        buckets = self.weights if self.devices > 1 else 0  # in which ranks exchange gradients
+        return self.held + buckets + self.seen.peak(samples)
+
+    def largest(self, room: float) -> int:
+        """The largest micro-batch that fits; 0: not even one sample."""
+        low, high = 0, 2**24
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.peak(middle) <= room else (low, middle - 1)
+        return low
+
+
 def count_pass(config: Trained, *, recompute: bool, precision: str) -> Pass:
     """See `Pass`.
 
@@ -208,7 +243,7 @@ def count_flops(config: Trained) -> float:
     model, step = network(config).train(), step_function(config)
     with FlopCounterMode(display=False) as counter:
         step(model, _batch(config, _SAMPLES[0])).loss.backward()
-    return counter.get_total_flops() / _SAMPLES[0]
+    return float(counter.get_total_flops()) / _SAMPLES[0]
 
 
 def plan_run(config: Trained, options: PlanOptions) -> Planned:
@@ -219,9 +254,7 @@ def plan_run(config: Trained, options: PlanOptions) -> Planned:
     """
     device, count = ACCELERATORS[options.device], options.devices
     data = config.data.samples_of("train")
-    steps = plan(
-        config.train, config.optim, samples=options.samples or len(cast(Sized, data)), ranks=options.devices
-    )
+    steps = plan(config.train, config.optim, samples=options.samples or len(cast(Sized, data)), ranks=options.devices)
     micro = config.train.batch // count // steps.accumulate
     model = network(config)
     weights = sum(each.numel() * each.element_size() for each in model.parameters())
@@ -233,14 +266,8 @@ def plan_run(config: Trained, options: PlanOptions) -> Planned:
     for recompute in (False, True):
         seen = count_pass(config, recompute=recompute, precision=precision)
         for strategy in ("ddp",) if count == 1 else ("ddp", "fsdp"):
-            part = 1 if strategy == "ddp" else count
-            held = copies * weights / part
-            extra = 0 if count == 1 else weights if strategy == "ddp" else weights / part + shard
-
-            def peak(samples: int, part: int = part, held: float = held, extra: float = extra) -> float:
-                return held + extra + (seen.peak(samples) if part == 1 else seen.activations(samples))  # noqa: B023
-
-            memory.append(Memory(strategy, recompute, held, peak(micro), _largest(peak, room)))
+            need = Need(seen, weights, copies, shard, strategy, count)
+            memory.append(Memory(strategy, recompute, need.held, need.peak(micro), need.largest(room)))
     return Planned(
         parameters=sum(each.numel() for each in model.parameters()),
         flops=(flops := count_flops(config)),
@@ -254,15 +281,6 @@ def plan_run(config: Trained, options: PlanOptions) -> Planned:
     )
 
 
-def _largest(peak: Any, room: float) -> int:
-    """The largest number of samples whose peak fits; 0: not even one."""
-    low, high = 0, 2**24
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if peak(middle) <= room else (low, middle - 1)
-    return low
-
-
 def _bytes(module: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in module.parameters())
 
@@ -271,7 +289,7 @@ def _batch(config: Trained, samples: int) -> Batch:
     return next(plain_batches(config.data.samples_of("train"), batch=samples, device=_CPU, limit=samples, seed=0))
 
 
-def _loading(config: Trained) -> float | None:
+def _loading(config: Trained) -> float:
     """Samples a second of processor time that this process reads, augmentation on the CPU and all."""
     data = config.data.samples_of("train")
     count, began = 0, time.process_time()
@@ -306,11 +324,11 @@ def render(planned: Planned, config: Trained, options: PlanOptions) -> str:
         "time": f"{_time(hours)}, {hours * count:,.4g} device hours",
         "energy": f"{kwh:,.4g} kWh at most, at {device.watts:g} W a device",
         **({"cost": ", ".join(bill)} if bill else {}),
-        "loading": "" if planned.loaded is None else
-        f"{planned.rate / planned.loaded:,.3g} cores like this one, which loads {planned.loaded:,.0f} samples/s",
+        "loading": f"{planned.rate / planned.loaded:,.3g} cores like this one, which loads "
+        f"{planned.loaded:,.0f} samples/s",
         "checkpoint": f"{planned.checkpoint / _GIB:,.3g} GiB, and {config.train.keep} are kept",
     }  # fmt: skip
-    lines = [f"{name:<11} {text}" for name, text in rows.items() if text]
+    lines = [f"{name:<11} {text}" for name, text in rows.items()]
     table = [f"{'memory of one device':<22}{'held':>10}{'peak':>10}  {'largest micro-batch':>20}"]
     for each in planned.memory:
         name = each.strategy if count > 1 else "one device"
