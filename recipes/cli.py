@@ -47,6 +47,7 @@ TASKS = {
         "export": ("RUN", "the released Hugging Face layout, or format=onnx, torch"),
         "push": ("RUN OWNER/NAME", "a run on the Hugging Face hub, with a model card; dry_run=true"),
         "resize": ("RECIPE", "the recipe's images once more, small, in shards that load faster"),
+        "plan": ("RECIPE", "memory, hours, energy and cost of a training run, before it is paid for"),
         "bench": ("RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
     }.items()
 }

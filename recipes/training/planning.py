@@ -1,0 +1,346 @@
+"""What a training run will take, before it is paid for: memory, operations, hours, energy, cost.
+
+Memory and operations are those of one forward and backward pass of a few samples on this CPU, counted operation by
+operation, and extrapolated to the micro-batch: what is alive at each operation is a constant and so much a sample.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable, Mapping, Sized
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from nepa_core.basics import FROZEN, Batch
+from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.fit import autocast_dtype, plan
+from recipes.training.workload import Trained, network, predictor_in, step_function
+
+_CPU = torch.device("cpu")
+_GIB = 2**30
+
+
+class Accelerator(NamedTuple):
+    """A device, as its maker's data sheet has it.
+
+    Attributes:
+        memory: GiB that a program finds free. peak: TFLOP/s of dense bfloat16 matrix products. watts: at most.
+    """
+
+    name: str
+    memory: float
+    peak: float
+    watts: float
+
+
+ACCELERATORS = {
+    "a100": Accelerator("NVIDIA A100 SXM 80 GB", 79, 312, 400),
+    "h100": Accelerator("NVIDIA H100 SXM", 79, 989, 700),
+    "h200": Accelerator("NVIDIA H200 SXM", 139, 989, 700),
+    "b200": Accelerator("NVIDIA B200 SXM", 178, 2250, 1000),
+    "l40s": Accelerator("NVIDIA L40S", 44, 362, 350),
+    "rtx4090": Accelerator("NVIDIA GeForce RTX 4090", 23, 165, 450),
+}
+
+AUTHORS = 0.14
+"""Share of the peak that the NEPA authors' 3 days on 8 H100 come to (ViT-B/14, 1,600 epochs of ImageNet)."""
+
+_CONTEXT = 1.5  # GiB that CUDA and NCCL take beside the tensors
+_SAMPLES = (2, 4)  # of the passes that are counted
+_LOADED, _LOADING = 512, 3.0  # samples and seconds at most by which the rate of loading is measured
+
+
+class PlanOptions(BaseModel):
+    """Options of `nepa plan`."""
+
+    model_config = FROZEN
+
+    device: Literal["a100", "h100", "h200", "b200", "l40s", "rtx4090"] = Field(
+        default="h100", description="the accelerator, by its data sheet"
+    )
+    devices: int = Field(default=1, gt=0, le=2**20, description="how many of them")
+    share: float = Field(
+        default=AUTHORS,
+        gt=0,
+        le=1,
+        description="of the device's peak that training reaches; 0.14 is what the NEPA authors' days on H100s come to, "
+        "`nepa bench` measures yours",
+    )
+    samples: int | None = Field(
+        default=None, gt=0, le=2**50, description="training samples, where the recipe's data are not here in full"
+    )
+    price: float | None = Field(default=None, ge=0, description="of one device for an hour, in any currency")
+    kwh_price: float | None = Field(default=None, ge=0, description="of a kilowatt-hour, in the same currency")
+
+
+class Memory(NamedTuple):
+    """Bytes on one device.
+
+    Attributes:
+        held: of weights, average and optimiser. peak: at the micro-batch. most: the largest micro-batch that fits.
+    """
+
+    strategy: str
+    recompute: bool
+    held: float
+    peak: float
+    most: int
+
+
+class Planned(NamedTuple):
+    """What `nepa plan` says.
+
+    Attributes:
+        parameters: all of them. flops: of a sample, forward and backward. rate: samples a second of all devices.
+        steps, samples: of the whole run. micro_batch: of one process. checkpoint: bytes. loaded: samples a second that
+            one core loads here.
+    """
+
+    parameters: int
+    flops: float
+    rate: float
+    steps: int
+    samples: int
+    micro_batch: int
+    memory: list[Memory]
+    checkpoint: int
+    loaded: float
+
+    @property
+    def hours(self) -> float:
+        return self.samples / self.rate / 3600
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that are still alive, after each operation: `line`.
+
+    What an operation takes within itself is not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.line: list[int] = []
+        self._now = 0
+        self._known = {each.untyped_storage().data_ptr() for each in known}
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        self.line.append(self._now)
+        return made
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if not size or key in self._alive or storage.data_ptr() in self._known:
+            return
+
+        def gone(_: object) -> None:
+            self._now -= size
+            del self._alive[key]
+
+        self._now += size
+        self._alive[key] = weakref.ref(storage, gone)
+
+
+class Pass(NamedTuple):
+    """Bytes alive while a micro-batch goes forward and backward, beside what is held throughout.
+
+    Attributes:
+        constant, slope: [events] of n samples, constant + n * slope. forward: events before the backward pass.
+    """
+
+    constant: Tensor
+    slope: Tensor
+    forward: int
+
+    def peak(self, samples: int) -> float:
+        """With gradients, which are whole at its end."""
+        return float((self.constant + samples * self.slope).max())
+
+    def activations(self, samples: int) -> float:
+        """The most before gradients are there."""
+        return float((self.constant + samples * self.slope)[: self.forward].max())
+
+
+class Need(NamedTuple):
+    """What a device takes in one strategy.
+
+    Attributes:
+        weights: bytes of them. copies: of that size that are held, without gradients. block: bytes of the weights and
+            gradients of the largest block, which fsdp gathers.
+    """
+
+    seen: Pass
+    weights: int
+    copies: int
+    block: int
+    strategy: str
+    devices: int
+
+    @property
+    def held(self) -> float:
+        """Bytes of weights, average and optimiser."""
+        return self.copies * self.weights / (self.devices if self.strategy == "fsdp" else 1)
+
+    def peak(self, samples: int) -> float:
+        """Bytes at a micro-batch."""
+        if self.strategy == "fsdp":
+            return self.held + self.weights / self.devices + self.block + self.seen.activations(samples)
+        buckets = self.weights if self.devices > 1 else 0  # in which ranks exchange gradients
+        return self.held + buckets + self.seen.peak(samples)
+
+    def largest(self, room: float) -> int:
+        """The largest micro-batch that fits; 0: not even one sample."""
+        low, high = 0, 2**24
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.peak(middle) <= room else (low, middle - 1)
+        return low
+
+
+def count_pass(config: Trained, *, recompute: bool, precision: str) -> Pass:
+    """See `Pass`.
+
+    Args:
+        precision: as `train.precision`, of the device that is planned for.
+    """
+    model, step = network(config).train(), step_function(config)
+    if recompute:
+        predictor_in(model).recompute_blocks()
+    dtype = autocast_dtype(precision, _CPU)
+    lines, forward = list[list[int]](), 0
+    for samples in (_SAMPLES[0], *_SAMPLES):  # the first fills what is made once
+        batch = _batch(config, samples)
+        model.zero_grad(set_to_none=True)
+        tensors = (each for each in batch.values() if isinstance(each, Tensor))
+        torch.manual_seed(0)
+        with Live([*model.parameters(), *model.buffers(), *tensors]) as live:
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                out = step(model, batch)
+                loss = out.loss * out.weight
+            forward = len(live.line)
+            loss.backward()
+        lines.append(live.line)
+    few, more = (torch.tensor(line, dtype=torch.float64) for line in lines[1:])
+    if len(few) != len(more):  # other kernels for other sizes: the two peaks still say it
+        few, more, forward = few.max()[None], more.max()[None], 1
+    slope = (more - few) / (_SAMPLES[1] - _SAMPLES[0])
+    return Pass(few - _SAMPLES[0] * slope, slope, forward)
+
+
+def count_flops(config: Trained) -> float:
+    """Floating-point operations of a sample, forward and backward, as torch counts them; recomputing is no work."""
+    model, step = network(config).train(), step_function(config)
+    with FlopCounterMode(display=False) as counter:
+        step(model, _batch(config, _SAMPLES[0])).loss.backward()
+    return float(counter.get_total_flops()) / _SAMPLES[0]
+
+
+def plan_run(config: Trained, options: PlanOptions) -> Planned:
+    """Count, and divide.
+
+    Raises:
+        UserError: the recipe's data can't be read, or its batch does not fit the devices.
+    """
+    device, count = ACCELERATORS[options.device], options.devices
+    data = config.data.samples_of("train")
+    steps = plan(config.train, config.optim, samples=options.samples or len(cast(Sized, data)), ranks=options.devices)
+    micro = config.train.batch // count // steps.accumulate
+    model = network(config)
+    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    shard = 2 * max(_bytes(block) for block in predictor_in(model).blocks)  # weights and gradients of one, gathered
+    copies = 3 + (config.train.ema is not None)  # with AdamW's two moments
+    precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
+    room = (device.memory - _CONTEXT) * _GIB
+    memory = []
+    for recompute in (False, True):
+        seen = count_pass(config, recompute=recompute, precision=precision)
+        for strategy in ("ddp",) if count == 1 else ("ddp", "fsdp"):
+            need = Need(seen, weights, copies, shard, strategy, count)
+            memory.append(Memory(strategy, recompute, need.held, need.peak(micro), need.largest(room)))
+    return Planned(
+        parameters=sum(each.numel() for each in model.parameters()),
+        flops=(flops := count_flops(config)),
+        rate=count * options.share * device.peak * 1e12 / flops,
+        steps=steps.total,
+        samples=steps.total * config.train.batch,
+        micro_batch=micro,
+        memory=memory,
+        checkpoint=copies * weights,
+        loaded=_loading(config),
+    )
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(each.numel() * each.element_size() for each in module.parameters())
+
+
+def _batch(config: Trained, samples: int) -> Batch:
+    return next(plain_batches(config.data.samples_of("train"), batch=samples, device=_CPU, limit=samples, seed=0))
+
+
+def _loading(config: Trained) -> float:
+    """Samples a second of processor time that this process reads, augmentation on the CPU and all."""
+    data = config.data.samples_of("train")
+    count, began = 0, time.process_time()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for batch in plain_batches(data, batch=32, device=_CPU, limit=_LOADED, seed=1):
+            count += len(next(iter(batch.values())))
+            if time.process_time() - began > _LOADING:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return count / max(time.process_time() - began, 1e-9)
+
+
+def render(planned: Planned, config: Trained, options: PlanOptions) -> str:
+    """The plan in plain words and a table of memory."""
+    device, count = ACCELERATORS[options.device], options.devices
+    hours, kwh = planned.hours, planned.hours * options.devices * device.watts / 1000
+    bill = []
+    if options.price is not None:
+        bill.append(f"{options.price * hours * count:,.0f} for the devices")
+    if options.kwh_price is not None:
+        bill.append(f"{options.kwh_price * kwh:,.0f} for the energy")
+    rows: Mapping[str, str] = {
+        "device": f"{count} x {device.name} ({device.peak:,.0f} TFLOP/s in bfloat16, {device.memory:g} GiB)",
+        "parameters": f"{planned.parameters:,}",
+        "operations": f"{planned.flops / 1e9:,.4g} GFLOP a sample, forward and backward",
+        "rate": f"{planned.rate:,.0f} samples/s, {planned.rate / count:,.0f} each, at {100 * options.share:g} % of the "
+        "peak" + (" (what the NEPA authors' days come to)" if options.share == AUTHORS else ""),
+        "length": f"{planned.steps:,} steps of {config.train.batch:,}: {planned.samples:,} samples",
+        "time": f"{_time(hours)}, {hours * count:,.4g} device hours",
+        "energy": f"{kwh:,.4g} kWh at most, at {device.watts:g} W a device",
+        **({"cost": ", ".join(bill)} if bill else {}),
+        "loading": f"{planned.rate / planned.loaded:,.3g} cores like this one, which loads "
+        f"{planned.loaded:,.0f} samples/s",
+        "checkpoint": f"{planned.checkpoint / _GIB:,.3g} GiB, and {config.train.keep} are kept",
+    }  # fmt: skip
+    lines = [f"{name:<11} {text}" for name, text in rows.items()]
+    table = [f"{'memory of one device':<22}{'held':>10}{'peak':>10}  {'largest micro-batch':>20}"]
+    for each in planned.memory:
+        name = each.strategy if count > 1 else "one device"
+        most = "none" if each.most == 0 else f"{each.most:,}"
+        what = f"{name}{', recompute' if each.recompute else ''}"
+        fits = "" if each.peak <= (device.memory - _CONTEXT) * _GIB else "  does not fit"
+        table.append(f"{what:<22}{each.held / _GIB:>6.2f} GiB{each.peak / _GIB:>6.2f} GiB  {most:>20}{fits}")
+    table.append(f"peak: of micro-batches of {planned.micro_batch:,}, and {_CONTEXT} GiB of the device are left free")
+    return "\n".join([*lines, "", *table])
+
+
+def _time(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"

@@ -1,0 +1,125 @@
+"""nepa plan: figures beforehand that agree with what training then takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nepa_core.runtime.config import override
+from recipes.cli import main
+from recipes.training import planning
+from recipes.training.planning import Need, Pass, PlanOptions, count_flops, count_pass, plan_run
+from recipes.training.workload import Trained, network
+from tests import tiny
+
+SIZES = {
+    "narrow": ("model.dim=128", "model.depth=4", "model.mlp_dim=512", "train.batch=128", "train.micro_batch=128"),
+    "middle": ("model.dim=256", "model.depth=6", "model.mlp_dim=1024", "train.batch=64", "train.micro_batch=64"),
+    "long": ("model.dim=384", "model.depth=8", "model.heads=6", "model.mlp_dim=1536", "train.batch=24",
+             "train.micro_batch=24", "data.patch=[2,2]"),
+}  # fmt: skip
+MEASURE = """
+import sys
+from nepa_core.runtime.config import parse_assignments
+from nepa_core.runtime.distributed import world
+from recipes.training.bench import _one_batch, peak_memory, training_memory
+from recipes.training.planning import PlanOptions, plan_run
+from recipes.training.workload import read_trained
+config = read_trained("recipes.vision:cifar10", parse_assignments(sys.argv[2:]))
+with world() as ranks:
+    if sys.argv[1] == "plan":
+        print(plan_run(config, PlanOptions(device="h100")).memory[0].peak)
+    else:
+        _one_batch(config, ranks, config.train.batch)
+        before = peak_memory(ranks.device)
+        print(training_memory(config, ranks) - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
+def test_planned_memory_is_what_training_takes(size: str) -> None:
+    """On a CPU, in a process of its own. Pieces of the C library's heap that it does not give back are not planned."""
+    words = ("data.source=noise", "data.augment=none", "train.workers=0", "train.precision=float32", *SIZES[size])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    planned, measured = (
+        float(subprocess.run([sys.executable, "-c", MEASURE, what, *words], env=environment, capture_output=True,
+                             text=True, check=True).stdout)
+        for what in ("plan", "measure")
+    )  # fmt: skip
+    assert planned == pytest.approx(measured, rel=0.1)
+
+
+def test_a_pass_is_extrapolated_to_any_batch() -> None:
+    config = tiny.recipe()
+    seen = count_pass(config, recompute=False, precision="float32")
+    larger = _peak_of(config, 16)
+    assert seen.peak(16) == pytest.approx(larger, rel=0.02)
+    assert seen.activations(16) <= seen.peak(16)
+    again = count_pass(config, recompute=True, precision="float32")
+    assert again.peak(64) < seen.peak(64)
+
+
+def _peak_of(config: Trained, samples: int) -> float:
+    """What is alive at most at that batch, counted there."""
+    model, step = network(config).train(), planning.step_function(config)
+    batch = planning._batch(config, samples)
+    step(model, batch).loss.backward()
+    model.zero_grad(set_to_none=True)
+    with planning.Live([*model.parameters(), *model.buffers(), *batch.values()]) as live:
+        out = step(model, batch)
+        (out.loss * out.weight).backward()
+    return max(live.line)
+
+
+def test_need_by_strategy() -> None:
+    seen = Pass(torch.tensor([0.0, 50.0, 100.0]), torch.tensor([1.0, 10.0, 0.0]), 2)
+    one = Need(seen, weights=100, copies=4, block=20, strategy="ddp", devices=1)
+    assert (one.held, one.peak(10), one.largest(1000)) == (400, 550, 55)
+    many = one._replace(devices=4)
+    assert many.peak(10) == 650  # and the buckets of the gradients
+    shared = many._replace(strategy="fsdp")
+    assert (shared.held, shared.peak(10)) == (100, 100 + 25 + 20 + 150)
+    assert one.largest(10) == 0
+
+
+def test_hours_follow_from_operations() -> None:
+    config = override(tiny.recipe(), {"train.length.steps": 1000})
+    found = plan_run(config, PlanOptions(device="a100", devices=2, share=0.5))
+    assert found.rate == pytest.approx(2 * 0.5 * 312e12 / count_flops(config))
+    assert found.samples == 1000 * config.train.batch
+    assert found.hours == pytest.approx(found.samples / found.rate / 3600)
+    parameters = sum(each.numel() for each in network(config).parameters())
+    assert (found.parameters, found.checkpoint) == (parameters, 4 * 4 * parameters)
+
+
+@pytest.mark.slow
+def test_the_authors_days_follow_from_their_share(capsys: pytest.CaptureFixture[str]) -> None:
+    """3 days on 8 H100 at about 14 % (`recipes.vision.base_in1k`)."""
+    noise = ("data.source=noise", "data.augment=none", "samples=1281167", "devices=8", "price=2", "kwh_price=0.1")
+    assert main(["plan", "recipes.vision:base_in1k", *noise]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1].isalpha())
+    days, unit = said["time"].split()[:2]
+    assert unit == "days,"
+    assert float(days) == pytest.approx(3, abs=0.25)
+    assert said["cost"].endswith("for the energy")
+    assert said["length"].startswith("499,200 steps of 4,096")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("device=h1000",), "device=h1000: "),
+        (("devices=3",), "train.batch=8 is not a multiple of the 3 processes"),
+        (("samples=1",), "train.batch=8 is more than the 1 training samples; lower it"),
+        (("share=1.5",), "share=1.5: "),
+    ],
+)
+def test_what_can_not_be_planned_is_one_line(words: Any, line: str, fails: Callable[..., str]) -> None:
+    assert fails("plan", "tests.tiny:recipe", *words).startswith(line)
