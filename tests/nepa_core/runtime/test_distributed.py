@@ -47,8 +47,8 @@ from tests.tiny import CPU
 class Case(NamedTuple):
     recipe: str
     keys: dict[str, Any]
-    several: dict[str, Any] = {}
-    """Keys of several processes alone."""
+    several: tuple[str, ...] = ()
+    """Keys that are true with several processes alone."""
 
 
 CASES = {
@@ -73,7 +73,7 @@ CASES = {
 SHARDED = {
     "fsdp packed": Case(*CASES["packed"]),
     "fsdp negatives": Case(*CASES["negatives of both"]),
-    "fsdp heads": Case("tests.tiny:recipe", CASES["heads"].keys, {"train.recompute": True, "train.compile": True}),
+    "fsdp heads": Case("tests.tiny:recipe", CASES["heads"].keys, ("train.recompute", "train.compile")),
     "fsdp random": Case(*CASES["random"]),
     "fsdp finetune": Case("", {}),
 }
@@ -133,7 +133,7 @@ def rank_main(out: Path, names: list[str]) -> int:
                 finetune_and_count(out / name, ranks, strategy)
                 continue
             case = (CASES | SHARDED | FOUR)[name.removeprefix("killed ")]
-            keys = case.keys | case.several | {"train.strategy": strategy}
+            keys = case.keys | dict.fromkeys(case.several, True) | {"train.strategy": strategy}
             with slow_disk(ranks) if name == "whole" else killed_once() if "killed" in name else nullcontext():
                 pretrain(read_target(PretrainConfig, case.recipe, keys), Run(out / name), ranks)
     if written:
