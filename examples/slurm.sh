@@ -20,6 +20,7 @@ later() {
 }
 trap later USR1
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # or a restart may find the addresses of processes that are dead
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 3 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29500" --rdzv-id "$SLURM_JOB_ID" \

@@ -101,10 +101,11 @@ def torchrun(*words: str, machines: int = 1, restarts: int = 0) -> subprocess.Co
         port = free.getsockname()[1]
     # The lines of docs/many-gpus.md.
     meeting = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-    where = meeting if machines > 1 else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    where = meeting if machines > 1 or restarts else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts), *where]
     command = [sys.executable, *launcher, "-m", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with ExitStack() as stack:
         agents = [
             stack.enter_context(Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True))
