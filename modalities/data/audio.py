@@ -15,7 +15,7 @@ import re
 import stat
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +29,18 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from modalities.data.labelled import NUMBER, SPLITS, Kind, Row, manifest_rows, of_split, say_empty, say_passed, tree
+from modalities.data.labelled import (
+    NUMBER,
+    SPLITS,
+    Kind,
+    LabelledSource,
+    Row,
+    manifest_rows,
+    of_split,
+    say_empty,
+    say_passed,
+    tree,
+)
 from modalities.data.listing import (
     Contents,
     Passed,
@@ -305,25 +316,11 @@ def open_files(paths: Sequence[str], form: FrontEnd, padding: Padding = "batch")
 # --------------------------------------------------------------------------------------------------------- sources
 
 
-class Source(Hashable, Protocol):
+class Source(LabelledSource, Protocol):
     """Labels and waveforms."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """[n] int64, or float32 for numbers to predict; None where there are none."""
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Place k names label k; None where labels are no classes."""
-
-    def __len__(self) -> int:
-        """How many clips there are."""
 
     def read(self, row: int, sample_rate: int, most: int) -> Tensor:
         """The waveform of a row, one channel, [n] float32 at that rate; no more than about its first `most` points."""
-
-    def name(self, row: int) -> str:
-        """What a message calls that row."""
 
 
 @dataclass(frozen=True, eq=False)

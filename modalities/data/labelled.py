@@ -8,9 +8,9 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,24 @@ class Kind(NamedTuple):
     def sought(self) -> str:
         """The files with their suffixes, in words."""
         return f"{self.file} ({', '.join(self.suffixes)})"
+
+
+class LabelledSource(Hashable, Protocol):
+    """What labelled samples come from; a kind of data adds how one is read."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[n] int64, or float32 for numbers to predict; None where there are none."""
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Place k names label k; None where labels are no classes."""
+
+    def __len__(self) -> int:
+        """How many samples there are."""
+
+    def name(self, row: int) -> str:
+        """What a message calls that row."""
 
 
 class Labelled(NamedTuple):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import stat
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +29,7 @@ from torch.utils.data import Dataset
 from modalities.data.hub import one_line
 from modalities.data.image_augment import CentreCrop, Transform
 from modalities.data.image_decode import Channels, decode
-from modalities.data.labelled import SPLITS, Kind, of_split, read_layout
+from modalities.data.labelled import SPLITS, Kind, LabelledSource, of_split, read_layout
 from modalities.data.listing import Contents, file_sizes, fingerprint, natural_key, printable, read_whole, say
 from nepa_core.basics import Batch, UnreadableSample, UserError, needs
 from nepa_core.tokens import Spans
@@ -78,25 +78,11 @@ class ClipForm(NamedTuple):
         return [min(first + place * self.stride, count - 1) for place in range(self.frames)]
 
 
-class Source(Hashable, Protocol):
+class Source(LabelledSource, Protocol):
     """Labels and clips."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """[n] int64, or float32 for numbers to predict; None where there are none."""
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Place k names label k; None where labels are no classes."""
-
-    def __len__(self) -> int:
-        """How many videos there are."""
 
     def read(self, row: int, form: ClipForm, share: float) -> Tensor:
         """A clip, uint8 [T, C, h, w], that begins at a share of where it may; may raise anything."""
-
-    def name(self, row: int) -> str:
-        """What a message calls that row."""
 
 
 class Clips(Dataset[Batch]):

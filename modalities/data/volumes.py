@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from modalities.data.hub import one_line
-from modalities.data.labelled import SPLITS, Kind, of_split, read_layout
+from modalities.data.labelled import SPLITS, Kind, LabelledSource, of_split, read_layout
 from modalities.data.listing import Contents, file_sizes, fingerprint, printable, read_whole, say
 from nepa_core.basics import Batch, UnreadableSample, UserError, needs
 
@@ -44,25 +44,11 @@ SHAPES_SIDE, SHAPES_NOISE = 16, 0.25
 SHAPES_COUNT = {"train": 3000, "test": 600}
 
 
-class Source(Hashable, Protocol):
+class Source(LabelledSource, Protocol):
     """Labels and volumes."""
-
-    @property
-    def labels(self) -> Tensor | None:
-        """[n] int64, or float32 for numbers to predict; None where there are none."""
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Place k names label k; None where labels are no classes."""
-
-    def __len__(self) -> int:
-        """How many volumes there are."""
 
     def read(self, row: int) -> Tensor:
         """A volume as it is stored, float32 [D, H, W] or [C, D, H, W]; may raise anything."""
-
-    def name(self, row: int) -> str:
-        """What a message calls that row."""
 
 
 class Volumes(Dataset[Batch]):
