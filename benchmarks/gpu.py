@@ -2,12 +2,12 @@
 
 Stages run in order of value, each under 8 minutes: tests marked cuda; steps of ViT-B/14 and ViT-L/14 in all forms,
 beside the authors' form and a bare Transformer; the input pipeline; CIFAR-10 with three seeds; the paper's ablations on
-it; whatever folders of images DIR holds. Every row is kept as soon as it is known, in OUT/STAGE-KEY.json, where KEY is of
-what the figures depend on: source, device, versions, arguments. The same command goes on: what is done is not run again,
-what failed or found no time is. OUT/gpu.md has the rows for docs/results. OUT/work holds runs, made pictures and logs.
+it; whatever folders of images DIR holds. Every row is kept as soon as it is known, in OUT/STAGE-KEY.json, where KEY is
+of what the figures depend on: source, device, versions, arguments. The same command goes on: what is done is not run
+again; what failed or found no time is. OUT/gpu.md has the rows for docs/results. OUT/work holds runs and logs.
 
---dry-run runs all stages at toy size on the CPU, on data that it makes, in minutes, so that the first minute on a GPU is
-not lost.
+--dry-run runs all stages at toy size on the CPU, on data that it makes, in minutes, so that the first minute on a GPU
+is not lost.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.markdown import cell, page
-from benchmarks.rows import FINAL, Kept, Machine, Stage, StageFile
-from benchmarks.running import Clock, clock, commit, key_of, left_to_do, machine_here, read_stage, run_rows
+from benchmarks.rows import FINAL, SOURCE, Kept, Machine, Stage, StageFile
+from benchmarks.running import Clock, clock, commit, ground, key_of, left_to_do, machine_here, read_stage, run_rows
 from benchmarks.stages import LIMIT, REAL, TOY, stages
 from benchmarks.worker import write
 
@@ -41,12 +41,8 @@ class Asked(NamedTuple):
     dry_run: bool
 
 
-def asked(words: Sequence[str]) -> Asked:
-    """Read the command line.
-
-    Raises:
-        SystemExit: status 2, with a line that names what does not fit.
-    """
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,6 +51,16 @@ def asked(words: Sequence[str]) -> Asked:
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="default build/gpu, or build/gpu-dry-run")
     parser.add_argument("--minutes", type=float, default=60.0, help="for all stages together; default 60")
     parser.add_argument("--dry-run", action="store_true", help="all stages at toy size on the CPU")
+    return parser
+
+
+def asked(words: Sequence[str]) -> Asked:
+    """Read the command line.
+
+    Raises:
+        SystemExit: status 2, with a line that names what does not fit.
+    """
+    parser = make_parser()
     found = parser.parse_args(words)
     chosen = tuple(name.strip() for name in found.stages.split(",") if name.strip())
     if unknown := [name for name in chosen if name not in NAMES]:
@@ -140,10 +146,11 @@ def main(words: Sequence[str]) -> int:
     found = asked(words)
     left = clock(60 * found.minutes)
     machine = machine_here(environment_of("tests", found))
+    work = found.out / "work" / ground(SOURCE, machine)  # or runs of other code would be taken for its own
     if found.dry_run and found.data is None:
-        found = found._replace(data=toy_data(found.out / "work" / "data"))
+        found = found._replace(data=toy_data(work / "data"))
     size = TOY if found.dry_run else REAL
-    every = stages(size, data=found.data, work=found.out / "work", seconds=60 * found.minutes)
+    every = stages(size, data=found.data, work=work, seconds=60 * found.minutes)
     files = {name: found.out / f"{name}-{key_of(stage, machine)}.json" for name, stage in every.items()}
     command = shlex.join(["python", "-m", "benchmarks.gpu", *words])
     found.out.mkdir(parents=True, exist_ok=True)

@@ -132,7 +132,7 @@ def loop(*words: str) -> Figures:
 
 
 def load(*words: str) -> Figures:
-    """Images a second of the loader alone: `repeats` turns of `steps` batches on the device, the first ones left out."""
+    """Images a second of the loader alone: `repeats` turns of `steps` batches on the device, after the first."""
     options, config = read(words)
     with world() as ranks:
         dataset, train = config.data.samples_of("train"), config.train

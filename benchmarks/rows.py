@@ -26,13 +26,17 @@ class Row(NamedTuple):
     seeds: tuple[int, ...] = (0,)
 
 
+SOURCE = ("nepa_core", "modalities", "recipes", "benchmarks")
+"""The folders of source that most figures depend on."""
+
+
 class Stage(NamedTuple):
     """Rows in order of value, and the folders of source that their figures depend on."""
 
     name: str
     title: str
     rows: tuple[Row, ...]
-    source: tuple[str, ...] = ("nepa_core", "modalities", "recipes", "benchmarks")
+    source: tuple[str, ...] = SOURCE
 
 
 class Kept(TypedDict):

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from benchmarks.rows import FINAL, Kept, Machine, Row, Stage, StageFile, Status
+from benchmarks.rows import FINAL, SOURCE, Kept, Machine, Row, Stage, StageFile, Status
 from benchmarks.worker import write
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def commit() -> str:
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10", "--exclude=*"]
     with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    return f"source {digest_of(Stage('', '', ()).source)}"
+    return f"source {digest_of(SOURCE)}"
 
 
 def digest_of(folders: Sequence[str]) -> str:
@@ -68,15 +68,22 @@ def digest_of(folders: Sequence[str]) -> str:
     return found.hexdigest()[:10]
 
 
-def key_of(stage: Stage, machine: Machine) -> str:
-    """Of what the figures of a stage depend on: source, device, versions, and the words of its rows.
+def ground(source: Sequence[str], machine: Machine) -> str:
+    """Of what all figures from these folders of source depend on: the source, the device and the versions.
 
     The versions of what may come later, such as xformers, are left out: a row that failed is tried again anyway.
     """
     versions = {name: machine["versions"].get(name) for name in ("python", "torch", "cuda")}
-    words = [(row.name, row.words) for row in stage.rows]
-    text = json.dumps([digest_of(stage.source), machine["device"], versions, words])
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return _short([digest_of(source), machine["device"], versions])
+
+
+def key_of(stage: Stage, machine: Machine) -> str:
+    """Of what the figures of a stage depend on: the same, and the words of its rows."""
+    return _short([ground(stage.source, machine), [(row.name, row.words) for row in stage.rows]])
+
+
+def _short(values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:10]
 
 
 def read_stage(file: Path, key: str) -> list[Kept]:
@@ -143,9 +150,10 @@ def _one_process(
                 if left() <= 0:
                     return number
                 grace = GRACE if row.words[0] in TRAINS else 0.0
-                found = _wait(process, job.with_name(f"{number}.json"), row, left, START if number == 0 else 0.0)
+                result = job.with_name(f"{number}.json")
+                found = _wait(process, result, row, left, START if number == 0 else 0.0)
                 keep(found)
-                if process.poll() is not None or found["status"] == "not finished" or spoilt(found):
+                if not result.exists() or spoilt(found):  # it has died, hangs, or is of no use
                     return number + 1
             return len(rows)
         except KeyboardInterrupt:
@@ -167,8 +175,8 @@ def _wait(process: subprocess.Popen[bytes], result: Path, row: Row, left: Clock,
     while not result.exists():
         if process.poll() is not None and not result.exists():
             return unfinished(row, "failed", f"its process ended with status {process.returncode}, see the log")
-        if time_left() <= 0:
-            return unfinished(row, error=f"stopped after {seconds:.0f} s")
+        if min(time_left(), left()) <= 0:
+            return unfinished(row, error=f"stopped after {seconds - time_left():.0f} s")
         time.sleep(_POLL)
     found: Kept = json.loads(result.read_text())
     return found

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.rows import Row, Stage
+from benchmarks.rows import SOURCE, Row, Stage
 
 LIMIT = 470.0
 """Seconds of a stage at most, its start included: under 8 minutes."""
@@ -20,7 +20,8 @@ class Size(NamedTuple):
         timed, fitted, fed: `steps` and `repeats` of a bare step, of the fit loop, and of it where images are read.
         loading: batch of the last. photos: training images that are made. workers: numbers of processes that load.
         cifar10, folders: keys of the networks that train on those data. probe: options of `nepa probe`.
-        seeds: of CIFAR-10. tests: files and folders of the tests marked cuda. together: runs of the ablations at once.
+        seeds: of CIFAR-10. trained: share of a folder's time that goes into training. together: ablations at once.
+        tests: files and folders of the tests marked cuda.
     """
 
     network: tuple[str, ...]
@@ -35,8 +36,9 @@ class Size(NamedTuple):
     folders: tuple[str, ...]
     probe: tuple[str, ...]
     seeds: tuple[int, ...]
-    tests: tuple[str, ...]
+    trained: str
     together: int
+    tests: tuple[str, ...]
 
 
 REAL = Size(
@@ -59,8 +61,9 @@ REAL = Size(
     ),
     probe=("train_samples=20000", "poolings=mean,last"),
     seeds=(0, 1, 2),
-    tests=("tests",),
+    trained="0.6",
     together=4,
+    tests=("tests",),
 )  # fmt: skip
 
 _TINY = ("model.dim=16", "model.heads=2", "model.mlp_dim=32", "model.depth=2")
@@ -82,8 +85,9 @@ TOY = Size(
     folders=(*_TINY, *_SHORT),
     probe=("train_samples=32", "test_samples=16", "poolings=mean"),
     seeds=(0,),
-    tests=("tests/nepa_core/kernels",),
+    trained="0.001",
     together=1,
+    tests=("tests/nepa_core/kernels",),
 )
 
 
@@ -203,7 +207,7 @@ def folders(size: Size, data: Path | None, work: Path, seconds: float) -> Stage:
     for root in found:
         out = f"out={work / 'folders' / root.name}"
         words = (CIFAR10, f"data.root={root}", *pixels(root), *size.folders, out)
-        rows.append(Row(f"{root.name}, ViT-S pre-trained", ("train", "0.6", *words), share))
+        rows.append(Row(f"{root.name}, ViT-S pre-trained", ("train", size.trained, *words), share))
         probe = ("nepa", "probe", out.removeprefix("out="), out, *size.probe)
         rows.append(Row(f"{root.name}, probe", probe, share))
     return Stage("folders", title, tuple(rows))
@@ -261,7 +265,7 @@ def stages(size: Size, *, data: Path | None, work: Path, seconds: float) -> dict
     """
     tests = Row("tests marked cuda", ("tests", *size.tests), LIMIT)
     found: Sequence[Stage] = (
-        Stage("tests", "Tests marked cuda", (tests,), (*Stage("", "", ()).source, "tests")),
+        Stage("tests", "Tests marked cuda", (tests,), (*SOURCE, "tests")),
         network_stage("base", "ViT-B/14 pre-training", BASE, size),
         network_stage("large", "ViT-L/14 pre-training", LARGE, size),
         pipeline(size, work),

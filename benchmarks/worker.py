@@ -13,6 +13,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -34,7 +35,10 @@ WORK = {
     "train": "benchmarks.commands:train_for",
     "absent": "benchmarks.commands:absent",
 }
-"""First word of a row -> the function that its other words are given to; imported when a row asks for it."""
+"""First word of a row -> the function that its other words are given to; imported when a row asks for it.
+
+Another first word is such a path itself.
+"""
 
 PACKAGES = ("torch", "torchvision", "triton", "xformers", "pydantic")
 """Whose versions stand beside every figure."""
@@ -65,7 +69,7 @@ def measure(row: Row) -> Kept:
 
 
 def _function(name: str) -> Callable[..., dict[str, list[float]]]:
-    module, _, function = WORK[name].partition(":")
+    module, _, function = WORK.get(name, name).partition(":")
     return cast(Callable[..., dict[str, list[float]]], getattr(importlib.import_module(module), function))
 
 
@@ -124,8 +128,16 @@ def write(file: Path, value: Any) -> None:
     new.replace(file)
 
 
+def end_with(parent: int) -> None:
+    """Ask this process to end when the one that has started it was killed."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main(job: Path) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a row has started is ended on the way out
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     for number, words in enumerate(json.loads(job.read_text())):
         row = Row(words[0], tuple(words[1]), words[2], tuple(words[3]))
         print(f"--- {row.name}: {' '.join(row.words)}", flush=True)

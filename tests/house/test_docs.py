@@ -19,6 +19,7 @@ import pytest
 from torch.utils.data import default_collate
 
 import recipes
+from benchmarks import gpu
 from nepa_core import check_modality
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import load_object, override, parse_assignments
@@ -235,6 +236,11 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
         return
     if words[:3] == ["torchrun", "--nproc-per-node", "8"] and words[3:5] == ["-m", "recipes"]:
         words = ["nepa", *words[5:]]
+    if words[:3] == ["python", "-m", "benchmarks.gpu"]:
+        gpu.make_parser().parse_args(words[3:])
+        return
+    if words[:3] == ["python", "-m", "pip"]:
+        return
     assert words[0] == "nepa", f"{where}: no test knows the command {words[0]}"
     task, rest = words[1], words[2:]
     if task in ("recipes", "runs", "completion", "--version"):
