@@ -6,11 +6,12 @@ import hashlib
 import importlib.util
 import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import ConfigDict
+from torch import nn
 
 Batch = dict[str, Any]
 """One batch as a dataset gives it: names to tensors with the sample axis first."""
@@ -21,6 +22,12 @@ FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, coerce_num
 
 MOST_SEED = 2**62
 """Seeds are below this: they are added to, and torch takes 64 bits with a sign."""
+
+
+class HasParameters(Protocol):
+    """A network, or what stands for its parameters."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 class UserError(Exception):

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from nepa_core.basics import HasParameters
 
 
 class Ema:
@@ -16,29 +18,30 @@ class Ema:
 
     Attributes:
         averages: parameter name -> float32 tensor on the parameter's device. This is all that has to be stored.
+        follows: False until the first update, which takes the parameters as they are.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: HasParameters, decay: float) -> None:
         self.decay = decay
         self._parameters = dict(model.named_parameters())
         self.averages: dict[str, Tensor] = {
             name: value.detach().float().clone() for name, value in self._parameters.items()
         }
-        self._follows = False
+        self.follows = False
 
     @torch.no_grad()
     def update(self) -> None:
         """One step, as one fused update over all parameters. Call it after the optimiser."""
         values = [value.float() for value in self._parameters.values()]
-        torch._foreach_lerp_(list(self.averages.values()), values, 1 - self.decay if self._follows else 1.0)
-        self._follows = True
+        torch._foreach_lerp_(list(self.averages.values()), values, 1 - self.decay if self.follows else 1.0)
+        self.follows = True
 
     @torch.no_grad()
     def restore(self, averages: Mapping[str, Tensor]) -> None:
         """Go on from averages that were stored, by parameter name."""
         for name, value in averages.items():
             self.averages[name].copy_(value)
-        self._follows = True
+        self.follows = True
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from threading import Thread
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError
@@ -136,6 +137,70 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, stays: i
     return target
 
 
+class BackgroundWriter:
+    """Writes checkpoints in a thread, one at a time, while training goes on; entered once, and left with nothing open.
+
+    Leaving it waits for what is being written, but for a second Ctrl-C, which wants the end at once.
+
+    Args:
+        written: called in the caller's thread with the path of each that is complete.
+    """
+
+    def __init__(self, written: Callable[[Path], object]) -> None:
+        self._written = written
+        self._thread: Thread | None = None
+        self._path: Path | None = None
+        self._error: BaseException | None = None
+
+    def write(self, save: Callable[[], Path]) -> None:
+        """Begin with the next one, after the one before.
+
+        Raises:
+            UserError: the one before could not be written.
+        """
+        self.wait()
+        self._thread = Thread(target=self._run, args=(save,), name="checkpoint")
+        self._thread.start()
+
+    def look(self) -> None:
+        """What `wait` does, if there is nothing to wait for."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last one is on the disk.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        assert self._path is not None
+        self._written(self._path)
+
+    def _run(self, save: Callable[[], Path]) -> None:
+        try:
+            self._path = save()
+        except BaseException as error:  # raised where the caller waits
+            self._error = error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._thread is None:
+            return
+        if kind is None:
+            self.wait()
+        elif not issubclass(kind, KeyboardInterrupt):
+            self._thread.join()  # what stopped the run is said, whatever became of this one
+
+
 def load_latest(folder: Path, most: int | None = None) -> tuple[Checkpoint | None, list[str]]:
     """The newest undamaged checkpoint (on the CPU), or None, and a line on each damaged one passed over.
 
@@ -184,14 +249,21 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, s
 
 
 def restore_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], stored: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    stored: Mapping[str, Tensor],
+    part: Callable[[str, Tensor], Tensor] = lambda name, whole: whole,
 ) -> None:
-    """Put back what `optimizer_tensors` took; the moments go to the parameters' device."""
+    """Put back what `optimizer_tensors` took; the moments go to the parameters' device.
+
+    Args:
+        part: name of a parameter, a tensor of its shape -> what of it belongs to this process.
+    """
     parameters = {name: parameter for parameter, name in names.items()}
     for path, value in stored.items():
         name, _, key = path.rpartition("/")
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)
+        optimizer.state[parameter][key] = part(name, value).to(parameter.device)
 
 
 def _stored(folder: Path) -> list[Path]:

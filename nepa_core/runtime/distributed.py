@@ -16,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class World(NamedTuple):
-    """This process among all: its rank, their number, and its device."""
+    """This process among all: its rank, their number, its device, and how many share its machine."""
 
     rank: int
     size: int
     device: torch.device
+    per_machine: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -120,6 +121,6 @@ def world() -> Iterator[World]:
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     finally:
         dist.destroy_process_group()

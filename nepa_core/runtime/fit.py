@@ -14,19 +14,26 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.pretrainer import HEADS
-from nepa_core.runtime.checkpoint import Checkpoint, load_latest, optimizer_tensors, restore_optimizer, save_checkpoint
+from nepa_core.runtime.checkpoint import (
+    BackgroundWriter,
+    Checkpoint,
+    load_latest,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
 from nepa_core.runtime.config import listed, load_object
 from nepa_core.runtime.data import DrawSampler, TrainingBatches, fold_seed, seed_step
 from nepa_core.runtime.distributed import World
@@ -34,6 +41,7 @@ from nepa_core.runtime.going_on import Change, Cycle, Settings, take_up
 from nepa_core.runtime.meter import Meter
 from nepa_core.runtime.optim import Duration, OptimConfig, make_optimizer, set_rates
 from nepa_core.runtime.run import Run
+from nepa_core.runtime.strategies import Strategy, Whole, held, norm_here
 
 
 class TrainConfig(BaseModel):
@@ -47,6 +55,8 @@ class TrainConfig(BaseModel):
         seed: of weights, data order and everything random in a step.
         ema: decay of the averaged weights, or None for none. Where there is an average it is what is judged.
         precision: "auto" is bfloat16 autocast on CUDA devices that have it and float32 elsewhere.
+        strategy: of several processes: "ddp" (each holds the whole network), "fsdp" (each holds a slice of every
+            weight, average and mean of the optimiser) or "hsdp" (slices within a machine, a copy on each machine).
         compile: run the predictor's blocks through torch.compile.
         recompute: activation checkpointing, see `Predictor.recompute_blocks`: less memory for more time.
         workers: processes that load data, for each rank, and at most as many as it has cores; 0 loads in the main
@@ -68,6 +78,7 @@ class TrainConfig(BaseModel):
     seed: int = Field(default=0, ge=0, lt=MOST_SEED)
     ema: float | None = Field(gt=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    strategy: Strategy = "ddp"
     compile: bool = False
     recompute: bool = False
     workers: int = Field(ge=0, le=2**20)
@@ -276,17 +287,18 @@ def fit(
     samples = len(cast(Sized, dataset))
     steps = plan(config, optim, samples=samples, ranks=world.size)
     settings = Settings(optim, config)
-    optimizer = make_optimizer(model, optim, height, head)
+    trained = held(model, ema, world, config.strategy)
+    optimizer = make_optimizer(trained, optim, height, head)
     tally = _Tally(world.device)
     found = fingerprint_of(dataset)
     watch = watch or Stopwatch()
-    parameters = [value for value in model.parameters() if value.requires_grad]
-    names: dict[Tensor, str] = {value: name for name, value in model.named_parameters()}
+    names: dict[Tensor, str] = {value: name for name, value in trained.named_parameters()}
+    parameters = [value for _, value in trained.named_parameters() if value.requires_grad]
 
     def measure(done: int) -> None:
         if evaluate is None:
             return
-        with meter.busy("held-out data"):
+        with meter.busy("held-out data"), trained.whole():
             figures = evaluate()
         if world.is_main:
             run.log({"step": done, **figures})
@@ -299,12 +311,15 @@ def fit(
     def save(done: int, seconds: float, tokens: int) -> None:
         batches.settle()
         unreadable = world.union(batches.unreadable)
+        groups = {"optimizer": optimizer_tensors(optimizer, names), "tally": tally.sums}
+        groups |= _heads_apart("model", trained.state())
+        if trained.ema is not None:
+            groups |= _heads_apart("ema", trained.ema.averages)
+        tensors = {group: _copies(each, trained, kept=world.is_main) for group, each in groups.items()}
         if not world.is_main:
             return
-        tensors = {"optimizer": optimizer_tensors(optimizer, names), "tally": tally.sums}
-        tensors |= _heads_apart("model", model.state_dict())
-        if ema is not None:
-            tensors |= _heads_apart("ema", ema.averages)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()  # the copies are there
         state = {
             "metrics_bytes": run.metrics_size(),
             "seconds": seconds,
@@ -318,16 +333,21 @@ def fit(
             "origin": sitting.origin or origin,
         }
         stays = steady if optim.schedule == "wsd" else None
-        written = save_checkpoint(run.checkpoints, Checkpoint(done, tensors, state), keep=config.keep, stays=stays)
-        run.tell("checkpoint", str(written))
+        checkpoint = Checkpoint(done, tensors, state)
+        writer.write(partial(save_checkpoint, run.checkpoints, checkpoint, keep=config.keep, stays=stays))
 
-    with Meter(steps.total, enabled=show and world.is_main) as meter, _stop_requests() as stop:
+    with (
+        Meter(steps.total, enabled=show and world.is_main) as meter,
+        _stop_requests() as stop,
+        BackgroundWriter(lambda path: run.tell("checkpoint", str(path))) as writer,
+    ):
         sitting = restore(
             run,
             world,
             model=model,
             optimizer=optimizer,
             names=names,
+            part=trained.part,
             ema=ema,
             tally=tally,
             data=None if changed_data else found,
@@ -350,13 +370,14 @@ def fit(
         batches = _batches(dataset, config, world, accumulate=steps.accumulate, start=start, stop=steps.total)
         batches.unreadable.update(sitting.unreadable)
         stream = iter(batches)
-        shared = world.wrap(model)
         model.train()
+        shared = trained.begin().train()
         began = time.perf_counter()
         watch.lap("start")
         for step in range(start, steps.total):
             run_step = step_function if step_at is None else step_at(step / steps.total)
-            sums = _accumulate(shared, run_step, batches, stream, step, steps.accumulate, config, world, watch)
+            sums = _accumulate(trained, shared, run_step, batches, stream, step, steps.accumulate, config, world, watch)
+            trained.collect()
             lr = set_rates(
                 optimizer,
                 optim,
@@ -367,10 +388,11 @@ def fit(
             )
             loss, weight, seen = world.sum(sums)
             tokens += seen.long()
-            norm, skipped = update(optimizer, parameters, weight=weight / world.size, clip=optim.clip)
+            share = weight / world.size
+            norm, skipped = update(optimizer, parameters, weight=share, clip=optim.clip, norm_of=trained.norm)
             watch.lap("optimizer")
-            if ema is not None:
-                ema.update()
+            if trained.ema is not None:
+                trained.ema.update()
                 watch.lap("ema")
             tally.add(loss=loss, weight=weight, grad_norm=norm, skipped=skipped)
             done = step + 1
@@ -395,10 +417,14 @@ def fit(
             if done % config.checkpoint == 0 or done == steady or last or stopping:
                 save(done, sitting.seconds + time.perf_counter() - began, int(tokens))
                 watch.lap("checkpoint")
+            writer.look()
             if stopping and not last:
+                writer.wait()
                 raise Interrupted(
                     f"stopped after step {done} of {steps.total}; the same command goes on from there", stop.status
                 )
+        trained.end()
+        writer.wait()
     seconds = time.perf_counter() - began
     working = sum(watch.seconds.values()) - watch.seconds.get("start", 0.0)
     return FitResult(
@@ -442,6 +468,7 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     names: Mapping[Tensor, str],
+    part: Callable[[str, Tensor], Tensor],
     ema: Ema | None,
     tally: _Tally,
     data: str | None,
@@ -455,6 +482,7 @@ def restore(
     finds; else the model as it was handed in (from the seed, or from an `init=` that the task has loaded).
 
     Args:
+        part: see `Whole.part`; of the optimiser's means. Model and average are those that were handed in, whole.
         data: `fingerprint_of` the data, which must be that of the checkpoint; None where that does not matter.
 
     Raises:
@@ -492,7 +520,7 @@ def restore(
             state.get("origin"),
         )
         model.load_state_dict(_with_heads("model", checkpoint))
-        restore_optimizer(optimizer, names, tensors["optimizer"])
+        restore_optimizer(optimizer, names, tensors["optimizer"], part)
         if ema is not None:
             ema.restore(_with_heads("ema", checkpoint))
         for name, value in tensors["tally"].items():
@@ -525,6 +553,21 @@ def _heads_apart(group: str, tensors: Mapping[str, Tensor]) -> dict[str, dict[st
     return {group: rest} | ({f"{group}_heads": heads} if heads else {})
 
 
+def _copies(tensors: Mapping[str, Tensor], trained: Whole, *, kept: bool) -> dict[str, Tensor]:
+    """Copies on the CPU, whole and one after the other, which no later step changes; called on every rank.
+
+    Args:
+        tensors: by the name of a parameter, or by that and "/KEY". kept: False gives none, as on all ranks but one.
+    """
+    found = {}
+    for key, value in tensors.items():
+        whole = trained.gathered(key.partition("/")[0], value)
+        if kept:
+            copy = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda)
+            found[key] = copy.copy_(whole.detach(), non_blocking=True)
+    return found
+
+
 def _with_heads(group: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
     """The way back of `_heads_apart`."""
     return checkpoint.tensors[group] | checkpoint.tensors.get(f"{group}_heads", {})
@@ -550,6 +593,7 @@ def _batches(
 
 
 def _accumulate(
+    trained: Whole,
     model: nn.Module,
     step_function: StepFunction,
     batches: TrainingBatches,
@@ -571,7 +615,7 @@ def _accumulate(
         batch = next(stream)
         watch.lap("data")
         seed_step(fold_seed(config.seed, "step", step, part, world.rank), world.device)
-        with _gradients_stay_local(model, local=part < parts - 1):
+        with trained.micro_batch(first=part == 0, last=part == parts - 1):
             # Autocast is entered anew each time: around the whole loop it would keep stale casts of the weights.
             with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
                 out = step_function(model, batch)
@@ -588,18 +632,26 @@ def _accumulate(
 
 
 def update(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], *, weight: Tensor, clip: float | None
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    *,
+    weight: Tensor,
+    clip: float | None,
+    norm_of: Callable[[list[Tensor]], Tensor] = norm_here,
 ) -> tuple[Tensor, Tensor]:
     """One optimiser step on gradients that are sums still to be divided by `weight`.
 
     Division, clipping and the finite check ride on the fused AdamW kernel (its `grad_scale` and `found_inf`,
     made for loss scaling), so they cost one reading of the gradients and no waiting for the device.
 
+    Args:
+        norm_of: the norm of all gradients together, where these are slices also over the processes.
+
     Returns:
         The gradient's norm before clipping, and 1.0 where the step was skipped (not finite), else 0.0.
     """
     gradients = [value.grad for value in parameters if value.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True) / weight
+    norm = norm_of(gradients) / weight
     skipped = (~torch.isfinite(norm)).float()
     scale = weight if clip is None else weight * (norm / clip).clamp(min=1.0)
     optimizer.grad_scale, optimizer.found_inf = scale, skipped  # type: ignore[attr-defined]
@@ -637,13 +689,6 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     return None
-
-
-def _gradients_stay_local(model: nn.Module, *, local: bool) -> AbstractContextManager[None]:
-    """Ranks exchange gradients only with the last micro-batch of a step."""
-    if local and isinstance(model, DistributedDataParallel):
-        return cast(AbstractContextManager[None], model.no_sync())
-    return nullcontext()
 
 
 class _Stop:

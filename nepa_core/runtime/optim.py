@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import nn
 
-from nepa_core.basics import FROZEN
+from nepa_core.basics import FROZEN, HasParameters
 
 MOST_STEPS = 10**12
 """More than any run has; beyond it a number of steps is a slip."""
@@ -177,7 +177,7 @@ def set_rates(
 
 
 def parameter_groups(
-    model: nn.Module,
+    model: HasParameters,
     weight_decay: float,
     height: Callable[[str], int],
     head: Callable[[str], bool] = lambda name: False,
@@ -198,7 +198,7 @@ def parameter_groups(
 
 
 def make_optimizer(
-    model: nn.Module,
+    model: HasParameters,
     config: OptimConfig,
     height: Callable[[str], int] = lambda name: 0,
     head: Callable[[str], bool] = lambda name: False,

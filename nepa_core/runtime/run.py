@@ -25,6 +25,7 @@ FREE_KEYS = (
     "train.keep",
     "train.max_unreadable",
     "train.recompute",
+    "train.strategy",
     "train.logger",
     "train.hooks",
 )

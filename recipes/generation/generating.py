@@ -96,8 +96,8 @@ class GenerateOptions(BaseModel):
             raise ValueError("keep= and region= are two ways to say what is given: leave one out")
         if self.region is not None and len(self.region) not in (2, 4, 6):
             raise ValueError(
-                f"region={list(self.region)}: give [y0,x0,y1,x1], [x0,x1] of tokens in one row, or [s0,y0,x0,s1,y1,x1] "
-                "of slices"
+                f"region={list(self.region)}: give [y0,x0,y1,x1], or [x0,x1] of tokens in one row, or "
+                "[s0,y0,x0,s1,y1,x1] of slices"
             )
         return self
 

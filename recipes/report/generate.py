@@ -234,8 +234,9 @@ def _plot(examples: Sequence[Example]) -> bytes:
 
 
 def _is_wide(sketch: Sketch) -> bool:
-    """Tokens in one row, or slices side by side."""
-    return sketch.table[0] == 1 or len(sketch.grid) == 3
+    """Tokens in one row, slices side by side, or lines of text."""
+    high, wide = sketch.canvas.shape[1:3]
+    return sketch.table[0] == 1 or len(sketch.grid) == 3 or (not sketch.curves and wide > 2 * high)
 
 
 def panels(example: Example) -> list[Panel]:

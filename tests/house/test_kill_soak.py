@@ -1,4 +1,4 @@
-"""Ten kinds of work, killed at random moments, end byte for byte as those that were not."""
+"""Eleven kinds of work, killed at random moments, end byte for byte as those that were not."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "workers": ("pretrain", RANDOM, *LONG, "train.workers=2", "out=OUT"),
     "no average": ("pretrain", RANDOM, *LONG, "train.ema=null", "out=OUT"),
     "two processes": ("pretrain", RANDOM, *LONG, "train.batch=8", "out=OUT"),
+    "fsdp": ("pretrain", RANDOM, *LONG, "train.batch=8", "train.strategy=fsdp", "out=OUT"),
 }  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments_it_ends_as_an_unbroken_one(kind: str, place: Path) -> None:
     draw = random.Random(kind)
-    ranks = 2 if kind == "two processes" else 1
+    ranks = 2 if kind in ("two processes", "fsdp") else 1
     words = {name: [word.replace("OUT", f"{name}-{kind}") for word in KINDS[kind]] for name in ("whole", "killed")}
     began = time.monotonic()
     finish(start(words["whole"], place, ranks))

@@ -911,6 +911,9 @@ def test_an_image_in_both_splits_is_counted_and_said(tmp_path: Path, capsys: pyt
         def plain(self) -> Data:
             return self
 
+        def strata(self) -> dict[str, Any]:
+            return {}
+
     say_leaks(Data())  # type: ignore[arg-type]
     say_leaks(Data())  # type: ignore[arg-type]
     said = capsys.readouterr().err
@@ -924,6 +927,9 @@ def test_noise_and_adapters_without_contents_are_not_compared(capsys: pytest.Cap
         def samples_of(self, split: str) -> Any:
             assert split == "train"
             return object()
+
+        def strata(self) -> dict[str, Any]:
+            return {}
 
     say_leaks(Bare())  # type: ignore[arg-type]
     assert capsys.readouterr().err == ""

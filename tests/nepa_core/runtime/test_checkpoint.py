@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from nepa_core.basics import UserError
 from nepa_core.runtime import checkpoint as module
 from nepa_core.runtime.checkpoint import (
+    BackgroundWriter,
     Checkpoint,
     load_latest,
     optimizer_tensors,
@@ -246,3 +248,43 @@ def test_optimizer_tensors_survive_the_file(tmp_path: Path) -> None:
     found = load_latest(tmp_path)[0]
     assert_same(found, Checkpoint(2, {"optimizer": stored}, {}))
     assert json.loads((tmp_path / "step_00000002" / "state.json").read_text())["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------ in the background
+
+
+def test_one_is_written_at_a_time_and_the_caller_hears_of_each_when_it_looks(tmp_path: Path) -> None:
+    heard, release = list[str](), Event()
+
+    def slow() -> Path:
+        assert release.wait(10)
+        return save_checkpoint(tmp_path, sample(1), keep=2)
+
+    with BackgroundWriter(lambda path: heard.append(path.name)) as writer:
+        writer.write(slow)
+        writer.look()
+        assert heard == []
+        assert names(tmp_path) == []
+        release.set()
+        writer.write(lambda: save_checkpoint(tmp_path, sample(2), keep=2))
+        assert heard == ["step_00000001"]
+    assert heard == ["step_00000001", "step_00000002"]
+    assert names(tmp_path) == heard
+
+
+def test_what_the_disk_says_is_raised_where_the_caller_waits_and_hides_no_other_error(tmp_path: Path) -> None:
+    def full() -> Path:
+        with largest_file(500):
+            return save_checkpoint(tmp_path, sample(1), keep=2)
+
+    def left(error: type[Exception] | None) -> None:
+        with BackgroundWriter(print) as writer:
+            writer.write(full)
+            if error is not None:
+                raise error
+
+    with pytest.raises(UserError, match=r"can't be written: .*raise the limit"):
+        left(None)
+    with pytest.raises(ZeroDivisionError):
+        left(ZeroDivisionError)
+    assert names(tmp_path) == []

@@ -1,32 +1,42 @@
-"""Two processes over gloo train as one does. This file is also the program that torchrun starts."""
+"""Two processes over gloo, and two "machines" of two, train as one does, however the network is held.
+
+This file is also the program that torchrun starts.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from itertools import count
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import PIPE, Popen
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
 import torch
 
+import nepa_core
+from nepa_core.basics import Batch
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override, save_config
 from nepa_core.runtime.distributed import World, world
+from nepa_core.runtime.fit import StepFunction, StepOutput
 from nepa_core.runtime.run import Run
 from recipes.cli import leave
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import numbered
 from recipes.presets import short
 from recipes.resolve import read_target
+from recipes.training import pretraining
 from recipes.training.finetuning import build_classifier, finetune, measure
 from recipes.training.pretraining import pretrain
 from tests import tiny
@@ -37,6 +47,8 @@ from tests.tiny import CPU
 class Case(NamedTuple):
     recipe: str
     keys: dict[str, Any]
+    several: tuple[str, ...] = ()
+    """Keys that are true with several processes alone."""
 
 
 CASES = {
@@ -56,25 +68,57 @@ CASES = {
         },
     ),
     "recomputed": Case("tests.tiny:ragged", {"train.recompute": True, "train.micro_batch": 2}),
+    "packed": Case("tests.tiny:ragged", {"model.pack": True, "train.micro_batch": 1, "train.keep": 3}),
 }
+SHARDED = {
+    "fsdp packed": Case(*CASES["packed"]),
+    "fsdp negatives": Case(*CASES["negatives of both"]),
+    "fsdp heads": Case("tests.tiny:recipe", CASES["heads"].keys, ("train.recompute", "train.compile")),
+    "fsdp random": Case(*CASES["random"]),
+    "fsdp finetune": Case("", {}),
+}
+"""With two processes. The first word is the strategy."""
+FOUR = {
+    "ddp packed": Case(*CASES["packed"]),
+    "hsdp packed": Case(*CASES["packed"]),
+    "hsdp negatives": Case(*CASES["negatives of both"]),
+    "fsdp heads": SHARDED["fsdp heads"],
+    "fsdp regrown": Case(*CASES["packed"]),
+}
+"""With two machines of two."""
+PROGRAM = "tests.nepa_core.runtime.test_distributed"
 WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    """Start two ranks of a module on the loopback interface and wait for them."""
+def torchrun(*words: str, machines: int = 1, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+    """Start two ranks of a module on the loopback interface, or two on each of several "machines", and wait for them.
+
+    Args:
+        restarts: how often torchrun starts them anew where one fails.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
-    command = [sys.executable, *launcher, "--master-port", str(port), "-m", *words]
+    # The lines of docs/many-gpus.md.
+    meeting = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    where = meeting if machines > 1 or restarts else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts), *where]
+    command = [sys.executable, *launcher, "-m", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True) as process:
+    environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with ExitStack() as stack:
+        agents = [
+            stack.enter_context(Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True))
+            for _ in range(machines)
+        ]
         try:
-            output, errors = process.communicate(timeout=200)
+            said = [agent.communicate(timeout=200) for agent in agents]
         except subprocess.TimeoutExpired:
-            process.terminate()  # it ends the ranks, too
+            for agent in agents:
+                agent.terminate()  # it ends the ranks, too
             raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+    status = max((agent.returncode for agent in agents), key=abs)
+    return subprocess.CompletedProcess(command, status, *("".join(each) for each in zip(*said, strict=True)))
 
 
 def rank_main(out: Path, names: list[str]) -> int:
@@ -82,14 +126,17 @@ def rank_main(out: Path, names: list[str]) -> int:
     written: list[str] = []
     if os.environ["RANK"] != "0":
         sys.addaudithook(lambda event, args: written.append(f"{event} {args}") if _writes(event, args, out) else None)
-    with world() as ranks:
+    without_code = partial(torch.compile, backend="eager")  # traced, which is what can fail, and not compiled
+    with world() as ranks, patch.object(torch, "compile", without_code):
         for name in names:
-            if name == "finetune":
-                finetune_and_count(out / name, ranks)
+            strategy = name.split()[0] if name in SHARDED | FOUR else "ddp"
+            if "finetune" in name:
+                finetune_and_count(out / name, ranks, strategy)
                 continue
-            case = CASES[name]
-            with slow_disk(ranks) if name == "whole" else nullcontext():
-                pretrain(read_target(PretrainConfig, case.recipe, case.keys), Run(out / name), ranks)
+            case = (CASES | SHARDED | FOUR)[name.removeprefix("killed ")]
+            keys = case.keys | dict.fromkeys(case.several, True) | {"train.strategy": strategy}
+            with slow_disk(ranks) if name == "whole" else killed_once() if "killed" in name else nullcontext():
+                pretrain(read_target(PretrainConfig, case.recipe, keys), Run(out / name), ranks)
     if written:
         print(f"rank {os.environ['RANK']} wrote: {written}", file=sys.stderr)
         return 3
@@ -114,9 +161,33 @@ def slow_disk(ranks: World) -> Iterator[None]:
         yield
 
 
-def finetune_and_count(folder: Path, ranks: World) -> dict[str, Any]:
+@contextmanager
+def killed_once() -> Iterator[None]:
+    """Rank 1 is killed in step 7, before torchrun has restarted the ranks."""
+    if os.environ["RANK"] == "0" or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        yield
+        return
+    make_step = pretraining.make_step
+
+    def deadly(*given: Any) -> StepFunction:
+        step, calls = make_step(*given), count(1)
+
+        def run(model: torch.nn.Module, batch: Batch) -> StepOutput:
+            if next(calls) == 13:  # of two micro-batches
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(model, batch)
+
+        return run
+
+    with patch.object(pretraining, "make_step", deadly):
+        yield
+
+
+def finetune_and_count(folder: Path, ranks: World, strategy: str = "ddp") -> dict[str, Any]:
     """Fine-tune the tiny recipe; then the figures of a network given by its seed, over an uneven number of batches."""
-    finetune(short(tiny.recipe()).model_copy(update={"recipe": "tests.tiny:recipe"}), Run(folder), ranks, show=False)
+    tuning = override(short(tiny.recipe()), {"train.strategy": strategy})
+    assert tuning.optim.layer_decay is not None
+    finetune(tuning.model_copy(update={"recipe": "tests.tiny:recipe"}), Run(folder), ranks, show=False)
     config = short(
         override(tiny.ragged(), {"data.samples": 53, "data.unreadable": [3, 11], "train.max_unreadable": 0.1})
     )
@@ -142,9 +213,29 @@ if __name__ == "__main__":
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the run of every case, each by two processes."""
     out = tmp_path_factory.mktemp("two")
-    done = torchrun("tests.nepa_core.runtime.test_distributed", str(out), *CASES, "finetune")
+    done = torchrun(PROGRAM, str(out), *CASES, *SHARDED, "finetune")
     assert done.returncode == 0, done.stderr  # 3 is that rank 1 wrote something
     return out
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory, two: Path) -> Path:
+    """The same of two machines with two processes each; one run goes on from what two processes made of it."""
+    out = tmp_path_factory.mktemp("four")
+    cut(two / "packed", out / "fsdp regrown", after=4)
+    done = torchrun(PROGRAM, str(out), *FOUR, machines=2)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 4" in done.stderr
+    return out
+
+
+def cut(run: Path, copy: Path, *, after: int) -> None:
+    """A copy of a finished run as it was at its checkpoint of a step."""
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name > f"step_{after:08d}":
+            shutil.rmtree(checkpoint)
+    (copy / "summary.json").unlink()
 
 
 def newest(run: Path) -> Checkpoint:
@@ -155,52 +246,96 @@ def newest(run: Path) -> Checkpoint:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["whole", "masked", "masked, accumulated", "negatives of both", "heads", "recomputed"])
-def test_two_processes_train_as_one_does(two: Path, tmp_path: Path, name: str) -> None:
-    case = CASES[name]
-    pretrain(read_target(PretrainConfig, case.recipe, case.keys), Run(tmp_path / "one"), World(0, 1, CPU), show=False)
-    expected, found = newest(tmp_path / "one"), newest(two / name)
-    for group in expected.tensors.keys() - {"optimizer", "tally"}:
-        for key, value in expected.tensors[group].items():
-            assert torch.allclose(found.tensors[group][key], value, atol=1e-6), key
-    lines = zip(Run(tmp_path / "one").metrics(), Run(two / name).metrics(), strict=True)
-    for line, other in lines:
-        assert other == pytest.approx(line, rel=1e-3)
-    one, both = Run(tmp_path / "one").summary(), Run(two / name).summary()
-    assert one is not None
-    assert both is not None
-    assert both["loss"] == pytest.approx(one["loss"], abs=1e-5)
-    assert found.state["tokens"] == expected.state["tokens"]
-    assert both["made_with"]["processes"] == 2
+@pytest.mark.parametrize("name", [name for name in CASES | SHARDED if not name.endswith(("random", "finetune"))])
+def test_two_processes_train_as_one_does(two: Path, alone: Callable[[str], Path], name: str) -> None:
+    agree(alone(name), two / name, processes=2)
 
 
 @pytest.mark.distributed
-def test_two_processes_fine_tune_as_one_does_and_count_the_same_to_the_last_digit(two: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FOUR)
+def test_two_machines_of_two_processes_train_as_one_does(four: Path, alone: Callable[[str], Path], name: str) -> None:
+    agree(alone(name), four / name, processes=4)
+
+
+@pytest.mark.distributed
+def test_one_process_ends_what_two_whole_and_four_sharded_ones_began(
+    four: Path, alone: Callable[[str], Path], tmp_path: Path
+) -> None:
+    cut(four / "fsdp regrown", tmp_path / "again", after=8)
+    case = FOUR["fsdp regrown"]
+    pretrain(read_target(PretrainConfig, case.recipe, case.keys), Run(tmp_path / "again"), World(0, 1, CPU), show=False)
+    agree(alone("fsdp regrown"), tmp_path / "again", processes=1)
+    loaded = [nepa_core.load(run).model.state_dict() for run in (alone("fsdp regrown"), four / "fsdp regrown")]
+    assert all(torch.allclose(loaded[1][key], value, atol=1e-6) for key, value in loaded[0].items())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What one process makes of a case; the same one for cases that differ in how the network is held."""
+    out, done = tmp_path_factory.mktemp("one"), list[Case]()
+
+    def run(name: str) -> Path:
+        case = (CASES | SHARDED | FOUR)[name]
+        if case not in done:
+            done.append(case)
+            config = read_target(PretrainConfig, case.recipe, case.keys)
+            pretrain(config, Run(out / str(done.index(case))), World(0, 1, CPU), show=False)
+        return out / str(done.index(case))
+
+    return run
+
+
+def agree(one: Path, several: Path, *, processes: int) -> None:
+    """Losses and weights of one process and of several are the same within rounding."""
+    expected, found = newest(one), newest(several)
+    assert found.tensors.keys() == expected.tensors.keys()
+    for group in expected.tensors.keys() - {"tally"}:
+        assert found.tensors[group].keys() == expected.tensors[group].keys()
+        for key, value in expected.tensors[group].items():
+            assert torch.allclose(found.tensors[group][key], value, rtol=1e-6, atol=1e-6), key
+    for line, other in zip(Run(one).metrics(), Run(several).metrics(), strict=True):
+        assert other == pytest.approx(line, rel=1e-3)
+        if "loss" in line:
+            assert other["loss"] == pytest.approx(line["loss"], abs=1e-6)
+    alone, together = Run(one).summary(), Run(several).summary()
+    assert alone is not None
+    assert together is not None
+    assert together["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+    assert found.state["tokens"] == expected.state["tokens"]
+    assert together["made_with"]["processes"] == processes
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["finetune", "fsdp finetune"])
+def test_two_processes_fine_tune_as_one_does_and_count_the_same_to_the_last_digit(
+    two: Path, tmp_path: Path, name: str
+) -> None:
     figures = finetune_and_count(tmp_path / "one", World(0, 1, CPU))
-    assert Run(two / "finetune").summary("counted.json") == figures
-    expected, found = newest(tmp_path / "one"), newest(two / "finetune")
+    assert Run(two / name).summary("counted.json") == figures
+    expected, found = newest(tmp_path / "one"), newest(two / name)
     for group in ("model", "ema"):
         for key, value in expected.tensors[group].items():
             assert torch.allclose(found.tensors[group][key], value, atol=1e-5), key
-    lines = zip(Run(tmp_path / "one").metrics(), Run(two / "finetune").metrics(), strict=True)
+    lines = zip(Run(tmp_path / "one").metrics(), Run(two / name).metrics(), strict=True)
     for line, other in lines:
         assert other == pytest.approx(line, rel=1e-2)
 
 
 @pytest.mark.distributed
 def test_two_processes_resume_bit_for_bit(two: Path, tmp_path: Path) -> None:
-    """From step 8, two steps into a line of metrics, with everything random on."""
-    whole, again = two / "random", tmp_path / "random"
-    shutil.copytree(whole, again)
-    shutil.rmtree(again / "checkpoints" / "step_00000012")
-    (again / "summary.json").unlink()
-    done = torchrun("tests.nepa_core.runtime.test_distributed", str(tmp_path), "random")
+    """From step 8, two steps into a line of metrics, with everything random on; and after a rank was killed."""
+    for name in ("random", "fsdp random"):
+        cut(two / name, tmp_path / name, after=8)
+    names = ["random", "fsdp random", "killed random"]
+    done = torchrun(PROGRAM, str(tmp_path), *names, restarts=1)
     assert done.returncode == 0, done.stderr
     assert "going on after step 8" in done.stderr
-    assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    expected, found = newest(whole), newest(again)
-    for group, tensors in expected.tensors.items():
-        assert all(torch.equal(found.tensors[group][key], value) for key, value in tensors.items()), group
+    for name in names:
+        whole, again = two / name.removeprefix("killed "), tmp_path / name
+        assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+        expected, found = newest(whole), newest(again)
+        for group, tensors in expected.tensors.items():
+            assert all(torch.equal(found.tensors[group][key], value) for key, value in tensors.items()), group
 
 
 @pytest.mark.distributed

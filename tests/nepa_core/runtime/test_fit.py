@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -378,6 +379,35 @@ def test_vectors_do_not_decay_and_matrices_do() -> None:
 
 
 # -------------------------------------------------------------------------------------------- exact resume
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(
+    tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training(tiny_recipe, tmp_path / "plain")
+    steps, lengths, save, make = 0, list[int](), fit_module.save_checkpoint, make_step(tiny_recipe)
+
+    def counted(model: nn.Module, batch: Batch) -> StepOutput:
+        nonlocal steps
+        steps += 1
+        return make(model, batch)
+
+    def slow(*given: Any, **how: Any) -> Path:
+        began = steps
+        while steps < min(began + 3, 12):
+            time.sleep(0.001)
+        lengths.append(steps - began)
+        return save(*given, **how)
+
+    monkeypatch.setattr(fit_module, "save_checkpoint", slow)
+    training(tiny_recipe, tmp_path / "slow", step=counted)
+    assert lengths[0] >= 3
+    assert stored(tmp_path / "slow") == stored(tmp_path / "plain")
+    found, expected = (load_latest(tmp_path / name / "checkpoints", 8)[0] for name in ("slow", "plain"))
+    assert found is not None
+    assert expected is not None
+    for group, tensors in expected.tensors.items():
+        assert all(torch.equal(found.tensors[group][key], value) for key, value in tensors.items())
 
 
 @pytest.fixture(scope="module")

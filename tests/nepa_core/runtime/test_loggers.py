@@ -95,7 +95,7 @@ def test_hooks_hear_of_every_line_checkpoint_and_the_end_and_change_nothing(
 def test_hooks_may_change_while_a_run_is_stopped(folder: Path, plain: Path) -> None:
     assert main(["pretrain", *TINY, here("stops"), "out=run", "-q"]) == 130
     assert main(["pretrain", *TINY, here("hears"), "out=run", "-q"]) == 0
-    assert heard[0] == ("checkpoint", "run/checkpoints/step_00000008")
+    assert ("checkpoint", "run/checkpoints/step_00000008") in heard
     assert (folder / "run/metrics.jsonl").read_bytes() == (plain / "metrics.jsonl").read_bytes()
 
 
