@@ -23,14 +23,18 @@ class NotFinished(Exception):
 
 
 class Failed(Exception):
-    """A command failed; the message is its last line."""
+    """A command failed; the message is its last line. `figures` are those that are known all the same."""
+
+    def __init__(self, message: str, figures: Figures | None = None) -> None:
+        super().__init__(message)
+        self.figures = figures
 
 
 def tests(*words: str) -> Figures:
     """How many of the tests marked cuda in these files and folders pass.
 
     Raises:
-        Failed: pytest has no such files, or can't run.
+        Failed: some don't, or pytest can't run.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -39,7 +43,10 @@ def tests(*words: str) -> Figures:
         print(done.stdout, done.stderr, flush=True)
         if not report.exists():
             raise Failed(last_line(done.stderr or done.stdout))
-        return counted(ElementTree.parse(report).getroot())
+        found = counted(ElementTree.parse(report).getroot())
+    if found["failed"][0]:
+        raise Failed(f"{found['failed'][0]:.0f} tests failed", found)
+    return found
 
 
 def counted(report: ElementTree.Element) -> Figures:

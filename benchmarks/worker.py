@@ -63,6 +63,8 @@ def measure(row: Row) -> Kept:
             raise KeyboardInterrupt from error
         traceback.print_exc()
         kept["status"], kept["error"] = _status(error), said(error)
+        if figures := getattr(error, "figures", None):
+            kept["figures"] = figures
     kept["seconds"] = round(time.monotonic() - began, 1)
     _forget()
     return kept

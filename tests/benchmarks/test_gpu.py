@@ -52,6 +52,7 @@ def test_what_fails_dies_or_hangs_costs_its_own_row_alone(tmp_path: Path, monkey
         row("first", "count", file, "1", "2"),
         row("fails", "fail", "in two\nlines"),
         row("overflows", "overflow"),
+        row("fails in part", "fail_in_part"),
         row("lacks a package", "lack"),
         row("dies", "die"),
         row("hangs", "hang", seconds=1.0),
@@ -64,6 +65,7 @@ def test_what_fails_dies_or_hangs_costs_its_own_row_alone(tmp_path: Path, monkey
         "first": "done",
         "fails": "failed",
         "overflows": "out of memory",
+        "fails in part": "failed",
         "lacks a package": "failed",
         "dies": "failed",
         "hangs": "not finished",
@@ -72,6 +74,7 @@ def test_what_fails_dies_or_hangs_costs_its_own_row_alone(tmp_path: Path, monkey
         "no data": "no data",
     }
     assert found["first"]["figures"] == {"figure": [1.0, 2.0]}
+    assert found["fails in part"]["figures"] == {"passed": [7.0], "failed": [1.0]}
     assert found["fails"]["error"] == "ValueError: in two lines"
     assert found["lacks a package"]["error"] == "ModuleNotFoundError: No module named 'no_such_package'"
     assert found["dies"]["error"] == "its process ended with status 3, see the log"

@@ -6,6 +6,8 @@ import os
 import time
 from pathlib import Path
 
+from benchmarks.commands import Failed
+
 
 class OutOfMemoryError(RuntimeError):
     """Named as torch's own."""
@@ -20,6 +22,10 @@ def count(file: str, *values: str) -> dict[str, list[float]]:
 
 def fail(message: str) -> dict[str, list[float]]:
     raise ValueError(message)
+
+
+def fail_in_part() -> dict[str, list[float]]:
+    raise Failed("1 tests failed", {"passed": [7.0], "failed": [1.0]})
 
 
 def overflow() -> dict[str, list[float]]:
