@@ -28,6 +28,18 @@ atexit.register(shutil.rmtree, _settings, ignore_errors=True)
 torch.set_num_threads(1)  # several processes share few cores; and sums then come out the same everywhere
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked cuda are skipped where there is no GPU."""
+    wants = [item for item in items if item.get_closest_marker("cuda")]
+    if wants and not torch.cuda.is_available():
+        for item in wants:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+ON_BOTH = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+"""For a test that the CPU passes too, so that what it asks of a GPU is known to be right."""
+
+
 @pytest.fixture
 def tiny_recipe() -> PretrainConfig:
     return tiny.recipe()

@@ -98,7 +98,7 @@ def _fit(config: Trained, steps: int, ranks: World, folder: Path, watch: Stopwat
     train = config.train.model_copy(
         update={"length": Duration(steps=steps), "log": steps, "evaluate": steps, "checkpoint": steps}
     )
-    model = _model(config, ranks)
+    model = model_of(config, ranks)
     run = Run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return fit(
@@ -124,7 +124,7 @@ def step_flops(config: Trained, ranks: World) -> float:
     """
     model, step = network(config).to(ranks.device), step_function(config)
     steps = _plan(config, ranks)
-    batch = _one_batch(config, ranks, config.train.batch // ranks.size // steps.accumulate)
+    batch = one_batch(config, ranks, config.train.batch // ranks.size // steps.accumulate)
     with FlopCounterMode(display=False) as counter:
         step(model, batch).loss.backward()
     return float(counter.get_total_flops() * steps.accumulate)
@@ -146,8 +146,8 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 
 def training_memory(config: Trained, ranks: World) -> int:
     """Peak bytes of two bare training steps of one micro-batch."""
-    run = bare_step(config, _model(config, ranks).train(), ranks)
-    batch = _one_batch(config, ranks, config.train.batch // ranks.size // _plan(config, ranks).accumulate)
+    run = bare_step(config, model_of(config, ranks).train(), ranks)
+    batch = one_batch(config, ranks, config.train.batch // ranks.size // _plan(config, ranks).accumulate)
     for _ in range(2):
         run(batch)
     return peak_memory(ranks.device)
@@ -226,10 +226,10 @@ def bare_step(config: Trained, model: nn.Module, ranks: World) -> Callable[[Batc
 def against_bare_loop(config: Trained, options: BenchOptions, ranks: World) -> dict[str, float]:
     """Time of `fit` over the time of a bare loop with the same model, optimiser, EMA and prepared batches."""
     steps = options.steps
-    batch = _one_batch(config, ranks, config.train.batch)
+    batch = one_batch(config, ranks, config.train.batch)
     ratios = []
     for _ in range(options.repeats):
-        run = bare_step(config, _model(config, ranks).train(), ranks)
+        run = bare_step(config, model_of(config, ranks).train(), ranks)
         for _ in range(max(2, steps // 4)):
             run(batch)
         began = _now(ranks.device)
@@ -277,10 +277,10 @@ def against_bare_transformer(config: Trained, options: BenchOptions, ranks: Worl
     """
     if not isinstance(config, PretrainConfig):
         raise UserError("against=transformer compares pre-training steps; name a pre-training recipe")
-    batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
+    batch = one_batch(config, ranks, config.train.micro_batch or config.train.batch)
     sides = {
-        "nepa": bare_step(config, _model(config, ranks).train(), ranks),
-        "bare": bare_step(config, _bare(config, ranks).train(), ranks),
+        "nepa": bare_step(config, model_of(config, ranks).train(), ranks),
+        "bare": bare_step(config, bare_of(config, ranks).train(), ranks),
     }
     ratios = by_turns(sides["nepa"], sides["bare"], batch, options.repeats, ranks)
     memory = {name: _memory_alone(config, name) for name in sides}
@@ -296,7 +296,7 @@ def against_padding(config: Trained, options: BenchOptions, ranks: World) -> dic
     Raises:
         UserError: no token of a batch is padding.
     """
-    batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
+    batch = one_batch(config, ranks, config.train.micro_batch or config.train.batch)
     mask = config.data.read(batch).mask
     if mask is None or mask.all():
         raise UserError("against=padding wants sequences of unequal length, and no token of a batch is padding here")
@@ -305,7 +305,7 @@ def against_padding(config: Trained, options: BenchOptions, ranks: World) -> dic
         for name in ("padded", "packed")
     }
     losses = {name: _first_loss(each, batch, ranks) for name, each in configs.items()}
-    sides = {name: bare_step(each, _model(each, ranks).train(), ranks) for name, each in configs.items()}
+    sides = {name: bare_step(each, model_of(each, ranks).train(), ranks) for name, each in configs.items()}
     ratios = by_turns(sides["padded"], sides["packed"], batch, options.repeats, ranks)
     return {
         "real tokens %": 100 * float(mask.float().mean()),
@@ -322,11 +322,11 @@ def against_cosine(config: Trained, options: BenchOptions, ranks: World) -> dict
     """
     if not isinstance(config, PretrainConfig):
         raise UserError("against=objectives compares pre-training steps; name a pre-training recipe")
-    batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
+    batch = one_batch(config, ranks, config.train.micro_batch or config.train.batch)
 
     def side(name: str) -> Callable[[Batch], None]:
         each = named(name, config)
-        return bare_step(each, _model(each, ranks).train(), ranks)
+        return bare_step(each, model_of(each, ranks).train(), ranks)
 
     cosine, figures = side("cosine"), {}
     for name in NAMED:
@@ -414,15 +414,16 @@ def print_peak(folder: str, side: str, imports: Sequence[str]) -> None:
     trust.allow(imports)
     config = Run(Path(folder)).load_config(PretrainConfig)
     with world() as ranks:
-        model = _model(config, ranks) if side == "nepa" else _bare(config, ranks)
+        model = model_of(config, ranks) if side == "nepa" else bare_of(config, ranks)
         run = bare_step(config, model.train(), ranks)
-        batch = _one_batch(config, ranks, config.train.micro_batch or config.train.batch)
+        batch = one_batch(config, ranks, config.train.micro_batch or config.train.batch)
         for _ in range(2):
             run(batch)
         print(peak_memory(ranks.device))
 
 
-def _model(config: Trained, ranks: World) -> nn.Module:
+def model_of(config: Trained, ranks: World) -> nn.Module:
+    """The network as it trains: on its device, compiled or recomputed where the recipe says so."""
     model = network(config).to(ranks.device)
     if config.train.compile:
         predictor_in(model).compile_blocks()
@@ -436,11 +437,13 @@ def _plan(config: Trained, ranks: World) -> Plan:
     return plan(config.train, config.optim, samples=samples, ranks=ranks.size)
 
 
-def _bare(config: PretrainConfig, ranks: World) -> BareTransformer:
+def bare_of(config: PretrainConfig, ranks: World) -> BareTransformer:
+    """A bare Transformer of the recipe's shape, on its device."""
     return BareTransformer(config.model, config.data.embedder(config.model.dim)).to(ranks.device)
 
 
-def _one_batch(config: Trained, ranks: World, size: int) -> Batch:
+def one_batch(config: Trained, ranks: World, size: int) -> Batch:
+    """So many training samples, on the device."""
     data: Modality = config.data
     dataset = data.samples_of("train")
     batches: Iterator[Batch] = plain_batches(dataset, batch=size, device=ranks.device, limit=size, seed=0)

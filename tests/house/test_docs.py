@@ -19,6 +19,7 @@ import pytest
 from torch.utils.data import default_collate
 
 import recipes
+from benchmarks import gpu
 from nepa_core import check_modality
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import load_object, override, parse_assignments
@@ -233,7 +234,10 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in words[1:]), where
         return
-    if words[0] == "export":
+    if words[0] == "export" or words[:3] == ["python", "-m", "pip"]:
+        return
+    if words[:3] == ["python", "-m", "benchmarks.gpu"]:
+        gpu.make_parser().parse_args(words[3:])
         return
     if words[0] == "torchrun":  # its own options are those of `test_distributed`
         assert words[words.index("-m") + 1] == "recipes", where

@@ -26,10 +26,11 @@ def _parsed(path: Path) -> ast.Module:
 @pytest.mark.parametrize(
     ("files", "forbidden"),
     [
-        ("nepa_core/**/*.py", ("modalities", "recipes", "tests")),
+        ("nepa_core/**/*.py", ("modalities", "recipes", "benchmarks", "tests")),
         ("nepa_core/*.py", ("nepa_core.runtime",)),
-        ("modalities/**/*.py", ("recipes", "tests")),
-        ("recipes/**/*.py", ("tests",)),
+        ("modalities/**/*.py", ("recipes", "benchmarks", "tests")),
+        ("recipes/**/*.py", ("benchmarks", "tests")),
+        ("benchmarks/**/*.py", ("recipes.tasks", "tests")),
         ("nepa_core/verdict/*.py", ("nepa_core.runtime",)),
         ("nepa_core/kernels/*.py", ("nepa_core.runtime",)),
         ("recipes/**/*.py", ("recipes.tasks",)),

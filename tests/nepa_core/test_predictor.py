@@ -93,7 +93,7 @@ def test_xformers_off_cuda_says_what_to_do_in_one_line() -> None:
         _predictor(attention="xformers")(_inputs(), COORDS, causal=True)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="xformers runs on CUDA only")
+@pytest.mark.cuda
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("mask", [None, HOLES], ids=["whole", "masked"])
 @pytest.mark.parametrize("causal", [True, False])

@@ -246,7 +246,7 @@ def test_where_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_varlen_kernel("sdpa", 64, cuda, half)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels run on CUDA only")
+@pytest.mark.cuda
 @pytest.mark.parametrize("backend", ["sdpa", "xformers"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])

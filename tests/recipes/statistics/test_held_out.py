@@ -85,6 +85,6 @@ def test_what_is_measured_of_some_samples_is_of_drawn_ones(measure: str, monkeyp
         "attention": lambda: measures.attention_by_layer(config, model, CPU, 5),
         "ranks": lambda: downstream.layer_ranks(config, model),
         "order": lambda: orders.measured_order(config, CPU),
-        "batch": lambda: bench._one_batch(config, World(0, 1, CPU), 5),
+        "batch": lambda: bench.one_batch(config, World(0, 1, CPU), 5),
     }[measure]()
     assert read[-5:] == epoch_order(48, 0, 0)[:5].tolist() != list(range(5))

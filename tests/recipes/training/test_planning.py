@@ -28,7 +28,7 @@ MEASURE = """
 import sys
 from nepa_core.runtime.config import parse_assignments
 from nepa_core.runtime.distributed import world
-from recipes.training.bench import _one_batch, peak_memory, training_memory
+from recipes.training.bench import one_batch, peak_memory, training_memory
 from recipes.training.planning import PlanOptions, plan_run
 from recipes.training.workload import read_trained
 config = read_trained("recipes.vision:cifar10", parse_assignments(sys.argv[2:]))
@@ -36,7 +36,7 @@ with world() as ranks:
     if sys.argv[1] == "plan":
         print(plan_run(config, PlanOptions(device="h100")).memory[0].peak)
     else:
-        _one_batch(config, ranks, config.train.batch)
+        one_batch(config, ranks, config.train.batch)
         before = peak_memory(ranks.device)
         print(training_memory(config, ranks) - before)
 """

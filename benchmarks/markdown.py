@@ -1,0 +1,76 @@
+"""Rows for docs/results: a table a stage, and what it was measured with."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from benchmarks.rows import Kept, StageFile
+
+_WIDE = 7  # figures of a stage up to which each has a column
+
+
+def page(files: Iterable[StageFile], names: Mapping[str, str]) -> str:
+    """All stages as one page.
+
+    Args:
+        names: folder -> what stands for it, as no machine's paths belong into a page.
+    """
+    text = "\n\n".join(["# Measured on a GPU", *map(section, files)])
+    for folder, name in names.items():
+        text = text.replace(folder, name)
+    return f"{text}\n"
+
+
+def section(file: StageFile) -> str:
+    """A stage: its table, what was not finished or failed, and command, commit, device, versions, seeds."""
+    machine = file["machine"]
+    versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value != "none")
+    measured = [row for row in file["rows"] if row.get("figures")]
+    seeds = sorted({seed for row in file["rows"] for seed in row["seeds"]})
+    many = "seed" if len(seeds) == 1 else "seeds"
+    parts = [
+        f"## {file['title']}",
+        f"`{file['command']}`, commit `{file['commit']}`, {machine['device']}, {machine['cores']} cores, {versions}, "
+        f"{many} {', '.join(map(str, seeds))}. Median, and lowest to highest of the turns or seeds.",
+    ]
+    if measured:
+        parts.append(table(measured))
+    if rest := [row for row in file["rows"] if row["status"] != "done"]:
+        parts.append("\n".join(f"- {row['name']}: **{row['status']}**{_why(row)}" for row in rest))
+    return "\n\n".join(parts)
+
+
+def table(rows: Sequence[Kept]) -> str:
+    """A line a row and a column a figure, or a line a figure where there are many."""
+    names = list(dict.fromkeys(name for row in rows for name in row.get("figures", {})))
+    if len(names) > _WIDE:
+        lines = [[row["name"], name, cell(values)] for row in rows for name, values in row.get("figures", {}).items()]
+        return _lines(["row", "figure", "value"], lines)
+    lines = [[row["name"], *(cell(row.get("figures", {}).get(name, [])) for name in names)] for row in rows]
+    return _lines(["row", *names], lines)
+
+
+def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(words)} |" for words in (head, *rows)]
+    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
+
+
+def cell(values: Sequence[float]) -> str:
+    """ "2,512 (2,490 to 2,530)", or one value alone."""
+    if not values:
+        return ""
+    middle = number(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({number(min(values))} to {number(max(values))})"
+
+
+def number(value: float) -> str:
+    """Four digits that count, no fewer than all before the point."""
+    if value == int(value):
+        return f"{int(value):,}"
+    digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 10 else 3
+    return f"{value:,.{digits}f}"
+
+
+def _why(row: Kept) -> str:
+    return f": {row['error'].replace('|', '/')}" if row.get("error") else ""
