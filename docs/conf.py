@@ -41,7 +41,7 @@ napoleon_use_ivar = True
 
 CONTENTS = {
     "Start": ("../README", "tutorial", "your-own-data", "python", "embed", "generate", "commands"),
-    "Recipes": ("vision-recipe", "audio", "series", "video-and-volumes"),
+    "Recipes": ("vision-recipe", "audio", "series", "video-and-volumes", "text-and-events", "together"),
     "Questions": ("beside", "objectives", "orders", "troubleshooting", "glossary"),
     "Results": ("../RESULTS", "results/index"),
     "Runs": ("going-on", "many-gpus", "logging", "export"),
