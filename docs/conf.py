@@ -55,9 +55,11 @@ REFERENCE = {
     "The core": ("nepa_core", "nepa_core.runtime.load"),
     "Objective": ("nepa_core.objective", "nepa_core.terms"),
     "Adapters": ("modalities.image", "modalities.scenes", "modalities.audio", "modalities.timeseries",
-                 "modalities.features", "modalities.video", "modalities.volume", "modalities.orders"),
+                 "modalities.features", "modalities.video", "modalities.volume", "modalities.text", "modalities.events",
+                 "modalities.tones", "modalities.together", "modalities.orders"),
     "Recipes": ("recipes.training.door", "recipes.presets", "recipes.vision", "recipes.audio", "recipes.timeseries",
-                "recipes.video", "recipes.volumes", "recipes.configs", "recipes.report.summaries"),
+                "recipes.video", "recipes.volumes", "recipes.text", "recipes.events", "recipes.together",
+                "recipes.configs", "recipes.report.summaries"),
     "Settings of a run": ("nepa_core.runtime.fit", "nepa_core.runtime.optim"),
 }  # fmt: skip
 """Heading of the reference -> the modules whose public names it lists."""
