@@ -118,7 +118,8 @@ def test_words_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
         names = [*options.model_fields, "data.samples", "train.max_unreadable", "data.size", "data.unreadable"]
         pairs = [(name, value) for name in names for value in ODD if (name, value) != ("decoder_steps", "1e3")]
         for name, value in draw.sample(pairs, 18):
-            commands.append(Command((task, target, f"{name}={value}")))
+            few = [word for word in FEW.get(task, ()) if not word.startswith(f"{name}=")]
+            commands.append(Command((task, target, *few, f"{name}={value}")))
     faults = [fault for command in commands if (fault := tried(command, tmp_path, capsys, runs))]
     assert not faults, "\n".join(faults)
 
