@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Annotated, Any, cast
@@ -102,15 +103,15 @@ def opened(parts: Mapping[str, Modality], split: str) -> dict[str, Dataset[Batch
     return found
 
 
-class _Parts(Dataset[Batch]):
+class _Parts(Dataset[Batch], ABC):
     """What both have in common: which samples of the parts stand at an index, and what is said of them."""
 
     def __init__(self, sets: Mapping[str, Dataset[Batch]]) -> None:
         self.sets = dict(sets)
 
+    @abstractmethod
     def rows(self, index: int) -> dict[str, int]:
         """Part -> its sample, of those that this one holds."""
-        raise NotImplementedError
 
     def sample_of(self, part: str, row: int) -> Batch:
         """A part's sample, its keys behind its name."""

@@ -118,16 +118,21 @@ def _fit(config: Trained, steps: int, ranks: World, folder: Path, watch: Stopwat
 
 
 def step_flops(config: Trained, ranks: World) -> float:
-    """Floating-point operations of one process' share of a step, forward and backward, as torch counts them.
+    """Floating-point operations of one process' share of a step; see `pass_flops`."""
+    steps = _plan(config, ranks)
+    return steps.accumulate * pass_flops(config, ranks, config.train.batch // ranks.size // steps.accumulate)
+
+
+def pass_flops(config: Trained, ranks: World, samples: int) -> float:
+    """Floating-point operations of so many samples at once, forward and backward, as torch counts them.
 
     Those of the method: what `train.recompute` does twice counts once.
     """
     model, step = network(config).to(ranks.device), step_function(config)
-    steps = _plan(config, ranks)
-    batch = one_batch(config, ranks, config.train.batch // ranks.size // steps.accumulate)
+    batch = one_batch(config, ranks, samples)
     with FlopCounterMode(display=False) as counter:
         step(model, batch).loss.backward()
-    return float(counter.get_total_flops() * steps.accumulate)
+    return float(counter.get_total_flops())
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:

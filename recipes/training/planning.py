@@ -16,14 +16,16 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from nepa_core.basics import FROZEN, Batch
+from nepa_core.basics import FROZEN
 from nepa_core.runtime.data import plain_batches
+from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import autocast_dtype, plan
+from recipes.training.bench import one_batch, pass_flops
 from recipes.training.workload import Trained, network, predictor_in, step_function
 
 _CPU = torch.device("cpu")
+_HERE = World(0, 1, _CPU)
 _GIB = 2**30
 
 
@@ -80,20 +82,6 @@ class PlanOptions(BaseModel):
     kwh_price: float | None = Field(default=None, ge=0, description="of a kilowatt-hour, in the same currency")
 
 
-class Memory(NamedTuple):
-    """Bytes on one device.
-
-    Attributes:
-        held: of weights, average and optimiser. peak: at the micro-batch. most: the largest micro-batch that fits.
-    """
-
-    strategy: str
-    recompute: bool
-    held: float
-    peak: float
-    most: int
-
-
 class Planned(NamedTuple):
     """What `nepa plan` says.
 
@@ -109,7 +97,7 @@ class Planned(NamedTuple):
     steps: int
     samples: int
     micro_batch: int
-    memory: list[Memory]
+    memory: list[Need]
     checkpoint: int
     loaded: float
 
@@ -186,6 +174,7 @@ class Need(NamedTuple):
     block: int
     strategy: str
     devices: int
+    recompute: bool = False
 
     @property
     def held(self) -> float:
@@ -220,7 +209,7 @@ def count_pass(config: Trained, *, recompute: bool, precision: str) -> Pass:
     dtype = autocast_dtype(precision, _CPU)
     lines, forward = list[list[int]](), 0
     for samples in (_SAMPLES[0], *_SAMPLES):  # the first fills what is made once
-        batch = _batch(config, samples)
+        batch = one_batch(config, _HERE, samples)
         model.zero_grad(set_to_none=True)
         tensors = (each for each in batch.values() if isinstance(each, Tensor))
         torch.manual_seed(0)
@@ -238,14 +227,6 @@ def count_pass(config: Trained, *, recompute: bool, precision: str) -> Pass:
     return Pass(few - _SAMPLES[0] * slope, slope, forward)
 
 
-def count_flops(config: Trained) -> float:
-    """Floating-point operations of a sample, forward and backward, as torch counts them; recomputing is no work."""
-    model, step = network(config).train(), step_function(config)
-    with FlopCounterMode(display=False) as counter:
-        step(model, _batch(config, _SAMPLES[0])).loss.backward()
-    return float(counter.get_total_flops()) / _SAMPLES[0]
-
-
 def plan_run(config: Trained, options: PlanOptions) -> Planned:
     """Count, and divide.
 
@@ -257,20 +238,19 @@ def plan_run(config: Trained, options: PlanOptions) -> Planned:
     steps = plan(config.train, config.optim, samples=options.samples or len(cast(Sized, data)), ranks=options.devices)
     micro = config.train.batch // count // steps.accumulate
     model = network(config)
-    weights = sum(each.numel() * each.element_size() for each in model.parameters())
+    weights = _bytes(model)
     shard = 2 * max(_bytes(block) for block in predictor_in(model).blocks)  # weights and gradients of one, gathered
     copies = 3 + (config.train.ema is not None)  # with AdamW's two moments
     precision = "bfloat16" if config.train.precision == "auto" else config.train.precision
-    room = (device.memory - _CONTEXT) * _GIB
     memory = []
     for recompute in (False, True):
         seen = count_pass(config, recompute=recompute, precision=precision)
         for strategy in ("ddp",) if count == 1 else ("ddp", "fsdp"):
-            need = Need(seen, weights, copies, shard, strategy, count)
-            memory.append(Memory(strategy, recompute, need.held, need.peak(micro), need.largest(room)))
+            memory.append(Need(seen, weights, copies, shard, strategy, count, recompute))
+    flops = pass_flops(config, _HERE, _SAMPLES[0]) / _SAMPLES[0]
     return Planned(
         parameters=sum(each.numel() for each in model.parameters()),
-        flops=(flops := count_flops(config)),
+        flops=flops,
         rate=count * options.share * device.peak * 1e12 / flops,
         steps=steps.total,
         samples=steps.total * config.train.batch,
@@ -283,10 +263,6 @@ def plan_run(config: Trained, options: PlanOptions) -> Planned:
 
 def _bytes(module: nn.Module) -> int:
     return sum(each.numel() * each.element_size() for each in module.parameters())
-
-
-def _batch(config: Trained, samples: int) -> Batch:
-    return next(plain_batches(config.data.samples_of("train"), batch=samples, device=_CPU, limit=samples, seed=0))
 
 
 def _loading(config: Trained) -> float:
@@ -330,12 +306,13 @@ def render(planned: Planned, config: Trained, options: PlanOptions) -> str:
     }  # fmt: skip
     lines = [f"{name:<11} {text}" for name, text in rows.items()]
     table = [f"{'memory of one device':<22}{'held':>10}{'peak':>10}  {'largest micro-batch':>20}"]
+    room = (device.memory - _CONTEXT) * _GIB
     for each in planned.memory:
         name = each.strategy if count > 1 else "one device"
-        most = "none" if each.most == 0 else f"{each.most:,}"
+        peak, most = each.peak(planned.micro_batch), each.largest(room) or "none"
         what = f"{name}{', recompute' if each.recompute else ''}"
-        fits = "" if each.peak <= (device.memory - _CONTEXT) * _GIB else "  does not fit"
-        table.append(f"{what:<22}{each.held / _GIB:>6.2f} GiB{each.peak / _GIB:>6.2f} GiB  {most:>20}{fits}")
+        fits = "" if peak <= room else "  does not fit"
+        table.append(f"{what:<22}{each.held / _GIB:>6.2f} GiB{peak / _GIB:>6.2f} GiB  {most:>20}{fits}")
     table.append(f"peak: of micro-batches of {planned.micro_batch:,}, and {_CONTEXT} GiB of the device are left free")
     return "\n".join([*lines, "", *table])
 

@@ -14,7 +14,8 @@ import torch
 from nepa_core.runtime.config import override
 from recipes.cli import main
 from recipes.training import planning
-from recipes.training.planning import Need, Pass, PlanOptions, count_flops, count_pass, plan_run
+from recipes.training.bench import pass_flops
+from recipes.training.planning import Need, Pass, PlanOptions, count_pass, plan_run
 from recipes.training.workload import Trained, network
 from tests import tiny
 
@@ -34,7 +35,7 @@ from recipes.training.workload import read_trained
 config = read_trained("recipes.vision:cifar10", parse_assignments(sys.argv[2:]))
 with world() as ranks:
     if sys.argv[1] == "plan":
-        print(plan_run(config, PlanOptions(device="h100")).memory[0].peak)
+        print(plan_run(config, PlanOptions(device="h100")).memory[0].peak(config.train.batch))
     else:
         one_batch(config, ranks, config.train.batch)
         before = peak_memory(ranks.device)
@@ -69,7 +70,7 @@ def test_a_pass_is_extrapolated_to_any_batch() -> None:
 def _peak_of(config: Trained, samples: int) -> float:
     """What is alive at most at that batch, counted there."""
     model, step = network(config).train(), planning.step_function(config)
-    batch = planning._batch(config, samples)
+    batch = planning.one_batch(config, planning._HERE, samples)
     step(model, batch).loss.backward()
     model.zero_grad(set_to_none=True)
     with planning.Live([*model.parameters(), *model.buffers(), *batch.values()]) as live:
@@ -92,7 +93,7 @@ def test_need_by_strategy() -> None:
 def test_hours_follow_from_operations() -> None:
     config = override(tiny.recipe(), {"train.length.steps": 1000})
     found = plan_run(config, PlanOptions(device="a100", devices=2, share=0.5))
-    assert found.rate == pytest.approx(2 * 0.5 * 312e12 / count_flops(config))
+    assert found.rate == pytest.approx(2 * 0.5 * 312e12 / (pass_flops(config, planning._HERE, 2) / 2))
     assert found.samples == 1000 * config.train.batch
     assert found.hours == pytest.approx(found.samples / found.rate / 3600)
     parameters = sum(each.numel() for each in network(config).parameters())
