@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from modalities.data.hub import one_line
+from modalities.data.image_arrays import PixelFile
 from modalities.data.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
 from modalities.data.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
 from modalities.data.image_sources import Arrays, Files, Noise, Rows, Size, Source, SourceName, open_source
@@ -142,13 +143,14 @@ class DecodedImages(Dataset[Batch]):
         """See `modalities.data.listing.fingerprint`."""
         names, rows = self.source.relative_names(), self.rows.tolist()
         labels = None if isinstance(self.source, Files) else self.labels.numpy()  # of files the folder says it
-        return fingerprint((names[row] for row in rows), self.source.sizes()[rows], labels)
+        known = fingerprint((names[row] for row in rows), self.source.sizes()[rows], labels)
+        return f"{known}; {self.source.content()}" if isinstance(self.source, PixelFile) else known
 
     def contents(self) -> Contents | None:
         """See `modalities.data.listing.Contents`; None of noise, which is made on access."""
         if isinstance(self.source, Noise):
             return None
-        opening = IN_PLACE if isinstance(self.source, Arrays | Rows) else OPENING
+        opening = IN_PLACE if isinstance(self.source, Arrays | Rows | PixelFile) else OPENING
         return Contents(self.source.sizes()[self.rows.numpy()], self._stored, self.name, opening)
 
     def raw(self, index: int) -> bytes | Pixels:

@@ -70,11 +70,11 @@ def test_an_interrupted_command_goes_on_with_the_next_shard(
     assert command(tree, whole) == 0
     write, calls = resize.write_shard, []
 
-    def stopping(*words: Any) -> resize.Shard:
-        calls.append(words[-1].file)
+    def stopping(*words: Any) -> None:
+        calls.append(words[-1].shard)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return write(*words)
+        write(*words)
 
     monkeypatch.setattr(resize, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(resize, "write_shard", stopping)
@@ -95,10 +95,11 @@ def test_a_command_that_fails_before_its_first_shard_leaves_nothing(
 ) -> None:
     out, write = tmp_path / "new" / "small", resize.write_shard
 
-    def full(data: Any, options: Any, folder: Path, shard: resize.Shard) -> resize.Shard:
+    def full(data: Any, options: Any, folder: Path, shard: resize.Part) -> None:
         if before == "a finished shard" and shard.number == 0:
-            return write(data, options, folder, shard)
-        (folder / resize.DONE / f".writing_{shard.file}").write_bytes(b"half of it")
+            write(data, options, folder, shard)
+            return
+        (folder / resize.DONE / f".writing_{shard.shard}").write_bytes(b"half of it")
         raise UserError("no space left")
 
     if before == "an empty folder":
