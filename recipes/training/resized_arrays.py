@@ -117,7 +117,7 @@ def deliver(drafts: Path, out: Path, name: str, parts: Sequence[Part], classes: 
     gaps = [row for row in range(count) if row not in images]
     moved = dict(zip(gaps, sorted(row for row in images if row >= count), strict=True))
     with disk_errors(draft):
-        if gaps and draft.stat().st_size > len(array_head(shape)) + _bytes((count, *shape[1:])):
+        if draft.stat().st_size > len(array_head(shape)) + _bytes((count, *shape[1:])):
             _close_gaps(draft, moved, (count, *shape[1:]))
         labels, names = zip(*(images[moved.get(row, row)] for row in range(count)), strict=True)
         write_beside(file.with_suffix(".npz"), labels, names, classes)
