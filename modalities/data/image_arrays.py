@@ -4,8 +4,8 @@
   SPLIT.npz   beside it, without pickle: "labels" int64 [n]; "names" bytes [n], where each image is from; "classes",
               their names, or none
 
-`nepa resize format=array` writes them. Rows are read by `pread`: loader processes share the pages that the system keeps,
-and a disk that fails costs a named image, where a map would cost the process (SIGBUS).
+`nepa resize format=array` writes them. Rows are read by `pread`: loader processes share the pages that the system
+keeps, and a disk that fails costs a named image, where a map would cost the process (SIGBUS).
 
 Shapes: n images of H x W pixels with C channels.
 """
@@ -55,8 +55,8 @@ class PixelFile:
         return self.shape[1:3]
 
     def read(self, row: int) -> Pixels:
-        pixels = self.rows([row])[0]
-        return pixels[..., 0] if self.shape[3] == 1 else pixels
+        pixels: Pixels = self.rows([row])[0]
+        return pixels.reshape(self.one_size) if self.shape[3] == 1 else pixels
 
     def rows(self, rows: Sequence[int]) -> Pixels:
         """Images [len(rows), H, W, C].
@@ -68,7 +68,7 @@ class PixelFile:
         found = np.empty((len(rows), *self.shape[1:]), np.uint8)
         size, handle = found[:1].nbytes, _handle(str(self.path))
         for pixels, row in zip(found, rows, strict=True):
-            if os.preadv(handle, [pixels], self.offset + row * size) != size:
+            if os.preadv(handle, [pixels.data], self.offset + row * size) != size:
                 raise ValueError("the file has become shorter since it was opened")
         return found
 
@@ -114,7 +114,7 @@ def open_array(file: Path) -> PixelFile:
     kinds = labels.dtype.kind, origins.dtype.kind, classes.dtype.kind
     if (labels.shape, origins.shape) != (shape[:1], shape[:1]) or kinds not in (("i", "S", "U"), ("i", "S", "f")):
         raise UserError(
-            f"{beside} is not of {file.name}: it has {len(labels)} labels and {len(origins)} names for {shape[0]} images; "
+            f"{beside} is not of {file.name}: {len(labels)} labels and {len(origins)} names for {shape[0]} images; "
             "write both files again by nepa resize"
         )
     names = tuple(map(str, classes)) or None

@@ -71,7 +71,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 class Source(Hashable, Protocol):
-    """Labels and undecoded images."""
+    """Labels and undecoded images; where all have one size, `one_size` is it, (height, width)."""
 
     @property
     def labels(self) -> Tensor:
@@ -170,6 +170,10 @@ class Arrays:
     labels: Tensor
     classes: Classes | None
 
+    @property
+    def one_size(self) -> Size:
+        return self.images.shape[1], self.images.shape[2]
+
     def read(self, row: int) -> Pixels:
         image: Pixels = self.images[row]
         return image
@@ -192,6 +196,10 @@ class Noise:
     seed: int
     labels: Tensor
     classes: Classes | None = None
+
+    @property
+    def one_size(self) -> Size:
+        return self.size
 
     def read(self, row: int) -> Pixels:
         noise = np.random.default_rng((self.seed, row)).bytes(self.size[0] * self.size[1] * 3)
@@ -430,7 +438,9 @@ def _open_cifar10(folder: Path, split: str) -> Arrays:
 
 def _open_arrays(files: Mapping[str, Path], split: str) -> Source:
     arrays = {each: open_array(file) for each, file in files.items()}
-    _same_classes(f"data.root={files['train'].parent}", {each: found.classes for each, found in arrays.items()}, "classes")
+    _same_classes(
+        f"data.root={files['train'].parent}", {each: found.classes for each, found in arrays.items()}, "classes"
+    )
     return _checked(arrays[split])
 
 

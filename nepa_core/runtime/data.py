@@ -322,6 +322,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    """Some samples of a batch, whose values are tensors or lists of bytes."""
+    return {name: x[rows] if isinstance(x, Tensor) else [x[row] for row in rows] for name, x in batch.items()}
+
+
 def plain_batches(
     dataset: Dataset[Batch],
     *,
@@ -377,7 +382,7 @@ def plain_batches(
             sound = faults == 0
             if not sound.all():
                 found = [*found, *(_broken(dataset, i, int(k)) for i, k in zip(drawn, faults, strict=True) if k)]
-                loaded = {name: x[sound] for name, x in loaded.items()} if sound.any() else {}
+                loaded = rows_of(loaded, sound.nonzero()[:, 0].tolist()) if sound.any() else {}
                 places = [place for place, good in zip(places, sound.tolist(), strict=True) if good]
         if kept is not None:
             kept += [start + place for place in places]

@@ -1,4 +1,4 @@
-"""nepa resize: write a recipe's images once more, scaled down: shards load twice as fast, an array is not decoded at all.
+"""nepa resize: write a recipe's images once more, scaled down, as shards that load twice as fast or as an array.
 
 Most of the time a core spends on an image of ImageNet goes into decoding pixels that the next step scales away. Here
 every image is scaled (bicubic, antialiased) until its shorter side is `size`, and stored as JPEG; one that is a JPEG

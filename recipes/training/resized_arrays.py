@@ -1,8 +1,8 @@
 """Resized images as one file of pixels a split, see `modalities.data.image_arrays`.
 
-Every process writes its rows into a draft that has room for all. Where images could not be read, the last ones are moved
-into their places, so that the file has no gaps; doing that twice changes nothing, and so a command that was interrupted
-at any point goes on.
+Every process writes its rows into a draft that has room for all. Where images could not be read, the last ones are
+moved into their places, so that the file has no gaps; doing that twice changes nothing, and so a command that was
+interrupted at any point goes on.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def deliver(drafts: Path, out: Path, name: str, parts: Sequence[Part], classes: 
     """
     file, draft = out / f"{name}.npy", drafts / f"{name}.npy"
     found = [read_json(drafts / part.done) for part in parts]
-    images = {row: here for each in found for row, *here in zip(each["rows"], each["labels"], each["names"], strict=True)}
+    known = (zip(each["rows"], each["labels"], each["names"], strict=True) for each in found)
+    images = {row: (label, name) for part in known for row, label, name in part}
     count = len(images)
     if not count:
         raise UserError(f"{name}: no image can be read; the first: {found[0]['unreadable'][0]}")

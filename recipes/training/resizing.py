@@ -48,7 +48,7 @@ class ResizeOptions(BaseModel):
     )
     size: int = Field(default=256, gt=0, description="the shorter side in pixels; default 256")
     quality: int = Field(default=90, ge=1, le=100, description="of the JPEG, up to 100; default 90")
-    images: int = Field(default=4096, gt=0, description="in a shard, or in what is written again after a stop; default 4096")
+    images: int = Field(default=4096, gt=0, description="in a shard, or written at once; default 4096")
     workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core")
 
 
@@ -82,9 +82,7 @@ def resize(data: Modality, options: ResizeOptions, out: Path) -> list[str]:
         raise
 
 
-def _write(
-    data: Modality, options: ResizeOptions, out: Path, parts: list[Part], classes: Sequence[str]
-) -> list[str]:
+def _write(data: Modality, options: ResizeOptions, out: Path, parts: list[Part], classes: Sequence[str]) -> list[str]:
     missing = [part for part in parts if not _is_done(out, part, options)]
     if options.format == "array":
         if missing:

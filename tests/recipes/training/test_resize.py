@@ -211,9 +211,7 @@ def test_the_last_images_take_the_places_of_unreadable_ones(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("stop", ["write_rows", "deliver", "between"])
-def test_an_interrupted_array_goes_on(
-    stop: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_array_goes_on(stop: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, out = tmp_path / "whole", tmp_path / "array"
     assert array_command(tree, whole) == 0
     name = "write_rows" if stop == "write_rows" else "deliver"
@@ -243,9 +241,7 @@ def test_an_interrupted_array_goes_on(
     assert command(tree, out) == 2, "shards of the same settings are something else"
 
 
-def test_a_full_disk_costs_the_draft_alone(
-    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_costs_the_draft_alone(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with largest_file(5000):
         assert array_command(tree, tmp_path / "array") == 2
     assert "can't be written: File too large" in capsys.readouterr().err
