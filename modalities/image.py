@@ -14,8 +14,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.data.device_augment import augmented
-from modalities.data.drawn_images import AUGMENT, records
+from modalities.data.device_decode import ENCODED, check_cuda, still_to_do
+from modalities.data.drawn_images import AUGMENT
 from modalities.data.image_augment import Augment, Interpolation, erase
 from modalities.data.image_decode import LARGEST_IMAGE, SUFFIXES, Channels
 from modalities.data.image_sources import SourceName, numbered_classes, open_source
@@ -39,6 +39,8 @@ class Images(Ordered, Modality):
         augment_on: "device" crops, flips and changes training images where the network is, a whole batch at once, with
             the same draws; loader processes then only read, and decode where images are encoded. A crop is left to the
             device where all stored images have one size (arrays of `nepa resize format=array`, `in_memory`).
+        decode_on: "gpu" decodes JPEG files of the training split by nvJPEG where the network is, and augments there,
+            too; what nvJPEG can't take is decoded by loader processes and counted. Held-out images: on the CPU.
         patch_order, order_seed: the order in which patches are predicted, see `modalities.orders`.
     """
 
@@ -58,6 +60,7 @@ class Images(Ordered, Modality):
     squash: bool = False
     erase: float = Field(default=0.0, ge=0, le=1)
     augment_on: Literal["cpu", "device"] = "cpu"
+    decode_on: Literal["cpu", "gpu"] = "cpu"
     in_memory: bool = False
     limit: PositiveInt | None = None
     max_pixels: PositiveInt = LARGEST_IMAGE
@@ -73,6 +76,11 @@ class Images(Ordered, Modality):
             raise ValueError("data.source=folder needs data.root=DIR, the folder that holds the images")
         if self.source == "hub" and self.root is None:
             raise ValueError("data.source=hub needs data.root=OWNER/NAME, the name of a data set on the hub")
+        if self.decode_on == "gpu" and (self.channels != 3 or self.in_memory or self.augment == "none"):
+            raise ValueError(
+                "data.decode_on=gpu is for random crops of colour images that are decoded as they are read: it needs "
+                "data.augment=crop, crop_flip or randaugment, data.channels=3 and data.in_memory=false"
+            )
         for key, values in {"mean": self.mean, "std": self.std}.items():
             if len(values) != self.channels:
                 raise ValueError(f"data.{key} has {len(values)} numbers for data.channels={self.channels}")
@@ -84,6 +92,8 @@ class Images(Ordered, Modality):
         return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
 
     def dataset(self, split: str) -> Dataset[Batch]:
+        if encoded := split == "train" and self.decode_on == "gpu":
+            check_cuda()
         return open_images(
             self.source,
             split,
@@ -100,6 +110,7 @@ class Images(Ordered, Modality):
             limit=self.limit,
             max_pixels=self.max_pixels,
             augment_on=self.augment_on,
+            encoded=encoded,
         )
 
     def tokenize(self, batch: Batch) -> Tokens:
@@ -120,8 +131,8 @@ class Images(Ordered, Modality):
         With noise that is N(0, 1) when the pixels have been standardised.
         """
         if AUGMENT in batch:
-            image = augmented(batch["image"], records(batch), self.size, self.mean, self.interpolation)
-            batch = {name: value for name, value in batch.items() if name != AUGMENT} | {"image": image}
+            image = still_to_do(batch, self.size, self.mean, self.interpolation)
+            batch = {name: value for name, value in batch.items() if name not in (AUGMENT, ENCODED)} | {"image": image}
         if "erase" not in batch:
             return batch
         rest = {name: value for name, value in batch.items() if name != "erase"}
@@ -162,7 +173,7 @@ class Images(Ordered, Modality):
         return Sketch(pixels[:, 0] if self.channels == 1 else pixels.permute(0, 2, 3, 1), self.grid)
 
     def plain(self) -> Images:
-        return self.model_copy(update={"augment": "none", "augment_on": "cpu", "erase": 0.0})
+        return self.model_copy(update={"augment": "none", "augment_on": "cpu", "decode_on": "cpu", "erase": 0.0})
 
     def files(self, paths: Sequence[str]) -> Dataset[Batch]:
         """Image files by name, brought to this size and these channels as held-out ones are.

@@ -26,15 +26,23 @@ AT_ONCE = 256  # images whose crops are scaled together, to bound what they take
 
 
 def augmented(
-    images: Tensor, drawn: Records, size: tuple[int, int], mean: Sequence[float], interpolation: Interpolation
+    images: Tensor | Sequence[Tensor],
+    drawn: Records,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    interpolation: Interpolation,
 ) -> Tensor:
     """Crop, flip and change images as drawn: uint8 [B, C, h, w] -> uint8 [B, C, H, W].
 
     Args:
+        images: or B of [C, h, w], of several sizes: these are scaled one by one.
         mean: of each channel between 0 and 1, with which RandAugment fills corners. interpolation: of crops.
     """
-    with torch.autocast(images.device.type, enabled=False), torch.no_grad():
-        if (drawn["box"] == (0, 0, *images.shape[-2:])).all() and tuple(images.shape[-2:]) == size:
+    with torch.autocast(images[0].device.type, enabled=False), torch.no_grad():
+        if not isinstance(images, Tensor):
+            crops = [cropped_alone(*each, size, interpolation) for each in zip(images, drawn["box"], strict=True)]
+            images = flipped(torch.stack(crops), drawn["flip"])
+        elif (drawn["box"] == (0, 0, *images.shape[-2:])).all() and tuple(images.shape[-2:]) == size:
             images = flipped(images, drawn["flip"])
         else:
             parts = [slice(start, start + AT_ONCE) for start in range(0, len(images), AT_ONCE)]
@@ -62,6 +70,18 @@ def cropped(images: Tensor, drawn: Records, size: tuple[int, int], interpolation
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format)
     rows = (pixels @ across[:, None].transpose(-1, -2)).round_().clamp_(0, 255)  # torch's uint8 resize rounds here, too
     return (down[:, None] @ rows).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def cropped_alone(
+    image: Tensor, box: np.ndarray[Any, Any], size: tuple[int, int], interpolation: Interpolation
+) -> Tensor:
+    """The box of one image [C, h, w], scaled to `size` (antialiased)."""
+    from torchvision.transforms.v2 import InterpolationMode  # as slow to import as torch
+    from torchvision.transforms.v2.functional import resized_crop
+
+    mode = InterpolationMode(interpolation)
+    cut: Tensor = resized_crop(image, *map(int, box), list(size), mode, antialias=True)
+    return cut
 
 
 def resize_weights(start: Tensor, length: Tensor, out: int, stored: int, interpolation: Interpolation) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from modalities.data.device_augment import cropped_alone
 from modalities.data.image_augment import Augment, Interpolation, RandAugment, seed_libraries
 from modalities.data.image_decode import Pixels
 from modalities.data.listing import Derived
@@ -26,9 +27,9 @@ from nepa_core.basics import Batch
 
 AUGMENT = "augment"
 """Key of what is to be done to an image: the bytes of one RECORD."""
-RECORD = np.dtype([("box", "<i4", 4), ("flip", "<i4"), ("ops", "<i4", 2), ("amounts", "<f8", 2)])
+RECORD = np.dtype([("box", "<i4", 4), ("flip", "<i4"), ("ops", "<i4", 2), ("amounts", "<f8", 2), ("turn", "<i4")])
 """Top, left, height and width of the crop; whether it is flipped; two operations of RandAugment, by their place in
-timm's list or -1 for none, with the argument of each."""
+timm's list or -1 for none, with the argument of each; the EXIF orientation of what is still to be decoded."""
 
 
 class Drawing:
@@ -115,14 +116,8 @@ class DrawnImages(Derived, Dataset[Batch]):
 
     def _cut(self, image: Tensor, drawn: np.ndarray[Any, Any]) -> Tensor:
         """The crop at its size; nothing of it is then left to the device."""
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2.functional import resized_crop
-
-        top, left, height, width = map(int, drawn["box"][0])
+        cut = cropped_alone(image, drawn["box"][0], self.size, self.interpolation)
         drawn["box"] = (0, 0, *self.size)
-        cut: Tensor = resized_crop(
-            image, top, left, height, width, list(self.size), InterpolationMode(self.interpolation), antialias=True
-        )
         return cut
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from modalities.data.device_decode import EncodedImages
 from modalities.data.drawn_images import Drawing, DrawnImages
 from modalities.data.hub import one_line
 from modalities.data.image_arrays import PixelFile
@@ -50,6 +51,7 @@ def open_images(
     limit: int | None = None,
     max_pixels: int = LARGEST_IMAGE,
     augment_on: Literal["cpu", "device"] = "cpu",
+    encoded: bool = False,
 ) -> Dataset[Batch]:
     """The images of a split, scaled (bicubic, antialiased) to cover `size`, then cropped to it at the centre.
 
@@ -73,6 +75,7 @@ def open_images(
         limit: at most this many training images, drawn by a permutation that never changes.
         max_pixels: of a stored image; a larger one is unreadable, and only its header has been read.
         augment_on: "device" leaves what `augment` names to whoever reads the batch, see `drawn_images`.
+        encoded: training images are left encoded, too, see `device_decode`; `augment` is not "none" then.
 
     Raises:
         UserError: the data can't be found, or can't be read as one of the layouts.
@@ -81,7 +84,7 @@ def open_images(
     stored = open_source(source, split, root=root, size=size)
     train = split == "train"
     limit = limit if train else None
-    later = train and augment != "none" and augment_on == "device"
+    later = train and augment != "none" and (encoded or augment_on == "device")
     filling = mean or (0.5,) * channels
     transform = augmentation(augment, size, filling, interpolation) if train and not later else None
     box = ErasedBox(erase, size) if train and erase else None
@@ -94,6 +97,8 @@ def open_images(
     if later:
         one_size = in_memory or getattr(stored, "one_size", None) is not None
         drawing = Drawing(augment, size, filling)
+        if encoded:
+            return EncodedImages(images, drawing, box)
         return DrawnImages(images, drawing, one_size=one_size, size=size, interpolation=interpolation, erase=box)
     if isinstance(images, DecodedImages) or (transform is None and box is None):
         return images
