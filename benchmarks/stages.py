@@ -160,10 +160,8 @@ def pipeline(size: Size, work: Path) -> Stage:
     common, resize = (*size.network, *batch(size.loading)), ("nepa", "resize", BASE, f"data.root={photos}")
     rows = [
         Row("pictures made", ("photos", str(photos), str(size.photos)), 120.0),
-        Row("resized", ("nepa", "resize", BASE, f"data.root={photos}", f"out={shards}"), 60.0),
-        Row(
-            "written as an array", ("nepa", "resize", BASE, f"data.root={photos}", f"out={array}", "format=array"), 60.0
-        ),
+        Row("resized", (*resize, f"out={shards}"), 60.0),
+        Row("written as an array", (*resize, f"out={array}", "format=array"), 60.0),
     ]
     for loaders in size.workers:
         few = loaders in (size.workers[0], size.workers[-1])
