@@ -14,7 +14,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modalities.data.device_decode import ENCODED, check_cuda, still_to_do
+from modalities.data.device_decode import ENCODED, still_to_do
 from modalities.data.drawn_images import AUGMENT
 from modalities.data.image_augment import Augment, Interpolation, erase
 from modalities.data.image_decode import LARGEST_IMAGE, SUFFIXES, Channels
@@ -92,8 +92,6 @@ class Images(Ordered, Modality):
         return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
 
     def dataset(self, split: str) -> Dataset[Batch]:
-        if encoded := split == "train" and self.decode_on == "gpu":
-            check_cuda()
         return open_images(
             self.source,
             split,
@@ -110,7 +108,7 @@ class Images(Ordered, Modality):
             limit=self.limit,
             max_pixels=self.max_pixels,
             augment_on=self.augment_on,
-            encoded=encoded,
+            encoded=split == "train" and self.decode_on == "gpu",
         )
 
     def tokenize(self, batch: Batch) -> Tokens:

@@ -80,10 +80,14 @@ def still_to_do(batch: Batch, size: tuple[int, int], mean: Sequence[float], inte
     """The images of a batch, decoded where they are not, cropped and changed as its AUGMENT says: uint8 [B, C, H, W].
 
     Where one can't be decoded, float32 with NaN in its place, so that it is counted as unreadable and named.
+
+    Raises:
+        UserError: images are encoded, and there is no GPU. Whoever trains looks at a first batch before anything else.
     """
     drawn = records(batch)
     if ENCODED not in batch:
         return augmented(batch["image"], drawn, size, mean, interpolation)
+    check_cuda()
     device = batch["label"].device
     found = decoded(batch[ENCODED], drawn["turn"], device)
     blank = torch.zeros((3, 1, 1), dtype=torch.uint8, device=device)

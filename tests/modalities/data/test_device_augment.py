@@ -145,9 +145,9 @@ def test_boxes_and_moments_are_distributed_as_on_the_cpu(augment: Any) -> None:
 def test_a_batch_is_that_of_the_cpu(changes: dict[str, Any], workers: int) -> None:
     """Also the boxes of random erasing, through processes that load, from a step in the middle on."""
 
-    def batches(where: str, start: int = 0) -> list[Tensor]:
+    def batches(where: str, start: int = 0, rank: int = 1) -> list[Tensor]:
         data = adapter(augment_on=where, **changes)
-        sampler = DrawSampler(4096, batch=8, accumulate=1, rank=0, ranks=1, seed=0, start=start, stop=3)
+        sampler = DrawSampler(4096, batch=16, accumulate=1, rank=rank, ranks=2, seed=0, start=start, stop=3)
         loader = TrainingBatches(
             data.dataset("train"), sampler, workers=workers, max_unreadable=0.0, device=torch.device("cpu")
         )

@@ -50,7 +50,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """Whatever device there is may decode."""
     found = Counted()
     monkeypatch.setattr(device_decode, "COUNTED", found)
-    monkeypatch.setattr("modalities.image.check_cuda", lambda: None)
+    monkeypatch.setattr("modalities.data.device_decode.check_cuda", lambda: None)
     return found
 
 
