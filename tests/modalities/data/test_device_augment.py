@@ -224,6 +224,7 @@ def test_many_images_are_scaled_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(data.before_mixing(batch)["image"], whole)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_byte_for_byte(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "data.augment": "randaugment",
