@@ -132,7 +132,7 @@ def loop(*words: str) -> Figures:
 
 
 def load(*words: str) -> Figures:
-    """Images a second of the loader alone: `repeats` turns of `steps` batches on the device, after the first."""
+    """Images a second of loading alone, with what it leaves to the device: `repeats` turns of `steps` batches."""
     options, config = read(words)
     with world() as ranks:
         dataset, train = config.data.samples_of("train"), config.train
@@ -145,11 +145,11 @@ def load(*words: str) -> Figures:
         )
         rates = []
         for _ in range(SKIPPED):
-            next(batches)
+            config.data.before_mixing(next(batches))
         for _ in range(options.repeats):
             began = now(ranks.device)
             for _ in range(options.steps):
-                next(batches)
+                config.data.before_mixing(next(batches))
             rates.append(train.batch * options.steps / (now(ranks.device) - began))
         return {"images/s": rates}
 

@@ -146,23 +146,31 @@ def network_stage(name: str, title: str, recipe: str, size: Size) -> Stage:
 
 def pipeline(size: Size, work: Path) -> Stage:
     """Loading alone, and a ViT-B that is fed by it."""
-    photos, shards = work / "photos", work / "shards"
-    stored = {"JPEG 500 x 375": photos, "the same, resized to 256": shards}
-    sources = {"noise": NOISE} | {
-        name: ("data.source=folder", f"data.root={root}", "data.augment=crop_flip") for name, root in stored.items()
+    photos, shards, array = work / "photos", work / "shards", work / "array"
+
+    def stored(root: Path, *more: str) -> tuple[str, ...]:
+        return ("data.source=folder", f"data.root={root}", "data.augment=crop_flip", *more)
+
+    files = {"JPEG 500 x 375": stored(photos), "the same, resized to 256": stored(shards)}
+    fed = {
+        "array of 256 x 256": stored(array),
+        "the same, augmented on the device": stored(array, "data.augment_on=device"),
+        "JPEG 500 x 375, decoded on the GPU": stored(photos, "data.decode_on=gpu"),
     }
-    common = (*size.network, *batch(size.loading))
+    common, resize = (*size.network, *batch(size.loading)), ("nepa", "resize", BASE, f"data.root={photos}")
     rows = [
         Row("pictures made", ("photos", str(photos), str(size.photos)), 120.0),
-        Row("resized", ("nepa", "resize", BASE, f"data.root={photos}", f"out={shards}"), 60.0),
+        Row("resized", (*resize, f"out={shards}"), 60.0),
+        Row("written as an array", (*resize, f"out={array}", "format=array"), 60.0),
     ]
     for loaders in size.workers:
-        for name, source in sources.items():
+        few = loaders in (size.workers[0], size.workers[-1])
+        for name, source in ({"noise": NOISE} | files | (fed if few else {})).items():
             words = (BASE, *source, *common, f"train.workers={loaders}", *size.fed)
             rows.append(Row(f"{name}, {loaders} workers, ViT-B trains", ("fit", *words, "train.compile=true"), 100.0))
             rows.append(Row(f"{name}, {loaders} workers, loading alone", ("load", *words), 60.0))
-    for name in stored:
-        words = (BASE, *sources[name], *size.network, "repeats=3")
+    for name, source in files.items():
+        words = (BASE, *source, *size.network, "repeats=3")
         rows.append(Row(f"{name}, one core", ("decode", *words), 60.0))
     return Stage("pipeline", "Input pipeline", tuple(rows))
 

@@ -6,7 +6,7 @@ Shapes: B samples, C channels, H x W pixels, N = rows * columns patches of p x q
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from einops import rearrange
@@ -14,6 +14,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from modalities.data.device_decode import ENCODED, still_to_do
+from modalities.data.drawn_images import AUGMENT
 from modalities.data.image_augment import Augment, Interpolation, erase
 from modalities.data.image_decode import LARGEST_IMAGE, SUFFIXES, Channels
 from modalities.data.image_sources import SourceName, numbered_classes, open_source
@@ -34,6 +36,11 @@ class Images(Ordered, Modality):
         size: (height, width) in pixels, to which every image is brought.
         patch: (height, width) of a patch in pixels; it divides the size.
         mean, std: of each channel, pixels being between 0 and 1.
+        augment_on: "device" crops, flips and changes training images where the network is, a whole batch at once, with
+            the same draws; loader processes then only read, and decode where images are encoded. A crop is left to the
+            device where all stored images have one size (arrays of `nepa resize format=array`, `in_memory`).
+        decode_on: "gpu" decodes JPEG files of the training split by nvJPEG where the network is, and augments there,
+            too; what nvJPEG can't take is decoded by loader processes and counted. Held-out images: on the CPU.
         patch_order, order_seed: the order in which patches are predicted, see `modalities.orders`.
     """
 
@@ -52,6 +59,8 @@ class Images(Ordered, Modality):
     crop_ratio: float = Field(default=1.0, ge=0.01, le=1)
     squash: bool = False
     erase: float = Field(default=0.0, ge=0, le=1)
+    augment_on: Literal["cpu", "device"] = "cpu"
+    decode_on: Literal["cpu", "gpu"] = "cpu"
     in_memory: bool = False
     limit: PositiveInt | None = None
     max_pixels: PositiveInt = LARGEST_IMAGE
@@ -67,6 +76,11 @@ class Images(Ordered, Modality):
             raise ValueError("data.source=folder needs data.root=DIR, the folder that holds the images")
         if self.source == "hub" and self.root is None:
             raise ValueError("data.source=hub needs data.root=OWNER/NAME, the name of a data set on the hub")
+        if self.decode_on == "gpu" and (self.channels != 3 or self.in_memory or self.augment == "none"):
+            raise ValueError(
+                "data.decode_on=gpu is for random crops of colour images that are decoded as they are read: it needs "
+                "data.augment=crop, crop_flip or randaugment, data.channels=3 and data.in_memory=false"
+            )
         for key, values in {"mean": self.mean, "std": self.std}.items():
             if len(values) != self.channels:
                 raise ValueError(f"data.{key} has {len(values)} numbers for data.channels={self.channels}")
@@ -93,13 +107,15 @@ class Images(Ordered, Modality):
             in_memory=self.in_memory,
             limit=self.limit,
             max_pixels=self.max_pixels,
+            augment_on=self.augment_on,
+            encoded=split == "train" and self.decode_on == "gpu",
         )
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Patches of batch["image"] [B, C, H, W], standardised: values [B, N, P] float32.
 
-        Pixels are uint8, or float32 of 0 to 255 where images have been erased or mixed. Rectangles that a training
-        batch names in batch["erase"] [B, 6] are filled with noise.
+        Pixels are uint8, or float32 of 0 to 255 where images have been erased or mixed. What a training batch says
+        that is still to be done to them is done, see `before_mixing`.
         """
         image = self.before_mixing(batch)["image"]
         if image.dtype not in (torch.uint8, torch.float32):
@@ -108,7 +124,13 @@ class Images(Ordered, Modality):
         return Tokens(values=patchify((image / 255 - mean) / std, self.patch), coords=patch_centres(*self.grid))
 
     def before_mixing(self, batch: Batch) -> Batch:
-        """Fill the rectangles of batch["erase"], once: noise that is N(0, 1) when the pixels have been standardised."""
+        """Do what batch["augment"] says (see `drawn_images`) and fill the rectangles of batch["erase"] [B, 6], once.
+
+        With noise that is N(0, 1) when the pixels have been standardised.
+        """
+        if AUGMENT in batch:
+            image = still_to_do(batch, self.size, self.mean, self.interpolation)
+            batch = {name: value for name, value in batch.items() if name not in (AUGMENT, ENCODED)} | {"image": image}
         if "erase" not in batch:
             return batch
         rest = {name: value for name, value in batch.items() if name != "erase"}
@@ -149,7 +171,7 @@ class Images(Ordered, Modality):
         return Sketch(pixels[:, 0] if self.channels == 1 else pixels.permute(0, 2, 3, 1), self.grid)
 
     def plain(self) -> Images:
-        return self.model_copy(update={"augment": "none", "erase": 0.0})
+        return self.model_copy(update={"augment": "none", "augment_on": "cpu", "decode_on": "cpu", "erase": 0.0})
 
     def files(self, paths: Sequence[str]) -> Dataset[Batch]:
         """Image files by name, brought to this size and these channels as held-out ones are.

@@ -102,7 +102,7 @@ def check_splits_have_samples(modality: Modality) -> None:
 
 
 def check_samples_are_dictionaries(modality: Modality) -> None:
-    """Samples are dictionaries of tensors that can be stacked."""
+    """Samples are dictionaries of tensors that can be stacked, and of bytes."""
     for split in ("train", "test"):
         for sample in _samples(modality.dataset(split)).values():
             _check_is_dictionary(sample, split)
@@ -114,7 +114,7 @@ def _check_is_dictionary(sample: object, split: str) -> None:
         f"a sample of dataset({split!r}) is a {type(sample).__name__}: return a dictionary of tensors"
     )
     for key, value in sample.items():
-        assert isinstance(value, Tensor), (
+        assert isinstance(value, Tensor | bytes), (
             f"sample[{key!r}] of dataset({split!r}) is a {type(value).__name__}: make it a tensor"
         )
 
@@ -274,12 +274,17 @@ def check_tokens_do_not_overlap(modality: Modality) -> None:
     mean, changes less.
     """
     batch = {key: value[:1] for key, value in _batch(modality).items()}
-    raw = {key: value for key, value in batch.items() if value.is_floating_point() or value.dtype == torch.uint8}
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    raw = {key: value for key, value in tensors.items() if value.is_floating_point() or value.dtype == torch.uint8}
     if not raw:
         return
     key = max(raw, key=lambda name: raw[name].numel())
     places = torch.randperm(raw[key].numel())[:PROBES]
-    rows = {name: value.repeat(1 + len(places), *[1] * (value.ndim - 1)) for name, value in batch.items()}
+    often = 1 + len(places)
+    rows = {
+        name: value.repeat(often, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value * often
+        for name, value in batch.items()
+    }
     rows[key] = _changed_one_by_one(raw[key], places)
     tokens = modality.tokenize(rows)
     values, mask = tokens.values, tokens.real

@@ -66,7 +66,9 @@ class Modality(BaseModel, ABC):
 
         `split` is "train" or "test" (held out). Supervised tasks look for the key "label" (an integer is a class,
         float32 [] or [K] are numbers to predict) or "target" (integers [N], the class of every token in canonical
-        order); a negative class is none. A data set may raise `UnreadableSample` for a sample, and may have
+        order); a negative class is none. A value may also be bytes: a batch then has a list of them, which stays on the
+        CPU, for what `before_mixing` and `tokenize` must know there to do a batch on the device. A data set may raise
+        `UnreadableSample` for a sample, and may have
 
           __getitems__(list of int)  a whole batch as one dictionary (or a list of samples), faster for data in memory
           name(int)      what a picture or a message calls that sample, such as its file
@@ -148,8 +150,9 @@ class Modality(BaseModel, ABC):
     def before_mixing(self, batch: Batch) -> Batch:
         """What is done to a training batch, on the device, before `nepa finetune` mixes its samples.
 
-        For augmentation that belongs to one sample but waits for the device, such as random erasing; `tokenize` does
-        it where nothing mixes. A function of the batch. Default: nothing.
+        For augmentation that belongs to one sample but waits for the device, such as crops of a whole batch or random
+        erasing; `tokenize` does it where nothing mixes. A function of the batch: what is random in it was drawn by the
+        data set, so that a resumed run is exact. Default: nothing.
         """
         return batch
 

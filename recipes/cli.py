@@ -46,7 +46,7 @@ TASKS = {
         "import": ("DIR or HUB-NAME", "a run of a released checkpoint: a folder or a hub name"),
         "export": ("RUN", "the released Hugging Face layout, or format=onnx, torch"),
         "push": ("RUN OWNER/NAME", "a run on the Hugging Face hub, with a model card; dry_run=true"),
-        "resize": ("RECIPE", "the recipe's images once more, small, in shards that load faster"),
+        "resize": ("RECIPE", "the recipe's images once more, small, in shards or an array that load faster"),
         "plan": ("RECIPE", "memory, hours, energy and cost of a training run, before it is paid for"),
         "bench": ("RECIPE", "tokens/s, share of peak, memory, and where the time of a step goes"),
     }.items()

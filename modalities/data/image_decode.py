@@ -82,6 +82,9 @@ def decode(stored: bytes | Pixels, channels: Channels, max_pixels: int = LARGEST
             `max_pixels` pixels, of which the header alone is read.
     """
     if isinstance(stored, np.ndarray):
+        if stored.ndim == (3 if channels == 3 else 2):  # nothing to convert: a copy at most, which is the caller's
+            pixels = torch.from_numpy(stored if stored.flags.owndata and stored.flags.writeable else stored.copy())
+            return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
         return _convert(Image.fromarray(stored), channels)
     image = opened(stored, max_pixels)
     if channels == 3 and image.format in ("JPEG", "MPO"):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from modalities.data.hub import load_hub, one_line
+from modalities.data.image_arrays import array_file, open_array
 from modalities.data.image_columns import (
     holds_images,
     holds_numbers,
@@ -70,7 +71,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 class Source(Hashable, Protocol):
-    """Labels and undecoded images."""
+    """Labels and undecoded images; where all have one size, `one_size` is it, (height, width)."""
 
     @property
     def labels(self) -> Tensor:
@@ -106,6 +107,8 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, size
             - `cifar-10-batches-py/`, torchvision's copy of CIFAR-10;
             - what `save_to_disk` of the `datasets` library wrote, `train/` and `validation/`; memory-mapped;
             - WebDataset shards, see `modalities.data.image_shards`; class names stand in `classnames.txt`, if anywhere;
+            - `train.npy` and `val.npy`, pixels of one size that are read without decoding, see
+              `modalities.data.image_arrays`;
             - parquet in the layout of Hugging Face, `train-*.parquet` there or in data/. Up to 512 MiB are read
               into memory, still encoded; of more the `datasets` library makes a memory-mapped Arrow copy, once,
               in its cache (HF_DATASETS_CACHE), because single rows can't be read out of parquet. Shards may differ
@@ -167,6 +170,10 @@ class Arrays:
     labels: Tensor
     classes: Classes | None
 
+    @property
+    def one_size(self) -> Size:
+        return self.images.shape[1], self.images.shape[2]
+
     def read(self, row: int) -> Pixels:
         image: Pixels = self.images[row]
         return image
@@ -189,6 +196,10 @@ class Noise:
     seed: int
     labels: Tensor
     classes: Classes | None = None
+
+    @property
+    def one_size(self) -> Size:
+        return self.size
 
     def read(self, row: int) -> Pixels:
         noise = np.random.default_rng((self.seed, row)).bytes(self.size[0] * self.size[1] * 3)
@@ -286,7 +297,8 @@ def _open_folder(root: str, split: str) -> Source:
         raise UserError(
             f"data.root={root}: looked for train/<class>/* with val/<class>/*, for train/ with validation/ as "
             "save_to_disk writes them, for train-*.parquet with test-*.parquet (there or in data/), for "
-            f"*train*.tar with *val*.tar, and for {CIFAR10}/, but found none of them complete; the "
+            f"*train*.tar with *val*.tar, for train.npy with val.npy as nepa resize writes them, and for {CIFAR10}/, "
+            "but found none of them complete; the "
             "held-out split may be called val, validation or test, and shards must not be compressed; the folder "
             f"holds {some(entries, 8) or 'nothing'}"
         )
@@ -319,6 +331,9 @@ def _layouts(folder: Path, split: str) -> dict[str, Callable[[], Source]]:
     shards = {each: shard_files(folder, names) for each, names in SPLITS.items()}
     if all(shards.values()):
         found["tar files"] = lambda: _checked(_open_tars(folder, shards[split], split))
+    arrays = {each: array_file(folder, names) for each, names in SPLITS.items()}
+    if (train_array := arrays["train"]) and (test_array := arrays["test"]):
+        found["arrays of pixels"] = lambda: _open_arrays({"train": train_array, "test": test_array}, split)
     if not found and folders:
         found[CLASS_FOLDERS] = folders  # says what is wrong with them
     return found
@@ -419,6 +434,14 @@ def _open_cifar10(folder: Path, split: str) -> Arrays:
     except RuntimeError as error:
         raise UserError(f"data.root={folder}: {CIFAR10}/ is incomplete or damaged; download it again") from error
     return Arrays(f"CIFAR-10 {split}", data.data, torch.tensor(data.targets), tuple(data.classes))
+
+
+def _open_arrays(files: Mapping[str, Path], split: str) -> Source:
+    arrays = {each: open_array(file) for each, file in files.items()}
+    _same_classes(
+        f"data.root={files['train'].parent}", {each: found.classes for each, found in arrays.items()}, "classes"
+    )
+    return _checked(arrays[split])
 
 
 def _open_tars(folder: Path, files: Sequence[Path], split: str) -> Source:

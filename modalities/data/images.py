@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from modalities.data.device_decode import EncodedImages
+from modalities.data.drawn_images import Drawing, DrawnImages
 from modalities.data.hub import one_line
+from modalities.data.image_arrays import PixelFile
 from modalities.data.image_augment import Augment, CentreCrop, ErasedBox, Interpolation, Transform, augmentation
 from modalities.data.image_decode import LARGEST_IMAGE, Channels, Pixels, decode
 from modalities.data.image_sources import Arrays, Files, Noise, Rows, Size, Source, SourceName, open_source
@@ -47,6 +50,8 @@ def open_images(
     in_memory: bool = False,
     limit: int | None = None,
     max_pixels: int = LARGEST_IMAGE,
+    augment_on: Literal["cpu", "device"] = "cpu",
+    encoded: bool = False,
 ) -> Dataset[Batch]:
     """The images of a split, scaled (bicubic, antialiased) to cover `size`, then cropped to it at the centre.
 
@@ -69,6 +74,8 @@ def open_images(
         in_memory: decode everything at once, at `size`. Random crops are then taken out of the centre crops.
         limit: at most this many training images, drawn by a permutation that never changes.
         max_pixels: of a stored image; a larger one is unreadable, and only its header has been read.
+        augment_on: "device" leaves what `augment` names to whoever reads the batch, see `drawn_images`.
+        encoded: training images are left encoded, too, see `device_decode`; `augment` is not "none" then.
 
     Raises:
         UserError: the data can't be found, or can't be read as one of the layouts.
@@ -77,14 +84,25 @@ def open_images(
     stored = open_source(source, split, root=root, size=size)
     train = split == "train"
     limit = limit if train else None
-    transform = augmentation(augment, size, mean or (0.5,) * channels, interpolation) if train else None
+    later = train and augment != "none" and (encoded or augment_on == "device")
+    filling = mean or (0.5,) * channels
+    transform = augmentation(augment, size, filling, interpolation) if train and not later else None
     box = ErasedBox(erase, size) if train and erase else None
     fitted = CentreCrop(size, crop_ratio, squash=squash)
-    if not in_memory:
+    if in_memory:
+        images: MemoryImages | DecodedImages = _in_memory(stored, size, channels, limit, crop_ratio, squash, max_pixels)
+    else:
         rows = some_rows(len(stored.labels), limit)
-        return DecodedImages(stored, rows, size, channels, transform or fitted, box, max_pixels)
-    memory = _in_memory(stored, size, channels, limit, crop_ratio, squash, max_pixels)
-    return memory if transform is None and box is None else AugmentedImages(memory, transform, box)
+        images = DecodedImages(stored, rows, size, channels, transform or fitted, None if later else box, max_pixels)
+    if later:
+        one_size = in_memory or getattr(stored, "one_size", None) is not None
+        drawing = Drawing(augment, size, filling)
+        if encoded:
+            return EncodedImages(images, drawing, box)
+        return DrawnImages(images, drawing, one_size=one_size, size=size, interpolation=interpolation, erase=box)
+    if isinstance(images, DecodedImages) or (transform is None and box is None):
+        return images
+    return AugmentedImages(images, transform, box)
 
 
 def open_files(
@@ -142,13 +160,14 @@ class DecodedImages(Dataset[Batch]):
         """See `modalities.data.listing.fingerprint`."""
         names, rows = self.source.relative_names(), self.rows.tolist()
         labels = None if isinstance(self.source, Files) else self.labels.numpy()  # of files the folder says it
-        return fingerprint((names[row] for row in rows), self.source.sizes()[rows], labels)
+        known = fingerprint((names[row] for row in rows), self.source.sizes()[rows], labels)
+        return f"{known}; {self.source.content()}" if isinstance(self.source, PixelFile) else known
 
     def contents(self) -> Contents | None:
         """See `modalities.data.listing.Contents`; None of noise, which is made on access."""
         if isinstance(self.source, Noise):
             return None
-        opening = IN_PLACE if isinstance(self.source, Arrays | Rows) else OPENING
+        opening = IN_PLACE if isinstance(self.source, Arrays | Rows | PixelFile) else OPENING
         return Contents(self.source.sizes()[self.rows.numpy()], self._stored, self.name, opening)
 
     def raw(self, index: int) -> bytes | Pixels:
@@ -158,6 +177,16 @@ class DecodedImages(Dataset[Batch]):
     def _stored(self, index: int) -> bytes:
         stored = self.raw(index)
         return stored if isinstance(stored, bytes) else stored.tobytes()
+
+    def pixels(self, indices: list[int]) -> Tensor:
+        """Images of one size as they are stored, uint8 [n, C, h, w]; may raise UnreadableSample, as `decoded` does."""
+        if not isinstance(self.source, PixelFile) or self.source.shape[3] != self.channels:
+            return torch.stack([self.decoded(index) for index in indices])
+        try:
+            found = self.source.rows(self.rows[indices].tolist())
+        except (OSError, ValueError) as error:
+            raise UnreadableSample(f"{self.source.path}: {one_line(error)}") from error
+        return torch.from_numpy(found).permute(0, 3, 1, 2)
 
     def decoded(self, index: int) -> Tensor:
         """That image as it is stored, uint8 [C, h, w].
@@ -189,9 +218,12 @@ class MemoryImages(Derived, Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch at once; raises UnreadableSample for the first damaged image in it."""
+        return {"image": self.pixels(indices), "label": self.labels.index_select(0, torch.as_tensor(indices))}
+
+    def pixels(self, indices: list[int]) -> Tensor:
+        """See `DecodedImages.pixels`; at the size that they were decoded to."""
         self._check(indices)
-        chosen = torch.as_tensor(indices)
-        return {"image": self.images.index_select(0, chosen), "label": self.labels.index_select(0, chosen)}
+        return self.images.index_select(0, torch.as_tensor(indices))
 
     def decoded(self, index: int) -> Tensor:
         """See `DecodedImages.decoded`."""

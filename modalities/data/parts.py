@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, default_collate
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.modality import Modality, readable
 from nepa_core.runtime.config import from_saved, import_path, nearest
-from nepa_core.runtime.data import spread_out
+from nepa_core.runtime.data import rows_of, spread_out
 from nepa_core.tokens import Spans
 
 
@@ -152,13 +152,13 @@ def named(part: str, sample: Batch) -> Batch:
 def keys_of(part: str, batch: Batch, rows: Tensor | None = None) -> Batch:
     """The way back, of some samples or all."""
     own = {key.removeprefix(f"{part}."): x for key, x in batch.items() if key.startswith(f"{part}.")}
-    return own if rows is None else {key: x[rows] for key, x in own.items()}
+    return own if rows is None else rows_of(own, rows.tolist())
 
 
 class Mixed(_Parts):
     """Samples of one part each, every part as often as its share asks.
 
-    "part" is the number of the part; the keys of the others are zeros.
+    "part" is the number of the part; the keys of the others are zeros, or no bytes.
 
     Args:
         weights: the share of each part; an epoch then holds all samples of each once at least. None: once exactly.
@@ -192,7 +192,11 @@ class Mixed(_Parts):
     def __getitem__(self, index: int) -> Batch:
         ((part, row),) = self.rows(index).items()
         own, others = self.sample_of(part, row), [name for name in self.names if name != part]
-        blank = {key: torch.zeros_like(x) for name in others for key, x in self._like(name).items()}
+        blank = {
+            key: b"" if isinstance(x, bytes) else torch.zeros_like(x)
+            for name in others
+            for key, x in self._like(name).items()
+        }
         return {**blank, **own, "part": self.part[index]}
 
     def __getitems__(self, indices: list[int]) -> Batch:
@@ -203,6 +207,10 @@ class Mixed(_Parts):
             rows = self.row[indices][places].tolist()
             own = self.batch_of(name, rows) if rows else {}
             for key, like in self._like(name).items():
+                if isinstance(like, bytes):
+                    found = dict(zip(places.tolist(), own.get(key, ()), strict=True))
+                    batch[key] = [found.get(place, b"") for place in range(len(indices))]
+                    continue
                 x = own.get(key, like[None])
                 batch[key] = x.new_zeros(len(indices), *x.shape[1:])
                 if rows:
@@ -216,7 +224,7 @@ class Mixed(_Parts):
             found = next((sample for _, sample in readable(self.sets[part])), None)
             if found is None:
                 raise UserError("not one of its samples can be read")
-        return named(part, {key: torch.as_tensor(x) for key, x in found.items()})
+        return named(part, {key: x if isinstance(x, bytes) else torch.as_tensor(x) for key, x in found.items()})
 
     def _spans(self) -> Spans:
         """Those of the parts, on tracks and in clusters of their own."""

@@ -269,11 +269,12 @@ class TrainingBatches:
         self._sampler, self._workers = sampler, workers
 
     def __iter__(self) -> Iterator[Batch]:
+        send = Courier(self._device)
         for batch in _loaded(_Batches(self._dataset, replace=True), self._sampler, self._workers, self._device):
             batch.pop(_LOST, None)
             self._note(_raise_error(batch).pop(_SKIPPED, []))
             self._drawn = batch.pop(_DRAWN)
-            yield to_device(batch, self._device)
+            yield send(batch)
 
     def suspect(self, broken: Tensor) -> None:
         """What is wrong with the samples of the batch given last, as `replace_broken` gives it; read by `settle`."""
@@ -317,9 +318,37 @@ def _ignore_ctrl_c(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops cleanly; its workers end with it
 
 
+class Courier:
+    """Sends batches to a device: to CUDA on a stream of its own, so that the copy runs beside the step before.
+
+    What is computed from then on waits for the copy, and the host for nothing. Only from pinned memory is it so.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        if self._stream is None:
+            return to_device(batch, self.device)
+        with torch.cuda.stream(self._stream):
+            sent = to_device(batch, self.device)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self._stream)
+        for value in sent.values():
+            if isinstance(value, Tensor):
+                value.record_stream(computing)  # or its memory would be used again before that stream has read it
+        return sent
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move the tensors of a batch; other values stay."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    """Some samples of a batch, whose values are tensors or lists of bytes."""
+    return {name: x[rows] if isinstance(x, Tensor) else [x[row] for row in rows] for name, x in batch.items()}
 
 
 def plain_batches(
@@ -366,18 +395,18 @@ def plain_batches(
     draws = [Draw(indices[i : i + batch], fold_seed(seed or 0, "plain", i)) for i in starts]
     loader = _loaded(_Batches(dataset, replace=False), draws, workers, device)
     skipped: set[str] = set()
-    empty = True
+    empty, send = True, Courier(device)
     for start, draw, loaded in zip(starts, draws, loader, strict=True):
         found, lost = _raise_error(loaded).pop(_SKIPPED, []), loaded.pop(_LOST, [])
         places = [place for place in range(len(draw.indices)) if place not in lost]
         drawn = loaded.pop(_DRAWN)
-        loaded = to_device(loaded, device)
+        loaded = send(loaded)
         if tokenize is not None and loaded:
             faults = _faults(tokenize(loaded), loaded, labels=labels)
             sound = faults == 0
             if not sound.all():
                 found = [*found, *(_broken(dataset, i, int(k)) for i, k in zip(drawn, faults, strict=True) if k)]
-                loaded = {name: x[sound] for name, x in loaded.items()} if sound.any() else {}
+                loaded = rows_of(loaded, sound.nonzero()[:, 0].tolist()) if sound.any() else {}
                 places = [place for place, good in zip(places, sound.tolist(), strict=True) if good]
         if kept is not None:
             kept += [start + place for place in places]
@@ -430,7 +459,13 @@ def _loaded(
             if KILLED in str(error):
                 raise UserError(LOADER_DIED) from error
             raise
-        yield pickle.loads(found) if isinstance(found, bytes) else found
+        yield _unpickled(found, pinned=settings["pin_memory"]) if isinstance(found, bytes) else found
+
+
+def _unpickled(found: bytes, *, pinned: bool) -> Batch:
+    """A batch that came through a pipe, which the loader could not pin."""
+    batch: Batch = pickle.loads(found)
+    return {key: x.pin_memory() if pinned and isinstance(x, Tensor) else x for key, x in batch.items()}
 
 
 def _no_room_for(workers: int) -> str:

@@ -7,7 +7,9 @@ predictor over a bare pre-norm Transformer of the same shape without RoPE, QK-No
 tokens a second of packed rows (`model.pack=true`) over those of padded ones, and by how much their losses differ;
 `objectives`, a step with each named objective over one with the cosine, the fastest turn of each.
 `against=decode` trains nothing: it times one core that loads the recipe's training images, over torchvision's bare
-decode_image and RandomResizedCrop of the same ones, and says how many such cores an H100 needs.
+decode_image and RandomResizedCrop of the same ones, and says how many such cores an H100 needs. Then the same images as
+an array of pixels (`nepa resize format=array`), with augmentation left to the device (`data.augment_on=device`), and
+decoded there, where it is a GPU (`data.decode_on=gpu`): each over JPEG on the CPU.
 """
 
 from __future__ import annotations

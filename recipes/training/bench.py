@@ -13,20 +13,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
+from modalities.data.image_arrays import write_beside
+from modalities.data.image_augment import CentreCrop
 from modalities.data.image_decode import decode_as_stored
-from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.basics import FROZEN, Batch, UnreadableSample, UserError
 from nepa_core.ema import Ema
 from nepa_core.modality import Modality
 from nepa_core.model import Prediction
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime import trust
-from nepa_core.runtime.config import imports_of, save_config
+from nepa_core.runtime.config import imports_of, override, save_config
 from nepa_core.runtime.data import epoch_order, plain_batches
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import FitResult, Plan, Stopwatch, autocast_dtype, fit, plan
@@ -40,6 +43,8 @@ from recipes.training.train import head, height
 from recipes.training.workload import Trained, network, predictor_in, step_function
 
 DECODED = 256  # images in a turn of against=decode
+ARRAY = 256  # pixels of a side of them, as nepa resize format=array writes them by default
+_CPU = torch.device("cpu")
 H100_IMAGES = 2000  # a second, assumed: twice what the authors had for ViT-B/14 (see recipes.vision), 28 % of the peak
 PHASES = ("data", "forward", "backward", "optimizer", "ema", "rest")
 
@@ -350,10 +355,11 @@ def _first_loss(config: Trained, batch: Batch, ranks: World) -> float:
 
 
 def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, float]:
-    """Images a second of CPU time that one core loads: this recipe's, and decode_image + RandomResizedCrop alone.
+    """Images a second of CPU time that one core loads, by every path, and what the device does of them.
 
-    Ours includes everything up to a batch of uint8 pixels on the CPU; both sides read the same encoded images, and
-    wait for no disk that the first, untimed turn has not read already.
+    This recipe's JPEG beside decode_image + RandomResizedCrop alone; the same images as an array of pixels; that with
+    the augmentation left to the device; and JPEG decoded there, where it is a GPU. Loading includes everything up to a
+    batch on the CPU. All sides read the same images, and wait for no disk that the first, untimed turn has not read.
 
     Raises:
         UserError: the recipe's data are not images that are decoded on access.
@@ -368,32 +374,115 @@ def against_bare_decode(config: Trained, options: BenchOptions) -> dict[str, flo
         raise UserError(f"nepa bench against=decode times Images whose files are decoded on access; {fix}")
     count = len(cast(Sized, dataset))
     rows = epoch_order(count, 0, 0)[:DECODED].tolist()  # drawn: folders come class by class
-    size = next(plain_batches(dataset, batch=1, device=torch.device("cpu")))["image"].shape[-2:]
+    data = override(config, {"data.augment_on": "cpu", "data.decode_on": "cpu"}).data
+    size = next(plain_batches(data.samples_of("train"), batch=1, device=_CPU))["image"].shape[-2:]
     crop = v2.RandomResizedCrop(tuple(size), interpolation=v2.InterpolationMode.BICUBIC)
-
-    def ours() -> None:
-        for _ in plain_batches(dataset, batch=64, device=torch.device("cpu"), limit=len(rows), seed=0):
-            pass
 
     def bare() -> None:
         for row in rows:
             with suppress(RuntimeError):  # the damaged ones: ours leaves them out too
                 crop(decode_as_stored(raw(row)))
 
-    rates: dict[str, list[float]] = {"ours": [], "bare": []}
-    for turn in range(options.repeats + 1):
-        for name, side in {"ours": ours, "bare": bare}.items():
-            began = time.process_time()
-            side()
-            if turn:
-                rates[name].append(len(rows) / (time.process_time() - began))
-    rate = statistics.median(rates["ours"])
-    return {
-        "images/s per core": rate,
-        "bare decode + RandomResizedCrop, images/s per core": statistics.median(rates["bare"]),
+    def decoded() -> None:
+        for row in rows:
+            with suppress(RuntimeError):
+                decode_as_stored(raw(row))
+
+    with tempfile.TemporaryDirectory() as folder:
+        kept = as_array(dataset, rows, Path(folder))
+        there = {"data.source": "folder", "data.root": folder, "data.limit": None, "data.decode_on": "cpu"}
+        array, later = (override(config, there | {"data.augment_on": on}).data for on in ("cpu", "device"))
+        pixels: Any = array.samples_of("train")
+
+        def read() -> None:
+            for row in range(kept):
+                pixels.raw(row)
+
+        sides: dict[str, Callable[[], None]] = {
+            "ours": lambda: _loaded(data, len(rows)),
+            "bare": bare,
+            "decoded": decoded,
+            "read": read,
+            "array": lambda: _loaded(array, kept),
+            "later": lambda: _loaded(later, kept),
+        }
+        counts = {name: len(rows) if name in ("ours", "bare", "decoded") else kept for name in sides}
+        on_device = {"array": later}
+        if torch.cuda.is_available():
+            with suppress(UserError):  # nothing random is done to the images, so nothing is decoded there
+                on_device["gpu"] = override(config, {"data.decode_on": "gpu"}).data
+                sides["gpu"], counts["gpu"] = lambda: _loaded(on_device["gpu"], len(rows)), len(rows)
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for turn in range(options.repeats + 1):
+            for name, side in sides.items():
+                began = time.process_time()
+                side()
+                if turn:
+                    rates[name].append(counts[name] / (time.process_time() - began))
+        done = {name: _done_on_device(each, kept, options.repeats) for name, each in on_device.items()}
+    rate = {name: statistics.median(each) for name, each in rates.items()}
+    figures = {
+        "images/s per core": rate["ours"],
+        "bare decode + RandomResizedCrop, images/s per core": rate["bare"],
         **_ratio("ours / bare, images/s", [a / b for a, b in zip(rates["ours"], rates["bare"], strict=True)]),
-        f"cores for the {H100_IMAGES:,} images/s of an H100": H100_IMAGES / rate,
+        f"cores for the {H100_IMAGES:,} images/s of an H100": H100_IMAGES / rate["ours"],
+        "JPEG decoded, nothing else, images/s per core": rate["decoded"],
+        f"pixels of {ARRAY} x {ARRAY} read, nothing else, images/s per core": rate["read"],
+        **_ratio("read / decoded, images/s", [a / b for a, b in zip(rates["read"], rates["decoded"], strict=True)]),
+        "array, images/s per core": rate["array"],
+        "array / JPEG, images/s": rate["array"] / rate["ours"],
     }
+    if done["array"]:
+        figures |= {
+            "array, augmented on the device, images/s per core": rate["later"],
+            "array, augmented on the device / JPEG, images/s": rate["later"] / rate["ours"],
+            f"augmented on {_device()}, images/s of the device": done["array"],
+        }
+    if done.get("gpu"):
+        figures |= {
+            "JPEG, decoded on the GPU, images/s per core": rate["gpu"],
+            "JPEG, decoded on the GPU / on the CPU, images/s": rate["gpu"] / rate["ours"],
+            "decoded and augmented on the GPU, images/s of the device": done["gpu"],
+        }
+    return figures
+
+
+def as_array(dataset: Any, rows: Sequence[int], folder: Path) -> int:
+    """Write some images as both splits of an array, see `modalities.data.image_arrays`; how many could be read."""
+    fitted, images, labels, names = CentreCrop((ARRAY, ARRAY)), list[Tensor](), list[int](), list[str]()
+    for row in rows:
+        with suppress(UnreadableSample):
+            images.append(fitted(dataset.decoded(row)).permute(1, 2, 0))
+            labels.append(0)
+            names.append(dataset.name(row))
+    for split in ("train", "val"):
+        np.save(folder / f"{split}.npy", torch.stack(images).numpy())
+        write_beside(folder / f"{split}.npz", labels, names, ())
+    return len(images)
+
+
+def _loaded(data: Modality, count: int) -> None:
+    for _ in plain_batches(data.samples_of("train"), batch=64, device=_CPU, limit=count, seed=0):
+        pass
+
+
+def _done_on_device(data: Modality, count: int, repeats: int) -> float:
+    """Images a second of what a batch leaves to the device, by the clock; 0 where it leaves nothing."""
+    device = _device()
+    batches = list(plain_batches(data.samples_of("train"), batch=64, device=device, limit=count, seed=0))
+    if not any(isinstance(value, list) for value in batches[0].values()):
+        return 0.0
+    rates = []
+    for _ in range(repeats + 1):
+        began = _now(device)
+        for batch in batches:
+            data.before_mixing(batch)
+        rates.append(count / (_now(device) - began))
+    return statistics.median(rates[1:])
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 AGAINST: dict[str | None, Callable[[Trained, BenchOptions, World], dict[str, float]]] = {

@@ -1,4 +1,4 @@
-"""Images once more, small, in shards that load faster."""
+"""Images once more, small, in shards or as arrays of pixels, which load faster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, Field
@@ -27,10 +27,12 @@ from nepa_core.basics import FROZEN, UnreadableSample, UserError, cores
 from nepa_core.modality import Modality
 from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.meter import say_progress
+from recipes.training.resized_arrays import Part, channels_of, deliver, make_room, write_rows
 
 JPEG = b"\xff\xd8\xff"
 SETTINGS = "resize.json"
-DONE = "shards"  # folder of finished shards while others are missing
+DONE = "shards"  # folder of what is finished while other parts are missing
+LEFT_OUT = "unreadable.txt"
 
 
 class ResizeOptions(BaseModel):
@@ -38,30 +40,23 @@ class ResizeOptions(BaseModel):
 
     model_config = FROZEN
 
-    out: str | None = Field(default=None, description="folder of the shards; default runs/NAME-resize")
+    out: str | None = Field(default=None, description="folder of what is written; default runs/NAME-resize")
+    format: Literal["shards", "array"] = Field(
+        default="shards",
+        description="shards: JPEG in WebDataset tars (the default); array: pixels, one file a split, which are read "
+        "without decoding: squares, cropped at the centre",
+    )
     size: int = Field(default=256, gt=0, description="the shorter side in pixels; default 256")
     quality: int = Field(default=90, ge=1, le=100, description="of the JPEG, up to 100; default 90")
-    images: int = Field(default=4096, gt=0, description="in a shard; default 4096")
+    images: int = Field(default=4096, gt=0, description="in a shard, or written at once; default 4096")
     workers: int | None = Field(default=None, gt=0, description="processes at once; default one a core")
 
 
-class Shard(NamedTuple):
-    """One tar to write: rows `first` to `last` of a split."""
-
-    split: str
-    number: int
-    first: int
-    last: int
-
-    @property
-    def file(self) -> str:
-        return f"{SPLITS[self.split][0]}-{self.number:06d}.tar"
-
-
 def resize(data: Modality, options: ResizeOptions, out: Path) -> list[str]:
-    """Write both splits into `out`: tar files, `classnames.txt`, `resize.json` and `unreadable.txt`.
+    """Write both splits into `out`, with `resize.json` and `unreadable.txt`.
 
-    The tar files appear in `out` when all are there, so a reader never takes a part of the data for the whole.
+    Shards are tar files, with `classnames.txt`; arrays are as `modalities.data.image_arrays` says. They appear in `out`
+    when all are there, so a reader never takes a part of the data for the whole.
 
     Returns:
         Name and cause of every image that was left out.
@@ -71,40 +66,53 @@ def resize(data: Modality, options: ResizeOptions, out: Path) -> list[str]:
             written.
     """
     counts = {split: len(cast(Sized, data.stored(split))) for split in SPLITS}
-    shards = [shard for split, count in counts.items() for shard in _shards(split, count, options)]
+    parts = [part for split, count in counts.items() for part in _parts(split, count, options)]
     classes = data.classes() or ()
-    settings = data.plain().model_dump(mode="json") | options.model_dump(include={"size", "quality", "images"})
+    own = {"size", "images", "format"} | ({"quality"} if options.format == "shards" else set())
+    settings = data.plain().model_dump(mode="json") | options.model_dump(include=own)
     if _is_claimed(out, settings):
-        return _write(data, options, out, shards)
+        return _write(data, options, out, parts, classes)
     new = not out.exists()
     try:
-        _claim(out, settings, classes)
-        return _write(data, options, out, shards)
+        _claim(out, settings, classes if options.format == "shards" else None)
+        return _write(data, options, out, parts, classes)
     except Exception:
-        if not any((out / shard.file).exists() or (out / DONE / shard.file).exists() for shard in shards):
+        if not any(_is_done(out, part, options) for part in parts):
             _take_back(out, new=new)
         raise
 
 
-def _write(data: Modality, options: ResizeOptions, out: Path, shards: list[Shard]) -> list[str]:
-    missing = [shard for shard in shards if not any((place / shard.file).exists() for place in (out, out / DONE))]
+def _write(data: Modality, options: ResizeOptions, out: Path, parts: list[Part], classes: Sequence[str]) -> list[str]:
+    missing = [part for part in parts if not _is_done(out, part, options)]
+    if options.format == "array":
+        if missing:
+            make_room(data, options.size, out / DONE, {part.name: part.last for part in parts})
+        write: Callable[[Part], None] = partial(write_rows, data, options.size, out / DONE)
+    else:
+        write = partial(write_shard, data, options, out)
     workers = min(options.workers or cores(), max(1, len(missing)))
     with ProcessPoolExecutor(workers, initializer=_quiet) as pool:
         try:
-            for count, shard in enumerate(pool.map(partial(write_shard, data, options, out), missing), 1):
-                say_progress(f"{count}/{len(missing)}  {shard.file}")
-        except BaseException:  # Ctrl-C: the shards in work are finished, no further one is begun
+            for count, (part, _) in enumerate(zip(missing, pool.map(write, missing), strict=True), 1):
+                say_progress(f"{count}/{len(missing)}  {part.shard if options.format == 'shards' else part.name}")
+        except BaseException:  # Ctrl-C: the parts in work are finished, no further one is begun
             pool.shutdown(cancel_futures=True)
             raise
-    return _deliver(out, shards)
+    return _deliver_arrays(data, options, out, parts, classes) if options.format == "array" else _deliver(out, parts)
 
 
-def write_shard(data: Modality, options: ResizeOptions, out: Path, shard: Shard) -> Shard:
+def _is_done(out: Path, part: Part, options: ResizeOptions) -> bool:
+    if options.format == "array":
+        return (out / f"{part.name}.npy").exists() or (out / DONE / part.done).exists()
+    return any((place / part.shard).exists() for place in (out, out / DONE))
+
+
+def write_shard(data: Modality, options: ResizeOptions, out: Path, shard: Part) -> None:
     """Write one shard whole, beside it the names of the images that could not be read."""
     from webdataset import TarWriter
 
     images: Any = data.stored(shard.split)
-    draft = out / DONE / f".writing_{shard.file}"
+    draft = out / DONE / f".writing_{shard.shard}"
     unreadable = []
     with disk_errors(out):
         with draft.open("wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
@@ -120,8 +128,7 @@ def write_shard(data: Modality, options: ResizeOptions, out: Path, shard: Shard)
                     label = str(int(sample.get("label", -1))).encode()
                     tar.write({"__key__": f"{row:08d}", "jpg": content, "cls": label})
         write_whole(_note(out, shard), "".join(f"{line}\n" for line in unreadable))
-        draft.rename(out / DONE / shard.file)
-    return shard
+        draft.rename(out / DONE / shard.shard)
 
 
 def smaller(pixels: Tensor, raw: Callable[[int], Any] | None, row: int, options: ResizeOptions) -> bytes:
@@ -140,13 +147,13 @@ def smaller(pixels: Tensor, raw: Callable[[int], Any] | None, row: int, options:
     return file.getvalue()
 
 
-def _shards(split: str, rows: int, options: ResizeOptions) -> Iterator[Shard]:
+def _parts(split: str, rows: int, options: ResizeOptions) -> Iterator[Part]:
     for number, first in enumerate(range(0, rows, options.images)):
-        yield Shard(split, number, first, min(first + options.images, rows))
+        yield Part(split, SPLITS[split][0], number, first, min(first + options.images, rows))
 
 
 def _is_claimed(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether the folder holds shards of these settings.
+    """Whether the folder holds resized images of these settings.
 
     Raises:
         UserError: it holds others, or something else.
@@ -154,7 +161,7 @@ def _is_claimed(out: Path, settings: dict[str, Any]) -> bool:
     file = out / SETTINGS
     if file.exists():
         try:
-            before = dict(read_json(file))
+            before = {"format": "shards"} | dict(read_json(file))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{file} is damaged ({error}); name another out=DIR") from error
         if other := {key: value for key, value in before.items() if settings.get(key) != value}:
@@ -165,10 +172,11 @@ def _is_claimed(out: Path, settings: dict[str, Any]) -> bool:
     return False
 
 
-def _claim(out: Path, settings: dict[str, Any], classes: Sequence[str]) -> None:
+def _claim(out: Path, settings: dict[str, Any], classes: Sequence[str] | None) -> None:
     with disk_errors(out):
         (out / DONE).mkdir(parents=True)
-        write_whole(out / CLASS_NAMES, "".join(f"{name}\n" for name in classes))
+        if classes is not None:
+            write_whole(out / CLASS_NAMES, "".join(f"{name}\n" for name in classes))
         write_whole(out / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
@@ -182,21 +190,39 @@ def _take_back(out: Path, *, new: bool) -> None:
             out.rmdir()
 
 
-def _deliver(out: Path, shards: list[Shard]) -> list[str]:
+def _deliver(out: Path, shards: list[Part]) -> list[str]:
     """Move finished shards to where they are looked for; the list of unreadable images goes with them."""
-    listed = out / "unreadable.txt"
+    listed = out / LEFT_OUT
     with disk_errors(out):
         if not listed.exists():
             write_whole(listed, "".join(_note(out, shard).read_text() for shard in shards))
         for shard in shards:
-            if not (out / shard.file).exists():
-                (out / DONE / shard.file).rename(out / shard.file)
+            if not (out / shard.shard).exists():
+                (out / DONE / shard.shard).rename(out / shard.shard)
         shutil.rmtree(out / DONE, ignore_errors=True)
     return listed.read_text().splitlines()
 
 
-def _note(out: Path, shard: Shard) -> Path:
-    return (out / DONE / shard.file).with_suffix(".unreadable")
+def _deliver_arrays(
+    data: Modality, options: ResizeOptions, out: Path, parts: list[Part], classes: Sequence[str]
+) -> list[str]:
+    """The same of arrays: the held-out one comes last, and without it a reader takes nothing."""
+    listed, names = out / LEFT_OUT, dict.fromkeys(part.name for part in parts)
+    if not listed.exists():
+        notes = [read_json(out / DONE / part.done)["unreadable"] for part in parts]
+        with disk_errors(out):
+            write_whole(listed, "".join(f"{line}\n" for note in notes for line in note))
+    for name in names:
+        if not (out / f"{name}.npy").exists():
+            own = [part for part in parts if part.name == name]
+            shape = (own[-1].last, options.size, options.size, channels_of(data))
+            deliver(out / DONE, out, name, own, classes, shape)
+    shutil.rmtree(out / DONE, ignore_errors=True)
+    return listed.read_text().splitlines()
+
+
+def _note(out: Path, shard: Part) -> Path:
+    return (out / DONE / shard.shard).with_suffix(".unreadable")
 
 
 def _quiet() -> None:

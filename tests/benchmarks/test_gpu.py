@@ -313,7 +313,11 @@ def test_the_dry_run_runs_all_stages(tmp_path: Path) -> None:
     assert set(files) == set(gpu.NAMES), said
     rows: list[Kept] = [kept for file in files.values() for kept in file["rows"]]
     wrong = {kept["name"]: kept.get("error") for kept in rows if kept["status"] != "done"}
-    assert set(wrong.values()) == {"model.attention=xformers runs on CUDA only; use model.attention=sdpa here"}, wrong
+    assert set(wrong.values()) == {
+        "model.attention=xformers runs on CUDA only; use model.attention=sdpa here",
+        "data.decode_on=gpu decodes by nvJPEG on a CUDA device, and there is none here; leave it out, or give "
+        "data.decode_on=cpu",
+    }, wrong
     assert len(rows) >= 40
     text = (tmp_path / "gpu.md").read_text()
     assert all(f"## {file['title']}" in text for file in files.values())

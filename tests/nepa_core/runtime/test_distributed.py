@@ -339,6 +339,21 @@ def test_two_processes_resume_bit_for_bit(two: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_two_processes_that_augment_on_the_device_resume_bit_for_bit(tmp_path: Path) -> None:
+    words = (
+        *("data.augment=randaugment", "data.erase=0.5", "data.augment_on=device", "train.batch=16", "model.depth=1"),
+        *("train.length.steps=4", "train.log=1", "train.evaluate=4", "train.checkpoint=2", "verdict.fit_samples=32"),
+        *("verdict.test_samples=32", "verdict.health_samples=16"),
+    )
+    whole, again = (tmp_path / name / "run" for name in ("whole", "again"))
+    assert torchrun("recipes", "pretrain", "recipes.vision:digits", *words, f"out={whole}").returncode == 0
+    cut(whole, again, after=2)
+    done = torchrun("recipes", "pretrain", "recipes.vision:digits", *words, f"out={again}")
+    assert "going on after step 2" in done.stderr
+    assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.distributed
 def test_a_wrong_config_ends_both_processes_with_one_line(two: Path) -> None:
     out = two / "whole"
     done = torchrun("recipes", "pretrain", "tests.tiny:ragged", f"out={out}")

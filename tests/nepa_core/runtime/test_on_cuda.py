@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from modalities.data.images import open_images
 from nepa_core.runtime import fit as fit_module
 from nepa_core.runtime.config import override
 from nepa_core.runtime.data import DrawSampler, TrainingBatches
@@ -76,6 +77,23 @@ def test_decoded_images_arrive_as_they_were_decoded(workers: int, device: str, t
     for draw, found in zip(sampler, batches, strict=True):
         assert found["image"].device.type == device
         assert torch.equal(found["image"].cpu(), torch.stack([images[index]["image"] for index in draw.indices]))
+
+
+@ON_BOTH
+def test_batches_that_arrive_while_the_device_works_are_whole(device: str) -> None:
+    """Copies run on a stream of their own, and nobody waits."""
+    images: Any = open_images("noise", "train", size=(64, 64), channels=3)
+    sampler = DrawSampler(4096, batch=32, accumulate=1, rank=0, ranks=1, seed=0, start=0, stop=6)
+    batches = TrainingBatches(images, sampler, workers=0, max_unreadable=0.0, device=torch.device(device))
+    side = 4096 if device == "cuda" else 64
+    busy, sums = torch.randn(side, side, device=device), []
+    for batch in batches:
+        for _ in range(20):
+            busy = (busy @ busy).clamp(-1, 1)
+        sums.append(batch["image"].long().sum())
+        del batch
+    expected = [sum(int(images[row]["image"].long().sum()) for row in draw.indices) for draw in sampler]
+    assert torch.stack(sums).tolist() == expected
 
 
 @pytest.fixture

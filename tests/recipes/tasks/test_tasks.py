@@ -217,6 +217,13 @@ def test_bench_measures_loading_against_bare_decoding(tmp_path: Path, capsys: py
     assert figures["images/s per core"] * figures["cores for the 2,000 images/s of an H100"] == pytest.approx(
         2000, 0.01
     )
+    assert figures["read / decoded, images/s"] > 1
+    ratio = figures["array, images/s per core"] / figures["images/s per core"]
+    assert figures["array / JPEG, images/s"] == pytest.approx(ratio, rel=0.01, abs=0.01)
+    assert figures[f"augmented on {'cuda' if torch.cuda.is_available() else 'cpu'}, images/s of the device"] > 0
+    assert ("JPEG, decoded on the GPU, images/s per core" in figures) == torch.cuda.is_available()
+    assert main([*words, "data.augment=none"]) == 0
+    assert "on the device" not in capsys.readouterr().out, "nothing is left to it"
     assert main([*words, "data.in_memory=true"]) == 2
     assert "data.in_memory=false" in capsys.readouterr().err
 
