@@ -217,7 +217,8 @@ def test_several_classes_are_learned_through_the_command(tmp_path: Path, capsys:
     assert "mAP" in shown
     assert "AUROC" in shown
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["map"] > 0.8
+    labels = torch.stack([sample["label"] for sample in Taught(teach="several", samples=256).dataset("test")])  # type: ignore[attr-defined]
+    assert summary["map"] > float(labels.float().mean()) + 0.1, "by lot, a class has the share of samples it is in"
     assert summary["classes"] == ["fast", "loud", "odd"]
     assert "Held-out mAP" in (run / "report" / "index.html").read_text()
     config = Run(run).load_config(FinetuneConfig)
