@@ -1,9 +1,9 @@
 """Audio as samples: found, read, mixed to one channel, resampled, and turned into log-mel frames.
 
-Shapes: n points of a waveform, T frames, F mel bands, B samples. Every data set is map-style and gives
-{"mel": float32 [T, F], "frames": int64 scalar} and, where there are labels, "label", an int64 scalar (a class) or a
-float32 one (a number to predict): clips are padded with silence (zeros) at their end, and "frames" says how many are
-real. A source knows the label of every row and gives the row's waveform.
+Shapes: n points of a waveform, T frames, F mel bands, B samples, C classes. Every data set is map-style and gives
+{"mel": float32 [T, F], "frames": int64 scalar} and, where there are labels, "label", an int64 scalar (a class), a bool
+[C] (several) or a float32 scalar (a number to predict): clips are padded with silence (zeros) at their end, and
+"frames" says how many are real. A source knows the label of every row and gives the row's waveform.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from modalities.data.labelled import (
-    NUMBER,
     SPLITS,
     Kind,
     LabelledSource,
+    Reading,
     Row,
-    manifest_rows,
     of_split,
+    read_manifest,
     say_empty,
     say_passed,
     tree,
@@ -488,7 +488,8 @@ def open_source(
             - a folder with files of FSDD's naming, `{digit}_{speaker}_{index}.wav` (there, in fsdd/ or in recordings/),
               whose recordings 0 to 4 of each digit and speaker are held out;
             - a CSV file with the columns path (seen from its folder) and split and, where clips have labels, label:
-              classes, or numbers to predict where every one of them is written with a decimal point;
+              classes, or numbers to predict where every one of them is written with a decimal point; or labels,
+              any number of classes with ";" between them;
             - `<class>/*` alone, two or more class folders: a share of each is held out. A class of one file and the
               few files that lie beside the folders (a tenth at most) are left out;
             - folders fold1, fold2, ... (or split1, part1), with class folders in them or without: whole folds are held
@@ -530,8 +531,8 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: 
     if held_out_speaker is not None:
         raise UserError(f"data.held_out_speaker needs files of FSDD's naming, and data.root={root} holds none")
     if place.is_file():
-        rows = manifest_rows(place, KIND)
-        return _recordings(root, rows, split, numbers=all(NUMBER.fullmatch(label) for _, label, _ in rows))
+        rows, reading = read_manifest(place, KIND)
+        return _recordings(root, rows, split, reading)
     passed = Passed()
     folders = {each: [place / n for n in names if (place / n).is_dir()] for each, names in SPLITS.items()}
     if all(folders.values()):
@@ -560,9 +561,9 @@ def _say_without_files(folder: Path, files: Sequence[str], rows: Sequence[Row]) 
         say_empty(folder, empty, KIND)
 
 
-def _recordings(root: str, rows: Sequence[Row], split: str, *, numbers: bool = False) -> Recordings:
+def _recordings(root: str, rows: Sequence[Row], split: str, reading: Reading = "class") -> Recordings:
     """A split of (path, label or "", "train" or "test")."""
-    found = of_split(root, rows, split, KIND, numbers=numbers)
+    found = of_split(root, rows, split, KIND, reading)
     _listen(root, found.paths)
     return Recordings(np.array(found.paths), found.labels, found.classes)
 

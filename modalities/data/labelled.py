@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -38,11 +38,18 @@ COLUMNS = {
     "path": ("path", "file", "filename", "file_name"),
     "split": ("split", "set", "subset"),
     "label": ("label", "class", "category"),
+    "labels": ("labels", "classes", "categories"),
 }
 """What the columns of a manifest may be called, in any case."""
 
+BETWEEN = ";"
+"""Stands between the classes of a sample in a column of several."""
+
+Reading = Literal["class", "classes", "numbers"]
+"""What labels are: one class a sample, any number of them, or a number to predict."""
+
 Row = tuple[str, str, str]
-"""Path, label ("" for none), and "train" or "test"."""
+"""Path, label ("" for none; of several classes all, with `BETWEEN` between them), and "train" or "test"."""
 
 
 class Kind(NamedTuple):
@@ -63,11 +70,12 @@ class LabelledSource(Hashable, Protocol):
 
     @property
     def labels(self) -> Tensor | None:
-        """[n] int64, or float32 for numbers to predict; None where there are none."""
+        """[n] int64, bool [n, C] where each has any number of C classes, or float32 for numbers to predict; None where
+        there are none."""
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Place k names label k; None where labels are no classes."""
+        """Place k names label k, or column k; None where labels are no classes."""
 
     def __len__(self) -> int:
         """How many samples there are."""
@@ -81,8 +89,8 @@ class Labelled(NamedTuple):
 
     Attributes:
         paths: of each.
-        labels: [n] int64, or float32 for numbers to predict; None where there are none.
-        classes: place k names label k; None where labels are no classes.
+        labels: [n] int64, bool [n, C], or float32 for numbers to predict; None where there are none.
+        classes: place k names label k, or column k; None where labels are no classes.
     """
 
     paths: list[str]
@@ -92,8 +100,8 @@ class Labelled(NamedTuple):
 
 def read_layout(
     root: str, kind: Kind, items: Callable[[list[str]], list[str]] = lambda paths: paths
-) -> tuple[list[Row], bool]:
-    """The rows of both splits, and whether labels are numbers to predict, of a folder or of a CSV file.
+) -> tuple[list[Row], Reading]:
+    """The rows of both splits, and what their labels are, of a folder or of a CSV file.
 
     Args:
         items: the samples that files make, all of one folder and below.
@@ -103,8 +111,7 @@ def read_layout(
     """
     place = Path(root).expanduser()
     if place.is_file():
-        rows = manifest_rows(place, kind)
-        return rows, all(NUMBER.fullmatch(label) for _, label, _ in rows)
+        return read_manifest(place, kind)
     passed = Passed()
     folders = {each: [place / name for name in names if (place / name).is_dir()] for each, names in SPLITS.items()}
     if not all(folders.values()):
@@ -117,10 +124,10 @@ def read_layout(
         (path, label, each) for each, found in folders.items() for path, label in tree(found[0], kind, passed, items)
     ]
     say_passed(root, passed, [folder.name for folder in folders["test"]])
-    return rows, False
+    return rows, "class"
 
 
-def of_split(root: str, rows: Sequence[Row], split: str, kind: Kind, *, numbers: bool = False) -> Labelled:
+def of_split(root: str, rows: Sequence[Row], split: str, kind: Kind, reading: Reading = "class") -> Labelled:
     """A split of (path, label or "", "train" or "test"); classes are numbered in the order of their names.
 
     Raises:
@@ -134,9 +141,11 @@ def of_split(root: str, rows: Sequence[Row], split: str, kind: Kind, *, numbers:
             )
     mine = [(path, label) for path, label, part in rows if part == split]
     paths = [path for path, _ in mine]
+    if reading == "classes":
+        return _several(root, paths, [label for _, label in mine], names)
     if names["train"] == names["test"] == [""]:
         return Labelled(paths, None, None)
-    if numbers:
+    if reading == "numbers":
         return Labelled(paths, torch.tensor([float(label) for _, label in mine]), None)
     alone = sorted(set(names["test"]) ^ set(names["train"]))
     if "" in alone:
@@ -148,6 +157,28 @@ def of_split(root: str, rows: Sequence[Row], split: str, kind: Kind, *, numbers:
     classes = names["train"]
     number = {label: place for place, label in enumerate(classes)}
     return Labelled(paths, torch.tensor([number[label] for _, label in mine]), tuple(map(printable, classes)))
+
+
+def _several(root: str, paths: list[str], labels: Sequence[str], cells: dict[str, list[str]]) -> Labelled:
+    """Samples of several classes each; those of the held-out split must be among those of the training split."""
+    known = {split: {name for cell in found for name in classes_in(cell)} for split, found in cells.items()}
+    classes = sorted(known["train"])
+    if alone := sorted(known["test"] - known["train"]):
+        raise UserError(
+            f"data.root={root}: no training sample has the held-out classes {some(alone)}; add some, or leave them out"
+        )
+    if len(classes) < 2:
+        raise UserError(f"data.root={root}: training samples have {len(classes)} classes; two or more are wanted")
+    column = {name: place for place, name in enumerate(classes)}
+    found = torch.zeros(len(paths), len(classes), dtype=torch.bool)
+    for row, cell in enumerate(labels):
+        found[row, [column[name] for name in classes_in(cell)]] = True
+    return Labelled(paths, found, tuple(map(printable, classes)))
+
+
+def classes_in(cell: str) -> list[str]:
+    """The classes that a cell of a column of several names."""
+    return [name for part in cell.split(BETWEEN) if (name := part.strip())]
 
 
 def tree(
@@ -183,8 +214,11 @@ def say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
     say_left_aside(root, held_out)
 
 
-def manifest_rows(file: Path, kind: Kind) -> list[Row]:
-    """What a CSV file with the columns path, split and, where there are any, label says; `COLUMNS` has their names.
+def read_manifest(file: Path, kind: Kind) -> tuple[list[Row], Reading]:
+    """What a CSV file with the columns path, split and, where there are any, label or labels says; see `COLUMNS`.
+
+    Every label is a number to predict where all are written with a decimal point. Under "labels" stand any number of
+    classes, with `BETWEEN` between them.
 
     Raises:
         UserError: it is no such file, or names a sample in both splits.
@@ -200,6 +234,13 @@ def manifest_rows(file: Path, kind: Kind) -> list[Row]:
         places = {
             key: next((names.index(name) for name in also if name in names), None) for key, also in COLUMNS.items()
         }
+        several, one = places.pop("labels"), places["label"]
+        if several is not None and one is not None:
+            raise UserError(
+                f"{file}: has the columns {names[one]} and {names[several]}; rename one, for a {kind.noun} has one "
+                "class or several"
+            )
+        places["label"] = one if several is None else several
         missing = [name for name in ("path", "split") if places[name] is None]
         if missing:
             raise UserError(
@@ -224,12 +265,15 @@ def manifest_rows(file: Path, kind: Kind) -> list[Row]:
     held_out = [name for name in SPLITS["test"] if any(split == name for *_, split in found)]
     say_passed(str(file), Passed(), held_out)
     rows = [each for each in found if each[3] not in held_out[1:]]
+    _check_once(file, kind.noun, [(number, path, known[split], label) for number, path, label, split in rows])
+    plain = [(path, label, known[split]) for _, path, label, split in rows]
+    if several is not None:  # a sample without a class is one of none
+        return plain, "classes"
     bare = [number for number, _, label, _ in rows if not label]
     if 0 < len(bare) < len(rows):
         raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
-    _check_once(file, kind.noun, [(number, path, known[split], label) for number, path, label, split in rows])
     _check_kind(file, [(number, label) for number, _, label, _ in rows])
-    return [(path, label, known[split]) for _, path, label, split in rows]
+    return plain, "numbers" if all(NUMBER.fullmatch(label) for _, label, _ in plain) else "class"
 
 
 def _beside(file: Path, path: str) -> str:

@@ -1,8 +1,9 @@
 """Videos as samples: found, decoded by time stamps, cut into clips and brought to one size.
 
 Shapes: n clips, T frames, C channels, h x w pixels as stored, H x W as given. Every data set is map-style and gives
-{"video": uint8 [T, C, H, W]} and, where there are labels, "label", an int64 scalar (a class) or a float32 one (a number
-to predict). A source knows the label of every row and gives a clip of the row's video.
+{"video": uint8 [T, C, H, W]} and, where there are labels, "label", an int64 scalar (a class), a bool [C]
+(several) or a float32 scalar (a number to predict). A source knows the label of every row and gives a clip of the row's
+video.
 
 Files are decoded by PyAV, whose wheels bring FFmpeg. A frame of a clip is the one that is on the screen at its time,
 whatever the frame rate of the file, or whether it has one. What a damaged stream still gives is read; where that, or a
@@ -280,9 +281,9 @@ def _moving_digits(split: str, label: Label) -> MovingDigits:
 
 @lru_cache(maxsize=4)
 def _open_folder(root: str, split: str) -> Videos:
-    rows, numbers = read_layout(root, KIND, videos_of)
+    rows, reading = read_layout(root, KIND, videos_of)
     _check_decoder([path for path, *_ in rows])
-    found = of_split(root, rows, split, KIND, numbers=numbers)
+    found = of_split(root, rows, split, KIND, reading)
     return Videos(np.array(found.paths), found.labels, found.classes)
 
 

@@ -1,7 +1,8 @@
 """Volumes as samples: three-dimensional arrays, read, brought to one size.
 
 Shapes: n samples, C channels, D x H x W voxels. Every data set is map-style and gives {"volume": float32 [C, D, H, W]}
-and, where there are labels, "label", an int64 scalar (a class) or a float32 one (a number to predict).
+and, where there are labels, "label", an int64 scalar (a class), a bool [C]
+(several) or a float32 scalar (a number to predict).
 
 A .npy file holds [D, H, W], or [C, D, H, W]. NIfTI files (.nii, .nii.gz) are read by nibabel, scaled as their header
 says, and turned to (foot to head, front to back, right to left of the patient), whatever the scanner stored; a fourth
@@ -258,9 +259,9 @@ def _rotation(quaternion: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @lru_cache(maxsize=4)
 def _open_folder(root: str, split: str) -> Files:
-    rows, numbers = read_layout(root, KIND)
+    rows, reading = read_layout(root, KIND)
     _check_reader([path for path, *_ in rows])
-    found = of_split(root, rows, split, KIND, numbers=numbers)
+    found = of_split(root, rows, split, KIND, reading)
     return Files(np.array(found.paths), found.labels, found.classes)
 
 

@@ -53,7 +53,7 @@ from recipes.comparison.measures import (
     trained,
 )
 from recipes.configs import PretrainConfig
-from recipes.networks.goals import Regression, find_goal, kind_of, label_statistics
+from recipes.networks.goals import find_goal, fitted, kind_of
 from recipes.readout import forecasters, probing
 from recipes.readout.features import network_reader, raw_reader, tokens_per_sample
 from recipes.report.forecast import stretches
@@ -416,7 +416,7 @@ def fine_tuned(
             tuning = short(samples, setting)
             model = trained(tuning, goal, samples, device)
             figures = finetuning.measure(tuning, model, alone, Some(plain, kept))
-            # R2 of few samples is noise, and its loss is not.
+            # R2 and mAP of few samples are noise, and their loss is not.
             total += len(kept) * (figures["accuracy"] if "accuracy" in figures else -figures["held_out_loss"])
         return total / sum(len(kept) for _, kept in parts), None
 
@@ -425,8 +425,7 @@ def fine_tuned(
         parts = [each for each in [held_back(used, seed)] if each[1]]
     else:
         samples = few_labels(whole, goal, labels, seed)
-        if isinstance(goal, Regression):  # its scale is of these labels alone, so that no others are used
-            goal = Regression(*label_statistics(samples, type(config.data).__name__))
+        goal = fitted(goal, samples, type(config.data).__name__)  # so that no other labels are used
         used = len(samples)
         parts = [
             ([samples.indices[place] for place in train], [samples.indices[place] for place in held])

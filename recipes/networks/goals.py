@@ -1,6 +1,7 @@
 """What fine-tuning teaches a network to say, told by what the samples of an adapter hold.
 
   "label", an integer            one class a sample
+  "label", bool [C]              any number of C classes a sample (multi-label)
   "label", float32 [] or [K]     one or K numbers a sample (regression)
   "target", integers [N]         one class a token, in canonical order; without a "label" beside it
 
@@ -24,20 +25,26 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, first_sample
 from nepa_core.runtime.data import plain_batches
 from nepa_core.tokens import Tokens
+from recipes.statistics.average_precision import average_precision, ranked
+from recipes.statistics.worth import Metric
 
 NONE = -100
 """The class of what has none, as `F.cross_entropy` has it."""
 
 _STATISTICS = 10_000  # most training labels that the scale of a regression is measured on
 
-Kind = Literal["class", "numbers", "token classes"]
+Kind = Literal["class", "classes", "numbers", "token classes"]
 
 
-FigureKey = Literal["accuracy", "top5", "mse", "mae", "r2", "held_out_loss"]
-AveragedKey = Literal["accuracy_ema", "top5_ema", "mse_ema", "mae_ema", "r2_ema", "held_out_loss_ema"]
+FigureKey = Literal["accuracy", "top5", "map", "auroc", "mse", "mae", "r2", "held_out_loss"]
+AveragedKey = Literal[
+    "accuracy_ema", "top5_ema", "map_ema", "auroc_ema", "mse_ema", "mae_ema", "r2_ema", "held_out_loss_ema"
+]
 AVERAGED: dict[FigureKey, AveragedKey] = {
     "accuracy": "accuracy_ema",
     "top5": "top5_ema",
+    "map": "map_ema",
+    "auroc": "auroc_ema",
     "mse": "mse_ema",
     "mae": "mae_ema",
     "r2": "r2_ema",
@@ -51,12 +58,16 @@ class GoalFigures(TypedDict, total=False):
 
     accuracy: float
     top5: float  # of six classes or more
+    map: float  # average precision, the mean over the classes that a held-out sample has, as auroc
+    auroc: float
     mse: float  # in the unit of the labels, as mae
     mae: float
     r2: float
-    held_out_loss: float  # cross-entropy, or mean squared error of standardised numbers
+    held_out_loss: float  # cross-entropy, binary where classes are several, or squared error of standardised numbers
     accuracy_ema: float
     top5_ema: float
+    map_ema: float
+    auroc_ema: float
     mse_ema: float
     mae_ema: float
     r2_ema: float
@@ -80,7 +91,8 @@ class Classification:
     names: tuple[str, ...]
     per_token: bool = False
 
-    headline: ClassVar[FigureKey] = "accuracy"
+    whole: ClassVar[bool] = False
+    headline: ClassVar[Metric] = "accuracy"
     loss_name: ClassVar[str] = "cross-entropy"
     shown: ClassVar[tuple[Shown, ...]] = (Shown("accuracy", "top-1", ".2%"), Shown("top5", "top-5", ".2%"))
 
@@ -173,7 +185,8 @@ class Regression:
 
     per_token: ClassVar[bool] = False
     names: ClassVar[None] = None
-    headline: ClassVar[FigureKey] = "r2"
+    whole: ClassVar[bool] = False
+    headline: ClassVar[Metric] = "r2"
     loss_name: ClassVar[str] = "mean squared error, standardised"
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("mse", "MSE", ".4g"),
@@ -244,14 +257,108 @@ class Regression:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class MultiLabel:
+    """Any number of classes a sample, each told from the rest by itself.
+
+    Attributes:
+        names: of the classes. shares: [C] float32, the share of the training samples that has each; the outputs of a
+            network with zero weights are their log-odds.
+        whole: figures need all held-out samples at once: a class ranks them against each other.
+    """
+
+    names: tuple[str, ...]
+    shares: Tensor
+
+    per_token: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
+    headline: ClassVar[Metric] = "map"
+    loss_name: ClassVar[str] = "binary cross-entropy"
+    shown: ClassVar[tuple[Shown, ...]] = (Shown("map", "mAP", ".2%"), Shown("auroc", "AUROC", ".4f"))
+
+    @property
+    def outputs(self) -> int:
+        return len(self.names)
+
+    @property
+    def sums_shape(self) -> tuple[int, ...]:
+        return (4,)
+
+    def truth(self, batch: Batch, tokens: Tokens) -> Tensor:
+        """Which classes each sample has, [B, C] float32 of 0 and 1.
+
+        Raises:
+            UserError: they are not C.
+        """
+        label: Tensor = batch["label"]
+        if label.shape[1:] != (self.outputs,):
+            raise UserError(
+                f"the key 'label' has shape {list(label.shape[1:])} for {self.outputs} classes; make it [C]"
+            )
+        return label.float()
+
+    def scored(self, truth: Tensor) -> int:
+        """How many samples count: all, for one with no class at all is an example of each."""
+        return len(truth)
+
+    def loss(self, outputs: Tensor, truth: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor | float]:
+        """Mean binary cross-entropy over samples and classes, and over how many samples: logits and truth [B, C].
+
+        Smoothing moves 1 and 0 half its size towards each other, so that both keep the same weight.
+        """
+        soft = truth * (1 - smoothing) + smoothing / 2
+        return F.binary_cross_entropy_with_logits(outputs, soft), float(len(truth))
+
+    def sums(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """[4] float64, of all held-out samples: mAP, AUROC, loss, and 1: logits and truth [S, C].
+
+        Classes that no sample has, or all have, are left out of both figures: there is nothing to rank.
+
+        Raises:
+            UserError: that is so of every class.
+        """
+        from torchmetrics.functional.classification import (  # a second to import, for these labels alone
+            multilabel_auroc,
+            multilabel_average_precision,
+        )
+
+        classes = ranked(truth)
+        if not classes.any():
+            raise UserError("no class is of some held-out samples and not of others, so nothing can be ranked")
+        scores, right, count = outputs[:, classes].sigmoid(), truth[:, classes].int(), int(classes.sum())
+        precision = multilabel_average_precision(scores, right, count, average="macro")
+        area = multilabel_auroc(scores, right, count, average="macro")
+        loss, _ = self.loss(outputs, truth, smoothing=0.0)
+        return torch.stack([x.double().cpu() for x in (precision, area, loss, torch.tensor(1.0))])
+
+    def averaged(self, outputs: Tensor, group: Tensor) -> Tensor:
+        """Logits [V, C] of the mean probability of views: logits [S, C] of these, group [S] int64 from 0 to V - 1."""
+        return _means(outputs.sigmoid(), group).clamp(1e-7, 1 - 1e-7).logit()
+
+    def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
+        """What `credits` ranks, [B, 2 C] float64: probabilities and truth."""
+        return torch.cat((outputs.sigmoid(), truth), dim=1).double()
+
+    def credits(self, parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the `parts` [S, 2 C] of all samples: what each adds to mAP, [S] float64, and ones [S]."""
+        credits = average_precision(*parts.chunk(2, dim=1))
+        return credits, torch.ones(len(parts), dtype=torch.int64)
+
+    def figures(self, sums: Tensor) -> GoalFigures:
+        """mAP and AUROC, both the mean over classes, and the loss."""
+        precision, area, loss, _ = sums.tolist()
+        return {"map": precision, "auroc": area, "held_out_loss": loss}
+
+
 def _means(rows: Tensor, group: Tensor) -> Tensor:
     """Mean [V, C] of the rows [S, C] of each group [S], from 0 to V - 1."""
     total = rows.new_zeros(int(group.max()) + 1, rows.shape[1]).index_add_(0, group, rows)
     return total / group.bincount().to(rows)[:, None]
 
 
-Goal = Classification | Regression
-FIGURES = (*Classification.shown, *Regression.shown)
+Goal = Classification | MultiLabel | Regression
+GOALS: tuple[type[Goal], ...] = (Classification, MultiLabel, Regression)
+FIGURES = tuple(figure for goal in GOALS for figure in goal.shown)
 
 
 def find_goal(data: Modality) -> Goal:
@@ -274,15 +381,27 @@ def find_goal(data: Modality) -> Goal:
     names = data.classes()
     if kind is None or not names:
         raise UserError(
-            f"{type(data).__name__} gives no class to train on; add to its samples an integer 'label', numbers to "
-            "predict as a float 'label', or a class per token as 'target' [N]"
+            f"{type(data).__name__} gives no class to train on; add to its samples an integer 'label', a bool 'label' "
+            "[C] of several classes, numbers to predict as a float 'label', or a class per token as 'target' [N]"
         )
     if len(names) == 1:
         raise UserError(
             f"{type(data).__name__} has one class alone, {names[0]!r}, so that there is nothing to tell apart; look at "
             "what data.root=DIR holds"
         )
+    if kind == "classes":
+        train = data.plain().samples_of("train")
+        return MultiLabel(names, class_shares(train, type(data).__name__, names, limit=_STATISTICS))
     return Classification(names, per_token=kind == "token classes")
+
+
+def fitted(goal: Goal, samples: Dataset[Batch], adapter: str) -> Goal:
+    """The same goal, with what it takes from training labels (a scale, shares of classes) of these samples alone."""
+    if isinstance(goal, Regression):
+        return Regression(*label_statistics(samples, adapter))
+    if isinstance(goal, MultiLabel):
+        return MultiLabel(goal.names, class_shares(samples, adapter, goal.names))
+    return goal
 
 
 def numbered(classes: int, *, per_token: bool = False) -> Classification:
@@ -296,6 +415,8 @@ def kind_of(sample: Mapping[str, Any]) -> Kind | None:
         label = torch.as_tensor(sample["label"])
         if label.is_floating_point():
             return "numbers" if label.ndim <= 1 else None
+        if label.dtype == torch.bool and label.ndim == 1:
+            return "classes"
         return "class" if label.ndim == 0 else None
     target = sample.get("target")
     if target is None or target.is_floating_point() or target.ndim != 1:
@@ -311,10 +432,31 @@ def label_statistics(samples: Dataset[Batch], adapter: str, *, limit: int | None
     Raises:
         UserError: a label is NaN or infinite.
     """
-    seed = None if limit is None else 0
-    batches = plain_batches(samples, batch=256, device=torch.device("cpu"), limit=limit, seed=seed, of="training")
-    labels = torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])
+    labels = _labels(samples, limit)
     if not labels.isfinite().all():
         raise UserError(f"{adapter} has a 'label' that is NaN or infinite; leave such samples out")
     mean, std = labels.mean(0), labels.std(0, correction=0)
     return mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float()
+
+
+def class_shares(samples: Dataset[Batch], adapter: str, names: tuple[str, ...], *, limit: int | None = None) -> Tensor:
+    """The share [C] float32 of training samples that has each class; of more than `limit`, of drawn ones.
+
+    A class that none of n has counts as one of 2 n + 2, as one that all have is missing in so many.
+
+    Raises:
+        UserError: a label has not one place a class.
+    """
+    labels = _labels(samples, limit)
+    if labels.shape[1] != len(names):
+        raise UserError(
+            f"{adapter} names {len(names)} classes, and its 'label' has {labels.shape[1]} places; make it [C]"
+        )
+    return ((labels.sum(0) + 0.5) / (len(labels) + 1)).float()
+
+
+def _labels(samples: Dataset[Batch], limit: int | None) -> Tensor:
+    """The labels [S, K] float64 of training samples; of more than `limit`, of drawn ones."""
+    seed = None if limit is None else 0
+    batches = plain_batches(samples, batch=256, device=torch.device("cpu"), limit=limit, seed=seed, of="training")
+    return torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])

@@ -64,6 +64,27 @@ class RegressionHead(nn.Module):
         return numbers * self.std + self.mean
 
 
+class MultiLabelHead(nn.Module):
+    """A pooling head whose outputs are added to the log-odds of the classes among the training samples.
+
+    Args:
+        head: features -> [B, C].
+        shares: [C] of the training samples, above 0 and below 1; they are stored with the weights.
+    """
+
+    shares: Tensor
+
+    def __init__(self, head: MeanHead | LastHead, shares: Tensor) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("shares", shares.clone())
+
+    def forward(self, features: Tensor, mask: Tensor | None, *, bos: bool) -> Tensor:
+        """[B, T, D] -> logits [B, C] float32."""
+        logits: Tensor = self.head(features, mask, bos=bos).float()
+        return logits + self.shares.logit()
+
+
 class AttentiveHead(nn.Module):
     """Attentive probe: one learned query attends over the tokens (cross-attention), then one linear map.
 

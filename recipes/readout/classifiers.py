@@ -1,13 +1,14 @@
 """The classifiers and regressions of a probe: each is fitted on features of training samples and scored on others.
 
 What comes back is a credit for each sample it was scored on, float64 [S], in their order. Their mean is the score:
-accuracy (1 where the answer is right, else 0), or R2 (1 minus the squared error over the variance of the labels).
+accuracy (1 where the answer is right, else 0), mAP (see `recipes.statistics.average_precision`), or R2 (1 minus the
+squared error over the variance of the labels).
 
 All are deterministic (their random numbers come from generators of their own) and run on the device that their
 features lie on.
 
 Shapes: S samples, T tokens, D width of a feature, C classes, K numbers. Features [S, D] float32, labels [S] int64 in
-0..C-1, or [S, K] float32 for a regression.
+0..C-1, or bool [S, C] for several classes a sample, or [S, K] float32 for a regression.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from torch import Tensor, nn
 
 from nepa_core.runtime.optim import lr_factor
 from recipes.networks.heads import AttentiveHead
+from recipes.statistics.average_precision import average_precision
 from recipes.statistics.ridge import r2, standardised
 
 Classifier = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(features, labels, features to score on, their labels) -> credits [S] whose mean is accuracy, or R2."""
+"""(features, labels, features to score on, their labels) -> credits [S] whose mean is accuracy, mAP or R2."""
 
 _AT_ONCE = 2**27
 """Numbers in one intermediate matrix: half a gigabyte."""
@@ -38,11 +40,22 @@ def knn_regression(
     x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
     """The mean of the numbers [S, K] of the neighbours that `knn` finds, weighted as there; credits of R2."""
+    return r2(_mean_of_neighbours(x, y, x_test, k, temperature), y_test)
+
+
+def knn_multi_label(
+    x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor, *, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """The share of the neighbours that `knn` finds with each class, weighted as there; credits of mAP."""
+    return average_precision(_mean_of_neighbours(x, y.float(), x_test, k, temperature), y_test)
+
+
+def _mean_of_neighbours(x: Tensor, y: Tensor, x_test: Tensor, k: int, temperature: float) -> Tensor:
     found = [
         ((similarity / temperature).softmax(1)[..., None] * y[nearest]).sum(1)
         for similarity, nearest in _neighbours(x, x_test, k)
     ]
-    return r2(torch.cat(found), y_test)
+    return torch.cat(found)
 
 
 def _neighbours(x: Tensor, x_test: Tensor, k: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -72,8 +85,41 @@ def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
     enough to compare rows.
     """
     x, x_test = standardised(x, x_test)
-    samples, dim = x.shape
     classes = int(max(y.max(), y_test.max())) + 1
+
+    def loss_and_error(logits: Tensor, truth: Tensor) -> tuple[float, Tensor]:
+        log_p = logits.log_softmax(1)
+        loss = -float(log_p.gather(1, truth[:, None]).sum())
+        error = log_p.exp_()
+        error[torch.arange(len(truth), device=x.device), truth] -= 1
+        return loss, error
+
+    weight, bias = _fit_logistic(x, y, classes, loss_and_error)
+    return _right(torch.addmm(bias, x_test, weight), y_test)
+
+
+def linear_multi_label(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
+    """A logistic regression of each class against the rest, fitted as `linear` is; credits of mAP."""
+    x, x_test = standardised(x, x_test)
+
+    def loss_and_error(logits: Tensor, truth: Tensor) -> tuple[float, Tensor]:
+        wanted = truth.to(logits)
+        loss = float(F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum"))
+        return loss, logits.sigmoid() - wanted
+
+    weight, bias = _fit_logistic(x, y, y.shape[1], loss_and_error)
+    return average_precision(torch.addmm(bias, x_test, weight), y_test)
+
+
+def _fit_logistic(
+    x: Tensor, y: Tensor, classes: int, loss_and_error: Callable[[Tensor, Tensor], tuple[float, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Weight [D, C] and bias [C] with the least loss, L2 with C = 1, by L-BFGS.
+
+    Args:
+        loss_and_error: logits [s, C] and labels of some samples -> the sum of their losses, and its gradient [s, C].
+    """
+    samples, dim = x.shape
     chunk = max(_AT_ONCE // classes, 1)
 
     def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
@@ -81,10 +127,8 @@ def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
         loss = 0.5 * float(weight.double().square().sum())
         gradient = torch.cat((weight, torch.zeros_like(bias)[None]))
         for some, truth in zip(x.split(chunk), y.split(chunk), strict=True):
-            log_p = torch.addmm(bias, some, weight).log_softmax(1)
-            loss -= float(log_p.gather(1, truth[:, None]).sum())
-            error = log_p.exp_()
-            error[torch.arange(len(truth), device=x.device), truth] -= 1
+            of_these, error = loss_and_error(torch.addmm(bias, some, weight), truth)
+            loss += of_these
             gradient[:-1].addmm_(some.T, error)
             gradient[-1] += error.sum(0)
         return loss / samples, (gradient.double().cpu().numpy() / samples).ravel()
@@ -96,8 +140,7 @@ def linear(x: Tensor, y: Tensor, x_test: Tensor, y_test: Tensor) -> Tensor:
         method="L-BFGS-B",
         options={"maxiter": 200, "gtol": 1e-4, "ftol": 64 * np.finfo(float).eps, "maxls": 50},
     )
-    weight, bias = _unpacked(found.x, dim, x)
-    return _right(torch.addmm(bias, x_test, weight), y_test)
+    return _unpacked(found.x, dim, x)
 
 
 def _unpacked(flat: np.ndarray, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:

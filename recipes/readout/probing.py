@@ -43,6 +43,7 @@ from recipes.readout.features import (
 from recipes.report.provenance import unreadable
 from recipes.report.summaries import ProbeRow, ProbeScore, ProbeSummary
 from recipes.resolve import read_target
+from recipes.statistics.average_precision import ranked
 from recipes.statistics.credits import pack_credits, unpack_credits
 from recipes.statistics.held_out import clusters_of, is_chained, pack_clusters
 from recipes.statistics.ridge import ridge
@@ -55,9 +56,15 @@ Name = Literal["linear", "knn", "lars"]
 
 CLASSIFIERS: dict[Name, Classifier] = {"linear": classifiers.linear, "knn": classifiers.knn, "lars": classifiers.lars}
 REGRESSIONS: dict[Name, Classifier] = {"linear": ridge, "knn": classifiers.knn_regression}
+MULTI_LABEL: dict[Name, Classifier] = {"linear": classifiers.linear_multi_label, "knn": classifiers.knn_multi_label}
+READERS: dict[Metric, dict[Name, Classifier]] = {"accuracy": CLASSIFIERS, "map": MULTI_LABEL, "r2": REGRESSIONS}
 TITLES = {"linear": "linear", "knn": "k-NN", "lars": "LARS"}
 PAPER = {"last embedding": "final norm, last", "average embedding": "final norm, mean"}
 """The paper's linear probe: name -> row."""
+NOTES: dict[Metric, str] = {
+    "map": "The figures are mAP: 1 is perfect; by lot, a class has the share of the samples that it is in.",
+    "r2": "The figures are R2: 1 is perfect, 0 the mean of the labels.",
+}
 EQUAL = (
     "Equal for all networks: samples, labels, classifiers, and how a row is chosen. Each one's own: size, pixels, "
     "and what it was trained on, which may hold these samples."
@@ -194,7 +201,7 @@ def probe(
         if not ranks.is_main:
             return {}
         splits = [Split.of(*pair, device) for pair in zip(train.features, test.features, strict=True)]
-        check_regression(splits[0], options)
+        check_readers(splits[0], options)
         found = layers, random_init, raw, *rivals = [score_rows(split, options.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
     held_out = config.data.plain().samples_of("test")
@@ -294,7 +301,7 @@ def verdict(
         rivals,
         clusters,
         chained=chained,
-        metric="r2" if split.metric == "r2" else "accuracy",
+        metric=split.metric,
         unit="tokens" if per_token else "samples",
     )
 
@@ -318,16 +325,17 @@ def without_credits(row: ProbeRow) -> ProbeRow:
     return plain
 
 
-def check_regression(split: Split, options: ProbeOptions) -> None:
-    """Whether numbers can be read as the options say.
+def check_readers(split: Split, options: ProbeOptions) -> None:
+    """Whether numbers, or several classes a sample, can be read as the options say.
 
     Raises:
         UserError: they can't.
     """
-    wrong = [f"classifiers={name}" for name in options.classifiers if name not in REGRESSIONS]
+    wrong = [f"classifiers={name}" for name in options.classifiers if name not in READERS[split.metric]]
     wrong += ["poolings=attentive"] * ("attentive" in options.poolings)
-    if split.metric == "r2" and wrong:
-        raise UserError(f"{wrong[0]} is for classes, and 'label' holds numbers here; leave it out")
+    if split.metric != "accuracy" and wrong:
+        holds = "numbers" if split.metric == "r2" else "several classes a sample"
+        raise UserError(f"{wrong[0]} is for one class a sample, and 'label' holds {holds} here; leave it out")
 
 
 def chosen_rows(options: ProbeOptions, *, depth: int, bos: bool, causal: bool) -> tuple[list[Row], list[str]]:
@@ -370,7 +378,7 @@ def _layer(name: int | str, depth: int) -> int:
 
 class Split(NamedTuple):
     """Features of the training and the test samples of one reader, and their labels: numbered from 0 [S] int64, or the
-    numbers of a regression [S, K] float32."""
+    numbers of a regression [S, K] float32, or the classes that each has, bool [S, C]."""
 
     train: Features
     test: Features
@@ -392,10 +400,16 @@ class Split(NamedTuple):
                 raise UserError("the key 'label' holds NaN or infinity; leave such samples out")
             numbers = torch.from_numpy(both.astype(np.float32).reshape(len(both), -1)).to(device)
             return cls(train, test, numbers[: len(train["labels"])], numbers[len(train["labels"]) :])
+        if both.ndim == 2 and both.dtype.kind == "b":
+            several = torch.from_numpy(both).to(device)
+            count = len(train["labels"])
+            if not all(bool(ranked(part).any()) for part in (several[:count], several[count:])):
+                raise UserError("no class is of some samples that were read and not of others: nothing can be ranked")
+            return cls(train, test, several[:count], several[count:])
         if both.ndim != 1 or both.dtype.kind not in "iub":
             raise UserError(
                 f"the key 'label' holds {both.dtype} of shape {both.shape[1:]}; a probe needs one class index a "
-                "sample, or float numbers to predict"
+                "sample, bool [C] for several classes, or float numbers to predict"
             )
         if both.dtype.kind == "i" and both.min() < 0:
             raise UserError(
@@ -412,8 +426,8 @@ class Split(NamedTuple):
 
     @property
     def metric(self) -> Metric:
-        """What its rows are scored by: accuracy, or r2 of a regression."""
-        return "r2" if self.labels.is_floating_point() else "accuracy"
+        """What its rows are scored by: accuracy, map of several classes a sample, or r2 of a regression."""
+        return "r2" if self.labels.is_floating_point() else "map" if self.labels.dtype == torch.bool else "accuracy"
 
 
 def score_rows(split: Split, names: Sequence[Name]) -> list[ProbeRow]:
@@ -444,8 +458,7 @@ def score_row(split: Split, name: str, *, names: Sequence[Name]) -> ProbeRow:
         rank = None
     else:
         x, x_test = (torch.from_numpy(np.array(part[name])).to(split.labels.device) for part in parts)
-        kinds = CLASSIFIERS if split.metric == "accuracy" else REGRESSIONS
-        scores = {key: scores_of(split, kinds[key], x, x_test) for key in names}
+        scores = {key: scores_of(split, READERS[split.metric][key], x, x_test) for key in names}
         rank = effective_rank(x_test)
     return {"name": name, **(scores.get(names[0]) or scores["linear"]), "scores": scores, "effective_rank": rank}
 
@@ -466,9 +479,9 @@ def scores_of(split: Split, classifier: Callable[..., Tensor], x: Any, x_test: A
     check_count(len(x))
     credits = classifier(x, y, x_test, split.test_labels)
     figure = float(credits.mean())
-    found: ProbeScore = {"r2": figure} if split.metric == "r2" else {"accuracy": figure}
+    found: dict[Metric, ProbeScore] = {"accuracy": {"accuracy": figure}, "map": {"map": figure}, "r2": {"r2": figure}}
     return {
-        **found,
+        **found[split.metric],
         "validation": float(classifier(x[:kept], y[:kept], x[kept:], y[kept:]).mean()),
         "credits": pack_credits(credits) if bool(credits.isfinite().all()) else None,
     }
@@ -476,7 +489,7 @@ def scores_of(split: Split, classifier: Callable[..., Tensor], x: Any, x_test: A
 
 def metric_of(row: ProbeRow | ProbeScore) -> Metric:
     """What a row is scored by, see `Split.metric`."""
-    return "r2" if "r2" in row else "accuracy"
+    return next(metric for metric in READERS if metric in row)
 
 
 def best_row(rows: Sequence[ProbeRow]) -> ProbeRow:
@@ -507,7 +520,7 @@ def render(summary: ProbeSummary) -> str:
             lines.append(f"{row['name']:<{wide}}" + "".join(cells) + _rank(row, 6))
     of_paper = [f"{name} is {PAPER[name]}" for name in summary["paper"]]
     notes = [f"The paper's probe: {'; '.join(of_paper)}."] if of_paper else []
-    notes += ["The figures are R2: 1 is perfect, 0 the mean of the labels."] if metric == "r2" else []
+    notes += [NOTES[metric]] if metric in NOTES else []
     notes += [*summary["notes"], *unreadable(summary, "probe.json")]
     chosen = (
         f"Chosen on held-back training samples: {best['name']} {best[metric]:.3f}; "

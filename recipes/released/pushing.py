@@ -179,10 +179,16 @@ def measured(data: Modality, summary: Mapping[str, Any], probe: ProbeSummary | N
         found.append(("accuracy", "next token identified", summary["retrieval_top1"]))
     if "accuracy" in summary:
         found.append(("accuracy", "accuracy after fine-tuning", summary["accuracy"]))
+    if "map" in summary:
+        found.append(("mean_average_precision", "mAP after fine-tuning", summary["map"]))
     if probe is not None:
         best = probe["best"]
-        metric, figure = ("r_squared", best["r2"]) if "r2" in best else ("accuracy", best["accuracy"])
-        found.append((metric, f"probe of {best['name']}", figure))
+        kinds = {
+            "accuracy": best.get("accuracy"),
+            "mean_average_precision": best.get("map"),
+            "r_squared": best.get("r2"),
+        }
+        found += [(kind, f"probe of {best['name']}", each) for kind, each in kinds.items() if each is not None]
     return [
         {
             "task": {"type": "feature-extraction"},

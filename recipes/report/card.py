@@ -216,7 +216,7 @@ def margin(of: Interval) -> str:
     return f"{100 * of.mean:+.1f} ± {half}"
 
 
-PROBES = ("probe_accuracy", "probe_r2")
+PROBES = ("probe_accuracy", "probe_map", "probe_r2")
 """What `train.probe` adds to the lines of metrics.jsonl."""
 
 FEW = 5

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 from nepa_core.runtime.run import Run
-from recipes.networks.goals import AVERAGED, FIGURES, AveragedKey, Classification, FigureKey, Regression
+from recipes.networks.goals import AVERAGED, FIGURES, GOALS, AveragedKey, FigureKey
 from recipes.report.page import Answer, Figure, Part, Report, Verbatim, Words
 from recipes.report.plots import over_training
 from recipes.report.provenance import settings_of, unreadable
@@ -21,7 +21,7 @@ def verdict(summary: FinetuneSummary, run: Run) -> list[str]:
         return ["NO VERDICT: this network was trained to stand beside another, whose report compares the two."]
     if worth is None:
         return [without_control(summary["init"], f"nepa finetune {shlex.quote(str(run.path))}")]
-    return sentences(worth, form=".2%" if worth.metric == "accuracy" else ".3f")
+    return sentences(worth, form=".3f" if worth.metric == "r2" else ".2%")
 
 
 def start_of(init: str | None) -> str:
@@ -64,7 +64,7 @@ def report(run: Run, summary: FinetuneSummary) -> Report:
 
 
 def _parts(run: Run, summary: FinetuneSummary) -> Iterator[Part]:
-    goal = Regression if Regression.headline in summary else Classification
+    goal = next(goal for goal in GOALS if goal.headline in summary)
     metrics, key = run.metrics(), goal.headline
     curves = {"raw weights": key, "averaged weights": AVERAGED[key]}
     losses = {"held out": "held_out_loss", "held out, averaged weights": "held_out_loss_ema"}
@@ -88,6 +88,6 @@ def _parts(run: Run, summary: FinetuneSummary) -> Iterator[Part]:
     yield Figure(
         f"{key}.png",
         f"Held-out {title} over training.",
-        over_training(metrics, shown, y=title, from_zero=key == "accuracy", title=f"Held-out {title}"),
+        over_training(metrics, shown, y=title, from_zero=key != "r2", title=f"Held-out {title}"),
     )
     yield Verbatim(settings_of(run), "Settings and data")

@@ -27,6 +27,7 @@ from recipes.report.tables import (
     text_table,
 )
 from recipes.statistics.significance import Difference, Spread, interval_of, spread
+from recipes.statistics.worth import SHARES
 
 NOT_COMPARABLE = (
     "Losses of different objectives are not comparable, so objectives are ranked by accuracy. Identification is that "
@@ -104,7 +105,7 @@ def foot(summary: ObjectivesSummary) -> list[str]:
         if skill
         else f"held-out {summary['metric']}. The probe's layer is chosen on held-back training samples."
     )
-    unit = "" if summary["metric"] == "accuracy" else " A point is 0.01."
+    unit = "" if summary["metric"] in SHARES else " A point is 0.01."
     held = "on the validation rows" if skill else "within the labels that are counted" if now else FORMERLY
     return [
         *own_objective(summary),

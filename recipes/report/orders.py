@@ -25,6 +25,7 @@ from recipes.report.tables import (
     text_table,
 )
 from recipes.statistics.significance import Difference
+from recipes.statistics.worth import SHARES
 
 NOT_COMPARABLE = (
     "Losses of different orders are not comparable: each order asks the network other questions, and an easy question "
@@ -85,7 +86,7 @@ def foot(summary: OrdersSummary) -> str:
         ("the validation rows", "as in pre-training") if forecast else ("held-back training samples", "both ways")
     )
     metric = "skill of a forecast (1 - MSE / MSE of repeating the last value)" if forecast else summary["metric"]
-    unit = "" if summary["metric"] == "accuracy" else " A point is 0.01."
+    unit = "" if summary["metric"] in SHARES else " A point is 0.01."
     return (
         f"{interval}, held-out {metric}.{unit} The probe's layer is chosen on {held}; raw tokens have "
         f"{summary['raw_tokens']:.3f}. Fine-tuning: {summary['finetune_steps']} steps, attention {attention}."

@@ -24,6 +24,7 @@ from torch import Tensor
 from modalities.data.listing import printable
 from nepa_core.tokens import Sketch
 from recipes.statistics.significance import Spread, interval_of
+from recipes.statistics.worth import SHARES
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called "$\\frac{1"
 
@@ -270,7 +271,7 @@ def inside(mean: float, half: float | None, metric: str) -> list[list[float]] | 
     """The arms of an error bar, [[below], [above]], cut where the metric ends: no accuracy is above 1 or below 0."""
     if half is None:
         return None
-    low = 0.0 if metric == "accuracy" else -math.inf  # R2 and skill end at 1 alone
+    low = 0.0 if metric in SHARES else -math.inf  # R2 and skill end at 1 alone
     return [[max(0.0, min(half, mean - low))], [max(0.0, min(half, 1.0 - mean))]]
 
 

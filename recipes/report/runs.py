@@ -44,10 +44,15 @@ COLUMNS = (
     Column("linear", ".1%", ("retrieval_top1_linear",)),
     Column("loss", ".3f", ("loss",), "held_out_objective"),
     Column("accuracy", ".1%", ("accuracy_ema", "accuracy"), "accuracy"),
+    Column("mAP", ".1%", ("map_ema", "map"), "map"),
     Column("R2", ".3f", ("r2_ema", "r2"), "r2"),
     Column("mIoU", ".1%", ("mIoU_ema", "mIoU"), "mIoU"),
 )
-PROBED = (Column("probe", ".1%", ("accuracy",)), Column("probe R2", ".3f", ("r2",)))
+PROBED = (
+    Column("probe", ".1%", ("accuracy",)),
+    Column("probe mAP", ".1%", ("map",)),
+    Column("probe R2", ".3f", ("r2",)),
+)
 """Of the best row of probe.json."""
 
 CURVES = {
@@ -57,8 +62,10 @@ CURVES = {
     "effective_rank_embedding": "effective rank, embedding",
     "effective_rank_prediction": "effective rank, prediction",
     "probe_accuracy": "small probe, accuracy",
+    "probe_map": "small probe, mAP",
     "probe_r2": "small probe, R2",
     "accuracy": "held-out accuracy",
+    "map": "held-out mAP",
     "r2": "held-out R2",
     "mIoU": "held-out mIoU",
     "lr": "learning rate",

@@ -211,9 +211,10 @@ class GraphRecord(TypedDict):
 
 
 class ProbeScore(TypedDict, total=False):
-    """One classifier on one row: held-out accuracy, or R2 of numbers."""
+    """One classifier on one row: held-out accuracy, mAP of several classes a sample, or R2 of numbers."""
 
     accuracy: float
+    map: float
     r2: float
     validation: float  # the same on held-back training samples
     credits: str | None  # what each test sample adds, packed; None where one is not finite. Not in probe.json
@@ -224,6 +225,7 @@ class ProbeRow(TypedDict, total=False):
 
     name: str
     accuracy: float
+    map: float
     r2: float
     validation: float
     credits: str | None  # as of ProbeScore
@@ -551,7 +553,7 @@ class RunMeasures(Predicted[float], ReadOut[float], total=False):
     """What a comparison keeps of one run: NAME-HASH.json in the run's folder, and random/ of random weights."""
 
     loss_per_position: dict[str, list[float]]
-    metric: str  # of the probe and of fine-tuning: accuracy, r2, or skill of a forecast
+    metric: str  # of the probe and of fine-tuning: accuracy, map, r2, or skill of a forecast
     probe_row: str  # which one is the best
     probe_row_random: str
     layers: Layers

@@ -18,7 +18,9 @@ from torch import Tensor
 from nepa_core.basics import FROZEN
 from nepa_core.verdict.intervals import Interval, over_samples
 
-Metric = Literal["accuracy", "r2"]
+Metric = Literal["accuracy", "map", "r2"]
+SHARES = ("accuracy", "map")
+"""Those from 0 to 1."""
 COVERS = "these test samples of one seed, not other seeds"
 RANDOM, RAW, MAJORITY = "random weights", "raw tokens", "the most frequent class"
 

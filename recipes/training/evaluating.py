@@ -87,5 +87,6 @@ def class_lines(rows: Sequence[ClassIou], present: int) -> str:
 
 
 def _in_words(goal: Goal) -> str:
-    what = "numbers" if isinstance(goal, Regression) else "classes per token" if goal.per_token else "classes"
-    return f"{goal.outputs} {what}"
+    if isinstance(goal, Regression):
+        return f"{goal.outputs} numbers"
+    return f"{goal.outputs} classes{', several a sample' if goal.whole else ' per token' if goal.per_token else ''}"

@@ -29,15 +29,17 @@ from nepa_core.runtime.weights import Weights, current_weights, load_backbone, n
 from nepa_core.tokens import Tokens
 from recipes.configs import BesideConfig, FinetuneConfig, MixConfig, PretrainConfig
 from recipes.networks.backbones import TIMM, TimmClassifier, pixels_of, shown_name, timm_model
-from recipes.networks.goals import AVERAGED, Classification, Goal, Regression, find_goal, numbered
-from recipes.networks.heads import DenseHead, LastHead, MeanHead, RegressionHead
+from recipes.networks.goals import AVERAGED, Classification, Goal, MultiLabel, Regression, find_goal, numbered
+from recipes.networks.heads import DenseHead, LastHead, MeanHead, MultiLabelHead, RegressionHead
 from recipes.presets import short
 from recipes.report.finetune import report, start_of
 from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.resolve import read_target
 from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained, views_of
-from recipes.statistics.worth import RANDOM, Score, Worth, judge, worth_in
+from recipes.statistics.worth import RANDOM, Metric, Score, Worth, judge, worth_in
 from recipes.training.train import cost, opened, train
+
+Head = MeanHead | LastHead | MultiLabelHead | RegressionHead | DenseHead
 
 
 class Classifier(nn.Module):
@@ -49,7 +51,7 @@ class Classifier(nn.Module):
         goal: what the outputs say.
     """
 
-    def __init__(self, backbone: NEPA, head: MeanHead | LastHead | RegressionHead | DenseHead, goal: Goal) -> None:
+    def __init__(self, backbone: NEPA, head: Head, goal: Goal) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
@@ -242,7 +244,7 @@ def compared(own: Credits, rivals: Mapping[str, Credits], config: FinetuneConfig
         [score(name, credits) for name, credits in rivals.items()],
         clusters,
         chained=is_chained(held_out),
-        metric="r2" if own.metric == "r2" else "accuracy",
+        metric=own.metric,
         unit="tokens" if own.per_token else "samples",
     )
 
@@ -253,13 +255,13 @@ class Credits(NamedTuple):
     Attributes:
         shares: [S] float64. weights: [S] int64, how many classes of the sample count; the figure is the mean of the
             shares so weighted. numbers: [S] int64, the samples in the data set; those that can't be read are left out.
-        metric: the figure, accuracy or r2. per_token: samples have a class a token.
+        metric: the figure. per_token: samples have a class a token.
     """
 
     shares: Tensor
     weights: Tensor
     numbers: Tensor
-    metric: str
+    metric: Metric
     per_token: bool
 
 
@@ -308,7 +310,7 @@ def build_beside(config: BesideConfig, goal: Goal, *, trained: bool = True) -> T
         return TimmClassifier(model, size, goal)
 
 
-def build_head(config: FinetuneConfig, goal: Goal) -> MeanHead | LastHead | RegressionHead | DenseHead:
+def build_head(config: FinetuneConfig, goal: Goal) -> Head:
     """The read-out for a goal."""
     if goal.per_token:
         return DenseHead(config.model.dim, goal.outputs)
@@ -316,7 +318,9 @@ def build_head(config: FinetuneConfig, goal: Goal) -> MeanHead | LastHead | Regr
         pooled: MeanHead | LastHead = MeanHead(config.model.dim, goal.outputs, config.model.norm_eps)
     else:
         pooled = LastHead(config.model.dim, goal.outputs)
-    return RegressionHead(pooled, goal.mean, goal.std) if isinstance(goal, Regression) else pooled
+    if isinstance(goal, Regression):
+        return RegressionHead(pooled, goal.mean, goal.std)
+    return MultiLabelHead(pooled, goal.shares) if isinstance(goal, MultiLabel) else pooled
 
 
 def load_classifier(config: FinetuneConfig, weights: Weights) -> Classifier:
@@ -340,6 +344,8 @@ def goal_of(head: dict[str, Tensor]) -> Goal:
     """What a stored head was trained to say, told by its tensors; classes are numbered."""
     if "mean" in head:
         return Regression(head["mean"], head["std"])
+    if "shares" in head:
+        return MultiLabel(tuple(map(str, range(len(head["shares"])))), head["shares"])
     per_token = "linear.bias" in head
     bias = head["linear.bias" if per_token else "classifier.bias"]
     return numbered(len(bias), per_token=per_token)
@@ -347,7 +353,7 @@ def goal_of(head: dict[str, Tensor]) -> Goal:
 
 def make_step(config: FinetuneConfig | BesideConfig, goal: Goal) -> StepFunction:
     """The step function of fine-tuning: batch -> loss of the goal, with mixing and label smoothing where asked for."""
-    if config.mix is not None and (goal.per_token or isinstance(goal, Regression)):
+    if config.mix is not None and (goal.per_token or not isinstance(goal, Classification)):
         raise UserError("mix is for one class a sample, and this adapter's samples hold other targets; set mix=null")
     mix = None if config.mix is None else make_mix(config.mix, goal.outputs, config.label_smoothing)
 
@@ -411,18 +417,18 @@ def raw_and_averaged(
     return figures
 
 
-def of_views(goal: Goal, every: Tensor, views: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def of_views(goal: Goal, every: Tensor, views: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """What was said of samples, averaged over the views of one thing.
 
     Args:
         every: [S, 1 + truth + outputs] float64: number in the data set, truth and outputs of each sample that was read.
-        views: the cluster of every sample of the data set, int64.
+        views: the cluster of every sample of the data set, int64; None where each is a thing of its own.
 
     Returns:
         Number of the first view [V] int64, truth [V] or [V, K] and outputs [V, C], V things in their order.
     """
     numbers, outputs = every[:, 0].long(), every[:, -goal.outputs :].float()
-    _, group = views[numbers].unique(return_inverse=True)
+    _, group = (numbers if views is None else views[numbers]).unique(return_inverse=True)
     first = torch.full((int(group.max()) + 1,), len(group)).scatter_reduce(0, group, torch.arange(len(group)), "amin")
     truth = every[first, 1 : -goal.outputs].float()
     if isinstance(goal, Classification):
@@ -442,8 +448,9 @@ def measure(
 ) -> HeldOutFigures:
     """The figures of the model's goal over all held-out samples, and the counts of these, the same on every rank.
 
-    Every rank takes its share of the batches and the sums are added up, so the number of processes changes nothing.
-    Where samples are views of one thing (`nepa_core.tokens.Spans`), that counts once, by the mean of the predictions.
+    Every rank takes its share of the batches and the sums are added up, so the number of processes changes nothing; a
+    goal that needs the `whole` gets what all ranks said. Where samples are views of one thing
+    (`nepa_core.tokens.Spans`), that counts once, by the mean of the predictions.
 
     Args:
         samples: read in place of the held-out ones; without augmentation.
@@ -456,8 +463,9 @@ def measure(
     unreadable: set[str] = set()
     dtype = autocast_dtype(config.train.precision, ranks.device)
     data, views, said = config.data.plain(), None if goal.per_token else views_of(samples), list[Tensor]()
+    at_once = goal.whole or views is not None
     batches = plain_batches(
-        samples if parts is None and views is None else Numbered(samples),
+        Numbered(samples) if at_once or parts is not None else samples,
         batch=min(config.train.micro_batch or config.train.batch, 256),
         device=ranks.device,
         workers=config.train.workers,
@@ -474,7 +482,7 @@ def measure(
             with torch.autocast(ranks.device.type, dtype, enabled=dtype is not None):
                 outputs = model(tokens, causal=config.causal).float()
             truth = goal.truth(batch, tokens)
-            if views is not None:
+            if at_once:
                 each = (batch[NUMBER][:, None], truth.reshape(len(truth), -1), outputs)
                 said.append(torch.cat([x.double() for x in each], dim=1).cpu())
                 continue
@@ -483,7 +491,7 @@ def measure(
                 parts.append(torch.cat((batch[NUMBER][:, None].double(), goal.parts(outputs, truth)), dim=1).cpu())
             seen += len(outputs)
             scored += goal.scored(truth)
-    if views is not None:
+    if at_once:
         numbers, truth, outputs = of_views(goal, torch.cat(ranks.in_order(said)), views)
         found = goal.sums(outputs, truth).to(sums)  # on every rank, so that each refuses what one does
         if ranks.is_main:  # the sums are added up below

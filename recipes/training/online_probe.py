@@ -19,6 +19,7 @@ from nepa_core.pooling import Row, read_rows
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.fit import autocast_dtype
 from recipes.configs import PretrainConfig
+from recipes.statistics.average_precision import average_precision
 from recipes.statistics.ridge import r2, ridge, right_class
 from recipes.training.judging import eval_batch
 
@@ -27,7 +28,7 @@ SAMPLES = 160
 
 
 class Labelled(NamedTuple):
-    """Samples of a split with their labels, [S] integers or [S, K] numbers."""
+    """Samples of a split with their labels, [S] integers, bool [S, C] or [S, K] numbers."""
 
     batches: list[Batch]
     labels: Tensor
@@ -67,9 +68,10 @@ def _labelled(config: PretrainConfig, split: str) -> Labelled:
         if not isinstance(label, Tensor):
             break
         found.append(batch)
-        labels.append(label if label.is_floating_point() else torch.where(label < 0, -1, label))
+        one = not label.is_floating_point() and label.dtype != torch.bool
+        labels.append(torch.where(label < 0, -1, label) if one else label)
     whole = torch.cat(labels) if labels else torch.empty(0)
-    if (known := len(whole) if whole.is_floating_point() else int((whole >= 0).sum())) < 10:
+    if (known := int((whole.reshape(len(whole), -1) >= 0).any(1).sum()) if len(whole) else 0) < 10:
         raise UserError(
             f'train.probe=true reads the key "label" of samples, and {known} of {SAMPLES} {split} samples of '
             f"{type(data).__name__} have one: leave train.probe out, or add labels"
@@ -79,13 +81,16 @@ def _labelled(config: PretrainConfig, split: str) -> Labelled:
 
 @torch.no_grad()
 def probe_figure(probe: OnlineProbe, config: PretrainConfig, model: NEPA, ema: Ema | None) -> dict[str, float]:
-    """ "probe_accuracy", or of numbers "probe_r2": held out, of the averaged weights where there are any."""
+    """ "probe_accuracy", "probe_map" of several classes a sample, or "probe_r2" of numbers: held out, of the averaged
+    weights where there are any."""
     with evaluating(model), applied(ema):
         x, x_test = (_features(each.batches, config, model) for each in probe)
     y, y_test = (each.labels for each in probe)
     if y.is_floating_point():
         y, y_test = (each.reshape(len(each), -1) for each in (y, y_test))
         return {"probe_r2": float(ridge(x, y, x_test, y_test, r2).mean())}
+    if y.dtype == torch.bool:
+        return {"probe_map": float(ridge(x, y.float(), x_test, y_test.float(), average_precision).mean())}
     x, y, x_test, y_test = x[y >= 0], y[y >= 0], x_test[y_test >= 0], y_test[y_test >= 0]
     classes = y.unique()
     y, y_test = ((each[:, None] == classes).float() for each in (y, y_test))

@@ -283,6 +283,21 @@ def _half_labelled(folder: Path) -> Path:
     return folder
 
 
+def test_a_manifest_may_have_several_labels_a_clip(tmp_path: Path) -> None:
+    rows = "a.wav,speech; music,train\nb.wav,,train\nc.wav,music;;dog,train\nd.wav,dog,test\n"
+    (tmp_path / "m.csv").write_text("path,labels,split\n" + rows)
+    write(tmp_path / "a.wav", tone(0.1))
+    write(tmp_path / "b.wav", tone(0.1))
+    train, test = (clips(tmp_path / "m.csv", split) for split in ("train", "test"))
+    assert train.source.classes == test.source.classes == ("dog", "music", "speech")
+    assert train.labels is not None
+    assert train.labels.dtype == torch.bool
+    assert train.labels.int().tolist() == [[0, 1, 1], [0, 0, 0], [1, 1, 0]]
+    assert train.__getitems__([0, 1])["label"].tolist() == [[False, True, True], [False] * 3]
+    assert test.labels is not None
+    assert test.labels.tolist() == [[True, False, False]]
+
+
 @pytest.mark.parametrize(
     ("make", "options", "words"),
     [
@@ -300,6 +315,9 @@ def _half_labelled(folder: Path) -> Path:
         (_half_labelled, {}, "clips of one split have labels"),
         (_csv("path,label,split\na.wav,x,dev\n"), {}, "m.csv, row 2: .*'dev'"),
         (_csv("path,label,split\na.wav\n"), {}, "m.csv, row 2"),
+        (_csv("path,label,labels,split\na.wav,x,x,train\n"), {}, "has the columns label and labels; rename one"),
+        (_csv("path,labels,split\na.wav,x;y,train\nb.wav,z;x,val\n"), {}, "held-out classes z; add some"),
+        (_csv("path,labels,split\na.wav,x,train\nb.wav,x,val\n"), {}, "training samples have 1 classes; two"),
         (_csv("path,label,split\na.wav,x,train\n"), {}, "no audio file .* in the held-out split"),
     ],
 )

@@ -193,7 +193,7 @@ def test_a_csv_file_names_videos_labels_and_splits(tmp_path: Path) -> None:
     assert [int(train[place]["label"]) for place in range(3)] == [0, 1, 0]
     (tmp_path / "all.csv").write_text("\n".join([*rows, "a.mp4,x,test"]))
     with pytest.raises(UserError, match=r"row 7: .*a\.mp4 is held out here or in row 2"):
-        labelled.manifest_rows(tmp_path / "all.csv", labelled.Kind("video", "video", ()))
+        labelled.read_manifest(tmp_path / "all.csv", labelled.Kind("video", "video", ()))
 
 
 def test_data_in_no_layout_is_one_line(tmp_path: Path) -> None:

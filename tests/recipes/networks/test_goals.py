@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -45,10 +46,17 @@ ALONE = World(0, 1, CPU)
 
 
 class Taught(tiny.Waves):
-    """Waves with another target: a number, three numbers, or a class per token (the sign of its first value)."""
+    """Waves with another target.
 
-    teach: Literal["number", "numbers", "tokens", "nothing", "text", "nan"]
+    A number, three numbers, a class per token (the sign of its first value), or several classes: which of fast, loud
+    and odd it is.
+    """
+
+    teach: Literal["number", "numbers", "tokens", "several", "wide", "nothing", "text", "nan"]
     reverse: bool = False
+
+    def classes(self) -> tuple[str, ...] | None:
+        return ("fast", "loud", "odd") if self.teach in ("several", "wide") else super().classes()
 
     def dataset(self, split: str) -> Dataset[Batch]:
         return cast(Dataset[Batch], [self._taught(sample) for sample in super().dataset(split)])  # type: ignore[attr-defined]
@@ -62,6 +70,8 @@ class Taught(tiny.Waves):
                 "number": {"label": 1000 + 50 * speed},
                 "numbers": {"label": torch.stack((1000 + 50 * speed, -speed, torch.tensor(3.0)))},
                 "tokens": {"target": (values[:, 0] > 0).long()},
+                "several": {"label": torch.stack((speed > 0, values.abs().mean() > 0.6, values[0, 0] > 0))},
+                "wide": {"label": torch.zeros(4, dtype=torch.bool)},
                 "nan": {"label": torch.tensor(math.nan)},
                 "text": {"label": torch.zeros(2, dtype=torch.int64)},
                 "nothing": {},
@@ -96,6 +106,9 @@ def batch_of(data: tiny.Waves) -> Batch:
         ({"label": torch.zeros(4)}, "numbers"),
         ({"label": torch.zeros(4, 2)}, None),
         ({"label": torch.zeros(4).long()}, None),
+        ({"label": torch.zeros(4).bool()}, "classes"),
+        ({"label": torch.zeros(4, 2).bool()}, None),
+        ({"label": torch.tensor(True)}, "class"),
         ({"target": torch.zeros(4).long()}, "token classes"),
         ({"target": torch.zeros(4).long(), "label": torch.tensor(1)}, "class"),
         ({"target": torch.zeros(4, 4).long()}, None),
@@ -115,7 +128,15 @@ def test_the_scale_of_a_regression_is_that_of_the_training_labels() -> None:
     torch.testing.assert_close(goal.std, torch.cat((labels.std(0, correction=0)[:2], torch.ones(1))))
 
 
-@pytest.mark.parametrize(("teach", "said"), [("nothing", "gives no class"), ("text", "no class"), ("nan", "is NaN")])
+@pytest.mark.parametrize(
+    ("teach", "said"),
+    [
+        ("nothing", "gives no class"),
+        ("text", "no class"),
+        ("nan", "is NaN"),
+        ("wide", "names 3 classes, and its 'label' has 4 places"),
+    ],
+)
 def test_what_can_not_be_taught_is_one_line(teach: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
         goals.find_goal(Taught(teach=teach))
@@ -149,6 +170,78 @@ def test_numbers_are_learned(tmp_path: Path) -> None:
     config = tuning(data, train__length__steps=200, train__evaluate=200, optim__lr=0.002)
     summary = finetune(config, Run(tmp_path / "run"), ALONE, show=False)
     assert summary["r2"] > 0.3, "two thirds is the most: the third number does not vary"
+
+
+def test_several_classes_start_at_their_shares_and_have_a_binary_loss() -> None:
+    data = Taught(teach="several", samples=200)
+    goal = goals.find_goal(data)
+    assert isinstance(goal, goals.MultiLabel)
+    labels = torch.stack([sample["label"] for sample in data.dataset("train")]).float()  # type: ignore[attr-defined]
+    torch.testing.assert_close(goal.shares, (labels.sum(0) + 0.5) / 201)
+    assert ((labels.mean(0) > 0.1) & (labels.mean(0) < 0.9)).all(), "or the classes teach nothing"
+    config = tuning(data, label_smoothing=0.2)
+    model, _ = build_classifier(config, goal)
+    batch = batch_of(data)
+    torch.testing.assert_close(model(data.read(batch), causal=False).sigmoid(), goal.shares.expand(8, 3))
+    loss, weight = goal.loss(logits := torch.randn(8, 3), truth := batch["label"].float(), smoothing=0.2)
+    wanted = 0.8 * truth + 0.1
+    expected = -(wanted * logits.sigmoid().log() + (1 - wanted) * (1 - logits.sigmoid()).log()).mean()
+    torch.testing.assert_close(loss, expected)
+    assert weight == 8
+
+
+def test_the_figures_of_several_classes_are_those_of_other_libraries() -> None:
+    draw = torch.Generator().manual_seed(0)
+    outputs, truth = torch.randn(60, 5, generator=draw).round(decimals=1), torch.rand(60, 5, generator=draw) > 0.7
+    truth[:, 3], truth[:, 4] = False, True  # nothing to rank
+    goal = goals.MultiLabel(tuple("abcde"), torch.full((5,), 0.3))
+    figures = goal.figures(goal.sums(outputs, truth.float()))
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    scores, right = outputs[:, :3].numpy(), truth[:, :3].numpy()
+    assert figures["map"] == pytest.approx(average_precision_score(right, scores, average="macro"), abs=1e-6)
+    assert figures["auroc"] == pytest.approx(roc_auc_score(right, scores, average="macro"), abs=1e-6)
+    parts = torch.cat([goal.parts(*each) for each in zip(outputs.split(7), truth.float().split(7), strict=True)])
+    credits, weights = goal.credits(parts)
+    assert float(credits.mean()) == pytest.approx(figures["map"], abs=1e-6)
+    assert weights.tolist() == [1] * 60
+    with pytest.raises(UserError, match="nothing can be ranked"):
+        goal.sums(outputs, truth.float()[:, [3, 4, 3, 4, 3]])
+
+
+def test_several_classes_are_learned_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, keys = tmp_path / "run", ["data.teach=several", "data.samples=256", "train.evaluate=60", "optim.lr=0.01"]
+    words = ["finetune", "tests.recipes.networks.test_goals:recipe", *keys, "train.length.steps=60", f"out={run}"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "mAP" in shown
+    assert "AUROC" in shown
+    summary = json.loads((run / "summary.json").read_text())
+    labels = torch.stack([sample["label"] for sample in Taught(teach="several", samples=256).dataset("test")])  # type: ignore[attr-defined]
+    assert summary["map"] > float(labels.float().mean()) + 0.1, "by lot, a class has the share of samples it is in"
+    assert summary["classes"] == ["fast", "loud", "odd"]
+    assert "Held-out mAP" in (run / "report" / "index.html").read_text()
+    config = Run(run).load_config(FinetuneConfig)
+    credits = held_out_credits(config, Run(run), ALONE)
+    assert float(credits.shares.mean()) == pytest.approx(summary["map_ema"], abs=1e-5)
+    assert main(["evaluate", str(run)]) == 0
+    assert f"{summary['map_ema']:.2%}" in capsys.readouterr().out
+
+
+def test_a_probe_reads_several_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, keys = "tests.recipes.networks.test_goals:recipe", ["data.teach=several", "data.samples=256"]
+    words = [name, *keys, "train.length.steps=4", "train.evaluate=4", "train.probe=true", f"out={tmp_path / 'run'}"]
+    assert main(["pretrain", *words]) == 0
+    assert 0 <= Run(tmp_path / "run").metrics()[-1]["probe_map"] <= 1
+    assert main(["probe", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "The figures are mAP" in shown
+    found = json.loads((tmp_path / "run" / "probe.json").read_text())
+    assert found["raw_tokens"]["map"] > 0.75
+    assert set(found["best"]["scores"]) == {"linear", "knn"}
+    assert found["worth"]["metric"] == "map"
+    assert main(["probe", str(tmp_path / "run"), "classifiers=lars"]) == 2
+    assert "classifiers=lars is for one class a sample" in capsys.readouterr().err
 
 
 def test_a_regression_starts_at_the_mean() -> None:

@@ -84,6 +84,26 @@ def test_linear_is_logistic_regression(monkeypatch: pytest.MonkeyPatch, at_once:
     assert 0.5 < expected.mean() < 0.95
 
 
+def test_linear_of_several_classes_is_a_logistic_regression_of_each() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, x_test = torch.randn(80, 6, generator=draw), torch.randn(40, 6, generator=draw)
+    weight = torch.randn(6, 3, generator=draw)
+    y, y_test = (each @ weight + torch.randn(len(each), 3, generator=draw) > 0 for each in (x, x_test))
+    credits = classifiers.linear_multi_label(x, y, x_test, y_test)
+    from sklearn.metrics import average_precision_score
+
+    mean, std = x.mean(0), x.std(0, correction=0)
+    scores = [
+        LogisticRegression(C=1.0, max_iter=1000, tol=1e-6)
+        .fit(((x - mean) / std).numpy(), y[:, place].numpy())
+        .decision_function(((x_test - mean) / std).numpy())
+        for place in range(3)
+    ]
+    wanted = average_precision_score(y_test.numpy(), np.stack(scores, 1), average="macro")
+    assert float(credits.mean()) == pytest.approx(wanted, abs=2e-3)
+    assert len(credits) == 40
+
+
 def test_linear_reads_what_is_linear() -> None:
     x, y = torch.randn(400, 5, generator=torch.Generator().manual_seed(0)) * 100, torch.arange(400) % 2
     x[:, 4] = 7.0  # constant
