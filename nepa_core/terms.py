@@ -212,7 +212,7 @@ TERMS = {
     "projected_mse": Term(
         mse, "mean_d (g(p) - g(z))^2", "p and z behind the projector g", "LeNEPA, which adds SIGReg to it",
         space="projected", head="projector"),
-    "raw_cosine": Term(
+    "raw_token": Term(
         cosine, "-cos(W p, y)", "a linear map W of p, and y, the raw content of the next token",
         "NAPE (arXiv 2608.19863), ablation of the target", space="raw", head="raw"),
     "horizons": Term(

@@ -62,7 +62,8 @@ CASES = {
     "heads": Case(
         "tests.tiny:recipe",
         {
-            "objective.terms": {"projected_cosine": 1.0, "horizons": 1.0, "intermediate": 1.0},
+            "objective.terms": {"projected_cosine": 1.0, "horizons": 1.0, "intermediate": 1.0, "raw_token": 1.0},
+            "objective.head": "simsiam",
             "objective.stop_gradient": False,
             "objective.layers": [1],
         },
