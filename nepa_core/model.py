@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,12 @@ from nepa_core.basics import UserError
 from nepa_core.predictor import Predictor, PredictorConfig, Trace, init_weights
 from nepa_core.rope import of_next, rotary_table
 from nepa_core.tokens import Tokens
+
+HeadKind = Literal["none", "mlp", "simsiam"]
+"""What stands between the predictor and its predictions while pre-training, see `prediction_head`."""
+
+PREDICTION_HEAD = "prediction_head."
+"""What the names of its tensors start with."""
 
 
 class HeadOutputs(NamedTuple):
@@ -26,12 +32,14 @@ class HeadOutputs(NamedTuple):
         layers: [B, T, D] each, predictions of the next embedding from the chosen blocks.
         flow: [B, T, P] each: the velocity at a place, and at the place of each token the one that is wanted of the
             place before it (`flow.FlowHead.pairs`). Drawn in the forward pass.
+        raw: [B, T, P] each: the predicted content of the next token, and at the place of each token its own.
     """
 
     projected: tuple[Tensor, Tensor] | None = None
     horizons: tuple[Tensor, ...] = ()
     layers: tuple[Tensor, ...] = ()
     flow: tuple[Tensor, Tensor] | tuple[()] = ()
+    raw: tuple[Tensor, Tensor] | tuple[()] = ()
 
 
 class Prediction(NamedTuple):
@@ -40,7 +48,8 @@ class Prediction(NamedTuple):
     Attributes:
         embeddings: [B, T, D], the raw embeddings (BOS first, where there is one): the targets. No norm and no
             positional term has touched them.
-        predictions: [B, T, D], the predictor's output; place t predicts the embedding at place t + 1.
+        predictions: [B, T, D]; place t predicts the embedding at place t + 1: the predictor's output, or what the
+            prediction head makes of it, where there is one.
         mask: [B, T] bool, True for a real token, or None.
         heads: what the objective's heads made of it, where there are any.
     """
@@ -57,9 +66,11 @@ class NEPA(nn.Module):
     Args:
         config: the network's shape and switches.
         embed: raw tokens [B, N, P] -> [B, N, D], initialised; `Modality.embedder(config.dim)` gives it.
+        head: on the predictions alone (`objective.head`). Read-outs see the predictor's output, so a network that is
+            built for them has none.
     """
 
-    def __init__(self, config: PredictorConfig, embed: nn.Module) -> None:
+    def __init__(self, config: PredictorConfig, embed: nn.Module, head: HeadKind = "none") -> None:
         super().__init__()
         self.config = config
         self.embed = embed
@@ -70,6 +81,7 @@ class NEPA(nn.Module):
         # Last, so that the other weights are those of the same seed without it.
         self.next_position = _linear(config.dim) if config.predict_position == "add" else None
         self.parts = _learned_vector(config.parts, config.dim) if config.parts else None
+        self.prediction_head = prediction_head(head, config.dim)
 
     def forward(
         self,
@@ -95,8 +107,16 @@ class NEPA(nn.Module):
             x = self._hide(x, hidden)
         for vectors in self.positional(tokens, mask, coord_scale):
             x = x + vectors.to(x.dtype)
-        predictions = self.predictor(x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace)
-        return Prediction(embeddings, predictions, mask)
+        output = self.predictor(x, tokens.coords, causal=causal, mask=mask, coord_scale=coord_scale, trace=trace)
+        return Prediction(embeddings, self.predicted(output), mask)
+
+    def predicted(self, output: Tensor) -> Tensor:
+        """The next embeddings that the predictor's output [..., D] stands for.
+
+        Whatever compares, shows or decodes predictions takes them from here; probes, fine-tuning and features read the
+        output itself.
+        """
+        return output if self.prediction_head is None else self.prediction_head(output).to(output.dtype)
 
     def embedded(self, tokens: Tokens) -> tuple[Tensor, Tensor | None]:
         """The raw embeddings [B, T, D], BOS first where there is one, and their mask [B, T] or None."""
@@ -164,6 +184,24 @@ class NEPA(nn.Module):
         )
         vectors = self.next_position(torch.cat(table, dim=-1))
         return of_next(vectors, mask, missing=torch.zeros_like(vectors))
+
+
+def prediction_head(kind: HeadKind, dim: int) -> nn.Sequential | None:
+    """The head g of NAPE (arXiv 2608.19863), D -> D: the prediction is g(h), and h stays for read-outs.
+
+    Args:
+        kind: "simsiam" is the paper's default, three linear maps with LayerNorm and GELU between; "mlp" its variant of
+            two with GELU between (whether a norm stands there the paper does not say); "none" gives None.
+    """
+    norms = {"none": (), "mlp": (False,), "simsiam": (True, True)}[kind]
+    if not norms:
+        return None
+    layers: list[nn.Module] = []
+    for norm in norms:
+        layers += [nn.Linear(dim, dim), *([nn.LayerNorm(dim)] if norm else []), nn.GELU()]
+    head = nn.Sequential(*layers, nn.Linear(dim, dim))
+    head.apply(init_weights)
+    return head
 
 
 def layers_above(name: str, depth: int, *, head_counts: bool) -> int:

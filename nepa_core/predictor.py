@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nepa_core.basics import FROZEN
 from nepa_core.kernels.attention import Allowed, Backend, attend, attention_mask, has_varlen_kernel
-from nepa_core.kernels.fused import NormRotate, ScaledLinear
+from nepa_core.kernels.fused import AffineNormRotate, NormRotate, ScaledLinear
 from nepa_core.kernels.packing import Packing, pack_rows
 from nepa_core.rope import RotaryPair, RotaryTable, norm_rotations, of_next, rotary_matrices, rotary_table, rotate
 
@@ -189,7 +189,9 @@ class Attention(nn.Module):
     ) -> Tensor:
         qkv = self.qkv(x)
         if isinstance(rope, Tensor):
-            q, k, v = NormRotate.apply(qkv, rope, self.heads, self.norm_eps)  # type: ignore[no-untyped-call]
+            affine = [weight.to(qkv.dtype) for norm in (self.q_norm, self.k_norm) for weight in norm.parameters()]
+            turn = AffineNormRotate if affine else NormRotate
+            q, k, v = turn.apply(qkv, rope, *affine, self.heads, self.norm_eps)  # type: ignore[no-untyped-call]
         else:
             q, k, v = rearrange(qkv, "b t (qkv h k) -> qkv b h t k", qkv=3, h=self.heads)
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
@@ -395,11 +397,15 @@ class Predictor(nn.Module):
         if self.config.rope_theta is None:
             return None
         ahead = self.config.predict_position == "rotate"
-        matrices, dtype = self.fused and self.config.qk_norm == "plain" and not tables_alone, compute_dtype(x)
+        # With a weight for the norm, matrices of each sample's own take more memory than the plain formulas keep.
+        shared = coords.ndim == 2 and packing is None and not (ahead and mask is not None)
+        centred = self.config.qk_norm == "plain"
+        matrices = self.fused and not tables_alone and (centred or (shared and self.config.qk_norm == "affine"))
+        dtype = compute_dtype(x)
         where = (coords, self.config.head_dim, self.config.rope_theta)
         options: dict[str, Any] = {"device": x.device, "scale": coord_scale, "bos": x.shape[1] == coords.shape[-2] + 1}
         if matrices and not ahead and packing is None:
-            return rotary_matrices(*where, dtype=dtype, **options)
+            return rotary_matrices(*where, centred=centred, dtype=dtype, **options)
         table = rotary_table(*where, dtype=torch.float32 if matrices else dtype, **options)
         tables = [table]
         if ahead:
@@ -407,7 +413,7 @@ class Predictor(nn.Module):
         if packing is not None:
             tables = [_packed(each, packing, len(x)) for each in tables]
         if matrices:
-            return norm_rotations(tables, dtype)
+            return norm_rotations(tables, dtype, centred=centred)
         return RotaryPair(*tables) if ahead else tables[0]
 
 

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.flow import FlowConfig, FlowHead
-from nepa_core.model import NEPA, HeadOutputs, Prediction
+from nepa_core.model import NEPA, PREDICTION_HEAD, HeadKind, HeadOutputs, Prediction
 from nepa_core.objective import pair_up
 from nepa_core.predictor import PredictorConfig, Trace, init_weights
 from nepa_core.terms import SPACES, TERMS, Gather, Space, term
 from nepa_core.tokens import Tokens
 
-HEADS = "heads."
-"""What the names of the heads' tensors start with."""
+HEADS = ("heads.", PREDICTION_HEAD)
+"""What the names of the tensors start with that are of pre-training alone."""
 
 
 class ObjectiveConfig(BaseModel):
@@ -31,6 +31,8 @@ class ObjectiveConfig(BaseModel):
         stop_gradient: hold the target constant.
         unknown_target: allow an order that is drawn for each sample without `model.predict_position`, to see that the
             best prediction is then close to the mean embedding.
+        head: a small network between the predictor's output and the prediction, on that side only, in every term:
+            "simsiam" or "mlp" of `model.prediction_head`. Read-outs never see it.
         input_mask: share of the input embeddings replaced by the mask token (needs `model.mask_token`).
         terms: name of a term (`terms.TERMS`), or `module:function` of the user's -> its weight; 0 leaves it out.
         temperature: of both InfoNCE terms.
@@ -48,6 +50,7 @@ class ObjectiveConfig(BaseModel):
     stop_gradient: bool
     input_mask: float = Field(ge=0, lt=1)
     unknown_target: bool = False
+    head: HeadKind = Field(default="none", exclude_if=lambda head: head == "none")
     terms: dict[str, float] = {"cosine": 1.0}
     temperature: float = Field(default=0.1, gt=1e-6, le=1e6)
     redundancy: float = Field(default=0.005, ge=0, le=1e6)
@@ -129,6 +132,7 @@ def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather =
         "horizons": [(made, embeddings, ahead) for ahead, made in enumerate(heads.horizons, 1)],
         "layers": [(made, embeddings, 1) for made in heads.layers],
         "flow": [(*heads.flow, 1)] if heads.flow else [],
+        "raw": [(*heads.raw, 1)] if heads.raw else [],
     }
     if headless := [name for name in config.terms if not compared[term(name).head]]:
         raise ValueError(f"the term {headless[0]} needs a head: let a Pretrainer with this objective predict")
@@ -152,18 +156,29 @@ def objective_loss(config: ObjectiveConfig, out: Prediction, *, gather: Gather =
     return weighted[0] if len(weighted) == 1 else torch.stack(weighted).sum()
 
 
+OF_TOKENS = {"flow", "raw"}
+"""Heads that are made for raw tokens."""
+
+
+def content(tokens: Tokens, places: int) -> Tensor:
+    """Raw tokens at their places, [B, T, P]; zero for BOS and where none is real, for padding may be any number."""
+    values = tokens.values if tokens.mask is None else torch.where(tokens.mask[..., None], tokens.values, 0.0)
+    return F.pad(values, (0, 0, places - values.shape[1], 0))
+
+
 class Heads(nn.Module):
     """The small trainable parts of an objective that read-outs know nothing of.
 
     The projector is Linear, LayerNorm, ReLU, Linear. LeNEPA's has a BatchNorm; a LayerNorm sees one token at a time, so
     it needs no statistics over masked tokens, micro-batches or processes, and training and evaluation agree. Every
-    horizon and every chosen block has a linear map D -> D.
+    horizon and every chosen block has a linear map D -> D, raw tokens one D -> P.
 
     Args:
-        dim: D. tokens: some training tokens, from which a flow head takes its sizes, mean and standard deviation.
+        dim: D. tokens: some training tokens, for the heads of `OF_TOKENS`: their size, and for a flow head their mean
+            and standard deviation.
 
     Raises:
-        ValueError: the term `flow` without tokens.
+        ValueError: one of these terms without tokens.
     """
 
     def __init__(self, config: ObjectiveConfig, dim: int, tokens: Tokens | None = None) -> None:
@@ -178,11 +193,12 @@ class Heads(nn.Module):
         ahead = config.horizons if "horizons" in config.heads else 0
         self.horizons = nn.ModuleList(nn.Linear(dim, dim) for _ in range(ahead))
         self.layers = nn.ModuleList(nn.Linear(dim, dim) for _ in self.blocks_read)
+        if tokens is None and (asking := config.heads & OF_TOKENS):
+            raise ValueError(f"the head {min(map(str, asking))} needs training tokens: give some to the Pretrainer")
+        self.raw = nn.Linear(dim, tokens.values.shape[-1]) if tokens is not None and "raw" in config.heads else None
         self.apply(init_weights)
         self.flow: FlowHead | None = None  # after that, for it has a start of its own
-        if "flow" in config.heads:
-            if tokens is None:
-                raise ValueError("the term flow needs training tokens: give some to the Pretrainer")
+        if tokens is not None and "flow" in config.heads:
             size, axes = tokens.values.shape[-1], tokens.coords.shape[-1]
             self.flow = FlowHead(FlowConfig(), size, dim, axes).measure(tokens)
 
@@ -194,6 +210,7 @@ class Heads(nn.Module):
             horizons=tuple(head(out.predictions) for head in self.horizons),
             layers=tuple(head(hidden[block]) for head, block in zip(self.layers, self.blocks_read, strict=True)),
             flow=() if self.flow is None else self._flowing(self.flow, out.predictions, tokens),
+            raw=() if self.raw is None else (self.raw(out.predictions), content(tokens, out.predictions.shape[1])),
         )
 
     @staticmethod
@@ -211,13 +228,13 @@ class Pretrainer(NEPA):
     """`NEPA` with the heads of its objective, under names that start with "heads."; what it predicts is the same.
 
     Args:
-        tokens: some training tokens, for the term `flow` (see `Heads`).
+        tokens: some training tokens, for some terms (see `Heads`).
     """
 
     def __init__(
         self, config: PredictorConfig, embed: nn.Module, objective: ObjectiveConfig, tokens: Tokens | None = None
     ) -> None:
-        super().__init__(config, embed)
+        super().__init__(config, embed, objective.head)
         self.objective = objective
         self.heads = Heads(objective, config.dim, tokens)
 
@@ -228,18 +245,24 @@ class Pretrainer(NEPA):
         out = super().forward(tokens, trace=trace, **how)
         return out._replace(heads=self.heads(out, [] if trace is None else trace.hidden, tokens))
 
-    def targets(self, embeddings: Tensor) -> Tensor:
-        """Embeddings [B, T, D] in the space of `judged`."""
+    def targets(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        """What is predicted of tokens with these embeddings [B, T, D], in the space of `judged`."""
+        if self.objective.space == "raw":
+            return content(tokens, embeddings.shape[1])
         projector = self.heads.projector if self.objective.space == "projected" else None
         return embeddings if projector is None else cast(Tensor, projector(embeddings))
 
     def judged(self, out: Prediction) -> tuple[Tensor, Tensor]:
-        """Predictions and embeddings in the space where the objective brings them together, [B, T, D or less].
+        """Predictions and embeddings in the space where the objective brings them together, [B, T, D or other].
 
-        Both behind the projector, where that is the space of the objective; what the head of the first horizon
-        predicts, where no other term compares with embeddings; else the predictor's output and the embeddings.
+        Both behind the projector, where that is the space of the objective; predicted and true raw tokens, where only
+        these are compared; what the head of the first horizon predicts, where no other term compares with embeddings;
+        else predictions and embeddings. Predictions are behind the prediction head, where there is one: the predictor's
+        output is then trained to be what the head needs, and is near no embedding by itself.
         """
         assert out.heads is not None
+        if self.objective.space == "raw" and out.heads.raw:
+            return out.heads.raw
         if self.objective.space == "projected" and out.heads.projected is not None:
             return out.heads.projected
         if None not in self.objective.heads:

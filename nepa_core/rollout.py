@@ -98,8 +98,8 @@ def rollout(
         x = embeddings[:, new]
         for vectors in added:
             x = x + vectors[..., new, :].to(x.dtype)
-        prediction = model.predictor(x, coords if moves else read.coords, causal=causal, mask=mask, cache=kept)[:, -1]
-        made = draw(prediction, coords[:, token], token).to(values.dtype)
+        output = model.predictor(x, coords if moves else read.coords, causal=causal, mask=mask, cache=kept)[:, -1]
+        made = draw(model.predicted(output), coords[:, token], token).to(values.dtype)
         values[:, token] = torch.where(given[:, token, None], values[:, token], made)
         if moves and (now := placed(replace(read, values=values))) is not None:
             coords = torch.where(given[..., None], coords, now.to(coords.device))

@@ -65,8 +65,8 @@ def rotary_table(coords: Tensor, head_dim: int, theta: float, **options: Any) ->
     return _rotation(_table, coords, head_dim, theta, **options)
 
 
-def rotary_matrices(coords: Tensor, head_dim: int, theta: float, **options: Any) -> Tensor:
-    """The same as matrices [1, T, 1, K, K] or [B, T, 1, K, K] that also take off the mean: see `norm_rotations`.
+def rotary_matrices(coords: Tensor, head_dim: int, theta: float, *, centred: bool = True, **options: Any) -> Tensor:
+    """The same as matrices [1, T, 1, K, K] or [B, T, 1, K, K], see `norm_rotations`.
 
     Shared coordinates on the CPU are recognised by their bytes, so what is made of them (or, with a scale that
     changes each step, their angles) is made once and kept on the device.
@@ -75,8 +75,9 @@ def rotary_matrices(coords: Tensor, head_dim: int, theta: float, **options: Any)
         device, dtype: of the result; everything before is float32.
         scale: multiplies all coordinates, the training-time augmentation of the released configurations.
         bos: as in `rotary_angles`.
+        centred: as in `norm_rotations`.
     """
-    return _rotation(_matrices, coords, head_dim, theta, **options)
+    return _rotation(_centred_matrices if centred else _matrices, coords, head_dim, theta, **options)
 
 
 def _rotation(
@@ -127,27 +128,28 @@ def of_next(rows: Tensor, mask: Tensor | None, *, missing: Tensor) -> Tensor:
     return torch.where(followed[..., None], shifted, missing)
 
 
-def norm_rotations(tables: Sequence[RotaryTable], dtype: torch.dtype) -> Tensor:
-    """The matrices that `fused.NormRotate` takes.
+def norm_rotations(tables: Sequence[RotaryTable], dtype: torch.dtype, *, centred: bool = True) -> Tensor:
+    """The matrices that `fused.NormRotate` takes, or without `centred` those of `fused.AffineNormRotate`.
 
     Args:
         tables: one for queries and keys, or one for each; [T, K/2] or [B, T, K/2], float32.
+        centred: take off the mean before the rotation.
 
     Returns:
         [S, T, W, K, K], with S = 1 where no table tells samples apart, else B, and W the number of tables.
     """
     cos, sin = (torch.stack(torch.broadcast_tensors(*each), dim=-2) for each in zip(*tables, strict=True))
-    matrices = centred_rotation(RotaryTable(cos, sin)).to(dtype)
+    matrices = rotation_matrices(RotaryTable(cos, sin), centred=centred).to(dtype)
     return matrices[None] if matrices.ndim == 4 else matrices
 
 
-def centred_rotation(table: RotaryTable) -> Tensor:
-    """Matrices [..., K, K] for a table of [..., K/2]: x @ matrix takes off the mean of x [K], then rotates."""
+def rotation_matrices(table: RotaryTable, *, centred: bool) -> Tensor:
+    """Matrices [..., K, K] for a table of [..., K/2]: x @ matrix rotates x [K], first less its mean where `centred`."""
     cos, sin = table
     pairs = cos.shape[-1]
     # (I - 1/K) @ rotation: the rotation is four diagonals, and from each column its mean is taken.
-    means = torch.cat((cos - sin, cos + sin), dim=-1) / (2 * pairs)
-    matrix = (-means)[..., None, :].repeat_interleave(2 * pairs, dim=-2)
+    means = torch.cat((cos - sin, cos + sin), dim=-1) / (2 * pairs) if centred else cos.new_zeros(2 * pairs)
+    matrix = (-means)[..., None, :].expand(*cos.shape[:-1], 2 * pairs, 2 * pairs).contiguous()
     for row, column, entry in ((0, 0, cos), (0, pairs, sin), (pairs, 0, -sin), (pairs, pairs, cos)):
         block = matrix[..., row : row + pairs, column : column + pairs]
         block.diagonal(dim1=-2, dim2=-1).add_(entry)
@@ -158,8 +160,12 @@ def _table(angles: Tensor, dtype: torch.dtype) -> RotaryTable:
     return RotaryTable(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
-def _matrices(angles: Tensor, dtype: torch.dtype) -> Tensor:
+def _centred_matrices(angles: Tensor, dtype: torch.dtype) -> Tensor:
     return norm_rotations([_table(angles, angles.dtype)], dtype)
+
+
+def _matrices(angles: Tensor, dtype: torch.dtype) -> Tensor:
+    return norm_rotations([_table(angles, angles.dtype)], dtype, centred=False)
 
 
 @lru_cache(maxsize=16)

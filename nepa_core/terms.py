@@ -23,8 +23,9 @@ from nepa_core.objective import masked_mean, negative_cosine
 Gather = Callable[[Tensor], Tensor]
 """[B, ...] of this process -> [B', ...] of all, its own first; gradients flow back to their owners."""
 
-Space = Literal["embedding", "standardised", "projected"]
-"""Where prediction and target meet: as they are, with targets standardised over the batch, behind the projector."""
+Space = Literal["embedding", "standardised", "projected", "raw"]
+"""Where prediction and target meet: as they are, with targets standardised over the batch, behind the projector, among
+raw tokens."""
 
 SPACES: tuple[Space, ...] = get_args(Space)
 
@@ -38,7 +39,7 @@ class Term(NamedTuple):
         source: the paper.
         space: where it brings prediction and target together, or None where it does not.
         head: what it is computed behind, named as in `ObjectiveConfig`: "projector"; "horizons" and "layers" are
-            several, and the term is the mean over them; "flow" is `flow.FlowHead`.
+            several, and the term is the mean over them; "flow" is `flow.FlowHead`; "raw" a linear map to raw tokens.
         across: the samples that it looks across: None for no other than that of the pair, those of a "forward pass"
             of one process, or of "all processes"; it then needs two of them.
         settings: keys of `ObjectiveConfig` that the function is given.
@@ -50,7 +51,7 @@ class Term(NamedTuple):
     compares: str
     source: str
     space: Space | None = "embedding"
-    head: Literal["projector", "horizons", "layers", "flow"] | None = None
+    head: Literal["projector", "horizons", "layers", "flow", "raw"] | None = None
     across: Literal["forward pass", "all processes"] | None = None
     settings: tuple[str, ...] = ()
     shapes_targets: bool = False
@@ -83,6 +84,12 @@ def mse(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
 def mse_normalised(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
     """Squared distance to the target as MAE normalises the pixels of a patch."""
     return mse(prediction, F.layer_norm(target, target.shape[-1:], eps=1e-6), counted)
+
+
+@_float32
+def soft_cross_entropy(prediction: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+    """Cross-entropy over the dimensions, both sides a softmax of them; p is found up to a constant."""
+    return masked_mean(-(target.softmax(-1) * prediction.log_softmax(-1)).sum(-1), counted)
 
 
 @_float32
@@ -182,6 +189,9 @@ TERMS = {
     "mse_normalised": Term(
         mse_normalised, "mean_d (p - (z - mean_d z) / std_d z)^2", "p and z less its mean, over its deviation",
         'MAE, section 3, "Reconstruction target"'),
+    "soft_cross_entropy": Term(
+        soft_cross_entropy, "-sum_d softmax(z)_d * log softmax(p)_d", "p and z, each as a distribution over dimensions",
+        'NAPE (arXiv 2608.19863), ablation of the loss; it gives no formula'),
     "standardised": Term(
         standardised, "-cos(p, (z - m) / s)",
         "p and z; m and s are mean and deviation of a dimension over the samples at a place", _HERE,
@@ -202,6 +212,9 @@ TERMS = {
     "projected_mse": Term(
         mse, "mean_d (g(p) - g(z))^2", "p and z behind the projector g", "LeNEPA, which adds SIGReg to it",
         space="projected", head="projector"),
+    "raw_token": Term(
+        cosine, "-cos(W p, y)", "a linear map W of p, and y, the raw content of the next token",
+        "NAPE (arXiv 2608.19863), ablation of the target", space="raw", head="raw"),
     "horizons": Term(
         cosine, "mean_k -cos(W_k p[t], z[t + k])", "a linear map W_k of p and the z that lies k = 1 ... K places ahead",
         "CPC, eq. 3, with NEPA's cosine in place of InfoNCE", head="horizons"),

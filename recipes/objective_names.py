@@ -25,24 +25,36 @@ NAMED: dict[str, dict[str, Any]] = {
 Shift, attention and the settings of the terms, such as `objective.temperature`, stay the recipe's.
 """
 
+HEADED = "_head"
+"""Behind a name: the same with NAPE's head on the prediction side (`objective.head=simsiam`)."""
+
 OWN = "recipe"
 """The name of the recipe's own objective, with what key=value changes in it: any mixture."""
 
-_OVERRIDDEN = ("objective.terms", "objective.stop_gradient")
+_OVERRIDDEN = ("objective.terms", "objective.stop_gradient", "objective.head")
 
 
 def named(name: str, config: PretrainConfig) -> PretrainConfig:
-    """The recipe with an objective of `NAMED` or a function of the user's, whatever it had before, or (`OWN`) as it is.
+    """The recipe with another objective, whatever it had before, or (`OWN`) as it is.
+
+    Args:
+        name: of `NAMED`, also with `HEADED` behind it, or module:function of the user's.
 
     Raises:
         UserError: there is no objective of this name, or the recipe can't take it.
     """
     if name == OWN:
         return config
-    if name not in NAMED and ":" not in name:
-        raise UserError(f"there is no objective {name}{nearest(name, (*NAMED, OWN))}")
-    changes = {"objective.stop_gradient": True, **NAMED.get(name, {"objective.terms": {name: 1.0}})}
-    if name == "intermediate" and not config.objective.layers:
+    bare = name if ":" in name else name.removesuffix(HEADED)
+    if bare not in NAMED and ":" not in name:
+        known = (*NAMED, *(each + HEADED for each in NAMED), OWN)
+        raise UserError(f"there is no objective {name}{nearest(name, known)}")
+    changes = {
+        "objective.stop_gradient": True,
+        "objective.head": "none" if bare == name else "simsiam",
+        **NAMED.get(bare, {"objective.terms": {name: 1.0}}),
+    }
+    if bare == "intermediate" and not config.objective.layers:
         changes["objective.layers"] = (max(config.model.depth // 2, 1),)
     return override(config, changes)
 

@@ -1,7 +1,7 @@
-"""Two gradients written by hand, so that LayerScale, QK-Norm and RoPE cost no activation memory and little time.
+"""Three gradients written by hand, so that LayerScale, QK-Norm and RoPE cost no activation memory and little time.
 
 Autograd would keep every intermediate of the plain formulas; here the backward pass starts from what the
-neighbouring operations keep anyway. `tests/nepa_core/kernels/test_fused.py` holds both to the plain formulas. All
+neighbouring operations keep anyway. `tests/nepa_core/kernels/test_fused.py` holds all to the plain formulas. All
 inputs of one call have one dtype: the caller casts for autocast. Under torch.compile the plain formulas are used
 instead, because the compiler fuses and recomputes by itself.
 """
@@ -81,3 +81,58 @@ class NormRotate(Function):
         if ctx.shared:
             d_qk = d_qk.permute(2, 0, 1, 3, 4)
         return torch.cat((d_qk, d_v.transpose(1, 2)[:, :, None]), dim=2).flatten(2), None, None, None
+
+
+class AffineNormRotate(Function):
+    """The same where queries and keys have a weight each, `q_weight` and `k_weight` [K]: y = norm(x) * weight @ matrix.
+
+    `matrix` [1, T, W, K, K] is that of `rope.norm_rotations` with `centred=False`, for a weight stands between mean and
+    rotation. It changes the length and may be 0, so x can't be had from y again: queries and keys are kept, too, as the
+    plain formulas keep them, but in the dtype of the projection and already laid out for the product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, matrix: Tensor, q_weight: Tensor, k_weight: Tensor, heads: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        batch, places, _ = qkv.shape
+        packed = qkv.view(batch, places, 3, heads, -1)
+        kept, turned = [matrix], []
+        for which, weight in enumerate((_for_kernel(q_weight), _for_kernel(k_weight))):
+            rows = packed[:, :, which].transpose(0, 1).contiguous()  # what one matrix turns stands together
+            normed, mean, rstd = torch.native_layer_norm(rows, rows.shape[-1:], weight, None, eps)
+            turned.append(_product(normed, matrix, which).permute(1, 2, 0, 3))
+            kept += [rows, mean, rstd, weight]
+        ctx.save_for_backward(*kept)
+        return turned[0], turned[1], packed[:, :, 2].clone().transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_q: Tensor, d_k: Tensor, d_v: Tensor) -> tuple[Tensor | None, ...]:
+        matrix, *kept = ctx.saved_tensors
+        batch, heads, places, width = d_v.shape
+        d_qkv = d_v.new_empty(batch, places, 3, heads, width)
+        d_qkv[:, :, 2] = d_v.transpose(1, 2)
+        d_weights = []
+        for which, grad in enumerate((d_q, d_k)):
+            rows, mean, rstd, weight = kept[4 * which : 4 * which + 4]
+            d_normed = _product(grad.permute(2, 0, 1, 3).contiguous(), matrix.mT, which)
+            wanted = [True, ctx.needs_input_grad[2 + which], False]
+            d_normed, rows = d_normed.to(weight.dtype), rows.to(weight.dtype)
+            d_rows, d_weight, _ = torch.ops.aten.native_layer_norm_backward(
+                d_normed, rows, rows.shape[-1:], mean, rstd, weight, None, wanted
+            )
+            d_qkv[:, :, which] = d_rows.transpose(0, 1)
+            d_weights.append(d_weight if d_weight is None else d_weight.to(d_v.dtype))
+        return d_qkv.flatten(2), None, *d_weights, None, None
+
+
+def _product(rows: Tensor, matrix: Tensor, which: int) -> Tensor:
+    """Rows [T, B, H, K] times the matrix of each place, that of the queries (0) or of the keys (1)."""
+    matrices = matrix[0, :, min(which, matrix.shape[2] - 1)]
+    return (rows.flatten(1, 2) @ matrices).view(rows.shape)
+
+
+def _for_kernel(weight: Tensor) -> Tensor:
+    """torch's kernel for the CPU sums the gradient of a bfloat16 weight in bfloat16, where it stops at 256."""
+    return weight.float() if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 else weight

@@ -71,6 +71,7 @@ class Network:
         labelled: whether it has been trained on labels since: its output then predicts no token.
         shift: whether place t was trained to predict place t + 1, and not itself.
         digest: what tells these weights from others.
+        predicts_raw: whether it was trained to predict raw tokens alone.
     """
 
     source: str
@@ -82,6 +83,7 @@ class Network:
     reading: Reading
     shift: bool = True
     digest: str = ""
+    predicts_raw: bool = False
 
     def encode(
         self, samples: Samples, layer: Layer | list[Layer] | tuple[Layer, ...] = "final", pooling: Pooling = "auto"
@@ -126,12 +128,18 @@ class Network:
         """Whether there is a `surprise` at all.
 
         Raises:
-            UserError: the network was trained on labels, attends to what it predicts, or was trained to give it back.
+            UserError: the network was trained on labels, attends to what it predicts, was trained to give it back, or
+                to predict raw tokens alone.
         """
         self._check_predicts()
         if not self.causal or not self.shift:
             why = "attends to the tokens that it predicts" if self.shift else "was trained to give back what it sees"
             raise UserError(f"{self.source} {why}, so nothing surprises it: take a causal run")
+        if self.predicts_raw:
+            raise UserError(
+                f"{self.source} was trained to predict raw tokens alone, and surprise compares embeddings: take a run "
+                "with a term that does, such as objective.terms.cosine=1"
+            )
 
     def rows(self, layers: Sequence[Layer], pooling: Pooling) -> list[Row]:
         """What `encode` reads for these.
@@ -158,7 +166,8 @@ class Network:
         """Embeddings of samples and the predictions of the next ones, float32 [B, T, D] each.
 
         In the order of prediction, BOS first where there is one: place t predicts the embedding at place t + 1, see
-        `nepa_core.model.Prediction`. A network without `causal` has seen what it predicts.
+        `nepa_core.model.Prediction`, behind the prediction head of its training. A network without `causal` has seen
+        what it predicts.
 
         Raises:
             UserError: the network has been trained on labels since, or a sample can't be read.
@@ -277,7 +286,16 @@ def load(name: str | Path, *, data: Modality | None = None, trust: bool = False)
     shift = bool(saved.get("objective", {}).get("shift", True))
     headed, reading = bool(weights.head), _reading(saved.get("train"))
     return Network(
-        name, model, data, weights.causal, weights.averaged, headed, reading, shift=shift, digest=weights.digest
+        name,
+        model,
+        data,
+        weights.causal,
+        weights.averaged,
+        headed,
+        reading,
+        shift=shift,
+        digest=weights.digest,
+        predicts_raw=weights.predicts_raw,
     )
 
 

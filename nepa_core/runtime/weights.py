@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from nepa_core.basics import UserError
 from nepa_core.modality import Modality
-from nepa_core.model import NEPA
+from nepa_core.model import NEPA, PREDICTION_HEAD, HeadKind
 from nepa_core.predictor import PredictorConfig
-from nepa_core.pretrainer import HEADS
+from nepa_core.pretrainer import HEADS, ObjectiveConfig
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
 from nepa_core.runtime.released import NetworkState, State, digests, find, new_weights, read_released
@@ -38,11 +38,13 @@ class Weights(NamedTuple):
         causal: the attention it was trained with.
         data: the adapter.
         seed: of the run, which gives the untrained twin; 0 for a released folder.
-        model: state dict of `NEPA`, averaged where there is an average.
+        model: state dict of `NEPA` with its prediction head, averaged where there is an average.
         head: state dict of the read-out on it; empty after pre-training.
         digest: what tells this checkpoint from others.
         averaged: whether `model` and `head` are averages.
         tokens: the keys of images that decide what a token is, `TOKEN_KEYS`, with their values.
+        prediction_head: of pre-training, `objective.head`.
+        predicts_raw: its predictions were compared with raw tokens alone, so that they are no embeddings.
     """
 
     source: str
@@ -55,10 +57,12 @@ class Weights(NamedTuple):
     digest: str
     averaged: bool
     tokens: dict[str, Any]
+    prediction_head: HeadKind = "none"
+    predicts_raw: bool = False
 
 
 def network_of(weights: Weights, data: Modality, device: torch.device) -> NEPA:
-    """The network in evaluation mode on a device; nothing is drawn from the global generators.
+    """The network in evaluation mode on a device, with its prediction head; it draws nothing from global generators.
 
     Data that is not there is not needed where the adapter has the embedder that all have by default, or a
     `stored_embedder`.
@@ -67,7 +71,7 @@ def network_of(weights: Weights, data: Modality, device: torch.device) -> NEPA:
         UserError: the data have tokens of another size, or the adapter's own embedder looks at data that is not there.
     """
     with torch.random.fork_rng(devices=[]):
-        model = NEPA(weights.config, _embedder(weights, data))
+        model = NEPA(weights.config, _embedder(weights, data), weights.prediction_head)
     load_backbone(model, weights.config, weights)
     return model.to(device).eval()
 
@@ -120,6 +124,9 @@ def _of_run(name: str, folder: Path) -> Weights:
     checkpoint = newest(run)
     try:
         config = validated(PredictorConfig, _part(saved, "model"), "model.")
+        objective = (
+            validated(ObjectiveConfig, _part(saved, "objective"), "objective.") if "objective" in saved else None
+        )
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
     data = load_adapter(saved, file)
@@ -129,7 +136,20 @@ def _of_run(name: str, folder: Path) -> Weights:
     causal = bool(_part(saved, "objective").get("causal", saved.get("causal", True)))
     seed = int(_part(saved, "train").get("seed", 0))
     averaged = "ema" in checkpoint.tensors
-    return Weights(name, config, causal, data, seed, model, head, checkpoint.digest, averaged, _token_keys(data))
+    return Weights(
+        name,
+        config,
+        causal,
+        data,
+        seed,
+        model | prediction_head_in(checkpoint),
+        head,
+        checkpoint.digest,
+        averaged,
+        _token_keys(data),
+        "none" if objective is None else objective.head,
+        objective is not None and objective.space == "raw",
+    )
 
 
 def _token_keys(data: Modality) -> dict[str, Any]:
@@ -191,6 +211,12 @@ def current_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return checkpoint.tensors["model"] | checkpoint.tensors.get("ema", {})
 
 
+def prediction_head_in(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of the prediction head, averaged where there is an average; none where it has no such head."""
+    heads = checkpoint.tensors.get("model_heads", {}) | checkpoint.tensors.get("ema_heads", {})
+    return {name: value for name, value in heads.items() if name.startswith(PREDICTION_HEAD)}
+
+
 def start_from(init: str, model: nn.Module, config: Start) -> list[str]:
     """Load what `init=` names into a `NEPA` built by `config.model`, see `load_backbone`.
 
@@ -219,7 +245,7 @@ def load_backbone(
     """Load weights into a `NEPA` built by `config`.
 
     QK-norm weights that the checkpoint lacks start at 1 (the released base has none, its fine-tuned form has), and
-    what only pre-training uses (a mask token) is left out.
+    what only pre-training uses (a mask token, a prediction head) is left out where the network has no place for it.
 
     Args:
         fresh: names that are not taken.
@@ -234,7 +260,8 @@ def load_backbone(
     mine = model.state_dict()
     expected = {name: value.shape for name, value in mine.items() if name not in fresh}
     given = {name: value for name, value in weights.model.items() if name not in fresh}
-    given = {name: value for name, value in given.items() if name != "mask_token" or name in expected}
+    spare = ("mask_token", PREDICTION_HEAD)
+    given = {name: value for name, value in given.items() if not name.startswith(spare) or name in expected}
     new = new_weights(expected, given, f"init={weights.source}")
     model.load_state_dict(given, strict=False)  # what strictness would find has been listed above
     return sorted({*new, *(name for name in fresh if name in mine)})

@@ -94,7 +94,7 @@ def gather_crossing(
                 predictions, embeddings = made
             else:
                 embeddings, _ = model.embedded(tokens)
-                embeddings = model.targets(embeddings) if isinstance(model, Pretrainer) else embeddings
+                embeddings = model.targets(embeddings, tokens) if isinstance(model, Pretrainer) else embeddings
                 predictions = embeddings
             yield _two_tokens(tokens, predictions, embeddings, crossing)
 

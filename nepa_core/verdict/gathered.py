@@ -26,7 +26,8 @@ class Gathered(NamedTuple):
 
     Attributes:
         values: [S, N, P] raw tokens in the order of prediction.
-        embeddings, predictions: [S, T, D], in the space where the objective compares them (`Pretrainer.judged`).
+        embeddings, predictions: [S, T, D], in the space where the objective compares them (`Pretrainer.judged`), the
+            predictions behind the prediction head, where there is one.
         mask: [S, T] bool or None.
         order: [S, N] int64, the canonical index of every token, where each sample has an order of its own and the
             model is told the position that it predicts: baselines are then told it too. Else None.
@@ -165,7 +166,7 @@ def gather_targets(model: NEPA, modality: Modality, batches: Iterable[Batch]) ->
             tokens = modality.read(batch)
             embeddings, mask = model.embedded(tokens)
             if isinstance(model, Pretrainer):
-                embeddings = model.targets(embeddings)
+                embeddings = model.targets(embeddings, tokens)
             found = embeddings.float().cpu()
             yield Gathered(
                 values=tokens.values.float().cpu(),

@@ -3,6 +3,8 @@
 Baselines see the same embeddings: copying, mean embeddings, and a linear autoregression on the raw tokens, which is
 the control that counts. What is compared is whether the true next token is identified among others, with intervals
 that know which samples depend on each other; collapse is judged by the rank of the embeddings, not by the loss.
+Predictions are those behind the prediction head (`objective.head`), of the untrained network, too: that is what is
+trained to be near the embeddings, and what stands before it need not be.
 """
 
 from __future__ import annotations

@@ -241,7 +241,7 @@ def tested(tuning: configs.FinetuneConfig, model: finetuning.Classifier, device:
 def attention_by_layer(config: PretrainConfig, model: NEPA, device: torch.device, samples: int) -> HeadFigures:
     """Means over drawn held-out samples for every layer and head; distances in units of `token_positions`."""
     eager = config.model.model_copy(update={"attention": "eager"})
-    network = NEPA(eager, config.data.embedder(eager.dim)).to(device).eval()
+    network = NEPA(eager, config.data.embedder(eager.dim), config.objective.head).to(device).eval()
     network.load_state_dict(model.state_dict())
     data, bos, causal = config.data.plain(), int(config.model.bos), config.objective.causal
     total, count = torch.zeros(4, config.model.depth + 1, config.model.heads, device=device), 0

@@ -32,7 +32,7 @@ from recipes.comparison.engine import (
 )
 from recipes.comparison.measures import every_spread, of_variant, predicted, rank_over_training
 from recipes.configs import PretrainConfig
-from recipes.objective_names import NAMED, OWN, named
+from recipes.objective_names import HEADED, NAMED, OWN, named
 from recipes.options import listed_or_all, once
 from recipes.presets import PAPER_OBJECTIVE
 from recipes.report import card
@@ -73,8 +73,9 @@ class ObjectivesOptions(BaseModel):
     objectives: Annotated[tuple[str, ...], BeforeValidator(listed)] = Field(
         default=DEFAULT,
         min_length=1,
-        description=f"some of {', '.join(NAMED)}, module:function (a loss of yours), and {OWN}: what "
-        f"objective.terms=, objective.stop_gradient= and the recipe itself say; default {','.join(DEFAULT)}",
+        description=f"some of {', '.join(NAMED)}, any of these with {HEADED} behind it (a head on the predictions), "
+        f"module:function (a loss of yours), and {OWN}: what objective.terms=, objective.stop_gradient=, "
+        f"objective.head= and the recipe itself say; default {','.join(DEFAULT)}",
     )
     seeds: Annotated[tuple[int, ...], BeforeValidator(listed)] = Field(
         default=(0, 1, 2), min_length=1, description="such as 0,1,2,3,4; default 0,1,2"
@@ -132,6 +133,7 @@ def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) ->
         summary["objectives"][variant.name] |= {
             "terms": dict(objective.terms),
             "stop_gradient": objective.stop_gradient,
+            "head": objective.head,
         }
     summary["runs"] = {v.name: [str(run_folder(v, seed, out)) for seed in look.seeds] for v in variants}
     summary["margins"] = {name: margin(each) for name, each in run_summaries(variants, look.seeds, out).items()}

@@ -163,7 +163,7 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
     train = read_samples(net.data, "train", options.train_samples, batch, Kept(0), bos=bos, seed=options.seed)
     if options.fid is not None and (kind := net.data.decode(held_out.parts[0]).kind) != "picture":
         raise UserError(f"fid= compares pictures, and samples of {type(net.data).__name__} are {kind}: leave it out")
-    untrained = build_model(config).to(next(net.model.parameters()).device).eval()
+    untrained = build_model(config, predicts=True).to(next(net.model.parameters()).device).eval()
     decoders = kept_decoders(
         folder,
         {OWN: net.model, RANDOM: untrained},

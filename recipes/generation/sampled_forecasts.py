@@ -118,7 +118,7 @@ def table_rows(
     device: torch.device,
 ) -> list[Row[SampledFigures]]:
     """Horizon by horizon. series: `series_digest`."""
-    untrained = build_model(config).to(device).eval()
+    untrained = build_model(config, predicts=True).to(device).eval()
     about = {
         "sampled": SAMPLED,
         "data": data.model_dump(mode="json", exclude={"root"}),

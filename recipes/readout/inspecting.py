@@ -97,6 +97,8 @@ def why_silent(target: str, weights: Weights, noun: str, *, causal: bool) -> str
         return f"{left_out} this network was trained on labels, and its output no longer predicts a {noun}."
     if not causal:
         return f"{left_out} attention is bidirectional, so that a place sees the {noun} that it would predict."
+    if weights.predicts_raw:
+        return f"{left_out} this network was trained to predict raw tokens alone, and no embedding."
     if not read_saved(Path(target) / "config.json").get("objective", {}).get("shift", True):
         return f"{left_out} this network was trained to give back the {noun} that it sees (objective.shift=false)."
     return ""

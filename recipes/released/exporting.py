@@ -142,7 +142,9 @@ def export_released(run: Run, out: Path, options: ExportOptions) -> str:
         over(PREPROCESSOR_DEFAULTS | record.get("preprocessor", {}), preprocessor),
         {name: to_released(state, places) for name, state in states.items()},
     )
-    return f"{out}: {' and '.join(states)}, {'averaged' if options.weights == 'ema' else 'raw'} weights in {RAW}"
+    said = f"{out}: {' and '.join(states)}, {'averaged' if options.weights == 'ema' else 'raw'} weights in {RAW}"
+    head = config.objective.head if isinstance(config, PretrainConfig) else "none"
+    return said if head == "none" else f"{said}; left out: the prediction head (objective.head={head})"
 
 
 def folded(model: State) -> State:

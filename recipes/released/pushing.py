@@ -21,7 +21,7 @@ from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import disk_errors, save_checkpoint, write_whole
 from nepa_core.runtime.config import import_path, imports_of, keys
 from nepa_core.runtime.run import RECORD, Run
-from nepa_core.runtime.weights import newest
+from nepa_core.runtime.weights import newest, prediction_head_in
 from recipes.released.exporting import ExportOptions, export_released
 from recipes.report.provenance import settings_of
 from recipes.report.summaries import MadeWith, ProbeSummary
@@ -81,6 +81,8 @@ def write_folder(run: Run, config: Any, to: str, options: PushOptions, said: Map
         return
     checkpoint = newest(run)
     tensors = {name: group for name, group in checkpoint.tensors.items() if name in ("model", "ema")}
+    if head := prediction_head_in(checkpoint):
+        tensors["model_heads"] = head  # of the heads the one that predictions need
     building = out.with_name(f".writing_{out.name}")
     with disk_errors(out):
         shutil.rmtree(building, ignore_errors=True)

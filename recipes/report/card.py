@@ -21,6 +21,8 @@ from recipes.report.summaries import PretrainSummary
 SPACES = {
     "projected": "Losses and identification, also those before training and of the baselines, are measured behind the "
     "objective's projector, where prediction and target meet; the rank is that of the embeddings themselves.",
+    "raw": "Losses and identification, also those before training and of the baselines, compare with the raw tokens "
+    "that the objective predicts; the rank is that of the embeddings.",
     "standardised": "The objective compares with standardised targets; these figures compare with the embeddings as "
     "they are, and so may understate it.",
 }

@@ -157,16 +157,20 @@ def own_objective(summary: ObjectivesSummary) -> list[str]:
         return []
     found = summary["objectives"][OWN]
     mixture = " + ".join(f"{weight:g} {term}" for term, weight in found["terms"].items())
-    return [f"{OWN}: {mixture}, {'with' if found['stop_gradient'] else 'without'} stop-gradient."]
+    head = found.get("head", "none")  # of comparisons before there was one
+    behind = "" if head == "none" else f", predictions behind the head {head}"
+    return [f"{OWN}: {mixture}, {'with' if found['stop_gradient'] else 'without'} stop-gradient{behind}."]
 
 
 def formula_table(summary: ObjectivesSummary) -> list[list[str]]:
     """What every objective is: a row a term."""
     lines = [["", "term", "formula", "compares", "source"]]
     for name in summary["ranking"]:
+        head = summary["objectives"][name].get("head", "none")
+        behind = "" if head == "none" else f"; p is behind the head {head}"
         for key, weight in summary["objectives"][name]["terms"].items():
             each = term(key)
-            lines.append([name, f"{weight:g} {key}", each.formula, each.compares, each.source])
+            lines.append([name, f"{weight:g} {key}", each.formula, each.compares + behind, each.source])
     return lines
 
 

@@ -599,8 +599,9 @@ class ObjectiveFigures(Accuracies, Predicted[Spread], ReadOut[Spread], total=Fal
     verdicts: list[str]  # a seed each, as the next two
     settings: dict[str, list[ChosenSetting]]
     probe_rows: list[str]
-    terms: dict[str, float]  # of the config, as the next
+    terms: dict[str, float]  # of the config, as the next two
     stop_gradient: bool
+    head: str
 
 
 class ComparisonSummary(TypedDict, total=False):

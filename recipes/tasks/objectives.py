@@ -22,8 +22,9 @@ test samples together and paired tests against random weights, which say whether
 cosine.
 
 A mixture of your own is the objective `recipe`: what the recipe says with its key=values, beside any named ones, as in
-objectives=cosine,recipe 'objective.terms={"mse":1,"barlow":0.1}'. The named ones override objective.terms and
-objective.stop_gradient, and keep every other key, such as objective.temperature.
+objectives=cosine,recipe 'objective.terms={"mse":1,"barlow":0.1}'. The named ones override objective.terms,
+objective.stop_gradient and objective.head, and keep every other key, such as objective.temperature. With _head behind
+it (cosine_head, infonce_sample_head) a name has a small head on the prediction side, objective.head=simsiam.
 
 What is finished is kept: the same command goes on where it was stopped, and several commands may share a folder, each
 on its own GPU. More objectives or seeds add to it as a further look, which the tests are corrected for: what is

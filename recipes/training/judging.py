@@ -250,7 +250,7 @@ def best_possible(config: PretrainConfig, model: NEPA) -> float | None:
 
     And for the embeddings themselves, not for what a projector makes of them.
     """
-    applies = config.model.bos and config.objective.causal and config.objective.space != "projected"
+    applies = config.model.bos and config.objective.causal and config.objective.space not in ("projected", "raw")
     return config.data.known_optimum(model.embed) if applies else None
 
 

@@ -21,7 +21,7 @@ from nepa_core.runtime.distributed import World, gather_samples
 from nepa_core.runtime.fit import StepFunction, StepOutput
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.run import Run
-from nepa_core.runtime.weights import Origin, begin_from, newest
+from nepa_core.runtime.weights import Origin, begin_from, current_weights, newest, prediction_head_in
 from nepa_core.tokens import Tokens
 from recipes.configs import PretrainConfig
 from recipes.report import card
@@ -127,6 +127,8 @@ def load_pretrained(
 ) -> tuple[PretrainConfig, NEPA]:
     """The config of a run and its network in evaluation mode, with the averaged weights where there are any.
 
+    What it predicts is behind the prediction head of the run, if any; hidden states are those before it.
+
     Args:
         changes: to the config, such as where the data lies now.
 
@@ -135,10 +137,9 @@ def load_pretrained(
     """
     config = override(run.load_config(PretrainConfig), changes or {})
     checkpoint = newest(run)
-    model = build_model(config)
-    averaged = checkpoint.tensors.get("ema", {})  # parameters only: an embedder's buffers come with the model
+    model = build_model(config, predicts=True)
     try:
-        model.load_state_dict(checkpoint.tensors["model"] | averaged)
+        model.load_state_dict(current_weights(checkpoint) | prediction_head_in(checkpoint))
     except RuntimeError as error:
         data = "".join(f"{key}={shown(value)}: " for key, value in (changes or {}).items() if key.startswith("data."))
         raise UserError(

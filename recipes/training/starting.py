@@ -6,7 +6,7 @@ import torch
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.model import NEPA, evaluating
-from nepa_core.pretrainer import Pretrainer, objective_loss
+from nepa_core.pretrainer import OF_TOKENS, Pretrainer, objective_loss
 from nepa_core.runtime.data import fold_seed, plain_batches
 from nepa_core.runtime.fit import samples_at_once
 from nepa_core.tokens import Tokens
@@ -111,17 +111,22 @@ def first_samples(config: PretrainConfig, count: int, device: torch.device) -> B
         raise UserError(f"none of the first {most} training samples can be read: {min(torn)}") from error
 
 
-def build_model(config: PretrainConfig) -> NEPA:
-    """The network with the weights that the run's seed gives: the untrained reference of every verdict."""
+def build_model(config: PretrainConfig, *, predicts: bool = False) -> NEPA:
+    """The network with the weights that the run's seed gives, as read-outs see it.
+
+    Args:
+        predicts: with the prediction head of the objective, where it has one, for all that needs predictions.
+    """
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
-    return NEPA(config.model, config.data.embedder(config.model.dim))
+    head = config.objective.head if predicts else "none"
+    return NEPA(config.model, config.data.embedder(config.model.dim), head)
 
 
 def build_pretrainer(config: PretrainConfig) -> NEPA:
     """What is trained: the network of `build_model`, with the heads that its objective needs, if any."""
     if not config.objective.has_heads:
-        return build_model(config)
-    tokens = _some_tokens(config) if "flow" in config.objective.heads else None
+        return build_model(config, predicts=True)
+    tokens = _some_tokens(config) if config.objective.heads & OF_TOKENS else None
     torch.manual_seed(fold_seed(config.train.seed, "weights"))
     return Pretrainer(config.model, config.data.embedder(config.model.dim), config.objective, tokens)
 

@@ -174,6 +174,7 @@ TERMS: Terms = {
     "cosine": terms.cosine,
     "mse": terms.mse,
     "mse_normalised": terms.mse_normalised,
+    "soft_cross_entropy": terms.soft_cross_entropy,
     "standardised": terms.standardised,
     "infonce_sample": partial(terms.infonce_sample, temperature=0.3),
     "infonce_position": partial(terms.infonce_position, temperature=0.3, gather=lambda x: x),
@@ -213,6 +214,9 @@ def _reference(name: str, p: Tensor, z: Tensor, counted: Tensor) -> Tensor:
             case "mse_normalised":
                 scaled = (target - target.mean()) / (target.var(unbiased=False) + 1e-6).sqrt()
                 return ((own - scaled) ** 2).sum() / dim
+            case "soft_cross_entropy":
+                label, guess = target.exp() / target.exp().sum(), own.exp() / own.exp().sum()
+                return -(label * guess.log()).sum()
             case "standardised":
                 return -_cos(own, _standard(at[t], target))
             case _:

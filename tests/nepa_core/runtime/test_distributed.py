@@ -67,6 +67,9 @@ CASES = {
             "objective.layers": [1],
         },
     ),
+    "prediction head": Case(
+        "tests.tiny:ragged", {"objective.terms": {"cosine": 1.0, "raw_token": 1.0}, "objective.head": "simsiam"}
+    ),
     "recomputed": Case("tests.tiny:ragged", {"train.recompute": True, "train.micro_batch": 2}),
     "packed": Case("tests.tiny:ragged", {"model.pack": True, "train.micro_batch": 1, "train.keep": 3}),
 }
@@ -75,6 +78,7 @@ SHARDED = {
     "fsdp negatives": Case(*CASES["negatives of both"]),
     "fsdp heads": Case("tests.tiny:recipe", CASES["heads"].keys, ("train.recompute", "train.compile")),
     "fsdp random": Case(*CASES["random"]),
+    "fsdp prediction head": Case(*CASES["prediction head"]),
     "fsdp finetune": Case("", {}),
 }
 """With two processes. The first word is the strategy."""
