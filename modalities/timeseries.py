@@ -75,6 +75,7 @@ class TimeSeries(Ordered, Modality):
     """
 
     token_name: ClassVar[str] = "patch"
+    built_in: ClassVar[str] = "var"
 
     source: Literal["file", "labelled", "var"]
     window: PositiveInt
