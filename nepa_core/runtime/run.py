@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from nepa_core.basics import UserError
-from nepa_core.runtime import trust
+from nepa_core.runtime import leases, trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, shortened, write_whole
 from nepa_core.runtime.config import Config, differences, imports_of, load_config, read_saved, save_config, shown
 from nepa_core.runtime.loggers import Listener
@@ -168,8 +168,10 @@ class Run:
         self._append(self.path / "timing.jsonl", record)
 
     def _append(self, file: Path, record: Mapping[str, Any]) -> None:
-        with disk_errors(file), file.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        with disk_errors(file):
+            leases.check()
+            with file.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
 
     def metrics_size(self) -> int:
         """Bytes in metrics.jsonl, on the disk for good: what a checkpoint remembers."""
