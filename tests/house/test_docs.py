@@ -244,7 +244,7 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
     if words[0] == "torchrun":  # its own options are those of `test_distributed`
         assert words[words.index("-m") + 1] == "recipes", where
         words = ["nepa", *words[words.index("-m") + 2 :]]
-    if words[:2] == ["sbatch", "examples/slurm.sh"]:
+    if words[0] == "sbatch" and words[1] in ("examples/slurm.sh", "examples/slurm_array.sh"):
         words = ["nepa", *words[2:]]
     assert words[0] == "nepa", f"{where}: no test knows the command {words[0]}"
     task, rest = words[1], words[2:]
