@@ -236,7 +236,7 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in words[1:]), where
         return
-    if words[0] == "export" or words[:3] == ["python", "-m", "pip"]:
+    if words[0] in ("export", "pip") or words[:3] == ["python", "-m", "pip"]:
         return
     if words[:3] == ["python", "-m", "benchmarks.gpu"]:
         gpu.make_parser().parse_args(words[3:])
