@@ -68,6 +68,7 @@ class Audio(Ordered, Modality):
     """
 
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    built_in: ClassVar[str] = "synthetic"
 
     source: SourceName
     seconds: PositiveFloat

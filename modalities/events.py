@@ -52,12 +52,12 @@ class Events(Modality):
         events: most events of a window. span: how long it lasts at most, in seconds, or as numbers of time are; those
             of an entity lie one behind the other.
         unit: how long one unit of a coordinate is, in seconds, or as numbers of time are; default: four usual gaps.
-        measured_on: the table whose training events kinds, usual gap and scales are of, in place of `root`. Tasks that
-            read a trained run with another `root` set it to that of the run.
+        measured_on: the table whose kinds, usual gap and scales hold; tasks set it where they read other data by a run.
     """
 
     token_name: ClassVar[str] = "event"
     suffixes: ClassVar[tuple[str, ...]] = (".csv", ".tsv", ".parquet")
+    built_in: ClassVar[str] = "process"
 
     source: SourceName
     events: PositiveInt = Field(ge=2)

@@ -46,6 +46,7 @@ class Images(Ordered, Modality):
 
     token_name: ClassVar[str] = "patch"
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    built_in: ClassVar[str] = "noise"
 
     source: SourceName
     size: tuple[PositiveInt, PositiveInt]

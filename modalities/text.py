@@ -51,6 +51,7 @@ class Text(Ordered, Modality):
     """
 
     suffixes: ClassVar[tuple[str, ...]] = (*TEXT, *FASTA)
+    built_in: ClassVar[str] = "stdlib"
 
     source: SourceName
     patch: PositiveInt

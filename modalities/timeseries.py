@@ -29,6 +29,7 @@ from torch.utils.data import Dataset
 
 from modalities.data.listing import Contents, fingerprint, say
 from modalities.data.moments import ROUNDING, ColumnMoments
+from modalities.data.remote import at_hand
 from modalities.data.series import LabelledSeries, read_labelled, read_table
 from modalities.orders import Ordered
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
@@ -75,6 +76,7 @@ class TimeSeries(Ordered, Modality):
     """
 
     token_name: ClassVar[str] = "patch"
+    built_in: ClassVar[str] = "var"
 
     source: Literal["file", "labelled", "var"]
     window: PositiveInt
@@ -461,8 +463,9 @@ def places(count: int) -> Tensor:
 def _series(data: TimeSeries) -> Series:
     if data.source == "var":
         return _read(None, None, None, 0, data.parts)
-    changed = Path(str(data.root)).stat().st_mtime_ns if Path(str(data.root)).exists() else 0
-    return _read(data.root, data.time, data.columns, changed, data.parts)
+    root = at_hand(str(data.root))
+    changed = Path(root).stat().st_mtime_ns if Path(root).exists() else 0
+    return _read(root, data.time, data.columns, changed, data.parts)
 
 
 @lru_cache(maxsize=2)

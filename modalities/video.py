@@ -46,6 +46,7 @@ class Video(Ordered, Modality):
 
     token_name: ClassVar[str] = "tubelet"
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    built_in: ClassVar[str] = "digits"
 
     source: SourceName
     frames: PositiveInt

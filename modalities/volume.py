@@ -41,6 +41,7 @@ class Volume(Ordered, Modality):
 
     token_name: ClassVar[str] = "cube"
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
+    built_in: ClassVar[str] = "shapes"
 
     source: SourceName
     size: tuple[PositiveInt, PositiveInt, PositiveInt]

@@ -61,19 +61,19 @@ def call(what: str, function: Callable[..., Any], *given: Any) -> Any:
         raise UserError(f"{what} fails{where}: {type(error).__name__}: {error}") from error
 
 
-def needs(key: str, *packages: str, extra: str) -> None:
+def needs(key: str, *packages: str, extra: str | None) -> None:
     """Whether optional packages are installed; nothing is imported.
 
     Args:
-        key: what the user gave that needs them. extra: of this package, which brings them.
+        key: what the user gave that needs them. extra: of this package, which brings them, or None.
 
     Raises:
         UserError: one is not; the line has the command that installs it.
     """
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        ours = f"pip install nepa[{extra}], or " if extra else ""
         raise UserError(
-            f"{key} needs {' and '.join(missing)}, not installed here: pip install nepa[{extra}], or pip install "
-            f"{' '.join(missing)}"
+            f"{key} needs {' and '.join(missing)}, not installed here: {ours}pip install {' '.join(missing)}"
         )
 
 

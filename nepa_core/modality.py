@@ -60,6 +60,9 @@ class Modality(BaseModel, ABC):
     suffixes: ClassVar[tuple[str, ...]] = ("",)
     """How the names of files end that `files` takes out of a folder, in small letters; default: as they like."""
 
+    built_in: ClassVar[str | None] = None
+    """The `source` that needs no files: what `nepa plan` names where those of the recipe are not here."""
+
     @abstractmethod
     def dataset(self, split: str) -> Dataset[Batch]:
         """The samples of a split as a map-style dataset (with `__len__`) of dictionaries of tensors.

@@ -196,9 +196,11 @@ def _dispatch(words: list[str]) -> int:
 @contextmanager
 def _target(words: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The recipe or run and the keys that a command gives, itself or by a config file; errors name its lines."""
+    from nepa_core.runtime import trust
     from nepa_core.runtime.config import parse_assignments
 
     target, given = words[0], parse_assignments(words[1:])
+    trust.typed(trust.addresses_in(given))
     if not target.endswith((".yaml", ".yml")):
         yield target, given
         return

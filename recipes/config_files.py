@@ -86,6 +86,7 @@ def read_config_file(path: Path) -> ConfigFile:
         for named in import_paths(key, value):
             if key != "beside" or not named.startswith(TIMM):  # its own models are no code of a user
                 _check_trust(named, path, lines[key])
+    trust.seen_in(path, values)
     return ConfigFile(path, target, values, lines)
 
 

@@ -31,6 +31,7 @@ import pyarrow.parquet as pq
 from modalities.data.csv_files import find_out, read_rows
 from modalities.data.hub import one_line
 from modalities.data.listing import Passed, data_folder, list_files, list_groups, printable, read_whole, say, subfolders
+from modalities.data.remote import at_hand
 from modalities.data.text_files import LARGEST_TEXT, check_file, encoding_of
 from nepa_core.basics import UserError, some
 from nepa_core.runtime.config import nearest
@@ -72,7 +73,7 @@ def read_documents(
         UserError: naming the file, and row or line: there is none, a column is missing, FASTA begins without a header,
             a table can't be read, a split is empty, or the splits differ in their classes.
     """
-    place = Path(root).expanduser()
+    place = Path(at_hand(root)).expanduser()
     if place.is_dir():
         found = _of_folder(root, place, text, label)
     else:
@@ -103,7 +104,7 @@ def _of_folder(root: str, place: Path, text: str | None, label: str | None) -> l
             for each in (_tree(path, passed) if path.is_dir() else _of_file(path, text, label))
         ]
     else:
-        data_folder(root)
+        data_folder(str(place))
         found = _tree(place, passed)
     if line := passed.line(root):
         say(line)
@@ -259,7 +260,7 @@ def _divided(root: str, documents: Sequence[Document], held_out: float) -> list[
         raise UserError(f"data.root={root}: one document (of each class); two are wanted, for one of them is held out")
     if single:
         say(f"{root}: left out, for one document can't be in both splits: {some(list(map(printable, single)))}")
-    base = os.path.expanduser(root)
+    base = os.path.expanduser(at_hand(root))
 
     def key(each: Document) -> bytes:
         return hashlib.sha256(f"{each.name.removeprefix(base)}\0{each.text}".encode("utf-8", "replace")).digest()

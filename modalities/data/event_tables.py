@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from modalities.data.csv_files import bad_row, find_out, line_of, read_blocks
 from modalities.data.hub import one_line
 from modalities.data.listing import printable, say
+from modalities.data.remote import at_hand
 from modalities.data.series import TIME_NAMES
 from modalities.data.text_files import check_file
 from modalities.data.time_axis import StampReader
@@ -79,7 +80,7 @@ def read_events(path: str, named: Named) -> EventTable:
         UserError: naming file, row and column: it can't be read or is empty; a column is not there; a time is missing
             or no time stamp; a number is none; or an entity has two labels.
     """
-    file = str(Path(path).expanduser())
+    file = str(Path(at_hand(path)).expanduser())
     check_file(file, "name a .csv or .parquet table of events by data.root")
     try:
         table, row = _parquet(file, named) if _is_parquet(file) else _csv(file, named)

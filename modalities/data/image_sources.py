@@ -49,6 +49,7 @@ from modalities.data.listing import (
     subfolders,
 )
 from modalities.data.numbering import check_numbering, first_unknown
+from modalities.data.remote import at_hand
 from nepa_core.basics import UserError, some
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def _open_noise(split: str, size: Size) -> Noise:
 @lru_cache(maxsize=4)
 def _open_folder(root: str, split: str) -> Source:
     """Tell the layouts of a folder by what it holds, and open a split of the first; the others are said."""
-    folder = data_folder(root, "the images")
+    folder = data_folder(at_hand(root), "the images")
     found = _layouts(folder, split)
     if len(found) > 1 and CLASS_FOLDERS in found and not _any_image(folder):
         del found[CLASS_FOLDERS]

@@ -48,6 +48,7 @@ from modalities.data.listing import (
     say_left_aside,
     subfolders,
 )
+from modalities.data.remote import at_hand
 from modalities.data.scene_masks import (
     IGNORED,
     LOSSY_SUFFIXES,
@@ -451,7 +452,7 @@ def open_pairs(root: str, split: str, source: SceneSource = "folder") -> Pairs:
         raise ValueError(f'split is "train" or "test", not {split!r}')
     if source == "hub":
         return _open_hub(root, split)
-    folder = data_folder(root, "images and annotations")
+    folder = data_folder(at_hand(root), "images and annotations")
     if tree := scene_tree(folder):
         return _open_tree(tree, split)
     saved = next((folder / name for name in SPLITS[split] if (folder / name / "state.json").is_file()), None)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nepa_core.basics import UserError
 from nepa_core.basics import file_digest as _digest
+from nepa_core.runtime import leases
 
 
 class Checkpoint(NamedTuple):
@@ -87,11 +88,16 @@ def read_json(file: Path) -> Any:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a small file whole or not at all: what stood there stays until the new text is on the disk."""
+    """Write a small file whole or not at all: what stood there stays until the new text is on the disk.
+
+    Raises:
+        LostLock: this process had a lock, and another one has it now.
+    """
     draft = file.with_name(f".writing_{file.name}")
     try:
         draft.write_text(text)
         _sync(draft)
+        leases.check()
         draft.rename(file)
     finally:
         draft.unlink(missing_ok=True)
@@ -104,11 +110,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, stays: i
     Checkpoints of later steps go too: they were damaged, or this step would not be computed again.
 
     Raises:
-        UserError: the disk is full or can't be written.
+        UserError: the disk is full or can't be written, or another process has the run now (`LostLock`).
     """
     target = folder / f"step_{checkpoint.step:08d}"
     building = folder / f".writing_{target.name}"
     with disk_errors(target):
+        leases.check()
         try:
             for rest in folder.glob(".writing_*"):  # of a process that was killed
                 shutil.rmtree(rest, ignore_errors=True)
@@ -122,6 +129,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int, stays: i
             record["sha256"] = _record_digest(record)
             (building / "state.json").write_text(json.dumps(record, indent=2) + "\n")
             _flush(building)
+            leases.check()
             if target.exists():  # a damaged one of the same step, or the same step written again
                 shutil.rmtree(target)
             building.rename(target)

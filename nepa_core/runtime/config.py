@@ -395,6 +395,7 @@ def read_saved(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON ({error}); restore it or start a new run") from error
     if not isinstance(saved, dict):
         raise UserError(f"{path} holds no settings; restore it or start a new run")
+    trust.seen_in(path, saved)
     return saved
 
 
@@ -444,6 +445,12 @@ def from_saved(value: Any, key: str) -> Modality:
     if not (isinstance(found, type) and issubclass(found, Modality)):
         raise UserError(f"{key}.adapter={shown(name)} is not an adapter (a subclass of Modality)")
     return validated(found, {field: each for field, each in value.items() if field != "adapter"}, f"{key}.")
+
+
+def addresses_of(config: BaseModel) -> list[str]:
+    """The addresses that a config's data are fetched from."""
+    data = getattr(config, "data", None)
+    return trust.addresses_in(*keys(data).values()) if isinstance(data, Modality) else []
 
 
 _IMPORT_PATH = re.compile(r"[^\W\d][\w.]*:[^\W\d]\w*")

@@ -6,8 +6,6 @@ import errno
 import fcntl
 import json
 import os
-import shlex
-import socket
 import sys
 import time
 from collections.abc import Container, Iterator
@@ -16,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nepa_core.basics import UserError
-from nepa_core.runtime.checkpoint import disk_errors, read_json
-from nepa_core.runtime.config import shown
+from nepa_core.runtime import leases
+from nepa_core.runtime.checkpoint import disk_errors
 from nepa_core.runtime.distributed import World
+from nepa_core.runtime.leases import Holder, Lease, LostLock
 from nepa_core.runtime.run import Run
 
 # ------------------------------------------------------------------------------------------------------ nothing left
@@ -37,6 +36,8 @@ def nothing_left(folder: Path) -> Iterator[None]:
     before = _inside(folder)
     try:
         yield
+    except LostLock:  # what is there is another's
+        raise
     except Exception:
         for place in sorted(each for each in _inside(folder) - before if each.is_dir() and not each.is_symlink())[::-1]:
             take_back(place, before)
@@ -70,6 +71,7 @@ def take_back(folder: Path, before: Container[Path] = ()) -> None:
 # ------------------------------------------------------------------------------------------------------- two at once
 
 _HELD: set[int] = set()  # descriptors of the locks of this process
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)  # what a file system without them says
 _TRIES = 100  # to make a folder that others remove
 _WAIT = 0.2  # seconds between looks at a lock that another process has
 
@@ -84,34 +86,11 @@ def _let_go() -> None:
 os.register_at_fork(after_in_child=_let_go)
 
 
-class Holder(NamedTuple):
-    """Who has a lock: a process and its command.
-
-    Attributes:
-        trains: it may take hours, so that nobody waits for it.
-    """
-
-    pid: int
-    host: str
-    command: str
-    since: str
-    trains: bool
-
-    def __str__(self) -> str:
-        return f"`{shown(self.command, 120)}` (process {self.pid} on {self.host}, since {self.since})"
-
-
-def this_process(*, trains: bool) -> Holder:
-    """What this process leaves in a lock."""
-    command = shlex.join(["nepa", *sys.argv[1:]])
-    return Holder(os.getpid(), socket.gethostname(), command, time.strftime("%Y-%m-%d %H:%M:%S"), trains)
-
-
 @contextmanager
 def locked(file: Path, *, patient: bool = False, keep: bool = True, trains: bool = True) -> Iterator[bool]:
     """Whether this process could take a lock, which it then has in the block; the kernel frees it when it ends.
 
-    The file says who has it, to people and to `holder`; a file alone is no lock.
+    The file says who has it, to people, to `holder` and to other machines (`nepa_core.runtime.leases`).
 
     Args:
         patient: wait until it can be taken.
@@ -122,28 +101,38 @@ def locked(file: Path, *, patient: bool = False, keep: bool = True, trains: bool
         UserError: the file can't be written.
     """
     with disk_errors(file):
-        while (descriptor := _taken(file)) is None and patient:
+        while (taken := _taken(file, trains=trains)) is None and patient:
             time.sleep(_WAIT)
-        if descriptor is not None:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(this_process(trains=trains)._asdict()).encode(), 0)
-    if descriptor is None:
+    if taken is None:
         yield False
         return
+    descriptor = taken.descriptor
     _HELD.add(descriptor)
     try:
         yield True
     finally:
         if descriptor in _HELD:  # not in a process forked from this one
             _HELD.discard(descriptor)
-            if not keep:
-                file.unlink(missing_ok=True)
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it with a process that was just forked
-            os.close(descriptor)
+            taken.lease.end()
+            with suppress(OSError):
+                if taken.lease.is_ours():
+                    if keep:
+                        os.ftruncate(descriptor, 0)
+                    else:
+                        file.unlink(missing_ok=True)
+            _free(descriptor, taken.kernel)
 
 
-def _taken(file: Path) -> int | None:
-    """A descriptor that holds the lock, or None where another one does."""
+class _Taken(NamedTuple):
+    """A lock: the open file, the lease on it, and whether the kernel has locked it, too."""
+
+    descriptor: int
+    lease: Lease
+    kernel: bool
+
+
+def _taken(file: Path, *, trains: bool) -> _Taken | None:
+    """A lock, or None where another process has it, or may have."""
     failed = 0
     while True:
         try:
@@ -155,24 +144,54 @@ def _taken(file: Path) -> int | None:
                 raise NotADirectoryError(errno.ENOTDIR, "No folder can be made there", file) from error
             time.sleep(0.001)
             continue
+        kernel, lease, current = False, None, False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-                return descriptor
+            kernel = _locked_by_kernel(descriptor)
+            current = _is_at(file, descriptor)
+            if current:
+                content = json.dumps(leases.this_process(descriptor, trains=trains)._asdict()).encode()
+                lease = leases.take(file, descriptor, content, kernel=kernel)
         except BlockingIOError:
-            os.close(descriptor)
             return None
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # who had it before has removed the file: this lock keeps nobody out
+        finally:
+            if lease is None:
+                _free(descriptor, kernel)
+        if lease is not None:
+            return _Taken(descriptor, lease, kernel)
+        if current:
+            return None
+        # who had it before has removed the file: this lock keeps nobody out
+
+
+def _locked_by_kernel(descriptor: int) -> bool:
+    """Lock a file, or say that its file system has no locks; raises BlockingIOError where another has it locked."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+def _is_at(file: Path, descriptor: int) -> bool:
+    """Whether an open file still lies there."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    return False
+
+
+def _free(descriptor: int, kernel: bool) -> None:
+    if kernel:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone leaves it with a process that was just forked
+    os.close(descriptor)
 
 
 def holder(file: Path) -> Holder | None:
     """Who has a lock, as far as its file says it."""
     try:
-        return Holder(**read_json(file))
-    except (OSError, ValueError, TypeError):
+        return leases.read_holder(file.read_bytes()) if file.is_file() else None
+    except OSError:
         return None
 
 
@@ -205,13 +224,14 @@ def holding(folder: Path, *, trains: bool, lock: Path | None = None) -> Iterator
                     with nothing_left(folder):
                         yield
                     return
-            other = holder(file)
-            if other is not None and other.trains:
+            other, doubtful = holder(file), leases.is_doubtful(file)
+            if other is not None and other.trains and not doubtful:
                 raise UserError(
                     f"{folder} is in use by {other}: wait for it or stop it, or name another folder with out=DIR"
                 )
             if other is not None and not told:
-                print(f"waiting for {other}, which writes in {folder}", file=sys.stderr)
+                why = f" or is lost: {leases.LOST:.0f} seconds will tell" if doubtful else ""
+                print(f"waiting for {other}, which writes in {folder}{why}", file=sys.stderr)
                 told = True
             time.sleep(_WAIT)
     finally:

@@ -13,9 +13,18 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 
 from nepa_core.basics import UserError
-from nepa_core.runtime import trust
+from nepa_core.runtime import leases, trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, shortened, write_whole
-from nepa_core.runtime.config import Config, differences, imports_of, load_config, read_saved, save_config, shown
+from nepa_core.runtime.config import (
+    Config,
+    addresses_of,
+    differences,
+    imports_of,
+    load_config,
+    read_saved,
+    save_config,
+    shown,
+)
 from nepa_core.runtime.loggers import Listener
 
 FREE_KEYS = (
@@ -104,8 +113,10 @@ class Run:
             UserError: the folder holds a run of another recipe or with another config (the differing keys are
                 listed), holds something that is no run, or can't be written.
         """
-        file, imports = self.path / "config.json", imports_of(config)
+        file, imports, addresses = self.path / "config.json", imports_of(config), addresses_of(config)
         trust.allow(imports)  # the user's own command has imported them
+        for address in addresses:
+            trust.check_address(address)
         changed: dict[str, tuple[Any, Any]] = {}
         begun = self.metrics_path.exists() or self.checkpoints.exists()
         if file.exists():
@@ -118,7 +129,7 @@ class Run:
                 raise UserError(self._refusal(changed, refused, named))
             if not changed and not (midway and different):
                 if write:
-                    trust.remember(file, imports)  # of a run of before there were notes
+                    trust.remember(file, [*imports, *addresses])  # of a run of before there were notes
                 return False
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.glob("[!.]*"))):
             raise UserError(f"{self.path} exists and is not a run folder; name another one with out=DIR")
@@ -128,7 +139,7 @@ class Run:
                 if changed and (summary := self.summary()) is not None:
                     self.set_aside(summary.get("steps"))
                 save_config(config, file)
-            trust.remember(file, imports)
+            trust.remember(file, [*imports, *addresses])
         return begun and bool(changed)
 
     def _refusal(self, changed: Mapping[str, tuple[Any, Any]], refused: list[str], named: tuple[str, str]) -> str:
@@ -168,8 +179,10 @@ class Run:
         self._append(self.path / "timing.jsonl", record)
 
     def _append(self, file: Path, record: Mapping[str, Any]) -> None:
-        with disk_errors(file), file.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        with disk_errors(file):
+            leases.check()
+            with file.open("a") as stream:
+                stream.write(json.dumps(record) + "\n")
 
     def metrics_size(self) -> int:
         """Bytes in metrics.jsonl, on the disk for good: what a checkpoint remembers."""

@@ -1,4 +1,4 @@
-"""Whose code is imported.
+"""Whose code is imported, and from what addresses data are fetched.
 
 A run's config.json names its adapter, and perhaps an order, a term, a hook, by import path; importing a module runs it.
 Imported without a question are what this program is installed with; what the user types, and what code of theirs
@@ -6,6 +6,8 @@ names; and what a config.json names that a command of this user wrote on this ma
 the folder, `$XDG_CONFIG_HOME/nepa/made/` (`~/.config` where that is not set) with the SHA-256 of the file: a run may be
 moved or copied, and a file that was changed is nobody's. Everything else is refused, with the way to allow it:
 `trust=true` on the command line.
+
+An address of data (`https://...`) is asked about in the same way, where a file names it and not the user.
 
 Nothing is imported from inside a run folder, whoever names it, for its files come with the run.
 """
@@ -15,12 +17,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nepa_core
 from nepa_core.basics import UserError, file_digest
@@ -32,11 +35,21 @@ _ROOT = Path(nepa_core.__file__).resolve().parents[1]
 _FILE: ContextVar[Path | None] = ContextVar("file", default=None)  # what names the paths that are loaded now
 
 
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+"""How an address begins that data can be fetched from."""
+
+
 class Trust(NamedTuple):
-    """What this process imports beside its own: `everything`, or these modules, which the user or their code named."""
+    """What this process imports beside its own: `everything`, or these modules, which the user or their code named.
+
+    Attributes:
+        addresses: that the user typed. foreign: that a file names which was not made here.
+    """
 
     everything: bool = False
     modules: frozenset[str] = frozenset()
+    addresses: frozenset[str] = frozenset()
+    foreign: frozenset[str] = frozenset()
 
 
 _given = Trust()
@@ -67,6 +80,43 @@ def everything() -> Iterator[None]:
 def allow(paths: Iterable[str]) -> None:
     """Trust the modules of these import paths from here on, also where a file names them."""
     take(_given._replace(modules=_given.modules | {path.partition(":")[0] for path in paths}))
+
+
+def addresses_in(*values: Any) -> list[str]:
+    """The addresses among some values and, where these are lists or dictionaries, within them."""
+    found: list[str] = []
+    for value in values:
+        if isinstance(value, str) and ADDRESS.match(value):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += addresses_in(*value)
+        elif isinstance(value, dict):
+            found += addresses_in(*value.values())
+    return found
+
+
+def typed(addresses: Iterable[str]) -> None:
+    """The user has named these addresses, which may be fetched from, whatever file names them, too."""
+    take(_given._replace(addresses=_given.addresses | set(addresses)))
+
+
+def seen_in(file: Path, values: Any) -> None:
+    """A file holds these values: the addresses among them are its own, unless it was made here."""
+    if (found := addresses_in(values)) and not (_given.everything or is_made_here(file)):
+        take(_given._replace(foreign=_given.foreign | set(found)))
+
+
+def check_address(address: str) -> None:
+    """Whether something may be fetched from an address.
+
+    Raises:
+        UserError: a file names it that was not made here, and the user does not.
+    """
+    if address in _given.foreign - _given.addresses and not _given.everything:
+        raise UserError(
+            f"{address}: a file names this address that was not made here by you, and nothing is fetched from there "
+            f"unasked: give it yourself (data.root={address}), name other data, or add trust=true"
+        )
 
 
 @contextmanager
@@ -191,9 +241,12 @@ def is_made_here(file: Path) -> bool:
 
 
 def remember(file: Path, paths: Iterable[str]) -> None:
-    """Note that this user has made a run, where it names code that is not this program's.
+    """Note that this user has made a run, where it names code that is not this program's, or addresses.
 
-    A note is a small file, whose name is all that counts; it says which folder and which code.
+    A note is a small file, whose name is all that counts; it says which folder and what it names.
+
+    Args:
+        paths: import paths and addresses.
     """
     foreign = sorted(path for path in paths if not is_ours(path.partition(":")[0]))
     if not foreign:

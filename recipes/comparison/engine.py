@@ -5,9 +5,10 @@ measured of it lies beside its summary, in a file named by the hash of the measu
 whatever the other variants are, and nothing finished is run twice. (The hash is of the config, and of files that a
 variant says it names: after a change to the code of an adapter, an order or a term, name another `out=`.)
 
-Who works on a pair holds its lock, which the kernel frees when the process ends, however it ends. So the list may be
-shared by the processes of one command, by several commands in one folder, or by several machines on a file system with
-locks; and a pair whose process was killed is taken up by another, at the run's last checkpoint.
+Who works on a pair holds its lock, which the kernel frees when the process ends, however it ends, and other machines
+take for free where it is not renewed (`nepa_core.runtime.leases`). So the list may be shared by the processes of one
+command, by several commands in one folder, or by several machines on a shared file system; and a pair whose process was
+killed, or whose machine is lost, is taken up by another, at the run's last checkpoint.
 
 What is compared is declared before the first run and counted look by look: see `recipes.statistics.protocol`.
 
@@ -44,6 +45,7 @@ from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.fit import Interrupted
+from nepa_core.runtime.leases import LostLock
 from nepa_core.runtime.locks import locked, nothing_left, take_back
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.run import FREE_KEYS, Run, is_run
@@ -438,6 +440,8 @@ def attempt(job: Job) -> bool:
                 with disk_errors(job.result):
                     write_whole(job.result, json.dumps(values, indent=1) + "\n")
             return mine
+    except LostLock:  # this process was stopped for long: another goes on with the job
+        return False
     except UserError as error:
         _remove_empty(folder)
         raise UserError(f"{job.name}: {error}") from error

@@ -16,8 +16,10 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
 
-from nepa_core.basics import FROZEN
+from nepa_core.basics import FROZEN, Batch, UserError
+from nepa_core.modality import Modality
 from nepa_core.runtime.data import plain_batches
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import autocast_dtype, plan
@@ -234,7 +236,7 @@ def plan_run(config: Trained, options: PlanOptions) -> Planned:
         UserError: the recipe's data can't be read, or its batch does not fit the devices.
     """
     device, count = ACCELERATORS[options.device], options.devices
-    data = config.data.samples_of("train")
+    data = _training_data(config.data)
     steps = plan(config.train, config.optim, samples=options.samples or len(cast(Sized, data)), ranks=options.devices)
     micro = config.train.batch // count // steps.accumulate
     model = network(config)
@@ -259,6 +261,18 @@ def plan_run(config: Trained, options: PlanOptions) -> Planned:
         checkpoint=copies * weights,
         loaded=_loading(config),
     )
+
+
+def _training_data(data: Modality) -> Dataset[Batch]:
+    try:
+        return data.samples_of("train")
+    except UserError as error:
+        if data.built_in is None:
+            raise
+        raise UserError(
+            f"{error}; or plan with built-in data in their place: data.source={data.built_in} samples=N, the number of "
+            "yours"
+        ) from error
 
 
 def _bytes(module: nn.Module) -> int:

@@ -236,7 +236,7 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE) for target in words[1:]), where
         return
-    if words[0] == "export" or words[:3] == ["python", "-m", "pip"]:
+    if words[0] in ("export", "pip") or words[:3] == ["python", "-m", "pip"]:
         return
     if words[:3] == ["python", "-m", "benchmarks.gpu"]:
         gpu.make_parser().parse_args(words[3:])
@@ -244,7 +244,7 @@ def resolve(words: list[str], where: str, capsys: pytest.CaptureFixture[str]) ->
     if words[0] == "torchrun":  # its own options are those of `test_distributed`
         assert words[words.index("-m") + 1] == "recipes", where
         words = ["nepa", *words[words.index("-m") + 2 :]]
-    if words[:2] == ["sbatch", "examples/slurm.sh"]:
+    if words[0] == "sbatch" and words[1] in ("examples/slurm.sh", "examples/slurm_array.sh"):
         words = ["nepa", *words[2:]]
     assert words[0] == "nepa", f"{where}: no test knows the command {words[0]}"
     task, rest = words[1], words[2:]

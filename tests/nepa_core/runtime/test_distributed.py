@@ -94,33 +94,44 @@ PROGRAM = "tests.nepa_core.runtime.test_distributed"
 WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
 
 
-def torchrun(*words: str, machines: int = 1, restarts: int = 0) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    *words: str, machines: int = 1, fewest: int | None = None, restarts: int = 0
+) -> subprocess.CompletedProcess[str]:
     """Start two ranks of a module on the loopback interface, or two on each of several "machines", and wait for them.
 
     Args:
+        fewest: machines with which it goes on where others are lost; what the first one says then counts.
         restarts: how often torchrun starts them anew where one fails.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # The lines of docs/many-gpus.md.
-    meeting = ["--nnodes", str(machines), "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    nodes = str(machines) if fewest is None else f"{fewest}:{machines}"
+    meeting = ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     where = meeting if machines > 1 or restarts else ["--master-addr", "127.0.0.1", "--master-port", str(port)]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", str(restarts), *where]
+    if fewest is not None:
+        launcher += ["--rdzv-conf", "last_call_timeout=10,is_host={}"]  # on one computer both would be the first one
     command = [sys.executable, *launcher, "-m", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     with ExitStack() as stack:
         agents = [
-            stack.enter_context(Popen(command, cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True))
-            for _ in range(machines)
-        ]
+            stack.enter_context(
+                Popen([word.replace("is_host={}", f"is_host={int(machine == 0)}") for word in command],
+                      cwd=ROOT, env=environment, stdout=PIPE, stderr=PIPE, text=True)
+            )
+            for machine in range(machines)
+        ]  # fmt: skip
         try:
-            said = [agent.communicate(timeout=200) for agent in agents]
+            said = [agent.communicate(timeout=200 if fewest is None else 400) for agent in agents]
         except subprocess.TimeoutExpired:
             for agent in agents:
                 agent.terminate()  # it ends the ranks, too
             raise
+    if fewest is not None:
+        return subprocess.CompletedProcess(command, agents[0].returncode, *said[0])
     status = max((agent.returncode for agent in agents), key=abs)
     return subprocess.CompletedProcess(command, status, *("".join(each) for each in zip(*said, strict=True)))
 
@@ -133,11 +144,12 @@ def rank_main(out: Path, names: list[str]) -> int:
     without_code = partial(torch.compile, backend="eager")  # traced, which is what can fail, and not compiled
     with world() as ranks, patch.object(torch, "compile", without_code):
         for name in names:
-            strategy = name.split()[0] if name in SHARDED | FOUR else "ddp"
+            which = name.removeprefix("killed ")
+            strategy = which.split()[0] if which in SHARDED | FOUR else "ddp"
             if "finetune" in name:
                 finetune_and_count(out / name, ranks, strategy)
                 continue
-            case = (CASES | SHARDED | FOUR)[name.removeprefix("killed ")]
+            case = (CASES | SHARDED | FOUR)[which]
             keys = case.keys | dict.fromkeys(case.several, True) | {"train.strategy": strategy}
             with slow_disk(ranks) if name == "whole" else killed_once() if "killed" in name else nullcontext():
                 pretrain(read_target(PretrainConfig, case.recipe, keys), Run(out / name), ranks)
@@ -167,10 +179,12 @@ def slow_disk(ranks: World) -> Iterator[None]:
 
 @contextmanager
 def killed_once() -> Iterator[None]:
-    """Rank 1 is killed in step 7, before torchrun has restarted the ranks."""
-    if os.environ["RANK"] == "0" or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    """The last rank is killed in step 7, before torchrun has restarted the ranks; of two machines, torchrun with it."""
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    if not last or os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
         yield
         return
+    lost = [os.getppid()] if os.environ["GROUP_RANK"] == "1" else []
     make_step = pretraining.make_step
 
     def deadly(*given: Any) -> StepFunction:
@@ -178,7 +192,8 @@ def killed_once() -> Iterator[None]:
 
         def run(model: torch.nn.Module, batch: Batch) -> StepOutput:
             if next(calls) == 13:  # of two micro-batches
-                os.kill(os.getpid(), signal.SIGKILL)
+                for process in (*lost, os.getpid()):
+                    os.kill(process, signal.SIGKILL)
             return step(model, batch)
 
         return run
@@ -355,6 +370,16 @@ def test_two_processes_that_augment_on_the_device_resume_bit_for_bit(tmp_path: P
     done = torchrun("recipes", "pretrain", "recipes.vision:digits", *words, f"out={again}")
     assert "going on after step 2" in done.stderr
     assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_one_machine_goes_on_where_the_other_is_lost(alone: Callable[[str], Path], tmp_path: Path) -> None:
+    """Four processes become two in step 7: the same batches, losses and weights as of one."""
+    done = torchrun(PROGRAM, str(tmp_path), "killed hsdp packed", machines=2, fewest=1, restarts=3)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 4" in done.stderr
+    agree(alone("hsdp packed"), tmp_path / "killed hsdp packed", processes=2)
 
 
 @pytest.mark.distributed

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from recipes.cli import main
 from recipes.training import planning
 from recipes.training.bench import pass_flops
 from recipes.training.planning import Need, Pass, PlanOptions, count_pass, plan_run
-from recipes.training.workload import Trained, network
+from recipes.training.workload import Trained, network, read_trained
 from tests import tiny
 
 SIZES = {
@@ -111,6 +112,39 @@ def test_the_authors_days_follow_from_their_share(capsys: pytest.CaptureFixture[
     assert float(days) == pytest.approx(3, abs=0.25)
     assert said["cost"].endswith("for the energy")
     assert said["length"].startswith("499,200 steps of 4,096")
+
+
+BUILT_IN = {
+    "recipes.vision:base_in1k": "noise",
+    "recipes.audio:fsdd": "synthetic",
+    "recipes.video:folder": "digits",
+    "recipes.volumes:folder": "shapes",
+    "recipes.text:folder": "stdlib",
+    "recipes.events:table": "process",
+    "recipes.timeseries:etth1": "var",
+}
+
+
+@pytest.mark.parametrize("recipe", BUILT_IN)
+def test_where_the_data_are_not_here_built_in_ones_are_named(
+    recipe: str, fails: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hint = f"; or plan with built-in data in their place: data.source={BUILT_IN[recipe]} samples=N, the number of yours"
+    assert fails("plan", recipe).endswith(hint)
+    config = read_trained(recipe, {"data.source": BUILT_IN[recipe]})
+    assert len(config.data.samples_of("train")) >= planning._SAMPLES[1]  # type: ignore[arg-type]
+
+
+def test_an_adapter_without_built_in_data_names_none(fails: Callable[..., str]) -> None:
+    assert "plan with" not in fails("plan", "recipes.presets:features")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", BUILT_IN)
+def test_a_plan_with_built_in_data(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, f"data.source={BUILT_IN[recipe]}", "samples=1281167"]) == 0
+    assert "GFLOP a sample" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
