@@ -41,6 +41,7 @@ SHARDS = (".tar", ".parquet", CLASS_NAMES)
 """How the names of files end that are fetched of a folder."""
 AT_ONCE = 8  # files of one process
 MOST = 10**6  # addresses that braces may stand for
+_WAIT = 0.2  # seconds between looks at a file that another process fetches
 SILENCE = 60  # seconds without a byte after which a web server is given up
 MARKS = ("ETag", "etag", "Content-MD5", "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime", "created")
 _ANY = tuple(errno.errorcode)
@@ -254,25 +255,31 @@ def _fetch_all(system: Any, files: list[File], folder: Path, title: str) -> None
 
 
 def _fetch(system: Any, file: File, target: Path, title: str, stop: Event) -> None:
+    """Fetch a file, or wait until another process has."""
+    while not stop.is_set() and not _is_there(target, file.size):
+        with locked(target.with_name(f".{target.name}.lock"), keep=False, trains=False) as mine:
+            if mine and not _is_there(target, file.size):
+                _fetch_alone(system, file, target, title, stop)
+        stop.wait(0 if mine else _WAIT)
+
+
+def _fetch_alone(system: Any, file: File, target: Path, title: str, stop: Event) -> None:
     draft = target.with_name(f".{target.name}.part")
-    with locked(target.with_name(f".{target.name}.lock"), patient=True, keep=False, trains=False):
-        if stop.is_set() or _is_there(target, file.size):
-            return
-        try:
-            with _disk(title, *_FULL):
-                system.get_file(file.url, str(draft), callback=_stopped_by(stop))
-                if (size := draft.stat().st_size) != file.size:
-                    raise ValueError(f"{size:,} bytes came, of {file.size:,}")
-                os.replace(draft, target)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{title}: {printable(file.name)} can't be fetched ({one_line(error)}); check your access and the "
-                "network, and give the same command again: what is whole stays"
-            ) from error
-        finally:
-            draft.unlink(missing_ok=True)
+    try:
+        with _disk(title, *_FULL):
+            system.get_file(file.url, str(draft), callback=_stopped_by(stop))
+            if (size := draft.stat().st_size) != file.size:
+                raise ValueError(f"{size:,} bytes came, of {file.size:,}")
+            os.replace(draft, target)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{title}: {printable(file.name)} can't be fetched ({one_line(error)}); check your access and the "
+            "network, and give the same command again: what is whole stays"
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _stopped_by(stop: Event) -> Any:
