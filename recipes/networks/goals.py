@@ -25,8 +25,7 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, first_sample
 from nepa_core.runtime.data import plain_batches
 from nepa_core.tokens import Tokens
-from recipes.statistics.average_precision import average_precision, ranked
-from recipes.statistics.worth import Metric
+from recipes.networks.average_precision import average_precision, ranked
 
 NONE = -100
 """The class of what has none, as `F.cross_entropy` has it."""
@@ -37,6 +36,8 @@ Kind = Literal["class", "classes", "numbers", "token classes"]
 
 
 FigureKey = Literal["accuracy", "top5", "map", "auroc", "mse", "mae", "r2", "held_out_loss"]
+Headline = Literal["accuracy", "map", "r2"]
+"""The figure that a goal is judged by."""
 AveragedKey = Literal[
     "accuracy_ema", "top5_ema", "map_ema", "auroc_ema", "mse_ema", "mae_ema", "r2_ema", "held_out_loss_ema"
 ]
@@ -92,7 +93,7 @@ class Classification:
     per_token: bool = False
 
     whole: ClassVar[bool] = False
-    headline: ClassVar[Metric] = "accuracy"
+    headline: ClassVar[Headline] = "accuracy"
     loss_name: ClassVar[str] = "cross-entropy"
     shown: ClassVar[tuple[Shown, ...]] = (Shown("accuracy", "top-1", ".2%"), Shown("top5", "top-5", ".2%"))
 
@@ -186,7 +187,7 @@ class Regression:
     per_token: ClassVar[bool] = False
     names: ClassVar[None] = None
     whole: ClassVar[bool] = False
-    headline: ClassVar[Metric] = "r2"
+    headline: ClassVar[Headline] = "r2"
     loss_name: ClassVar[str] = "mean squared error, standardised"
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("mse", "MSE", ".4g"),
@@ -272,7 +273,7 @@ class MultiLabel:
 
     per_token: ClassVar[bool] = False
     whole: ClassVar[bool] = True
-    headline: ClassVar[Metric] = "map"
+    headline: ClassVar[Headline] = "map"
     loss_name: ClassVar[str] = "binary cross-entropy"
     shown: ClassVar[tuple[Shown, ...]] = (Shown("map", "mAP", ".2%"), Shown("auroc", "AUROC", ".4f"))
 

@@ -1,7 +1,7 @@
 """The classifiers and regressions of a probe: each is fitted on features of training samples and scored on others.
 
 What comes back is a credit for each sample it was scored on, float64 [S], in their order. Their mean is the score:
-accuracy (1 where the answer is right, else 0), mAP (see `recipes.statistics.average_precision`), or R2 (1 minus the
+accuracy (1 where the answer is right, else 0), mAP (see `recipes.networks.average_precision`), or R2 (1 minus the
 squared error over the variance of the labels).
 
 All are deterministic (their random numbers come from generators of their own) and run on the device that their
@@ -25,8 +25,8 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from nepa_core.runtime.optim import lr_factor
+from recipes.networks.average_precision import average_precision
 from recipes.networks.heads import AttentiveHead
-from recipes.statistics.average_precision import average_precision
 from recipes.statistics.ridge import r2, standardised
 
 Classifier = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

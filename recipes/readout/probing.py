@@ -25,6 +25,7 @@ from nepa_core.runtime.run import Run, task_of
 from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.diagnostics import effective_rank
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
+from recipes.networks.average_precision import ranked
 from recipes.networks.backbones import check_beside
 from recipes.options import once
 from recipes.presets import small
@@ -43,7 +44,6 @@ from recipes.readout.features import (
 from recipes.report.provenance import unreadable
 from recipes.report.summaries import ProbeRow, ProbeScore, ProbeSummary
 from recipes.resolve import read_target
-from recipes.statistics.average_precision import ranked
 from recipes.statistics.credits import pack_credits, unpack_credits
 from recipes.statistics.held_out import clusters_of, is_chained, pack_clusters
 from recipes.statistics.ridge import ridge

@@ -19,7 +19,7 @@ from nepa_core.pooling import Row, read_rows
 from nepa_core.runtime.data import plain_batches, to_device
 from nepa_core.runtime.fit import autocast_dtype
 from recipes.configs import PretrainConfig
-from recipes.statistics.average_precision import average_precision
+from recipes.networks.average_precision import average_precision
 from recipes.statistics.ridge import r2, ridge, right_class
 from recipes.training.judging import eval_batch
 

@@ -381,3 +381,8 @@ def test_a_saved_comparison_is_found_again_by_its_digest() -> None:
     """As of commit 390fdf6; a key that is new since must not have the same run trained once more."""
     assert compare.config_digest(digits()) == "71bb522a49c4"
     assert compare.config_digest(override(digits(), {"train.probe": True})) == compare.config_digest(digits())
+    headed, fed = ({"objective.head": "simsiam"}, {"data.augment_on": "device", "data.augment": "crop_flip"})
+    found = {
+        compare.config_digest(override(digits(), each)) for each in (headed, fed, {"data.augment": "crop_flip"}, {})
+    }
+    assert len(found) == 4, "a later key that is in use tells runs apart"

@@ -283,8 +283,8 @@ def test_numbers_are_read_by_regressions_of_their_own() -> None:
     with pytest.raises(UserError, match="NaN or infinity"):
         probe.Split.of(half | {"labels": told[:, 0] * np.inf}, half, CPU)
     for options in (QUICK.model_copy(update={"classifiers": ("lars",)}), probe.ProbeOptions(poolings=("attentive",))):
-        with pytest.raises(UserError, match="is for classes, and 'label' holds numbers here"):
-            probe.check_regression(split, options)
+        with pytest.raises(UserError, match="is for one class a sample, and 'label' holds numbers here"):
+            probe.check_readers(split, options)
 
 
 def test_ridge_is_that_of_the_normal_equations() -> None:
