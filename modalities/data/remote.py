@@ -26,13 +26,14 @@ from itertools import islice
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 from modalities.data.hub import one_line
 from modalities.data.image_shards import CLASS_NAMES
 from modalities.data.listing import printable, say
 from nepa_core.basics import UserError, needs
 from nepa_core.runtime import trust
-from nepa_core.runtime.checkpoint import read_json, write_whole
+from nepa_core.runtime.checkpoint import read_json
 from nepa_core.runtime.locks import locked
 
 PACKAGES = {"http": ("aiohttp",), "https": ("aiohttp",), "s3": ("s3fs",), "hf": ("huggingface_hub",)}
@@ -121,8 +122,21 @@ def _fetched(root: str) -> str:
     kept = str(folder / files[0].name if base is None else folder)
     with _disk(title, *_ANY):
         record = {"path": kept, "files": {each.name: each.size for each in files}, "folder": str(folder)}
-        write_whole(place / "complete.json", json.dumps(record) + "\n")
+        _record(place / "complete.json", json.dumps(record) + "\n")
     return kept
+
+
+def _record(file: Path, text: str) -> None:
+    """Write it whole or not at all; other processes may write the same at once, so each has a draft of its own."""
+    draft = file.with_name(f".writing-{uuid4().hex}")
+    try:
+        with draft.open("w") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _slug(root: str) -> str:

@@ -171,6 +171,20 @@ def test_processes_share_what_there_is_to_fetch(tmp_path: Path, store: MemoryFil
     assert len(cached()) == 13
 
 
+def test_a_record_is_written_by_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, real = tmp_path / "complete.json", os.replace
+
+    def replace(draft: Path, file: Path) -> None:
+        monkeypatch.setattr(os, "replace", real)
+        remote._record(record, "theirs")  # the other process, just before
+        real(draft, file)
+
+    monkeypatch.setattr(os, "replace", replace)
+    remote._record(record, "ours")
+    assert record.read_text() == "ours"
+    assert [each.name for each in tmp_path.iterdir()] == ["complete.json"]
+
+
 def fails(address: str) -> str:
     forget()
     with pytest.raises(UserError) as caught:
