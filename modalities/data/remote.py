@@ -178,6 +178,8 @@ def _listed(system: Any, root: str) -> tuple[str | None, list[File]]:
         found = system.find(single, maxdepth=2, detail=True)
         facts = {url: each for url, each in found.items() if url.lower().endswith(SHARDS) and _is_shown(url, base)}
         if not facts:
+            if "http" in str(system.protocol):
+                system.info(single)  # a server that can't be reached lists nothing, too
             raise UserError(
                 f"no shard ({', '.join(SHARDS[:2])}) in this folder; of a server that lists none give the files, as in "
                 ".../train-{000..127}.tar"

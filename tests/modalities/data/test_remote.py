@@ -185,6 +185,13 @@ def test_a_record_is_written_by_two_at_once(tmp_path: Path, monkeypatch: pytest.
     assert [each.name for each in tmp_path.iterdir()] == ["complete.json"]
 
 
+def test_a_folder_on_a_server_that_is_not_there_can_not_be_had() -> None:
+    pytest.importorskip("aiohttp")
+    said = fails("http://127.0.0.1:9/data")
+    assert "can't be had" in said
+    assert "no shard" not in said
+
+
 def fails(address: str) -> str:
     forget()
     with pytest.raises(UserError) as caught:
