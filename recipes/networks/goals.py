@@ -283,7 +283,7 @@ class MultiLabel:
 
     @property
     def sums_shape(self) -> tuple[int, ...]:
-        return (4,)
+        return (3,)
 
     def truth(self, batch: Batch, tokens: Tokens) -> Tensor:
         """Which classes each sample has, [B, C] float32 of 0 and 1.
@@ -311,7 +311,7 @@ class MultiLabel:
         return F.binary_cross_entropy_with_logits(outputs, soft), float(len(truth))
 
     def sums(self, outputs: Tensor, truth: Tensor) -> Tensor:
-        """[4] float64, of all held-out samples: mAP, AUROC, loss, and 1: logits and truth [S, C].
+        """[3] float64, of all held-out samples: mAP, AUROC and loss: logits and truth [S, C].
 
         Classes that no sample has, or all have, are left out of both figures: there is nothing to rank.
 
@@ -330,7 +330,7 @@ class MultiLabel:
         precision = multilabel_average_precision(scores, right, count, average="macro")
         area = multilabel_auroc(scores, right, count, average="macro")
         loss, _ = self.loss(outputs, truth, smoothing=0.0)
-        return torch.stack([x.double().cpu() for x in (precision, area, loss, torch.tensor(1.0))])
+        return torch.stack([x.double().cpu() for x in (precision, area, loss)])
 
     def averaged(self, outputs: Tensor, group: Tensor) -> Tensor:
         """Logits [V, C] of the mean probability of views: logits [S, C] of these, group [S] int64 from 0 to V - 1."""
@@ -347,7 +347,7 @@ class MultiLabel:
 
     def figures(self, sums: Tensor) -> GoalFigures:
         """mAP and AUROC, both the mean over classes, and the loss."""
-        precision, area, loss, _ = sums.tolist()
+        precision, area, loss = sums.tolist()
         return {"map": precision, "auroc": area, "held_out_loss": loss}
 
 
