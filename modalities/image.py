@@ -60,8 +60,8 @@ class Images(Ordered, Modality):
     crop_ratio: float = Field(default=1.0, ge=0.01, le=1)
     squash: bool = False
     erase: float = Field(default=0.0, ge=0, le=1)
-    augment_on: Literal["cpu", "device"] = "cpu"
-    decode_on: Literal["cpu", "gpu"] = "cpu"
+    augment_on: Literal["cpu", "device"] = Field(default="cpu", exclude_if=lambda where: where == "cpu")
+    decode_on: Literal["cpu", "gpu"] = Field(default="cpu", exclude_if=lambda where: where == "cpu")
     in_memory: bool = False
     limit: PositiveInt | None = None
     max_pixels: PositiveInt = LARGEST_IMAGE

@@ -361,10 +361,6 @@ def shell_friendly(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-.") or "variant"
 
 
-LATER = {"data.augment_on": "cpu", "data.decode_on": "cpu", "objective.head": "none"}
-"""Keys that runs of before have not, and what they did as these values say."""
-
-
 def config_digest(config: PretrainConfig, content: str = "") -> str:
     """12 hexadecimal digits that tell a config from others, but for keys that don't touch what is computed.
 
@@ -383,10 +379,6 @@ def config_digest(config: PretrainConfig, content: str = "") -> str:
     for key in (*FREE_KEYS, "train.probe", *(() if config.optim.schedule == "wsd" else ("optim.decay_share",))):
         group, _, name = key.partition(".")
         values[group].pop(name, None)
-    for key, before in LATER.items():
-        group, _, name = key.partition(".")
-        if values[group].get(name) == before:
-            del values[group][name]
     del values["init"]
     values["optim"]["decay"] = values["optim"].pop("schedule")
     if content:
