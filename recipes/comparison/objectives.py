@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, NamedTuple, cast
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PositiveFloat, PositiveInt
 
@@ -107,6 +107,21 @@ class ObjectivesOptions(BaseModel):
         return Care(**self.model_dump(include=set(Care.model_fields)))
 
 
+class Measured(NamedTuple):
+    """All that was measured of a comparison.
+
+    Attributes:
+        variants: the objectives. rows: name -> what was measured, one a seed; random: the same of random weights.
+        look: at the folder, with its seeds. care: by which settings of fine-tunings were chosen.
+    """
+
+    variants: list[Variant]
+    rows: Runs
+    random: list[RunMeasures]
+    look: Look
+    care: CareBefore
+
+
 def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) -> ObjectivesSummary:
     """Run and measure everything that is not yet, and write summary.json and report/ into `out`.
 
@@ -114,17 +129,7 @@ def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) ->
         UserError: an objective is not known or does not fit the recipe, or the samples have nothing to be judged by.
         KeyboardInterrupt: Ctrl-C or SIGTERM.
     """
-    variants = [Variant(name, named(name, config)) for name in options.objectives]
-    check(config, options.horizon)
-    care = care_of(variants, config, options, out)
-    measured = Measure("objectives", measure, care)
-
-    def controls(seeds: Sequence[int]) -> list[Job]:
-        return [control(config, seed, care, out) for seed in seeds]
-
-    workers = options.workers or default_workers()
-    rows, look = compare(variants, options.seeds, measured, out, workers=workers, also=controls)
-    random = [cast(RunMeasures, job.values()) for job in controls(look.seeds)]
+    variants, rows, random, look, care = measured(config, options, out)
     summary = summarise(rows, random, options, look) | {"recipe": config.recipe, "made_with": provenance()}
     summary["choices"] = chosen_from(care)
     summary["labels"] = ["all" if each is None else each for each in finetunings(config, options.care)]
@@ -141,6 +146,26 @@ def objectives(config: PretrainConfig, options: ObjectivesOptions, out: Path) ->
         report(rows, random, summary).write(out / "report")
         Run(out).write_summary(summary)
     return summary
+
+
+def measured(config: PretrainConfig, options: ObjectivesOptions, out: Path) -> Measured:
+    """Run and measure everything that is not yet.
+
+    Raises:
+        UserError, KeyboardInterrupt: see `objectives`.
+    """
+    variants = [Variant(name, named(name, config)) for name in options.objectives]
+    check(config, options.horizon)
+    care = care_of(variants, config, options, out)
+
+    def controls(seeds: Sequence[int]) -> list[Job]:
+        return [control(config, seed, care, out) for seed in seeds]
+
+    workers = options.workers or default_workers()
+    how = Measure("objectives", measure, care)
+    rows, look = compare(variants, options.seeds, how, out, workers=workers, also=controls)
+    random = [cast(RunMeasures, job.values()) for job in controls(look.seeds)]
+    return Measured(variants, rows, random, look, care)
 
 
 def care_of(variants: Sequence[Variant], config: PretrainConfig, options: ObjectivesOptions, out: Path) -> CareBefore:

@@ -1,0 +1,284 @@
+"""The confirmation of docs/results/what-pays.md: `python -m benchmarks.what_pays run|table [--data DIR] [--out DIR]`.
+
+run    Every task of `TASKS` that is not finished, by the functions of `nepa objectives`: the paper's cosine, the frozen
+       setting and random weights. OUT/TASK has all runs; the same command goes on where it was stopped. What a task
+       found is kept in docs/results/what-pays.json.
+table  Makes the table of docs/results/what-pays.md and that of the README anew from this file alone.
+
+DIR holds cifar10/ and fsdd/, and a folder for each set of series with its _TRAIN.ts and _TEST.ts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from nepa_core.basics import UserError
+from recipes.comparison.engine import read_recipe
+from recipes.comparison.objectives import REFERENCE, ObjectivesOptions, measured
+from recipes.report.objectives import RANDOM
+from recipes.report.provenance import provenance
+from recipes.report.tables import credits_of, groups, spread_cell, spreads
+from recipes.statistics.significance import LEVEL, Correction, Spread, differences, holm
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "docs" / "results" / "what-pays.json"
+PAGES = (ROOT / "docs" / "results" / "what-pays.md", ROOT / "README.md")
+
+FROZEN = "cosine_head"
+"""What the development tasks chose, by the rule that was declared before."""
+
+SEEDS = (0, 1, 2, 3, 4)
+RIVALS = (REFERENCE, RANDOM)
+
+CARE: dict[str, Any] = {"learning_rates": (1e-3, 3e-3), "finetune_steps": (300,), "finetune_causal": (False, True)}
+"""What every fine-tuning chooses from."""
+
+
+class Task(NamedTuple):
+    """One row of the table.
+
+    Attributes:
+        name: of its folder. title: in tables. recipe: that it starts from. changes: of the recipe; {data} in them
+            stands for the folder of all data. labels: training labels a class, None for all.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    changes: Mapping[str, Any]
+    labels: tuple[int | None, ...] = (None,)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What is tested: the probe of the layer chosen on held-back samples, and every fine-tuning."""
+        return ("probe", *(f"finetuned_{'all' if each is None else each}" for each in self.labels))
+
+
+def _series(name: str, window: int, patch: int) -> Task:
+    changes = {"data.root": f"{{data}}/{name}", "data.window": window, "data.patch": patch, "train.batch": 32}
+    return Task(name, name, "recipes.timeseries:labelled", changes)
+
+
+TASKS = (
+    _series("ArrowHead", 256, 16),
+    _series("GunPoint", 152, 8),
+    _series("ItalyPowerDemand", 24, 2),
+    _series("OSULeaf", 432, 16),
+    _series("BasicMotions", 100, 5),
+    _series("JapaneseVowels", 30, 2),
+    _series("ACSF1", 1472, 46),
+    _series("PickupGestureWiimoteZ", 368, 16),
+    Task("moving_digits", "moving digits", "recipes.video:moving_digits", {}),
+    Task("points", "point clouds", "examples.my_points:base", {}),
+    Task(
+        "speaker",
+        "spoken digits, a new speaker",
+        "recipes.audio:fsdd",
+        {"data.root": "{data}/fsdd", "data.held_out_speaker": "theo"},
+    ),
+    Task("cifar10", "CIFAR-10, 50,000 images", "recipes.vision:cifar10", {"data.root": "{data}/cifar10"}, (10, 250)),
+)
+"""As declared, the quickest first."""
+
+
+class Test(TypedDict):
+    """The frozen setting against a rival, in one measure: mean difference, and its p before any correction.
+
+    `half` is half of the 95 % interval over seeds and test samples together; p is over seeds, p_both over both.
+    """
+
+    mean: float
+    half: float
+    p: float
+    p_both: float
+
+
+class Found(TypedDict):
+    """What a task found: measure -> variant -> its spread, and measure -> rival -> test."""
+
+    frozen: str
+    seeds: list[int]
+    spreads: dict[str, dict[str, Spread]]
+    tests: dict[str, dict[str, Test]]
+    raw_tokens: float
+    made_with: Any
+
+
+def run(task: Task, data: Path, out: Path, workers: int | None) -> Found:
+    """Measure a task, as far as that is not done."""
+    changes = {key: value.format(data=data) if isinstance(value, str) else value for key, value in task.changes.items()}
+    config = read_recipe("objectives", task.recipe, changes)
+    options = ObjectivesOptions(
+        objectives=(REFERENCE, FROZEN),
+        seeds=SEEDS,
+        labels=task.labels,
+        workers=workers,
+        **CARE,
+    )
+    result = measured(config, options, out / task.name)
+    rows = {**result.rows, RANDOM: result.random}
+    return {
+        "frozen": FROZEN,
+        "seeds": list(result.look.seeds),
+        "spreads": {key: spreads(rows, key) for key in task.measures},
+        "tests": {key: {rival: tested(rows, key, rival) for rival in RIVALS} for key in task.measures},
+        "raw_tokens": result.random[0]["raw_tokens"],
+        "made_with": provenance(),
+    }
+
+
+def tested(rows: Mapping[str, Sequence[Any]], key: str, rival: str) -> Test:
+    """The frozen setting minus the rival."""
+    (found,) = differences(groups(rows, key), [(FROZEN, rival)], credits=credits_of(rows, key))
+    sign = 1 if found.better == FROZEN else -1
+    p_both = found.p if found.p_both is None else found.p_both
+    return {"mean": sign * found.mean, "half": found.half, "p": found.p, "p_both": p_both}
+
+
+Cell = tuple[str, str, str]
+"""Task, measure and rival."""
+
+
+def real(kept: Mapping[str, Found]) -> set[Cell]:
+    """The tests that stand: both p below the level, corrected by Holm for all that were declared, finished or not."""
+    cells = [
+        (task.name, key, rival) for task in TASKS if task.name in kept for key in task.measures for rival in RIVALS
+    ]
+    family = Correction(tests=len(RIVALS) * sum(len(task.measures) for task in TASKS))
+    tests = [kept[name]["tests"][key][rival] for name, key, rival in cells]
+    both = zip(holm([t["p"] for t in tests], family), holm([t["p_both"] for t in tests], family), strict=True)
+    return {cell for cell, each in zip(cells, both, strict=True) if max(each) < LEVEL}
+
+
+def written(test: Test, *, stands: bool) -> str:
+    """ "**+2.1 ± 0.9**": points."""
+    text = f"{100 * test['mean']:+.1f} ± {100 * test['half']:.1f}"
+    return f"**{text}**" if stands else text
+
+
+def title(key: str) -> str:
+    """Of a measure."""
+    labels = key.removeprefix("finetuned_")
+    return "probe" if key == "probe" else f"fine-tuned, {'all labels' if labels == 'all' else f'{labels} a class'}"
+
+
+def full_table(kept: Mapping[str, Found]) -> list[str]:
+    """A line a task and measure."""
+    stands = real(kept)
+    head = ["task", "", "random weights", REFERENCE, FROZEN, "raw tokens", f"minus {REFERENCE}", "minus random weights"]
+    lines = [head]
+    for task in TASKS:
+        if task.name not in kept:
+            lines.append([task.title, "not finished", *[""] * (len(head) - 2)])
+            continue
+        found = kept[task.name]
+        for key in task.measures:
+            raw = f"{found['raw_tokens']:.3f}" if key == "probe" else ""
+            values = [spread_cell(found["spreads"][key][name]) for name in (RANDOM, REFERENCE, FROZEN)]
+            tests = [written(found["tests"][key][rival], stands=(task.name, key, rival) in stands) for rival in RIVALS]
+            lines.append([task.title if key == "probe" else "", title(key), *values, raw, *tests])
+    return markdown(lines)
+
+
+def short_table(kept: Mapping[str, Found]) -> list[str]:
+    """A line a task: what pre-training with the frozen setting is worth there."""
+    stands = real(kept)
+    lines = [["data", "frozen read-out over random weights", "over raw tokens", "fine-tuned over random weights"]]
+    for task in TASKS:
+        if task.name not in kept:
+            continue
+        found = kept[task.name]
+        gain = [
+            written(found["tests"][key][RANDOM], stands=(task.name, key, RANDOM) in stands) for key in task.measures
+        ]
+        raw = 100 * (found["spreads"]["probe"][FROZEN]["mean"] - found["raw_tokens"])
+        lines.append([task.title, gain[0], f"{raw:+.1f}", "; ".join(gain[1:])])
+    return markdown(lines)
+
+
+def sentences(kept: Mapping[str, Found]) -> list[str]:
+    """What the tests say, in one line for each rival."""
+    stands = real(kept)
+    said = []
+    for rival in RIVALS:
+        tests = {
+            (name, key, rival): found["tests"][key][rival]["mean"]
+            for name, found in kept.items()
+            for key in found["tests"]
+        }
+        better = sum(cell in stands and mean > 0 for cell, mean in tests.items())
+        worse = sum(cell in stands and mean < 0 for cell, mean in tests.items())
+        said.append(
+            f"{FROZEN} against {rival}: {len(tests)} tests, {better} better and {worse} worse beyond the noise, "
+            f"{len(tests) - better - worse} open."
+        )
+    return said
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return [rows[0], f"|{'---|' * len(lines[0])}", *rows[1:]]
+
+
+def blocks(kept: Mapping[str, Found]) -> dict[str, str]:
+    """Name -> what stands between its marks in the pages."""
+    said = " ".join(sentences(kept))
+    return {
+        "what-pays": "\n".join([said, "", *full_table(kept)]),
+        "what-pays-short": "\n".join(short_table(kept)),
+    }
+
+
+def filled(page: str, kept: Mapping[str, Found]) -> str:
+    """The page with every block between its marks made anew."""
+    for name, block in blocks(kept).items():
+        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        page = marked.sub(lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", page)  # type: ignore[misc]
+    return page
+
+
+def read_kept() -> dict[str, Found]:
+    """What was measured so far."""
+    kept: dict[str, Found] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return kept
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.what_pays",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--data", type=Path, help="folder of all data")
+    parser.add_argument("--out", type=Path, default=Path("build/what-pays"), help="default build/what-pays")
+    parser.add_argument("--tasks", default=",".join(task.name for task in TASKS), help="some of them; default all")
+    parser.add_argument("--workers", type=int, help="processes at once; default one a core, or one a GPU")
+    asked = parser.parse_args(words)
+    if asked.what == "table":
+        for page in PAGES:
+            page.write_text(filled(page.read_text(), read_kept()))
+        return
+    known = {task.name: task for task in TASKS}
+    if unknown := [name for name in asked.tasks.split(",") if name not in known]:
+        parser.error(f"--tasks={unknown[0]}: there is no such task; name some of {', '.join(known)}")
+    if asked.data is None or not asked.data.is_dir():
+        parser.error("run needs --data=DIR, a folder that is there")
+    for name in asked.tasks.split(","):
+        try:
+            found = run(known[name], asked.data.resolve(), asked.out, asked.workers)
+        except UserError as error:
+            parser.error(f"{name}: {error}")
+        KEPT.write_text(json.dumps(read_kept() | {name: found}, indent=1) + "\n")
+        print(f"{name}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
