@@ -24,7 +24,7 @@ from nepa_core.runtime.config import as_saved
 from nepa_core.tokens import Tokens
 
 OF_ONE = ("forecasts", "window_scale", "files", "stored", "image_input", "whole_images")  # of the part that is chosen
-OR_DEFAULT = ("describe", "decode", "before_mixing", "held_out_as", "symbols", "readings")  # or else as of any adapter
+OR_DEFAULT = ("describe", "decode", "before_mixing", "mixed", "held_out_as", "symbols", "readings")  # or as of any
 
 
 def _of_one(method: str) -> Any:
@@ -174,7 +174,7 @@ class Together(Modality):
         return ("",) if self.part is None else self.chosen.suffixes
 
     forecasts, window_scale, files, stored, image_input, whole_images = map(_of_one, OF_ONE)
-    describe, decode, before_mixing, held_out_as, symbols, readings = map(_of_one, OR_DEFAULT)
+    describe, decode, before_mixing, mixed, held_out_as, symbols, readings = map(_of_one, OR_DEFAULT)
 
     def placed(self, tokens: Tokens) -> Tensor | None:
         found = None if self.part is None else self.chosen.placed(self.layout.own(self.part, tokens))
