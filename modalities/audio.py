@@ -153,8 +153,9 @@ class Audio(Ordered, Modality):
         if DRAWN not in batch or self.augment is None:
             return batch
         rest = {name: value for name, value in batch.items() if name != DRAWN}
-        of = [of_frames(each, self.bands, self.patch).to(batch["mel"].device) for each in self._statistics()]
-        mel = augmented(batch["mel"], batch["frames"], batch[DRAWN], self.augment, *of, self.front_end.longest)
+        mean, std = (of_frames(x, self.bands, self.patch).to(batch["mel"].device) for x in self._statistics())
+        longest = self.front_end.longest
+        mel = augmented(batch["mel"], batch["frames"], batch[DRAWN], self.augment, mean, std, longest)
         return rest | {"mel": mel}
 
     def mixed(self, batch: Batch, share: float, centre: tuple[float, float] | None) -> tuple[Batch, Tensor]:

@@ -145,7 +145,5 @@ def mixed(
 
 def _side(size: Tensor, share: float, at: float) -> tuple[Tensor, Tensor]:
     """Begin and end [B] of one side of a box, its ends cut off where they lie outside."""
-    half = (size * (1 - share) ** 0.5).long() // 2
-    middle = (size * at).long()
-    return (middle - half).clamp(min=0), torch.minimum(middle + half, size)
-
+    wide, middle = (size * (1 - share) ** 0.5).long(), (size * at).long()
+    return (middle - wide // 2).clamp(min=0), torch.minimum(middle + (wide + 1) // 2, size)

@@ -41,11 +41,11 @@ from recipes.training.finetuning import (
     build_classifier,
     finetune,
     load_classifier,
-    make_mix,
     make_step,
     measure,
     read_config,
 )
+from recipes.training.mixing import make_mix
 from recipes.training.pretraining import pretrain
 from recipes.training.starting import build_model
 from tests import tiny
@@ -292,7 +292,7 @@ def test_padding_does_not_reach_the_logits() -> None:
 def test_mixing_is_that_of_timm_and_follows_the_seed_of_the_step(smoothing: float) -> None:
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    mix = make_mix(MixConfig(mixup=0.8, cutmix=1.0), 3, smoothing)
+    mix = make_mix(MixConfig(mixup=0.8, cutmix=1.0), Images.model_construct(), numbered(3), smoothing)
     theirs = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=smoothing, num_classes=3)
     seen = []
     for seed in range(6):
