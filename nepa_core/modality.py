@@ -81,7 +81,7 @@ class Modality(BaseModel, ABC):
                          training then holds them in their shares, and rivals are of one kind
           fingerprint()  a short text such as the number and digest of the files. It is part of a checkpoint: data that
                          changed between a stop and its resumption is then refused
-          labels         a tensor [S] or [S, C] of what "label" is in each, which train.sampling=balanced then need not read
+          every_label()  a tensor [S] or [S, C] of the "label" of each: train.sampling=balanced then reads no sample
           contents()     `modalities.data.listing.Contents`: samples that are in both splits are then counted
           raw(int)       of images decoded on access: the bytes of that file, or pixels
           decoded(int)   of images: that one at its stored size, uint8 [C, h, w]

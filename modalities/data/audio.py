@@ -231,6 +231,10 @@ class Clips(Dataset[Batch]):
         label = {} if self.labels is None else {"label": self.labels[place]}
         return label | ({DRAWN: draw(*torch.as_tensor(place).shape)} if self.augmented else {})
 
+    def every_label(self) -> Tensor | None:
+        """[S], or [S, C] of several classes."""
+        return self.labels
+
     def name(self, index: int) -> str:
         """What a message calls that clip: its file, or where it lies."""
         return self.source.name(int(self.rows[index]))
