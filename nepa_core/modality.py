@@ -175,7 +175,7 @@ class Modality(BaseModel, ABC):
         Raises:
             UserError: this adapter's samples can't be mixed (the default).
         """
-        raise self._lacks("mixed(batch, share, centre)", "mix is for images and spectrograms (mix=null leaves it out)")
+        raise self._lacks("mixed(batch, share, centre)", "mix is for images and spectrograms")
 
     def held_out_as(self) -> str | None:
         """How held-out samples are read, in one line for `nepa evaluate`, where a figure depends on it.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nepa_core.basics import Batch, UserError
-from nepa_core.modality import Modality
+from nepa_core.modality import Modality, first_sample
 from recipes.configs import MixConfig
 from recipes.networks.goals import Classification, Goal, MultiLabel
 
@@ -24,12 +24,14 @@ def make_mix(config: MixConfig, data: Modality, goal: Goal, smoothing: float) ->
     mixed by `Modality.mixed`.
 
     Raises:
-        UserError: samples have not one class or several each; or, from the function, they can't be mixed or are odd.
+        UserError: samples can't be mixed, or have not one class or several each; or, from the function, a batch is odd.
     """
     if goal.per_token or not isinstance(goal, Classification | MultiLabel):
         raise UserError(
             "mix is for one class a sample or several, and this adapter's samples hold other targets; set mix=null"
         )
+    if "image" not in first_sample(data) and not data.offers("mixed"):
+        raise UserError(f"mix is for images and spectrograms, and {type(data).__name__} has no mixed(); set mix=null")
 
     def mix(batch: Batch) -> tuple[Batch, Tensor]:
         if len(batch["label"]) % 2:

@@ -45,8 +45,8 @@ def test_a_mask_is_one_stretch_of_the_mean_with_every_width_as_often(
 ) -> None:
     torch.manual_seed(0)
     mel, frames = clips(*([40] * 4000))
-    masked = changed(mel, frames, **asked) != mel
-    other = 3 - axis
+    found = changed(mel, frames, **asked)
+    masked, other = found != mel, 3 - axis
     assert torch.equal(masked.any(other), masked.all(other)), "whole frames or whole bands"
     stretch = masked.any(other).int()
     assert (stretch.diff(dim=1).abs().sum(1) + stretch[:, 0] + stretch[:, -1] <= 2).all(), "one stretch"
@@ -56,8 +56,7 @@ def test_a_mask_is_one_stretch_of_the_mean_with_every_width_as_often(
     size = mel.shape[axis]
     torch.testing.assert_close(stretch.float().mean(0).sum(), torch.tensor(most / 2), rtol=0.05, atol=0)
     assert (stretch.float().mean(0) > 0).all(), f"every place of {size} may be masked"
-    hidden = changed(mel, frames, **asked)[masked]
-    assert torch.equal(hidden, along(MEAN, 40).expand_as(mel)[masked])
+    assert torch.equal(found[masked], along(MEAN, 40).expand_as(mel)[masked])
 
 
 def test_a_mask_in_time_hides_at_most_half_of_a_short_clip_and_no_padding() -> None:
@@ -80,10 +79,10 @@ def test_a_roll_turns_each_clip_round_within_its_own_frames() -> None:
         for row in range(20):
             own = mel[rows][row, :count]
             assert torch.equal(found[rows][row, :count], own.roll(int(begins[row]), 0))
-        torch.testing.assert_close(begins.bincount(minlength=count) / 3000, torch.full((count,), 1 / count), rtol=0, atol=0.03)
-    little = changed(mel, frames, roll=0.1)[::2]
-    shifts = {tuple(row) for row in [(little[i] - mel[2 * i, :1]).abs().sum(1).argmin().item() for i in range(200)] for row in [[row]]}
-    assert {shift for (shift,) in shifts} == {0, 1, 2, 3, 4, 36, 37, 38, 39}
+        share = begins.bincount(minlength=count) / 3000
+        torch.testing.assert_close(share, torch.full((count,), 1 / count), rtol=0, atol=0.03)
+    begins = (changed(mel, frames, roll=0.1)[::2] == mel[::2, :1]).all(2).int().argmax(1)
+    assert set(begins.tolist()) == {0, 1, 2, 3, 4, 36, 37, 38, 39}
 
 
 def test_noise_has_the_moments_that_were_drawn_and_leaves_padding_silent() -> None:
@@ -99,8 +98,8 @@ def test_noise_has_the_moments_that_were_drawn_and_leaves_padding_silent() -> No
     assert abs(float((noise[::2] * noise[1::2]).mean() / noise.square().mean())) < 0.02, "each clip has its own"
 
 
-@pytest.mark.parametrize("device", ON_BOTH)
-def test_what_is_done_follows_from_the_batch_alone_on_any_device(device: str) -> None:
+@ON_BOTH
+def test_what_is_done_follows_from_the_batch_alone_on_any_device(device: torch.device) -> None:
     mel, frames = clips(40, 7, 22)
     drawn, asked = draw(3), {"time_mask": 6, "frequency_mask": 4, "roll": 0.5, "noise": 0.1}
     there = [x.to(device) for x in (mel, frames, drawn, MEAN, STD)]
@@ -108,9 +107,11 @@ def test_what_is_done_follows_from_the_batch_alone_on_any_device(device: str) ->
     found = augmented(*there[:3], SpectrogramAugment(**asked), *there[3:], LONGEST)
     assert torch.equal(torch.get_rng_state(), states), "nothing is drawn"
     torch.testing.assert_close(found.cpu(), changed(mel, frames, drawn, **asked))
-    alone = [changed(mel[i : i + 1, :n], frames[i : i + 1], drawn[i : i + 1], **asked) for i, n in enumerate([40, 7, 22])]
+    alone = [
+        changed(mel[i : i + 1, :n], frames[i : i + 1], drawn[i : i + 1], **asked) for i, n in enumerate([40, 7, 22])
+    ]
     for i, own in enumerate(alone):
-        assert torch.equal(found[i, : len(own[0])].cpu(), own[0]), "padding of a batch changes no clip"
+        torch.testing.assert_close(found[i, : len(own[0])].cpu(), own[0])  # padding of a batch changes no clip
 
 
 # ---- in the adapter
@@ -178,7 +179,7 @@ def test_a_step_is_augmented_as_its_seed_says_wherever_a_run_goes_on(workers: in
 def test_wrong_keys_are_one_line() -> None:
     with pytest.raises(ValidationError, match=r"all of data\.augment is 0; set data\.augment=null"):
         SpectrogramAugment()
-    with pytest.raises(ValidationError, match="less than or equal to 0.5"):
+    with pytest.raises(ValidationError, match=r"less than or equal to 0\.5"):
         SpectrogramAugment(roll=0.7)
     config = override(demo(), {"data.augment.time_mask": 4})
     assert config.data == override(demo(), {"data.augment": {"time_mask": 4}}).data
@@ -190,7 +191,7 @@ def test_wrong_keys_are_one_line() -> None:
 def test_mixup_weighs_both_and_the_shorter_one_is_silent_from_its_end_on() -> None:
     mel, frames = clips(40, 10, 20, 30)
     both, real, kept = mixed(mel, frames, 0.7, None)
-    assert real.tolist() == [40 - 10, 20, 20, 30] or real.tolist() == [40, 20, 20, 40]
+    assert real.tolist() == [40, 20, 20, 40]
     torch.testing.assert_close(both, 0.7 * mel + 0.3 * mel.flip(0))
     torch.testing.assert_close(both[1, 15], 0.3 * mel[2, 15])
     assert kept.tolist() == pytest.approx([0.7] * 4)

@@ -88,7 +88,7 @@ def test_rare_classes_come_as_often_as_common_ones_and_samples_of_one_alike() ->
     share = CLASSES[drawn].bincount() / len(drawn)
     torch.testing.assert_close(share, torch.full((3,), 1 / 3), rtol=0, atol=0.03)
     each = drawn.bincount(minlength=100)[:90].double()
-    assert 0.5 * each.mean() < each.min() < each.max() < 1.7 * each.mean()
+    assert 0.2 * each.mean() < each.min() < each.max() < 2 * each.mean()
     weights = torch.tensor([0.0, 1, 0, 1, 0], dtype=torch.float64)
     assert {i for epoch in range(200) for i in drawn_order(weights, 0, epoch).tolist()} == {1, 3}
 
