@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from modalities.data.audio import (
     HELD_OUT,
     SUFFIXES,
-    SYNTHETIC_NOISE,
     Clips,
     FrontEnd,
     Padding,
     SourceName,
     Synthetic,
     empty_bands,
-    framed_log_mel,
     open_audio,
     open_files,
     open_source,
     waveform,
 )
+from modalities.data.spectrogram_augment import DRAWN, SpectrogramAugment, augmented, mixed, of_frames
+from modalities.data.synthetic_audio import redrawn_tokens, unbiased_length
 from modalities.image import patchify, unpatchify
 from modalities.orders import Ordered, grid_order, is_static, known_order, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
@@ -65,6 +65,7 @@ class Audio(Ordered, Modality):
         padding: "batch" pads to the longest clip of a batch, "full" to `seconds`.
         in_memory: keep log-mel frames once computed.
         limit: at most this many training clips.
+        augment: of training clips, on the device; None for none.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
@@ -85,6 +86,7 @@ class Audio(Ordered, Modality):
     padding: Padding = "batch"
     in_memory: bool = False
     limit: PositiveInt | None = None
+    augment: SpectrogramAugment | None = Field(default=None, exclude_if=lambda augment: augment is None)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -143,13 +145,30 @@ class Audio(Ordered, Modality):
             padding=self.padding,
             in_memory=self.in_memory,
             limit=self.limit,
+            augmented=self.augment is not None and split == "train",
         )
+
+    def before_mixing(self, batch: Batch) -> Batch:
+        """Do what batch["augment"] says, once; see `modalities.data.spectrogram_augment`."""
+        if DRAWN not in batch or self.augment is None:
+            return batch
+        rest = {name: value for name, value in batch.items() if name != DRAWN}
+        mean, std = (of_frames(x, self.bands, self.patch).to(batch["mel"].device) for x in self._statistics())
+        longest = self.front_end.longest
+        mel = augmented(batch["mel"], batch["frames"], batch[DRAWN], self.augment, mean, std, longest)
+        return rest | {"mel": mel}
+
+    def mixed(self, batch: Batch, share: float, centre: tuple[float, float] | None) -> tuple[Batch, Tensor]:
+        """See `modalities.data.spectrogram_augment.mixed`; clips may be of unequal length."""
+        mel, frames, kept = mixed(batch["mel"], batch["frames"], share, centre)
+        return batch | {"mel": mel, "frames": frames}, kept
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Frames or patches of batch["mel"] [B, T, F], of which batch["frames"] [B] are real: values [B, N, P] float32.
 
         Coordinates are (time) or (frequency, time) in units of eight tokens.
         """
+        batch = self.before_mixing(batch)
         mel, step = batch["mel"], self.front_end.step
         columns = mel.shape[1] // step
         real = torch.arange(columns, device=mel.device) < (batch["frames"] // step)[:, None]
@@ -164,7 +183,7 @@ class Audio(Ordered, Modality):
 
     def plain(self) -> Audio:
         """With every batch padded to `seconds`, so that raw tokens of all batches stand in one array."""
-        return self.model_copy(update={"padding": "full"})
+        return self.model_copy(update={"padding": "full", "augment": None})
 
     def files(self, paths: Sequence[str]) -> Clips:
         """Sound files by name.
@@ -184,9 +203,12 @@ class Audio(Ordered, Modality):
         is built, and are buffers: they are saved with the weights and come back with them, so a trained network reads
         other data as it read its own.
         """
-        # All that the statistics depend on; `limit` is not: fewer labels are no other sound.
-        whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0}
-        return StandardisedLinear(*token_statistics(self.model_copy(update=whole)), dim)
+        return StandardisedLinear(*self._statistics(), dim)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        # All that they depend on; `limit` is not: fewer labels are no other sound.
+        whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0, "augment": None}
+        return token_statistics(self.model_copy(update=whole))
 
     def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """Mean and std are among the weights."""
@@ -330,28 +352,3 @@ def shortened_order(name: str, rows: int, longest: int, columns: int, seed: int)
     row, column = whole // longest, whole % longest
     inside = column < columns
     return row[inside] * columns + column[inside]
-
-
-def redrawn_tokens(clean: Tensor, noise: Tensor, form: FrontEnd, draws: int, generator: torch.Generator) -> Tensor:
-    """Every token of a clip with the noise that no earlier token has seen drawn again: [N, draws, P]."""
-    token = form.step * form.hop
-    length = min(len(clean), form.longest * form.hop)
-    count = -(-length // token)
-    side, width = form.n_fft // 2, (form.step - 1) * form.hop + form.n_fft
-    pad = (side, (count - 1) * token + width - side - length)
-    clip, known = F.pad(clean[:length], pad), F.pad(noise[:length], pad)
-    sounding = F.pad(torch.ones(length), pad)
-    point = torch.arange(len(clip)) - side
-    fresh = SYNTHETIC_NOISE * torch.randn(count, draws, width, generator=generator)
-    windows = [x.unfold(0, width, token) for x in (clip, known, sounding, point)]
-    clean_, known_, sounding_, point_ = (x[:count, None] for x in windows)
-    seen = torch.arange(count)[:, None, None] * token - form.hop + form.window // 2  # end of the last window before
-    mixed = clean_ + torch.where(point_ < seen, known_, fresh * sounding_)
-    return framed_log_mel(mixed, form).flatten(-2)
-
-
-def unbiased_length(units: Tensor) -> Tensor:
-    """Length of the expectation of unit vectors, from draws of them: [..., draws, D] -> [...]."""
-    draws = units.shape[-2]
-    square = units.mean(-2).square().sum(-1)
-    return ((draws * square - 1) / (draws - 1)).clamp(min=0).sqrt()

@@ -54,6 +54,7 @@ from modalities.data.listing import (
     say,
     subfolders,
 )
+from modalities.data.spectrogram_augment import DRAWN, draw
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.samples import some_rows
 
@@ -192,12 +193,20 @@ class Clips(Dataset[Batch]):
         padding: pad a batch to its longest clip, or every batch to `form.longest`. A single sample always has
             `form.longest` frames, so that any collate can stack it.
         memory: row -> frames of a clip, or why it can't be read; filled on access. None keeps nothing.
+        augmented: draw what is done to each on the device, see `modalities.data.spectrogram_augment`.
     """
 
     def __init__(
-        self, source: Source, rows: Tensor, form: FrontEnd, padding: Padding, memory: dict[int, Tensor | str] | None
+        self,
+        source: Source,
+        rows: Tensor,
+        form: FrontEnd,
+        padding: Padding,
+        memory: dict[int, Tensor | str] | None,
+        *,
+        augmented: bool = False,
     ) -> None:
-        self.source, self.rows, self.form = source, rows, form
+        self.source, self.rows, self.form, self.augmented = source, rows, form, augmented
         self.labels = None if source.labels is None else source.labels[rows]
         self.padding, self.memory = padding, memory
 
@@ -207,7 +216,7 @@ class Clips(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         clip = self._frames(index)
         mel = F.pad(clip, (0, 0, 0, self.form.longest - len(clip)))
-        return {"mel": mel, "frames": torch.tensor(len(clip))} | self._label(index)
+        return {"mel": mel, "frames": torch.tensor(len(clip))} | self._beside(index)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch at once; raises UnreadableSample for the first clip in it that can't be read."""
@@ -216,10 +225,15 @@ class Clips(Dataset[Batch]):
         if self.padding == "full":
             mel = F.pad(mel, (0, 0, 0, self.form.longest - mel.shape[1]))
         frames = torch.tensor([len(clip) for clip in clips])
-        return {"mel": mel, "frames": frames} | self._label(torch.as_tensor(indices))
+        return {"mel": mel, "frames": frames} | self._beside(torch.as_tensor(indices))
 
-    def _label(self, place: int | Tensor) -> Batch:
-        return {} if self.labels is None else {"label": self.labels[place]}
+    def _beside(self, place: int | Tensor) -> Batch:
+        label = {} if self.labels is None else {"label": self.labels[place]}
+        return label | ({DRAWN: draw(*torch.as_tensor(place).shape)} if self.augmented else {})
+
+    def every_label(self) -> Tensor | None:
+        """[S], or [S, C] of several classes."""
+        return self.labels
 
     def name(self, index: int) -> str:
         """What a message calls that clip: its file, or where it lies."""
@@ -288,13 +302,14 @@ def open_audio(
     padding: Padding = "batch",
     in_memory: bool = False,
     limit: int | None = None,
+    augmented: bool = False,
 ) -> Clips:
     """The clips of a split as log-mel frames.
 
     Args:
         source, root, held_out_speaker, held_out: see `open_source`.
         split: "train" or "test".
-        padding: see `Clips`.
+        padding, augmented: see `Clips`.
         in_memory: keep the frames of every clip once it has been read.
         limit: at most this many training clips, drawn by a permutation that never changes.
 
@@ -305,7 +320,8 @@ def open_audio(
     """
     stored = open_source(source, split, root=root, held_out_speaker=held_out_speaker, held_out=held_out)
     rows = some_rows(len(stored), limit if split == "train" else None)
-    return Clips(stored, rows, form, padding, _memory(stored, form) if in_memory else None)
+    memory = _memory(stored, form) if in_memory else None
+    return Clips(stored, rows, form, padding, memory, augmented=augmented)
 
 
 def open_files(paths: Sequence[str], form: FrontEnd, padding: Padding = "batch") -> Clips:
