@@ -18,20 +18,22 @@ from torch import Tensor, nn
 
 from modalities.data.audio import (
     HELD_OUT,
-    SUFFIXES,
-    SYNTHETIC_NOISE,
     Clips,
     FrontEnd,
     Padding,
     SourceName,
     Synthetic,
+    audio_folds,
     empty_bands,
-    framed_log_mel,
     open_audio,
     open_files,
     open_source,
+    redrawn_tokens,
+    unbiased_length,
     waveform,
 )
+from modalities.data.audio_files import SUFFIXES
+from modalities.data.audio_sets import Keywords, Subset
 from modalities.image import patchify, unpatchify
 from modalities.orders import Ordered, grid_order, is_static, known_order, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
@@ -52,8 +54,9 @@ class Audio(Ordered, Modality):
     training split, which are part of the network's weights: see `embedder`.
 
     Attributes:
-        source, root, held_out_speaker, held_out: where clips come from, and which of them are held out, see
+        source, root, held_out_speaker, held_out, fold: where clips come from, and which of them are held out, see
             `modalities.data.audio.open_source`.
+        subset, keywords: of AudioSet and of Speech Commands, see `modalities.data.audio_sets.read_set`.
         seconds: of the longest clip; longer ones are cut at their end.
         sample_rate: in Hz, to which every clip is brought.
         bands, window_ms, hop_ms: mel bands, length of the Hann window and distance of two frames in milliseconds.
@@ -75,6 +78,9 @@ class Audio(Ordered, Modality):
     root: str | None = None
     held_out_speaker: str | None = None
     held_out: float = Field(default=HELD_OUT, gt=0, lt=1)
+    fold: str | None = Field(default=None, exclude_if=lambda fold: fold is None)
+    subset: Subset = Field(default="full", exclude_if=lambda subset: subset == "full")
+    keywords: Keywords = Field(default="all", exclude_if=lambda keywords: keywords == "all")
     sample_rate: PositiveInt = 16_000
     bands: PositiveInt = 128
     window_ms: PositiveFloat = 25.0
@@ -88,8 +94,16 @@ class Audio(Ordered, Modality):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.source == "folder" and self.root is None:
-            raise ValueError("data.source=folder needs data.root=DIR, the folder (or CSV file) with the clips")
+        if self.source != self.built_in and self.root is None:
+            raise ValueError(f"data.source={self.source} needs data.root=DIR, the folder (or CSV file) with the clips")
+        if self.fold is not None and self.source == self.built_in:
+            raise ValueError("data.fold is for clips in files")
+        for key, value, default, source in (
+            ("subset", self.subset, "full", "audioset"),
+            ("keywords", self.keywords, "all", "speech_commands"),
+        ):
+            if value != default and self.source != source:
+                raise ValueError(f"data.{key}={value} is for data.source={source}")
         if self.held_out_speaker is not None and self.source != "folder":
             raise ValueError("data.held_out_speaker is for data.source=folder")
         if self.patch is not None and self.bands % self.patch[0]:
@@ -143,6 +157,9 @@ class Audio(Ordered, Modality):
             padding=self.padding,
             in_memory=self.in_memory,
             limit=self.limit,
+            fold=self.fold,
+            subset=self.subset,
+            keywords=self.keywords,
         )
 
     def tokenize(self, batch: Batch) -> Tokens:
@@ -161,6 +178,9 @@ class Audio(Ordered, Modality):
 
     def classes(self) -> tuple[str, ...] | None:
         return self.dataset("train").source.classes
+
+    def folds(self) -> tuple[str, ...]:
+        return audio_folds(self.source, self.root)
 
     def plain(self) -> Audio:
         """With every batch padded to `seconds`, so that raw tokens of all batches stand in one array."""
@@ -330,28 +350,3 @@ def shortened_order(name: str, rows: int, longest: int, columns: int, seed: int)
     row, column = whole // longest, whole % longest
     inside = column < columns
     return row[inside] * columns + column[inside]
-
-
-def redrawn_tokens(clean: Tensor, noise: Tensor, form: FrontEnd, draws: int, generator: torch.Generator) -> Tensor:
-    """Every token of a clip with the noise that no earlier token has seen drawn again: [N, draws, P]."""
-    token = form.step * form.hop
-    length = min(len(clean), form.longest * form.hop)
-    count = -(-length // token)
-    side, width = form.n_fft // 2, (form.step - 1) * form.hop + form.n_fft
-    pad = (side, (count - 1) * token + width - side - length)
-    clip, known = F.pad(clean[:length], pad), F.pad(noise[:length], pad)
-    sounding = F.pad(torch.ones(length), pad)
-    point = torch.arange(len(clip)) - side
-    fresh = SYNTHETIC_NOISE * torch.randn(count, draws, width, generator=generator)
-    windows = [x.unfold(0, width, token) for x in (clip, known, sounding, point)]
-    clean_, known_, sounding_, point_ = (x[:count, None] for x in windows)
-    seen = torch.arange(count)[:, None, None] * token - form.hop + form.window // 2  # end of the last window before
-    mixed = clean_ + torch.where(point_ < seen, known_, fresh * sounding_)
-    return framed_log_mel(mixed, form).flatten(-2)
-
-
-def unbiased_length(units: Tensor) -> Tensor:
-    """Length of the expectation of unit vectors, from draws of them: [..., draws, D] -> [...]."""
-    draws = units.shape[-2]
-    square = units.mean(-2).square().sum(-1)
-    return ((draws * square - 1) / (draws - 1)).clamp(min=0).sqrt()
