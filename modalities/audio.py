@@ -7,6 +7,7 @@ it is drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
@@ -17,6 +18,7 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from modalities.data.audio import (
+    FLOOR,
     HELD_OUT,
     Clips,
     FrontEnd,
@@ -65,6 +67,8 @@ class Audio(Ordered, Modality):
         patch_order, order_seed: "time" (column by column, each from the highest band: no patch lies before those of an
             earlier time), "raster" (row by row: all of the highest bands first), or another of `modalities.orders`. A
             static one is that of the longest clip; a shorter one reads its own patches in the same order.
+        mean, std: of the natural logarithm of mel power over the data set, one number for all bands, by which tokens
+            are standardised; they are no part of the weights. None measures those of every number in a token instead.
         padding: "batch" pads to the longest clip of a batch, "full" to `seconds`.
         in_memory: keep log-mel frames once computed.
         limit: at most this many training clips.
@@ -88,6 +92,8 @@ class Audio(Ordered, Modality):
     frames: PositiveInt = 4
     patch: tuple[PositiveInt, PositiveInt] | None = None
     patch_order: Annotated[str, AfterValidator(lambda name: name if name == "time" else known_order(name))] = "time"
+    mean: float | None = Field(default=None, exclude_if=lambda mean: mean is None)
+    std: PositiveFloat | None = Field(default=None, exclude_if=lambda std: std is None)
     padding: Padding = "batch"
     in_memory: bool = False
     limit: PositiveInt | None = None
@@ -96,6 +102,8 @@ class Audio(Ordered, Modality):
     def _fits(self) -> Self:
         if self.source != self.built_in and self.root is None:
             raise ValueError(f"data.source={self.source} needs data.root=DIR, the folder (or CSV file) with the clips")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("data.mean and data.std are given both, or neither: they are measured then")
         if self.fold is not None and self.source == self.built_in:
             raise ValueError("data.fold is for clips in files")
         for key, value, default, source in (
@@ -202,14 +210,19 @@ class Audio(Ordered, Modality):
 
         Mean and std of each of the P numbers are measured on (up to 1,000 clips of) the training split when a network
         is built, and are buffers: they are saved with the weights and come back with them, so a trained network reads
-        other data as it read its own.
+        other data as it read its own. Where `mean` and `std` are given these hold, for this data alone.
         """
+        if self.mean is not None and self.std is not None:
+            given = (torch.full((self.token_dim(),), each) for each in (self.mean - math.log(FLOOR), self.std))
+            return StandardisedLinear(*given, dim, kept=False)
         # All that the statistics depend on; `limit` is not: fewer labels are no other sound.
         whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0}
         return StandardisedLinear(*token_statistics(self.model_copy(update=whole)), dim)
 
-    def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Mean and std are among the weights."""
+    def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module | None:
+        """Mean and std are among the weights, or given."""
+        if "mean" not in weights:
+            return self.embedder(len(weights["bias"])) if self.mean is not None else None
         return StandardisedLinear(weights["mean"], weights["std"], len(weights["bias"]))
 
     def order(self, tokens: Tokens) -> Tensor | None:
@@ -281,15 +294,15 @@ class Audio(Ordered, Modality):
 
 
 class StandardisedLinear(nn.Linear):
-    """linear((x - mean) / std); mean and std [P] are buffers."""
+    """linear((x - mean) / std); mean and std [P] are buffers, saved with the weights where they are `kept`."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Tensor, std: Tensor, dim: int) -> None:
+    def __init__(self, mean: Tensor, std: Tensor, dim: int, *, kept: bool = True) -> None:
         super().__init__(len(mean), dim)
-        self.register_buffer("mean", mean.clone())
-        self.register_buffer("std", std.clone())
+        self.register_buffer("mean", mean.clone(), persistent=kept)
+        self.register_buffer("std", std.clone(), persistent=kept)
         init_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
