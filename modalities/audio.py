@@ -30,12 +30,12 @@ from modalities.data.audio import (
     open_audio,
     open_files,
     open_source,
-    redrawn_tokens,
-    unbiased_length,
     waveform,
 )
 from modalities.data.audio_files import SUFFIXES
 from modalities.data.audio_sets import Keywords, Subset
+from modalities.data.spectrogram_augment import DRAWN, SpectrogramAugment, augmented, mixed, of_frames
+from modalities.data.synthetic_audio import redrawn_tokens, unbiased_length
 from modalities.image import patchify, unpatchify
 from modalities.orders import Ordered, grid_order, is_static, known_order, padding_behind
 from nepa_core.basics import Batch, UnreadableSample, UserError
@@ -72,6 +72,7 @@ class Audio(Ordered, Modality):
         padding: "batch" pads to the longest clip of a batch, "full" to `seconds`.
         in_memory: keep log-mel frames once computed.
         limit: at most this many training clips.
+        augment: of training clips, on the device; None for none.
     """
 
     suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
@@ -97,6 +98,7 @@ class Audio(Ordered, Modality):
     padding: Padding = "batch"
     in_memory: bool = False
     limit: PositiveInt | None = None
+    augment: SpectrogramAugment | None = Field(default=None, exclude_if=lambda augment: augment is None)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -168,13 +170,30 @@ class Audio(Ordered, Modality):
             fold=self.fold,
             subset=self.subset,
             keywords=self.keywords,
+            augmented=self.augment is not None and split == "train",
         )
+
+    def before_mixing(self, batch: Batch) -> Batch:
+        """Do what batch["augment"] says, once; see `modalities.data.spectrogram_augment`."""
+        if DRAWN not in batch or self.augment is None:
+            return batch
+        rest = {name: value for name, value in batch.items() if name != DRAWN}
+        mean, std = (of_frames(x, self.bands, self.patch).to(batch["mel"].device) for x in self._statistics())
+        longest = self.front_end.longest
+        mel = augmented(batch["mel"], batch["frames"], batch[DRAWN], self.augment, mean, std, longest)
+        return rest | {"mel": mel}
+
+    def mixed(self, batch: Batch, share: float, centre: tuple[float, float] | None) -> tuple[Batch, Tensor]:
+        """See `modalities.data.spectrogram_augment.mixed`; clips may be of unequal length."""
+        mel, frames, kept = mixed(batch["mel"], batch["frames"], share, centre)
+        return batch | {"mel": mel, "frames": frames}, kept
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Frames or patches of batch["mel"] [B, T, F], of which batch["frames"] [B] are real: values [B, N, P] float32.
 
         Coordinates are (time) or (frequency, time) in units of eight tokens.
         """
+        batch = self.before_mixing(batch)
         mel, step = batch["mel"], self.front_end.step
         columns = mel.shape[1] // step
         real = torch.arange(columns, device=mel.device) < (batch["frames"] // step)[:, None]
@@ -192,7 +211,7 @@ class Audio(Ordered, Modality):
 
     def plain(self) -> Audio:
         """With every batch padded to `seconds`, so that raw tokens of all batches stand in one array."""
-        return self.model_copy(update={"padding": "full"})
+        return self.model_copy(update={"padding": "full", "augment": None})
 
     def files(self, paths: Sequence[str]) -> Clips:
         """Sound files by name.
@@ -212,12 +231,16 @@ class Audio(Ordered, Modality):
         is built, and are buffers: they are saved with the weights and come back with them, so a trained network reads
         other data as it read its own. Where `mean` and `std` are given these hold, for this data alone.
         """
+        return StandardisedLinear(*self._statistics(), dim, kept=self.mean is None)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and std [P] by which tokens are standardised."""
         if self.mean is not None and self.std is not None:
-            given = (torch.full((self.token_dim(),), each) for each in (self.mean - math.log(FLOOR), self.std))
-            return StandardisedLinear(*given, dim, kept=False)
-        # All that the statistics depend on; `limit` is not: fewer labels are no other sound.
-        whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0}
-        return StandardisedLinear(*token_statistics(self.model_copy(update=whole)), dim)
+            offset = math.log(FLOOR)  # tokens hold log(1 + power / FLOOR)
+            return torch.full((self.token_dim(),), self.mean - offset), torch.full((self.token_dim(),), self.std)
+        # All that they depend on; `limit` is not: fewer labels are no other sound.
+        whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0, "augment": None}
+        return token_statistics(self.model_copy(update=whole))
 
     def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module | None:
         """Mean and std are among the weights, or given."""

@@ -23,7 +23,15 @@ from nepa_core.modality import Crossing, Modality
 from nepa_core.runtime.config import as_saved
 from nepa_core.tokens import Tokens
 
-OF_ONE = ("forecasts", "window_scale", "files", "stored", "image_input", "whole_images")  # of the part that is chosen
+OF_ONE = (
+    "forecasts",
+    "window_scale",
+    "files",
+    "stored",
+    "image_input",
+    "whole_images",
+    "mixed",
+)  # of the part that is chosen
 OR_DEFAULT = ("describe", "decode", "before_mixing", "held_out_as", "symbols", "readings")  # or else as of any adapter
 
 
@@ -173,7 +181,7 @@ class Together(Modality):
     def suffixes(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("",) if self.part is None else self.chosen.suffixes
 
-    forecasts, window_scale, files, stored, image_input, whole_images = map(_of_one, OF_ONE)
+    forecasts, window_scale, files, stored, image_input, whole_images, mixed = map(_of_one, OF_ONE)
     describe, decode, before_mixing, held_out_as, symbols, readings = map(_of_one, OR_DEFAULT)
 
     def placed(self, tokens: Tokens) -> Tensor | None:

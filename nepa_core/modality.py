@@ -81,6 +81,7 @@ class Modality(BaseModel, ABC):
                          training then holds them in their shares, and rivals are of one kind
           fingerprint()  a short text such as the number and digest of the files. It is part of a checkpoint: data that
                          changed between a stop and its resumption is then refused
+          every_label()  a tensor [S] or [S, C] of the "label" of each: train.sampling=balanced then reads no sample
           contents()     `modalities.data.listing.Contents`: samples that are in both splits are then counted
           raw(int)       of images decoded on access: the bytes of that file, or pixels
           decoded(int)   of images: that one at its stored size, uint8 [C, h, w]
@@ -169,6 +170,23 @@ class Modality(BaseModel, ABC):
         data set, so that a resumed run is exact. Default: nothing.
         """
         return batch
+
+    def mixed(self, batch: Batch, share: float, centre: tuple[float, float] | None) -> tuple[Batch, Tensor]:
+        """Every sample of a training batch mixed with that at the mirrored place, for `nepa finetune mix=`.
+
+        Batches with an "image" never come here: timm mixes them. Labels are mixed by the caller.
+
+        Args:
+            share: of the sample itself, 0 to 1. centre: of the box that CutMix takes from the other sample, 0 to 1 on
+                both axes; None for mixup, the weighted mean of both.
+
+        Returns:
+            The batch, and the share of each sample itself in what came out, [B] float32.
+
+        Raises:
+            UserError: this adapter's samples can't be mixed (the default).
+        """
+        raise self._lacks("mixed(batch, share, centre)", "mix is for images and spectrograms")
 
     def held_out_as(self) -> str | None:
         """How held-out samples are read, in one line for `nepa evaluate`, where a figure depends on it.

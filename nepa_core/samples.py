@@ -55,9 +55,9 @@ class Some(Dataset[Batch]):
         """The optional methods that a caller looks for: there where the whole set has them."""
         if name == "contents":
             return self.whole.contents  # type: ignore[attr-defined]
-        if name == "strata":
-            kinds = self.whole.strata  # type: ignore[attr-defined]
-            return lambda: kinds()[torch.tensor(self.indices, dtype=torch.int64)]
+        if name in ("strata", "every_label"):
+            of_all = getattr(self.whole, name)
+            return lambda: None if (all_ := of_all()) is None else all_[torch.tensor(self.indices, dtype=torch.int64)]
         if name in ("__getitems__", "raw", "decoded", "spans"):
             return functools.partial(self._of_chosen, getattr(self.whole, name))
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -118,25 +118,30 @@ def without_another(objective: ObjectiveConfig, own: int, all_own: int) -> str |
 
 
 class MixConfig(BaseModel):
-    """Mixup and CutMix of the images of a batch, as timm defines them (`timm.data.mixup.Mixup`, mode "batch").
+    """Mixup and CutMix of a batch, images as timm does it (`timm.data.mixup.Mixup`, mode "batch"), and spectrograms.
 
     Rectangles of `data.erase` are filled before it, as in timm and in the released scripts, and are mixed, too.
 
     Attributes:
         mixup, cutmix: alpha of the Beta distribution that the share of an image is drawn from; 0 is off. Where both
             are on, each batch takes one of them with equal chance.
+        prob: chance that a batch is mixed at all.
     """
 
     model_config = FROZEN
 
     mixup: float = Field(ge=0)
     cutmix: float = Field(ge=0)
+    prob: float = Field(default=1.0, gt=0, le=1, exclude_if=lambda prob: prob == 1)
 
     @model_validator(mode="after")
     def _one_is_on(self) -> Self:
         if self.mixup == self.cutmix == 0:
             raise ValueError("mix.mixup and mix.cutmix are both 0; set mix=null for no mixing")
         return self
+
+
+Loss = Literal["cross_entropy", "bce"]
 
 
 class FinetuneConfig(BaseModel):
@@ -150,7 +155,9 @@ class FinetuneConfig(BaseModel):
             Targets per token have a linear map of every token instead.
         freeze_embedder: leave the embedder as it was pre-trained (paper and released scripts).
         label_smoothing: share of the target spread over all classes, where targets are classes.
-        mix: mixup and CutMix, for images, or None.
+        loss: of one class a sample: softmax cross-entropy, or "bce", binary cross-entropy of every class by itself (the
+            mean over classes). Several classes a sample always have that.
+        mix: mixup and CutMix, for images and spectrograms, or None.
     """
 
     model_config = FROZEN
@@ -165,6 +172,7 @@ class FinetuneConfig(BaseModel):
     readout: Literal["mean", "last"]
     freeze_embedder: bool
     label_smoothing: float = Field(ge=0, lt=1)
+    loss: Loss = Field(default="cross_entropy", exclude_if=lambda loss: loss == "cross_entropy")
     mix: MixConfig | None
     optim: OptimConfig
     train: TrainConfig
@@ -183,7 +191,7 @@ class BesideConfig(BaseModel):
     Attributes:
         backbone: `timm:NAME` or `timm:NAME@FILE.safetensors`. pretrained: False starts from random weights.
         data: of the run, with every image as one token of the network's own size, see `Modality.whole_images`.
-        label_smoothing, mix, optim, train: of the run.
+        label_smoothing, loss, mix, optim, train: of the run.
     """
 
     model_config = FROZEN
@@ -196,6 +204,7 @@ class BesideConfig(BaseModel):
     pretrained: bool
     data: SerializeAsAny[Modality]
     label_smoothing: float = Field(ge=0, lt=1)
+    loss: Loss = Field(default="cross_entropy", exclude_if=lambda loss: loss == "cross_entropy")
     mix: MixConfig | None
     optim: OptimConfig
     train: TrainConfig

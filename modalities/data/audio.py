@@ -58,6 +58,7 @@ from modalities.data.listing import (
     say,
     subfolders,
 )
+from modalities.data.spectrogram_augment import DRAWN, draw
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.samples import some_rows
 
@@ -185,12 +186,20 @@ class Clips(Dataset[Batch]):
         padding: pad a batch to its longest clip, or every batch to `form.longest`. A single sample always has
             `form.longest` frames, so that any collate can stack it.
         memory: row -> frames of a clip, or why it can't be read; filled on access. None keeps nothing.
+        augmented: draw what is done to each on the device, see `modalities.data.spectrogram_augment`.
     """
 
     def __init__(
-        self, source: Source, rows: Tensor, form: FrontEnd, padding: Padding, memory: dict[int, Tensor | str] | None
+        self,
+        source: Source,
+        rows: Tensor,
+        form: FrontEnd,
+        padding: Padding,
+        memory: dict[int, Tensor | str] | None,
+        *,
+        augmented: bool = False,
     ) -> None:
-        self.source, self.rows, self.form = source, rows, form
+        self.source, self.rows, self.form, self.augmented = source, rows, form, augmented
         self.labels = None if source.labels is None else source.labels[rows]
         self.padding, self.memory = padding, memory
 
@@ -200,7 +209,7 @@ class Clips(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         clip = self._frames(index)
         mel = F.pad(clip, (0, 0, 0, self.form.longest - len(clip)))
-        return {"mel": mel, "frames": torch.tensor(len(clip))} | self._label(index)
+        return {"mel": mel, "frames": torch.tensor(len(clip))} | self._beside(index)
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """A whole batch at once; raises UnreadableSample for the first clip in it that can't be read."""
@@ -209,10 +218,15 @@ class Clips(Dataset[Batch]):
         if self.padding == "full":
             mel = F.pad(mel, (0, 0, 0, self.form.longest - mel.shape[1]))
         frames = torch.tensor([len(clip) for clip in clips])
-        return {"mel": mel, "frames": frames} | self._label(torch.as_tensor(indices))
+        return {"mel": mel, "frames": frames} | self._beside(torch.as_tensor(indices))
 
-    def _label(self, place: int | Tensor) -> Batch:
-        return {} if self.labels is None else {"label": self.labels[place]}
+    def _beside(self, place: int | Tensor) -> Batch:
+        label = {} if self.labels is None else {"label": self.labels[place]}
+        return label | ({DRAWN: draw(*torch.as_tensor(place).shape)} if self.augmented else {})
+
+    def every_label(self) -> Tensor | None:
+        """[S], or [S, C] of several classes."""
+        return self.labels
 
     def name(self, index: int) -> str:
         """What a message calls that clip: its file, or where it lies."""
@@ -290,13 +304,14 @@ def open_audio(
     fold: str | None = None,
     subset: Subset = "full",
     keywords: Keywords = "all",
+    augmented: bool = False,
 ) -> Clips:
     """The clips of a split as log-mel frames.
 
     Args:
         source, root, held_out_speaker, held_out, fold, subset, keywords: see `open_source`.
         split: "train" or "test".
-        padding: see `Clips`.
+        padding, augmented: see `Clips`.
         in_memory: keep the frames of every clip once it has been read.
         limit: at most this many training clips, drawn by a permutation that never changes.
 
@@ -316,7 +331,8 @@ def open_audio(
         keywords=keywords,
     )
     rows = some_rows(len(stored), limit if split == "train" else None)
-    return Clips(stored, rows, form, padding, _memory(stored, form) if in_memory else None)
+    memory = _memory(stored, form) if in_memory else None
+    return Clips(stored, rows, form, padding, memory, augmented=augmented)
 
 
 def open_files(paths: Sequence[str], form: FrontEnd, padding: Padding = "batch") -> Clips:
@@ -397,31 +413,6 @@ class Synthetic:
 
     def name(self, row: int) -> str:
         return f"synthetic:{row}"
-
-
-def redrawn_tokens(clean: Tensor, noise: Tensor, form: FrontEnd, draws: int, generator: torch.Generator) -> Tensor:
-    """Every token of a clip with the noise that no earlier token has seen drawn again: [N, draws, P]."""
-    token = form.step * form.hop
-    length = min(len(clean), form.longest * form.hop)
-    count = -(-length // token)
-    side, width = form.n_fft // 2, (form.step - 1) * form.hop + form.n_fft
-    pad = (side, (count - 1) * token + width - side - length)
-    clip, known = F.pad(clean[:length], pad), F.pad(noise[:length], pad)
-    sounding = F.pad(torch.ones(length), pad)
-    point = torch.arange(len(clip)) - side
-    fresh = SYNTHETIC_NOISE * torch.randn(count, draws, width, generator=generator)
-    windows = [x.unfold(0, width, token) for x in (clip, known, sounding, point)]
-    clean_, known_, sounding_, point_ = (x[:count, None] for x in windows)
-    seen = torch.arange(count)[:, None, None] * token - form.hop + form.window // 2  # end of the last window before
-    mixed = clean_ + torch.where(point_ < seen, known_, fresh * sounding_)
-    return framed_log_mel(mixed, form).flatten(-2)
-
-
-def unbiased_length(units: Tensor) -> Tensor:
-    """Length of the expectation of unit vectors, from draws of them: [..., draws, D] -> [...]."""
-    draws = units.shape[-2]
-    square = units.mean(-2).square().sum(-1)
-    return ((draws * square - 1) / (draws - 1)).clamp(min=0).sqrt()
 
 
 def open_source(

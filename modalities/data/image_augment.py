@@ -154,14 +154,15 @@ def erase(images: Tensor, boxes: Tensor, mean: Tensor | float = 0.0, std: Tensor
     y, x = torch.arange(rows, device=images.device), torch.arange(columns, device=images.device)
     inside_y, inside_x = (y >= top) & (y < top + height), (x >= left) & (x < left + width)
     inside = inside_y[:, None, :, None] & inside_x[:, None, None, :]
-    field = _noise(channels, rows, columns, images.device)
+    field = noise_field(channels, rows, columns, images.device)
     noise = field[:, (noise_y + y)[:, :, None], (noise_x + x)[:, None, :]].transpose(0, 1)
     return torch.where(inside, noise * std + mean, images)
 
 
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)  # the cache outlives a caller's inference mode
-def _noise(channels: int, rows: int, columns: int, device: torch.device) -> Tensor:
+def noise_field(channels: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """N(0, 1), always the same: [channels, 2 * rows, 2 * columns], of which windows are taken at drawn places."""
     draw = torch.Generator().manual_seed(0)
     return torch.randn(channels, 2 * rows, 2 * columns, generator=draw).to(device)
 

@@ -152,6 +152,10 @@ class DecodedImages(Dataset[Batch]):
         pixels = self.transform(self.decoded(index))
         return _with_box({"image": pixels, "label": self.labels[index]}, self.erase)
 
+    def every_label(self) -> Tensor:
+        """[S] int64."""
+        return self.labels
+
     def name(self, index: int) -> str:
         """What a message calls that image: its file, or where it lies."""
         return self.source.name(int(self.rows[index]))

@@ -507,6 +507,10 @@ class Derived:
         contents: Contents | None = self.stored.contents()
         return contents
 
+    def every_label(self) -> Any:
+        """A tensor [S], without reading a sample; None where `stored` has no labels."""
+        return getattr(self.stored, "every_label", lambda: None)()
+
 
 def file_sizes(paths: Sequence[str]) -> Integers:
     """Bytes of each file, [n] int64; -1 where there is none. Many at once, as a network's disk answers slowly."""

@@ -100,7 +100,11 @@ class Draw(NamedTuple):
 
 
 class DrawSampler(Sampler[Draw]):
-    """The draws of one rank from step `start` to step `stop`; every step holds `accumulate` of them."""
+    """The draws of one rank from step `start` to step `stop`; every step holds `accumulate` of them.
+
+    Args:
+        strata: [S], see `spread_out`. weights: [S], see `drawn_order`; None takes each sample once in an epoch.
+    """
 
     def __init__(
         self,
@@ -114,7 +118,9 @@ class DrawSampler(Sampler[Draw]):
         start: int,
         stop: int,
         strata: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
+        self.weights = weights
         self.samples, self.batch, self.accumulate, self.strata = samples, batch, accumulate, strata
         self.rank, self.ranks, self.seed, self.start, self.stop = rank, ranks, seed, start, stop
 
@@ -128,11 +134,16 @@ class DrawSampler(Sampler[Draw]):
         for step in range(self.start, self.stop):
             epoch, place = divmod(step, per_epoch)
             if epoch != known:
-                known, order = epoch, epoch_order(self.samples, self.seed, epoch)
+                known, order = epoch, self._order(epoch)
                 order = order if self.strata is None else spread_out(order, self.strata)
             for part in range(self.accumulate):
                 first = place * self.batch + (part * self.ranks + self.rank) * micro
                 yield Draw(order[first : first + micro].tolist(), fold_seed(self.seed, "data", step, part, self.rank))
+
+    def _order(self, epoch: int) -> Tensor:
+        if self.weights is None:
+            return epoch_order(self.samples, self.seed, epoch)
+        return drawn_order(self.weights, self.seed, epoch)
 
 
 @lru_cache(maxsize=2)
@@ -140,6 +151,14 @@ def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
     """The permutation of the samples in an epoch."""
     generator = torch.Generator().manual_seed(fold_seed(seed, "order", epoch))
     return torch.randperm(samples, generator=generator)
+
+
+def drawn_order(weights: Tensor, seed: int, epoch: int) -> Tensor:
+    """As many samples as there are, each drawn anew in proportion to the weights: [S] float64 -> [S] int64."""
+    generator = torch.Generator().manual_seed(fold_seed(seed, "drawn", epoch))
+    reach = weights.cumsum(0)
+    places = torch.rand(len(weights), dtype=torch.float64, generator=generator) * reach[-1]
+    return torch.searchsorted(reach, places, right=True).clamp(max=int(weights.nonzero()[-1]))
 
 
 def spread_out(order: Tensor, strata: Tensor) -> Tensor:

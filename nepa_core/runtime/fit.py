@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from nepa_core.basics import FROZEN, MOST_SEED, Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.pretrainer import HEADS
+from nepa_core.runtime.balance import balanced_weights
 from nepa_core.runtime.checkpoint import (
     BackgroundWriter,
     Checkpoint,
@@ -64,6 +65,8 @@ class TrainConfig(BaseModel):
         log, evaluate, checkpoint: steps between lines of metrics, held-out measurements, checkpoints.
         keep: checkpoints that are kept.
         max_unreadable: share of the training samples, and of the held-out ones, that may be unreadable.
+        sampling: "shuffled" takes every sample once in an epoch; "balanced" draws as many, with rare classes as often
+            as common ones, see `nepa_core.runtime.balance`.
         logger: a library that gets every line, and at the end pictures and card, see `nepa_core.runtime.loggers`.
         hooks: functions of the user's, module:function, that hear of every line, every checkpoint and the end.
         probe: in pre-training, read the labels of a few hundred samples at every held-out measurement, see
@@ -87,6 +90,7 @@ class TrainConfig(BaseModel):
     checkpoint: int = Field(gt=0, le=10**12)
     keep: int = Field(gt=0, le=10**12)
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
+    sampling: Literal["shuffled", "balanced"] = Field(default="shuffled", exclude_if=lambda how: how == "shuffled")
     probe: bool = False
     logger: Literal["tensorboard", "wandb", "mlflow", "trackio"] | None = None
     hooks: Annotated[tuple[str, ...], BeforeValidator(listed)] = ()
@@ -291,6 +295,7 @@ def fit(
     optimizer = make_optimizer(trained, optim, height, head)
     tally = _Tally(world.device)
     found = fingerprint_of(dataset)
+    weights = balanced_weights(dataset) if config.sampling == "balanced" else None
     watch = watch or Stopwatch()
     names: dict[Tensor, str] = {value: name for name, value in trained.named_parameters()}
     parameters = [value for _, value in trained.named_parameters() if value.requires_grad]
@@ -367,7 +372,7 @@ def fit(
         if start == 0 and untrained:
             measure(0)
         meter.resume(start)
-        batches = _batches(dataset, config, world, accumulate=steps.accumulate, start=start, stop=steps.total)
+        batches = _batches(dataset, config, world, weights, accumulate=steps.accumulate, start=start, stop=steps.total)
         batches.unreadable.update(sitting.unreadable)
         stream = iter(batches)
         model.train()
@@ -574,7 +579,14 @@ def _with_heads(group: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _batches(
-    dataset: Dataset[Batch], config: TrainConfig, world: World, *, accumulate: int, start: int, stop: int
+    dataset: Dataset[Batch],
+    config: TrainConfig,
+    world: World,
+    weights: Tensor | None,
+    *,
+    accumulate: int,
+    start: int,
+    stop: int,
 ) -> TrainingBatches:
     sampler = DrawSampler(
         len(cast(Sized, dataset)),
@@ -586,6 +598,7 @@ def _batches(
         start=start,
         stop=stop,
         strata=dataset.strata() if hasattr(dataset, "strata") else None,
+        weights=weights,
     )
     return TrainingBatches(
         dataset, sampler, workers=config.workers, max_unreadable=config.max_unreadable, device=world.device

@@ -13,7 +13,7 @@ Shapes: B samples, N tokens, C classes, K numbers, O outputs (C or K).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
@@ -87,10 +87,15 @@ class Shown(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Classification:
-    """One class a sample or, with `per_token`, one a token."""
+    """One class a sample or, with `per_token`, one a token.
+
+    Attributes:
+        binary: the loss is binary cross-entropy, of every class by itself; only of one class a sample.
+    """
 
     names: tuple[str, ...]
     per_token: bool = False
+    binary: bool = False
 
     whole: ClassVar[bool] = False
     headline: ClassVar[Headline] = "accuracy"
@@ -127,14 +132,29 @@ class Classification:
         return (truth.reshape(len(truth), -1) >= 0).any(1).sum()
 
     def loss(self, outputs: Tensor, truth: Tensor, *, smoothing: float) -> tuple[Tensor, Tensor | float]:
-        """Mean cross-entropy, and over how many classes: logits [B, C] or [B, N, C], classes or shares [B, C]."""
+        """Mean cross-entropy, and over how many classes: logits [B, C] or [B, N, C], classes or shares [B, C].
+
+        Binary cross-entropy is the mean over classes, too. Shares that are all 0 are of a sample without a class.
+        """
+        if self.binary:
+            soft = truth if truth.is_floating_point() else self.soft(truth, smoothing)
+            counted = soft.sum(1) > 0
+            each = F.binary_cross_entropy_with_logits(outputs, soft, reduction="none").mean(1)
+            return each.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1), counted.sum()
         if truth.is_floating_point():
-            return F.cross_entropy(outputs, truth, label_smoothing=smoothing), float(len(outputs))
+            count = (truth.sum(1) > 0).sum()
+            total = F.cross_entropy(outputs, truth, label_smoothing=smoothing, reduction="sum")
+            return total / count.clamp(min=1), count
         count = (truth >= 0).sum()
         total = F.cross_entropy(
             outputs.flatten(0, -2), truth.flatten(), label_smoothing=smoothing, ignore_index=NONE, reduction="sum"
         )
         return total / count.clamp(min=1), count
+
+    def soft(self, label: Tensor, smoothing: float) -> Tensor:
+        """Classes [B] as shares [B, C] float32, `smoothing` of each spread over all classes; 0 where there is none."""
+        share = F.one_hot(label.long().clamp(min=0), self.outputs) * (1 - smoothing) + smoothing / self.outputs
+        return share * (label >= 0)[:, None]
 
     def sums(self, outputs: Tensor, truth: Tensor) -> Tensor:
         """[4] float64: first right, right among five, loss, and how many classes.
@@ -150,11 +170,17 @@ class Classification:
                 "on; fix its labels, or name other data with data.root=DIR"
             )
         among = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-        loss = F.cross_entropy(logits, labels, reduction="sum").double()
+        if self.binary:
+            mean, _ = self.loss(logits, labels, smoothing=0.0)
+            loss = mean.double() * len(labels)
+        else:
+            loss = F.cross_entropy(logits, labels, reduction="sum").double()
         return torch.stack((among[:, 0].sum(), among.sum(), loss, torch.tensor(len(labels)).to(loss)))
 
     def averaged(self, outputs: Tensor, group: Tensor) -> Tensor:
         """Logits [V, C] of the mean probability of views: logits [S, C] of these, group [S] int64 from 0 to V - 1."""
+        if self.binary:
+            return _binary_means(outputs, group)
         return _means(outputs.softmax(-1), group).clamp(min=1e-12).log()
 
     def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
@@ -307,8 +333,12 @@ class MultiLabel:
 
         Smoothing moves 1 and 0 half its size towards each other, so that both keep the same weight.
         """
-        soft = truth * (1 - smoothing) + smoothing / 2
+        soft = self.soft(truth, smoothing)
         return F.binary_cross_entropy_with_logits(outputs, soft), float(len(truth))
+
+    def soft(self, label: Tensor, smoothing: float) -> Tensor:
+        """Which classes each sample has [B, C] as float32, 1 and 0 moved half of `smoothing` towards each other."""
+        return label.float() * (1 - smoothing) + smoothing / 2
 
     def sums(self, outputs: Tensor, truth: Tensor) -> Tensor:
         """[3] float64, of all held-out samples: mAP, AUROC and loss: logits and truth [S, C].
@@ -334,7 +364,7 @@ class MultiLabel:
 
     def averaged(self, outputs: Tensor, group: Tensor) -> Tensor:
         """Logits [V, C] of the mean probability of views: logits [S, C] of these, group [S] int64 from 0 to V - 1."""
-        return _means(outputs.sigmoid(), group).clamp(1e-7, 1 - 1e-7).logit()
+        return _binary_means(outputs, group)
 
     def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
         """What `credits` ranks, [B, 2 C] float64: probabilities and truth."""
@@ -349,6 +379,10 @@ class MultiLabel:
         """mAP and AUROC, both the mean over classes, and the loss."""
         precision, area, loss = sums.tolist()
         return {"map": precision, "auroc": area, "held_out_loss": loss}
+
+
+def _binary_means(outputs: Tensor, group: Tensor) -> Tensor:
+    return _means(outputs.sigmoid(), group).clamp(1e-7, 1 - 1e-7).logit()
 
 
 def _means(rows: Tensor, group: Tensor) -> Tensor:
@@ -394,6 +428,19 @@ def find_goal(data: Modality) -> Goal:
         train = data.plain().samples_of("train")
         return MultiLabel(names, class_shares(train, type(data).__name__, names, limit=_STATISTICS))
     return Classification(names, per_token=kind == "token classes")
+
+
+def taught_by(goal: Goal, loss: Literal["cross_entropy", "bce"]) -> Goal:
+    """The same goal, taught by the loss that a config names.
+
+    Raises:
+        UserError: "bce" where samples have no classes of their own.
+    """
+    if loss == "cross_entropy" or isinstance(goal, MultiLabel):
+        return goal
+    if goal.per_token or not isinstance(goal, Classification):
+        raise UserError("loss=bce is for classes of samples, and this adapter's hold other targets; leave it out")
+    return replace(goal, binary=True)
 
 
 def fitted(goal: Goal, samples: Dataset[Batch], adapter: str) -> Goal:

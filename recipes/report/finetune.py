@@ -69,19 +69,19 @@ def _parts(run: Run, summary: FinetuneSummary) -> Iterator[Part]:
     curves = {"raw weights": key, "averaged weights": AVERAGED[key]}
     losses = {"held out": "held_out_loss", "held out, averaged weights": "held_out_loss_ema"}
     title = next(figure.title for figure in goal.shown if figure.key == key)
+    loss = "binary cross-entropy" if summary.get("loss") == "bce" else goal.loss_name
     first, *rest = verdict(summary, run)
     yield Answer(first)
     yield Words(rest)
     yield Verbatim(render(summary))
     yield Figure(
         "loss.png",
-        f"{goal.loss_name.capitalize()} over training; "
-        "that of the training batches includes mixing and label smoothing.",
+        f"{loss.capitalize()} over training; that of the training batches includes mixing and label smoothing.",
         over_training(
             metrics,
             {"training batches": "loss"} | {name: each for name, each in losses.items() if each in summary},
-            y=goal.loss_name,
-            title=goal.loss_name.capitalize(),
+            y=loss,
+            title=loss.capitalize(),
         ),
     )
     shown = {name: each for name, each in curves.items() if each in summary}

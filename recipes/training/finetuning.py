@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -27,9 +26,18 @@ from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run, is_imported, is_run, task_of
 from nepa_core.runtime.weights import Weights, current_weights, load_backbone, newest, read_weights, start_from
 from nepa_core.tokens import Tokens
-from recipes.configs import BesideConfig, FinetuneConfig, MixConfig, PretrainConfig
+from recipes.configs import BesideConfig, FinetuneConfig, PretrainConfig
 from recipes.networks.backbones import TIMM, TimmClassifier, pixels_of, shown_name, timm_model
-from recipes.networks.goals import AVERAGED, Classification, Goal, MultiLabel, Regression, find_goal, numbered
+from recipes.networks.goals import (
+    AVERAGED,
+    Classification,
+    Goal,
+    MultiLabel,
+    Regression,
+    find_goal,
+    numbered,
+    taught_by,
+)
 from recipes.networks.heads import DenseHead, LastHead, MeanHead, MultiLabelHead, RegressionHead
 from recipes.presets import short
 from recipes.report.finetune import report, start_of
@@ -37,6 +45,7 @@ from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.resolve import read_target
 from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained, views_of
 from recipes.statistics.worth import RANDOM, Metric, Score, Worth, judge, worth_in
+from recipes.training.mixing import make_mix
 from recipes.training.train import cost, opened, train
 
 Head = MeanHead | LastHead | MultiLabelHead | RegressionHead | DenseHead
@@ -94,7 +103,7 @@ def beside_config(config: FinetuneConfig, backbone: str, *, pretrained: bool) ->
     )
     if (headline := find_goal(config.data).headline) != "accuracy":
         raise UserError(f"beside={backbone} learns classes, and the figure of these labels is {headline}; leave it out")
-    same = {name: getattr(config, name) for name in ("recipe", "label_smoothing", "mix", "optim", "train")}
+    same = {name: getattr(config, name) for name in ("recipe", "label_smoothing", "loss", "mix", "optim", "train")}
     return BesideConfig(backbone=backbone, pretrained=pretrained, data=data, **same)
 
 
@@ -119,7 +128,7 @@ def finetune(
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
     if (finished := opened(config, run, ranks, FinetuneSummary)) is not None:
         return finished
-    goal = find_goal(config.data)
+    goal = taught_by(find_goal(config.data), config.loss)
     model: Classifier | TimmClassifier
     if isinstance(config, FinetuneConfig):
         (model, new), init, height_of, head_of = build_classifier(config, goal), config.init, None, None
@@ -160,6 +169,8 @@ def finetune(
     }
     if isinstance(config, BesideConfig):
         summary["backbone"] = config.backbone
+    if config.loss != "cross_entropy":
+        summary["loss"] = config.loss
     report(run, summary).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
@@ -271,7 +282,7 @@ def held_out_credits(config: FinetuneConfig | BesideConfig, run: Run, ranks: Wor
     if isinstance(config, FinetuneConfig):
         model = load_classifier(config, read_weights(str(run.path)))
     else:
-        model = build_beside(config, find_goal(config.data), trained=False)
+        model = build_beside(config, taught_by(find_goal(config.data), config.loss), trained=False)
         model.load_state_dict(current_weights(newest(run)))
     model = model.to(ranks.device)
     if config.train.compile and model.predictor is not None:
@@ -331,7 +342,8 @@ def load_classifier(config: FinetuneConfig, weights: Weights) -> Classifier:
     """
     if not weights.head:
         raise UserError(f"{weights.source} was pre-trained only and has no head; fine-tune it first")
-    model, _ = build_classifier(config.model_copy(update={"init": None}), goal_of(weights.head))
+    goal = taught_by(goal_of(weights.head), config.loss)
+    model, _ = build_classifier(config.model_copy(update={"init": None}), goal)
     load_backbone(model.backbone, config.model, weights)
     try:
         model.head.load_state_dict(weights.head)
@@ -353,9 +365,7 @@ def goal_of(head: dict[str, Tensor]) -> Goal:
 
 def make_step(config: FinetuneConfig | BesideConfig, goal: Goal) -> StepFunction:
     """The step function of fine-tuning: batch -> loss of the goal, with mixing and label smoothing where asked for."""
-    if config.mix is not None and (goal.per_token or not isinstance(goal, Classification)):
-        raise UserError("mix is for one class a sample, and this adapter's samples hold other targets; set mix=null")
-    mix = None if config.mix is None else make_mix(config.mix, goal.outputs, config.label_smoothing)
+    mix = None if config.mix is None else make_mix(config.mix, config.data, goal, config.label_smoothing)
 
     rescale = config.model.rope_rescale if isinstance(config, FinetuneConfig) else 1.0
 
@@ -364,7 +374,7 @@ def make_step(config: FinetuneConfig | BesideConfig, goal: Goal) -> StepFunction
         if mix is None:
             tokens, batch, broken = replace_broken(config.data.read(batch), batch, labels=True)
         else:
-            batch = config.data.before_mixing(batch)  # a broken image would break the one that it is mixed with
+            batch = config.data.before_mixing(batch)  # a broken sample would break the one that it is mixed with
             _, batch, broken = replace_broken(config.data.tokenize(batch), batch)
             batch, mixed = mix(batch)
             smoothing = 0.0  # it is in the mixed labels
@@ -376,27 +386,6 @@ def make_step(config: FinetuneConfig | BesideConfig, goal: Goal) -> StepFunction
         return StepOutput(loss, weight, tokens.real_count(), broken)
 
     return step
-
-
-def make_mix(config: MixConfig, classes: int, smoothing: float) -> Callable[[Batch], tuple[Batch, Tensor]]:
-    """timm's mixing of batch["image"], as a function to a batch with float images of 0 to 255 and soft labels [B, C].
-
-    timm draws from NumPy, which is seeded here from torch's global generator, that of the step.
-    """
-    from timm.data.mixup import Mixup  # a second to import, for mixing alone
-
-    mixup = Mixup(mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=smoothing, num_classes=classes)
-
-    def mix(batch: Batch) -> tuple[Batch, Tensor]:
-        if "image" not in batch:
-            raise UserError("mix is for images, and this adapter's batches have no 'image'; set mix=null")
-        if len(batch["label"]) % 2:
-            raise UserError("mix pairs the images of a batch: make train.micro_batch (or the share of a process) even")
-        np.random.seed(int(torch.randint(2**32, ())))
-        images, labels = mixup(batch["image"].float(), batch["label"])
-        return batch | {"image": images}, labels
-
-    return mix
 
 
 def raw_and_averaged(

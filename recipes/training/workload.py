@@ -12,7 +12,7 @@ from nepa_core.predictor import Predictor
 from nepa_core.runtime.fit import StepFunction
 from nepa_core.runtime.run import is_run, task_of
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
-from recipes.networks.goals import find_goal
+from recipes.networks.goals import find_goal, taught_by
 from recipes.resolve import read_target
 from recipes.training import finetuning, pretraining, segmentation, starting
 
@@ -42,7 +42,7 @@ def network(config: Trained) -> nn.Module:
         return starting.build_pretrainer(config)
     start = config.model_copy(update={"init": None})
     if isinstance(start, FinetuneConfig):
-        return finetuning.build_classifier(start, find_goal(start.data))[0]
+        return finetuning.build_classifier(start, taught_by(find_goal(start.data), start.loss))[0]
     return segmentation.build_segmenter(start)[0]
 
 
@@ -56,5 +56,5 @@ def step_function(config: Trained) -> StepFunction:
     if isinstance(config, PretrainConfig):
         return pretraining.make_step(config)
     if isinstance(config, FinetuneConfig):
-        return finetuning.make_step(config, find_goal(config.data))
+        return finetuning.make_step(config, taught_by(find_goal(config.data), config.loss))
     return segmentation.make_step(config)

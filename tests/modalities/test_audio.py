@@ -13,7 +13,9 @@ from torch.utils.data import default_collate
 from modalities import audio
 from modalities.audio import Audio, StandardisedLinear, token_statistics
 from modalities.data import audio as audio_data
-from modalities.data.audio import Synthetic, open_source, redrawn_tokens, unbiased_length
+from modalities.data import synthetic_audio
+from modalities.data.audio import Synthetic, open_source
+from modalities.data.synthetic_audio import redrawn_tokens, unbiased_length
 from nepa_core.basics import UserError
 from nepa_core.contract import check_modality
 from nepa_core.objective import negative_cosine
@@ -233,8 +235,8 @@ def test_synthetic_clips_are_the_same_each_time_and_differ_between_splits() -> N
 def test_redrawing_keeps_what_earlier_tokens_have_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without fresh noise the draws are the clip's own tokens but for the noise that is new to each."""
     data = adapter(frames=1, hop_ms=10.0, window_ms=10.0)  # windows that don't overlap: all noise is new
-    clean, noise = [x[:4000] for x in synthetic().parts(0, 8000)]
-    monkeypatch.setattr(audio_data, "SYNTHETIC_NOISE", 0.0)
+    monkeypatch.setattr(synthetic_audio, "SYNTHETIC_NOISE", 0.0)
+    clean, noise = (x[:4000] for x in synthetic().parts(0, 8000))
     draws = redrawn_tokens(clean, noise, data.front_end, 2, torch.Generator())
     expected = data.tokenize({"mel": audio_data.log_mel(clean, data.front_end)[None], "frames": torch.tensor([50])})
     assert draws.shape == (50, 2, 16)
@@ -251,7 +253,7 @@ def test_without_noise_only_the_first_token_is_uncertain(monkeypatch: pytest.Mon
     data = adapter()
     embed = data.embedder(16)
     noisy = data.known_optimum(embed)
-    monkeypatch.setattr(audio_data, "SYNTHETIC_NOISE", 0.0)
+    monkeypatch.setattr(synthetic_audio, "SYNTHETIC_NOISE", 0.0)
     monkeypatch.setattr(Synthetic, "parts", _noiseless(Synthetic.parts))
     exact = data.known_optimum(embed)
     assert noisy is not None

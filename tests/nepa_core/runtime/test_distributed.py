@@ -71,6 +71,7 @@ CASES = {
         "tests.tiny:ragged", {"objective.terms": {"cosine": 1.0, "raw_token": 1.0}, "objective.head": "simsiam"}
     ),
     "recomputed": Case("tests.tiny:ragged", {"train.recompute": True, "train.micro_batch": 2}),
+    "balanced": Case("tests.tiny:ragged", {"train.sampling": "balanced", "train.micro_batch": 2}),
     "packed": Case("tests.tiny:ragged", {"model.pack": True, "train.micro_batch": 1, "train.keep": 3}),
 }
 SHARDED = {

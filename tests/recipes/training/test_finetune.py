@@ -41,11 +41,11 @@ from recipes.training.finetuning import (
     build_classifier,
     finetune,
     load_classifier,
-    make_mix,
     make_step,
     measure,
     read_config,
 )
+from recipes.training.mixing import make_mix
 from recipes.training.pretraining import pretrain
 from recipes.training.starting import build_model
 from tests import tiny
@@ -288,11 +288,15 @@ def test_padding_does_not_reach_the_logits() -> None:
     assert torch.equal(*logits)
 
 
+def of_noise() -> Images:
+    return Images(source="noise", size=(8, 8), patch=(4, 4), channels=3, mean=(0.5, 0.4, 0.3), std=(0.5, 0.3, 0.2))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_mixing_is_that_of_timm_and_follows_the_seed_of_the_step(smoothing: float) -> None:
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    mix = make_mix(MixConfig(mixup=0.8, cutmix=1.0), 3, smoothing)
+    mix = make_mix(MixConfig(mixup=0.8, cutmix=1.0), of_noise(), numbered(3), smoothing)
     theirs = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=smoothing, num_classes=3)
     seen = []
     for seed in range(6):
@@ -319,7 +323,7 @@ class Seen(nn.Module):
 
 def test_rectangles_are_erased_before_images_are_mixed() -> None:
     """timm's order and that of the released scripts, written out in standardised pixels: erase, then mix."""
-    data = Images(source="noise", size=(8, 8), patch=(4, 4), channels=3, mean=(0.5, 0.4, 0.3), std=(0.5, 0.3, 0.2))
+    data = of_noise()
     torch.manual_seed(0)
     boxes = torch.stack([ErasedBox(1.0, (8, 8))() for _ in range(6)])
     images = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
@@ -526,6 +530,7 @@ def test_evaluate_finds_the_averaged_accuracy_of_the_run(
         (['mix={"mixup":0,"cutmix":0}'], "both 0"),
         (['mix={"mixup":0.8,"cutmix":0}', "train.length.steps=1"], "mix is for images"),
         (["data.labelled=false"], "Waves gives no class to train on"),
+        (["train.sampling=balanced", "data.labelled=false"], "Waves gives no class to train on"),
         (["label_smothing=0.1"], "did you mean label_smoothing?"),
     ],
 )
@@ -535,6 +540,7 @@ def test_what_a_user_can_mend_is_one_line(
     assert main(["finetune", "tests.tiny:recipe", f"out={tmp_path / 'run'}", *words]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_setting_for_many_accelerators_is_cut_to_one_for_a_laptop() -> None:
