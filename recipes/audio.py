@@ -76,7 +76,7 @@ def nape_small() -> PretrainConfig:
     `torchrun --nproc-per-node 8 -m recipes pretrain recipes.audio:nape_small data.root=DIR`; on one GPU
     `nepa pretrain recipes.audio:nape_small data.root=DIR` (gradients accumulate to the same batch of 256).
 
-    Time, derived: 7 hours of one H100, 66 GFLOP a clip of 10 s. Published after fine-tuning: ESC-50 92.9 %,
+    Time, derived: 7 hours of one H100, 67 GFLOP a clip of 10 s. Published after fine-tuning: ESC-50 92.9 %,
     AudioSet-20K mAP 36.2 (those two alone, in its ablation of input masking). Unclear: the paper counts 19 M
     parameters, and blocks of this width, depth and heads hold 21 M.
     """
