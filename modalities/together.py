@@ -23,15 +23,8 @@ from nepa_core.modality import Crossing, Modality
 from nepa_core.runtime.config import as_saved
 from nepa_core.tokens import Tokens
 
-OF_ONE = (
-    "forecasts",
-    "window_scale",
-    "files",
-    "stored",
-    "image_input",
-    "whole_images",
-    "mixed",
-)  # of the part that is chosen
+# Of the part that is chosen.
+OF_ONE = ("forecasts", "window_scale", "files", "stored", "image_input", "whole_images", "mixed")
 OR_DEFAULT = ("describe", "decode", "before_mixing", "held_out_as", "symbols", "readings")  # or else as of any adapter
 
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -267,7 +267,10 @@ def has(kind: Any, key: str) -> bool:
     """Whether a config has this dotted key."""
     name, _, rest = key.partition(".")
     field = getattr(kind, "model_fields", {}).get(name)
-    return field is not None and (not rest or has(field.annotation, rest) or rest in str(field.annotation))
+    if field is None or not rest:
+        return field is not None
+    kinds = (field.annotation, *get_args(field.annotation))  # "or None"
+    return any(has(each, rest) for each in kinds) or rest in str(field.annotation)
 
 
 # ----------------------------------------------------------------------------------------- blocks, run
