@@ -265,7 +265,9 @@ def test_every_layout_keeps_the_contract(
 ) -> None:
     make(tmp_path / "set")
     root = str(tmp_path / "set")
-    data = Audio(source=source, root=root, seconds=0.3, sample_rate=8000, bands=16, patch=(8, 8), **changes)
+    augment = {"time_mask": 8, "noise": 0.5}
+    form = {"seconds": 0.3, "sample_rate": 8000, "bands": 16, "patch": (8, 8), "augment": augment}
+    data = Audio(source=source, root=root, **form, **changes)
     check_modality(data)
     assert data.folds() == folds
     assert [data.holding_out(fold).fold for fold in folds] == list(folds)  # type: ignore[attr-defined]
