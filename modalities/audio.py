@@ -35,17 +35,16 @@ from modalities.data.audio import (
 from modalities.data.audio_files import SUFFIXES
 from modalities.data.audio_sets import Keywords, Subset
 from modalities.data.spectrogram_augment import DRAWN, SpectrogramAugment, augmented, mixed, of_frames
+from modalities.data.standardised import StandardisedLinear, token_statistics
 from modalities.data.synthetic_audio import redrawn_tokens, unbiased_length
 from modalities.image import patchify, unpatchify
 from modalities.orders import Ordered, grid_order, is_static, known_order, padding_behind
-from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.basics import Batch
 from nepa_core.modality import Modality
-from nepa_core.predictor import init_weights
 from nepa_core.tokens import Signal, Sketch, Tokens, cached
 
 UNIT = 8
 """Tokens to one unit of a coordinate, on both axes."""
-STATISTICS_CLIPS = 1000
 OPTIMUM_CLIPS, OPTIMUM_DRAWS = 64, 16
 
 
@@ -316,55 +315,6 @@ class Audio(Ordered, Modality):
             best.append(unbiased_length(units[1:]))
         start = unbiased_length(torch.stack(first)).expand(OPTIMUM_CLIPS)
         return -float(torch.cat([start, *best]).mean())
-
-
-class StandardisedLinear(nn.Linear):
-    """linear((x - mean) / std); mean and std [P] are buffers, saved with the weights where they are `kept`."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Tensor, std: Tensor, dim: int, *, kept: bool = True) -> None:
-        super().__init__(len(mean), dim)
-        self.register_buffer("mean", mean.clone(), persistent=kept)
-        self.register_buffer("std", std.clone(), persistent=kept)
-        init_weights(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, P] -> [B, N, dim]."""
-        return super().forward((x - self.mean) / self.std)
-
-
-@cached
-@torch.no_grad()
-def token_statistics(data: Audio) -> tuple[Tensor, Tensor]:
-    """Mean and std [P] of the real tokens of up to 1,000 training clips.
-
-    A number that hardly varies (a band above what was recorded) counts as a tenth as wide as the numbers are on
-    average: dividing by less would make its noise loud.
-
-    Raises:
-        UserError: no clip can be read.
-    """
-    clips = data.dataset("train")
-    chosen = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))[:STATISTICS_CLIPS]
-    count, total, squares = 0, torch.zeros(data.token_dim()).double(), torch.zeros(data.token_dim()).double()
-    unreadable = ""
-    for index in chosen.tolist():
-        try:
-            tokens = data.tokenize(clips.__getitems__([index]))
-        except UnreadableSample as error:
-            unreadable = unreadable or str(error)
-            continue
-        rows = tokens.values[tokens.mask].double()
-        count += len(rows)
-        total += rows.sum(0)
-        squares += rows.square().sum(0)
-    if not count:
-        raise UserError(f"no training clip can be read; the first: {unreadable}")
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return mean.float(), std.clamp(min=0.1 * float(std.mean()) + 1e-6).float()
 
 
 def _picture(mel: Tensor) -> Tensor:

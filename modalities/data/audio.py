@@ -200,7 +200,11 @@ class Clips(Dataset[Batch]):
         augmented: bool = False,
     ) -> None:
         self.source, self.rows, self.form, self.augmented = source, rows, form, augmented
-        self.labels = None if source.labels is None else source.labels[rows]
+        self.labels = source.labels
+        if source.labels is not None and not torch.equal(
+            rows, torch.arange(len(source))
+        ):  # else a copy of 1 GB: AudioSet
+            self.labels = source.labels[rows]
         self.padding, self.memory = padding, memory
 
     def __len__(self) -> int:

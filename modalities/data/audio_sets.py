@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import re
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -228,11 +229,10 @@ class _Segment(NamedTuple):
 
     def names(self) -> Iterator[str]:
         """What its file may be called, without the suffix; the first that is there is taken."""
-        for video in (self.video, f"Y{self.video}"):
-            for start, end in zip(_written(self.start), _written(self.end), strict=True):
-                yield f"{video}_{start}"
-                yield f"{video}_{start}_{end}"
-            yield video
+        yield from (self.video, f"Y{self.video}")
+        for start, end in zip(_written(self.start), _written(self.end), strict=True):
+            for name in (f"{self.video}_{start}", f"{self.video}_{start}_{end}"):
+                yield from (name, f"Y{name}")
 
 
 def _written(seconds: str) -> tuple[str, ...]:
@@ -245,7 +245,7 @@ def _audioset(root: str, split: str, subset: Subset) -> Found:
     names, number = _audioset_classes(folder / "class_labels_indices.csv")
     files = _sounds_by_name(root)
     paths: list[str] = []
-    ones: list[tuple[int, int]] = []
+    rows, columns = array("q"), array("q")  # where a clip has a class: four million in all
     for part in AUDIOSET_PARTS[subset] if split == "train" else (AUDIOSET_EVAL,):
         file, count, gone = folder / f"{part}.csv", 0, list[str]()
         for segment in _segments(file, number):
@@ -254,7 +254,8 @@ def _audioset(root: str, split: str, subset: Subset) -> Found:
             if path is None:
                 gone.append(f"{segment.video}_{segment.start}")
                 continue
-            ones += ((len(paths), each) for each in segment.classes)
+            rows.extend([len(paths)] * len(segment.classes))
+            columns.extend(segment.classes)
             paths.append(path)
         _say_gone(file, count, gone)
     if not paths:
@@ -263,7 +264,7 @@ def _audioset(root: str, split: str, subset: Subset) -> Found:
             "it lies anywhere below and is called YTID.wav, YTID_START.wav or the like, such as --PJHxphWEs_30.wav"
         )
     labels = torch.zeros(len(paths), len(names), dtype=torch.bool)
-    labels[tuple(torch.tensor(ones).reshape(-1, 2).T)] = True
+    labels[torch.frombuffer(rows, dtype=torch.int64), torch.frombuffer(columns, dtype=torch.int64)] = True
     return Found(paths, labels, names)
 
 

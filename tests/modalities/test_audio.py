@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 from modalities import audio
 from modalities.audio import Audio, StandardisedLinear, token_statistics
 from modalities.data import audio as audio_data
-from modalities.data import synthetic_audio
+from modalities.data import standardised, synthetic_audio
 from modalities.data.audio import Synthetic, open_source
 from modalities.data.synthetic_audio import redrawn_tokens, unbiased_length
 from nepa_core.basics import UserError
@@ -30,7 +30,7 @@ from tests.tiny import recipe
 
 @pytest.fixture(autouse=True)
 def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "STATISTICS_CLIPS", 60)
+    monkeypatch.setattr(standardised, "STATISTICS_CLIPS", 60)
 
 
 def adapter(**changes: Any) -> Audio:
