@@ -7,6 +7,7 @@ it is drawn.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Self
 
@@ -17,31 +18,33 @@ from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from modalities.data.audio import (
+    FLOOR,
     HELD_OUT,
-    SUFFIXES,
     Clips,
     FrontEnd,
     Padding,
     SourceName,
     Synthetic,
+    audio_folds,
     empty_bands,
     open_audio,
     open_files,
     open_source,
     waveform,
 )
+from modalities.data.audio_files import SUFFIXES
+from modalities.data.audio_sets import Keywords, Subset
 from modalities.data.spectrogram_augment import DRAWN, SpectrogramAugment, augmented, mixed, of_frames
+from modalities.data.standardised import StandardisedLinear, token_statistics
 from modalities.data.synthetic_audio import redrawn_tokens, unbiased_length
 from modalities.image import patchify, unpatchify
 from modalities.orders import Ordered, grid_order, is_static, known_order, padding_behind
-from nepa_core.basics import Batch, UnreadableSample, UserError
+from nepa_core.basics import Batch
 from nepa_core.modality import Modality
-from nepa_core.predictor import init_weights
 from nepa_core.tokens import Signal, Sketch, Tokens, cached
 
 UNIT = 8
 """Tokens to one unit of a coordinate, on both axes."""
-STATISTICS_CLIPS = 1000
 OPTIMUM_CLIPS, OPTIMUM_DRAWS = 64, 16
 
 
@@ -52,8 +55,9 @@ class Audio(Ordered, Modality):
     training split, which are part of the network's weights: see `embedder`.
 
     Attributes:
-        source, root, held_out_speaker, held_out: where clips come from, and which of them are held out, see
+        source, root, held_out_speaker, held_out, fold: where clips come from, and which of them are held out, see
             `modalities.data.audio.open_source`.
+        subset, keywords: of AudioSet and of Speech Commands, see `modalities.data.audio_sets.read_set`.
         seconds: of the longest clip; longer ones are cut at their end.
         sample_rate: in Hz, to which every clip is brought.
         bands, window_ms, hop_ms: mel bands, length of the Hann window and distance of two frames in milliseconds.
@@ -62,6 +66,8 @@ class Audio(Ordered, Modality):
         patch_order, order_seed: "time" (column by column, each from the highest band: no patch lies before those of an
             earlier time), "raster" (row by row: all of the highest bands first), or another of `modalities.orders`. A
             static one is that of the longest clip; a shorter one reads its own patches in the same order.
+        mean, std: of the natural logarithm of mel power over the data set, one number for all bands, by which tokens
+            are standardised; they are no part of the weights. None measures those of every number in a token instead.
         padding: "batch" pads to the longest clip of a batch, "full" to `seconds`.
         in_memory: keep log-mel frames once computed.
         limit: at most this many training clips.
@@ -76,6 +82,9 @@ class Audio(Ordered, Modality):
     root: str | None = None
     held_out_speaker: str | None = None
     held_out: float = Field(default=HELD_OUT, gt=0, lt=1)
+    fold: str | None = Field(default=None, exclude_if=lambda fold: fold is None)
+    subset: Subset = Field(default="full", exclude_if=lambda subset: subset == "full")
+    keywords: Keywords = Field(default="all", exclude_if=lambda keywords: keywords == "all")
     sample_rate: PositiveInt = 16_000
     bands: PositiveInt = 128
     window_ms: PositiveFloat = 25.0
@@ -83,6 +92,8 @@ class Audio(Ordered, Modality):
     frames: PositiveInt = 4
     patch: tuple[PositiveInt, PositiveInt] | None = None
     patch_order: Annotated[str, AfterValidator(lambda name: name if name == "time" else known_order(name))] = "time"
+    mean: float | None = Field(default=None, exclude_if=lambda mean: mean is None)
+    std: PositiveFloat | None = Field(default=None, exclude_if=lambda std: std is None)
     padding: Padding = "batch"
     in_memory: bool = False
     limit: PositiveInt | None = None
@@ -90,8 +101,18 @@ class Audio(Ordered, Modality):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.source == "folder" and self.root is None:
-            raise ValueError("data.source=folder needs data.root=DIR, the folder (or CSV file) with the clips")
+        if self.source != self.built_in and self.root is None:
+            raise ValueError(f"data.source={self.source} needs data.root=DIR, the folder (or CSV file) with the clips")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("data.mean and data.std are given both, or neither: they are measured then")
+        if self.fold is not None and self.source == self.built_in:
+            raise ValueError("data.fold is for clips in files")
+        for key, value, default, source in (
+            ("subset", self.subset, "full", "audioset"),
+            ("keywords", self.keywords, "all", "speech_commands"),
+        ):
+            if value != default and self.source != source:
+                raise ValueError(f"data.{key}={value} is for data.source={source}")
         if self.held_out_speaker is not None and self.source != "folder":
             raise ValueError("data.held_out_speaker is for data.source=folder")
         if self.patch is not None and self.bands % self.patch[0]:
@@ -145,6 +166,9 @@ class Audio(Ordered, Modality):
             padding=self.padding,
             in_memory=self.in_memory,
             limit=self.limit,
+            fold=self.fold,
+            subset=self.subset,
+            keywords=self.keywords,
             augmented=self.augment is not None and split == "train",
         )
 
@@ -181,6 +205,9 @@ class Audio(Ordered, Modality):
     def classes(self) -> tuple[str, ...] | None:
         return self.dataset("train").source.classes
 
+    def folds(self) -> tuple[str, ...]:
+        return audio_folds(self.source, self.root)
+
     def plain(self) -> Audio:
         """With every batch padded to `seconds`, so that raw tokens of all batches stand in one array."""
         return self.model_copy(update={"padding": "full", "augment": None})
@@ -201,17 +228,23 @@ class Audio(Ordered, Modality):
 
         Mean and std of each of the P numbers are measured on (up to 1,000 clips of) the training split when a network
         is built, and are buffers: they are saved with the weights and come back with them, so a trained network reads
-        other data as it read its own.
+        other data as it read its own. Where `mean` and `std` are given these hold, for this data alone.
         """
-        return StandardisedLinear(*self._statistics(), dim)
+        return StandardisedLinear(*self._statistics(), dim, kept=self.mean is None)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and std [P] by which tokens are standardised."""
+        if self.mean is not None and self.std is not None:
+            offset = math.log(FLOOR)  # tokens hold log(1 + power / FLOOR)
+            return torch.full((self.token_dim(),), self.mean - offset), torch.full((self.token_dim(),), self.std)
         # All that they depend on; `limit` is not: fewer labels are no other sound.
         whole = {"limit": None, "padding": "batch", "patch_order": "time", "order_seed": 0, "augment": None}
         return token_statistics(self.model_copy(update=whole))
 
-    def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module:
-        """Mean and std are among the weights."""
+    def stored_embedder(self, weights: Mapping[str, Tensor]) -> nn.Module | None:
+        """Mean and std are among the weights, or given."""
+        if "mean" not in weights:
+            return self.embedder(len(weights["bias"])) if self.mean is not None else None
         return StandardisedLinear(weights["mean"], weights["std"], len(weights["bias"]))
 
     def order(self, tokens: Tokens) -> Tensor | None:
@@ -233,7 +266,9 @@ class Audio(Ordered, Modality):
         """The spectrogram, low frequencies at the bottom, each clip up to its loudest; padding is black."""
         picture = self._spectrogram(tokens)
         grid = (self.rows, tokens.values.shape[1] // self.rows)
-        return Sketch(picture / picture.amax((1, 2), keepdim=True).clamp(min=1e-6), grid)
+        return Sketch(
+            (picture / picture.amax((1, 2), keepdim=True).clamp(min=1e-6)).clamp(min=0), grid
+        )  # noise may fall below
 
     def decode(self, tokens: Tokens) -> Signal:
         """Sound, silent where padded; see `modalities.data.audio.waveform` for what is lost.
@@ -280,55 +315,6 @@ class Audio(Ordered, Modality):
             best.append(unbiased_length(units[1:]))
         start = unbiased_length(torch.stack(first)).expand(OPTIMUM_CLIPS)
         return -float(torch.cat([start, *best]).mean())
-
-
-class StandardisedLinear(nn.Linear):
-    """linear((x - mean) / std); mean and std [P] are buffers."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Tensor, std: Tensor, dim: int) -> None:
-        super().__init__(len(mean), dim)
-        self.register_buffer("mean", mean.clone())
-        self.register_buffer("std", std.clone())
-        init_weights(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, N, P] -> [B, N, dim]."""
-        return super().forward((x - self.mean) / self.std)
-
-
-@cached
-@torch.no_grad()
-def token_statistics(data: Audio) -> tuple[Tensor, Tensor]:
-    """Mean and std [P] of the real tokens of up to 1,000 training clips.
-
-    A number that hardly varies (a band above what was recorded) counts as a tenth as wide as the numbers are on
-    average: dividing by less would make its noise loud.
-
-    Raises:
-        UserError: no clip can be read.
-    """
-    clips = data.dataset("train")
-    chosen = torch.randperm(len(clips), generator=torch.Generator().manual_seed(0))[:STATISTICS_CLIPS]
-    count, total, squares = 0, torch.zeros(data.token_dim()).double(), torch.zeros(data.token_dim()).double()
-    unreadable = ""
-    for index in chosen.tolist():
-        try:
-            tokens = data.tokenize(clips.__getitems__([index]))
-        except UnreadableSample as error:
-            unreadable = unreadable or str(error)
-            continue
-        rows = tokens.values[tokens.mask].double()
-        count += len(rows)
-        total += rows.sum(0)
-        squares += rows.square().sum(0)
-    if not count:
-        raise UserError(f"no training clip can be read; the first: {unreadable}")
-    mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return mean.float(), std.clamp(min=0.1 * float(std.mean()) + 1e-6).float()
 
 
 def _picture(mel: Tensor) -> Tensor:

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from modalities.data.image_augment import augmentation
 from modalities.data.image_decode import Channels
-from modalities.data.video import SUFFIXES, ClipForm, Clips, Label, SourceName, open_files, open_source, open_video
+from modalities.data.labelled import folds_of
+from modalities.data.video import (
+    KIND,
+    SUFFIXES,
+    ClipForm,
+    Clips,
+    Label,
+    SourceName,
+    open_files,
+    open_source,
+    open_video,
+)
 from modalities.image import channel_statistics, cubify, patch_centres, uncubify
 from modalities.orders import Ordered
 from nepa_core.basics import Batch
@@ -28,7 +39,7 @@ class Video(Ordered, Modality):
     """Clips of one length and size; a token holds the standardised pixels of one tubelet.
 
     Attributes:
-        source, root: where videos come from, see `modalities.data.video.open_source`.
+        source, root, fold: where videos come from, and which fold is held out, see `modalities.data.video.open_source`.
         label: of the embedded digits, "class" or "direction".
         frames: in a clip. A shorter video's last frame is repeated, and that is said.
         rate: frames a second to which videos are brought, by their time stamps; null is that of each file. Folders of
@@ -63,6 +74,7 @@ class Video(Ordered, Modality):
     augment: Literal["none", "crop", "crop_flip"] = "none"
     crop_ratio: float = Field(default=1.0, ge=0.01, le=1)
     random_start: bool = True
+    fold: str | None = Field(default=None, exclude_if=lambda fold: fold is None)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -75,6 +87,8 @@ class Video(Ordered, Modality):
                 )
         if self.source == "folder" and self.root is None:
             raise ValueError("data.source=folder needs data.root=DIR, the folder (or CSV file) with the videos")
+        if self.fold is not None and self.source != "folder":
+            raise ValueError("data.fold is for data.source=folder")
         if self.source == "folder" and self.label != "class":
             raise ValueError("data.label=direction is for data.source=digits; those of files are in folders or a CSV")
         for key, values in {"mean": self.mean, "std": self.std}.items():
@@ -106,7 +120,11 @@ class Video(Ordered, Modality):
             root=self.root,
             label=self.label,
             clips=clips,
+            fold=self.fold,
         )
+
+    def folds(self) -> tuple[str, ...]:
+        return folds_of(self.root, KIND) if self.source == "folder" and self.root is not None else ()
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Tubelets of batch["video"] uint8 [B, T, C, H, W], standardised: values [B, N, P] float32.

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from modalities.data.volumes import SUFFIXES, Fit, SourceName, Volumes, open_files, open_source, open_volumes
+from modalities.data.labelled import folds_of
+from modalities.data.volumes import KIND, SUFFIXES, Fit, SourceName, Volumes, open_files, open_source, open_volumes
 from modalities.image import cubify, patch_centres, uncubify
 from modalities.orders import Ordered
 from nepa_core.basics import Batch
@@ -29,7 +30,8 @@ class Volume(Ordered, Modality):
     """Volumes of one size; a token holds the standardised voxels of one cube.
 
     Attributes:
-        source, root: where volumes come from, see `modalities.data.volumes.open_source`.
+        source, root, fold: where volumes come from, and which fold is held out, see
+            `modalities.data.volumes.open_source`.
         size: (D, H, W) in voxels, to which every volume is brought. fit: how, see `modalities.data.volumes`: "scale"
             changes resolution and shape, "crop" keeps them and cuts the middle out, or pads.
         patch: (f, p, q) of a cube in voxels; it divides the size.
@@ -51,6 +53,7 @@ class Volume(Ordered, Modality):
     fit: Fit = "scale"
     mean: tuple[float, ...] | None = None
     std: tuple[PositiveFloat, ...] | None = None
+    fold: str | None = Field(default=None, exclude_if=lambda fold: fold is None)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -64,6 +67,8 @@ class Volume(Ordered, Modality):
             )
         if self.source == "folder" and self.root is None:
             raise ValueError("data.source=folder needs data.root=DIR, the folder (or CSV file) with the volumes")
+        if self.fold is not None and self.source != "folder":
+            raise ValueError("data.fold is for data.source=folder")
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std are given both, or neither: each volume has its own then")
         for key, values in {"mean": self.mean, "std": self.std}.items():
@@ -78,7 +83,18 @@ class Volume(Ordered, Modality):
         return depth // f, height // p, width // q
 
     def dataset(self, split: str) -> Volumes:
-        return open_volumes(self.source, split, size=self.size, channels=self.channels, fit=self.fit, root=self.root)
+        return open_volumes(
+            self.source,
+            split,
+            size=self.size,
+            channels=self.channels,
+            fit=self.fit,
+            root=self.root,
+            fold=self.fold,
+        )
+
+    def folds(self) -> tuple[str, ...]:
+        return folds_of(self.root, KIND) if self.source == "folder" and self.root is not None else ()
 
     def tokenize(self, batch: Batch) -> Tokens:
         """Cubes of batch["volume"] float32 [B, C, D, H, W], standardised: values [B, N, P] float32.

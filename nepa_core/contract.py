@@ -214,14 +214,19 @@ def check_targets(modality: Modality) -> None:
     for split in ("train", "test"):
         batch = _batch(modality, split)
         label, target = batch.get("label"), batch.get("target")
-        assert label is None or label.ndim == 1 or (label.is_floating_point() and label.ndim == 2), (
+        assert label is None or label.ndim == 1 or (label.ndim == 2 and not _counts(label)), (
             f"sample['label'] of dataset({split!r}) has shape {_shape(label[0])}: make it one integer, the class, or "
-            "float32 [] or [K], numbers to predict; classes per token belong in 'target'"
+            "bool [C], several classes, or float32 [] or [K], numbers to predict; classes per token belong in 'target'"
         )
         count = modality.tokenize(batch).values.shape[1]
         assert target is None or target.ndim != 2 or target.shape[1] == count, (
             f"sample['target'] of dataset({split!r}) has {_shape(target[0])} classes for {count} tokens: make it [N]"
         )
+
+
+def _counts(label: Tensor) -> bool:
+    """Whether labels are integers, neither bool nor float."""
+    return not label.is_floating_point() and label.dtype != torch.bool
 
 
 def check_both_splits(modality: Modality) -> None:

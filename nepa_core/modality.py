@@ -140,6 +140,17 @@ class Modality(BaseModel, ABC):
         target: Tensor | None = batch.get("target")
         return None if target is None or target.is_floating_point() or target.ndim != 2 else target
 
+    def folds(self) -> tuple[str, ...]:
+        """Names of the folds that the samples are divided into for cross-validation, in their order.
+
+        An adapter that has some has a field `fold` as well: the one whose samples are held out. Default: none.
+        """
+        return ()
+
+    def holding_out(self, fold: str) -> Modality:
+        """This adapter with that one of `folds` held out, and the others to train. Default: by its field `fold`."""
+        return self.model_copy(update={"fold": fold})
+
     def plain(self) -> Modality:
         """This adapter without augmentation: what probes and baselines read. Default: itself."""
         return self

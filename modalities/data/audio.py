@@ -12,7 +12,6 @@ import hashlib
 import math
 import os
 import re
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -22,21 +21,26 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, cast
 
 import numpy as np
-import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from modalities.data.audio_files import KIND, SUFFIXES, listen, read_file
+from modalities.data.audio_sets import PIECE, Keywords, SetName, Subset, read_set, set_folds
 from modalities.data.labelled import (
+    FOLD,
     SPLITS,
-    Kind,
     LabelledSource,
     Reading,
     Row,
+    folds_of,
+    held_fold,
+    named_folds,
     of_split,
     read_manifest,
+    refuse_fold,
     say_empty,
     say_passed,
     tree,
@@ -58,30 +62,19 @@ from modalities.data.spectrogram_augment import DRAWN, draw
 from nepa_core.basics import Batch, UnreadableSample, UserError, some
 from nepa_core.samples import some_rows
 
-SourceName = Literal["synthetic", "folder"]
+SourceName = Literal["synthetic", "folder"] | SetName
 Padding = Literal["batch", "full"]
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
-KIND = Kind("clip", "audio file", SUFFIXES)
 FSDD_NAME = re.compile(r"(?P<digit>\d)_(?P<speaker>[^_]+)_(?P<index>\d+)\.wav")
 FSDD_TEST = 5
 """Recordings 0 to 4 of each digit and speaker are FSDD's test split."""
 
 FLOOR = 1e-6
 """Mel power that counts as silence, above the rounding of 16 bits (1e-8) and below any microphone's noise."""
-_LARGEST_KERNEL = 2**24  # numbers in the filters of a resampling; two rates without a common factor need more
-
 HELD_OUT = 0.1
 """The share of clips that is held out where nothing says which."""
 
-FOLD = re.compile(r"(fold|split|part)[ _-]?\d+", re.IGNORECASE)
-"""Folders of this name divide a data set for cross-validation; they are no classes."""
-
 _UPDATES = 30  # of the power behind mel bands: then its bands are right to a thousandth
-_ROUNDING = 1e-4  # of samples of 16 bits, three steps of them
-_LISTENED = 48  # clips of a split that are looked at when it is opened, for _LISTENED_SECONDS each
-_LISTENED_SECONDS = 5
-
 SYNTHETIC_CLASSES = ("tone", "rising", "falling", "pulsed")
 SYNTHETIC_COUNT = {"train": 2000, "test": 512}
 SYNTHETIC_NOISE = 0.05
@@ -207,7 +200,11 @@ class Clips(Dataset[Batch]):
         augmented: bool = False,
     ) -> None:
         self.source, self.rows, self.form, self.augmented = source, rows, form, augmented
-        self.labels = None if source.labels is None else source.labels[rows]
+        self.labels = source.labels
+        if source.labels is not None and not torch.equal(
+            rows, torch.arange(len(source))
+        ):  # else a copy of 1 GB: AudioSet
+            self.labels = source.labels[rows]
         self.padding, self.memory = padding, memory
 
     def __len__(self) -> int:
@@ -242,7 +239,13 @@ class Clips(Dataset[Batch]):
     def contents(self) -> Contents | None:
         """The stored bytes of every clip; None where there are none."""
         paths = self._paths()
-        return None if paths is None else Contents(file_sizes(paths), lambda index: read_whole(paths[index]), self.name)
+        return None if paths is None else Contents(file_sizes(paths), self._stored, self.name)
+
+    def _stored(self, index: int) -> bytes:
+        """The bytes of a clip's file, and of a piece where it begins, too."""
+        source, row = cast(Recordings, self.source), int(self.rows[index])
+        start = source.start(row)
+        return read_whole(str(source.paths[row])) + (b"" if start is None else repr(start).encode())
 
     def fingerprint(self) -> str:
         """Changes where other files are listed, or one of another size or label."""
@@ -302,12 +305,15 @@ def open_audio(
     padding: Padding = "batch",
     in_memory: bool = False,
     limit: int | None = None,
+    fold: str | None = None,
+    subset: Subset = "full",
+    keywords: Keywords = "all",
     augmented: bool = False,
 ) -> Clips:
     """The clips of a split as log-mel frames.
 
     Args:
-        source, root, held_out_speaker, held_out: see `open_source`.
+        source, root, held_out_speaker, held_out, fold, subset, keywords: see `open_source`.
         split: "train" or "test".
         padding, augmented: see `Clips`.
         in_memory: keep the frames of every clip once it has been read.
@@ -318,7 +324,16 @@ def open_audio(
         UnreadableSample: from the data set, on access to a clip that can't be read, is empty, silent, not longer than a
             token, or holds NaN.
     """
-    stored = open_source(source, split, root=root, held_out_speaker=held_out_speaker, held_out=held_out)
+    stored = open_source(
+        source,
+        split,
+        root=root,
+        held_out_speaker=held_out_speaker,
+        held_out=held_out,
+        fold=fold,
+        subset=subset,
+        keywords=keywords,
+    )
     rows = some_rows(len(stored), limit if split == "train" else None)
     memory = _memory(stored, form) if in_memory else None
     return Clips(stored, rows, form, padding, memory, augmented=augmented)
@@ -341,17 +356,28 @@ class Source(LabelledSource, Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Recordings:
-    """Audio files. Their paths are a NumPy array: a list of strings would be copied into every worker."""
+    """Audio files, or pieces of `PIECE` seconds that begin at `starts` [n] in them, where that is not negative.
+
+    Their paths are a NumPy array: a list of strings would be copied into every worker.
+    """
 
     paths: np.ndarray[tuple[int], np.dtype[np.str_]]
     labels: Tensor | None
     classes: tuple[str, ...] | None
+    starts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, row: int, sample_rate: int, most: int) -> Tensor:
-        return read_file(str(self.paths[row]), sample_rate, most)
+        path, start = str(self.paths[row]), self.start(row)
+        if start is None:
+            return read_file(path, sample_rate, most)
+        return read_file(path, sample_rate, min(most, round(PIECE * sample_rate)), start=start)
+
+    def start(self, row: int) -> float | None:
+        """Where in its file a piece begins, in seconds; None of a whole file."""
+        return None if self.starts is None or self.starts[row] < 0 else float(self.starts[row])
 
     def name(self, row: int) -> str:
         return printable(str(self.paths[row]))
@@ -393,98 +419,6 @@ class Synthetic:
         return f"synthetic:{row}"
 
 
-def read_file(path: str, sample_rate: int, most: int) -> Tensor:
-    """The first `most` points of an audio file, its channels averaged, resampled; [n] float32.
-
-    Raises:
-        OSError, ValueError: it can't be read, or there is nothing in it to learn from.
-    """
-    rate, points, _ = _read_points(path, sample_rate, most)
-    wave = torch.from_numpy(points.mean(1))
-    if not len(wave):
-        raise ValueError("holds no samples")
-    if not wave.isfinite().all():
-        raise ValueError("holds NaN or infinite samples")
-    if wave.abs().max() < _ROUNDING and _cancels(points):
-        raise ValueError("is silent: its channels cancel each other, for one is the other upside down")
-    if wave.min() == wave.max():
-        raise ValueError("is silent: all of its samples are equal")
-    resampled: Tensor = wave if rate == sample_rate else _resampling(rate, sample_rate)(wave)
-    return resampled
-
-
-def _read_points(path: str, sample_rate: int, most: int) -> tuple[int, np.ndarray, str]:
-    """Rate, the first points [n, channels] float32 that make `most` at `sample_rate`, and how they are stored."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError("no regular file")  # a pipe might never end
-        with soundfile.SoundFile(os.fsencode(path)) as file:
-            rate = int(file.samplerate)
-            _check_rate(rate, sample_rate)
-            points = file.read(math.ceil(most * rate / sample_rate), dtype="float32", always_2d=True)
-            return rate, points, str(file.subtype)
-    except FileNotFoundError as error:
-        raise ValueError("there is no such file") from error
-    except soundfile.LibsndfileError as error:
-        raise ValueError(error.error_string) from error
-
-
-def _cancels(points: np.ndarray) -> bool:
-    """Whether the mean of the channels [n, channels] has less than a thousandth of their power (30 dB)."""
-    if points.shape[1] < 2:
-        return False
-    apart = points - points.mean(0)
-    return bool(1000 * np.square(apart.mean(1)).mean() < np.square(apart).mean())
-
-
-def _listen(root: str, paths: Sequence[str]) -> None:
-    """Say what is odd about the sound of a few clips, evenly spread over the list."""
-    chosen = paths if len(paths) <= _LISTENED else [paths[i * len(paths) // _LISTENED] for i in range(_LISTENED)]
-    found: dict[str, list[str]] = {}
-    read = 0
-    for path in chosen:
-        try:
-            _, points, kind = _read_points(path, 16_000, _LISTENED_SECONDS * 16_000)
-        except (OSError, ValueError):
-            continue  # is named when it is read as a sample
-        if not len(points) or not np.isfinite(points).all():
-            continue
-        read += 1
-        peak = float(np.abs(points).max())
-        if kind in ("FLOAT", "DOUBLE") and peak > 8:
-            what = (
-                f"have numbers up to {2 ** math.ceil(math.log2(peak)):,}, as integers have, in a file of "
-                "floating-point samples, which should lie between -1 and 1; divide them"
-            )
-            found.setdefault(what, []).append(path)
-        if _cancels(points):
-            what = "have channels that cancel each other when they are averaged; keep one of them"
-            found.setdefault(what, []).append(path)
-        flat = (points[1:] == points[:-1]) & (np.abs(points[1:]) > 0.99)  # a loud tone touches full scale, and turns
-        if kind not in ("FLOAT", "DOUBLE") and len(flat) and flat.mean() > 0.005:
-            found.setdefault("are clipped: they stay at full scale for several samples at a time", []).append(path)
-    for what, named in found.items():
-        say(f"{root}: {len(named)} of {read} clips listened to, such as {printable(min(named))}, {what}")
-
-
-def _check_rate(rate: int, wanted: int) -> None:
-    common = math.gcd(rate, wanted)
-    if not 1000 <= rate <= 1_000_000 or (wanted // common) * (rate // common) > _LARGEST_KERNEL:
-        raise ValueError(
-            f"its header says {rate} samples a second, which can't be brought to data.sample_rate={wanted}; "
-            "fix the header"
-        )
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _resampling(rate: int, wanted: int) -> nn.Module:
-    from torchaudio.transforms import Resample
-
-    resample: nn.Module = Resample(rate, wanted)
-    return resample
-
-
 def open_source(
     source: SourceName,
     split: str,
@@ -492,24 +426,27 @@ def open_source(
     root: str | None = None,
     held_out_speaker: str | None = None,
     held_out: float = HELD_OUT,
+    fold: str | None = None,
+    subset: Subset = "full",
+    keywords: Keywords = "all",
 ) -> Source:
     """Where the clips of a split come from; what has been opened once is kept.
 
     Args:
-        source: "synthetic" (see `Synthetic`) or "folder".
+        source: "synthetic" (see `Synthetic`), "folder", or a set in its own layout, see `modalities.data.audio_sets`.
         split: "train" or "test" (held out).
-        root: for "folder",
+        root: of a set the folder it came in; for "folder",
             - a folder with class folders, `train/<class>/*` and `val/<class>/*`, or with `train/*` and `val/*` for
               clips without labels;
             - a folder with files of FSDD's naming, `{digit}_{speaker}_{index}.wav` (there, in fsdd/ or in recordings/),
               whose recordings 0 to 4 of each digit and speaker are held out;
             - a CSV file with the columns path (seen from its folder) and split and, where clips have labels, label:
               classes, or numbers to predict where every one of them is written with a decimal point; or labels,
-              any number of classes with ";" between them;
+              any number of classes with ";" between them. A column fold may stand in place of split, or beside it;
             - `<class>/*` alone, two or more class folders: a share of each is held out. A class of one file and the
               few files that lie beside the folders (a tenth at most) are left out;
             - folders fold1, fold2, ... (or split1, part1), with class folders in them or without: whole folds are held
-              out, the first ones;
+              out, the first ones, or the one that `fold` names;
             - any other folder with audio files in it, at any depth: clips without labels, of which a share is held out.
             The held-out split may be called val, validation or test; of several the first in this order, and the rest
             are left aside. What is passed over (`modalities.data.listing`) or left out is said.
@@ -517,6 +454,8 @@ def open_source(
         held_out: the share of clips that is held out where nothing else says which, those whose paths (seen from
             `root`) have the lowest hashes: moving the folder changes nothing, and a new file hardly anything. Where
             several files are of one recording, divide them yourself, or the same sound is in both splits.
+        fold: of `audio_folds`, to hold out.
+        subset, keywords: of AudioSet and of Speech Commands, see `modalities.data.audio_sets.read_set`.
 
     Raises:
         UserError: there is no such data, or they are in none of these layouts, the classes of the splits differ, or a
@@ -527,8 +466,28 @@ def open_source(
     if source == "synthetic":
         return _open_synthetic(split)
     if root is None:
-        raise UserError("data.source=folder needs data.root=DIR, the folder that holds the audio files")
-    return _open_folder(root, split, held_out_speaker, held_out)
+        raise UserError(f"data.source={source} needs data.root=DIR, the folder that holds the audio files")
+    if source != "folder":
+        return _open_set(source, root, split, fold, subset, keywords)
+    return _open_folder(root, split, held_out_speaker, held_out, fold)
+
+
+def audio_folds(source: SourceName, root: str | None) -> tuple[str, ...]:
+    """Names of the folds that clips are divided into, in their order; () for none.
+
+    Raises:
+        UserError: there is no such data.
+    """
+    if source == "synthetic" or root is None:
+        return ()
+    return folds_of(root, KIND) if source == "folder" else set_folds(source, root)
+
+
+@lru_cache(maxsize=4)
+def _open_set(name: SetName, root: str, split: str, fold: str | None, subset: Subset, keywords: Keywords) -> Recordings:
+    found = read_set(name, root, split, fold=fold, subset=subset, keywords=keywords)
+    listen(root, found.paths)
+    return Recordings(np.array(found.paths), found.labels, found.classes, found.starts)
 
 
 @lru_cache(maxsize=2)
@@ -537,21 +496,23 @@ def _open_synthetic(split: str) -> Synthetic:
 
 
 @lru_cache(maxsize=4)
-def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: float) -> Recordings:
+def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: float, fold: str | None) -> Recordings:
     place = Path(root).expanduser()
     if not place.exists():
         raise UserError(f"data.root={root}: there is no such folder or CSV file; give the one that holds the audio")
     fsdd = None if place.is_file() else _fsdd_files(place)
     if fsdd:
+        refuse_fold(root, fold)
         return _open_fsdd(root, fsdd, split, held_out_speaker)
     if held_out_speaker is not None:
         raise UserError(f"data.held_out_speaker needs files of FSDD's naming, and data.root={root} holds none")
     if place.is_file():
-        rows, reading = read_manifest(place, KIND)
+        rows, reading = read_manifest(place, KIND, fold)
         return _recordings(root, rows, split, reading)
     passed = Passed()
     folders = {each: [place / n for n in names if (place / n).is_dir()] for each, names in SPLITS.items()}
     if all(folders.values()):
+        refuse_fold(root, fold)
         rows = [(path, label, each) for each, found in folders.items() for path, label in tree(found[0], KIND, passed)]
         say_passed(root, passed, [folder.name for folder in folders["test"]])
         return _recordings(root, rows, split)
@@ -559,7 +520,7 @@ def _open_folder(root: str, split: str, held_out_speaker: str | None, held_out: 
         files, passed = list_files(place, SUFFIXES)
         say_passed(root, passed)
         if files:
-            rows = _divided(root, place, files, held_out)
+            rows = _divided(root, place, files, held_out, fold)
             _say_without_files(place, files, rows)
             return _recordings(root, rows, split)
     raise UserError(
@@ -580,11 +541,11 @@ def _say_without_files(folder: Path, files: Sequence[str], rows: Sequence[Row]) 
 def _recordings(root: str, rows: Sequence[Row], split: str, reading: Reading = "class") -> Recordings:
     """A split of (path, label or "", "train" or "test")."""
     found = of_split(root, rows, split, KIND, reading)
-    _listen(root, found.paths)
+    listen(root, found.paths)
     return Recordings(np.array(found.paths), found.labels, found.classes)
 
 
-def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> list[Row]:
+def _divided(root: str, folder: Path, files: Sequence[str], held_out: float, fold: str | None) -> list[Row]:
     """Files that nobody divided: of every class those whose paths have the lowest hashes are held out.
 
     `open_source` says what becomes a class.
@@ -598,7 +559,8 @@ def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> 
         lowest = {path: each[1:] for path, each in lowest.items()}
     tops = sorted({each[0] for each in lowest.values() if len(each) > 1}, key=natural_key)
     if len(tops) > 1 and all(map(FOLD.fullmatch, tops)):
-        return _by_folds(root, lowest, tops, held_out)
+        return _by_folds(root, lowest, tops, held_out, fold)
+    refuse_fold(root, fold)
     label = _classes_of(root, parts)
     alike: dict[str, list[str]] = {}
     for path in sorted(label, key=lambda path: hashlib.sha256(os.fsencode(seen[path])).digest()):
@@ -607,12 +569,16 @@ def _divided(root: str, folder: Path, files: Sequence[str], held_out: float) -> 
     return [(path, label[path], "test" if path in held else "train") for path in files if path in label]
 
 
-def _by_folds(root: str, parts: dict[str, list[str]], folds: Sequence[str], held_out: float) -> list[Row]:
-    """Whole folds are held out: clips of one recording lie in one of them."""
+def _by_folds(
+    root: str, parts: dict[str, list[str]], folds: Sequence[str], held_out: float, fold: str | None
+) -> list[Row]:
+    """Whole folds are held out, a share of them or the one that is named: clips of one recording lie in one of them."""
     inner = {path: each for path, each in parts.items() if len(each) > 1}
     names = {each[1] for each in inner.values() if len(each) > 2}
     classes = len(names) > 1 and all(len(each) > 2 for each in inner.values())
-    held = folds[: min(max(round(held_out * len(folds)), 1), len(folds) - 1)]
+    named = named_folds(folds)
+    some_of = folds[: min(max(round(held_out * len(folds)), 1), len(folds) - 1)]
+    held = some_of if fold is None else [named[held_fold(root, list(named), fold)]]
     lost = len(parts) - len(inner)
     say(
         f"{root}: {folds[0]} to {folds[-1]} are folds and no classes; {some(held)} held out, "

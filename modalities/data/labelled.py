@@ -20,6 +20,7 @@ from modalities.data.listing import (
     file_sizes,
     list_files,
     list_groups,
+    natural_key,
     printable,
     say,
     say_left_aside,
@@ -39,11 +40,15 @@ COLUMNS = {
     "split": ("split", "set", "subset"),
     "label": ("label", "class", "category"),
     "labels": ("labels", "classes", "categories"),
+    "fold": ("fold",),
 }
 """What the columns of a manifest may be called, in any case."""
 
 BETWEEN = ";"
 """Stands between the classes of a sample in a column of several."""
+
+FOLD = re.compile(r"(fold|split|part)[ _-]?(?P<number>\d+)", re.IGNORECASE)
+"""Folders of this name divide a data set for cross-validation; they are no classes."""
 
 Reading = Literal["class", "classes", "numbers"]
 """What labels are: one class a sample, any number of them, or a number to predict."""
@@ -99,20 +104,35 @@ class Labelled(NamedTuple):
 
 
 def read_layout(
-    root: str, kind: Kind, items: Callable[[list[str]], list[str]] = lambda paths: paths
+    root: str,
+    kind: Kind,
+    items: Callable[[list[str]], list[str]] = lambda paths: paths,
+    *,
+    fold: str | None = None,
 ) -> tuple[list[Row], Reading]:
     """The rows of both splits, and what their labels are, of a folder or of a CSV file.
 
     Args:
         items: the samples that files make, all of one folder and below.
+        fold: of `folds_of`, to hold out; None holds out the first where nothing else divides the samples.
 
     Raises:
-        UserError: there is no such folder or file, or it is in none of the layouts.
+        UserError: there is no such folder or file, it is in none of the layouts, or has no such fold.
     """
     place = Path(root).expanduser()
     if place.is_file():
-        return read_manifest(place, kind)
+        return read_manifest(place, kind, fold)
     passed = Passed()
+    if folds := fold_folders(place):
+        held = held_fold(root, list(folds), fold)
+        rows = [
+            (path, label, "test" if name == held else "train")
+            for name, folder in folds.items()
+            for path, label in tree(folder, kind, passed, items)
+        ]
+        say_passed(root, passed)
+        return rows, "class"
+    refuse_fold(root, fold)
     folders = {each: [place / name for name in names if (place / name).is_dir()] for each, names in SPLITS.items()}
     if not all(folders.values()):
         raise UserError(
@@ -125,6 +145,65 @@ def read_layout(
     ]
     say_passed(root, passed, [folder.name for folder in folders["test"]])
     return rows, "class"
+
+
+def folds_of(root: str, kind: Kind) -> tuple[str, ...]:
+    """Names of the folds of a folder or of a CSV file in their order; () where it is divided into none.
+
+    Those are the numbers of folders called `fold1`, `fold2` and so on (see `FOLD`; whole names where two have one
+    number), or what stands in a column called fold.
+
+    Raises:
+        UserError: the CSV file can't be read.
+    """
+    place = Path(root).expanduser()
+    if not place.is_file():
+        return tuple(fold_folders(place))
+    places, rows = _read_table(place, kind)
+    return _folds_in(place, places, rows)
+
+
+def fold_folders(folder: Path) -> dict[str, Path]:
+    """Fold -> its folder, where the folders in this one are all called so; in an only folder they are looked for."""
+    names = subfolders(folder)
+    while len(names) == 1 and not FOLD.fullmatch(names[0]):
+        folder /= names[0]
+        names = subfolders(folder)
+    if len(names) < 2 or not all(map(FOLD.fullmatch, names)):
+        return {}
+    return {fold: folder / name for fold, name in named_folds(names).items()}
+
+
+def named_folds(folders: Sequence[str]) -> dict[str, str]:
+    """Fold -> name of its folder, in their order; a fold is called by its number where no two have the same."""
+    ordered = sorted(folders, key=natural_key)
+    numbers = [str(int(found["number"])) for name in ordered if (found := FOLD.fullmatch(name))]
+    return dict(zip(numbers if len(set(numbers)) == len(ordered) else ordered, ordered, strict=True))
+
+
+def held_fold(where: str, folds: Sequence[str], fold: str | None) -> str:
+    """The fold that is held out: that one, or of None the first, which is said.
+
+    Raises:
+        UserError: there is no such fold, or only one in all.
+    """
+    if len(folds) < 2:
+        raise UserError(f"{where}: holds one fold, {some(list(map(printable, folds)))}; one of two or more is held out")
+    if fold is None:
+        say(f"{where}: fold {printable(folds[0])} of {len(folds)} is held out; data.fold= names another one")
+        return folds[0]
+    if fold not in folds:
+        raise UserError(f"data.fold={fold}: the folds of {where} are {some(list(map(printable, folds)))}")
+    return fold
+
+
+def refuse_fold(where: str, fold: str | None) -> None:
+    """Raise a `UserError` where a fold is named of what has none."""
+    if fold is not None:
+        raise UserError(
+            f"data.fold={fold}: {where} has no folds; a CSV file names them in a column fold, and folders are called "
+            "fold1, fold2, ..."
+        )
 
 
 def of_split(root: str, rows: Sequence[Row], split: str, kind: Kind, reading: Reading = "class") -> Labelled:
@@ -214,66 +293,103 @@ def say_passed(root: str, passed: Passed, held_out: Sequence[str] = ()) -> None:
     say_left_aside(root, held_out)
 
 
-def read_manifest(file: Path, kind: Kind) -> tuple[list[Row], Reading]:
-    """What a CSV file with the columns path, split and, where there are any, label or labels says; see `COLUMNS`.
+def read_manifest(file: Path, kind: Kind, fold: str | None = None) -> tuple[list[Row], Reading]:
+    """What a CSV file says with the columns path, split or fold and, where there are any, label or labels.
 
-    Every label is a number to predict where all are written with a decimal point. Under "labels" stand any number of
-    classes, with `BETWEEN` between them.
+    `COLUMNS` has their names. Every label is a number to predict where all are written with a decimal point. Under
+    "labels" stand any number of classes, with `BETWEEN` between them. Under "fold" stands the name of one; without a
+    split the first is held out.
+
+    Args:
+        fold: to hold out, whatever a column "split" says.
 
     Raises:
-        UserError: it is no such file, or names a sample in both splits.
+        UserError: it is no such file, names a sample in both splits, or has no such fold.
     """
-    lines = [f"{line}\n" for line in read_lines(file)]
-    separator = max(",;\t|", key=next((line for line in lines if line.strip()), "").count)
+    places, table = _read_table(file, kind)
     known = {name: each for each, names in SPLITS.items() for name in names}
+    held = None
+    if fold is not None or places["split"] is None:
+        held = held_fold(str(file), folds, fold) if (folds := _folds_in(file, places, table)) else None
+    if held is None:
+        refuse_fold(str(file), fold)
     found: list[tuple[int, str, str, str]] = []
-    try:
-        table = csv.reader(lines, delimiter=separator)
-        head = next((row for row in table if any(row)), [])
-        names = [name.strip().lower() for name in head]
-        places = {
-            key: next((names.index(name) for name in also if name in names), None) for key, also in COLUMNS.items()
-        }
-        several, one = places.pop("labels"), places["label"]
-        if several is not None and one is not None:
+    for number, row in table:
+        path, label, split = (_cell(row, places[key]) for key in ("path", "label", "split"))
+        if held is not None:
+            split = "test" if _cell(row, places["fold"]) == held else "train"
+        if not path or "\0" in path or split.lower() not in known:
             raise UserError(
-                f"{file}: has the columns {names[one]} and {names[several]}; rename one, for a {kind.noun} has one "
-                "class or several"
+                f"{file}, row {number}: needs a path and a split of {', '.join(known)}, not {path!r}, {split!r}"
             )
-        places["label"] = one if several is None else several
-        missing = [name for name in ("path", "split") if places[name] is None]
-        if missing:
-            raise UserError(
-                f"{file}: the first line must name the columns path and split, and label where {kind.noun}s have "
-                f"labels; no {missing[0]}"
-            )
-        for row in table:
-            if not any(row):
-                continue
-            path, label, split = (
-                row[place].strip() if place is not None and place < len(row) else ""
-                for place in (places["path"], places["label"], places["split"])
-            )
-            if not path or "\0" in path or split.lower() not in known:
-                raise UserError(
-                    f"{file}, row {table.line_num}: needs a path and a split of {', '.join(known)}, not {path!r}, "
-                    f"{split!r}"
-                )
-            found.append((table.line_num, _beside(file, path), label, split.lower()))
-    except csv.Error as error:
-        raise UserError(f"{file}: not a readable CSV file ({error})") from error
+        found.append((number, _beside(file, path), label, split.lower()))
     held_out = [name for name in SPLITS["test"] if any(split == name for *_, split in found)]
     say_passed(str(file), Passed(), held_out)
     rows = [each for each in found if each[3] not in held_out[1:]]
     _check_once(file, kind.noun, [(number, path, known[split], label) for number, path, label, split in rows])
     plain = [(path, label, known[split]) for _, path, label, split in rows]
-    if several is not None:  # a sample without a class is one of none
+    if places["several"] is not None:  # a sample without a class is one of none
         return plain, "classes"
     bare = [number for number, _, label, _ in rows if not label]
     if 0 < len(bare) < len(rows):
         raise UserError(f"{file}, row {bare[0]}: no label, and other rows have one; give every row one, or none")
     _check_kind(file, [(number, label) for number, _, label, _ in rows])
     return plain, "numbers" if all(NUMBER.fullmatch(label) for _, label, _ in plain) else "class"
+
+
+Places = dict[str, int | None]
+"""Where the columns of a manifest stand: those of `COLUMNS`, "label" for several, too, and "several", if they are."""
+
+
+def _read_table(file: Path, kind: Kind) -> tuple[Places, list[tuple[int, list[str]]]]:
+    """Where the columns stand, and the number in the file and the cells of every row.
+
+    Raises:
+        UserError: it is no CSV file with the columns that are needed.
+    """
+    lines = [f"{line}\n" for line in read_lines(file)]
+    separator = max(",;\t|", key=next((line for line in lines if line.strip()), "").count)
+    try:
+        table = csv.reader(lines, delimiter=separator)
+        head = next((row for row in table if any(row)), [])
+        rows = [(table.line_num, row) for row in table if any(row)]
+    except csv.Error as error:
+        raise UserError(f"{file}: not a readable CSV file ({error})") from error
+    names = [name.strip().lower() for name in head]
+    places: Places = {
+        key: next((names.index(name) for name in also if name in names), None) for key, also in COLUMNS.items()
+    }
+    several, one = places.pop("labels"), places["label"]
+    if several is not None and one is not None:
+        raise UserError(
+            f"{file}: has the columns {names[one]} and {names[several]}; rename one, for a {kind.noun} has one class "
+            "or several"
+        )
+    missing = [name for name in ("path", "split") if places[name] is None and (name == "path" or not _divides(places))]
+    if missing:
+        raise UserError(
+            f"{file}: the first line must name the columns path and split (or fold), and label where {kind.noun}s have "
+            f"labels; no {missing[0]}"
+        )
+    return places | {"label": one if several is None else several, "several": several}, rows
+
+
+def _divides(places: Places) -> bool:
+    return places["split"] is not None or places["fold"] is not None
+
+
+def _cell(row: Sequence[str], place: int | None) -> str:
+    return row[place].strip() if place is not None and place < len(row) else ""
+
+
+def _folds_in(file: Path, places: Places, rows: Sequence[tuple[int, Sequence[str]]]) -> tuple[str, ...]:
+    """The names in the column fold, 2 before 10; () where there is no such column."""
+    if places["fold"] is None:
+        return ()
+    names = {_cell(row, places["fold"]): number for number, row in reversed(rows)}
+    if "" in names:
+        raise UserError(f"{file}, row {names['']}: no fold, and other rows have one; give every row one")
+    return tuple(sorted(names, key=natural_key))
 
 
 def _beside(file: Path, path: str) -> str:

@@ -156,11 +156,12 @@ def open_video(
     root: str | None = None,
     label: Label = "class",
     clips: int | None = 1,
+    fold: str | None = None,
 ) -> Clips:
     """The clips of a split, scaled (bicubic, antialiased) to cover `size` / `crop_ratio`, then cropped at the centre.
 
     Args:
-        source, root, label: see `open_source`.
+        source, root, label, fold: see `open_source`.
         split: "train" or "test".
         augment: what is done to clips instead.
         clips: of each video, see `Clips`.
@@ -169,7 +170,7 @@ def open_video(
         UserError: the data can't be found, are in none of the layouts, or PyAV is not installed.
         UnreadableSample: from the data set, on access to a video of which no frame can be read.
     """
-    stored = open_source(source, split, root=root, label=label)
+    stored = open_source(source, split, root=root, label=label, fold=fold)
     if isinstance(stored, Videos):
         _say_short(root or "", split, stored, form)
     return Clips(stored, form, augment or Fitted(size, crop_ratio), clips)
@@ -235,7 +236,9 @@ class MovingDigits:
         return f"moving digit:{row}"
 
 
-def open_source(source: SourceName, split: str, *, root: str | None = None, label: Label = "class") -> Source:
+def open_source(
+    source: SourceName, split: str, *, root: str | None = None, label: Label = "class", fold: str | None = None
+) -> Source:
     """Where the videos of a split come from; what has been opened once is kept.
 
     Args:
@@ -245,6 +248,7 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, labe
         split: "train" or "test" (held out).
         root: a folder or a CSV file, see `modalities.data.labelled.read_layout`, of video files and of folders that
             hold frames, in the order of the numbers in their names.
+        fold: of a folder or CSV file, see `modalities.data.labelled.folds_of`, to hold out.
         label: of the digits: which one it is, or where it moves.
 
     Raises:
@@ -256,7 +260,7 @@ def open_source(source: SourceName, split: str, *, root: str | None = None, labe
         return _moving_digits(split, label)
     if root is None:
         raise UserError("data.source=folder needs data.root=DIR, the folder (or CSV file) with the videos")
-    return _open_folder(root, split)
+    return _open_folder(root, split, fold)
 
 
 @lru_cache(maxsize=4)
@@ -280,8 +284,8 @@ def _moving_digits(split: str, label: Label) -> MovingDigits:
 
 
 @lru_cache(maxsize=4)
-def _open_folder(root: str, split: str) -> Videos:
-    rows, reading = read_layout(root, KIND, videos_of)
+def _open_folder(root: str, split: str, fold: str | None) -> Videos:
+    rows, reading = read_layout(root, KIND, videos_of, fold=fold)
     _check_decoder([path for path, *_ in rows])
     found = of_split(root, rows, split, KIND, reading)
     return Videos(np.array(found.paths), found.labels, found.classes)

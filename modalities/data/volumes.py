@@ -92,12 +92,19 @@ class Volumes(Dataset[Batch]):
 
 
 def open_volumes(
-    source: SourceName, split: str, *, size: Size, channels: int = 1, fit: Fit = "scale", root: str | None = None
+    source: SourceName,
+    split: str,
+    *,
+    size: Size,
+    channels: int = 1,
+    fit: Fit = "scale",
+    root: str | None = None,
+    fold: str | None = None,
 ) -> Volumes:
     """The volumes of a split.
 
     Args:
-        source, root: see `open_source`.
+        source, root, fold: see `open_source`.
         split: "train" or "test".
         fit: how a volume is brought to `size`: "scale", see `scaled`, or "crop", see `cropped`.
 
@@ -106,7 +113,7 @@ def open_volumes(
         UnreadableSample: from the data set, on access to a volume that can't be read, or has too many axes or too few,
             other channels, NaN or infinity, or one value alone.
     """
-    stored = open_source(source, split, root=root)
+    stored = open_source(source, split, root=root, fold=fold)
     if isinstance(stored, Files):
         _say_unequal(root or "", split, stored, size, fit)
     return Volumes(stored, size, channels, fit)
@@ -199,13 +206,14 @@ class Shapes:
         return f"shape:{row}"
 
 
-def open_source(source: SourceName, split: str, *, root: str | None = None) -> Source:
+def open_source(source: SourceName, split: str, *, root: str | None = None, fold: str | None = None) -> Source:
     """Where the volumes of a split come from; what has been opened once is kept.
 
     Args:
         source: "shapes" (3,000 of 16 x 16 x 16 voxels, 600 held out) or "folder".
         split: "train" or "test" (held out).
         root: a folder or a CSV file, see `modalities.data.labelled.read_layout`.
+        fold: of these, see `modalities.data.labelled.folds_of`, to hold out.
 
     Raises:
         UserError: there is no such data, it is in none of the layouts, or nibabel is not installed.
@@ -216,7 +224,7 @@ def open_source(source: SourceName, split: str, *, root: str | None = None) -> S
         return _shapes(split)
     if root is None:
         raise UserError("data.source=folder needs data.root=DIR, the folder (or CSV file) with the volumes")
-    return _open_folder(root, split)
+    return _open_folder(root, split, fold)
 
 
 @lru_cache(maxsize=2)
@@ -258,8 +266,8 @@ def _rotation(quaternion: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 @lru_cache(maxsize=4)
-def _open_folder(root: str, split: str) -> Files:
-    rows, reading = read_layout(root, KIND)
+def _open_folder(root: str, split: str, fold: str | None) -> Files:
+    rows, reading = read_layout(root, KIND, fold=fold)
     _check_reader([path for path, *_ in rows])
     found = of_split(root, rows, split, KIND, reading)
     return Files(np.array(found.paths), found.labels, found.classes)

@@ -37,6 +37,11 @@ def reverse(grid: Grid) -> Tensor:
     return raster(grid).flip(0)
 
 
+def rising(grid: Grid) -> Tensor:
+    """Raster with the first axis backwards: the last row first, which in a spectrogram holds the lowest bands."""
+    return torch.arange(math.prod(grid)).reshape(grid).flip(0).flatten()
+
+
 def snake(grid: Grid) -> Tensor:
     """Row by row, every second one from the right: unit steps on any grid."""
     cell = cells(grid)

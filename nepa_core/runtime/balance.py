@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
 
+_ROWS = 2**16  # labels turned into float64 at once: two million of 527 classes would be 9 GB
 NEEDS = "train.sampling=balanced is for samples with classes; leave it out"
 
 
@@ -31,7 +32,8 @@ def balanced_weights(dataset: Dataset[Batch]) -> Tensor:
         raise UserError(f"{NEEDS}: these have {'no labels' if labels is None else 'other labels'}")
     if labels.dtype == torch.bool:
         count = labels.sum(0).double()
-        weights = labels.double() @ torch.where(count > 0, 1 / count, 0.0)
+        each = torch.where(count > 0, 1 / count, 0.0)
+        weights = torch.cat([rows.double() @ each for rows in labels.split(_ROWS)])
     else:
         classed = labels >= 0
         count = labels[classed].bincount().double()

@@ -148,6 +148,27 @@ class FinetuneSummary(GoalFigures, Cost, Unreadable, total=False):
     made_with: MadeWith
 
 
+class FoldSpread(TypedDict):
+    """A figure over folds: of each in their order, their mean, and their sample standard deviation."""
+
+    values: list[float]
+    mean: float
+    std: float
+
+
+class FoldsSummary(TypedDict, total=False):
+    """summary.json of `nepa finetune folds=`, in the folder that holds the run of each fold."""
+
+    init: str | None
+    folds: list[str]
+    samples: list[int]  # held out, that could be read
+    unreadable_held_out: int  # of all folds together
+    figures: dict[str, FoldSpread]  # key of GoalFigures
+    margins: dict[str, FoldSpread]  # the control and others -> how far each run is ahead, in `metric`
+    metric: str
+    made_with: MadeWith
+
+
 class SegmentSummary(SegmentFigures, Cost, Unreadable, total=False):
     """summary.json of `nepa segment`."""
 

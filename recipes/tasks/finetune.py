@@ -13,6 +13,10 @@ After the run its control is trained in RUN/control: the same from random weight
 (control=false leaves it out). The verdict is the difference between the two, with a 95 % interval that is paired over
 held-out samples, of the averaged weights where there are any.
 
+`folds=all` trains and judges a run for each fold of the data in RUN/fold-NAME, that fold held out (`folds=1,2` only
+those), and reports every figure with mean and sample standard deviation over folds. The same command goes on where it
+stopped.
+
 `beside=timm:NAME` trains a model of timm the same in RUN/beside, from its own weights (`timm:NAME@FILE.safetensors`
 takes them from a file, `pretrained=false` leaves them random), and adds it to the verdict: the same data, augmentation,
 mixing, optimiser, schedule, average and steps, at the image size, mean and std of its own data config. Layer decay
@@ -26,7 +30,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
-from nepa_core.basics import FROZEN
+from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.config import listed
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
@@ -35,10 +39,12 @@ from recipes.configs import FinetuneConfig
 from recipes.networks.backbones import check_beside
 from recipes.options import once
 from recipes.presets import SHORT
+from recipes.report import folds as report_of_folds
 from recipes.report.finetune import report, verdict
 from recipes.report.provenance import rendered
 from recipes.resolve import default_out, is_of
 from recipes.training.finetuning import beside_config, beside_control, finetune, read_config
+from recipes.training.folds import chosen_folds, finetune_folds
 
 
 class Options(BaseModel):
@@ -50,6 +56,9 @@ class Options(BaseModel):
     control: bool = Field(default=True, description="train the same from random weights, too, in RUN/control")
     beside: Annotated[tuple[str, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
         default=(), description="models of timm to train the same, timm:NAME or timm:NAME@FILE.safetensors"
+    )
+    folds: Annotated[tuple[str, ...], BeforeValidator(listed), AfterValidator(once)] = Field(
+        default=(), description="all, or some folds of the data, 1,2,3: a run for each, held out in turn"
     )
     pretrained: bool = Field(default=True, description="timm's weights; false: random ones where no file is named")
 
@@ -64,6 +73,9 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     run = Run(Path(options.out or default_out(target, "finetune")))
     own = is_of(FinetuneConfig, target) and not is_imported(target)
     before = run.summary() is not None
+    if options.folds:
+        over_folds(config, run, options, changes, setting="" if own else SHORT)
+        return
     others = [beside_config(config, name, pretrained=options.pretrained) for name in options.beside]
     with world() as ranks, at_work(run, ranks, trains=True):
         summary = finetune(config, run, ranks, setting="" if own else SHORT)
@@ -73,3 +85,23 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
             summary = beside_control(config, run, ranks, summary, control=options.control, others=others)
         if ranks.is_main:
             print("\n".join(["", *verdict(summary, run)]))
+
+
+def over_folds(config: FinetuneConfig, run: Run, options: Options, changes: dict[str, Any], *, setting: str) -> None:
+    """A run for each fold, and all of them beside each other."""
+    if changes.get("data.fold") is not None:
+        raise UserError("folds= holds out one fold after another: leave data.fold out")
+    folds = chosen_folds(config.data, options.folds)
+    with world() as ranks, at_work(run, ranks, trains=True, goes_on=True):
+        summary = finetune_folds(
+            config,
+            run,
+            ranks,
+            folds,
+            setting=setting,
+            control=options.control,
+            beside=options.beside,
+            pretrained=options.pretrained,
+        )
+        if ranks.is_main:
+            print(report_of_folds.report(run, summary).text(run.report))

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch.utils.data import default_collate
 from modalities import audio
 from modalities.audio import Audio, StandardisedLinear, token_statistics
 from modalities.data import audio as audio_data
-from modalities.data import synthetic_audio
+from modalities.data import standardised, synthetic_audio
 from modalities.data.audio import Synthetic, open_source
 from modalities.data.synthetic_audio import redrawn_tokens, unbiased_length
 from nepa_core.basics import UserError
@@ -29,7 +30,7 @@ from tests.tiny import recipe
 
 @pytest.fixture(autouse=True)
 def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "STATISTICS_CLIPS", 60)
+    monkeypatch.setattr(standardised, "STATISTICS_CLIPS", 60)
 
 
 def adapter(**changes: Any) -> Audio:
@@ -375,3 +376,25 @@ def test_the_demo_needs_no_download_and_takes_changes() -> None:
     assert isinstance(config.data, Audio)
     assert config.data.dataset("test")[0]["mel"].shape == (80, 32)
     assert config.data.classes() == ("tone", "rising", "falling", "pulsed")
+
+
+# ---- mean and std that are given
+
+
+def test_given_mean_and_std_are_of_the_logarithm_of_power_and_no_weights() -> None:
+    """A token of constant mel power becomes (ln power - mean) / std, whatever the data hold."""
+    data = adapter(mean=-6.84, std=5.38)
+    embed = data.embedder(3)
+    assert isinstance(embed, StandardisedLinear)
+    assert set(embed.state_dict()) == {"weight", "bias"}
+    power = 0.02
+    value = float(audio_data.log_power(torch.tensor([[power]])))
+    tokens = torch.full((1, 1, data.token_dim()), value)
+    expected = F.linear(torch.full((1, 1, data.token_dim()), (math.log(power) + 6.84) / 5.38), embed.weight, embed.bias)
+    torch.testing.assert_close(embed(tokens), expected, rtol=1e-3, atol=1e-4)
+    stored = data.stored_embedder(embed.state_dict())
+    assert stored is not None
+    stored.load_state_dict(embed.state_dict())
+    assert torch.equal(stored(tokens), embed(tokens))
+    with pytest.raises(ValidationError, match=r"data\.mean and data\.std are given both, or neither"):
+        adapter(mean=-6.84)

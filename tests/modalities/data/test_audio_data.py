@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from modalities.data.audio import FSDD_NAME, Clips, FrontEnd, Recordings, log_mel, open_audio, open_source, read_file
+from modalities.data.audio_files import KIND
+from modalities.data.labelled import folds_of, named_folds
 from modalities.data.listing import shared_content
 from nepa_core.basics import UnreadableSample, UserError
 from tests.sounds import tone, write, write_classes, write_fsdd
@@ -547,3 +549,55 @@ def test_other_labels_of_the_same_clips_are_other_data(tmp_path: Path) -> None:
         file.write_text("path,label,split\n" + "".join(f"{name}.wav,{label},{split}\n" for name, label, split in rows))
         prints.append(clips(file).fingerprint())
     assert prints[0] == prints[1] != prints[2]
+
+
+# ---- folds
+
+
+def _held(root: Path, fold: str | None) -> list[str]:
+    source = open_source("folder", "test", root=str(root), fold=fold)
+    return [Path(source.name(row)).name for row in range(len(source))]
+
+
+@pytest.mark.parametrize("with_split", [True, False])
+def test_a_column_of_folds_says_what_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], with_split: bool
+) -> None:
+    rows = [("train", "a.wav", "x", "1"), ("train", "b.wav", "y", "1"), ("val", "c.wav", "x", "2")]
+    rows += [("val", "d.wav", "y", "2"), ("train", "e.wav", "x", "10"), ("train", "f.wav", "y", "10")]
+    file = tmp_path / "all.csv"
+    head = ("split", "path", "label", "fold")
+    file.write_text("\n".join(",".join(row[not with_split :]) for row in (head, *rows)))
+    assert folds_of(str(file), KIND) == ("1", "2", "10")
+    assert _held(file, "10") == ["e.wav", "f.wav"]
+    assert _held(file, None) == (["c.wav", "d.wav"] if with_split else ["a.wav", "b.wav"])
+    assert ("fold 1 of 3 is held out" in capsys.readouterr().err) == (not with_split)
+    with pytest.raises(UserError, match=r"data\.fold=3: the folds of .* are 1, 2"):
+        _held(file, "3")
+
+
+def test_a_fold_is_wanted_in_every_row_and_two_in_all(tmp_path: Path) -> None:
+    file = tmp_path / "all.csv"
+    file.write_text("path,label,fold\na.wav,x,1\nb.wav,y\n")
+    with pytest.raises(UserError, match="row 3: no fold, and other rows have one"):
+        _held(file, "1")
+    file.write_text("path,label,fold\na.wav,x,1\nb.wav,y,1\n")
+    with pytest.raises(UserError, match="holds one fold, 1; one of two or more is held out"):
+        _held(file.rename(tmp_path / "other.csv"), None)
+
+
+def test_folders_called_folds_are_held_out_one_by_one(tmp_path: Path) -> None:
+    for fold in (1, 2, 10):
+        for label in ("x", "y"):
+            write(tmp_path / "in" / f"fold{fold}" / label / f"{fold}.wav", tone(0.1, 300.0 + fold))
+    assert folds_of(str(tmp_path), KIND) == ("1", "2", "10")
+    assert _held(tmp_path, "10") == ["10.wav", "10.wav"]
+    assert _held(tmp_path, None) == ["1.wav", "1.wav"]
+    assert set(named_folds(["fold1", "split 1"])) == {"fold1", "split 1"}
+
+
+@pytest.mark.parametrize("make", [write_classes, write_fsdd])
+def test_a_fold_of_data_without_any_is_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    make(tmp_path)
+    with pytest.raises(UserError, match=r"data\.fold=1: .* has no folds"):
+        _held(tmp_path, "1")

@@ -9,8 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from modalities import audio
 from modalities.audio import Audio, StandardisedLinear
+from modalities.data import standardised
 from modalities.data.spectrogram_augment import SpectrogramAugment, augmented, draw, mixed, of_frames
 from nepa_core.contract import check_modality
 from nepa_core.runtime.config import override
@@ -125,7 +125,7 @@ def adapter(**changes: Any) -> Audio:
 
 @pytest.fixture(autouse=True)
 def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "STATISTICS_CLIPS", 60)
+    monkeypatch.setattr(standardised, "STATISTICS_CLIPS", 60)
 
 
 @pytest.mark.parametrize("changes", [{}, {"patch": (4, 2)}, {"patch": (16, 2)}, {"padding": "full"}])

@@ -9,9 +9,11 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from modalities.data import listing
 from modalities.data.volumes import SHAPES, Volumes, cropped, open_files, open_source, open_volumes, read_volume, scaled
+from modalities.volume import Volume
 from nepa_core.basics import UnreadableSample, UserError
 from tests.movies import write_volumes
 
@@ -145,6 +147,26 @@ def test_class_folders_and_csv_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "all.csv").write_text("\n".join(["path,label,split", *rows]))
     numbers = open_volumes("folder", "train", size=(5, 5, 5), root=str(tmp_path / "all.csv"))
     assert [float(numbers[place]["label"]) for place in range(2)] == [0.0, 0.5]
+
+
+def test_folders_of_folds_and_a_column_of_folds(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for fold in ("fold1", "fold2"):
+        write_volumes(tmp_path / f"whole of {fold}", each=2, side=5)
+        (tmp_path / f"whole of {fold}" / "train").rename(tmp_path / "set" / fold)
+    form = {"source": "folder", "size": (5, 5, 5), "patch": (5, 5, 1)}
+    data = Volume(**form, root=str(tmp_path / "set"), fold="2")
+    assert data.folds() == ("1", "2")
+    held_out = data.dataset("test").source
+    assert {Path(held_out.name(row)).parts[-3] for row in range(len(held_out))} == {"fold2"}
+    assert len(data.holding_out("1").dataset("train")) == 4
+    rows = [f"set/fold{fold}/ramp/{place}.npy,x{place},{fold}" for fold in (1, 2) for place in range(2)]
+    (tmp_path / "all.csv").write_text("\n".join(["path,label,fold", *rows]))
+    listed = Volume(**form, root=str(tmp_path / "all.csv"), fold="1")
+    assert listed.folds() == ("1", "2")
+    assert len(listed.dataset("test")) == 2
+    with pytest.raises(ValidationError, match=r"data\.fold is for data\.source=folder"):
+        Volume(**form | {"source": "shapes"}, fold="1")
 
 
 def test_without_nibabel_the_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
-from modalities import audio
 from modalities.audio import Audio
+from modalities.data import standardised
 from modalities.image import Images
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
@@ -40,7 +40,7 @@ AUGMENT = {"time_mask": 10, "frequency_mask": 6, "roll": 0.5, "noise": 0.1}
 
 @pytest.fixture(autouse=True)
 def few_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audio, "STATISTICS_CLIPS", 20)
+    monkeypatch.setattr(standardised, "STATISTICS_CLIPS", 20)
 
 
 def tuning(**changes: Any) -> FinetuneConfig:

@@ -1,0 +1,141 @@
+"""Fine-tuning on every fold of the data: one run a fold, and the mean and spread of their figures."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+
+from nepa_core.basics import UserError, some
+from nepa_core.modality import Modality
+from nepa_core.runtime.distributed import World
+from nepa_core.runtime.locks import at_work
+from nepa_core.runtime.run import Run
+from recipes.configs import FinetuneConfig
+from recipes.networks.goals import AVERAGED
+from recipes.report.folds import report
+from recipes.report.provenance import provenance
+from recipes.report.summaries import FinetuneSummary, FoldSpread, FoldsSummary
+from recipes.statistics.worth import worth_in
+from recipes.training.finetuning import beside_config, beside_control, finetune
+
+ALL = "all"
+_NAME = "fold-"
+
+
+def chosen_folds(data: Modality, asked: Sequence[str]) -> tuple[str, ...]:
+    """The folds that are trained on, in the order of the data; "all" is every one.
+
+    Raises:
+        UserError: the data have no folds, or not these, or fewer than two are named.
+    """
+    known = data.folds()
+    if not known:
+        raise UserError(
+            "folds= is for data with folds: a set such as ESC-50, a CSV file with a column fold, or folders called "
+            f"fold1, fold2, ...; {type(data).__name__} finds none there"
+        )
+    if unknown := [fold for fold in asked if fold not in (*known, ALL)]:
+        raise UserError(f"folds={unknown[0]}: the folds of the data are {some(list(known))}")
+    chosen = known if ALL in asked else tuple(fold for fold in known if fold in asked)
+    if len(chosen) < 2:
+        raise UserError(f"folds={chosen[0]} is one fold alone: hold it out by data.fold={chosen[0]} instead")
+    return chosen
+
+
+def folder_of(run: Run, fold: str) -> Run:
+    """The run of a fold, RUN/fold-NAME."""
+    return Run(run.path / f"{_NAME}{re.sub(r'[^a-zA-Z0-9_.-]+', '_', fold)}")
+
+
+def finetune_folds(
+    config: FinetuneConfig,
+    run: Run,
+    ranks: World,
+    folds: Sequence[str],
+    *,
+    setting: str = "",
+    control: bool = True,
+    beside: Sequence[str] = (),
+    pretrained: bool = True,
+    show: bool = True,
+) -> FoldsSummary:
+    """Train and judge a run for each of the `folds`, in RUN/fold-NAME, and write summary.json and report/ over them.
+
+    Each is a whole run of `nepa finetune`: the same command goes on where one stopped, and trains nothing that is
+    finished.
+
+    Args:
+        run: its folder holds the runs, and is none itself. folds: of `chosen_folds`.
+        setting, show: as of `finetune`. control: as of `beside_control`. beside, pretrained: as of `beside_config`.
+
+    Returns:
+        The summary (empty on the other ranks).
+
+    Raises:
+        UserError: the folder holds something else, or a run can't be trained.
+    """
+    runs = {fold: folder_of(run, fold) for fold in folds}
+    if len({each.path for each in runs.values()}) < len(runs):
+        raise UserError(f"the folds {some(list(folds))} would lie in one folder; rename some")
+    _check_folder(run)
+    found: dict[str, FinetuneSummary] = {}
+    for fold, folder in runs.items():
+        own = config.model_copy(update={"data": config.data.holding_out(fold)})
+        others = [beside_config(own, name, pretrained=pretrained) for name in beside]
+        with at_work(folder, ranks, trains=True):
+            said = " ".join(filter(None, (setting, f"fold {fold} held out")))
+            summary = finetune(own, folder, ranks, setting=said, show=show)
+            if others or (control and config.init is not None):
+                summary = beside_control(own, folder, ranks, summary, control=control, others=others, show=show)
+        found[fold] = summary
+    if not ranks.is_main:
+        return {}
+    whole = over_folds(found)
+    before = run.summary_of(FoldsSummary)
+    if before is not None and all(before.get(key) == value for key, value in whole.items()):
+        whole = before  # with the command that made it
+    else:
+        whole["made_with"] = provenance()
+    report(run, whole).write(run.report)
+    run.write_summary(whole)
+    return whole
+
+
+def _check_folder(run: Run) -> None:
+    """The folder of folds is a new one, or holds folds."""
+    inside = {path.name for path in run.path.glob("[!.]*")} if run.path.is_dir() else set()
+    if "config.json" in inside or (inside and not any(name.startswith(_NAME) for name in inside)):
+        what = "holds a run" if "config.json" in inside else "exists and holds no folds"
+        raise UserError(f"{run.path} {what}; name another folder for the runs of folds= with out=DIR")
+
+
+def over_folds(found: Mapping[str, FinetuneSummary]) -> FoldsSummary:
+    """The figures of the runs of some folds beside each other, with their mean and spread.
+
+    Args:
+        found: fold -> the summary of its run.
+    """
+    summaries = list(found.values())
+    keys = [key for pair in AVERAGED.items() for key in pair]
+    known = [key for key in keys if all(key in each for each in summaries)]
+    judged = [worth for each in summaries if (worth := worth_in(each)) is not None]
+    rivals = [each.name for each in judged[0].beside] if len(judged) == len(summaries) else []
+    margins = {
+        name: _spread([next(each.margin for each in worth.beside if each.name == name) for worth in judged])
+        for name in rivals
+        if all(name in {each.name for each in worth.beside} for worth in judged)
+    }
+    return {
+        "init": summaries[0]["init"],
+        "folds": list(found),
+        "samples": [each.get("samples", 0) for each in summaries],
+        "unreadable_held_out": sum(each.get("unreadable_held_out", 0) for each in summaries),
+        "figures": {key: _spread([each[key] for each in summaries]) for key in known},
+        "margins": margins,
+        **({"metric": judged[0].metric} if rivals else {}),
+    }
+
+
+def _spread(values: list[float]) -> FoldSpread:
+    return {"values": values, "mean": statistics.fmean(values), "std": statistics.stdev(values)}
