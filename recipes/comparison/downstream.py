@@ -311,11 +311,32 @@ def one_setting(config: PretrainConfig, labels: Sequence[int | None], steps: int
     return Care(labels=tuple(labels), horizon=HORIZON, **one)
 
 
-def beside_random(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> RunMeasures:
-    """`downstream` of a run; under names that end in "_random" of the random weights of its seed; and `raw_tokens`."""
+def beside_random(
+    config: PretrainConfig, model: NEPA, run: Run, care: Care, random: RunMeasures | None = None
+) -> RunMeasures:
+    """`downstream` of a run; under names that end in "_random" of the random weights of its seed; and `raw_tokens`.
+
+    Args:
+        random: of `untrained`, where that was measured before.
+    """
     device = next(model.parameters()).device
     own = downstream(config, model, run.path, care)
-    random = downstream(config, build_model(config).to(device).eval(), None, care)
+    random = downstream(config, build_model(config).to(device).eval(), None, care) if random is None else random
+    layers, control = own["layers"], random["layers"]
+    return joined(own, as_control(random)) | {
+        "raw_tokens": raw_figure(config, device),
+        "layers": layers | {"probe_random": control["probe"], "rank_random": control["rank"]},
+    }
+
+
+def untrained(config: PretrainConfig, care: Care) -> RunMeasures:
+    """`downstream` of the random weights of a seed, by a process of its own."""
+    with world() as ranks:
+        return downstream(config, build_model(config).to(ranks.device).eval(), None, care)
+
+
+def as_control(random: RunMeasures) -> RunMeasures:
+    """What is kept beside a run of `downstream` of its random weights, under names that end in "_random"."""
     twin: RunMeasures = {
         "probe_random": random["probe"],
         "probe_final_random": random["probe_final"],
@@ -324,11 +345,7 @@ def beside_random(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> 
         "clusters": {f"{name}_random": packed for name, packed in random["clusters"].items()},
     }
     tuned = {f"{key}_random": value for key, value in random.items() if key in random["settings"]}
-    layers, control = own["layers"], random["layers"]
-    return joined(own, cast(RunMeasures, tuned) | twin) | {
-        "raw_tokens": raw_figure(config, device),
-        "layers": layers | {"probe_random": control["probe"], "rank_random": control["rank"]},
-    }
+    return cast(RunMeasures, tuned) | twin
 
 
 def read_as(folder: Path, reading: Modality) -> RunMeasures:

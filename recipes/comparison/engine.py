@@ -147,6 +147,7 @@ def compare(
     *,
     workers: int,
     also: Callable[[Sequence[int]], Sequence[Job]] | None = None,
+    ready: Callable[[Look], None] | None = None,
 ) -> Compared[Kept]:
     """Pre-train and measure every variant with every seed, in `workers` processes.
 
@@ -156,6 +157,7 @@ def compare(
         seeds: that are declared now; those of earlier looks that all variants have are added
             (`recipes.statistics.protocol`).
         also: seeds -> jobs that belong to no pair, shared out first.
+        ready: called once these are finished, before any pair is begun.
 
     Raises:
         UserError: before anything is written: two variants have one name, a seed is negative, the folder holds
@@ -186,7 +188,12 @@ def compare(
     try:
         look, claim = declare(variants, seeds, measure, out, recipe)
         jobs = {(variant.name, seed): pair(variant, seed, measure, out) for seed in look.seeds for variant in variants}
-        share([*(also(look.seeds) if also else ()), *jobs.values()], workers=workers)
+        further = list(also(look.seeds)) if also else []
+        if ready is not None:
+            share(further, workers=workers)
+            ready(look)
+            further = []
+        share([*further, *jobs.values()], workers=workers)
     except UserError:
         if out in made:
             withdraw(out, claim)

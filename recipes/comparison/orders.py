@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -15,19 +16,31 @@ from modalities.orders.measures import OrderMeasures, mean_measures, order_measu
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import listed, override
+from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.optim import MOST_STEPS
 from nepa_core.runtime.run import Run
-from recipes.comparison.downstream import beside_random, check, is_forecast, one_setting, read_as
+from recipes.comparison.downstream import (
+    as_control,
+    beside_random,
+    check,
+    is_forecast,
+    one_setting,
+    read_as,
+    untrained,
+)
 from recipes.comparison.engine import (
     Job,
     Measure,
     Variant,
     compare,
+    config_digest,
     default_workers,
     digest,
+    pair,
     reporting,
     run_folder,
     run_summaries,
+    seeded,
     share,
 )
 from recipes.comparison.measures import attention_by_layer, every_spread, of_variant, predicted
@@ -36,10 +49,11 @@ from recipes.configs import PretrainConfig
 from recipes.options import listed_or_all, once
 from recipes.report.orders import report
 from recipes.report.provenance import provenance
-from recipes.report.summaries import Cross, OrderFigures, OrdersSummary, RunMeasures, Runs, finetuned
+from recipes.report.summaries import Cross, Foresight, OrderFigures, OrdersSummary, RunMeasures, Runs, finetuned
 from recipes.report.tables import credits_of, gain_spreads, groups, margin
 from recipes.statistics.held_out import drawn_batches
 from recipes.statistics.maps import token_positions
+from recipes.statistics.power import outlook, sentence
 from recipes.statistics.protocol import Look, alone
 from recipes.statistics.significance import (
     LEAST_SEEDS,
@@ -117,8 +131,23 @@ def orders(config: PretrainConfig, options: OrdersOptions, out: Path) -> OrdersS
     labels = (None,) if is_forecast(config) else options.labels
     options = options.model_copy(update={"orders": tuple(variant.name for variant in variants), "labels": labels})
     workers = options.workers or default_workers()
-    measured = Measure("orders", measure, MeasureOptions(labels=options.labels, finetune_steps=options.finetune_steps))
-    rows, look = compare(variants, options.seeds, measured, out, workers=workers)
+    how = MeasureOptions(labels=options.labels, finetune_steps=options.finetune_steps)
+    measured = Measure("orders", measure, how)
+
+    def controls(seeds: Sequence[int]) -> list[Job]:
+        return [
+            control(variant, seed, how, out)
+            for seed in seeds
+            for variant in variants
+            if not pair(variant, seed, measured, out).done
+        ]
+
+    def ready(look: Look) -> None:
+        random = {v.name: [random_row(v, seed, measured, out) for seed in look.seeds] for v in variants}
+        if (said := foresight(random, look)) is not None:
+            say_progress(said["words"])
+
+    rows, look = compare(variants, options.seeds, measured, out, workers=workers, also=controls, ready=ready)
     summary = summarise(rows, options, look) | {"recipe": config.recipe}
     if options.cross and len(variants) > 1:
         summary["cross"] = read_across(variants, look.seeds[0], out, workers=workers)
@@ -182,12 +211,45 @@ def variant_of(config: PretrainConfig, name: str, predict_position: str | None) 
 def measure(config: PretrainConfig, model: NEPA, run: Run, options: MeasureOptions) -> RunMeasures:
     """Everything that is compared, of one run."""
     device = next(model.parameters()).device
+    care, folder = one_setting(config, options.labels, options.finetune_steps), run.path.parents[1] / "random"
+    random = Run(folder).summary(control_name(config.train.seed, run.path.name.rpartition("-")[2], options))
     return {
-        **beside_random(config, model, run, one_setting(config, options.labels, options.finetune_steps)),
+        **beside_random(config, model, run, care, cast(RunMeasures | None, random)),
         **predicted(run),
         "attention": attention_by_layer(config, model, device, _ATTENTION_SAMPLES),
         "order": measured_order(config, device),
     }
+
+
+def control(variant: Variant, seed: int, options: MeasureOptions, out: Path) -> Job:
+    """The job that measures random weights under an order, before any network is trained; `measure` takes it up."""
+    config = seeded(variant.config, seed)
+    folder, name = out / "random", control_name(seed, config_digest(config, variant.content), options)
+    care = one_setting(config, options.labels, options.finetune_steps)
+    label = f"{RANDOM} under {variant.name}, seed {seed}"
+    return Job(label, folder / name, folder / f".{Path(name).stem}.lock", partial(untrained, config, care))
+
+
+def control_name(seed: int, key: str, options: MeasureOptions) -> str:
+    """The file that random weights are kept in; `key`: that the folder of the run ends in."""
+    return f"seed{seed}-{digest([key, options.model_dump(mode='json')])}.json"
+
+
+def random_row(variant: Variant, seed: int, measured: Measure[RunMeasures], out: Path) -> RunMeasures:
+    """What is kept of random weights: in the row of a run that is measured, else in random/."""
+    done = pair(variant, seed, measured, out)
+    if done.done:
+        return cast(RunMeasures, done.values())
+    return as_control(cast(RunMeasures, control(variant, seed, cast(MeasureOptions, measured.options), out).values()))
+
+
+def foresight(rows: Runs, look: Look) -> Foresight | None:
+    """What the seeds of a look will show of the orders, from random weights; None of one order."""
+    if len(rows) < 2:
+        return None
+    key = "probe_random"
+    found = outlook(groups(rows, key), correction=look.pairs(), credits=credits_of(rows, key))
+    return cast(Foresight, {**found._asdict(), "words": sentence(found, noun="orders", of="the probe")})
 
 
 def measured_order(config: PretrainConfig, device: torch.device) -> OrderMeasures:
@@ -279,6 +341,7 @@ def summarise(rows: Runs, options: OrdersOptions, look: Look | None = None) -> O
         },
         "differences": [each._asdict() for each in apart],
         "against_random": [each._asdict() for each in paired],
+        "foresight": foresight(rows, look),
     }
 
 

@@ -313,6 +313,8 @@ def cross_parts(summary: OrdersSummary) -> Iterator[Part]:
 
 def tests(summary: OrdersSummary) -> Iterator[Part]:
     """The surest differences between orders, and every order against random weights."""
+    if (foresight := summary.get("foresight")) is not None:
+        yield Words([foresight["words"]])
     if not summary["differences"] and not summary["against_random"]:
         yield Words(["No tests: they need three seeds or more."])
         return

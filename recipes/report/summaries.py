@@ -646,6 +646,18 @@ class Cross(TypedDict):
     accuracy: list[list[float]]  # trained with x read with
 
 
+class Foresight(TypedDict):
+    """recipes.statistics.power.Outlook, and in words: what so many seeds will show, said before they are trained."""
+
+    seeds: int
+    variants: int
+    spread: float | None
+    sees: float | None
+    needs: int | None
+    at_best: float | None
+    words: str
+
+
 class OrdersSummary(ComparisonSummary, total=False):
     """summary.json of `nepa orders`."""
 
@@ -657,6 +669,7 @@ class OrdersSummary(ComparisonSummary, total=False):
     orders: dict[str, OrderFigures]
     differences: list[dict[str, Any]]  # recipes.statistics.significance.Difference: orders against each other
     against_random: list[dict[str, Any]]  # the same against random weights under the same order
+    foresight: Foresight | None
     cross: Cross
     runs: dict[str, list[str]]  # order -> folders, a seed each
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from nepa_core.verdict.intervals import over_both, over_samples
+from nepa_core.verdict.intervals import Interval, over_both, over_samples
 
 LEVEL = 0.05
 """Differences with a corrected p below this are called real."""
@@ -216,14 +216,27 @@ def over_samples_too(
         apart: [K, S], what the samples add to the difference. clusters, chained: of `Credits`.
     """
     samples = over_samples(apart.double().mean(0), clusters, chained=chained)
-    if samples.half is None:
-        return None
-    of_seeds, of_samples = seeds.error**2, (samples.half / float(student_t.ppf(0.975, samples.df))) ** 2
-    total = of_seeds + of_samples
+    return None if samples.half is None else beside_samples(seeds, error_of(samples) ** 2, samples.df)
+
+
+def error_of(samples: Interval) -> float:
+    """The standard error behind an interval that is known."""
+    assert samples.half is not None
+    return samples.half / float(student_t.ppf(0.975, samples.df))
+
+
+def beside_samples(seeds: Contrast, variance: float, df: float) -> Contrast:
+    """A contrast over seeds with the variance that its mean has over test samples, of so many degrees of freedom."""
+    of_seeds = seeds.error**2
+    total = of_seeds + variance
     if not total:
         return seeds
-    df = total**2 / (of_seeds**2 / seeds.df + of_samples**2 / samples.df)
-    return Contrast(seeds.mean, math.sqrt(total), df)
+    return Contrast(seeds.mean, math.sqrt(total), total**2 / (of_seeds**2 / seeds.df + variance**2 / df))
+
+
+def first_step(tests: int, correction: Correction = UNCORRECTED) -> float:
+    """What the smallest p of so many tests must be below, in Holm's correction."""
+    return LEVEL * correction.share / max(tests, correction.tests)
 
 
 def holm(p_values: Sequence[float], correction: Correction = UNCORRECTED) -> list[float]:
@@ -266,7 +279,7 @@ def differences(
             for (a, b), each in zip(chosen, tested, strict=True)
         ]
     p_both = holm([1.0 if each is None else each.p for each in both], correction)
-    level = LEVEL * correction.share / max(len(chosen), correction.tests)
+    level = first_step(len(chosen), correction)
     found = []
     for number, ((a, b), each, p_holm) in enumerate(
         zip(chosen, tested, holm([each.p for each in tested], correction), strict=True)
@@ -443,7 +456,7 @@ def covers(found: Sequence[Difference], corrected: str) -> str:
 
 
 def _needed(difference: Difference) -> str:
-    return f"{_hundredths(difference.needed, difference.needed)} points"
+    return f"{hundredths(difference.needed, difference.needed)} points"
 
 
 def shown_p(p: float) -> str:
@@ -456,10 +469,10 @@ def shown_p(p: float) -> str:
 
 def points(difference: Difference) -> str:
     """ "2.1 ± 0.9 points": of a hundred."""
-    mean, half = (_hundredths(value, difference.half) for value in (difference.mean, difference.half))
+    mean, half = (hundredths(value, difference.half) for value in (difference.mean, difference.half))
     return f"{mean} ± {half} points"
 
 
-def _hundredths(value: float, scale: float) -> str:
+def hundredths(value: float, scale: float) -> str:
     """With a digit behind the point, or with the three that values of a small scale need, as errors of forecasts."""
     return f"{100 * value:.{1 if scale >= 0.001 else 3}f}"

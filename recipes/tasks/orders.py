@@ -11,6 +11,9 @@ comparable, for each asks other questions: orders are ranked by accuracy, with 9
 samples together, and paired tests. A series without targets is forecast instead, 96 steps ahead (see
 `recipes.comparison.downstream`).
 
+Before the first pre-training a line says how large a difference so many seeds will show, and how many seeds 2 points
+would take, from the spread of random weights.
+
 predict_position= gives every order, raster included, the same knowledge of where the next token lies; random_per_sample
 needs it. What is finished is kept: the same command goes on where it was stopped, and several commands may share a
 folder, each on its own GPU. More orders or seeds add to it as a further look, which the tests are corrected for: what

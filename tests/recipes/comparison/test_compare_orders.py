@@ -20,6 +20,7 @@ import torch
 from modalities.orders import grid_order
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import override
+from nepa_core.runtime.run import Run
 from nepa_core.samples import Some
 from recipes.cli import main, split_options
 from recipes.comparison import engine as compare
@@ -31,7 +32,10 @@ from recipes.configs import PretrainConfig
 from recipes.networks.goals import Classification
 from recipes.report.orders import accuracy_figure, head_curves, seen_figures
 from recipes.report.summaries import OrdersSummary, RunMeasures
+from recipes.statistics import protocol
+from recipes.statistics.credits import pack_credits
 from recipes.statistics.maps import grid_positions, neighbour_share
+from recipes.training.pretraining import load_pretrained
 from recipes.vision import digits_2x2
 from tests.conftest import ROOT
 from tests.recipes.readout.test_forecast import recipe as series_recipe
@@ -111,6 +115,90 @@ def test_runs_and_pictures_lie_where_they_are_told_to(compared: Path) -> None:
     assert page.count("data:image/png;base64,") == len(PICTURES)
     assert "not comparable" in page
     assert not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
+
+
+def test_random_weights_that_were_measured_before_give_the_same_row(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert len(list(compared.glob("random/seed0-*.json"))) == 2
+    (row,) = compared.glob("runs/raster-*/orders-*.json")
+    monkeypatch.setattr(measures, "PROBE", measures.PROBE.model_copy(update={"train_samples": 200, "test_samples": 64}))
+    monkeypatch.setattr(orders, "control_name", lambda *_: "none.json")
+    run = Run(row.parent)
+    again = orders.measure(*load_pretrained(run, CPU), run, MeasureOptions(labels=(2,), finetune_steps=2))
+    assert json.dumps(again, indent=1) + "\n" == row.read_text()
+
+
+def test_of_one_seed_it_is_said_that_the_spread_is_not_known(compared: Path) -> None:
+    told = json.loads((compared / "summary.json").read_text())["foresight"]
+    assert (told["spread"], told["sees"], told["needs"]) == (None, None, None)
+    assert told["words"].startswith("With one seed of 2 orders the spread over seeds is not known")
+    assert told["words"] in (compared / "report" / "index.html").read_text()
+
+
+def made_up(config: PretrainConfig, care: Any) -> RunMeasures:
+    """Random weights of which four of ten test samples are right, by seed and order."""
+    order = config.data.patch_order  # type: ignore[attr-defined]
+    draw = torch.Generator().manual_seed(100 * config.train.seed + len(order))
+    credits = (torch.rand(50, generator=draw) < 0.4).float()
+    figures = {"probe": measures.Figure(float(credits.mean()), pack_credits(credits))}
+    return measures.as_row(figures | {"probe_final": figures["probe"]}) | {"probe_row": "embedding", "settings": {}}
+
+
+def test_how_many_seeds_see_two_points_is_said_before_the_first_pre_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C at the first pre-training; then again, with one seed more, and with one alone."""
+    measured: list[str] = []
+
+    def share(jobs: list[compare.Job], *, workers: int) -> None:
+        if any("random weights" not in job.name for job in jobs):
+            raise KeyboardInterrupt
+        measured.extend(job.name for job in jobs if not job.done)
+        compare.work_through(jobs)
+
+    def told(*seeds: int) -> str:
+        options = Options(orders=("raster", "snake", "column"), seeds=seeds, labels=(2,))
+        with pytest.raises(KeyboardInterrupt):
+            orders.orders(small_digits(), options, tmp_path)
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    monkeypatch.setattr(compare, "share", share)
+    monkeypatch.setattr(orders, "untrained", made_up)
+    first = told(0, 1, 2)
+    assert re.match(r"3 seeds see a difference of \d+\.\d points or more between two orders in the probe \(80 %", first)
+    assert first.endswith("From the spread of random weights; that of trained networks may be another.")
+    assert len(measured) == 9
+    assert measured[0] == "random weights under raster, seed 0"
+    assert told(0, 1, 2) == first
+    assert len(measured) == 9, "random weights are measured once"
+    assert told(0, 1, 2, 3).startswith("4 seeds see a difference of ")
+    assert len(measured) == 12
+    declared = protocol.read(tmp_path)
+    assert declared is not None
+    assert [look.seeds for look in declared.looks] == [(0, 1, 2, 3)], "before a run is finished more seeds are no look"
+    assert told(0).startswith("With one seed of 3 orders")
+    assert told(0, 1).startswith("2 seeds see no difference between orders in the probe")
+
+
+def test_of_runs_that_are_done_random_weights_are_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of comparisons made before random weights were measured first."""
+    variant = orders.variant_of(small_digits(), "raster", None)
+    measured = compare.Measure("orders", orders.measure, MeasureOptions(labels=(2,), finetune_steps=1))
+    row = compare.pair(variant, 0, measured, tmp_path).result
+    row.parent.mkdir(parents=True)
+    row.write_text(json.dumps({"probe_random": 0.25}))
+    assert orders.random_row(variant, 0, measured, tmp_path)["probe_random"] == 0.25
+    asked: list[str] = []
+    monkeypatch.setattr(compare, "share", lambda jobs, *, workers: asked.extend(job.name for job in jobs))
+    monkeypatch.setattr(orders, "random_row", lambda *_: {"probe_random": 0.25})
+    options = Options(orders=("raster",), seeds=(0, 1), labels=(2,), finetune_steps=1)
+    with pytest.raises(AssertionError):  # nothing was run
+        orders.orders(small_digits(), options, tmp_path)
+    assert asked == ["random weights under raster, seed 1", "raster, seed 0", "raster, seed 1"]
 
 
 def test_runs_measured_before_there_were_curves_still_make_a_page() -> None:
