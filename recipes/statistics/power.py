@@ -10,7 +10,7 @@ Another sample of seeds and of test samples is drawn in every simulation, as the
 has two parts: `lasting`, the same with every seed, so that more seeds don't make it smaller, and `passing`. The share
 of the lasting part is what hides a small difference however many seeds there are.
 
-In tables drawn apart from this, 79 to 83 % of the differences that are said to be seen in 80 % are
+In tables drawn apart from this, 78 to 83 % of the differences that are said to be seen in 80 % are
 (tests/recipes/statistics/test_power.py). The spread itself is an estimate, of three seeds and two orders a poor one.
 
 Fine-tuning is left out. Random weights are fine-tuned with attention both ways in the vision presets, where they know

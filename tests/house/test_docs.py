@@ -218,7 +218,8 @@ def test_every_block_is_of_a_kind_and_every_command_exists(
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_command_in_the_prose_exists(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Those in single backticks, whose capitals stand for what the reader has."""
-    shutil.copy(ROOT / "examples/my_points.py", folder)
+    for example in (ROOT / "examples").glob("*.py"):
+        shutil.copy(example, folder)
     stands_for = {"RUN": "run", "S": "1", "TERM": "mse"}
     for found in re.findall(r"`(nepa [^`]+)`", prose(page)):
         shown = re.sub(r"\[([\w.]+=[^\s\]]+)\]", r"\1", found)
