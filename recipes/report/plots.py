@@ -235,7 +235,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
         axes.vlines(range(across, columns, across), 0, rows, color="#d0d0d0", linewidth=0.8)
     axes.set(xlim=(0, columns), ylim=(rows, 0), xticks=[], yticks=[])
     if _in_one_row(panel):
-        tokens = spread_out(columns, 5)
+        tokens = range(0, columns, -(-columns // 5))  # equally far apart
         axes.set_xticks([token + 0.5 for token in tokens], [str(token) for token in tokens])
         axes.tick_params("x", labelsize=5, length=2, pad=1)
     return heat
