@@ -14,6 +14,7 @@ import pytest
 
 from recipes.cli import main
 from tests.movies import ramp, write_video
+from tests.tiny_scenes import write_scenes
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +30,7 @@ class Kind(NamedTuple):
         picture: `generate` makes a signal, which `inspect` draws.
         part: of several kinds of data, the one that tasks read; the run is of all.
         file: makes a file of its own for `embed files=`, in a folder; gives its name.
+        data: makes data in a folder, where none is embedded; gives `data.root`.
     """
 
     recipe: str
@@ -38,6 +40,7 @@ class Kind(NamedTuple):
     picture: bool = True
     part: str | None = None
     file: Callable[[Path], Path] | None = None
+    data: Callable[[Path], Path] | None = None
 
 
 def a_text(folder: Path) -> Path:
@@ -61,6 +64,22 @@ def a_volume(folder: Path) -> Path:
     return folder / "own.npy"
 
 
+def vectors(folder: Path) -> Path:
+    import numpy as np
+
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        values = random.normal(size=(48, 6, 4)).cumsum(1)
+        np.save(folder / f"{split}.npy", values.astype(np.float32))
+        np.save(folder / f"{split}.lengths.npy", 3 + np.arange(48) % 4)
+        np.save(folder / f"{split}.label.npy", np.arange(48) % 2)
+    return folder
+
+
+def scenes(folder: Path) -> Path:
+    return write_scenes(folder, train=48, test=48)
+
+
 KINDS = {
     "image": Kind("recipes.vision:digits_2x2", orders="raster,hilbert"),
     "audio": Kind("recipes.audio:demo", ("data.patch=[8,8]",), orders="time,raster"),
@@ -70,6 +89,16 @@ KINDS = {
         ("data.letters=etaoin", "data.patch=4", "data.window=96"),
         orders="raster,reverse",
         file=a_text,
+    ),
+    "features": Kind("recipes.presets:features", data=vectors, picture=False),
+    "scenes": Kind(
+        "recipes.vision:camvid",
+        (
+            *("data.crop=[16,16]", "data.patch=[8,8]", "data.short_side=24", "data.class_count=3"),
+            *("data.names=null", "data.first_label=1", "data.ignored_labels=[0]"),
+        ),
+        labelled=False,  # every pixel is: `nepa segment` is their fine-tuning, with tests of its own
+        data=scenes,
     ),
     "events": Kind("recipes.events:demo", file=a_table),
     "pairs": Kind("recipes.together:digits_and_tones"),
@@ -90,6 +119,8 @@ _COMPARE = ("seeds=0", "workers=1", "labels=2", "finetune_steps=2")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Kind, Path]:
     """A kind of data, and a run of its demo."""
     kind, run = KINDS[request.param], tmp_path_factory.mktemp(request.param) / "run"
+    if kind.data is not None:
+        kind = kind._replace(keys=(*kind.keys, f"data.root={kind.data(tmp_path_factory.mktemp('data'))}"))
     assert main(["pretrain", kind.recipe, *kind.keys, *_SMALL, f"out={run}"]) == 0
     return kind, run
 
