@@ -31,8 +31,8 @@ DRAWN = ("random_per_sample", "random_annealed")
 _CURVES: dict[str, Callable[[Grid], Tensor]] = {
     curve.__name__: curve
     for curve in (
-        *(curves.raster, curves.column, curves.reverse, curves.rising, curves.snake, curves.diagonal, curves.hilbert),
-        curves.morton,
+        *(curves.raster, curves.column, curves.reverse, curves.rising, curves.snake),
+        *(curves.diagonal, curves.zigzag, curves.hilbert, curves.morton),
         *(curves.spiral_in, curves.spiral_out, curves.centre_out, curves.strided, curves.blocks),
     )
 }

@@ -58,6 +58,13 @@ def diagonal(grid: Grid) -> Tensor:
     return _sorted(cells(grid).sum(1))
 
 
+def zigzag(grid: Grid) -> Tensor:
+    """By the sum of the coordinates, every second sum in raster order backwards, as JPEG orders its frequencies."""
+    cell = cells(grid)
+    line, place = cell.sum(1), torch.arange(len(cell))
+    return _sorted(line, torch.where(line % 2 == 0, -place, place))
+
+
 def morton(grid: Grid) -> Tensor:
     """Z-order: by the bits of the coordinates, interleaved, the last axis lowest."""
     return _sorted(_interleaved(cells(grid).unbind(1), _bits(grid)))
