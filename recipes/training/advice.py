@@ -56,9 +56,10 @@ def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[s
     if not verdict.beats_untrained and lr < SMALL_RATE:
         found.append(f"The learning rate is small (optim.lr peaks at {lr:.1e}): try ten times as much.")
     if not found:
+        linear = "" if verdict.beats_linear else "; where all structure is linear, nothing more can be learned"
         found.append(
             "Rank, rate and length look sound here: try another objective (`nepa objectives RECIPE`) or tokens of "
-            "another size; where all structure is linear, nothing more can be learned."
+            f"another size{linear}."
         )
     return found[:2]
 

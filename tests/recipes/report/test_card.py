@@ -135,6 +135,12 @@ def test_what_to_try_comes_from_the_facts_of_the_run(
     assert all(text.startswith(words) for text, words in zip(said, tried, strict=True))
 
 
+def test_all_structure_may_be_linear_only_where_a_linear_control_is_not_beaten(tiny_recipe: PretrainConfig) -> None:
+    for name, expected in (("linear", True), ("copy", False)):
+        (text,) = advice(verdict(**against(name, -0.1)), tiny_recipe, [{"step": 10}])
+        assert ("where all structure is linear" in text) is expected
+
+
 def test_the_verdict_of_a_run_of_before_still_opens() -> None:
     """Its summary has neither clusters nor the curve of the linear control."""
     whole = verdict().model_dump()
