@@ -31,7 +31,7 @@ KEPT = ROOT / "docs" / "results" / "what-pays.json"
 PAGES = (ROOT / "docs" / "results" / "what-pays.md", ROOT / "README.md")
 
 FROZEN = "cosine_head"
-"""What the development tasks chose, by the rule that was declared before."""
+"""Leads the development tasks by the rule that was declared before. Not frozen before round 2 of the protocol ends."""
 
 SEEDS = (0, 1, 2, 3, 4)
 RIVALS = (REFERENCE, RANDOM)
