@@ -2,6 +2,7 @@
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64 # all processes of a machine and their loaders: set to what it has
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append

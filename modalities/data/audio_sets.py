@@ -322,6 +322,9 @@ def _esc50(root: str) -> _Folded:
     folder = data_folder(root, "ESC-50, with meta/esc50.csv and audio/")
     file = folder / "meta" / "esc50.csv"
     rows = list(_table(file, ("filename", "fold", "target", "category")))
+    for line, row in rows:
+        if not row["fold"].isdecimal():
+            raise UserError(f"{file}, row {line}: the fold is {row['fold']!r}, and a whole number is wanted")
     classes = _numbered(file, ((line, row["target"], row["category"]) for line, row in rows))
     clips = [_Clip(str(folder / "audio" / row["filename"]), int(row["target"]), row["fold"]) for _, row in rows]
     return _Folded(_there(str(file), clips), classes)

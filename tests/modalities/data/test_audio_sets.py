@@ -113,6 +113,16 @@ def test_a_class_that_is_not_in_the_list_of_classes_is_named(tmp_path: Path) -> 
 # ---- ESC-50
 
 
+@pytest.mark.parametrize("fold", ["", "one"])
+def test_a_fold_of_esc50_that_is_no_number_is_named_with_its_row(tmp_path: Path, fold: str) -> None:
+    file = write_esc50(tmp_path) / "meta" / "esc50.csv"
+    head, first, *rest = file.read_text().splitlines()
+    name, _, behind = first.split(",", 2)
+    file.write_text("\n".join([head, f"{name},{fold},{behind}", *rest]))
+    with pytest.raises(UserError, match=rf"esc50\.csv, row 2: the fold is '{fold}', and a whole number is wanted"):
+        open_source("esc50", "test", root=str(tmp_path))
+
+
 def test_esc50_holds_one_fold_out_and_names_classes_by_their_numbers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
