@@ -266,9 +266,8 @@ class Audio(Ordered, Modality):
         """The spectrogram, low frequencies at the bottom, each clip up to its loudest; padding is black."""
         picture = self._spectrogram(tokens)
         grid = (self.rows, tokens.values.shape[1] // self.rows)
-        return Sketch(
-            (picture / picture.amax((1, 2), keepdim=True).clamp(min=1e-6)).clamp(min=0), grid
-        )  # noise may fall below
+        loudest = picture.amax((1, 2), keepdim=True).clamp(min=1e-6)
+        return Sketch((picture / loudest).clamp(min=0), grid)  # added noise may fall below silence
 
     def decode(self, tokens: Tokens) -> Signal:
         """Sound, silent where padded; see `modalities.data.audio.waveform` for what is lost.

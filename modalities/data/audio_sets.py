@@ -122,7 +122,7 @@ def read_set(
     if name == "speech_commands":
         refuse_fold(f"{name} in {root}", fold)
         return _speech_commands(root, split, keywords)
-    rows = _esc50(root) if name == "esc50" else _iemocap(root)
+    rows = _folded(name, root)
     held = held_fold(root, _folds_of(rows), fold)
     mine = [row for row in rows.clips if (row.fold == held) == (split == "test")]
     return Found([row.path for row in mine], torch.tensor([row.label for row in mine]), rows.classes)
@@ -134,9 +134,7 @@ def set_folds(name: SetName, root: str) -> tuple[str, ...]:
     Raises:
         UserError: as of `read_set`.
     """
-    if name in ("esc50", "iemocap"):
-        return _folds_of(_esc50(root) if name == "esc50" else _iemocap(root))
-    return ()
+    return _folds_of(_folded(name, root)) if name in ("esc50", "iemocap") else ()
 
 
 class _Clip(NamedTuple):
@@ -150,6 +148,10 @@ class _Folded(NamedTuple):
 
     clips: list[_Clip]
     classes: tuple[str, ...]
+
+
+def _folded(name: SetName, root: str) -> _Folded:
+    return _esc50(root) if name == "esc50" else _iemocap(root)
 
 
 def _folds_of(rows: _Folded) -> tuple[str, ...]:
