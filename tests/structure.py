@@ -44,6 +44,13 @@ def arrows(package: Path) -> Arrows:
     return found
 
 
+def file_arrows(root: Path) -> Arrows:
+    """File -> the files of all packages that it imports, by their dotted names."""
+    paths = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
+    names = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    return {name: imports(path) & names.keys() - {name} for name, path in names.items()}
+
+
 def floors(graph: Arrows) -> int:
     """Rooms on the longest chain of arrows, a circle counting as one."""
     reach = {room: _reached(room, graph) for room in graph}

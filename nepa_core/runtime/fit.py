@@ -42,7 +42,8 @@ from nepa_core.runtime.going_on import Change, Cycle, Settings, take_up
 from nepa_core.runtime.meter import Meter
 from nepa_core.runtime.optim import Duration, OptimConfig, make_optimizer, set_rates
 from nepa_core.runtime.run import Run
-from nepa_core.runtime.strategies import Strategy, Whole, held, norm_here
+from nepa_core.runtime.strategies import Strategy, held
+from nepa_core.runtime.whole import Whole, norm_here
 
 
 class TrainConfig(BaseModel):

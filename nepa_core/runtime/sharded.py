@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nepa_core.basics import UserError
 from nepa_core.ema import Ema
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.strategies import Whole, norm_here
+from nepa_core.runtime.whole import Whole, norm_here
 
 
 class Sharded(Whole):

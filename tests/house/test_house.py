@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import nepa_core
-from tests.structure import PACKAGES, arrows, circles, floors, imports
+from tests.structure import PACKAGES, arrows, circles, file_arrows, floors, imports
 
 ROOT = Path(nepa_core.__file__).parents[1]
 CHOOSE = {"vision", "audio", "timeseries", "video", "volumes", "text", "events", "together", "presets", "configs"}
@@ -82,6 +82,11 @@ def test_rooms_have_few_floors_and_no_circles(package: str, most: int) -> None:
     graph = arrows(ROOT / package)
     assert circles(graph) == []
     assert floors(graph) <= most
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    """Not inside a function either, where Python would let it pass."""
+    assert circles(file_arrows(ROOT)) == []
 
 
 def test_inheritance_within_the_house_is_one_deep() -> None:

@@ -12,7 +12,8 @@ from nepa_core.basics import UserError
 from nepa_core.ema import Ema
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.sharded import Sharded, mesh_of
-from nepa_core.runtime.strategies import Whole, held
+from nepa_core.runtime.strategies import held
+from nepa_core.runtime.whole import Whole
 from tests.tiny import CPU
 
 
