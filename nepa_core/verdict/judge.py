@@ -93,7 +93,8 @@ class Verdict(BaseModel):
         effective_rank_*, spread_*, shared_direction_*: see the functions of those names; `*_start` is the
             network before training on the same samples.
         collapsed: effective_rank_embedding is below half of effective_rank_embedding_start.
-        loss_per_position: predictor name -> loss at each place.
+        loss_per_position: predictor name -> loss at each place; None where no sample has a pair that counts, as where
+            all of them have padding.
     """
 
     model_config = FROZEN
@@ -139,7 +140,7 @@ class Verdict(BaseModel):
     shared_direction_embedding_start: float
     shared_direction_prediction: float
     collapsed: bool
-    loss_per_position: dict[str, list[float]]
+    loss_per_position: dict[str, list[float | None]]
 
     @property
     def chance(self) -> float:
@@ -342,8 +343,9 @@ def _rivals(test: Gathered) -> int:
     return int(test.drawn.group.bincount().max())
 
 
-def _by_place(loss: Tensor, counted: Tensor | None) -> list[float]:
-    """Mean over samples at each place, [S, Q] -> Q numbers."""
+def _by_place(loss: Tensor, counted: Tensor | None) -> list[float | None]:
+    """Mean over samples at each place, [S, Q] -> Q numbers; None where nothing counts."""
     if counted is None:
         return [float(x) for x in loss.mean(0)]
-    return [float(x) for x in (loss * counted).sum(0) / counted.sum(0).clamp(min=1)]
+    means = (loss * counted).sum(0) / counted.sum(0)
+    return [float(mean) if some else None for mean, some in zip(means, counted.any(0).tolist(), strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def pooled(judged: Mapping[str, Judged]) -> Judged:
     """The verdict of several as one.
 
     What only a verdict of one kind can say (how the linear control grows) is left out; there is collapse where one of
-    the kinds has collapsed. Losses at a place are of the kinds that reach it.
+    the kinds has collapsed. Losses at a place are of the kinds that have one there.
     """
     verdicts = [each.verdict for each in judged.values()]
     weights = [each.asked / sum(each.asked for each in verdicts) for each in verdicts]
@@ -48,15 +49,18 @@ def pooled(judged: Mapping[str, Judged]) -> Judged:
     return Judged(Verdict.model_validate(_OF_ONE | found), credits, _clusters(list(judged.values())), chained)
 
 
-def _by_place(verdicts: Sequence[Verdict], weights: Sequence[float]) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {}
-    for name in verdicts[0].loss_per_position:
-        curves = [each.loss_per_position[name] for each in verdicts]
-        for place in range(max(map(len, curves))):
-            there = [(w, curve[place]) for w, curve in zip(weights, curves, strict=True) if place < len(curve)]
-            total = sum(w for w, _ in there)
-            found.setdefault(name, []).append(sum(w * x for w, x in there) / total)
-    return found
+def _by_place(verdicts: Sequence[Verdict], weights: Sequence[float]) -> dict[str, list[float | None]]:
+    return {
+        name: [_weighted(place, weights) for place in zip_longest(*(each.loss_per_position[name] for each in verdicts))]
+        for name in verdicts[0].loss_per_position
+    }
+
+
+def _weighted(losses: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """The mean of those that there are, None where there is none."""
+    there = [(w, x) for w, x in zip(weights, losses, strict=True) if x is not None]
+    total = sum(w for w, _ in there)
+    return sum(w * x for w, x in there) / total if total else None
 
 
 def _clusters(judged: Sequence[Judged]) -> Tensor | None:

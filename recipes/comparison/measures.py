@@ -254,7 +254,7 @@ def attention_by_layer(config: PretrainConfig, model: NEPA, device: torch.device
         for layer, weights in enumerate([*trace.attention, uniform]):
             figures = [*attention_figures(weights, positions, mask), neighbour_share(weights, positions, mask)]
             total[:, layer] += torch.stack([x.sum(0).expand(config.model.heads) for x in figures])
-        count += len(mask)
+        count += int(mask.any(1).sum())  # a sample without a real token has no figures
     means: Tensor = total / count
     distance, entropy, on_bos, on_neighbours = means[:, :-1].tolist()
     return {

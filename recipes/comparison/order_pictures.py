@@ -43,7 +43,7 @@ def pictures(summary: OrdersSummary) -> list[Figure]:
         (reading,) = inspect(model, data, options, causal=causal)
         noun = data.token_name
         ((_, batch),) = chosen_samples(data, options, torch.device("cpu"))
-        paths.append(Panel(name, reading.sketch, path=reading.order, at=own_grid(data.tokenize(batch), reading.sketch)))
+        paths.append(Panel(name, reading.sketch, path=reading.path, at=own_grid(data.tokenize(batch), reading.sketch)))
         maps.append((name, map_panels(reading, noun)))
     return [
         Figure("paths.png", "The path of every order, from the dot on.", panel_plot([("", paths)], across=5)),

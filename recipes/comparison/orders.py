@@ -260,8 +260,8 @@ def measured_order(config: PretrainConfig, device: torch.device) -> OrderMeasure
     if positions.ndim == 2 and tokens.real.all():
         return order_measures(positions)
     each = zip(positions.expand(*tokens.real.shape, -1), tokens.real, strict=True)
-    found = [order_measures(where[real]) for where, real in each]
-    return mean_measures(found)
+    found = [order_measures(where[real]) for where, real in each if real.sum() > 1]  # of one token there is no order
+    return mean_measures(found or [order_measures(positions.flatten(0, -2)[:1])])
 
 
 def read_across(variants: list[Variant], seed: int, out: Path, *, workers: int) -> Cross:

@@ -165,9 +165,9 @@ def _layer_panels(readings: Sequence[Reading]) -> list[tuple[str, list[Panel]]]:
 
 def _order_panels(readings: Sequence[Reading]) -> list[Panel]:
     """A panel for every different order among the samples, but none for the canonical one."""
-    orders = {tuple(reading.order.tolist()): reading for reading in readings}
+    orders = {tuple(reading.path.tolist()): reading for reading in readings}
     return [
-        Panel(reading.name if len(orders) > 1 else "", reading.sketch, path=reading.order)
+        Panel(reading.name if len(orders) > 1 else "", reading.sketch, path=reading.path)
         for order, reading in orders.items()
         if list(order) != sorted(order)
     ]

@@ -214,9 +214,9 @@ def seen_figures(ranked: Runs) -> list[Figure]:
 
 
 def position_figure(ranked: Runs) -> Figure:
-    """Loss at each place, mean over seeds."""
+    """Loss at each place, mean over seeds; white where no sample has a token."""
     losses = {
-        name: np.mean([row["loss_per_position"]["model"] for row in seeds], axis=0).tolist()
+        name: np.mean(np.array([row["loss_per_position"]["model"] for row in seeds], dtype=float), axis=0).tolist()
         for name, seeds in ranked.items()
     }
     return Figure(

@@ -39,7 +39,7 @@ def spread_out(count: int, most: int) -> list[int]:
 
 
 def line_plot(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    series: Mapping[str, tuple[Sequence[float], Sequence[float | None]]],
     *,
     x: str,
     y: str,
@@ -47,12 +47,16 @@ def line_plot(
     markers: bool = False,
     title: str = "",
 ) -> bytes:
-    """One axes with a line for each named (x values, y values), a dot where that is one point; PNG bytes."""
+    """One axes with a line for each named (x values, y values), a dot where that is one point; PNG bytes.
+
+    Where a y value is None there is a gap, and at an end nothing: the axis goes as far as there are values.
+    """
     canvas = Canvas(figsize=(8, 3.6), dpi=110, layout="constrained")
     axes = canvas.subplots()
     for name, (xs, ys) in series.items():
         marker = "o" if markers or len(xs) == 1 else None
-        axes.plot(xs, ys, marker=marker, markersize=3 if markers else 5, linewidth=1.6, label=name)
+        heights = np.array(ys, dtype=float)  # None becomes NaN
+        axes.plot(xs, heights, marker=marker, markersize=3 if markers else 5, linewidth=1.6, label=name)
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # steps, places, layers
     axes.set_title(title, loc="left", fontsize="medium")
     axes.set_xlabel(x)
@@ -117,7 +121,7 @@ class Panel(NamedTuple):
             whitens the token.
         colours: [N, 3] RGB between 0 and 1, shown in place of the canvas; NaN is white.
         marks: colour -> the token that gets a frame of it.
-        path: [N] int, the tokens in an order that is drawn as a line.
+        path: int, the tokens in an order that is drawn as a line, without padding: N at most.
         at: [N, 2] (down, across) where the tokens of the path lie, unless in the cells of the sketch.
         hidden: [N] bool, tokens whose cells are left white.
     """
@@ -217,8 +221,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
         walked = cells[panel.path]
         at = torch.stack((walked // columns, walked % columns), dim=1) + 0.5
         if panel.at is not None:
-            low, high = panel.at.amin(0), panel.at.amax(0)
-            share = (panel.at[panel.path] - low) / (high - low).clamp(min=1e-12)
+            drawn = panel.at[panel.path]
+            low, high = drawn.amin(0), drawn.amax(0)
+            share = (drawn - low) / (high - low).clamp(min=1e-12)
             at = (0.05 + 0.9 * share) * torch.tensor([rows, columns])
         axes.plot(at[:, 1], at[:, 0], color="C1", linewidth=1)
         axes.plot(at[0, 1], at[0, 0], "o", color="C1", markersize=5)

@@ -115,7 +115,7 @@ class PretrainSummary(Cost, Unreadable, total=False):
     shared_direction_embedding_start: float
     shared_direction_prediction: float
     collapsed: bool
-    loss_per_position: dict[str, list[float]]
+    loss_per_position: dict[str, list[float | None]]  # None where no sample has a token
     objective: float  # the run's own, on held-out data
     origin: Origin  # with init=: which weights it began with
     retrieval_top1_first: float  # with init=: identified among the samples watched while training, at step 0
@@ -574,7 +574,7 @@ class HeadFigures(TypedDict):
 class RunMeasures(Predicted[float], ReadOut[float], total=False):
     """What a comparison keeps of one run: NAME-HASH.json in the run's folder, and random/ of random weights."""
 
-    loss_per_position: dict[str, list[float]]
+    loss_per_position: dict[str, list[float | None]]
     metric: str  # of the probe and of fine-tuning: accuracy, map, r2, or skill of a forecast
     probe_row: str  # which one is the best
     probe_row_random: str
@@ -610,7 +610,7 @@ class OrderFigures(Accuracies, Predicted[Spread], ReadOut[Spread], total=False):
     order: OrderMeasures  # of the first seed, as the next three
     attention: HeadFigures
     layers: Layers
-    loss_per_position: dict[str, list[float]]
+    loss_per_position: dict[str, list[float | None]]
     probe_rows: list[str]  # a seed each
 
 

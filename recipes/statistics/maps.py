@@ -193,6 +193,11 @@ class Reading(NamedTuple):
     hidden: list[Tensor]
     layers: list[AttentionFigures]
 
+    @property
+    def path(self) -> Tensor:
+        """The real tokens in the order of prediction, int64: as many as there are."""
+        return self.order[self.real[self.order]]
+
 
 class Failure(NamedTuple):
     """A sample with the loss of each token, -cos of prediction and embedding: 1 is worst.

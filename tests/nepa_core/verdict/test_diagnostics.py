@@ -1,3 +1,4 @@
+import json
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from nepa_core.verdict.diagnostics import effective_rank, health, identification
 from nepa_core.verdict.gathered import Gathered, gather
 from nepa_core.verdict.judge import Judged, Verdict, start_of
 from nepa_core.verdict.judge import judge as judge_fitted
+from nepa_core.verdict.strata import pooled
 from tests.tiny import SHAPE
 
 
@@ -407,6 +409,21 @@ def test_the_verdict_counts_real_pairs_only() -> None:
     assert verdict.margin_untrained == 0
     assert not verdict.beats_untrained
     assert verdict.loss_per_position["model"] == pytest.approx([-1] * 4, abs=1e-5)
+
+
+def test_a_place_that_is_padding_in_every_sample_has_no_loss() -> None:
+    embed = torch.randn(6, 12)
+    train, test = _independent(200, embed), _independent(64, embed)
+    test = test._replace(mask=(torch.arange(5) < 4).expand(64, 5), predictions=_next(test.embeddings))
+    long, short = judged(train, test._replace(mask=None), test), judged(train, test, test)
+    for losses in short.verdict.loss_per_position.values():
+        assert [loss is None for loss in losses] == [False, False, False, True]
+    assert json.loads(short.verdict.model_dump_json())["loss_per_position"]["model"][3] is None
+    together = pooled({"long": long, "short": short}).verdict.loss_per_position["copy"]
+    both = [each.verdict.loss_per_position["copy"] for each in (long, short)]
+    assert together[0] == pytest.approx((both[0][0] + both[1][0]) / 2)
+    assert together[3] == pytest.approx(both[0][3]), "of the kind alone that has tokens there"
+    assert pooled({"a": short, "b": short}).verdict.loss_per_position["copy"][3] is None
 
 
 def test_tokens_after_bos_alone_are_not_asked_for() -> None:

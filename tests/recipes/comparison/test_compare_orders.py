@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,11 @@ import pytest
 import torch
 
 from modalities.orders import grid_order
-from nepa_core.basics import UserError
+from nepa_core.basics import Batch, UserError
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
 from nepa_core.samples import Some
+from nepa_core.tokens import Tokens
 from recipes.cli import main, split_options
 from recipes.comparison import engine as compare
 from recipes.comparison import measures, orders
@@ -30,17 +33,18 @@ from recipes.comparison.orders import MeasureOptions, ordered
 from recipes.comparison.orders import OrdersOptions as Options
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import Classification
-from recipes.report.orders import accuracy_figure, head_curves, seen_figures
+from recipes.report.orders import accuracy_figure, head_curves, position_figure, seen_figures
 from recipes.report.summaries import OrdersSummary, RunMeasures
 from recipes.statistics import protocol
 from recipes.statistics.credits import pack_credits
 from recipes.statistics.maps import grid_positions, neighbour_share
 from recipes.training.pretraining import load_pretrained
 from recipes.vision import digits_2x2
+from tests import tiny
 from tests.conftest import ROOT
 from tests.recipes.readout.test_forecast import recipe as series_recipe
 from tests.summaries import check_summary
-from tests.tiny import CPU
+from tests.tiny import CPU, Waves
 
 PARTS = ("answer", "accuracy", "paths", "prediction", "attention", "tests", "commands")
 PICTURES = (
@@ -380,6 +384,28 @@ def test_what_the_order_is_like_is_told_of_the_samples_that_are_read() -> None:
     straight = orders.measured_order(ordered(digits_2x2(), "snake", None), CPU)
     assert straight["step"] == 1.0
     assert len(straight["seen"]) == 16
+
+
+class Lone(Waves):
+    """Half of the samples have one real token, whose order has no step."""
+
+    def tokenize(self, batch: Batch) -> Tokens:
+        tokens = super().tokenize(batch)
+        return replace(tokens, mask=(batch["label"] == 0)[:, None] | (torch.arange(self.tokens) < 1))
+
+
+def test_samples_without_a_step_do_not_shorten_the_steps_of_an_order() -> None:
+    recipe = tiny.recipe()
+    assert orders.measured_order(recipe.model_copy(update={"data": Lone()}), CPU)["step"] == 1.0
+
+
+def test_the_loss_at_a_place_without_tokens_is_white(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr("recipes.report.orders.strip_plot", lambda strips, **_: drawn.update(strips))
+    rows: Any = [{"loss_per_position": {"model": [loss, None]}} for loss in (-0.5, -0.7)]
+    position_figure({"raster": rows})
+    assert drawn["raster"][0] == pytest.approx(-0.6)
+    assert math.isnan(drawn["raster"][1])
     assert MeasureOptions(labels=(None,), finetune_steps=1).labels == (None,)
 
 

@@ -29,6 +29,7 @@ from recipes.cli import main
 from recipes.configs import PretrainConfig, SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
 from recipes.readout.inspecting import chosen_samples, inspect, load_network, worst_predicted
+from recipes.report.inspect import report
 from recipes.report.plots import Panel, inside, line_plot, panel_plot
 from recipes.report.plots import spread_out as spread
 from recipes.report.segment import palette
@@ -235,9 +236,19 @@ def test_a_path_is_drawn_where_its_tokens_lie() -> None:
         _pixels(panel_plot([("", [Panel("", sketch, path=torch.arange(4), at=at)])], across=4))
         for at in (None, corners)
     )
-    for pixels, least, most in ((flat, 0, 20), (round_, 100, 400)):
+    padded, far = Sketch(torch.ones(1, 4, 5), grid=(1, 5)), torch.cat((corners, torch.full((1, 2), 900.0)))
+    short = _pixels(panel_plot([("", [Panel("", padded, path=torch.arange(4), at=far)])], across=4))
+    for pixels, least, most in ((flat, 0, 20), (round_, 100, 400), (short, 100, 400)):
         drawn = (abs(pixels - (255, 127, 14)).sum(-1) < 60).any(1).nonzero()[0]
         assert least < np.ptp(drawn) < most
+
+
+def test_a_line_ends_where_there_are_no_more_values() -> None:
+    short, whole, padded = (
+        line_plot({"a": (list(range(len(values))), values)}, x="x", y="y", markers=True)
+        for values in ([-0.5, None, -0.7], [-0.5, -0.6, -0.7], [-0.5, None, -0.7, None, None])
+    )
+    assert short == padded != whole
 
 
 @pytest.mark.parametrize("markers", [False, True])
@@ -331,6 +342,21 @@ def test_maps_are_canonical_and_the_target_is_the_next_in_the_order_of_predictio
             assert reading.rank == 1 + int((real > reading.similarity[reading.next] + 1e-6).sum())
         assert len(reading.ranks) == count - 1 + bos
     assert len({int(reading.real.sum()) for reading in readings}) > (2 if ragged else 0)
+
+
+def test_the_order_is_drawn_through_the_real_tokens_of_each_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, drawn = Backwards(ragged=True), []
+    readings = inspect(_network(data), data, Options(samples=8), causal=True)
+    monkeypatch.setattr(
+        "recipes.report.inspect.panel_plot", lambda rows, **_: drawn.append([each for _, row in rows for each in row])
+    )
+    page = report(tmp_path, readings, data, None, None, causal=True, silent="", pictures=(), classes=())
+    *_, order = (drawn[-1] for part in page.parts() if getattr(part, "name", "") == "order.png")
+    lengths = [int(reading.real.sum()) for reading in readings]
+    assert min(lengths) < 6
+    assert [panel.path.tolist() for panel in order] == [[*range(n)][::-1] for n in dict.fromkeys(lengths)]
 
 
 def test_distances_are_in_units_of_the_grid() -> None:
