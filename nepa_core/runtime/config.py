@@ -9,8 +9,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any, TypeVar, get_args
+from types import ModuleType, NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -250,47 +250,86 @@ def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
     """The first complaint of a pydantic error as one line."""
     errors = error.errors()
     first = errors[0]
-    key = prefix + _typed(first)
+    place = _place(first, kind)
+    key = prefix + _typed(place)
     message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:  # a validator over the whole config names its keys itself, a Duration can't
+    if not place:  # a validator over the whole config names its keys itself, a Duration can't
         if prefix.startswith("data."):  # where an adapter is part of another
             message = re.sub(r"\bdata\.(?=\w)", prefix, message)
         return message if kind is not Duration else f"{prefix.removesuffix('.')}: {message}"
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key}{nearest(str(first['loc'][-1]), kind.model_fields)}"
+        return f"unknown key {key}{nearest(str(place[-1]), kind.model_fields)}"
     if first["type"] == "missing":
-        if _in_list(first):
+        if _in_list(place):
             return f"{key}={shown(first['input'])}: too few elements"
         return f"{key} is missing"
-    others = len({_typed(each) for each in errors}) - 1
+    others = len({_typed(_place(each, kind)) for each in errors}) - 1
     more = f" (and {others} more)" if others else ""
-    if _in_list(first):
-        members = [_wanted(each) for each in errors if each["loc"][:2] == first["loc"][:2]]
-        message = f"each should be {' or '.join(dict.fromkeys(members))}"
-    elif first["type"] == "tuple_type":
-        message = "input should be a list in brackets, such as [1,2]"
+    of_key = [each for each in errors if _place(each, kind)[:2] == place[:2]]  # by each type that would do
+    if _in_list(place):
+        message = f"each should be {_either(of_key)}"
+    elif all(each["msg"].startswith(_SHOULD) for each in of_key):
+        message = f"input should be {_either(of_key)}"
     elif first["type"] == "too_short" and not first["input"]:
         message = "name at least one"
-    field = kind.model_fields.get(str(first["loc"][0]))
-    about = f" ({field.description})" if _in_list(first) and field is not None and field.description else ""
+    field = kind.model_fields.get(str(place[0]))
+    about = f" ({field.description})" if _in_list(place) and field is not None and field.description else ""
     return f"{key}={shown(first['input'])}: {message[0].lower()}{message[1:]}{about}{more}"
 
 
-def _wanted(error: ErrorDetails) -> str:
-    """ "a valid integer" of "Input should be a valid integer, unable to parse string as an integer"."""
-    message = error["msg"].removeprefix("Input should be ")
-    return message.partition(",")[0] if error["type"].endswith("_parsing") else message
+_SHOULD = "Input should be "
 
 
-def _typed(error: ErrorDetails) -> str:
-    """The key of a complaint as a user types it: without the places in a list and the members of a union."""
-    parts = [str(part) for part in itertools.takewhile(lambda part: not isinstance(part, int), error["loc"])]
-    return ".".join(parts)
+def _either(errors: Sequence[ErrorDetails]) -> str:
+    """ "a, b or c" of all that would do; names that can be chosen stand once, whichever types they are of."""
+    wanted = list(dict.fromkeys(word for each in errors for word in _wanted(each)))
+    return " or ".join(word for word in (", ".join(wanted[:-1]), wanted[-1]) if word)
 
 
-def _in_list(error: ErrorDetails) -> bool:
+def _wanted(error: ErrorDetails) -> list[str]:
+    """ "a valid integer" of "Input should be a valid integer, unable to parse string as an integer"; every name."""
+    if error["type"] == "literal_error":
+        return str(error["ctx"]["expected"]).replace(" or ", ", ").split(", ")
+    if error["type"] == "tuple_type":
+        return ["a list in brackets, such as [1,2]"]
+    message = error["msg"].removeprefix(_SHOULD)
+    return [message.partition(",")[0] if error["type"].endswith("_parsing") else message]
+
+
+Place = tuple[int | str, ...]
+
+
+def _place(error: ErrorDetails, kind: type[BaseModel]) -> Place:
+    """Where a complaint is: field, field within, place in a list; without the members of a union."""
+    found: list[int | str] = []
+    expected: Any = kind
+    for part in error["loc"]:
+        members = _members(expected)
+        expected = None
+        if len(members) > 1:
+            continue  # which member it is, as pydantic calls it
+        found.append(part)
+        if isinstance(members[0], type) and issubclass(members[0], BaseModel):
+            field = members[0].model_fields.get(str(part))
+            expected = None if field is None else field.annotation
+    return tuple(found)
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types of a union but None, or the one type."""
+    if get_origin(annotation) not in (Union, UnionType):
+        return [annotation]
+    return [each for each in get_args(annotation) if each is not NoneType]
+
+
+def _typed(place: Place) -> str:
+    """A key as a user types it: without the places in a list."""
+    return ".".join(str(part) for part in itertools.takewhile(lambda part: not isinstance(part, int), place))
+
+
+def _in_list(place: Place) -> bool:
     """Whether one element of a list is complained about, and not the list."""
-    return len(error["loc"]) > 1 and isinstance(error["loc"][1], int)
+    return len(place) > 1 and isinstance(place[1], int)
 
 
 def shown(value: Any, most: int = 80) -> str:

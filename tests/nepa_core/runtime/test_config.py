@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
+from pydantic import BaseModel
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import (
@@ -86,6 +88,32 @@ def test_a_bad_override_is_one_line_that_names_the_key(
 
 
 DECAY = {"optim.layer_decay.start": 0.5, "optim.layer_decay.end": 1, "optim.layer_decay.staggered_warmup": False}
+
+
+class Either(BaseModel):
+    """Fields that may be of several types."""
+
+    name: Literal["one", "two"] | Literal["three"] = "one"
+    some: tuple[Literal["one"] | Literal["two"], ...] = ()
+    mixed: Literal["all"] | int | None = None
+    pairs: tuple[int, int] | tuple[float, float] | None = None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "demo"}, "name=demo: input should be 'one', 'two' or 'three'"),
+        ({"some": ["demo"]}, "some=demo: each should be 'one' or 'two'"),
+        ({"mixed": "demo"}, "mixed=demo: input should be 'all' or a valid integer"),
+        ({"mixed": "demo", "name": 1}, "name=1: input should be 'one', 'two' or 'three' (and 1 more)"),
+        ({"pairs": 3}, "pairs=3: input should be a list in brackets, such as [1,2]"),
+        ({"pairs": [1, "a"]}, "pairs=a: each should be a valid integer or a valid number"),
+    ],
+)
+def test_of_several_types_every_value_that_would_do_is_named(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        override(Either(), changes)
+    assert str(error.value) == said
 
 
 def test_a_group_is_not_null_and_set_at_once(tiny_recipe: PretrainConfig) -> None:
