@@ -1,6 +1,7 @@
 #!/bin/bash
 #SBATCH --array=0-3
 #SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8 # the process and its loaders: set to a GPU's share of the machine
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append

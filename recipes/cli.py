@@ -240,7 +240,27 @@ def _split(kind: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     own = {key: value for key, value in given.items() if key in kind.model_fields}
     if "part" in written and PART in written:
         raise UserError(f"part= is short for {PART}=: give one of them")
-    return validated(kind, own), {key: value for key, value in given.items() if key not in own}
+    options, changes = validated(kind, own), {key: value for key, value in given.items() if key not in own}
+    for key in changes:
+        _not_an_option(kind, key)
+    return options, changes
+
+
+def _not_an_option(kind: Any, key: str) -> None:
+    """Refuse a word that is no key of any recipe, and nearly an option of the task.
+
+    Raises:
+        UserError: it is; the option is named.
+    """
+    from difflib import get_close_matches
+
+    from nepa_core.basics import UserError
+    from recipes.resolve import NETWORKS
+
+    if "." in key or any(key in each.model_fields for each in NETWORKS):
+        return
+    if close := get_close_matches(key, kind.model_fields, n=1, cutoff=0.75):
+        raise UserError(f"unknown key {key}; did you mean {close[0]}?")
 
 
 def at_home(key: str, value: Any) -> Any:

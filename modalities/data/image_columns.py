@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from modalities.data.hub import one_line
-from modalities.data.listing import Integers, is_hidden, read_whole
+from modalities.data.listing import Integers, anew, is_hidden, read_whole
 from nepa_core.basics import UserError
 
 ENCODED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -61,7 +61,7 @@ def read_columns(file: Path, columns: Sequence[str]) -> pa.Table:
 
 def damaged(file: Path, error: BaseException) -> UserError:
     """The refusal of a parquet file that can't be read."""
-    return UserError(f"{file}: not a readable parquet file ({one_line(error)}); copy it again")
+    return UserError(f"{file}: not a readable parquet file ({one_line(error)}); {anew(file)}")
 
 
 def holds_images(kind: pa.DataType) -> bool:

@@ -27,7 +27,18 @@ import torch
 from torch import Tensor
 
 from modalities.data.image_decode import SUFFIXES
-from modalities.data.listing import HIDDEN, ODD, Integers, Passed, check_size, is_hidden, is_hidden_path, printable, say
+from modalities.data.listing import (
+    HIDDEN,
+    ODD,
+    Integers,
+    Passed,
+    anew,
+    check_size,
+    is_hidden,
+    is_hidden_path,
+    printable,
+    say,
+)
 from nepa_core.basics import UserError, cores
 
 CLASS_NAMES = "classnames.txt"
@@ -191,7 +202,7 @@ def index_shard(file: Path) -> ShardIndex:
                 vars(tar)["members"] = []  # of a million members, the list that tarfile keeps would take a gigabyte
             _check_end(tar)
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"{file}: a damaged or cut tar shard ({error}); copy it again") from error
+        raise UserError(f"{file}: a damaged or cut tar shard ({error}); {anew(file)}") from error
     for key in labels["json"].keys() & labels["cls"].keys():
         if labels["json"][key] != labels["cls"][key]:
             passed.add("json files with another label than the cls of their sample", key)

@@ -294,6 +294,7 @@ def _open_folder(root: str, split: str) -> Source:
     if len(found) > 1 and CLASS_FOLDERS in found and not _any_image(folder):
         del found[CLASS_FOLDERS]
     if not found:
+        _refuse_half(folder, root)
         entries = sorted(map(printable, os.listdir(folder)))
         raise UserError(
             f"data.root={root}: looked for train/<class>/* with val/<class>/*, for train/ with validation/ as "
@@ -307,6 +308,27 @@ def _open_folder(root: str, split: str) -> Source:
     if others:
         say(f"data.root={root}: {chosen} are read; {' and '.join(others)} lie there, too, and are passed over")
     return found[chosen]()
+
+
+def _refuse_half(folder: Path, root: str) -> None:
+    """Say which file is missing of the arrays of pixels, where there are some of their files.
+
+    Raises:
+        UserError: one is.
+    """
+    there = {
+        split: [file for name in names for suffix in (".npy", ".npz") if (file := folder / f"{name}{suffix}").is_file()]
+        for split, names in SPLITS.items()
+    }
+    write = "restore it, or write all of them again by nepa resize"
+    for file in (file for files in there.values() for file in files):
+        other = file.with_suffix(".npz" if file.suffix == ".npy" else ".npy")
+        if not other.is_file():
+            raise UserError(f"data.root={root}: {other.name} is missing beside {file.name}: {write}")
+    for split, other_split in (("train", "test"), ("test", "train")):
+        if there[split] and not there[other_split]:
+            name = SPLITS[other_split][0]
+            raise UserError(f"data.root={root}: {name}.npy is missing beside {there[split][0].name}: {write}")
 
 
 CLASS_FOLDERS = "the class folders"

@@ -527,3 +527,15 @@ def _sizes(paths: Sequence[str]) -> list[int]:
         except OSError:
             found.append(-1)
     return found
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/nepa/data`, `~/.cache` where that is not set."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "nepa" / "data"
+
+
+def anew(file: Path) -> str:
+    """What to do about a file that is damaged, as a command: of what was fetched, it will be again."""
+    fetched = file.absolute().is_relative_to(cache_folder().absolute())
+    return f"delete {file}, and the same command fetches it again" if fetched else "copy it again"

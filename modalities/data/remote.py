@@ -30,7 +30,7 @@ from uuid import uuid4
 
 from modalities.data.hub import one_line
 from modalities.data.image_shards import CLASS_NAMES
-from modalities.data.listing import printable, say
+from modalities.data.listing import cache_folder, printable, say
 from nepa_core.basics import UserError, needs
 from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import read_json
@@ -85,12 +85,6 @@ def is_address(root: str) -> bool:
     return trust.ADDRESS.match(root) is not None
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/nepa/data`, `~/.cache` where that is not set."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "nepa" / "data"
-
-
 @lru_cache(maxsize=16)
 def _fetched(root: str) -> str:
     title = f"data.root={printable(root)}"
@@ -140,7 +134,14 @@ def _record(file: Path, text: str) -> None:
 
 
 def _slug(root: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", root).strip("-.")[-60:]
+    """A part of a folder's name that no command takes for an option."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", root)[-60:].strip("-.")
+
+
+def _amount(size: int) -> str:
+    """A size in bytes as "2.4 MB"."""
+    unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if size >= each[0]), (1e3, "kB"))
+    return f"{size / unit:,.1f} {name}"
 
 
 def _system(scheme: str) -> Any:
@@ -256,10 +257,10 @@ def _fetch_all(system: Any, files: list[File], folder: Path, title: str) -> None
         return
     if wanted > free:
         raise UserError(
-            f"{title}: {wanted / 1e9:,.1f} GB are to be fetched, and {folder} has room for {free / 1e9:,.1f}; free "
+            f"{title}: {_amount(wanted)} are to be fetched, and {folder} has room for {_amount(free)}; free "
             "some space, or name another folder in XDG_CACHE_HOME"
         )
-    say(f"{title}: fetching {len(missing):,} of {len(files):,} files, {wanted / 1e9:,.2f} GB, into {folder}")
+    say(f"{title}: fetching {len(missing):,} of {len(files):,} files, {_amount(wanted)}, into {folder}")
     stop = Event()
     pool = ThreadPoolExecutor(AT_ONCE)
     try:

@@ -86,7 +86,8 @@ def nearest_key(key: str, known: Sequence[str]) -> str:
     if close := difflib.get_close_matches(last, own, n=1, cutoff=0.45):
         return f"; did you mean {own[close[0]]}?"
     parts = {part for name in known for part in name.split(".")}
-    part = last if last in parts else next(iter(difflib.get_close_matches(last, parts, n=1, cutoff=0.7)), None)
+    close = difflib.get_close_matches(last, parts, n=1, cutoff=0.7) if not own else []  # else one of another group
+    part = last if last in parts else next(iter(close), None)
     having = [name for name in known if part in name.split(".")]
     having = [name for name in having if name in own.values()] or having
     if having:

@@ -209,6 +209,17 @@ def test_a_run_folder_holds_what_the_readme_says_and_is_not_computed_twice(nepa:
 BAD = {
     "unknown task": (["pretrian", TINY], "there is no task 'pretrian'; did you mean pretrain?"),
     "unknown key": (["pretrain", TINY, "optim.lrr=1"], "unknown key optim.lrr; did you mean optim.lr?"),
+    "unknown option of a plan": (["plan", TINY, "devces=2"], "unknown key devces; did you mean devices?"),
+    "unknown option like a key": (["ablate", TINY, "seds=1"], "unknown key seds; did you mean seeds?"),
+    "unknown option of a readout": (["probe", TINY, "laers=1"], "unknown key laers; did you mean layers?"),
+    "unknown key of a group in the adapter": (
+        ["pretrain", "recipes.audio:nape_small", "data.augment.pitch=1"],
+        "unknown key data.augment.pitch; data.augment has time_mask, frequency_mask, roll, noise",
+    ),
+    "a value of several types": (
+        ["pretrain", "recipes.audio:demo", "data.source=demo"],
+        "data.source=demo: input should be 'synthetic', 'folder', 'audioset', 'esc50', 'speech_commands' or 'iemocap'",
+    ),
     "unknown key of the adapter": (["pretrain", TINY, "data.token=4"], "unknown key data.token; did you mean data."),
     "unknown option": (["bench", TINY, "step=3"], "unknown key step"),
     "wrong type": (["pretrain", TINY, "train.batch=many"], "train.batch=many: input should be a valid integer"),

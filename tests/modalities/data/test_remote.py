@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 from collections import Counter
@@ -110,7 +111,7 @@ def test_shards_at_an_address_are_those_of_the_folder_and_are_fetched_once(
     open_folder(address, "test")  # type: ignore[arg-type]
     assert fetched == dict.fromkeys(SHARDS, 1)
     assert cached() == SHARDS
-    assert "fetching 5 of 5 files" in capsys.readouterr().err
+    assert re.search(r"fetching 5 of 5 files, [1-9]\d*\.\d kB, into ", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -126,13 +127,36 @@ def test_braces_and_stars_name_files(tmp_path: Path, store: MemoryFileSystem, pa
     assert sorted(path.name for path in Path(at_hand(pattern)).iterdir()) == names
 
 
+@pytest.mark.parametrize("last", [57, 58, 59, 60])
+def test_the_folder_of_an_address_is_no_option_of_a_command(store: MemoryFileSystem, last: int) -> None:
+    address = f"memory://data/{{{80 * 'a'},{last * 'b'}}}"
+    for name in (80 * "a", last * "b"):
+        store.pipe_file(f"/data/{name}", b"x")
+    assert Path(at_hand(address)).parent.name[0] in "ab"
+
+
+def test_what_to_do_about_a_damaged_file_of_the_cache_is_said(
+    tmp_path: Path, store: MemoryFileSystem, fetched: Counter[str]
+) -> None:
+    address = put(store, shards(tmp_path / "local"), at="/damaged")
+    file = Path(at_hand(address)) / "train-000.tar"
+    file.write_bytes(b"x" * file.stat().st_size)
+    with pytest.raises(UserError) as error:
+        open_folder(address, "train")  # type: ignore[arg-type]
+    assert str(error.value).endswith(f"; delete {file}, and the same command fetches it again")
+    file.unlink()
+    forget()
+    assert len(open_folder(address, "train")) == 6  # type: ignore[arg-type]
+    assert fetched["train-000.tar"] == 2
+
+
 def test_parquet_in_data_is_found_as_in_a_folder(tmp_path: Path, store: MemoryFileSystem) -> None:
     store.pipe_file("/set/data/train-0.parquet", b"x")
     store.pipe_file("/set/data/.hidden.parquet", b"x")
     store.pipe_file("/set/a/b/c.parquet", b"x")
     folder = Path(at_hand("memory://set"))
     assert [str(path.relative_to(folder)) for path in folder.rglob("*.*")] == ["data/train-0.parquet"]
-    with pytest.raises(UserError, match=r"data/train-0\.parquet: not a readable parquet file"):
+    with pytest.raises(UserError, match=r"data/train-0\.parquet: not a readable .*; delete /.*, and the same command"):
         open_pairs("memory://set", "train")
 
 
@@ -237,7 +261,7 @@ def test_a_full_disk_is_one_line(
     assert line.endswith("free some space, or name another folder in XDG_CACHE_HOME")
     assert cached() == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
-    assert "0.0 GB are to be fetched, and" in fails(address)
+    assert re.search(r": [1-9]\d*\.\d kB are to be fetched, and .* has room for 0\.0 kB; ", fails(address))
 
 
 def test_a_cache_that_can_not_be_made_is_one_line(

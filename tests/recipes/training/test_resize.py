@@ -269,6 +269,22 @@ def test_damaged_arrays_are_one_line(tree: Path, tmp_path: Path) -> None:
     refused(beside, (tmp_path / "array/val.npz").read_bytes(), "train.npz is not of train.npy")
 
 
+@pytest.mark.parametrize(
+    ("lost", "said"),
+    [
+        (["train.npz"], "train.npz is missing beside train.npy: "),
+        (["val.npy"], "val.npy is missing beside val.npz: "),
+        (["val.npy", "val.npz"], "val.npy is missing beside train.npy: "),
+    ],
+)
+def test_a_missing_file_of_an_array_is_named(tree: Path, tmp_path: Path, lost: list[str], said: str) -> None:
+    assert array_command(tree, tmp_path / "array") == 0
+    for name in lost:
+        (tmp_path / "array" / name).unlink()
+    with pytest.raises(UserError, match=rf"^data\.root={tmp_path}/array: {said}restore it"):
+        open_source("folder", "train", root=str(tmp_path / "array"))
+
+
 def test_an_array_that_shrinks_or_changes_is_noticed(tree: Path, tmp_path: Path) -> None:
     assert array_command(tree, tmp_path / "array") == 0
     images = open_folder(tmp_path / "array", size=(24, 24))
