@@ -138,7 +138,7 @@ def write_page(found: Asked, files: Sequence[Path]) -> None:
     """gpu.md from the stages that have a file."""
     known: list[StageFile] = [json.loads(file.read_text()) for file in files if file.exists()]
     names = {str(found.out): "OUT"} | ({} if found.data is None else {str(found.data): "DIR"})
-    (found.out / "gpu.md").write_text(page(known, names))
+    (found.out / "gpu.md").write_text(page(known, names, dry_run=found.dry_run))
 
 
 def main(words: Sequence[str]) -> int:

@@ -10,13 +10,16 @@ from benchmarks.rows import Kept, StageFile
 _WIDE = 7  # figures of a stage up to which each has a column
 
 
-def page(files: Iterable[StageFile], names: Mapping[str, str]) -> str:
+def page(files: Iterable[StageFile], names: Mapping[str, str], *, dry_run: bool = False) -> str:
     """All stages as one page.
 
     Args:
-        names: folder -> what stands for it, as no machine's paths belong into a page.
+        names: folder -> what stands for it, as no machine's paths belong into a page. dry_run: it was one.
     """
-    text = "\n\n".join(["# Measured on a GPU", *map(section, files)])
+    head = (
+        "# A dry run on a CPU, at toy size: no figure here says anything of a GPU" if dry_run else "# Measured on a GPU"
+    )
+    text = "\n\n".join([head, *map(section, files)])
     for folder, name in names.items():
         text = text.replace(folder, name)
     return f"{text}\n"

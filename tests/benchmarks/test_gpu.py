@@ -260,6 +260,8 @@ def test_the_page_has_median_and_spread_and_what_is_missing() -> None:
         "rows": kept,
     }
     text = page([file], {"/where/it/is": "DIR"})
+    assert text.startswith("# Measured on a GPU\n")
+    assert page([file], {}, dry_run=True).startswith("# A dry run on a CPU, at toy size: ")
     assert "| row | images/s | peak GiB |\n|---|---|---|\n| a step | 2,500 (2,400 to 2,600) | 31.25 |" in text
     assert "- no room: **out of memory**: 80 / GiB" in text
     assert (
@@ -321,5 +323,6 @@ def test_the_dry_run_runs_all_stages(tmp_path: Path) -> None:
     assert len(rows) >= 40
     text = (tmp_path / "gpu.md").read_text()
     assert all(f"## {file['title']}" in text for file in files.values())
+    assert text.startswith("# A dry run on a CPU")
     assert str(tmp_path) not in text
     assert after.ru_utime - before.ru_utime < 180, "three minutes on a core"
