@@ -287,18 +287,6 @@ def is_run(target: str) -> bool:
     return file.is_file() and not released and "model_type" not in read_saved(file)
 
 
-def not_a_run(target: str | Path, fix: str) -> UserError:
-    """What is said of a target that is no run folder.
-
-    Args:
-        fix: what to do; where the folder holds runs, as that of a comparison or of folds= does, one of them is named.
-    """
-    found = sorted(file.parent for deep in ("*", "*/*") for file in Path(target).glob(f"{deep}/config.json"))
-    inside = next((str(each) for each in found if is_run(str(each))), None)
-    held = "is not a run folder" if inside is None else "holds runs and is none itself"
-    return UserError(f"{target} {held}; {fix if inside is None else f'name one of them, such as {inside}'}")
-
-
 def is_imported(target: str) -> bool:
     """Whether a folder is a run that `nepa import` wrote."""
     return (Path(target) / RECORD).is_file()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote
 
 from nepa_core.runtime.checkpoint import disk_errors
 from recipes.report.summaries import MadeWith
@@ -45,12 +44,6 @@ class Words(NamedTuple):
     lines: Sequence[str]
 
 
-class Links(NamedTuple):
-    """Other pages: what is shown, and the way there from this page's folder."""
-
-    pages: Sequence[tuple[str, str]]
-
-
 class Table(NamedTuple):
     """A head and rows of cells."""
 
@@ -81,7 +74,7 @@ class Sound(NamedTuple):
     wav: bytes
 
 
-Part = Answer | Heading | Words | Links | Table | Verbatim | Figure | Sound
+Part = Answer | Heading | Words | Table | Verbatim | Figure | Sound
 
 
 @dataclass(frozen=True)
@@ -139,9 +132,6 @@ def _shown(part: Part) -> str:
             return f'<h2 id="{escape(anchor)}">{escape(text)}</h2>'
         case Words(lines):
             return "".join(f"<p>{escape(line)}</p>" for line in lines)
-        case Links(pages):
-            shown = ", ".join(f'<a href="{escape(quote(way))}">{escape(name)}</a>' for name, way in pages)
-            return f"<p>{shown}</p>"
         case Table():
             return _table(part)
         case Verbatim(text, title):

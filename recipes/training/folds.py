@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -12,13 +13,14 @@ from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
 from recipes.configs import FinetuneConfig
 from recipes.networks.goals import AVERAGED
-from recipes.report.folds import PREFIX, folder_of, report
+from recipes.report.folds import report
 from recipes.report.provenance import provenance
 from recipes.report.summaries import FinetuneSummary, FoldSpread, FoldsSummary
 from recipes.statistics.worth import worth_in
 from recipes.training.finetuning import beside_config, beside_control, finetune
 
 ALL = "all"
+_NAME = "fold-"
 
 
 def chosen_folds(data: Modality, asked: Sequence[str]) -> tuple[str, ...]:
@@ -39,6 +41,11 @@ def chosen_folds(data: Modality, asked: Sequence[str]) -> tuple[str, ...]:
     if len(chosen) < 2:
         raise UserError(f"folds={chosen[0]} is one fold alone: hold it out by data.fold={chosen[0]} instead")
     return chosen
+
+
+def folder_of(run: Run, fold: str) -> Run:
+    """The run of a fold, RUN/fold-NAME."""
+    return Run(run.path / f"{_NAME}{re.sub(r'[^a-zA-Z0-9_.-]+', '_', fold)}")
 
 
 def finetune_folds(
@@ -98,7 +105,7 @@ def finetune_folds(
 def _check_folder(run: Run) -> None:
     """The folder of folds is a new one, or holds folds."""
     inside = {path.name for path in run.path.glob("[!.]*")} if run.path.is_dir() else set()
-    if "config.json" in inside or (inside and not any(name.startswith(PREFIX) for name in inside)):
+    if "config.json" in inside or (inside and not any(name.startswith(_NAME) for name in inside)):
         what = "holds a run" if "config.json" in inside else "exists and holds no folds"
         raise UserError(f"{run.path} {what}; name another folder for the runs of folds= with out=DIR")
 
