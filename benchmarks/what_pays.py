@@ -31,7 +31,7 @@ KEPT = ROOT / "docs" / "results" / "what-pays.json"
 PAGES = (ROOT / "docs" / "results" / "what-pays.md", ROOT / "README.md")
 
 FROZEN = "cosine_head"
-"""Leads the development tasks by the rule that was declared before. Not frozen before round 2 of the protocol ends."""
+"""Leads the development tasks by the rule that was declared before; frozen on 29 November 2026."""
 
 SEEDS = (0, 1, 2, 3, 4)
 RIVALS = (REFERENCE, RANDOM)
