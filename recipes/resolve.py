@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import Config, explain, load_config, load_object, override, shown
-from nepa_core.runtime.run import is_imported, is_run, task_of
+from nepa_core.runtime.run import is_imported, is_run, refuse_holder, task_of
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 
 Convert = Mapping[type[BaseModel], Callable[[Any, str | None], Config]]
@@ -40,6 +40,7 @@ def read_target(
             load_config(kind, file) if other is None else others[other](load_config(other, file), target), changes
         )
     if ":" not in target:
+        refuse_holder(target)
         raise UserError(f"{shown(target)!r} is neither a run folder nor a recipe such as recipes.vision:digits")
     recipe = find_recipe(target, vars(kind).get("task", "pretrain"))
     try:
@@ -70,6 +71,7 @@ def read_network(target: str, changes: Mapping[str, Any], *, free: tuple[str, ..
         UserError: it is no such run, or a change is to another key, or does not fit.
     """
     if not is_run(target):
+        refuse_holder(target)
         raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
     for key in changes:
         if not key.startswith(free):

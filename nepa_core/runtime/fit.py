@@ -287,7 +287,8 @@ def fit(
     Raises:
         UserError: the plan does not fit, the disk is full, too many samples are unreadable, or a whole
             interval of steps had gradients that are not finite.
-        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        Interrupted: Ctrl-C or SIGTERM, on every rank where it came to one; a checkpoint was written. After the last
+            step, too: what follows in the same command is not begun.
     """
     samples = len(cast(Sized, dataset))
     steps = plan(config, optim, samples=samples, ranks=world.size)
@@ -432,6 +433,11 @@ def fit(
         trained.end()
         writer.wait()
     seconds = time.perf_counter() - began
+    if world.any(stop.wanted):  # since the last step; read here, where a signal is no longer taken for later
+        raise Interrupted(
+            f"stopped after the last of {steps.total} steps, which are kept; the same command goes on from there",
+            stop.status,
+        )
     working = sum(watch.seconds.values()) - watch.seconds.get("start", 0.0)
     return FitResult(
         steps.total,
@@ -706,8 +712,10 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 class _Stop:
+    """Whether this rank was asked to stop, and the exit status: that of SIGTERM where only another one was asked."""
+
     wanted = False
-    status = 0
+    status = 128 + signal.SIGTERM
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, some
 from nepa_core.runtime import leases, trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, shortened, write_whole
 from nepa_core.runtime.config import (
@@ -285,6 +285,14 @@ def is_run(target: str) -> bool:
     file = Path(target) / "config.json"
     released = (Path(target) / "model.safetensors").is_file()  # runs keep theirs in checkpoints/
     return file.is_file() and not released and "model_type" not in read_saved(file)
+
+
+def refuse_holder(target: str) -> None:
+    """Raise a `UserError` where a folder is no run but holds some, as those of `folds=` and of comparisons do."""
+    inside = sorted(file.parent for file in Path(target).glob("*/config.json") if is_run(str(file.parent)))
+    if inside and not is_run(target):
+        held = some([each.name for each in inside])
+        raise UserError(f"{target} holds the runs {held} and is none itself: name one of them, such as {inside[0]}")
 
 
 def is_imported(target: str) -> bool:

@@ -17,7 +17,7 @@ from nepa_core.pretrainer import HEADS, ObjectiveConfig
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import load_adapter, read_saved, validated
 from nepa_core.runtime.released import NetworkState, State, digests, find, new_weights, read_released
-from nepa_core.runtime.run import RECORD, Run, is_run, reading_back, task_of
+from nepa_core.runtime.run import RECORD, Run, is_run, reading_back, refuse_holder, task_of
 
 FREE_SHAPE = ("layer_scale", "rope_rescale", "drop_path", "attention", "pack", "mask_token")
 """Keys of the network that may differ between the weights and the recipe that starts from them: they are starts,
@@ -110,6 +110,7 @@ def read_weights(name: str, key: str = "init") -> Weights:
     folder = find(name, key)
     if is_run(str(folder)):
         return _of_run(name, folder)
+    refuse_holder(str(folder))
     released = read_released(folder)
     model, head = released.averaged or (released.model, released.head)
     digest, averaged, data = ", ".join(digests(folder).values()), released.averaged is not None, released.adapter()

@@ -21,7 +21,7 @@ from nepa_core.runtime.config import differences, listed
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.meter import say_progress
 from nepa_core.runtime.optim import MOST_STEPS
-from nepa_core.runtime.run import Run, is_run
+from nepa_core.runtime.run import Run, is_run, refuse_holder
 from recipes.configs import PretrainConfig
 from recipes.readout.features import weights_digest
 from recipes.readout.forecasters import (
@@ -137,6 +137,7 @@ def check_runs(targets: Sequence[str]) -> None:
     """
     for place, target in enumerate(targets):
         if not is_run(target):
+            refuse_holder(target)
             raise UserError(f"{target} is not a run folder; pre-train first and name the run")
         if target in targets[:place]:
             raise UserError(f"also: {target} stands twice; name runs with different seeds")

@@ -25,7 +25,7 @@ from nepa_core.runtime.released import (
     mismatch,
     to_released,
 )
-from nepa_core.runtime.run import RECORD, Run, is_run, task_of
+from nepa_core.runtime.run import RECORD, Run, is_run, refuse_holder, task_of
 from nepa_core.runtime.weights import class_names, current_weights, newest, split
 from nepa_core.tokens import ImageInput
 from recipes.configs import FinetuneConfig, PretrainConfig
@@ -88,6 +88,7 @@ def read_config(target: str, changes: dict[str, Any]) -> Trained:
         UserError: it is not a run, or of another task.
     """
     if not is_run(target):
+        refuse_holder(target)
         raise UserError(f"{target} is not a run folder; name one that pretrain, finetune or import wrote")
     file = Path(target) / "config.json"
     task = task_of(target)

@@ -10,7 +10,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest, save_checkpoint
 from nepa_core.runtime.config import override
 from nepa_core.runtime.released import NetworkState, Released, averages, digests, find, listed, read_released
-from nepa_core.runtime.run import RECORD, Run, is_run
+from nepa_core.runtime.run import RECORD, Run, is_run, refuse_holder
 from nepa_core.runtime.weights import joined
 from recipes import vision
 from recipes.configs import FinetuneConfig, PretrainConfig
@@ -41,6 +41,7 @@ def import_released(source: str, run: Run, changes: Mapping[str, Any]) -> str:
     if is_run(source):
         raise UserError(f"{source} is a run already; name a folder that `nepa export` wrote, or OWNER/NAME on the hub")
     folder = find(source)
+    refuse_holder(str(folder))
     if run.path.resolve().is_relative_to(folder.resolve()):
         raise UserError(
             f"out={run.path} lies in {source}, which is read and stays as it is; name another folder by out=DIR"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from nepa_core.runtime.checkpoint import disk_errors
 from recipes.report.summaries import MadeWith
@@ -58,6 +59,13 @@ class Verbatim(NamedTuple):
     title: str = ""
 
 
+class Links(NamedTuple):
+    """A paragraph that leads to other pages: what it begins with, and name -> address, from this page's folder."""
+
+    text: str
+    pages: Mapping[str, str]
+
+
 class Figure(NamedTuple):
     """A finished plot: its file name, what to see in it, and the PNG."""
 
@@ -74,7 +82,7 @@ class Sound(NamedTuple):
     wav: bytes
 
 
-Part = Answer | Heading | Words | Table | Verbatim | Figure | Sound
+Part = Answer | Heading | Words | Table | Verbatim | Links | Figure | Sound
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,9 @@ def _shown(part: Part) -> str:
         case Verbatim(text, title):
             text = f"<pre>{escape(text)}</pre>"
             return f"<details><summary>{escape(title)}</summary>{text}</details>" if title else text
+        case Links(text, pages):
+            links = ", ".join(f'<a href="{escape(quote(to))}">{escape(name)}</a>' for name, to in pages.items())
+            return f"<p>{escape(text)} {links}</p>"
         case Figure(_, caption, png):
             caption, data = escape(caption), base64.b64encode(png).decode()
             image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'

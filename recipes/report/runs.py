@@ -23,7 +23,7 @@ from nepa_core.runtime.checkpoint import read_json
 from nepa_core.runtime.config import shown
 from nepa_core.runtime.fit import TrainConfig
 from nepa_core.runtime.optim import OptimConfig
-from nepa_core.runtime.run import RECORD
+from nepa_core.runtime.run import RECORD, refuse_holder
 from recipes.report.page import Figure, Part, Report, Table, Words
 from recipes.report.plots import line_plot
 from recipes.report.provenance import flat, provenance
@@ -128,6 +128,7 @@ def read_run(folder: Path) -> RunFiles:
         UserError: it is no run folder.
     """
     if not _is_run(folder):
+        refuse_holder(str(folder))
         raise UserError(f"{folder} is not a run folder")
     damage: list[str] = []
     saved, summary, probe = (_dictionary(folder / f"{name}.json", damage) for name in ("config", "summary", "probe"))

@@ -165,6 +165,7 @@ class FoldsSummary(TypedDict, total=False):
     unreadable_held_out: int  # of all folds together
     figures: dict[str, FoldSpread]  # key of GoalFigures
     margins: dict[str, FoldSpread]  # the control and others -> how far each run is ahead, in `metric`
+    lacking: dict[str, list[str]]  # of these the ones that have no margin -> the folds that don't stand beside them
     metric: str
     made_with: MadeWith
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run, is_run, task_of
+from nepa_core.runtime.run import Run, is_run, refuse_holder, task_of
 from nepa_core.runtime.weights import read_weights
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from recipes.networks.goals import FIGURES
@@ -88,6 +88,7 @@ def read_config(target: str, changes: dict[str, Any]) -> FinetuneConfig | Segmen
         UserError: it is no such run, or a change is to what training decided.
     """
     if not is_run(target):
+        refuse_holder(target)
         raise UserError(f"{target} is not a run folder; name one of `nepa finetune`, `nepa import` or `nepa segment`")
     for key in changes:
         if not key.startswith(FREE):

@@ -14,8 +14,8 @@ After the run its control is trained in RUN/control: the same from random weight
 held-out samples, of the averaged weights where there are any.
 
 `folds=all` trains and judges a run for each fold of the data in RUN/fold-NAME, that fold held out (`folds=1,2` only
-those), and reports every figure with mean and sample standard deviation over folds. The same command goes on where it
-stopped.
+those), and reports every figure with mean and sample standard deviation over the folds that are finished in RUN. The
+same command goes on where it stopped.
 
 `beside=timm:NAME` trains a model of timm the same in RUN/beside, from its own weights (`timm:NAME@FILE.safetensors`
 takes them from a file, `pretrained=false` leaves them random), and adds it to the verdict: the same data, augmentation,

@@ -29,7 +29,7 @@ from nepa_core.modality import Modality
 from nepa_core.runtime.config import keys, load_adapter, nearest, override, read_saved
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run, is_run, task_of
+from nepa_core.runtime.run import Run, is_run, refuse_holder, task_of
 from nepa_core.runtime.weights import read_weights
 from recipes.configs import SegmentConfig
 from recipes.readout.inspecting import InspectOptions as Options
@@ -97,6 +97,7 @@ def read_config(target: str, changes: Mapping[str, Any]) -> InspectConfig:
         UserError: it is no run, a key is unknown, or a value does not fit.
     """
     if not is_run(target):
+        refuse_holder(target)
         raise UserError(f"{target} is not a run folder; name one, such as `nepa pretrain` or `nepa import` makes")
     file = Path(target) / "config.json"
     if (data := load_adapter(read_saved(file), file)) is None:

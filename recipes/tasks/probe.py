@@ -48,7 +48,7 @@ from typing import Any
 from nepa_core.basics import UserError
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
-from nepa_core.runtime.run import Run, is_run
+from nepa_core.runtime.run import Run, is_run, refuse_holder
 from recipes.readout.probing import FREE, probe, render, subject
 from recipes.readout.probing import ProbeOptions as Options
 from recipes.report.provenance import provenance
@@ -61,6 +61,7 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     if refused:
         raise UserError(f"nepa probe reads a finished run; {refused[0]} is not one of its options")
     if options.init is None and not is_run(target):
+        refuse_holder(target)
         raise UserError(
             f"{target} is not a run folder; run `nepa pretrain` first and name its folder, or give a recipe init="
         )

@@ -155,9 +155,13 @@ def finetune(
         announce=f"Fine-tuning from {start_of(init)}{f' with {setting}' if setting else ''}.",
         show=show,
     )
+    last = run.metrics()[-1] if ranks.is_main else {}  # measured after the last step, by all ranks
+    if ranks.any(
+        last.get("unreadable_held_out", 0) > len(left_out)
+    ):  # that was in another sitting: their names are lost
+        measure(config, model, ranks, left_out=left_out)
     if not ranks.is_main:
         return {}
-    last = run.metrics()[-1]  # measured after the last step, by all ranks
     summary: FinetuneSummary = {
         **cast(HeldOutFigures, {name: value for name, value in last.items() if name != "step"}),
         "unreadable_held_out_messages": sorted(left_out),

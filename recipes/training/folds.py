@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
+from typing import cast
 
 from nepa_core.basics import UserError, some
 from nepa_core.modality import Modality
 from nepa_core.runtime.distributed import World
+from nepa_core.runtime.fit import plan
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
 from recipes.configs import FinetuneConfig
 from recipes.networks.goals import AVERAGED
-from recipes.report.folds import report
+from recipes.report.folds import FOLD, folder_of, report
 from recipes.report.provenance import provenance
 from recipes.report.summaries import FinetuneSummary, FoldSpread, FoldsSummary
 from recipes.statistics.worth import worth_in
 from recipes.training.finetuning import beside_config, beside_control, finetune
+from recipes.training.train import opened
 
 ALL = "all"
-_NAME = "fold-"
 
 
 def chosen_folds(data: Modality, asked: Sequence[str]) -> tuple[str, ...]:
@@ -43,11 +44,6 @@ def chosen_folds(data: Modality, asked: Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def folder_of(run: Run, fold: str) -> Run:
-    """The run of a fold, RUN/fold-NAME."""
-    return Run(run.path / f"{_NAME}{re.sub(r'[^a-zA-Z0-9_.-]+', '_', fold)}")
-
-
 def finetune_folds(
     config: FinetuneConfig,
     run: Run,
@@ -60,10 +56,10 @@ def finetune_folds(
     pretrained: bool = True,
     show: bool = True,
 ) -> FoldsSummary:
-    """Train and judge a run for each of the `folds`, in RUN/fold-NAME, and write summary.json and report/ over them.
+    """Train and judge a run for each of the `folds`, in RUN/fold-NAME, and write summary.json and report/.
 
     Each is a whole run of `nepa finetune`: the same command goes on where one stopped, and trains nothing that is
-    finished.
+    finished. The summary is over all folds that are finished in the folder, asked for or not.
 
     Args:
         run: its folder holds the runs, and is none itself. folds: of `chosen_folds`.
@@ -73,15 +69,18 @@ def finetune_folds(
         The summary (empty on the other ranks).
 
     Raises:
-        UserError: the folder holds something else, or a run can't be trained.
+        UserError: the folder holds something else, or one of the runs can't be trained, or one that is finished there
+            has other settings: said before the first one trains, as far as it is known then.
     """
-    runs = {fold: folder_of(run, fold) for fold in folds}
+    known = config.data.folds()
+    runs = {fold: folder_of(run, fold) for fold in known}
     if len({each.path for each in runs.values()}) < len(runs):
-        raise UserError(f"the folds {some(list(folds))} would lie in one folder; rename some")
+        raise UserError(f"the folds {some(list(known))} would lie in one folder; rename some")
     _check_folder(run)
-    found: dict[str, FinetuneSummary] = {}
-    for fold, folder in runs.items():
-        own = config.model_copy(update={"data": config.data.holding_out(fold)})
+    held = {fold: config.model_copy(update={"data": config.data.holding_out(fold)}) for fold in known}
+    found = _checked(held, runs, ranks, folds)
+    for fold in folds:
+        own, folder = held[fold], runs[fold]
         others = [beside_config(own, name, pretrained=pretrained) for name in beside]
         with at_work(folder, ranks, trains=True):
             said = " ".join(filter(None, (setting, f"fold {fold} held out")))
@@ -91,7 +90,7 @@ def finetune_folds(
         found[fold] = summary
     if not ranks.is_main:
         return {}
-    whole = over_folds(found)
+    whole = over_folds({fold: found[fold] for fold in known if fold in found})
     before = run.summary_of(FoldsSummary)
     if before is not None and all(before.get(key) == value for key, value in whole.items()):
         whole = before  # with the command that made it
@@ -102,10 +101,45 @@ def finetune_folds(
     return whole
 
 
+def _checked(
+    held: Mapping[str, FinetuneConfig], runs: Mapping[str, Run], ranks: World, folds: Sequence[str]
+) -> dict[str, FinetuneSummary]:
+    """What is finished in the folder, once all that is there, and all that is still to train, is seen to fit.
+
+    Args:
+        held: of every fold of the data, in their order, as are `runs`. folds: those to train.
+
+    Raises:
+        UserError: a run there has other settings, a fold's data can't be trained on, or a fold alone has a class.
+    """
+    there = [fold for fold in held if fold in folds or runs[fold].summary() is not None]
+    finished: dict[str, FinetuneSummary] = {}
+    for fold in there:
+        own = held[fold]
+        try:
+            summary = opened(own, runs[fold], ranks, FinetuneSummary)
+            if summary is None:
+                samples = len(cast(Sized, own.data.samples_of("train")))
+                plan(own.train, own.optim, samples=samples, ranks=ranks.size)
+        except UserError as error:
+            raise UserError(f"fold {fold} held out: {error}") from error
+        if summary is not None:
+            finished[fold] = summary
+    left = [fold for fold in folds if fold not in finished]
+    classes = {fold: held[fold].data.classes() or () for fold in left}
+    for name in dict.fromkeys(name for names in classes.values() for name in names):
+        if alone := [fold for fold in left if name not in classes[fold]]:
+            raise UserError(
+                f"folds={alone[0]}: no training sample has the class {name} where fold {alone[0]} is held out; leave "
+                "that class out, or divide the samples anew"
+            )
+    return finished
+
+
 def _check_folder(run: Run) -> None:
     """The folder of folds is a new one, or holds folds."""
     inside = {path.name for path in run.path.glob("[!.]*")} if run.path.is_dir() else set()
-    if "config.json" in inside or (inside and not any(name.startswith(_NAME) for name in inside)):
+    if "config.json" in inside or (inside and not any(name.startswith(FOLD) for name in inside)):
         what = "holds a run" if "config.json" in inside else "exists and holds no folds"
         raise UserError(f"{run.path} {what}; name another folder for the runs of folds= with out=DIR")
 
@@ -119,22 +153,26 @@ def over_folds(found: Mapping[str, FinetuneSummary]) -> FoldsSummary:
     summaries = list(found.values())
     keys = [key for pair in AVERAGED.items() for key in pair]
     known = [key for key in keys if all(key in each for each in summaries)]
-    judged = [worth for each in summaries if (worth := worth_in(each)) is not None]
-    rivals = [each.name for each in judged[0].beside] if len(judged) == len(summaries) else []
-    margins = {
-        name: _spread([next(each.margin for each in worth.beside if each.name == name) for worth in judged])
-        for name in rivals
-        if all(name in {each.name for each in worth.beside} for worth in judged)
-    }
+    beside = {fold: _margins(summary) for fold, summary in found.items()}
+    rivals = dict.fromkeys(name for margins in beside.values() for name in margins)
+    lacking = {name: [fold for fold in found if name not in beside[fold]] for name in rivals}
+    whole = [name for name in rivals if not lacking[name]]
     return {
         "init": summaries[0]["init"],
         "folds": list(found),
         "samples": [each.get("samples", 0) for each in summaries],
         "unreadable_held_out": sum(each.get("unreadable_held_out", 0) for each in summaries),
         "figures": {key: _spread([each[key] for each in summaries]) for key in known},
-        "margins": margins,
-        **({"metric": judged[0].metric} if rivals else {}),
+        "margins": {name: _spread([beside[fold][name] for fold in found]) for name in whole},
+        "lacking": {name: folds for name, folds in lacking.items() if folds},
+        **({"metric": worth.metric} if (worth := worth_in(summaries[0])) is not None and whole else {}),
     }
+
+
+def _margins(summary: FinetuneSummary) -> dict[str, float]:
+    """How far a run is ahead of what it stands beside, by name."""
+    worth = worth_in(summary)
+    return {} if worth is None else {each.name: each.margin for each in worth.beside}
 
 
 def _spread(values: list[float]) -> FoldSpread:

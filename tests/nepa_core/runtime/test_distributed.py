@@ -29,7 +29,7 @@ from nepa_core.basics import Batch
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override, save_config
 from nepa_core.runtime.distributed import World, world
-from nepa_core.runtime.fit import StepFunction, StepOutput
+from nepa_core.runtime.fit import Interrupted, StepFunction, StepOutput
 from nepa_core.runtime.run import Run
 from recipes.cli import leave
 from recipes.configs import PretrainConfig
@@ -145,15 +145,24 @@ def rank_main(out: Path, names: list[str]) -> int:
     without_code = partial(torch.compile, backend="eager")  # traced, which is what can fail, and not compiled
     with world() as ranks, patch.object(torch, "compile", without_code):
         for name in names:
-            which = name.removeprefix("killed ")
+            which = name.removeprefix("killed ").removeprefix("stopped ")
             strategy = which.split()[0] if which in SHARDED | FOUR else "ddp"
             if "finetune" in name:
                 finetune_and_count(out / name, ranks, strategy)
                 continue
             case = (CASES | SHARDED | FOUR)[which]
             keys = case.keys | dict.fromkeys(case.several, True) | {"train.strategy": strategy}
+            config = read_target(PretrainConfig, case.recipe, keys)
+            if name.startswith("stopped"):
+                with (
+                    stopped_at_the_end(ranks),
+                    pytest.raises(Interrupted, match="after the last of 12 steps") as raised,
+                ):
+                    pretrain(config, Run(out / name), ranks)
+                assert raised.value.status == 143
+                assert not (out / name / "summary.json").exists()
             with slow_disk(ranks) if name == "whole" else killed_once() if "killed" in name else nullcontext():
-                pretrain(read_target(PretrainConfig, case.recipe, keys), Run(out / name), ranks)
+                pretrain(config, Run(out / name), ranks)
     if written:
         print(f"rank {os.environ['RANK']} wrote: {written}", file=sys.stderr)
         return 3
@@ -186,20 +195,41 @@ def killed_once() -> Iterator[None]:
         yield
         return
     lost = [os.getppid()] if os.environ["GROUP_RANK"] == "1" else []
+
+    def die() -> None:
+        for process in (*lost, os.getpid()):
+            os.kill(process, signal.SIGKILL)
+
+    with in_call(13, die):
+        yield
+
+
+@contextmanager
+def stopped_at_the_end(ranks: World) -> Iterator[None]:
+    """The last rank alone is asked to stop in the last step."""
+    if ranks.is_main:
+        yield
+        return
+    with in_call(24, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        yield
+
+
+@contextmanager
+def in_call(number: int, act: Callable[[], object]) -> Iterator[None]:
+    """Within the block something happens in that call of the step function (from 1), of two micro-batches a step."""
     make_step = pretraining.make_step
 
-    def deadly(*given: Any) -> StepFunction:
+    def acting(*given: Any) -> StepFunction:
         step, calls = make_step(*given), count(1)
 
         def run(model: torch.nn.Module, batch: Batch) -> StepOutput:
-            if next(calls) == 13:  # of two micro-batches
-                for process in (*lost, os.getpid()):
-                    os.kill(process, signal.SIGKILL)
+            if next(calls) == number:
+                act()
             return step(model, batch)
 
         return run
 
-    with patch.object(pretraining, "make_step", deadly):
+    with patch.object(pretraining, "make_step", acting):
         yield
 
 
@@ -343,15 +373,16 @@ def test_two_processes_fine_tune_as_one_does_and_count_the_same_to_the_last_digi
 
 @pytest.mark.distributed
 def test_two_processes_resume_bit_for_bit(two: Path, tmp_path: Path) -> None:
-    """From step 8, two steps into a line of metrics, with everything random on; and after a rank was killed."""
+    """From step 8, two steps into a line of metrics, with everything random on; and after a rank was killed, or asked
+    to stop in the last step."""
     for name in ("random", "fsdp random"):
         cut(two / name, tmp_path / name, after=8)
-    names = ["random", "fsdp random", "killed random"]
+    names = ["random", "fsdp random", "killed random", "stopped random"]
     done = torchrun(PROGRAM, str(tmp_path), *names, restarts=1)
     assert done.returncode == 0, done.stderr
     assert "going on after step 8" in done.stderr
     for name in names:
-        whole, again = two / name.removeprefix("killed "), tmp_path / name
+        whole, again = two / name.removeprefix("killed ").removeprefix("stopped "), tmp_path / name
         assert (again / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
         expected, found = newest(whole), newest(again)
         for group, tensors in expected.tensors.items():

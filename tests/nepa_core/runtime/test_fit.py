@@ -24,7 +24,7 @@ from nepa_core.basics import Batch, UserError
 from nepa_core.ema import Ema
 from nepa_core.model import layers_above
 from nepa_core.runtime import fit as fit_module
-from nepa_core.runtime.checkpoint import load_latest
+from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
 from nepa_core.runtime.fit import Interrupted, StepFunction, StepOutput, plan, update
@@ -477,6 +477,45 @@ def test_a_stop_asked_for_while_measuring_comes_after_the_next_step(
         training(tiny_recipe, tmp_path, evaluate=evaluate)
     assert raised.value.status == 143
     assert signal.getsignal(signal.SIGTERM) is before, "the handlers of before are back"
+
+
+@pytest.mark.parametrize("last", ["step", "evaluation", "checkpoint"])
+def test_a_stop_asked_for_at_the_end_is_not_lost(
+    tmp_path: Path, uninterrupted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    """In the last step, in the measuring after it and while its checkpoint is written: what follows is not begun."""
+    config, before = tiny.random(), signal.getsignal(signal.SIGINT)
+    save, health = fit_module.save_checkpoint, held_out_health
+    measured = 0
+
+    def stopped_saving(folder: Path, checkpoint: Checkpoint, **how: Any) -> Path:
+        if checkpoint.step == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        return save(folder, checkpoint, **how)
+
+    def stopped_measuring(*given: Any) -> Any:
+        nonlocal measured
+        measured += 1
+        if measured == 4:  # at 0, 5, 10 and 12
+            os.kill(os.getpid(), signal.SIGINT)
+        return health(*given)
+
+    step = None
+    if last == "step":
+        step = interrupted_at({12}, make_step(config))
+    elif last == "evaluation":
+        monkeypatch.setattr(tiny, "held_out_health", stopped_measuring)
+    else:
+        monkeypatch.setattr(fit_module, "save_checkpoint", stopped_saving)
+    with pytest.raises(Interrupted, match="after the last of 12 steps, which are kept") as raised:
+        training(config, tmp_path, step=step)
+    assert raised.value.status == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert stored(tmp_path) == uninterrupted
+    monkeypatch.undo()
+    _, _, result = training(config, tmp_path)
+    assert result.steps == 12
+    assert stored(tmp_path) == uninterrupted
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, tiny_recipe: PretrainConfig) -> None:

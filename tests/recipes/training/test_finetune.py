@@ -5,7 +5,9 @@ from __future__ import annotations
 import html
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ from recipes.training.finetuning import (
     load_classifier,
     make_step,
     measure,
+    raw_and_averaged,
     read_config,
 )
 from recipes.training.mixing import make_mix
@@ -394,6 +397,32 @@ def test_held_out_samples_left_out_are_named_in_the_summary_and_on_the_screen(
     assert main(["evaluate", str(tmp_path)]) == 0
     assert "\n  sample 3: torn\n" in capsys.readouterr().out
     assert json.loads((tmp_path / "evaluate.json").read_text())["unreadable_held_out_messages"] == named
+
+
+def test_a_fine_tuning_that_is_stopped_at_its_end_still_names_what_it_left_out(
+    pretrained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = ["data.unreadable=[3,7]", "train.max_unreadable=0.1", "train.length.steps=6", "control=false"]
+    measured = raw_and_averaged
+
+    def stopped(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return measured(*given)
+
+    assert main(["finetune", pretrained, *bad, f"out={tmp_path / 'whole'}"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.training.finetuning.raw_and_averaged", stopped)
+        assert main(["finetune", pretrained, *bad, f"out={tmp_path / 'parts'}"]) == 143
+    assert not (tmp_path / "parts/summary.json").exists()
+    assert main(["finetune", pretrained, *bad, f"out={tmp_path / 'parts'}"]) == 0
+    whole, parts = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "parts"))
+    assert parts["unreadable_held_out_messages"] == ["sample 3: torn", "sample 7: torn"]
+    timed = {"seconds", "tokens_per_second", "data_wait_share", "made_with"}
+    assert {key: value for key, value in parts.items() if key not in timed} == {
+        key: value for key, value in whole.items() if key not in timed
+    }
+    files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts")]
+    assert files[0] == files[1]
 
 
 def test_samples_without_a_class_are_counted_apart() -> None:

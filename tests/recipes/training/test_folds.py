@@ -1,8 +1,12 @@
 """Fine-tuning over folds: one command trains each, goes on where it stopped, and says mean and spread."""
 
 import json
+import os
+import re
+import signal
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +18,9 @@ from nepa_core.runtime.run import Run
 from recipes.cli import main
 from recipes.configs import FinetuneConfig
 from recipes.presets import short, small
-from recipes.report.summaries import FinetuneSummary, FoldsSummary
-from recipes.training import folds
+from recipes.report.folds import answer, rows
+from recipes.report.summaries import FinetuneSummary, FoldSpread, FoldsSummary
+from recipes.training import finetuning, folds
 from tests.sounds import write_esc50
 from tests.summaries import check_summary
 
@@ -54,10 +59,8 @@ def test_every_fold_is_a_run_and_one_report_stands_over_them(capsys: pytest.Capt
     assert held == list("12345")
     said = capsys.readouterr().out
     accuracy = whole["figures"]["accuracy_ema"]
-    assert f"averaged weights: {accuracy['mean']:.2%} ± {accuracy['std']:.2%} over 5 folds" in said
-    page = Path("run/report/index.html").read_text()
-    assert page.count("<tr>") == 8
-    assert "±" in page
+    assert f"averaged weights: {100 * accuracy['mean']:.2f} ± {100 * accuracy['std']:.2f} % over 5 folds" in said
+    finished(Path("run"), "12345")
 
 
 def test_it_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,3 +121,167 @@ def test_the_folder_of_a_run_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["finetune", NAME, "data.fold=1", "out=run"]) == 0
     assert main(["finetune", NAME, "folds=all", "out=run"]) == 2
     assert "run holds a run; name another folder for the runs of folds= with out=DIR" in capsys.readouterr().err
+
+
+def finished(run: Path, folds: str) -> FoldsSummary:
+    """The summary of a folder of folds, and that its page has a row and a link for each of them."""
+    whole = check_summary(run / "summary.json", FoldsSummary)
+    assert whole["folds"] == list(folds)
+    page = (run / "report/index.html").read_text()
+    assert page.count("<tr>") == len(folds) + 3
+    links = re.findall('href="([^"]+)"', page)
+    assert links == [f"../fold-{fold}/report/index.html" for fold in folds]
+    assert all((run / "report" / link).is_file() for link in links)
+    return whole
+
+
+def test_some_folds_in_a_folder_of_more_are_shown_with_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", NAME, "folds=1,4", "out=run"]) == 0
+    finished(Path("run"), "14")
+    assert main(["finetune", NAME, "folds=2,3", "out=run"]) == 0
+    before = finished(Path("run"), "1234")
+    capsys.readouterr()
+    assert main(["finetune", NAME, "folds=3,4", "out=run"]) == 0
+    assert finished(Path("run"), "1234") == before
+    assert "over 4 folds" in capsys.readouterr().out
+    kept = Path("run/summary.json").read_bytes()
+    assert main(["finetune", NAME, "folds=3,5", "out=run", "optim.lr=0.5"]) == 2
+    assert "run/fold-1 holds a run with another config: optim.lr" in capsys.readouterr().err
+    assert Path("run/summary.json").read_bytes() == kept
+    assert not Path("run/fold-5").exists()
+
+
+def test_what_some_folds_stand_beside_and_others_do_not_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", NAME, "data.fold=1", "out=start"]) == 0
+    assert main(["finetune", NAME, "folds=2,3", "init=start", "out=run"]) == 0
+    assert main(["finetune", NAME, "folds=1,4", "init=start", "out=run", "control=false"]) == 0
+    whole = finished(Path("run"), "1234")
+    assert whole["margins"] == {}
+    assert whole["lacking"] == {"random weights": ["1", "4"]}
+    assert "No margin over random weights is shown, as folds 1, 4 have none." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_at_the_end_of_a_fold_begins_no_other(
+    how: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured = finetuning.raw_and_averaged
+
+    def stopped(*given: Any) -> Any:
+        os.kill(os.getpid(), how)
+        return measured(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "raw_and_averaged", stopped)
+        assert main(["finetune", NAME, "folds=1,2", "out=run"]) == 128 + how
+    assert "nepa: stopped after the last of 2 steps" in capsys.readouterr().err
+    assert [path.name for path in Path("run").glob("[!.]*")] == ["fold-1"]
+    assert main(["finetune", NAME, "folds=1,2", "out=run"]) == 0
+    assert main(["finetune", NAME, "folds=1,2", "out=whole"]) == 0
+    for fold in ("fold-1", "fold-2"):
+        assert Path(f"run/{fold}/metrics.jsonl").read_bytes() == Path(f"whole/{fold}/metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("where", ["recipes.training.folds.report", "recipes.training.finetuning.report"])
+def test_ctrl_c_between_two_fits_is_one_line(
+    where: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the report of a fold and in that over folds; the same command ends what is left."""
+    with monkeypatch.context() as patch:
+        patch.setattr(where, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert main(["finetune", NAME, "folds=1,2", "out=run"]) == 130
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("nepa: stopped; finished parts are kept, and the same command goes on")
+    assert "Traceback" not in said
+    assert not Path("run/summary.json").exists()
+    assert main(["finetune", NAME, "folds=1,2", "out=run"]) == 0
+    finished(Path("run"), "12")
+
+
+def test_a_class_that_a_later_fold_lacks_is_found_before_any_fold_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["path,fold,label"]
+    for path in sorted(Path("esc50/audio").iterdir()):  # FOLD-10TAKE-A-CLASS.wav
+        fold, take, _, kind = path.stem.split("-")
+        lines.append(f"{path},{fold},{'odd' if take.endswith('1') and fold != '5' else kind}")
+    Path("clips.csv").write_text("\n".join(lines) + "\n")
+    words = ["data.source=folder", "data.root=clips.csv", "out=run"]
+    for asked in ("all", "4,5"):
+        assert main(["finetune", NAME, *words, f"folds={asked}"]) == 2
+        said = capsys.readouterr().err
+        assert "nepa: fold 5 held out: data.root=clips.csv: both splits need the same classes; only one has odd" in said
+        assert not Path("run").exists()
+
+
+class Own(Audio):
+    """An adapter that counts its classes in what it trains on."""
+
+    def classes(self) -> tuple[str, ...] | None:
+        return ("0", "1") if self.fold != "3" else ("0",)
+
+
+def own() -> FinetuneConfig:
+    whole = recipe()
+    return whole.model_copy(update={"data": Own(**whole.data.model_dump())})
+
+
+def test_classes_that_differ_among_folds_are_found_before_any_fold_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", f"{__name__}:own", "folds=all", "out=run"]) == 2
+    assert "no training sample has the class 1 where fold 3 is held out" in capsys.readouterr().err
+    assert not Path("run").exists()
+    assert main(["finetune", f"{__name__}:recipe", "folds=all", "train.batch=17", "out=run"]) == 2
+    assert "fold 1 held out: train.batch=17 is more than the 16 training samples" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def spread_of(*values: float) -> FoldSpread:
+    return {"values": list(values), "mean": statistics.fmean(values), "std": statistics.stdev(values)}
+
+
+def test_a_column_has_one_unit_as_many_digits_and_no_sign_on_its_spread() -> None:
+    classes: FoldsSummary = {
+        "init": "start",
+        "folds": ["1", "2"],
+        "samples": [1000, 20],
+        "unreadable_held_out": 0,
+        "figures": {"accuracy": spread_of(0.8, 0.9), "accuracy_ema": spread_of(0.85, 0.95)},
+        "margins": {"random weights": spread_of(0.0, -0.00001)},
+        "metric": "accuracy",
+    }
+    assert rows(classes) == [
+        ["fold", "samples", "top-1, %", "top-1, averaged weights, %", "more than random weights, points"],
+        ["1", "1,000", "80.00", "85.00", "+0.00"],
+        ["2", "20", "90.00", "95.00", "+0.00"],
+        ["mean", "", "85.00", "90.00", "+0.00"],
+        ["spread", "", "7.07", "7.07", "0.00"],
+    ]
+    assert answer(classes) == (
+        "top-1, averaged weights: 90.00 ± 7.07 % over 2 folds, mean and spread; "
+        "+0.00 ± 0.00 points beside random weights."
+    )
+    numbers: FoldsSummary = classes | {
+        "figures": {"mse": spread_of(0.012345, 1.5), "mae": spread_of(123.4, 8.0), "r2": spread_of(0.5, -0.25)},
+        "margins": {"random weights": spread_of(0.125, -0.5)},
+        "metric": "r2",
+    }
+    assert rows(numbers) == [
+        ["fold", "samples", "MSE", "MAE", "R2", "more than random weights"],
+        ["1", "1,000", "0.012", "123.4", "0.500", "+0.125"],
+        ["2", "20", "1.500", "8.0", "-0.250", "-0.500"],
+        ["mean", "", "0.756", "65.7", "0.125", "-0.188"],
+        ["spread", "", "1.052", "81.6", "0.530", "0.442"],
+    ]
+
+
+def test_a_folder_of_folds_is_no_run_and_its_runs_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["finetune", NAME, "folds=1,2", "out=run"]) == 0
+    commands = [[task, "run"] for task in ("finetune", "pretrain", "probe", "inspect", "evaluate", "embed", "import")]
+    commands += [["export", "run", "out=there"], ["forecast", "run"], ["finetune", NAME, "data.fold=1", "init=run"]]
+    commands += [["runs", "run", "run/fold-1"]]
+    capsys.readouterr()
+    for words in commands:
+        assert main(words) == 2, words
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert (
+            said == "nepa: run holds the runs fold-1, fold-2 and is none itself: name one of them, such as run/fold-1"
+        )
+    assert main(["evaluate", "run/fold-1"]) == 0
