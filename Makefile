@@ -17,7 +17,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m "slow or distributed or browser"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or distributed or browser"
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints-newest.txt

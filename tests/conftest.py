@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 os.environ["XDG_CONFIG_HOME"] = _settings = tempfile.mkdtemp(prefix="nepa-tests-")  # notes on runs; never the user's
 atexit.register(shutil.rmtree, _settings, ignore_errors=True)
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 torch.set_num_threads(1)  # several processes share few cores; and sums then come out the same everywhere
 
 

@@ -60,7 +60,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_at_random_moments_it_ends_as_an_unbroken_one(kind: str, place: Path) -> None:
     draw = random.Random(kind)

@@ -50,7 +50,7 @@ def test_the_wheel_holds_the_packages_alone_and_works_from_another_folder(tmp_pa
     assert found == [installed / package / "__init__.py" for package in PACKAGES]
 
     nepa = str(python.with_name("nepa"))
-    short = ["train.length.steps=3"]
+    short = ["train.length.steps=3", "verdict.fit_samples=200", "verdict.test_samples=100"]
     assert "Next patch identified" in _done([nepa, "pretrain", "recipes.vision:digits", *short], home)
     assert "Waves passes all" in _done([nepa, "check", "my_waves:base"], home)
     assert "Next token identified" in _done([nepa, "pretrain", "my_waves:base", *short], home)
