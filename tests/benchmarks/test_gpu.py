@@ -293,6 +293,7 @@ def test_the_wheel_leaves_it_out() -> None:
     assert not any(fnmatch("benchmarks", pattern) or fnmatch("benchmarks.gpu", pattern) for pattern in packages)
 
 
+@pytest.mark.slow
 def test_a_step_of_every_form_and_the_loop_are_timed() -> None:
     words = (*NOISE, *TOY.network, "train.batch=4", "train.micro_batch=4", "train.workers=0", *TOY.timed)
     for form in measures.FORMS:

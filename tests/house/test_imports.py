@@ -46,6 +46,7 @@ except SystemExit as end:
     assert python("-c", code).splitlines()[-1] == "0 []"
 
 
+@pytest.mark.slow
 def test_the_version_is_that_of_the_checkout() -> None:
     (line,) = [line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("version = ")]
     found = line.split('"')[1]

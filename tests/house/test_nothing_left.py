@@ -139,6 +139,7 @@ def test_what_was_there_before_or_can_be_gone_on_from_stays(fails: Callable[...,
     assert paths("kept") == before
 
 
+@pytest.mark.slow
 def test_a_control_that_fails_takes_nothing_of_its_run_with_it(
     fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

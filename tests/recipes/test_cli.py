@@ -438,7 +438,8 @@ def test_the_exit_status_of_the_process_and_its_one_line(tmp_path: Path) -> None
     assert done.stderr == "nepa: unknown key optim.lrr; did you mean optim.lr?\n"
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_finishes(nepa: Nepa, workers: int) -> None:
     words = ["pretrain", TINY, "out=run", "train.length.steps=150", "train.checkpoint=100", f"train.workers={workers}"]
     process = subprocess.Popen(

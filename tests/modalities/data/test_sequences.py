@@ -114,6 +114,7 @@ def test_tokens_are_standardised_masked_and_placed(tmp_path: Path) -> None:
     assert torch.equal(raw.values, batch["values"])
 
 
+@pytest.mark.slow
 def test_a_trained_run_standardises_by_what_it_was_trained_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -558,6 +559,7 @@ def test_half_precision_that_numpy_lacks_is_read(tmp_path: Path) -> None:
     assert torch.equal(sample["coords"], coords[1].float())
 
 
+@pytest.mark.slow
 def test_the_preset_trains_packed_and_is_probed_and_fine_tuned(tmp_path: Path) -> None:
     written(tmp_path / "data", "safetensors", axes=3)
     keys = ["train.length.steps=3", "train.batch=8", "model.dim=24", "model.heads=2"]

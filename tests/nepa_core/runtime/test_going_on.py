@@ -136,6 +136,7 @@ def test_a_longer_wsd_run_is_the_one_that_was_as_long_from_the_start(tmp_path: P
     assert lines(short) == before, "and it is finished"
 
 
+@pytest.mark.slow
 def test_the_same_where_it_is_killed_after_it_was_lengthened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(tiny.recipe(), WSD)
     whole = run(config, tmp_path / "whole", train__length__steps=20)
@@ -147,6 +148,7 @@ def test_the_same_where_it_is_killed_after_it_was_lengthened(tmp_path: Path, mon
     assert lines(short) == lines(whole)
 
 
+@pytest.mark.slow
 def test_a_wsd_run_is_lengthened_before_and_within_its_decay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = override(tiny.recipe(), WSD)
     whole = run(config, tmp_path / "whole", train__length__steps=20)

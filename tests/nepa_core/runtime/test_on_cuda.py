@@ -105,6 +105,7 @@ def group(device: str) -> Iterator[World]:
 
 
 @ON_BOTH
+@pytest.mark.slow
 def test_slices_of_one_process_train_as_the_whole(
     group: World, device: str, tmp_path: Path, tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,6 +187,7 @@ def regression(rows: int, factor: float = 0.8) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_a_series_that_repeats_itself_is_known_to_the_season_and_soon_to_the_flow(tmp_path: Path) -> None:
     data = adapter(write_csv(tmp_path, periodic()), window=24, patch=6, parts=(400, 150, 150))
     season = best_season(data, 10, 24, CPU)
@@ -358,6 +359,7 @@ def test_sampled_forecasts_are_written_and_finished_rows_found_again(
     assert "and give the same command again" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_seeds_stand_in_one_table_of_samples(seeds: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     one, two = seeds
     shutil.rmtree(Path(one) / "forecast", ignore_errors=True)

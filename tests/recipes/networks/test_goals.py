@@ -165,6 +165,7 @@ def test_the_figures_of_numbers_are_in_their_own_unit(tmp_path: Path, readout: s
     assert "MSE" in (tmp_path / "run" / "report" / "index.html").read_text()
 
 
+@pytest.mark.slow
 def test_numbers_are_learned(tmp_path: Path) -> None:
     data = Taught(teach="numbers", samples=512)
     config = tuning(data, train__length__steps=200, train__evaluate=200, optim__lr=0.002)
@@ -209,6 +210,7 @@ def test_the_figures_of_several_classes_are_those_of_other_libraries() -> None:
         goal.sums(outputs, truth.float()[:, [3, 4, 3, 4, 3]])
 
 
+@pytest.mark.slow
 def test_several_classes_are_learned_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, keys = tmp_path / "run", ["data.teach=several", "data.samples=256", "train.evaluate=60", "optim.lr=0.01"]
     words = ["finetune", "tests.recipes.networks.test_goals:recipe", *keys, "train.length.steps=60", f"out={run}"]
@@ -228,6 +230,7 @@ def test_several_classes_are_learned_through_the_command(tmp_path: Path, capsys:
     assert f"{summary['map_ema']:.2%}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_probe_reads_several_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, keys = "tests.recipes.networks.test_goals:recipe", ["data.teach=several", "data.samples=256"]
     words = [name, *keys, "train.length.steps=4", "train.evaluate=4", "train.probe=true", f"out={tmp_path / 'run'}"]
@@ -284,6 +287,7 @@ def test_a_class_per_token_counts_real_tokens_alone_whatever_the_order(causal: b
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_frame_labels_are_learned_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     keys = ["train.length.steps=60", "train.evaluate=60", "optim.lr=0.01", "data.samples=128"]
     words = [

@@ -51,6 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder)
 
 
+@pytest.mark.slow
 def test_a_function_is_read_as_our_rows_are(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Features that are the raw tokens get their figures, to the last digit: all else is one."""
     words = [f"beside={HERE}:flat,{HERE}:two_rows", "test_samples=40", "classifiers=linear,knn,lars"]

@@ -356,6 +356,7 @@ def test_the_foot_counts_the_test_windows_that_gaps_cost(
     assert "no window of the test part has 4 steps to forecast without a missing value" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stopped_forecast_goes_on_with_the_next_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, calls, words = pretrained(tmp_path / "run"), 0, ("horizons=[4,8]", "fit_samples=200")
 
@@ -388,6 +389,7 @@ def test_rows_fitted_in_other_units_are_not_found_again(
     assert "(kept)" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_with_other_seeds_stand_in_one_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (pretrained(tmp_path / str(seed), seed) for seed in (0, 1))
     assert main(["forecast", one, *WORDS, f"also=[{two}]"]) == 0

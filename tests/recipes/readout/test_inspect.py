@@ -514,6 +514,7 @@ def test_samples_are_drawn_from_the_whole_split_and_named_by_place_class_and_fil
     assert names[-1] == f"test {places[-1]}, class {label}"
 
 
+@pytest.mark.slow
 def test_a_segmentation_run_colours_the_pixels_of_our_own_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

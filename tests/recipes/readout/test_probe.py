@@ -125,6 +125,7 @@ def test_the_rows_of_the_paper_are_named_as_in_the_paper(finished: Run, capsys: 
         )
 
 
+@pytest.mark.slow
 def test_no_other_rows_are_named_as_in_the_paper(finished: Run, tiny_recipe: PretrainConfig, tmp_path: Path) -> None:
     options = probe.ProbeOptions(layers=("final",), poolings=("mean",), classifiers=("knn",))
     model, both = build_model(tiny_recipe), override(tiny_recipe, {"objective.causal": False})

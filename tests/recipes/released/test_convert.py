@@ -282,6 +282,7 @@ def test_tuning_an_imported_run_starts_from_it_and_leaves_it_as_it_came(
         assert "was imported and stays as it came" in complaint(capsys, "finetune", run, f"out={run}", "init=null")
 
 
+@pytest.mark.slow
 def test_a_released_folder_is_a_start_and_its_averages_go_first(tmp_path: Path) -> None:
     source, run, plain = tmp_path / "source", tmp_path / "run", FACTS | {"qk_norm_affine": False}
     averaged = random_release(plain, seed=1)

@@ -165,6 +165,7 @@ def test_options_change_what_they_say(run: Path) -> None:
         assert other[key] == value
 
 
+@pytest.mark.slow
 def test_pictures_have_a_signal_to_noise_ratio_and_levels(tmp_path: Path) -> None:
     run = trained(tmp_path / "digits", digits())
     assert generate(run, "train_samples=400", "keep=6") == 0
@@ -174,6 +175,7 @@ def test_pictures_have_a_signal_to_noise_ratio_and_levels(tmp_path: Path) -> Non
     assert (run / "generate" / "energy.png").exists()
 
 
+@pytest.mark.slow
 def test_a_region_is_made_by_a_network_that_is_told_where(tmp_path: Path) -> None:
     own = {"data__patch_order": "random_per_sample", "model__predict_position": "rotate"}
     run = trained(tmp_path / "digits", digits(), **own)
@@ -202,6 +204,7 @@ def test_a_known_law_stands_on_the_card_and_is_no_rival(tmp_path: Path) -> None:
     assert "The law of the data is known" in (run / "generate" / "card.txt").read_text()
 
 
+@pytest.mark.slow
 def test_without_bos_the_first_token_is_given(tmp_path: Path) -> None:
     run = trained(tmp_path / "run", tiny.recipe(), model__bos=False)
     assert generate(run, "keep=0") == 0

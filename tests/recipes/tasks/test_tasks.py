@@ -159,6 +159,7 @@ def test_bench_accounts_for_the_whole_step(tiny_recipe: PretrainConfig) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"train.recompute": True}])
+@pytest.mark.slow
 def test_bench_reads_recipes_of_every_task_and_their_runs(tmp_path: Path, changes: dict[str, Any]) -> None:
     tuned = override(short(load_object("tests.tiny:recipe")()), {"train.length.steps": 2, **changes})
     run = Run(tmp_path / "tuned")
@@ -198,6 +199,7 @@ def test_bench_measures_against_references(against: str, capsys: pytest.CaptureF
     assert 0.2 < float(found[1]) < 5
 
 
+@pytest.mark.slow
 def test_bench_measures_every_objective_against_the_cosine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "tests.tiny:recipe", "steps=2", "repeats=4", "against=objectives"]) == 0
     ratios = dict(re.findall(r"^(\w+) / cosine, time +(\d+\.\d+)$", capsys.readouterr().out, re.MULTILINE))

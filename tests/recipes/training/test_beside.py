@@ -54,6 +54,7 @@ def root(tmp_path: Path) -> str:
     return str(tmp_path / "data")
 
 
+@pytest.mark.slow
 def test_the_verdict_names_the_network_beside_and_the_run_stays_what_it_is(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -238,6 +238,7 @@ def test_a_recipe_that_is_named_after_its_task_gives_a_folder_of_its_name(pretra
     assert default_out(f"{pretrained}/", "finetune") == f"{pretrained}-finetune"
 
 
+@pytest.mark.slow
 def test_two_classes_that_differ_in_speed_are_learned(tmp_path: Path) -> None:
     config = tuning(train__length__steps=220, train__evaluate=220, optim__lr=0.003, data__samples=512)
     summary = finetune(config, Run(tmp_path / "run"), ALONE, show=False)

@@ -87,6 +87,7 @@ def test_it_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("run/summary.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_control_of_every_fold_stands_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", NAME, "data.fold=1", "out=start"]) == 0
     assert main(["finetune", NAME, "folds=2,3", "init=start", "out=run"]) == 0
@@ -151,6 +152,7 @@ def test_some_folds_in_a_folder_of_more_are_shown_with_the_others(capsys: pytest
     assert not Path("run/fold-5").exists()
 
 
+@pytest.mark.slow
 def test_what_some_folds_stand_beside_and_others_do_not_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", NAME, "data.fold=1", "out=start"]) == 0
     assert main(["finetune", NAME, "folds=2,3", "init=start", "out=run"]) == 0

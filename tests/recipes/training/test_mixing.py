@@ -187,6 +187,7 @@ def test_an_odd_batch_cannot_be_mixed() -> None:
 # ---- through the commands
 
 
+@pytest.mark.slow
 def test_a_stopped_fine_tuning_of_clips_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,6 +107,7 @@ def test_its_figure_is_said_at_every_measurement(tmp_path: Path, capsys: pytest.
     assert said == [f"step {step}: probe accuracy {each:.3f}" for step, each in zip((0, 5), found, strict=True)]
 
 
+@pytest.mark.slow
 def test_numbers_and_samples_without_a_class(tmp_path: Path) -> None:
     pretrain(probed(Numbers()), Run(tmp_path / "numbers"), ALONE, show=False)
     assert max(figures(tmp_path / "numbers", "probe_r2")) <= 1

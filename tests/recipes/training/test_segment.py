@@ -292,6 +292,7 @@ def test_a_plain_linear_head_and_whole_images_under_causal_attention(root: Path,
     assert summary["causal"] is True
 
 
+@pytest.mark.slow
 def test_what_is_not_pre_training_starts_from_the_run_that_init_names(root: Path, tmp_path: Path) -> None:
     start = override(tiny.recipe(), {"model.depth": 4, "train.length.steps": 2})
     start = start.model_copy(update={"data": tiny_scenes.scenes(root)})
@@ -319,6 +320,7 @@ def test_what_is_not_pre_training_starts_from_the_run_that_init_names(root: Path
     assert set(stored) - set(moved) == {"embed.weight", "embed.bias"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_bit_for_bit_with_its_batch_statistics(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
