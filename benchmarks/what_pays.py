@@ -14,13 +14,14 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from nepa_core.basics import UserError
 from recipes.comparison.engine import read_recipe
 from recipes.comparison.objectives import REFERENCE, ObjectivesOptions, measured
+from recipes.configs import PretrainConfig
 from recipes.report.objectives import RANDOM
 from recipes.report.provenance import provenance
 from recipes.report.tables import credits_of, groups, spread_cell, spreads
@@ -110,10 +111,15 @@ class Found(TypedDict):
     made_with: Any
 
 
+def config_of(task: Task, data: Path) -> PretrainConfig:
+    """What a task pre-trains, before an objective is named."""
+    changes = {key: value.format(data=data) if isinstance(value, str) else value for key, value in task.changes.items()}
+    return read_recipe("objectives", task.recipe, changes)
+
+
 def run(task: Task, data: Path, out: Path, workers: int | None) -> Found:
     """Measure a task, as far as that is not done."""
-    changes = {key: value.format(data=data) if isinstance(value, str) else value for key, value in task.changes.items()}
-    config = read_recipe("objectives", task.recipe, changes)
+    config = config_of(task, data)
     options = ObjectivesOptions(
         objectives=(REFERENCE, FROZEN),
         seeds=SEEDS,
@@ -127,16 +133,16 @@ def run(task: Task, data: Path, out: Path, workers: int | None) -> Found:
         "frozen": FROZEN,
         "seeds": list(result.look.seeds),
         "spreads": {key: spreads(rows, key) for key in task.measures},
-        "tests": {key: {rival: tested(rows, key, rival) for rival in RIVALS} for key in task.measures},
+        "tests": {key: {rival: tested(rows, key, FROZEN, rival) for rival in RIVALS} for key in task.measures},
         "raw_tokens": result.random[0]["raw_tokens"],
         "made_with": provenance(),
     }
 
 
-def tested(rows: Mapping[str, Sequence[Any]], key: str, rival: str) -> Test:
-    """The frozen setting minus the rival."""
-    (found,) = differences(groups(rows, key), [(FROZEN, rival)], credits=credits_of(rows, key))
-    sign = 1 if found.better == FROZEN else -1
+def tested(rows: Mapping[str, Sequence[Any]], key: str, own: str, rival: str) -> Test:
+    """`own` minus the rival."""
+    (found,) = differences(groups(rows, key), [(own, rival)], credits=credits_of(rows, key))
+    sign = 1 if found.better == own else -1
     p_both = found.p if found.p_both is None else found.p_both
     return {"mean": sign * found.mean, "half": found.half, "p": found.p, "p_both": p_both}
 
@@ -147,13 +153,24 @@ Cell = tuple[str, str, str]
 
 def real(kept: Mapping[str, Found]) -> set[Cell]:
     """The tests that stand: both p below the level, corrected by Holm for all that were declared, finished or not."""
-    cells = [
-        (task.name, key, rival) for task in TASKS if task.name in kept for key in task.measures for rival in RIVALS
-    ]
-    family = Correction(tests=len(RIVALS) * sum(len(task.measures) for task in TASKS))
-    tests = [kept[name]["tests"][key][rival] for name, key, rival in cells]
-    both = zip(holm([t["p"] for t in tests], family), holm([t["p_both"] for t in tests], family), strict=True)
-    return {cell for cell, each in zip(cells, both, strict=True) if max(each) < LEVEL}
+    tests = {
+        (task.name, key, rival): kept[task.name]["tests"][key][rival]
+        for task in TASKS
+        if task.name in kept
+        for key in task.measures
+        for rival in RIVALS
+    }
+    return standing(tests, len(RIVALS) * sum(len(task.measures) for task in TASKS))
+
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def standing(tests: Mapping[Name, Test], declared: int) -> set[Name]:
+    """Those of a family whose p are both below the level, corrected by Holm for so many tests."""
+    family = Correction(tests=declared)
+    both = (holm([test[key] for test in tests.values()], family) for key in ("p", "p_both"))
+    return {name for name, *each in zip(tests, *both, strict=True) if max(each) < LEVEL}
 
 
 def written(test: Test, *, stands: bool) -> str:
@@ -208,17 +225,20 @@ def sentences(kept: Mapping[str, Found]) -> list[str]:
     said = []
     for rival in RIVALS:
         tests = {
-            (name, key, rival): found["tests"][key][rival]["mean"]
-            for name, found in kept.items()
-            for key in found["tests"]
+            (name, key, rival): found["tests"][key][rival] for name, found in kept.items() for key in found["tests"]
         }
-        better = sum(cell in stands and mean > 0 for cell, mean in tests.items())
-        worse = sum(cell in stands and mean < 0 for cell, mean in tests.items())
-        said.append(
-            f"{FROZEN} against {rival}: {len(tests)} tests, {better} better and {worse} worse beyond the noise, "
-            f"{len(tests) - better - worse} open."
-        )
+        said.append(counted(f"{FROZEN} against {rival}", tests, stands))
     return said
+
+
+def counted(what: str, tests: Mapping[Name, Test], stands: Set[Name]) -> str:
+    """How many of the tests stand, and for whom."""
+    better = sum(name in stands and test["mean"] > 0 for name, test in tests.items())
+    worse = sum(name in stands and test["mean"] < 0 for name, test in tests.items())
+    return (
+        f"{what}: {len(tests)} tests, {better} better and {worse} worse beyond the noise, "
+        f"{len(tests) - better - worse} open."
+    )
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
@@ -238,7 +258,12 @@ def blocks(kept: Mapping[str, Found]) -> dict[str, str]:
 
 def filled(page: str, kept: Mapping[str, Found]) -> str:
     """The page with every block between its marks made anew."""
-    for name, block in blocks(kept).items():
+    return marked_anew(page, blocks(kept))
+
+
+def marked_anew(page: str, found: Mapping[str, str]) -> str:
+    """The page with each block, by its name, between its marks."""
+    for name, block in found.items():
         marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         page = marked.sub(lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", page)  # type: ignore[misc]
     return page
