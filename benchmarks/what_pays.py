@@ -238,7 +238,12 @@ def blocks(kept: Mapping[str, Found]) -> dict[str, str]:
 
 def filled(page: str, kept: Mapping[str, Found]) -> str:
     """The page with every block between its marks made anew."""
-    for name, block in blocks(kept).items():
+    return between_marks(page, blocks(kept))
+
+
+def between_marks(page: str, made: Mapping[str, str]) -> str:
+    """The page with other text between `<!-- NAME -->` and `<!-- end of NAME -->`, by the name of the marks."""
+    for name, block in made.items():
         marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
         page = marked.sub(lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", page)  # type: ignore[misc]
     return page
