@@ -1,0 +1,481 @@
+"""Does it grow? docs/results/growth.md: `python -m benchmarks.growth run|table [--data DIR] [--out DIR]`.
+
+run    Every point of `POINTS` that is not finished, in their order: the paper's cosine, the frozen setting and random
+       weights of the same width. OUT/TASK has all runs; the same command goes on where it was stopped, and points share
+       what they have in common. What a point found is kept in docs/results/growth.json.
+table  Makes the tables and the fitted laws of docs/results/growth.md anew from this file alone.
+
+DIR holds cifar10/ and fsdd/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.what_pays import FROZEN, markdown, marked_anew, title
+from nepa_core.basics import UserError
+from nepa_core.model import NEPA
+from nepa_core.runtime.config import override
+from nepa_core.runtime.run import Run
+from recipes.comparison import objectives
+from recipes.comparison.downstream import HORIZON, Care
+from recipes.comparison.engine import Job, Measure, Variant, default_workers, pair, read_recipe, share
+from recipes.comparison.objectives import REFERENCE
+from recipes.configs import PretrainConfig
+from recipes.objective_names import named
+from recipes.report.objectives import RANDOM
+from recipes.report.provenance import provenance
+from recipes.report.summaries import RunMeasures, finetuned
+from recipes.report.tables import Rows, credits_of, groups
+from recipes.statistics.significance import LEVEL, Contrast, Correction, Credits, contrasts, holm, over_samples_too
+
+ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "docs" / "results" / "growth.json"
+PAGE = ROOT / "docs" / "results" / "growth.md"
+MARKS = "growth"
+
+OBJECTIVES = (REFERENCE, FROZEN)
+SEEDS = (0, 1)
+STEPS = 1000
+"""Of every point that does not differ in them."""
+
+LEAST_POINTS = 3
+"""With fewer no law is fitted: two always lie on a line."""
+
+
+class Point(NamedTuple):
+    """Where the gain is measured.
+
+    Attributes:
+        task: name of the task. steps, width: of pre-training. samples: that are pre-trained on, without labels.
+    """
+
+    task: str
+    steps: int
+    width: int
+    samples: int
+
+
+class Task(NamedTuple):
+    """A data set, and what grows on it.
+
+    Attributes:
+        name: of its folder. title: in tables. recipe: that it starts from. root: of its data; all lie in {data}.
+        labels: a class, to fine-tune on; None for all.
+        base: the point that all axes share, of the recipe's width and all training samples.
+        steps, width, samples: values along the axis of that name; all else is as at the base.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    root: str
+    labels: int | None
+    base: Point
+    steps: tuple[int, ...]
+    width: tuple[int, ...]
+    samples: tuple[int, ...]
+
+    @property
+    def measures(self) -> tuple[str, str]:
+        """What is read: the probe of the layer chosen on held-back samples, and the fine-tuning."""
+        return "probe", finetuned(self.labels)
+
+    def along(self, axis: str) -> list[Point]:
+        """The points of an axis."""
+        values: tuple[int, ...] = getattr(self, axis)
+        return [Point(**{**self.base._asdict(), axis: value}) for value in values]
+
+
+AXES = {"steps": "steps", "width": "width", "samples": "unlabelled samples"}
+"""Axis -> what it is called."""
+
+TASKS = (
+    Task(
+        "fsdd",
+        "spoken digits",
+        "recipes.audio:fsdd",
+        "{data}/fsdd",
+        labels=None,
+        base=Point("fsdd", STEPS, width=64, samples=2700),
+        steps=(250, STEPS, 4000, 16_000),
+        width=(64, 128, 256),
+        samples=(100, 500, 2700),
+    ),
+    Task(
+        "cifar10",
+        "CIFAR-10",
+        "recipes.vision:cifar10",
+        "{data}/cifar10",
+        labels=50,
+        base=Point("cifar10", STEPS, width=128, samples=50_000),
+        steps=(250, STEPS, 4000, 16_000),
+        width=(64, 128, 256),
+        samples=(1000, 5000, 50_000),
+    ),
+)
+
+
+def name_of(point: Point) -> str:
+    """ "fsdd-base", or "fsdd-steps-250": by what differs from the base."""
+    base = next(task.base for task in TASKS if task.name == point.task)
+    differs = [f"{axis}-{getattr(point, axis)}" for axis in AXES if getattr(point, axis) != getattr(base, axis)]
+    return "-".join([point.task, *(differs or ["base"])])
+
+
+def points_of(task: Task) -> list[Point]:
+    """Every point of a task once, the base first."""
+    return list(dict.fromkeys([task.base, *(point for axis in AXES for point in task.along(axis))]))
+
+
+POINTS = {name_of(point): point for task in TASKS for point in points_of(task)}
+"""Name -> point."""
+
+
+class Kept(TypedDict):
+    """What was measured at a point: variant or random weights -> one a seed, with what each test sample adds."""
+
+    seeds: list[int]
+    rows: dict[str, list[dict[str, Any]]]
+    made_with: Any
+
+
+# --------------------------------------------------------------------------------------------------- runs
+
+
+def config_of(task: Task, point: Point, data: Path) -> PretrainConfig:
+    """The recipe at a point: heads keep their width, the MLP its factor; only the unlabelled samples are limited."""
+    recipe = read_recipe("objectives", task.recipe, {"data.root": task.root.format(data=data)})
+    shape, width = recipe.model, point.width
+    changes = {
+        "model.dim": width,
+        "model.heads": width * shape.heads // shape.dim,
+        "model.mlp_dim": width * shape.mlp_dim // shape.dim,
+        "train.length.steps": point.steps,
+        "data.limit": None if point.samples == task.base.samples else point.samples,
+    }
+    return override(recipe, changes)
+
+
+def care_of(task: Task) -> Care:
+    """How everything is fine-tuned: one setting, as in the development rounds of what-pays.md."""
+    return Care(
+        labels=(task.labels,), learning_rates=(1e-3,), finetune_steps=(300,), finetune_causal=(False,), horizon=HORIZON
+    )
+
+
+def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> RunMeasures:
+    """What `nepa objectives` measures, its read-outs with the labels of the whole training split at every point."""
+    return objectives.measure(override(config, {"data.limit": None}), model, run, care)
+
+
+def jobs_of(task: Task, point: Point, data: Path, out: Path) -> dict[str, list[Job]]:
+    """Variant or random weights -> a job a seed. The random weights of a width are one job, whatever its points."""
+    config, care, folder = config_of(task, point, data), care_of(task), out / task.name
+    how = Measure("growth", measure, care)
+    jobs = {
+        name: [pair(Variant(name, named(name, config)), seed, how, folder) for seed in SEEDS] for name in OBJECTIVES
+    }
+    start = config_of(task, task.base._replace(width=point.width), data)
+    return {**jobs, RANDOM: [objectives.control(start, seed, care, folder) for seed in SEEDS]}
+
+
+def run(task: Task, point: Point, data: Path, out: Path, workers: int | None) -> Kept:
+    """Measure a point, as far as that is not done."""
+    jobs = jobs_of(task, point, data, out)
+    share([job for each in jobs.values() for job in each], workers=workers or default_workers())
+    rows = {name: [only(job.values(), task.measures) for job in each] for name, each in jobs.items()}
+    return {"seeds": list(SEEDS), "rows": rows, "made_with": provenance()}
+
+
+def only(row: Mapping[str, Any], measures: Sequence[str]) -> dict[str, Any]:
+    """These measures of a row, as `recipes.report.tables` reads them."""
+    known = {
+        group: {key: row[group][key] for key in measures if key in row[group]} for group in ("credits", "clusters")
+    }
+    return {**{key: row[key] for key in measures}, **known}
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+class Gains(NamedTuple):
+    """A measure minus that of random weights of the same width and seed, at every finished point of a task.
+
+    Attributes:
+        of: (point, objective) as `gain_name` has it -> a gain for each seed. credits: what each test sample adds.
+    """
+
+    of: dict[str, list[float]]
+    credits: Credits | None
+
+
+def gain_name(point: Point, objective: str) -> str:
+    return f"{name_of(point)}, {objective}"
+
+
+def gains_of(kept: Mapping[str, Kept], task: Task, key: str) -> Gains:
+    """All of one task and measure."""
+    finished = [point for point in points_of(task) if name_of(point) in kept]
+    rows: Rows = {
+        gain_name(point, name): kept[name_of(point)]["rows"][name]
+        for point in finished
+        for name in (*OBJECTIVES, RANDOM)
+    }
+    values, known = groups(rows, key), credits_of(rows, key) if rows else None
+    pairs = {gain_name(p, name): gain_name(p, RANDOM) for p in finished for name in OBJECTIVES}
+    of = {own: [a - b for a, b in zip(values[own], values[other], strict=True)] for own, other in pairs.items()}
+    if known is None:
+        return Gains(of, None)
+    apart = {own: known.of[own] - known.of[other] for own, other in pairs.items()}
+    return Gains(of, known._replace(of=apart))
+
+
+def half_width(seeds: Contrast, both: Contrast | None) -> float:
+    """Of the 95 % interval: over seeds alone, or over seeds and test samples together, whichever is wider."""
+    return max(each.half_width(LEVEL) for each in (seeds, both) if each is not None)
+
+
+def intervals(gains: Gains) -> dict[str, float]:
+    """Half-width of the 95 % interval of every gain.
+
+    Two seeds say little of a noise of their own, so it is that of all points of the table together, and more where
+    one shows more (`contrasts`), against a variant that gains nothing as in `significance.gains`. Simulated with two
+    seeds, 2,000 tables of 16 gains: such an interval misses the true gain in 0.3 to 2.9 % where random weights are as
+    noisy as pre-trained ones, or up to three times as noisy and of three widths, and in 8.7 % where all gains have one
+    control that is three times as noisy.
+    """
+    if not gains.of:
+        return {}
+    nothing = {"nothing": [0.0] * len(SEEDS)}
+    tested = contrasts({**gains.of, **nothing}, [(name, "nothing") for name in gains.of])
+    return {
+        name: half_width(each, with_samples(each, gains, {name: 1.0}))
+        for name, each in zip(gains.of, tested, strict=True)
+    }
+
+
+def with_samples(seeds: Contrast, gains: Gains, weights: Mapping[str, float]) -> Contrast | None:
+    """A weighted sum of gains over seeds and test samples together; None where nothing is known of single samples."""
+    if gains.credits is None:
+        return None
+    apart: Tensor = sum(weight * gains.credits.of[name].double() for name, weight in weights.items())  # type: ignore[assignment]
+    return over_samples_too(seeds, apart, gains.credits.clusters, chained=gains.credits.chained)
+
+
+class Law(NamedTuple):
+    """gain = a + b * log2(x), by least squares over the points of every seed.
+
+    Attributes:
+        a, b: shares of 1; b is what a doubling of x adds. half: half-width of the 95 % interval of b, and df the
+            degrees of freedom of its t distribution. p, p_both: of b, over the points alone, and over points and test
+            samples together, before any correction. points: how many it is fitted on.
+    """
+
+    a: float
+    b: float
+    half: float
+    df: float
+    p: float
+    p_both: float
+    points: int
+
+
+def law(sizes: Mapping[str, int], gains: Gains) -> Law:
+    """The law of some gains.
+
+    The residuals of all points and seeds have points * seeds - 2 degrees of freedom: what bends the curve, and what
+    random weights have in common at a seed, widens the interval. To their variance that of b over the test samples is
+    added, with Satterthwaite's degrees of freedom; of both intervals the wider one counts.
+
+    Args:
+        sizes: name of a gain -> its x.
+    """
+    x = np.log2(list(sizes.values()))
+    y = np.array([gains.of[name] for name in sizes])  # [points, seeds]
+    weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
+    b = float((weights @ y).mean())
+    a = float(y.mean() - b * x.mean())
+    residuals = y - a - b * x[:, None]
+    df = y.size - 2
+    error = math.sqrt((residuals**2).sum() / df * (weights**2).sum() / y.shape[1])
+    points = Contrast(b, error, df)
+    both = with_samples(points, gains, dict(zip(sizes, weights.tolist(), strict=True)))
+    widest = points if both is None else max(points, both, key=lambda each: each.half_width(LEVEL))
+    return Law(a, b, half_width(points, both), widest.df, points.p, points.p if both is None else both.p, len(x))
+
+
+class Cell(NamedTuple):
+    """Which law: of a task, a measure, an axis and an objective."""
+
+    task: Task
+    key: str
+    axis: str
+    objective: str
+
+    @property
+    def points(self) -> list[Point]:
+        return self.task.along(self.axis)
+
+    @property
+    def probe(self) -> bool:
+        """Whether it is of the probe, not of fine-tuning."""
+        return self.key == "probe"
+
+
+def cells() -> list[Cell]:
+    """Every law that was declared, as tables have them."""
+    return [
+        Cell(task, key, axis, objective)
+        for place in range(len(TASKS[0].measures))
+        for task in TASKS
+        for key in [task.measures[place]]
+        for axis in AXES
+        for objective in OBJECTIVES
+    ]
+
+
+def laws(kept: Mapping[str, Kept]) -> dict[Cell, Law]:
+    """Those of axes with enough finished points."""
+    gains = {(task.name, key): gains_of(kept, task, key) for task in TASKS for key in task.measures}
+    found = {}
+    for cell in cells():
+        own = gains[cell.task.name, cell.key]
+        sizes = {gain_name(point, cell.objective): getattr(point, cell.axis) for point in cell.points}
+        finished = {name: size for name, size in sizes.items() if name in own.of}
+        if len(finished) >= LEAST_POINTS:
+            found[cell] = law(finished, own)
+    return found
+
+
+def real(found: Mapping[Cell, Law]) -> set[Cell]:
+    """The laws that stand: both p below the level, corrected by Holm for all that were declared, finished or not.
+
+    The probe is one family, fine-tuning the other.
+    """
+    standing: set[Cell] = set()
+    for probe in (True, False):
+        correction = Correction(tests=sum(cell.probe == probe for cell in cells()))
+        family = {cell: each for cell, each in found.items() if cell.probe == probe}
+        both = [holm([getattr(each, p) for each in family.values()], correction) for p in ("p", "p_both")]
+        standing |= {cell for cell, *each in zip(family, *both, strict=True) if max(each) < LEVEL}
+    return standing
+
+
+# ------------------------------------------------------------------------------------------------- the page
+
+
+def points_table(kept: Mapping[str, Kept], task: Task, key: str) -> list[str]:
+    """A line a point, along every axis: accuracies, and the gain over random weights in points."""
+    gains = gains_of(kept, task, key)
+    halves = intervals(gains)
+    lines = [["along", "at", RANDOM, *OBJECTIVES, *(f"{name} gains" for name in OBJECTIVES)]]
+    for axis, called in AXES.items():
+        for point in task.along(axis):
+            first = [called, f"{getattr(point, axis):,}"]
+            if name_of(point) not in kept:
+                lines.append([*first, "not finished", *[""] * (len(lines[0]) - 3)])
+                continue
+            values = groups(kept[name_of(point)]["rows"], key)
+            names = [gain_name(point, objective) for objective in OBJECTIVES]
+            accuracies = [f"{np.mean(values[name]):.3f}" for name in (RANDOM, *OBJECTIVES)]
+            lines.append([*first, *accuracies, *(signed(float(np.mean(gains.of[n])), halves[n]) for n in names)])
+    return markdown(lines)
+
+
+def laws_table(kept: Mapping[str, Kept]) -> list[str]:
+    """A line a law."""
+    found = laws(kept)
+    stands = real(found)
+    lines = [["data", "measure", "with", "objective", "points a doubling", "degrees of freedom", "it"]]
+    for cell in cells():
+        done, every = sum(name_of(point) in kept for point in cell.points), len(cell.points)
+        row = [cell.task.title, title(cell.key), AXES[cell.axis], cell.objective]
+        if cell not in found:
+            lines.append([*row, "", "", f"is not finished: {done} of {every} points"])
+            continue
+        each = found[cell]
+        said = reading(each, stands=cell in stands) + ("" if done == every else f", with {done} of {every} points")
+        shown = signed(each.b, each.half)
+        lines.append([*row, f"**{shown}**" if cell in stands else shown, f"{each.df:.1f}", said])
+    return markdown(lines)
+
+
+def signed(value: float, half: float) -> str:
+    """ "+2.1 ± 0.9": points."""
+    return f"{100 * value:+.1f} ± {100 * half:.1f}"
+
+
+def reading(fitted: Law, *, stands: bool) -> str:
+    """What a law says."""
+    if not stands:
+        return "shows nothing beyond the noise"
+    return f"{'grows' if fitted.b > 0 else 'falls'} beyond the noise"
+
+
+def block(kept: Mapping[str, Kept]) -> str:
+    """What stands between the marks of the page."""
+    if not kept:
+        return "No point is finished yet."
+    missing = [name for name in POINTS if name not in kept]
+    parts = ["\n".join(laws_table(kept))]
+    for task in TASKS:
+        for key in task.measures:
+            parts.append(f"**{task.title}, {title(key)}**\n\n" + "\n".join(points_table(kept, task, key)))
+    parts.append(f"Not finished: {', '.join(missing)}." if missing else "Every point is finished.")
+    return "\n\n".join(parts)
+
+
+def filled(page: str, kept: Mapping[str, Kept]) -> str:
+    """The page with its block made anew."""
+    return marked_anew(page, {MARKS: block(kept)})
+
+
+def read_kept() -> dict[str, Kept]:
+    """What was measured so far."""
+    kept: dict[str, Kept] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
+    return kept
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.growth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--data", type=Path, help="folder of all data")
+    parser.add_argument("--out", type=Path, default=Path("build/growth"), help="default build/growth")
+    parser.add_argument("--points", default=",".join(POINTS), help=f"some of {', '.join(POINTS)}; default all")
+    parser.add_argument("--workers", type=int, help="processes at once; default one a core, or one a GPU")
+    asked = parser.parse_args(words)
+    if asked.what == "table":
+        PAGE.write_text(filled(PAGE.read_text(), read_kept()))
+        return
+    names = asked.points.split(",")
+    if unknown := [name for name in names if name not in POINTS]:
+        parser.error(f"--points={unknown[0]}: there is no such point; name some of {', '.join(POINTS)}")
+    if asked.data is None or not asked.data.is_dir():
+        parser.error("run needs --data=DIR, a folder that is there")
+    tasks = {task.name: task for task in TASKS}
+    for name in names:
+        point = POINTS[name]
+        try:
+            found = run(tasks[point.task], point, asked.data.resolve(), asked.out, asked.workers)
+        except UserError as error:
+            parser.error(f"{name}: {error}")
+        KEPT.write_text(json.dumps(read_kept() | {name: found}, indent=1) + "\n")
+        print(f"{name}: done", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
