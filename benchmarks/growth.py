@@ -21,7 +21,8 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from torch import Tensor
 
-from benchmarks.what_pays import FROZEN, markdown, marked_anew, title
+from benchmarks.markdown import marked_anew, table_lines
+from benchmarks.what_pays import FROZEN, title
 from nepa_core.basics import UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
@@ -389,7 +390,7 @@ def points_table(kept: Mapping[str, Kept], task: Task, key: str) -> list[str]:
             names = [gain_name(point, objective) for objective in OBJECTIVES]
             accuracies = [f"{np.mean(values[name]):.3f}" for name in (RANDOM, *OBJECTIVES)]
             lines.append([*first, *accuracies, *(signed(float(np.mean(gains.of[n])), halves[n]) for n in names)])
-    return markdown(lines)
+    return table_lines(lines)
 
 
 def laws_table(kept: Mapping[str, Kept]) -> list[str]:
@@ -407,7 +408,7 @@ def laws_table(kept: Mapping[str, Kept]) -> list[str]:
         said = reading(each, stands=cell in stands) + ("" if done == every else f", with {done} of {every} points")
         shown = signed(each.b, each.half)
         lines.append([*row, f"**{shown}**" if cell in stands else shown, f"{each.df:.1f}", said])
-    return markdown(lines)
+    return table_lines(lines)
 
 
 def signed(value: float, half: float) -> str:

@@ -1,7 +1,8 @@
-"""Rows for docs/results: a table a stage, and what it was measured with."""
+"""Tables for docs/results: of the stages of benchmarks.gpu, and between marks in a page."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -55,8 +56,21 @@ def table(rows: Sequence[Kept]) -> str:
 
 
 def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(words)} |" for words in (head, *rows)]
-    return "\n".join([lines[0], f"|{'---|' * len(head)}", *lines[1:]])
+    return "\n".join(table_lines([head, *rows]))
+
+
+def table_lines(lines: Sequence[Sequence[str]]) -> list[str]:
+    """A table, its head first."""
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return [rows[0], f"|{'---|' * len(lines[0])}", *rows[1:]]
+
+
+def marked_anew(page: str, found: Mapping[str, str]) -> str:
+    """The page with each block, by its name, between its marks."""
+    for name, block in found.items():
+        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
+        page = marked.sub(lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", page)  # type: ignore[misc]
+    return page
 
 
 def cell(values: Sequence[float]) -> str:

@@ -22,6 +22,7 @@ from typing import TypedDict, cast
 
 from benchmarks import classic_series
 from benchmarks.classic_series import ClassicFile
+from benchmarks.markdown import marked_anew, table_lines
 from benchmarks.what_pays import (
     FROZEN,
     TASKS,
@@ -29,8 +30,6 @@ from benchmarks.what_pays import (
     Test,
     config_of,
     counted,
-    markdown,
-    marked_anew,
     standing,
     tested,
     written,
@@ -247,7 +246,7 @@ def lines(kept: Kept) -> list[str]:
         else:
             networks, apart = ["not finished", "", "", ""], ["", ""]
         table.append([name, *networks, *classic_cells(kept, name), *apart])
-    return [" ".join(said), "", *markdown(table)]
+    return [" ".join(said), "", *table_lines(table)]
 
 
 CLASSIC = {"euclidean": "1-NN Euclidean", "dtw": "1-NN DTW", "rocket": "ROCKET"}

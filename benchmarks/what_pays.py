@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Hashable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+from benchmarks.markdown import marked_anew, table_lines
 from nepa_core.basics import UserError
 from recipes.comparison.engine import read_recipe
 from recipes.comparison.objectives import REFERENCE, ObjectivesOptions, measured
@@ -200,7 +200,7 @@ def full_table(kept: Mapping[str, Found]) -> list[str]:
             values = [spread_cell(found["spreads"][key][name]) for name in (RANDOM, REFERENCE, FROZEN)]
             tests = [written(found["tests"][key][rival], stands=(task.name, key, rival) in stands) for rival in RIVALS]
             lines.append([task.title if key == "probe" else "", title(key), *values, raw, *tests])
-    return markdown(lines)
+    return table_lines(lines)
 
 
 def short_table(kept: Mapping[str, Found]) -> list[str]:
@@ -216,7 +216,7 @@ def short_table(kept: Mapping[str, Found]) -> list[str]:
         ]
         raw = 100 * (found["spreads"]["probe"][FROZEN]["mean"] - found["raw_tokens"])
         lines.append([task.title, gain[0], f"{raw:+.1f}", "; ".join(gain[1:])])
-    return markdown(lines)
+    return table_lines(lines)
 
 
 def sentences(kept: Mapping[str, Found]) -> list[str]:
@@ -241,12 +241,6 @@ def counted(what: str, tests: Mapping[Name, Test], stands: Set[Name]) -> str:
     )
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> list[str]:
-    """A table."""
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return [rows[0], f"|{'---|' * len(lines[0])}", *rows[1:]]
-
-
 def blocks(kept: Mapping[str, Found]) -> dict[str, str]:
     """Name -> what stands between its marks in the pages."""
     said = " ".join(sentences(kept))
@@ -259,14 +253,6 @@ def blocks(kept: Mapping[str, Found]) -> dict[str, str]:
 def filled(page: str, kept: Mapping[str, Found]) -> str:
     """The page with every block between its marks made anew."""
     return marked_anew(page, blocks(kept))
-
-
-def marked_anew(page: str, found: Mapping[str, str]) -> str:
-    """The page with each block, by its name, between its marks."""
-    for name, block in found.items():
-        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        page = marked.sub(lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", page)  # type: ignore[misc]
-    return page
 
 
 def read_kept() -> dict[str, Found]:
