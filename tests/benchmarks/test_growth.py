@@ -81,6 +81,8 @@ def test_every_task_has_its_base_on_every_axis_and_eight_points() -> None:
     for task in TASKS:
         assert all(task.base in task.along(axis) for axis in growth.AXES)
         assert sum(point.task == task.name for point in POINTS.values()) == 8
+    assert list(POINTS)[:2] == ["fsdd-steps-250", "fsdd-base"]
+    assert list(POINTS)[-1] == "cifar10-steps-16000"
     assert POINTS["cifar10-samples-1000"] == Point("cifar10", 1000, 128, 1000)
 
 
@@ -162,7 +164,7 @@ def test_tables_have_what_is_finished_and_name_what_is_not() -> None:
     assert sum(line.endswith("| is not finished: 2 of 3 points |") for line in said) == 4
     assert sum("is not finished" in line for line in said) == 20
     text = block(kept)
-    assert "Not finished: fsdd-steps-16000, fsdd-width-256, fsdd-samples-100" in text
+    assert "Not finished: fsdd-samples-100, fsdd-samples-500, cifar10-steps-250" in text
     assert "Every point is finished." in block(made(list(POINTS.values()), lambda _: 0.05))
 
 
@@ -188,7 +190,7 @@ def test_points_share_random_weights_and_runs_and_read_with_all_labels(
 ) -> None:
     root = Point("toy", 4, width=64, samples=1297)
     task = Task(
-        "toy", "toy", "tests.benchmarks.test_growth:few_digits", "{data}", None, root, (4,), (32, 64), (100, 1297)
+        "toy", "toy", "tests.benchmarks.test_growth:few_digits", "{data}", None, root, 8, (4,), (32, 64), (100, 1297)
     )
     few = growth.care_of(task).model_copy(update={"finetune_steps": (3,)})
     monkeypatch.setattr(growth, "care_of", lambda _: few)
