@@ -214,6 +214,7 @@ COMPARED = {
 
 
 @pytest.mark.parametrize("task", COMPARED)
+@pytest.mark.slow
 def test_a_comparison_that_fails_before_a_checkpoint_leaves_no_folder(
     fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch, task: str
 ) -> None:

@@ -430,6 +430,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 def test_the_exit_status_of_the_process_and_its_one_line(tmp_path: Path) -> None:
     done = subprocess.run(
         command("pretrain", TINY, "optim.lrr=1"), cwd=tmp_path, env=environment(), capture_output=True, text=True

@@ -173,25 +173,17 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run
 
 
-ALL_SIZES = [pytest.param(size, marks=[] if size == "base" else pytest.mark.slow) for size in SIZES]
-
-
-@pytest.mark.parametrize("size", ALL_SIZES)
+@pytest.mark.slow
+@pytest.mark.parametrize("size", SIZES)
 def test_two_steps_of_pre_training(size: str, started: Callable[[str], Path]) -> None:
     summary = check_summary(started(size) / "summary.json", PretrainSummary)
     assert summary["steps"] == 2
     assert math.isfinite(summary["loss"])
 
 
-QUICK = ("base", "audioset"), ("base", "speech_commands_v1")
-EACH = [
-    pytest.param(size, task, marks=[] if (size, task) in QUICK else pytest.mark.slow)
-    for size in SIZES
-    for task in TASKS
-]
-
-
-@pytest.mark.parametrize(("size", "task"), EACH)
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("size", SIZES)
 def test_two_steps_of_fine_tuning(
     size: str, task: str, started: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,7 @@ def test_the_name_of_before_is_read(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- lengthening
 
 
+@pytest.mark.slow
 def test_a_longer_wsd_run_is_the_one_that_was_as_long_from_the_start(tmp_path: Path) -> None:
     """Byte for byte, though the shorter one had decayed, and its last checkpoint and lines are of that."""
     config = override(tiny.random(), WSD)
@@ -250,6 +251,7 @@ def test_what_the_steps_that_are_done_do_not_allow_is_refused(tmp_path: Path, mo
 # ---------------------------------------------------------------------------------------------- settings midway
 
 
+@pytest.mark.slow
 def test_a_rate_that_was_changed_midway_is_kept_and_recorded_and_a_kill_after_it_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_lock_of_before_there_were_leases_is_the_kernel_s_alone(tmp_path: Path
         assert mine
 
 
+@pytest.mark.slow
 def test_training_waits_to_see_whether_a_machine_is_lost(
     tmp_path: Path, at: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -294,6 +294,7 @@ def test_averages_that_would_run_code_are_refused_unread(kind: str, tmp_path: Pa
     assert sprung(trap.file), "it is a trap"
 
 
+@pytest.mark.slow
 def test_the_command_of_a_refusal_converts_what_is_trusted(tmp_path: Path) -> None:
     folder, averaged = tmp_path / "it's here", random_release(FACTS, seed=1)
     write_release(folder, FACTS, random_release(FACTS))

@@ -196,6 +196,7 @@ def indices(samples: Any) -> list[int]:
     return sorted(int(samples[place]["index"]) for place in range(len(samples)))
 
 
+@pytest.mark.slow
 def test_few_labels_are_all_that_a_setting_is_chosen_on(
     tiny_recipe: PretrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

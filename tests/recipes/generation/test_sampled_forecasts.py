@@ -314,6 +314,7 @@ def seeds(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return runs
 
 
+@pytest.mark.slow
 def test_sampled_forecasts_are_written_and_finished_rows_found_again(
     seeds: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

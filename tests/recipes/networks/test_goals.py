@@ -355,6 +355,7 @@ def test_a_probe_of_numbers_gives_r2_beside_random_weights_and_raw_tokens() -> N
 
 
 @pytest.mark.parametrize("teach", ["numbers", "tokens"])
+@pytest.mark.slow
 def test_the_credits_of_a_run_are_its_figure_and_its_control_stands_beside_it(teach: Any, tmp_path: Path) -> None:
     """Also of numbers, and of a class per token, where a sample is a cluster and counts by its tokens."""
     data = Taught(teach=teach, ragged=True)

@@ -381,6 +381,7 @@ class Odd(Waves):
 
 
 @pytest.mark.parametrize("bos", [True, False])
+@pytest.mark.slow
 def test_the_sample_that_was_made_odd_is_the_worst_predicted(tmp_path: Path, bos: bool) -> None:
     changes = {"train.length.steps": 120, "model.bos": bos, "train.ema": None, "data.samples": 400}
     config = override(tiny.recipe(), changes)

@@ -339,6 +339,7 @@ def test_a_recipe_is_probed_with_the_weights_of_a_run(finished: Run, tmp_path: P
     assert main(["probe", "tests.tiny:recipe"]) == 2
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_run_is_probed_by_its_name(
     finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def test_a_card_says_what_is_not_known(made: Path, hub: Path, tmp_path: Path) ->
     assert "has no verdict of its own" in card
 
 
+@pytest.mark.slow
 def test_a_pushed_run_is_read_by_its_name(made: Path, hub: Path) -> None:
     push(made, hub)
     own, named = nepa_core.load(made), nepa_core.load("me/waves")

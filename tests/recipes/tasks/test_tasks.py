@@ -150,6 +150,7 @@ def test_ablate_runs_every_arm_once(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [path.stat().st_mtime_ns for path in metrics] == before
 
 
+@pytest.mark.slow
 def test_bench_accounts_for_the_whole_step(tiny_recipe: PretrainConfig) -> None:
     figures = bench.bench(tiny_recipe, bench.BenchOptions(steps=4), ALONE)
     shares = [figures[f"{phase} %"] for phase in bench.PHASES]
