@@ -10,8 +10,6 @@ DIR holds cifar10/ and fsdd/.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,9 +19,9 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from torch import Tensor
 
+from benchmarks import declared
 from benchmarks.markdown import marked_anew, table_lines
 from benchmarks.what_pays import FROZEN, title
-from nepa_core.basics import UserError
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
@@ -455,41 +453,24 @@ def filled(page: str, kept: Mapping[str, Kept]) -> str:
 
 def read_kept() -> dict[str, Kept]:
     """What was measured so far."""
-    kept: dict[str, Kept] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    return kept
+    return declared.read_kept(KEPT)
 
 
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.growth",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--data", type=Path, help="folder of all data")
-    parser.add_argument("--out", type=Path, default=Path("build/growth"), help="default build/growth")
+    parser = declared.parser_of("growth", __doc__)
     parser.add_argument("--points", default=",".join(POINTS), help=f"some of {', '.join(POINTS)}; default all")
-    parser.add_argument("--workers", type=int, help="processes at once; default one a core, or one a GPU")
     asked = parser.parse_args(words)
     if asked.what == "table":
         PAGE.write_text(filled(PAGE.read_text(), read_kept()))
         return
-    names = asked.points.split(",")
-    if unknown := [name for name in names if name not in POINTS]:
-        parser.error(f"--points={unknown[0]}: there is no such point; name some of {', '.join(POINTS)}")
-    if asked.data is None or not asked.data.is_dir():
-        parser.error("run needs --data=DIR, a folder that is there")
-    tasks = {task.name: task for task in TASKS}
-    for name in names:
+    names = declared.some_of(parser, "points", asked.points, list(POINTS))
+    data, tasks = declared.folder_of(parser, asked.data), {task.name: task for task in TASKS}
+
+    def measured(name: str) -> Kept:
         point = POINTS[name]
-        try:
-            found = run(tasks[point.task], point, asked.data.resolve(), asked.out, asked.workers)
-        except UserError as error:
-            parser.error(f"{name}: {error}")
-        except KeyboardInterrupt:
-            parser.exit(130, f"{name}: stopped; the same command goes on from there\n")
-        KEPT.write_text(json.dumps(read_kept() | {name: found}, indent=1) + "\n")
-        print(f"{name}: done", flush=True)
+        return run(tasks[point.task], point, data, asked.out, asked.workers)
+
+    declared.measured_and_kept(parser, names, measured, KEPT)
 
 
 if __name__ == "__main__":

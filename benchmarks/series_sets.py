@@ -11,8 +11,6 @@ DIR holds a folder for each set with its one _TRAIN.ts and its one _TEST.ts.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
@@ -20,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, cast
 
-from benchmarks import classic_series
+from benchmarks import classic_series, declared
 from benchmarks.classic_series import ClassicFile
 from benchmarks.markdown import marked_anew, table_lines
 from benchmarks.what_pays import (
@@ -272,34 +270,26 @@ def filled(page: str, kept: Kept) -> str:
 
 def read_kept() -> Kept:
     """What was measured so far."""
-    kept: Kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    return kept
+    return cast(Kept, declared.read_kept(KEPT))
 
 
 def keep(more: Kept) -> None:
     """Write what was found beside what was kept."""
-    KEPT.write_text(json.dumps({**read_kept(), **more}, indent=1) + "\n")
+    declared.keep(KEPT, dict(more))
 
 
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.series_sets",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--data", type=Path, help="of run: folder of all sets")
-    parser.add_argument("--out", type=Path, default=Path("build/series-sets"), help="default build/series-sets")
-    parser.add_argument("--workers", type=int, help="processes at once; default one a core, or one a GPU")
+    parser = declared.parser_of("series_sets", __doc__)
     parser.add_argument("--classic", type=Path, help="of table: the file that benchmarks.classic_series wrote")
     asked = parser.parse_args(words)
     if asked.what == "run":
-        if asked.data is None or not asked.data.is_dir():
-            parser.error("run needs --data=DIR, a folder that is there")
+        data = declared.folder_of(parser, asked.data)
         try:
-            keep(run(mixed(asked.data.resolve()), asked.out, asked.workers))
+            keep(run(mixed(data), asked.out, asked.workers))
         except UserError as error:
             parser.error(str(error))
+        except KeyboardInterrupt:
+            declared.stopped(parser, MARK)
         return
     if asked.classic is not None:
         if not asked.classic.is_file():

@@ -10,15 +10,13 @@ DIR holds cifar10/ and fsdd/, and a folder for each set of series with its _TRAI
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Hashable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, TypeVar
 
+from benchmarks import declared
 from benchmarks.markdown import marked_anew, table_lines
-from nepa_core.basics import UserError
 from recipes.comparison.engine import read_recipe
 from recipes.comparison.objectives import REFERENCE, ObjectivesOptions, measured
 from recipes.configs import PretrainConfig
@@ -257,38 +255,21 @@ def filled(page: str, kept: Mapping[str, Found]) -> str:
 
 def read_kept() -> dict[str, Found]:
     """What was measured so far."""
-    kept: dict[str, Found] = json.loads(KEPT.read_text()) if KEPT.exists() else {}
-    return kept
+    return declared.read_kept(KEPT)
 
 
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.what_pays",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--data", type=Path, help="folder of all data")
-    parser.add_argument("--out", type=Path, default=Path("build/what-pays"), help="default build/what-pays")
-    parser.add_argument("--tasks", default=",".join(task.name for task in TASKS), help="some of them; default all")
-    parser.add_argument("--workers", type=int, help="processes at once; default one a core, or one a GPU")
+    known = {task.name: task for task in TASKS}
+    parser = declared.parser_of("what_pays", __doc__)
+    parser.add_argument("--tasks", default=",".join(known), help="some of them; default all")
     asked = parser.parse_args(words)
     if asked.what == "table":
         for page in PAGES:
             page.write_text(filled(page.read_text(), read_kept()))
         return
-    known = {task.name: task for task in TASKS}
-    if unknown := [name for name in asked.tasks.split(",") if name not in known]:
-        parser.error(f"--tasks={unknown[0]}: there is no such task; name some of {', '.join(known)}")
-    if asked.data is None or not asked.data.is_dir():
-        parser.error("run needs --data=DIR, a folder that is there")
-    for name in asked.tasks.split(","):
-        try:
-            found = run(known[name], asked.data.resolve(), asked.out, asked.workers)
-        except UserError as error:
-            parser.error(f"{name}: {error}")
-        KEPT.write_text(json.dumps(read_kept() | {name: found}, indent=1) + "\n")
-        print(f"{name}: done", flush=True)
+    names = declared.some_of(parser, "tasks", asked.tasks, list(known))
+    data = declared.folder_of(parser, asked.data)
+    declared.measured_and_kept(parser, names, lambda name: run(known[name], data, asked.out, asked.workers), KEPT)
 
 
 if __name__ == "__main__":

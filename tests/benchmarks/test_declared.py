@@ -1,0 +1,39 @@
+"""Scripts of declared protocols: what is found is kept at once, and a stop or an error is one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.declared import measured_and_kept, parser_of, read_kept, some_of
+from nepa_core.basics import UserError
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (KeyboardInterrupt(), 130, "second: stopped; the same command goes on from there"),
+        (UserError("data.root=x is not there"), 2, "python -m benchmarks.x: error: second: data.root=x is not there"),
+    ],
+)
+def test_what_was_found_before_a_stop_or_an_error_is_kept(
+    error: BaseException, status: int, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(name: str) -> int:
+        if name == "second":
+            raise error
+        return len(name)
+
+    with pytest.raises(SystemExit) as ended:
+        measured_and_kept(parser_of("x", None), ["first", "second", "third"], measure, tmp_path / "kept.json")
+    assert ended.value.code == status
+    assert capsys.readouterr().err.splitlines()[-1] == line
+    assert read_kept(tmp_path / "kept.json") == {"first": 5}
+
+
+def test_a_name_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert some_of(parser_of("x", None), "tasks", "b,a", ["a", "b"]) == ["b", "a"]
+    with pytest.raises(SystemExit):
+        some_of(parser_of("x", None), "tasks", "a,c", ["a", "b"])
+    assert "--tasks=c: there is no such task; name some of a, b" in capsys.readouterr().err
