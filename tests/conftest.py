@@ -99,7 +99,7 @@ def browse(tmp_path: Path) -> Callable[..., str]:
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,800",
             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom", copy.as_uri(),
         ]  # fmt: skip
-        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        found = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
         body = re.search(r"<body[^>]*>", found)
         assert body is not None
         if not layout:

@@ -60,6 +60,6 @@ def test_the_wheel_holds_the_packages_alone_and_works_from_another_folder(tmp_pa
 def _done(command: list[str], folder: Path) -> str:
     """What a command prints, run in a folder without this checkout on its path."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout

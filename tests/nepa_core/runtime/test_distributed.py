@@ -126,7 +126,7 @@ def torchrun(
             for machine in range(machines)
         ]  # fmt: skip
         try:
-            said = [agent.communicate(timeout=200 if fewest is None else 400) for agent in agents]
+            said = [agent.communicate(timeout=600) for agent in agents]
         except subprocess.TimeoutExpired:
             for agent in agents:
                 agent.terminate()  # it ends the ranks, too

@@ -140,7 +140,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    err = process.communicate(timeout=120)[1]
+    err = process.communicate(timeout=600)[1]
     return process.returncode, err
 
 

@@ -143,7 +143,7 @@ def test_a_browser_runs_no_script_in_a_page(pages: list[Path], tmp_path: Path) -
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom", page.as_uri(),
         ]  # fmt: skip
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+        shown = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
         assert "<body" in shown
         return shown[shown.index("<body") :].partition(">")[0]
 
