@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nepa_core.basics import UserError
+from recipes.report.provenance import provenance
+from recipes.report.summaries import MadeWith
 
 
 def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -57,6 +61,17 @@ def measured_and_kept(
 def stopped(parser: argparse.ArgumentParser, name: str) -> NoReturn:
     """One line after a Ctrl-C."""
     parser.exit(130, f"{name}: stopped; the same command goes on from there\n")
+
+
+def made_with() -> MadeWith:
+    """`provenance`, whose command names no folder of this machine: what is kept here is published."""
+    made = provenance()
+    words = shlex.split(made["command"])
+    told = [
+        "DIR" if before in ("--data", "--out") else re.sub("^(--data|--out)=.*", r"\1=DIR", word)
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+    return {**made, "command": shlex.join(told)}
 
 
 def read_kept(file: Path) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from recipes.comparison.objectives import REFERENCE
 from recipes.configs import PretrainConfig
 from recipes.objective_names import named
 from recipes.report.objectives import RANDOM
-from recipes.report.provenance import provenance
 from recipes.report.summaries import RunMeasures, finetuned
 from recipes.report.tables import Rows, credits_of, groups
 from recipes.statistics.significance import LEVEL, Contrast, Correction, Credits, contrasts, holm, over_samples_too
@@ -205,7 +204,7 @@ def run(task: Task, point: Point, data: Path, out: Path, workers: int | None) ->
     jobs = jobs_of(task, point, data, out)
     share([job for each in jobs.values() for job in each], workers=workers or default_workers())
     rows = {name: [only(job.values(), task.measures) for job in each] for name, each in jobs.items()}
-    return {"seeds": list(SEEDS), "rows": rows, "made_with": provenance()}
+    return {"seeds": list(SEEDS), "rows": rows, "made_with": declared.made_with()}
 
 
 def only(row: Mapping[str, Any], measures: Sequence[str]) -> dict[str, Any]:

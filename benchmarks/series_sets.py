@@ -43,7 +43,6 @@ from recipes.comparison.transfer import OWN_STEPS, RANDOM, SAME_COST, Reading, a
 from recipes.configs import PretrainConfig
 from recipes.objective_names import named
 from recipes.presets import small
-from recipes.report.provenance import provenance
 from recipes.report.summaries import MadeWith, RunMeasures, Runs, TransferRow
 from recipes.report.tables import credits_of, groups, spread_cell, spreads
 from recipes.statistics.significance import Contrast, Spread, beside_samples, contrasts, error_of
@@ -137,7 +136,7 @@ def run(config: PretrainConfig, out: Path, workers: int | None) -> Kept:
             TOGETHER: round(seconds[OWN_STEPS], 1),
         },
         "seeds": list(look.seeds),
-        "made_with": provenance(),
+        "made_with": declared.made_with(),
     }
 
 

@@ -21,7 +21,6 @@ from recipes.comparison.engine import read_recipe
 from recipes.comparison.objectives import REFERENCE, ObjectivesOptions, measured
 from recipes.configs import PretrainConfig
 from recipes.report.objectives import RANDOM
-from recipes.report.provenance import provenance
 from recipes.report.tables import credits_of, groups, spread_cell, spreads
 from recipes.statistics.significance import LEVEL, Correction, Spread, differences, holm
 
@@ -133,7 +132,7 @@ def run(task: Task, data: Path, out: Path, workers: int | None) -> Found:
         "spreads": {key: spreads(rows, key) for key in task.measures},
         "tests": {key: {rival: tested(rows, key, FROZEN, rival) for rival in RIVALS} for key in task.measures},
         "raw_tokens": result.random[0]["raw_tokens"],
-        "made_with": provenance(),
+        "made_with": declared.made_with(),
     }
 
 

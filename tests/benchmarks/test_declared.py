@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.declared import measured_and_kept, parser_of, read_kept, some_of
+from benchmarks.declared import made_with, measured_and_kept, parser_of, read_kept, some_of
 from nepa_core.basics import UserError
 
 
@@ -37,3 +37,12 @@ def test_a_name_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         some_of(parser_of("x", None), "tasks", "a,c", ["a", "b"])
     assert "--tasks=c: there is no such task; name some of a, b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--data", "/home/me/my data", "--out=/tmp/x"], ["--data=/home/me/my data", "--out", "/tmp/x"]],
+)
+def test_what_is_kept_names_no_folder_of_the_machine(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["growth.py", "run", *words, "--workers", "1"])
+    assert made_with()["command"].replace("=", " ") == "growth.py run --data DIR --out DIR --workers 1"

@@ -324,7 +324,9 @@ def test_the_dry_run_runs_all_stages(tmp_path: Path) -> None:
     assert all(f"## {file['title']}" in text for file in files.values())
     assert text.startswith("# A dry run on a CPU")
     assert str(tmp_path) not in text
-    assert took < 110 * start, "75 imports of the package where this was written: two to three minutes on a core"
+    assert took < 95 * start, (
+        "three minutes on a core where an import of the package takes 1.9 seconds; 74 were measured"
+    )
 
 
 def cpu_of(*words: str) -> tuple[str, float]:
