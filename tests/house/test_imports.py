@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import statistics
 import subprocess
 import sys
 
@@ -64,9 +63,28 @@ def seconds(*words: str) -> float:
 
 @pytest.mark.slow
 def test_what_is_imported_takes_little_time() -> None:
-    """The median of seven each, one beside the other."""
-    pairs = [(seconds("-c", "import torch"), seconds("-c", "import nepa_core")) for _ in range(7)]
-    bare, core = (statistics.median(times) for times in zip(*pairs, strict=True))
-    assert core <= 1.1 * bare
-    assert min(seconds("-m", "recipes", word) for word in ["--help", "--version"] * 3) < 0.3
-    assert min(seconds("-m", "recipes", "recipes") for _ in range(3)) < max(2.0, 1.6 * bare)
+    """Beside torch in one process, the least of seven each: what else runs on the machine only adds."""
+    code = """
+from time import process_time
+start = process_time()
+import torch
+middle = process_time()
+import nepa_core
+print(middle - start, process_time() - middle)
+"""
+    bare, core = (
+        min(column) for column in zip(*(map(float, python("-c", code).split()) for _ in range(7)), strict=True)
+    )
+    assert core <= 0.1 * bare
+    torch, help_, listing = (
+        min(column)
+        for column in zip(
+            *(
+                (seconds("-c", "import torch"), seconds("-m", "recipes", "--help"), seconds("-m", "recipes", "recipes"))
+                for _ in range(5)
+            ),
+            strict=True,
+        )
+    )
+    assert help_ < 0.2 * torch
+    assert listing < 1.6 * torch
