@@ -8,6 +8,7 @@ import os
 import pkgutil
 import runpy
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -423,11 +424,22 @@ def _docstring(target: str) -> str | None:
     return inspect.getdoc(load_object(target)) if ":" in target else None
 
 
+_FIRST = 15.0
+"""Seconds that the first of several processes has to say what is wrong, and to clear up."""
+
+
 def _fail(message: str, status: int) -> int:
-    """Say it once, also where torchrun started several processes."""
-    if os.environ.get("RANK", "0") == "0":
-        line = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in message)
-        print(f"nepa: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    """Say it once, also where torchrun started several processes.
+
+    torchrun ends all of them as soon as one has failed. So the others wait for that while the first one speaks; where
+    it does not, the error is of this process alone.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(_FIRST)
+        message = f"process {rank}: {message}"
+    line = "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in message)
+    print(f"nepa: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
     return status
 
 

@@ -46,7 +46,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         way_out = _way_out(number, str(error))
         raise UserError(
-            f"{shortened(path)} can't be written: {reason}; {way_out} (earlier checkpoints are kept)"
+            f"{shortened(path)} can't be written: {reason}; {way_out} (what was written before is kept)"
         ) from error
 
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from nepa_core.basics import UserError
+from nepa_core.basics import UserError, some
 from nepa_core.modality import Modality
 from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import read_json, write_whole
@@ -264,8 +264,8 @@ def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
         if _in_list(place):
             return f"{key}={shown(first['input'])}: too few elements"
         return f"{key} is missing"
-    others = len({_typed(_place(each, kind)) for each in errors}) - 1
-    more = f" (and {others} more)" if others else ""
+    others = list(dict.fromkeys(prefix + _typed(_place(each, kind)) for each in errors))
+    more = f" (and also {some(others[1:])})" if others[1:] else ""
     of_key = [each for each in errors if _place(each, kind)[:2] == place[:2]]  # by each type that would do
     if _in_list(place):
         message = f"each should be {_either(of_key)}"

@@ -498,8 +498,8 @@ def restore(
         data: `fingerprint_of` the data, which must be that of the checkpoint; None where that does not matter.
 
     Raises:
-        UserError: the network that the recipe builds now is not the one that was stored, the data has changed, or the
-            steps that are done don't allow the new length.
+        UserError: the network that the recipe builds now is not the one that was stored, the data has changed, the
+            steps that are done don't allow the new length, or every checkpoint is damaged.
     """
     checkpoint, notes = load_latest(run.checkpoints)
     for note in notes:
@@ -515,7 +515,10 @@ def restore(
     cycle = Cycle(0, plan.warmup, plan.total)
     if checkpoint is None:
         if notes:
-            say("no checkpoint is left: starting from the beginning")
+            raise UserError(
+                f"no checkpoint of {run.path} can be read, and training from the start would replace them: put the "
+                f"damaged files back, name another folder with out=DIR, or remove {run.checkpoints}"
+            )
         return Sitting(cycle)
     found = take_up(run, checkpoint, settings, cycle, per_epoch=plan.per_epoch)
     checkpoint = found.checkpoint

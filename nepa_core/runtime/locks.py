@@ -100,7 +100,7 @@ def locked(file: Path, *, patient: bool = False, keep: bool = True, trains: bool
     Raises:
         UserError: the file can't be written.
     """
-    with disk_errors(file):
+    with disk_errors(file.parent):
         while (taken := _taken(file, trains=trains)) is None and patient:
             time.sleep(_WAIT)
     if taken is None:

@@ -170,7 +170,8 @@ def compare(
     if twice := sorted(
         {name for name in names if names.count(name) > 1} | {str(s) for s in seeds if seeds.count(s) > 1}
     ):
-        raise UserError(f"{twice[0]} is given twice; name every variant and every seed once")
+        what = "seeds=: " if all(names.count(name) == 1 for name in names) else ""
+        raise UserError(f"{what}{twice[0]} is given twice; name every variant and every seed once")
     if min(seeds) < 0:
         raise UserError(f"seeds={min(seeds)}: a seed is a whole number from 0")
     if max(seeds) >= MOST_SEED:

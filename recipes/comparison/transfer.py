@@ -103,7 +103,8 @@ def arms(config: PretrainConfig) -> dict[str, Variant]:
     """
     parts = config.data.strata()
     if len(parts) < 2:
-        fix = "set data.mode=mixed, without part=" if config.data.part_names() else "recipes.together:digits_and_series"
+        several = bool(config.data.part_names())
+        fix = "set data.mode=mixed, without part=" if several else "recipes.together:digits_and_series is such a recipe"
         raise UserError(f"nepa transfer compares parts that are mixed in one predictor, and here are none: {fix}")
     if (steps := config.train.length.steps) is None:
         raise UserError("nepa transfer compares equal steps: give train.length.steps=N")

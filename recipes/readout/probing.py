@@ -523,7 +523,7 @@ def render(summary: ProbeSummary) -> str:
     notes += [NOTES[metric]] if metric in NOTES else []
     notes += [*summary["notes"], *unreadable(summary, "probe.json")]
     chosen = (
-        f"Chosen on held-back training samples: {best['name']} {best[metric]:.3f}; "
+        f"Chosen on held-back training samples, by {TITLES[names[0]]}: {best['name']} {best[metric]:.3f}; "
         f"random weights {best_random['name']} {best_random[metric]:.3f}; raw tokens {raw[metric]:.3f}"
         + "".join(f"; {each['name']} {each['best']['name']} {each['best'][metric]:.3f}" for each in others)
         + (f"; always the most frequent class {summary['majority']:.3f}." if "majority" in summary else ".")

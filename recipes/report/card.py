@@ -230,7 +230,7 @@ def covered(verdict: Verdict) -> str:
     if not verdict.clusters:  # of a summary of before
         return "95 %, paired over samples alone"
     several = verdict.clusters < (verdict.asked or 0.8 * verdict.samples)
-    groups = f"{verdict.clusters:,} independent group{'' if verdict.clusters == 1 else 's'} of them"
+    groups = f"{verdict.clusters:,} independent group{'' if verdict.clusters == 1 else 's'} of these samples"
     few = " (few for an interval)" if several and verdict.clusters < FEW else ""
     return f"95 %, paired over {groups if several else 'these samples'} alone{few}; other seeds of the run differ, too"
 

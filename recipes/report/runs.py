@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -292,6 +293,7 @@ def text(runs: Sequence[RunFiles]) -> str:
         if differences := differing(members):
             lines += ["", f"What differs among the runs of {task} {recipe}:"]
             lines += [f"  {key}: {_spoken(members, row)}" for key, row in differences.items()]
+        lines += [f"  {line}" for line in _midway(members)]
     if damage := [line for run in runs for line in run.damage]:
         lines += ["", *map(printable, damage)]
     return "\n".join(lines)
@@ -302,6 +304,18 @@ def _spoken(runs: Sequence[RunFiles], values: Sequence[str]) -> str:
     usual = max(values, key=values.count)
     others = {value: [run.name for run, own in zip(runs, values, strict=True) if own == value] for value in values}
     return "; ".join([usual, *(f"{each} in {', '.join(names)}" for each, names in others.items() if each != usual)])
+
+
+def _midway(runs: Sequence[RunFiles]) -> list[str]:
+    """ "runs/b was trained with optim.lr=0.001 up to step 800": a config says what a setting is in the end."""
+    found = []
+    for run in runs:
+        changes = run.summary.get("changes")
+        for each in changes if isinstance(changes, list) else []:
+            with suppress(AttributeError, KeyError, TypeError, ValueError):  # a summary that is damaged
+                before = ", ".join(f"{key}={shown(old)}" for key, (old, _) in each["changed"].items())
+                found.append(printable(f"{run.name} was trained with {before} up to step {each['step']}"))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------ the page
@@ -322,6 +336,7 @@ def _parts(runs: Sequence[RunFiles]) -> Iterator[Part]:
     if differences := differing(runs):
         yield Words(["What differs between their settings:"])
         yield Table([["key", *(run.name for run in runs)], *([key, *row] for key, row in differences.items())])
+    yield Words(_midway(runs))
     yield Words([line for run in runs for line in run.damage])
 
 

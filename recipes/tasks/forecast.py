@@ -51,7 +51,10 @@ from recipes.training.pretraining import load_pretrained
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     refused = [key for key in changes if not key.startswith(FREE)]
     if refused:
-        raise UserError(f"nepa forecast reads a finished run; {refused[0]} is not one of its options")
+        raise UserError(
+            f"nepa forecast reads a finished run, and {refused[0]} is not one of its options: leave it out, or see "
+            f"nepa forecast --help"
+        )
     targets = [target, *options.also]
     check_runs(targets)
     with world() as ranks, ExitStack() as stack:

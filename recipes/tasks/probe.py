@@ -59,7 +59,10 @@ from recipes.training.train import say_leaks
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
     refused = [key for key in changes if not key.startswith(FREE)]
     if refused:
-        raise UserError(f"nepa probe reads a finished run; {refused[0]} is not one of its options")
+        raise UserError(
+            f"nepa probe reads a finished run, and {refused[0]} is not one of its options: leave it out, or see "
+            f"nepa probe --help"
+        )
     if options.init is None and not is_run(target):
         refuse_holder(target)
         raise UserError(

@@ -16,6 +16,8 @@ RANK_LOST = 0.7
 """Share of the rank before training below which a loss of rank is the first thing to look at."""
 SMALL_SCALE, LONG_RUN, SMALL_RATE = 0.01, 10_000, 3e-5
 """LayerScale that starves runs shorter than that many steps, and a rate at which little moves."""
+JUDGED = 6
+"""Held-out figures from which a curve says whether it still falls."""
 
 
 def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -57,10 +59,13 @@ def advice(verdict: Verdict, config: PretrainConfig, metrics: Sequence[Mapping[s
         found.append(f"The learning rate is small (optim.lr peaks at {lr:.1e}): try ten times as much.")
     if not found:
         linear = "" if verdict.beats_linear else "; where all structure is linear, nothing more can be learned"
-        found.append(
-            "Rank, rate and length look sound here: try another objective (`nepa objectives RECIPE`) or tokens of "
-            f"another size{linear}."
+        long_enough = wanted is not None or len(_held_out(metrics)) >= JUDGED
+        sound = (
+            "Rank, rate and length look sound here: try"
+            if long_enough
+            else "Rank and rate look sound here: try longer,"
         )
+        found.append(f"{sound} another objective (`nepa objectives RECIPE`) or tokens of another size{linear}.")
     return found[:2]
 
 
@@ -78,9 +83,14 @@ def recipe_steps(recipe: str) -> int | None:
 
 def still_falling(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     """The last fifth's share of the fall of the held-out objective, where it is above a tenth."""
-    lines = [line["held_out_objective"] for line in metrics if "held_out_objective" in line]
-    if len(lines) < 6:
+    lines = _held_out(metrics)
+    if len(lines) < JUDGED:
         return None
     late = lines[-1 - len(lines) // 5] - lines[-1]
     share = late / max(lines[0] - lines[-1], 1e-12)
     return share if share > 0.1 and late > 0 else None
+
+
+def _held_out(metrics: Sequence[Mapping[str, Any]]) -> list[float]:
+    """The held-out objective over training."""
+    return [line["held_out_objective"] for line in metrics if "held_out_objective" in line]

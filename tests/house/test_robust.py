@@ -76,9 +76,9 @@ ELSEWHERE = {
     ("pretrain", TINY, "out=~nosuchuser/x"): "out=~nosuchuser/x: there is no such user; give the path without ~",
     ("pretrain", TINY, "out=caf\udce9"): "out=caf\\xdce9 is not UTF-8, and checkpoints can't be read there",
     ("import", "0", "out=\0"): "out=\\x00: no name of a folder holds a null byte",
-    ("pretrain", TINY, "out=/proc/none/x"): "/proc/none/x/.lock can't be written: No folder can be made there; name",
-    ("ablate", TINY, "out=/proc/none"): "/proc/none/.protocol.lock can't be written: No folder can be made there",
-    ("resize", DIGITS, "out=/proc/none/x"): "/proc/none/.lock_x can't be written: No folder can be made there",
+    ("pretrain", TINY, "out=/proc/none/x"): "/proc/none/x can't be written: No folder can be made there; name",
+    ("ablate", TINY, "out=/proc/none"): "/proc/none can't be written: No folder can be made there",
+    ("resize", DIGITS, "out=/proc/none/x"): "/proc/none can't be written: No folder can be made there",
 }
 
 

@@ -270,6 +270,16 @@ def test_a_bad_command_prints_one_line_that_names_the_thing(nepa: Nepa, words: l
     assert said in nepa.fails(*words)
 
 
+def test_another_process_leaves_the_word_to_the_first_and_speaks_where_it_says_nothing(
+    nepa: Nepa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("recipes.cli.time.sleep", waited.append)
+    assert nepa.fails("pretrain", "tests.tiny:nothing").startswith("process 1: ")
+    assert waited == [15.0], "torchrun ends it before, where the first process has failed, too"
+
+
 def test_a_mended_command_runs_where_the_bad_one_failed(nepa: Nepa) -> None:
     nepa.fails("pretrain", "recipes.vision:cifar10", "data.root=/nope")
     assert "data.root=/none" in nepa.fails("pretrain", "recipes.vision:cifar10", "data.root=/none")

@@ -30,8 +30,9 @@ from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override, save_config
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.fit import Interrupted, StepFunction, StepOutput
+from nepa_core.runtime.locks import take_back
 from nepa_core.runtime.run import Run
-from recipes.cli import leave
+from recipes.cli import leave, main
 from recipes.configs import PretrainConfig
 from recipes.networks.goals import numbered
 from recipes.presets import short
@@ -139,6 +140,8 @@ def torchrun(
 
 def rank_main(out: Path, names: list[str]) -> int:
     """What each rank does: train the cases one after the other; rank 1 watches itself for writes below `out`."""
+    if names == ["refused"]:
+        return refused(out / "refused")
     written: list[str] = []
     if os.environ["RANK"] != "0":
         sys.addaudithook(lambda event, args: written.append(f"{event} {args}") if _writes(event, args, out) else None)
@@ -202,6 +205,17 @@ def killed_once() -> Iterator[None]:
 
     with in_call(13, die):
         yield
+
+
+def refused(folder: Path) -> int:
+    """The command, with a batch that two processes can't share; the first one is the last to have cleared up."""
+
+    def slowly(*given: Any) -> None:
+        time.sleep(2)
+        take_back(*given)
+
+    with patch("nepa_core.runtime.locks.take_back", slowly):
+        return main(["pretrain", "tests.tiny:recipe", "train.batch=7", f"out={folder}"])
 
 
 @contextmanager
@@ -422,6 +436,17 @@ def test_a_wrong_config_ends_both_processes_with_one_line(two: Path) -> None:
     assert [line for line in done.stderr.splitlines() if line.startswith("nepa: ")] == [
         f"nepa: {out} holds a run of tests.tiny:recipe; name another folder for tests.tiny:ragged with out=DIR"
     ]
+
+
+@pytest.mark.distributed
+def test_a_refusal_is_said_and_leaves_nothing_though_the_first_process_is_the_last_to_end(tmp_path: Path) -> None:
+    """torchrun ends all that are left when one has ended with an error."""
+    done = torchrun(PROGRAM, str(tmp_path), "refused")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("nepa: ")]
+    assert len(said) == 1, done.stderr
+    assert "train.batch=7 is not a multiple of the 2 processes" in said[0]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.distributed

@@ -593,6 +593,20 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert said[-1] == "going on after step 8"
 
 
+def test_where_every_checkpoint_is_damaged_none_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(Interrupted):
+        training(tiny.random(), tmp_path, step=interrupted_at({10}, make_step(tiny.random())))
+    damaged = sorted((tmp_path / "checkpoints").iterdir())
+    for folder in damaged:
+        (folder / "ema.safetensors").write_bytes(b"")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"no checkpoint of .* can be read.* put the damaged files back, name another"):
+        training(tiny.random(), tmp_path)
+    said = capsys.readouterr().err
+    assert all(f"checkpoint {folder} is damaged" in said for folder in damaged)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 # ------------------------------------------------------------------------------------------- the run folder
 
 

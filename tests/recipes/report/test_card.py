@@ -98,8 +98,8 @@ def test_a_starved_control_is_said_and_takes_the_verdict_where_the_margin_depend
 
 def test_the_interval_says_what_it_covers() -> None:
     assert "these samples alone; other seeds of the run differ" in covered(verdict())
-    assert "3 independent groups of them alone (few for an interval); other" in covered(verdict(clusters=3))
-    assert "8 independent groups of them alone" in covered(verdict(clusters=8, asked=500))
+    assert "3 independent groups of these samples alone (few for an interval); other" in covered(verdict(clusters=3))
+    assert "8 independent groups of these samples alone" in covered(verdict(clusters=8, asked=500))
     assert "these samples alone" in covered(verdict(samples=100, clusters=64, asked=64)), "36 had too few rivals"
 
 
@@ -107,7 +107,7 @@ def test_the_interval_says_what_it_covers() -> None:
     ("changes", "found", "tried"),
     [
         ({}, {}, []),
-        ({}, against("linear", -0.1), ["Rank, rate and length look sound here"]),
+        ({}, against("linear", -0.1), ["Rank and rate look sound here: try longer, another objective"]),
         (
             {},
             against("untrained", 0.0) | {"effective_rank_embedding": 1.0, "effective_rank_embedding_start": 1.0},

@@ -198,3 +198,14 @@ def test_a_page_does_not_go_into_a_run(runs: Path, fails: Callable[..., str]) ->
         "out=runs/one is a run; name another folder"
     )
     assert not list((runs / "one").glob("*.png"))
+
+
+def test_a_setting_that_was_changed_midway_is_said(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = json.loads((runs / "one" / "summary.json").read_text())
+    summary["changes"] = [{"step": 8, "changed": {"optim.lr": [0.25, 0.5], "train.length.steps": [8, 12]}}, {"step": 9}]
+    (runs / "one" / "summary.json").write_text(json.dumps(summary))
+    said = "runs/one was trained with optim.lr=0.25, train.length.steps=8 up to step 8"
+    assert main(["runs"]) == 0
+    assert f"  {said}\n" in capsys.readouterr().out
+    assert main(["runs", "runs/one", "runs/two", "out=page"]) == 0
+    assert said in Path("page/index.html").read_text()
