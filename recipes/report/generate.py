@@ -124,16 +124,23 @@ _FORMS = {"right": ".1%", "error": ".3f"}
 def _readings(summary: GenerateSummary, noun: str) -> list[str]:
     """Intervals of what is read of the mean of the next token."""
     found = [
-        f"{each['name']} "
-        + ", ".join(f"{row['name']} {_pm([row['margin'], row['ci95']], '+.3f')}" for row in each["rows"][1:])
+        f"{each['name']} " + ", ".join(f"{row['name']} {_margin(each['measure'], row)}" for row in each["rows"][1:])
         for each in summary.get("readings", [])
     ]
     if not found:
         return []
     return [
         f"Read of the mean of the next {noun}: the share of classes that are right, the mean absolute error of "
-        f"numbers. Minus NEPA's: {'; '.join(found)}."
+        f"numbers. Above NEPA's: {'; '.join(found)}."
     ]
+
+
+def _margin(measure: str, row: GenerateRow) -> str:
+    """In the unit of the table: points of a share, or of what a number is off by."""
+    mean, half = row["margin"], row["ci95"]
+    if measure != "right":
+        return _pm([mean, half], "+.3f")
+    return f"{100 * mean:+.1f} ± {'unknown' if half is None else f'{100 * half:.1f}'} points"
 
 
 def _signals(summary: GenerateSummary, noun: str) -> list[str]:

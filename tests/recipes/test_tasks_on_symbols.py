@@ -1,6 +1,7 @@
 """The cards of text and of events: n-gram counts, and kinds and times read from what is generated."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_the_card_counts_n_grams_where_tokens_are_symbols(trained: tuple[str, Pa
         assert 0 < found["counts"]["retrieval_top1"] < found["counts"]["possible"] <= 1
 
 
-def test_it_generates_and_is_judged(trained: tuple[str, Path]) -> None:
+def test_it_generates_and_is_judged(trained: tuple[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     name, run = trained
     assert main(["generate", str(run), "samples=8", "draws=2", "decoder_steps=3", "train_samples=32"]) == 0
     found = check_summary(run / "generate.json", GenerateSummary)
@@ -52,6 +53,11 @@ def test_it_generates_and_is_judged(trained: tuple[str, Path]) -> None:
         best = {each["name"]: {row["name"]: row["figure"] for row in each["rows"]} for each in found["readings"]}
         assert best["log gap"]["the best possible"] < best["log gap"]["always the mean"]
         assert best["kind"]["the best possible"] > best["kind"]["always the mean"]
+        (above,) = re.findall(
+            r"Above NEPA's: kind random weights ([+-][\d.]+) ± [\d.]+ points", capsys.readouterr().out
+        )
+        margin = 100 * (best["kind"]["random weights"] - best["kind"]["NEPA"])
+        assert float(above) == pytest.approx(margin, abs=0.06), "in the unit of the table"
 
 
 def test_generated_json_is_whole(trained: tuple[str, Path]) -> None:
