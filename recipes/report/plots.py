@@ -206,7 +206,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
         axes.imshow(np.nan_to_num(laid(panel.colours), nan=1.0), **whole)
     elif not panel.sketch.curves:
         grey = canvas if canvas.ndim == 2 or panel.heat is None else canvas.mean(-1)
-        axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, **whole)
+        shown, drawn_at = grey.shape[1], axes.get_window_extent().width
+        smaller = whole | {"interpolation": "antialiased"}  # else strokes of letters are left out
+        axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, **(smaller if shown > drawn_at else whole))
     if panel.heat is not None:
         values = laid(panel.heat)
         axes.imshow(np.where(np.isnan(values), 1.0, np.nan), cmap="gray", vmin=0, vmax=1, alpha=0.75, **whole)

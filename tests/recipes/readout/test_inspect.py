@@ -203,6 +203,17 @@ def test_what_belongs_to_a_token_is_drawn_in_its_cell(token: int) -> None:
     assert (x.mean() < 330) == (token == 0)
 
 
+def test_a_canvas_that_is_drawn_smaller_keeps_its_thin_strokes() -> None:
+    """Lines of one pixel in twenty: every pixel of the picture is a little darker, none is a line alone."""
+    canvas = torch.ones(1, 900, 3000)
+    canvas[..., ::20] = 0
+    pixels = _pixels(panel_plot([("", [Panel("", Sketch(canvas, grid=(1, 1)))])], across=4))
+    row = pixels[pixels.shape[0] // 2].mean(-1)
+    inside = row[10 : len(row) // 2]
+    assert 200 < inside.min()
+    assert inside.max() < 255
+
+
 @pytest.mark.parametrize("grid", [(1, 4), (2, 4)])
 def test_curves_with_gaps_and_maps_over_them_are_drawn(grid: tuple[int, int]) -> None:
     curves = _random(1, 12, 2)
