@@ -102,14 +102,16 @@ def left_to_do(stage: Stage, kept: Sequence[Kept]) -> list[Row]:
     return sorted(rows, key=lambda row: known.get(row.name) == "failed")
 
 
-def unfinished(row: Row, status: Status = "not finished", error: str = "no time was left for it") -> Kept:
-    """What is kept of a row without a figure."""
+def unfinished(
+    row: Row, status: Status = "not finished", error: str = "no time was left for it", seconds: float = 0.0
+) -> Kept:
+    """What is kept of a row without a figure, and after so many seconds."""
     return {
         "name": row.name,
         "words": list(row.words),
         "seeds": list(row.seeds),
         "status": status,
-        "seconds": 0.0,
+        "seconds": round(seconds, 1),
         "error": error,
     }
 
@@ -144,9 +146,10 @@ def _one_process(
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        grace = 0.0
+        grace, began = 0.0, time.monotonic()
         try:
             for number, row in enumerate(rows):
+                began = time.monotonic()
                 if left() <= 0:
                     return number
                 grace = GRACE if row.words[0] in TRAINS else 0.0
@@ -157,7 +160,7 @@ def _one_process(
                     return number + 1
             return len(rows)
         except KeyboardInterrupt:
-            keep(unfinished(row, error="interrupted"))
+            keep(unfinished(row, error="interrupted", seconds=time.monotonic() - began))
             raise
         finally:
             stop(process, grace)
@@ -174,9 +177,10 @@ def _wait(process: subprocess.Popen[bytes], result: Path, row: Row, left: Clock,
     time_left = clock(seconds)
     while not result.exists():
         if process.poll() is not None and not result.exists():
-            return unfinished(row, "failed", f"its process ended with status {process.returncode}, see the log")
+            ended = f"its process ended with status {process.returncode}, see the log"
+            return unfinished(row, "failed", ended, seconds - time_left())
         if min(time_left(), left()) <= 0:
-            return unfinished(row, error=f"stopped after {seconds - time_left():.0f} s")
+            return unfinished(row, error=f"stopped when its {seconds:.0f} s were over", seconds=seconds - time_left())
         time.sleep(_POLL)
     found: Kept = json.loads(result.read_text())
     return found

@@ -30,10 +30,15 @@ def block_diagonal_bias(lengths: tuple[int, ...], causal: bool, device: torch.de
     return kind.from_seqlens(lengths, device=device)
 
 
+def refuse_off_cuda(device: torch.device) -> None:
+    """Say so before anything is compiled, which takes a minute."""
+    if device.type != "cuda":
+        raise UserError("model.attention=xformers runs on CUDA only; use model.attention=sdpa here")
+
+
 def attend_xformers(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, allowed: Tensor | None) -> Tensor:
     """Mixed values [B, H, T, K], see `nepa_core.kernels.attention.attend`."""
-    if q.device.type != "cuda":
-        raise UserError("model.attention=xformers runs on CUDA only; use model.attention=sdpa here")
+    refuse_off_cuda(q.device)
     bias = _ops().LowerTriangularMask() if causal else None
     if allowed is not None:
         batch, heads, places, _ = q.shape

@@ -173,12 +173,29 @@ def samples_at_once(config: TrainConfig, *, ranks: int) -> int:
         UserError: the batch does not fit the processes or the micro-batch.
     """
     if config.batch % ranks:
-        raise UserError(f"train.batch={config.batch} is not a multiple of the {ranks} processes")
+        near = " or ".join(map(str, _batches_near(config, ranks)))
+        raise UserError(
+            f"train.batch={config.batch} is not a multiple of the {ranks} processes; set train.batch={near}"
+        )
     share = config.batch // ranks
     micro = min(config.micro_batch or share, share)
     if share % micro:
-        raise UserError(f"train.micro_batch={micro} does not divide the {share} samples each process gets")
+        most = next(size for size in range(micro, 0, -1) if share % size == 0)
+        raise UserError(
+            f"train.micro_batch={micro} does not divide the {share} samples each process gets; "
+            f"set train.micro_batch={most}"
+        )
     return micro
+
+
+def _batches_near(config: TrainConfig, ranks: int) -> list[int]:
+    """The next smaller and larger batches that fit the processes and, where there is one, the micro-batch."""
+    low = config.batch // ranks
+    high, micro = low + 1, config.micro_batch
+    if micro is not None:
+        low = low if low <= micro else low // micro * micro
+        high = high if high <= micro else -(-high // micro) * micro
+    return [share * ranks for share in (low, high) if share]
 
 
 def plan(config: TrainConfig, optim: OptimConfig, *, samples: int, ranks: int) -> Plan:

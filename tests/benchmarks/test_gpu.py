@@ -77,6 +77,8 @@ def test_what_fails_dies_or_hangs_costs_its_own_row_alone(tmp_path: Path, monkey
     assert found["fails in part"]["figures"] == {"passed": [7.0], "failed": [1.0]}
     assert found["fails"]["error"] == "ValueError: in two lines"
     assert found["lacks a package"]["error"] == "ModuleNotFoundError: No module named 'no_such_package'"
+    assert found["hangs"]["error"] == "stopped when its 1 s were over"
+    assert found["hangs"]["seconds"] >= 1.0
     assert found["dies"]["error"] == "its process ended with status 3, see the log"
     assert "in two" in (tmp_path / "log").read_text()
 

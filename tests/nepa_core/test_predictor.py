@@ -91,6 +91,8 @@ def test_back_ends_agree(causal: bool, mask: Tensor | None) -> None:
 def test_xformers_off_cuda_says_what_to_do_in_one_line() -> None:
     with pytest.raises(UserError, match=r"^model\.attention=xformers runs on CUDA only; use .*$"):
         _predictor(attention="xformers")(_inputs(), COORDS, causal=True)
+    with pytest.raises(UserError, match=r"^model\.attention=xformers runs on CUDA only; use .*$"):
+        _predictor(attention="xformers").compile_blocks()  # before a minute of compiling
 
 
 @pytest.mark.cuda

@@ -27,7 +27,7 @@ from nepa_core.runtime import fit as fit_module
 from nepa_core.runtime.checkpoint import Checkpoint, load_latest
 from nepa_core.runtime.config import override
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.fit import Interrupted, StepFunction, StepOutput, plan, update
+from nepa_core.runtime.fit import Interrupted, StepFunction, StepOutput, plan, samples_at_once, update
 from nepa_core.runtime.meter import Meter
 from nepa_core.runtime.optim import (
     Duration,
@@ -352,9 +352,20 @@ def test_accumulation_follows_from_the_micro_batch(micro_batch: int | None, rank
     ("changes", "samples", "ranks", "said"),
     [
         ({}, 7, 1, "train.batch=8 is more than the 7 training samples"),
-        ({}, 80, 3, "train.batch=8 is not a multiple of the 3 processes"),
-        ({"micro_batch": 3}, 80, 1, "train.micro_batch=3 does not divide the 8 samples each process gets"),
-        ({"micro_batch": 3}, 80, 2, "train.micro_batch=3 does not divide the 4 samples each process gets"),
+        ({}, 80, 3, "train.batch=8 is not a multiple of the 3 processes; set train.batch=6 or 9"),
+        ({}, 80, 9, "train.batch=8 is not a multiple of the 9 processes; set train.batch=9"),
+        (
+            {"micro_batch": 3},
+            80,
+            1,
+            "train.micro_batch=3 does not divide the 8 samples each process gets; set train.micro_batch=2",
+        ),
+        (
+            {"micro_batch": 3},
+            80,
+            2,
+            "train.micro_batch=3 does not divide the 4 samples each process gets; set train.micro_batch=2",
+        ),
         ({"length": Duration(fraction=0.5)}, 80, 1, "train.length is the whole run"),
         ({"length": Duration(steps=0)}, 80, 1, "train.length is 0 steps"),
         ({"length": Duration(epochs=0.01)}, 80, 1, "train.length is 0 steps"),
@@ -364,6 +375,20 @@ def test_a_plan_that_does_not_fit_names_its_key(changes: dict[str, Any], samples
     with pytest.raises(UserError) as raised:
         plan(tiny.recipe().train.model_copy(update=changes), OPTIM, samples=samples, ranks=ranks)
     assert str(raised.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro_batch", "ranks", "near"),
+    [(4096, None, 7, (4095, 4102)), (4096, 512, 7, (3584, 7168)), (10, 4, 3, (9, 12)), (4, 2, 5, (5,))],
+)
+def test_the_batches_that_are_named_instead_fit(
+    batch: int, micro_batch: int | None, ranks: int, near: tuple[int, ...]
+) -> None:
+    train = tiny.recipe().train.model_copy(update={"batch": batch, "micro_batch": micro_batch})
+    with pytest.raises(UserError, match=f"set train.batch={' or '.join(map(str, near))}$"):
+        samples_at_once(train, ranks=ranks)
+    for each in near:
+        assert samples_at_once(train.model_copy(update={"batch": each}), ranks=ranks) > 0
 
 
 def test_vectors_do_not_decay_and_matrices_do() -> None:

@@ -214,7 +214,9 @@ def test_bench_measures_loading_against_bare_decoding(tmp_path: Path, capsys: py
         write_tree(tmp_path, {f"{split}/a/{row}.jpg": content for row in range(3)} | {f"{split}/a/torn.jpg": b"\xff"})
     words = ["bench", "recipes.vision:base_in1k", f"data.root={tmp_path}", "against=decode", "repeats=2"]
     assert main(words) == 0
-    rows = dict(re.findall(r"^(.+?)  +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
+    said = capsys.readouterr().out
+    assert "images/s of an H100 are assumed: twice what the NEPA authors' days come to" in said
+    rows = dict(re.findall(r"^(.+?)  +([\d.,]+)$", said, re.MULTILINE))
     figures = {name: float(value.replace(",", "")) for name, value in rows.items()}
     assert 0.05 < figures["ours / bare, images/s"] < 5
     assert figures["images/s per core"] * figures["cores for the 2,000 images/s of an H100"] == pytest.approx(

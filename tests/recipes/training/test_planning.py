@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from recipes.training import planning
 from recipes.training.bench import pass_flops
 from recipes.training.planning import Need, Pass, PlanOptions, count_pass, plan_run
 from recipes.training.workload import Trained, network, read_trained
-from tests import tiny
+from tests import tiny, tiny_scenes
 
 SIZES = {
     "narrow": ("model.dim=128", "model.depth=4", "model.mlp_dim=512", "train.batch=128", "train.micro_batch=128"),
@@ -60,12 +61,47 @@ def test_planned_memory_is_what_training_takes(size: str) -> None:
 
 def test_a_pass_is_extrapolated_to_any_batch() -> None:
     config = tiny.recipe()
-    seen = count_pass(config, recompute=False, precision="float32")
+    model = network(config)
+    seen = count_pass(config, model, recompute=False, precision="float32")
     larger = _peak_of(config, 16)
     assert seen.peak(16) == pytest.approx(larger, rel=0.02)
     assert seen.activations(16) <= seen.peak(16)
-    again = count_pass(config, recompute=True, precision="float32")
+    again = count_pass(config, model, recompute=True, precision="float32")
     assert again.peak(64) < seen.peak(64)
+
+
+def test_what_is_not_worked_out_changes_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Matrix products and attention are stood in for by zeros: bytes, events and operations stay."""
+    tiny_scenes.write_scenes(tmp_path)
+    segmented = tiny_scenes.recipe()
+    configs: list[Trained] = [
+        tiny.recipe(),
+        tiny.ragged(),
+        override(tiny.ragged(), {"model.pack": True}),
+        override(tiny.recipe(), {"model.attention": "eager", "model.qk_norm": "affine"}),
+        segmented.model_copy(update={"data": tiny_scenes.scenes(tmp_path)}),
+    ]
+    for config in configs:
+        quick, whole = [], []
+        for found, costly in ((quick, planning._COSTLY), (whole, set())):
+            with monkeypatch.context() as patch:
+                patch.setattr(planning, "_COSTLY", costly)
+                model = network(config)
+                with planning.Uncomputed():
+                    found.append(pass_flops(config, planning._HERE, 2, model))
+                for recompute in (False, True):
+                    seen = count_pass(config, model, recompute=recompute, precision="bfloat16")
+                    found.append([seen.forward, seen.constant.tolist(), seen.slope.tolist()])
+        assert quick == whole
+
+
+def test_a_second_count_of_one_network_is_that_of_a_new_one() -> None:
+    config = tiny.recipe()
+    model = network(config)
+    for recompute in (True, False):
+        again = count_pass(config, model, recompute=recompute, precision="float32")
+        fresh = count_pass(config, network(config), recompute=recompute, precision="float32")
+        assert torch.equal(again.constant, fresh.constant)
 
 
 def _peak_of(config: Trained, samples: int) -> float:
@@ -88,7 +124,37 @@ def test_need_by_strategy() -> None:
     assert many.peak(10) == 650  # and the buckets of the gradients
     shared = many._replace(strategy="fsdp")
     assert (shared.held, shared.peak(10)) == (100, 100 + 25 + 20 + 150)
+    machine = many._replace(strategy="hsdp", devices=2)
+    assert (machine.held, machine.peak(10)) == (200, 200 + 50 + 20 + 150)
     assert one.largest(10) == 0
+
+
+def test_the_largest_micro_batch_is_one_that_training_takes() -> None:
+    seen = Pass(torch.tensor([0.0, 50.0, 100.0]), torch.tensor([1.0, 10.0, 0.0]), 2)
+    one = Need(seen, weights=100, copies=4, block=20, strategy="ddp", devices=1)
+    assert [one.usable(1000, share) for share in (1024, 110, 64, 48)] == [32, 55, 32, 48]  # 55 fit
+    assert one.usable(10, 64) == 0
+
+
+def test_hsdp_has_a_row_where_machines_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "tests.tiny:recipe", "devices=4"]) == 0
+    assert "hsdp" not in capsys.readouterr().out.partition("memory of one")[2]
+    assert main(["plan", "tests.tiny:recipe", "devices=4", "machines=2"]) == 0
+    captured = capsys.readouterr()
+    held = dict(re.findall(r"^(\w+) +([\d.]+) MiB", captured.out.partition("memory of one")[2], re.MULTILINE))
+    assert float(held["ddp"]) > float(held["hsdp"]) > float(held["fsdp"]) > 0
+    assert "1/4  building the network" in captured.err
+
+
+def test_where_starting_kernels_decides_that_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    said = []
+    for share in ("0.5", "1e-8"):
+        assert main(["plan", "tests.tiny:recipe", f"share={share}"]) == 0
+        said.append(capsys.readouterr().out)
+    small, slow = said
+    assert "the time of starting kernels decides, not arithmetic: the rate is an upper bound" in small
+    assert "at most" in small.split("rate", 1)[1].splitlines()[0]
+    assert "starting kernels" not in slow
 
 
 def test_hours_follow_from_operations() -> None:
@@ -151,7 +217,11 @@ def test_a_plan_with_built_in_data(recipe: str, capsys: pytest.CaptureFixture[st
     ("words", "line"),
     [
         (("device=h1000",), "device=h1000: "),
-        (("devices=3",), "train.batch=8 is not a multiple of the 3 processes"),
+        (("devices=3",), "train.batch=8 is not a multiple of the 3 processes; set train.batch=6 or 9"),
+        (
+            ("devices=4", "machines=3"),
+            "devices=4 is not a multiple of machines=3, and every machine has as many; set devices=3 or 6",
+        ),
         (("samples=1",), "train.batch=8 is more than the 1 training samples; lower it"),
         (("share=1.5",), "share=1.5: "),
     ],
