@@ -70,7 +70,8 @@ def check_parts(
             raise ValueError(f"data.parts.{name}: call a part by another name, of letters, digits and _")
     for key, part in named.items():
         if part is not None and part not in parts:
-            raise ValueError(f"{key}={part}: there is no such part{nearest(part, parts)}")
+            known = [*parts, "drawn"] if key == "data.first" else parts
+            raise ValueError(f"{key}={part}: there is no such part{nearest(part, known)}")
     if weights is None:
         return
     if mode == "paired":
@@ -328,7 +329,10 @@ def paired(parts: Mapping[str, Modality], split: str, pair_by: str, *, training:
     classes = [numbered(part, split, common) for part in parts.values()]
     rows = by_label(classes, once=split != "train")
     if not len(rows):
-        raise UserError(f"data.pair_by=label: no class has {split} samples of every part")
+        raise UserError(
+            f"data.pair_by=label: no class has {split} samples of every part: add some, or set data.pair_by=index "
+            "where sample i of every part belongs together"
+        )
     partners = [of_class(each) for each in classes[1:]] if training else None
     return Paired(sets, rows, classes[0][rows[:, 0]], partners)
 
@@ -389,7 +393,10 @@ def common_classes(parts: Mapping[str, Modality]) -> tuple[str, ...]:
         with naming(part):
             names[part] = each.classes() or ()
         if not names[part]:
-            raise UserError(f"data.pair_by=label needs an integer label of every sample, and part {part} has none")
+            raise UserError(
+                f"data.pair_by=label needs an integer label of every sample, and part {part} has none: give it class "
+                f"folders or a column label, or set data.pair_by=index where sample i of every part belongs together"
+            )
     first, *others = names.values()
     if not (common := tuple(name for name in first if all(name in other for other in others))):
         told = "; ".join(

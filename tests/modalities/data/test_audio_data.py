@@ -526,7 +526,7 @@ def test_a_clip_with_two_labels_and_a_folder_without_clips_are_said(
     (tmp_path / "tree" / "c" / "1.aiff").write_bytes(b"FORM")
     assert open_source("folder", "train", root=str(tmp_path / "tree")).classes == ("a", "b")
     said = capsys.readouterr().err
-    assert "passed over 1 files or folders: 1 with the suffix .aiff" in said
+    assert "passed over 1 file or folder: 1 with the suffix .aiff" in said
     assert "no audio file (.wav, .flac, .ogg, .mp3) in the folders c, so they are no classes" in said
     file = tmp_path / "tree" / "m.csv"
     file.write_text(
@@ -535,7 +535,7 @@ def test_a_clip_with_two_labels_and_a_folder_without_clips_are_said(
     open_source("folder", "train", root=str(file))
     said = capsys.readouterr().err
     assert (
-        f"1 rows give a clip another label than a row above: {tmp_path}/tree/a/1.wav in row 2, a, and row 4, b" in said
+        f"1 row gives a clip another label than a row above: {tmp_path}/tree/a/1.wav in row 2, a, and row 4, b" in said
     )
 
 
