@@ -221,10 +221,13 @@ class Mixed(_Parts):
     @functools.cache  # noqa: B019  (as long-lived as the data set)
     def _like(self, part: str) -> Batch:
         """The first sample of a part that can be read: what the others are shaped like."""
+        torn: list[str] = []
         with naming(part):
-            found = next((sample for _, sample in readable(self.sets[part])), None)
+            found = next((sample for _, sample in readable(self.sets[part], torn=torn)), None)
             if found is None:
-                raise UserError("not one of its samples can be read")
+                raise UserError(
+                    f"not one of its samples can be read; the first: {torn[0] if torn else 'there is none'}"
+                )
         return named(part, {key: x if isinstance(x, bytes) else torch.as_tensor(x) for key, x in found.items()})
 
     def _spans(self) -> Spans:
