@@ -370,7 +370,8 @@ def _batches(file: _File, names: Sequence[str], suspects: Sequence[str], time: s
         for batch in read_blocks(file.form, BLOCK, kinds):
             yield pa.RecordBatch.from_arrays([batch[str(places[name])] for name in wanted], names=wanted)
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{file.path}: {_why(error, file.form, [places[name] for name in names])}") from error
+        numbers = [places[name] for name in wanted if name != time or _is_number(types[name])]
+        raise UserError(f"{file.path}: {_why(error, file.form, numbers)}") from error
 
 
 def _stamp_type(kind: pa.DataType) -> pa.DataType:
