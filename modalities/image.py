@@ -21,7 +21,7 @@ from modalities.data.image_decode import LARGEST_IMAGE, SUFFIXES, Channels
 from modalities.data.image_sources import SourceName, numbered_classes, open_source
 from modalities.data.images import DecodedImages, open_files, open_images
 from modalities.orders import Ordered
-from nepa_core.basics import Batch, UserError
+from nepa_core.basics import Batch, UserError, number_of
 from nepa_core.modality import Modality
 from nepa_core.tokens import ImageInput, Sketch, Tokens, cached
 
@@ -84,7 +84,7 @@ class Images(Ordered, Modality):
             )
         for key, values in {"mean": self.mean, "std": self.std}.items():
             if len(values) != self.channels:
-                raise ValueError(f"data.{key} has {len(values)} numbers for data.channels={self.channels}")
+                raise ValueError(f"data.{key} has {number_of(len(values), 'number')} for data.channels={self.channels}")
         return self
 
     @property

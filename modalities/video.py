@@ -30,7 +30,7 @@ from modalities.data.video import (
 )
 from modalities.image import channel_statistics, cubify, patch_centres, uncubify
 from modalities.orders import Ordered
-from nepa_core.basics import Batch
+from nepa_core.basics import Batch, number_of
 from nepa_core.modality import Modality
 from nepa_core.tokens import Signal, Sketch, Tokens, mosaic
 
@@ -93,7 +93,7 @@ class Video(Ordered, Modality):
             raise ValueError("data.label=direction is for data.source=digits; those of files are in folders or a CSV")
         for key, values in {"mean": self.mean, "std": self.std}.items():
             if len(values) != self.channels:
-                raise ValueError(f"data.{key} has {len(values)} numbers for data.channels={self.channels}")
+                raise ValueError(f"data.{key} has {number_of(len(values), 'number')} for data.channels={self.channels}")
         return self
 
     @property

@@ -18,7 +18,7 @@ from modalities.data.labelled import folds_of
 from modalities.data.volumes import KIND, SUFFIXES, Fit, SourceName, Volumes, open_files, open_source, open_volumes
 from modalities.image import cubify, patch_centres, uncubify
 from modalities.orders import Ordered
-from nepa_core.basics import Batch
+from nepa_core.basics import Batch, number_of
 from nepa_core.modality import Modality
 from nepa_core.tokens import Signal, Sketch, Tokens, mosaic
 
@@ -73,7 +73,7 @@ class Volume(Ordered, Modality):
             raise ValueError("data.mean and data.std are given both, or neither: each volume has its own then")
         for key, values in {"mean": self.mean, "std": self.std}.items():
             if values is not None and len(values) != self.channels:
-                raise ValueError(f"data.{key} has {len(values)} numbers for data.channels={self.channels}")
+                raise ValueError(f"data.{key} has {number_of(len(values), 'number')} for data.channels={self.channels}")
         return self
 
     @property

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from nepa_core.basics import Batch, UserError
+from nepa_core.basics import Batch, UserError, some
 from nepa_core.modality import Modality, readable
 from nepa_core.model import NEPA
 from nepa_core.objective import next_embedding_loss
@@ -25,6 +25,8 @@ from nepa_core.predictor import PredictorConfig
 from nepa_core.tokens import LARGEST_VALUE, Tokens
 
 BATCH = 8
+UNREADABLE = "unreadable"
+"""What `looked_at` calls the samples that can't be read."""
 TRIED = 256  # samples that are looked at for BATCH that can be read, before training
 PROBES = 32  # numbers of a raw sample that are changed to see in which tokens they stand
 NETWORK = PredictorConfig(
@@ -549,16 +551,25 @@ CHECKS = (
 
 
 def looked_at(modality: Modality) -> dict[str, str]:
-    """What the checks read of an adapter that passes them, a line each: the splits, and the tokens of a first batch."""
+    """What the checks read of an adapter that passes them, a line each: the splits, the tokens of a first batch.
+
+    Samples that can't be read are counted and named under UNREADABLE, where there are any.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found = {}
+        found, lost = {}, list[str]()
         for split in ("train", "test"):
-            samples = _samples(dataset := modality.dataset(split))
+            torn: list[str] = []
+            samples = _samples(dataset := modality.dataset(split), torn=torn)
+            if torn:
+                tried = len(torn) + len(samples)
+                lost.append(f"{len(torn):,} of the {tried:,} tried of {split} can't be read: {some(torn)}")
             first = ", ".join(
                 f"{key} {str(x.dtype)[6:]} {_shape(x)}" for key, x in next(iter(samples.values())).items()
             )
-            found[split] = f"{len(cast(Sized, dataset)):,} samples, the first {len(samples)} read: {first}"
+            found[split] = (
+                f"{len(cast(Sized, dataset)):,} samples, {'the first ' if not torn else ''}{len(samples)} read: {first}"
+            )
         tokens = modality.tokenize(_batch(modality))
         order = modality.order(tokens)
     values, low, high = tokens.values[tokens.real], tokens.coords.amin(), tokens.coords.amax()
@@ -567,17 +578,21 @@ def looked_at(modality: Modality) -> dict[str, str]:
     found["positions"] = f"on {axes} {'axis' if axes == 1 else 'axes'}, from {low:.4g} to {high:.4g}"
     found["mask"] = "none" if tokens.mask is None else f"{tokens.mask.float().mean():.0%} of the tokens are real"
     each = "canonical" if order is None else "one for all samples" if order.ndim == 1 else "one for each sample"
-    return found | {"order": each}
+    found["order"] = each
+    return found | ({UNREADABLE: "; ".join(lost)} if lost else {})
 
 
-def _samples(dataset: Dataset[Batch], within: int | None = None) -> dict[int, Batch]:
-    """The first BATCH samples that can be read, by their index; of no more than so many."""
-    return dict(islice(readable(dataset, within), BATCH))
+def _samples(dataset: Dataset[Batch], within: int | None = None, torn: list[str] | None = None) -> dict[int, Batch]:
+    """The first BATCH samples that can be read, by their index; of no more than so many. torn: see `readable`."""
+    return dict(islice(readable(dataset, within, torn), BATCH))
 
 
 def _batch(modality: Modality, split: str = "train") -> Batch:
-    samples = list(_samples(modality.dataset(split)).values())
-    assert samples, f"not one sample of dataset({split!r}) can be read: each raises UnreadableSample"
+    torn: list[str] = []
+    samples = list(_samples(modality.dataset(split), torn=torn).values())
+    assert samples, (
+        f"not one sample of the {len(torn):,} of dataset({split!r}) can be read; the first: {torn[0] if torn else ''}"
+    )
     return _collated(samples, split)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
 from typing import ClassVar, NamedTuple, Self, cast
 
 import torch
@@ -446,11 +445,22 @@ class Modality(BaseModel, ABC):
         return tokens.reordered(self.order(tokens))
 
 
-def readable(samples: Dataset[Batch], most: int | None = None) -> Iterator[tuple[int, Batch]]:
-    """Those samples of a data set, or of its first `most`, that can be read, with their indices."""
+def readable(
+    samples: Dataset[Batch], most: int | None = None, torn: list[str] | None = None
+) -> Iterator[tuple[int, Batch]]:
+    """Those samples of a data set, or of its first `most`, that can be read, with their indices.
+
+    Args:
+        torn: gets name and cause of those that can't.
+    """
     for index in range(len(cast(Sized, samples)))[:most]:
-        with suppress(UnreadableSample):
-            yield index, samples[index]
+        try:
+            sample = samples[index]
+        except UnreadableSample as error:
+            if torn is not None:
+                torn.append(str(error))
+            continue
+        yield index, sample
 
 
 def first_sample(data: Modality) -> Batch:
@@ -459,6 +469,8 @@ def first_sample(data: Modality) -> Batch:
     Raises:
         UserError: there is none.
     """
-    for _, sample in readable(data.dataset("train")):
+    torn: list[str] = []
+    for _, sample in readable(data.dataset("train"), torn=torn):
         return sample
-    raise UserError(f"{type(data).__name__}: no training sample can be read; look at what dataset('train') gives")
+    why = f"; the first: {torn[0]}" if torn else ", for there is none; look at what dataset('train') gives"
+    raise UserError(f"{type(data).__name__}: no training sample can be read{why}")

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from modalities.data.listing import printable
-from modalities.data.text_files import encoding_of
+from modalities.data.text_files import EIGHT_BIT, EightBit, encoding_of, how_read
 from nepa_core.basics import UserError
 
 _HEAD = 1 << 16  # bytes that separator, decimal point and head are found in
@@ -49,7 +49,7 @@ class Csv(NamedTuple):
         encoding: by Python's name. separator, decimal: one character each.
         skipped: lines above the first row.
         names: [C], of the columns; "c1", "c2", ... where the file has none.
-        comments: lines that begin with # stand among the rows.
+        comments: lines that begin with # stand among the rows. damaged: so do bytes that are no letters in `encoding`.
         notes: what was found out and is worth a line.
     """
 
@@ -60,6 +60,7 @@ class Csv(NamedTuple):
     skipped: int
     names: tuple[str, ...]
     comments: bool
+    damaged: bool
     notes: tuple[str, ...]
 
 
@@ -76,7 +77,7 @@ def find_out(path: str) -> Csv:
     head, whole = _head(path)
     if head.startswith(_ARCHIVES):
         raise UserError(f"{path}: a workbook (Excel) or zip archive, no text; save the sheet as CSV")
-    encoding = encoding_of(head)
+    encoding, damaged, commented = _looked_through(path, encoding_of(head))
     lines = re.findall(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+", head.decode(encoding, errors="replace"))
     if not whole:
         lines.pop()
@@ -97,8 +98,8 @@ def find_out(path: str) -> Csv:
     read_lines = rows.line_num  # of a head with line breaks in quotes, several
     cells = [cell.strip() for row, _ in zip(rows, range(_CELLS), strict=False) for cell in row]
     notes = []
-    if encoding in ("cp1252", "latin-1"):
-        notes.append(f"{path}: no UTF-8; its text is read as {'Windows-1252' if encoding == 'cp1252' else 'Latin-1'}")
+    if how := how_read(encoding, damaged=damaged):
+        notes.append(f"{path}: {how}")
     if _is_head(first):
         names, skipped = first, kept[read_lines - 1][0]
     elif named and len(named_cells := _split(named, separator)) == len(first):
@@ -112,8 +113,8 @@ def find_out(path: str) -> Csv:
     if decimal == ",":
         example = next(cell for cell in cells if _COMMA.fullmatch(cell))
         notes.append(f"{path}: commas are read as decimal points ({example} as {example.replace(',', '.')})")
-    among = any(number > skipped for number, _ in comments) or _comment_behind(path, encoding, whole)
-    return Csv(path, encoding, separator, decimal, skipped, tuple(map(printable, names)), among, tuple(notes))
+    among = any(number > skipped for number, _ in comments) or (commented and not whole)
+    return Csv(path, encoding, separator, decimal, skipped, tuple(map(printable, names)), among, damaged, tuple(notes))
 
 
 def _head(path: str) -> tuple[bytes, bool]:
@@ -177,17 +178,22 @@ def _has_decimal_commas(cells: Sequence[str], separator: str) -> bool:
     return separator != "," or not all(_GROUPS.fullmatch(cell) for cell in commas)
 
 
-def _comment_behind(path: str, encoding: str, whole: bool) -> bool:
-    """Whether a line begins with # beyond the head of the file."""
-    if whole:
-        return False
-    found, tail = False, b""
-    mark = "\n#".encode("utf-16-le" if encoding.startswith("utf-16") else "utf-8")
+def _looked_through(path: str, begun: str) -> tuple[str, bool, bool]:
+    """The encoding of the whole file, whether it is damaged, and whether a line but the first begins with #.
+
+    Args:
+        begun: the encoding of its head.
+    """
+    eight_bit, commented, tail = EightBit(), False, b""
+    mark = "\n#".encode("utf-16-le" if begun.startswith("utf-16") else "utf-8")
     with pa.input_stream(path, compression="detect") as stream:
-        while not found and (block := stream.read(1 << 18)):
-            found = mark in tail + block[:8] or mark in block
+        while block := stream.read(1 << 18):
+            commented = commented or mark in tail + block[:8] or mark in block
             tail = block[-8:]
-    return found
+            if not begun.startswith(("utf-16", "utf-32")):
+                eight_bit.add(block)
+    eight_bit.end()
+    return eight_bit.encoding if begun in EIGHT_BIT else begun, eight_bit.damaged, commented
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -208,18 +214,17 @@ def read_blocks(form: Csv, block: int, kinds: dict[int, pa.DataType] | None = No
     if kinds is not None:
         convert |= {"column_types": {str(place): kind for place, kind in kinds.items()}}
         convert["include_columns"] = [str(place) for place in kinds]
-    transcoded = form.encoding.startswith(("utf-16", "utf-32"))
+    by_line = form.comments or form.damaged  # as UTF-8, slowly; pyarrow transcodes what is whole
     with pa.input_stream(form.path, compression="detect") as stream:
-        # Of other encodings only the head needs more than ASCII, and that has been read.
-        lines = pa.PythonFile(_WithoutComments(stream, form), mode="r") if form.comments else stream
+        lines = pa.PythonFile(_WithoutComments(stream, form), mode="r") if by_line else stream
         reader = pyarrow.csv.open_csv(
             lines,
             pyarrow.csv.ReadOptions(
                 block_size=block,
                 use_threads=False,
-                skip_rows=0 if form.comments else form.skipped,
+                skip_rows=0 if by_line else form.skipped,
                 column_names=[str(place) for place in range(len(form.names))],
-                encoding=form.encoding if transcoded and not form.comments else "utf8",
+                encoding="utf8" if by_line or form.encoding.startswith("utf-8") else form.encoding,
             ),
             pyarrow.csv.ParseOptions(delimiter=form.separator),
             pyarrow.csv.ConvertOptions(**convert),
@@ -280,7 +285,11 @@ def line_of(form: Csv, row: int, rows: int | None = None) -> int:
     Args:
         rows: how many rows there are, where that is known: then most files need not be read again.
     """
-    if rows is not None and not form.comments and form.encoding in ("utf-8", "utf-8-sig", "cp1252", "latin-1"):
+    if (
+        rows is not None
+        and not (form.comments or form.damaged)
+        and form.encoding in ("utf-8", "utf-8-sig", "cp1252", "latin-1")
+    ):
         ends = 0
         with pa.input_stream(form.path, compression="detect") as stream:
             while block := stream.read(1 << 18):

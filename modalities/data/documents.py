@@ -32,9 +32,9 @@ from modalities.data.csv_files import find_out, read_rows
 from modalities.data.hub import one_line
 from modalities.data.listing import Passed, data_folder, list_files, list_groups, printable, read_whole, say, subfolders
 from modalities.data.remote import at_hand
-from modalities.data.text_files import LARGEST_TEXT, check_file, encoding_of
-from nepa_core.basics import UserError, some
-from nepa_core.runtime.config import nearest
+from modalities.data.text_files import LARGEST_TEXT, check_file, decoded
+from nepa_core.basics import UserError, number_of, some
+from nepa_core.runtime.config import closest
 
 TEXT, FASTA = (".txt", ".text", ".md"), (".fasta", ".fa", ".fna", ".faa", ".fas")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -49,6 +49,10 @@ COLUMNS = {
 }
 """What the columns of a table may be called, in any case."""
 _PART_OF_A_FILE = "one document, cut in two"
+
+
+Odd = dict[str, list[str]]
+"""Files that are no whole UTF-8, by the words for how they are read."""
 
 
 class Document(NamedTuple):
@@ -73,27 +77,36 @@ def read_documents(
         UserError: naming the file, and row or line: there is none, a column is missing, FASTA begins without a header,
             a table can't be read, a split is empty, or the splits differ in their classes.
     """
-    place = Path(at_hand(root)).expanduser()
+    place, odd = Path(at_hand(root)).expanduser(), Odd()
     if place.is_dir():
-        found = _of_folder(root, place, text, label)
+        found = _of_folder(root, place, text, label, odd)
     else:
         check_file(str(place), "give a folder of texts, a table or a FASTA file by data.root")
-        found = _of_file(place, text, label)
-        if place.suffix.lower() not in (*TABLES, *FASTA):
-            return _checked(root, _cut(found[0], held_out))
+        found = _of_file(place, text, label, odd)
+    _say_odd(odd)
+    if not place.is_dir() and place.suffix.lower() not in (*TABLES, *FASTA):
+        return _checked(root, _cut(found[0], held_out))
     return _checked(root, found if all(each.split for each in found) else _divided(root, found, held_out))
 
 
 def read_files(paths: Sequence[str]) -> Iterator[Document | str]:
     """A document of each file by name (of FASTA the first record), or a line that says why there is none."""
+    odd = Odd()
     for path in paths:
         try:
-            yield next(iter(_of_file(Path(path), None, None)))
+            yield next(iter(_of_file(Path(path), None, None, odd)))
         except (UserError, StopIteration) as error:
             yield str(error) or f"{printable(path)}: it holds no text"
+    _say_odd(odd)
 
 
-def _of_folder(root: str, place: Path, text: str | None, label: str | None) -> list[Document]:
+def _say_odd(odd: Odd) -> None:
+    for how, paths in odd.items():
+        more = f", the first of {len(paths):,} such files" if len(paths) > 1 else ""
+        say(f"{printable(paths[0])}{more}: {how}")
+
+
+def _of_folder(root: str, place: Path, text: str | None, label: str | None, odd: Odd) -> list[Document]:
     passed = Passed()
     pairs = {split: [each for name in names for each in _called(place, name)] for split, names in SPLITS.items()}
     if all(pairs.values()):
@@ -101,11 +114,11 @@ def _of_folder(root: str, place: Path, text: str | None, label: str | None) -> l
         found = [
             each._replace(split=split)
             for split, path in folders.items()
-            for each in (_tree(path, passed) if path.is_dir() else _of_file(path, text, label))
+            for each in (_tree(path, passed, odd) if path.is_dir() else _of_file(path, text, label, odd))
         ]
     else:
         data_folder(str(place))
-        found = _tree(place, passed)
+        found = _tree(place, passed, odd)
     if line := passed.line(root):
         say(line)
     if not found:
@@ -119,7 +132,7 @@ def _called(place: Path, name: str) -> list[Path]:
     return [each for each in found if (each.is_file() if each.suffix else each.is_dir())]
 
 
-def _tree(folder: Path, passed: Passed) -> list[Document]:
+def _tree(folder: Path, passed: Passed, odd: Odd) -> list[Document]:
     """Documents of class folders; without any, of the files right there, of no class."""
     beside = Passed()
     labels = subfolders(folder, beside)
@@ -133,32 +146,36 @@ def _tree(folder: Path, passed: Passed) -> list[Document]:
         passed.merge(beside)
         for group in groups:
             passed.merge(group.passed)
-    return [each._replace(label=label) for path, label in sorted(pairs) for each in _of_file(Path(path), None, None)]
+    return [
+        each._replace(label=label) for path, label in sorted(pairs) for each in _of_file(Path(path), None, None, odd)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- one file
 
 
-def _of_file(path: Path, text: str | None, label: str | None) -> list[Document]:
+def _of_file(path: Path, text: str | None, label: str | None, odd: Odd) -> list[Document]:
     suffix = path.suffix.lower()
     if suffix in FASTA:
-        return list(_fasta(path))
+        return list(_fasta(path, odd))
     if suffix in TABLES:
-        return _table(path, text, label)
-    return [Document(str(path), _read(path))]
+        return _table(path, text, label, odd)
+    return [Document(str(path), _read(path, odd))]
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, odd: Odd) -> str:
     try:
-        content = read_whole(str(path), LARGEST_TEXT)
-        return content.decode(encoding_of(content[: 2**16]), errors="replace").removeprefix("\ufeff")
+        text, how = decoded(read_whole(str(path), LARGEST_TEXT))
     except (OSError, ValueError) as error:
         raise UserError(f"{printable(str(path))}: {one_line(error)}") from error
+    if how is not None:
+        odd.setdefault(how, []).append(str(path))
+    return text
 
 
-def _fasta(path: Path) -> Iterator[Document]:
+def _fasta(path: Path, odd: Odd) -> Iterator[Document]:
     name, parts = "", list[str]()
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(_read(path, odd).splitlines(), 1):
         line = line.strip()
         if line.startswith(">"):
             if name:
@@ -174,9 +191,9 @@ def _fasta(path: Path) -> Iterator[Document]:
         yield Document(name, "".join(parts).upper())
 
 
-def _table(path: Path, text: str | None, label: str | None) -> list[Document]:
+def _table(path: Path, text: str | None, label: str | None, odd: Odd) -> list[Document]:
     try:
-        names, rows = _rows(path)
+        names, rows = _rows(path, odd)
         places = {
             "text": _column(path, names, text, "text", needed=True),
             "label": _column(path, names, label, "label"),
@@ -199,7 +216,7 @@ def _table(path: Path, text: str | None, label: str | None) -> list[Document]:
     return found
 
 
-def _rows(path: Path) -> tuple[tuple[str, ...], Iterable[tuple[int, list[str]]]]:
+def _rows(path: Path, odd: Odd) -> tuple[tuple[str, ...], Iterable[tuple[int, list[str]]]]:
     """Names of columns, and (row or line, cells) of every row."""
     if path.suffix.lower() == ".parquet":
         table = pq.read_table(path)
@@ -207,7 +224,7 @@ def _rows(path: Path) -> tuple[tuple[str, ...], Iterable[tuple[int, list[str]]]]
         columns = [["" if each is None else str(each) for each in column.to_pylist()] for column in table.columns]
         return names, ((row, list(cells)) for row, cells in enumerate(zip(*columns, strict=True), 1))
     if path.suffix.lower() == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(_read(path).splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(_read(path, odd).splitlines(), 1) if line.strip()]
         objects = [(number, _object(path, number, line)) for number, line in lines]
         names = tuple(dict.fromkeys(name for _, each in objects for name in each))
         return names, ((number, [each.get(name, "") for name in names]) for number, each in objects)
@@ -231,7 +248,7 @@ def _column(path: Path, names: Sequence[str], wanted: str | None, key: str, *, n
     """The place of a column; None where nobody named it and it is not there."""
     if wanted is not None:
         if wanted not in names:
-            raise UserError(f"{path}: no column {wanted!r} (data.{key}){nearest(wanted, names)}; it has {some(names)}")
+            raise UserError(f"{path}: no column {wanted!r} (data.{key}){closest(wanted, names)}; it has {some(names)}")
         return names.index(wanted)
     lower = [name.lower() for name in names]
     place = next((lower.index(name) for name in COLUMNS[key] if name in lower), None)
@@ -246,7 +263,10 @@ def _column(path: Path, names: Sequence[str], wanted: str | None, key: str, *, n
 def _check_filled(path: Path, key: str, cells: Sequence[str]) -> None:
     empty = [place for place, cell in enumerate(cells) if not cell]
     if 0 < len(empty) < len(cells):
-        raise UserError(f"{path}: {len(empty):,} rows have no {key}, and others have; give every row one, or none")
+        raise UserError(
+            f"{path}: {number_of(len(empty), 'row has', 'rows have')} no {key}, and others have; give "
+            "every row one, or none"
+        )
 
 
 # --------------------------------------------------------------------------------------------------- splits
@@ -290,7 +310,10 @@ def _checked(root: str, documents: Sequence[Document]) -> dict[str, tuple[Docume
     found = {split: tuple(each for each in documents if each.split == split) for split in SPLITS}
     for split, mine in found.items():
         if not any(each.text for each in mine):
-            raise UserError(f"data.root={root}: no text in the {'training' if split == 'train' else 'held-out'} split")
+            raise UserError(
+                f"data.root={root}: no text in the {'training' if split == 'train' else 'held-out'} split: its files, "
+                f"rows or records are empty; fill them in, or give other data"
+            )
     train, test = ({each.label for each in found[split]} for split in ("train", "test"))
     if alone := sorted(test - train):
         named = ", ".join(map(printable, alone[:6])) if alone != [""] else "none: give both splits labels, or none"

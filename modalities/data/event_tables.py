@@ -1,6 +1,7 @@
 """Events as they lie on the disk: a CSV or parquet table with a row for each, of one entity or several.
 
-Rows are sorted by entity and time; what was out of order, doubled, missing or infinite is counted and said.
+Rows are sorted by entity and time. What was out of order or doubled, empty names, and numbers that are missing or
+infinite are counted and said; a time must stand in every row.
 
 Shapes: E events of all entities together, in their order; C columns of numbers.
 """
@@ -26,8 +27,8 @@ from modalities.data.remote import at_hand
 from modalities.data.series import TIME_NAMES
 from modalities.data.text_files import check_file
 from modalities.data.time_axis import StampReader
-from nepa_core.basics import UserError, some
-from nepa_core.runtime.config import nearest
+from nepa_core.basics import UserError, number_of, some
+from nepa_core.runtime.config import closest
 
 COLUMNS = {
     "entity": ("entity", "id", "user", "user_id", "customer", "patient", "subject", "device", "machine", "case"),
@@ -142,7 +143,10 @@ def _csv(path: str, named: Named) -> tuple[_Raw, Any]:
         return f"row {line_of(form, place)}"
 
     try:
-        blocks = list(read_blocks(form, 1 << 19, kinds))
+        try:
+            blocks = list(read_blocks(form, 1 << 19, kinds))
+        except pa.ArrowException:  # a time further down may be none, which its text tells
+            blocks = list(read_blocks(form, 1 << 19, kinds | {where[places.time]: pa.string()}))
     except (pa.ArrowException, OSError, ValueError) as error:
         found = bad_row(form, [where[name] for name in places.values])
         raise UserError(f"{path}: {found or one_line(error)}") from error
@@ -170,7 +174,7 @@ def _places(path: str, names: Sequence[str], types: Sequence[pa.DataType], named
         for name in (given,) if isinstance(given, str) else given or ():
             if name not in names:
                 raise UserError(
-                    f"{path}: no column {name!r} (data.{key}){nearest(name, names)}; it has {some(names, 20)}"
+                    f"{path}: no column {name!r} (data.{key}){closest(name, names)}; it has {some(names, 20)}"
                 )
             if names.count(name) > 1:
                 raise UserError(f"{path}: {names.count(name)} columns are called {name!r}; rename them")
@@ -195,14 +199,14 @@ def _places(path: str, names: Sequence[str], types: Sequence[pa.DataType], named
 
 def _raw(path: str, columns: dict[str, pa.Array], places: _Places, row: Any) -> _Raw:
     time, count = columns[places.time], len(columns[places.time])
-    missing = time.is_null(nan_is_null=True).index(pa.scalar(True)).as_py()
-    if missing >= 0:
-        raise UserError(f"{path}: {row(missing)} has no time in column {places.time!r}; fill it in")
     reader = StampReader()
-    if (odd := reader.add(time)) is not None:
+    odd = reader.add(time)
+    if odd is not None and odd.missing:
+        raise UserError(f"{path}: {row(odd.place)} has no time in column {places.time!r}; fill it in")
+    if odd is not None:
         raise UserError(
-            f"{path}: {row(odd)} of column {places.time!r} is {str(time[odd].as_py())!r}, neither a number nor an ISO "
-            "8601 time stamp; fix it, or name another column by data.time"
+            f"{path}: {row(odd.place)} of column {places.time!r} is {str(time[odd.place].as_py())!r}, neither a number "
+            "nor an ISO 8601 time stamp; fix it, or name another column by data.time"
         )
     stamps = reader.stamps()
     times = stamps.values.astype(np.float64) if not stamps.dated else (stamps.values - stamps.values.min()) / _SECOND
@@ -213,22 +217,28 @@ def _raw(path: str, columns: dict[str, pa.Array], places: _Places, row: Any) -> 
         numbers[:, place] = columns[name].cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         infinite = np.abs(numbers[:, place]) > _LARGEST
         if infinite.any():
-            say(f"{path}: {infinite.sum():,} infinite numbers in column {name!r} are read as missing")
+            say(f"{path}: {number_of(int(infinite.sum()), 'infinite number')} in column {name!r}, read as missing")
             numbers[infinite, place] = np.nan
     return _Raw(
-        _texts(columns, places.entity, count, "all"),
+        _texts(path, columns, places.entity, count, "all"),
         times,
-        _texts(columns, places.kind, count, "event"),
+        _texts(path, columns, places.kind, count, "event"),
         places.values,
         numbers,
-        None if places.label is None else _texts(columns, places.label, count, ""),
+        None if places.label is None else _texts(path, columns, places.label, count, ""),
     )
 
 
-def _texts(columns: dict[str, pa.Array], name: str | None, count: int, default: str) -> list[str]:
+def _texts(path: str, columns: dict[str, pa.Array], name: str | None, count: int, default: str) -> list[str]:
+    """What stands in a column of names. Empty cells are one more name, and said."""
     if name is None:
         return [default] * count
     texts: list[str] = pc.fill_null(columns[name].cast(pa.string()), "").to_pylist()
+    if empty := sum(not each for each in texts):
+        say(
+            f"{path}: {number_of(empty, 'empty cell')} in column {name!r}, read as one more name, which is empty; "
+            "fill in, or remove the rows, if that is not meant"
+        )
     return texts
 
 
@@ -240,11 +250,13 @@ def _sorted(path: str, raw: _Raw, row: Any) -> EventTable:
     order = np.argsort(entity, kind="stable")
     late = int((np.diff(raw.time[order])[np.diff(entity[order]) == 0] < 0).sum())
     if late:
-        say(f"{path}: {late:,} events stand behind later ones of their entity; they are sorted by time")
+        said = number_of(late, "event stands", "events stand")
+        say(f"{path}: {said} behind later ones of the same entity; all are sorted by time")
     entity, time = entity[within], raw.time[within]
     same = int(((np.diff(time) == 0) & (np.diff(entity) == 0)).sum())
     if same:
-        say(f"{path}: {same:,} events have the time of the one before; they stay in the order of the file")
+        said = number_of(same, "event has", "events have")
+        say(f"{path}: {said} the time of the one before; such events stay in the order of the file")
     labels = None if raw.labels is None else _labels(path, raw.labels, raw.entity, names, row)
     kinds = np.array(raw.kind, dtype=object)[within]
     return EventTable(path, names, entity, time, kinds, raw.columns, raw.numbers[within], labels)

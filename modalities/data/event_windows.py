@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from modalities.data.event_process import sequences
 from modalities.data.event_tables import EventTable, Named, counted, read_events
 from modalities.data.listing import IN_PLACE, Contents, printable, say
-from nepa_core.basics import Batch, UnreadableSample, UserError, some
+from nepa_core.basics import Batch, UnreadableSample, UserError, number_of, some
 from nepa_core.tokens import Spans
 
 SourceName = Literal["process", "file"]
@@ -174,7 +174,7 @@ def open_events(form: Form, split: str, by: Form) -> EventWindows:
     single = np.flatnonzero(np.bincount(events.entity, minlength=1) == 1)
     if len(single):
         shown = some([printable(table.names[place]) for place in single.tolist()], 2)
-        say(f"{where}: left out, for they have a single event: {len(single):,} entities ({shown})")
+        say(f"{where}: left out, with a single event: {number_of(len(single), 'entity', 'entities')} ({shown})")
     if not rows:
         raise UserError(f"{where}: no entity has two events in a window; check data.entity, or lengthen data.span")
     classes, labels = classes_of(form), None
@@ -346,4 +346,4 @@ def _say_unknown(where: str, events: _Events, measures: Measures) -> None:
     known = set(measures.kinds)
     if unknown := [each for each in events.kind.tolist() if each not in known]:
         kinds = counted(unknown)
-        say(f"{where}: {len(unknown):,} events are of kinds that training has not, and are read as none: {kinds}")
+        say(f"{where}: {number_of(len(unknown), 'event')} of kinds that training has not, read as none: {kinds}")

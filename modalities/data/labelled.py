@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modalities.data.listing import (
     Passed,
+    data_folder,
     file_sizes,
     list_files,
     list_groups,
@@ -27,7 +28,7 @@ from modalities.data.listing import (
     subfolders,
 )
 from modalities.data.text_files import read_lines
-from nepa_core.basics import UserError, some
+from nepa_core.basics import UserError, number_of, some
 
 SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
 """What a split may be called where it is stored; the first name found is taken."""
@@ -122,6 +123,7 @@ def read_layout(
     place = Path(root).expanduser()
     if place.is_file():
         return read_manifest(place, kind, fold)
+    data_folder(root, f"{kind.noun}s, or a CSV file that names them")
     passed = Passed()
     if folds := fold_folders(place):
         held = held_fold(root, list(folds), fold)
@@ -247,7 +249,10 @@ def _several(root: str, paths: list[str], labels: Sequence[str], cells: dict[str
             f"data.root={root}: no training sample has the held-out classes {some(alone)}; add some, or leave them out"
         )
     if len(classes) < 2:
-        raise UserError(f"data.root={root}: training samples have {len(classes)} classes; two or more are wanted")
+        raise UserError(
+            f"data.root={root}: training samples have {number_of(len(classes), 'class', 'classes')}; two or more are "
+            "wanted"
+        )
     column = {name: place for place, name in enumerate(classes)}
     found = torch.zeros(len(paths), len(classes), dtype=torch.bool)
     for row, cell in enumerate(labels):
@@ -443,9 +448,10 @@ def _check_once(file: Path, noun: str, rows: Sequence[tuple[int, str, str, str]]
             )
         twice += before != number
     if other_label:
-        say(f"{file}: {len(other_label):,} rows give a {noun} another label than a row above: {other_label[0]}")
+        gives = number_of(len(other_label), "row gives", "rows give")
+        say(f"{file}: {gives} a {noun} another label than a row above: {other_label[0]}")
     if twice:
-        say(f"{file}: {twice:,} rows name a {noun} that a row above has named")
+        say(f"{file}: {number_of(twice, 'row names', 'rows name')} a {noun} that a row above has named")
     gone = [path for path, size in zip(first, file_sizes(list(first)), strict=True) if size < 0]
     if gone:
         say(

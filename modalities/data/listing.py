@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from nepa_core.basics import UserError, cores
+from nepa_core.basics import UserError, cores, number_of
 
 SYSTEM = frozenset(
     [
@@ -130,7 +130,9 @@ class Passed:
         told = [f"{self.counts[each]:,} {each} (such as {printable(self.first[each])})" for each in most[:6]]
         if rest := most[6:]:
             told.append(f"{sum(self.counts[each] for each in rest):,} for {len(rest)} other reasons")
-        return f"{where}: passed over {self.total():,} files or folders: {', '.join(told)}"
+        return (
+            f"{where}: passed over {number_of(self.total(), 'file or folder', 'files or folders')}: {', '.join(told)}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- the rule

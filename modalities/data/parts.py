@@ -70,7 +70,8 @@ def check_parts(
             raise ValueError(f"data.parts.{name}: call a part by another name, of letters, digits and _")
     for key, part in named.items():
         if part is not None and part not in parts:
-            raise ValueError(f"{key}={part}: there is no such part{nearest(part, parts)}")
+            known = [*parts, "drawn"] if key == "data.first" else parts
+            raise ValueError(f"{key}={part}: there is no such part{nearest(part, known)}")
     if weights is None:
         return
     if mode == "paired":
@@ -220,10 +221,13 @@ class Mixed(_Parts):
     @functools.cache  # noqa: B019  (as long-lived as the data set)
     def _like(self, part: str) -> Batch:
         """The first sample of a part that can be read: what the others are shaped like."""
+        torn: list[str] = []
         with naming(part):
-            found = next((sample for _, sample in readable(self.sets[part])), None)
+            found = next((sample for _, sample in readable(self.sets[part], torn=torn)), None)
             if found is None:
-                raise UserError("not one of its samples can be read")
+                raise UserError(
+                    f"not one of its samples can be read; the first: {torn[0] if torn else 'there is none'}"
+                )
         return named(part, {key: x if isinstance(x, bytes) else torch.as_tensor(x) for key, x in found.items()})
 
     def _spans(self) -> Spans:
@@ -328,7 +332,10 @@ def paired(parts: Mapping[str, Modality], split: str, pair_by: str, *, training:
     classes = [numbered(part, split, common) for part in parts.values()]
     rows = by_label(classes, once=split != "train")
     if not len(rows):
-        raise UserError(f"data.pair_by=label: no class has {split} samples of every part")
+        raise UserError(
+            f"data.pair_by=label: no class has {split} samples of every part: add some, or set data.pair_by=index "
+            "where sample i of every part belongs together"
+        )
     partners = [of_class(each) for each in classes[1:]] if training else None
     return Paired(sets, rows, classes[0][rows[:, 0]], partners)
 
@@ -389,7 +396,10 @@ def common_classes(parts: Mapping[str, Modality]) -> tuple[str, ...]:
         with naming(part):
             names[part] = each.classes() or ()
         if not names[part]:
-            raise UserError(f"data.pair_by=label needs an integer label of every sample, and part {part} has none")
+            raise UserError(
+                f"data.pair_by=label needs an integer label of every sample, and part {part} has none: give it class "
+                f"folders or a column label, or set data.pair_by=index where sample i of every part belongs together"
+            )
     first, *others = names.values()
     if not (common := tuple(name for name in first if all(name in other for other in others))):
         told = "; ".join(

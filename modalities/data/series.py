@@ -37,6 +37,7 @@ from modalities.data.time_axis import (
     may_count,
 )
 from nepa_core.basics import UserError, some
+from nepa_core.runtime.config import closest
 
 BLOCK = 1 << 19  # bytes of CSV parsed at a time
 _TIMES = (pa.types.is_timestamp, pa.types.is_date, pa.types.is_time)
@@ -208,12 +209,14 @@ def _read_columns(file: _File, names: Sequence[str], suspects: Sequence[str], ti
         for name in suspects:
             counted[name].add(_numbers(file, name, batch[name], rows))
         if time is not None and len(batch):
-            absent = batch[time].is_null(nan_is_null=True).index(pa.scalar(True)).as_py()
-            if absent >= 0:
-                raise UserError(f"{path}: {file.row(rows + absent)} has no time stamp in column {time!r}; fill it in")
-            if (odd := stamps.add(batch[time])) is not None:
-                text = batch[time][odd].as_py()
-                such = f"{text!r} in {file.row(rows + odd)}" if rows + odd else f"text such as {text!r}"
+            odd = stamps.add(batch[time])
+            if odd is not None and odd.missing:
+                raise UserError(
+                    f"{path}: {file.row(rows + odd.place)} has no time stamp in column {time!r}; fill it in"
+                )
+            if odd is not None:
+                text = batch[time][odd.place].as_py()
+                such = f"{text!r} in {file.row(rows + odd.place)}" if rows + odd.place else f"text such as {text!r}"
                 raise UserError(
                     f"{path}: column {time!r} holds {such}, neither a number nor an ISO 8601 time stamp; fix it, or "
                     "name the columns to read by data.columns and data.time"
@@ -313,7 +316,9 @@ def _time_column(file: _File, time: str | None, columns: Sequence[str] | None) -
     for name in (*((time,) if time is not None else ()), *(columns or ())):
         if name not in file.names:
             key = "time" if name == time else "columns"
-            raise UserError(f"{file.path}: no column {name!r} (data.{key}); it has {_listed(file.names)}")
+            raise UserError(
+                f"{file.path}: no column {name!r} (data.{key}){closest(name, file.names)}; it has {_listed(file.names)}"
+            )
     if time is not None:
         return time
     others = [(name, kind) for name, kind in zip(file.names, file.types, strict=True) if name not in (columns or ())]
@@ -365,7 +370,8 @@ def _batches(file: _File, names: Sequence[str], suspects: Sequence[str], time: s
         for batch in read_blocks(file.form, BLOCK, kinds):
             yield pa.RecordBatch.from_arrays([batch[str(places[name])] for name in wanted], names=wanted)
     except (pa.ArrowException, OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{file.path}: {_why(error, file.form, [places[name] for name in names])}") from error
+        numbers = [places[name] for name in wanted if name != time or _is_number(types[name])]
+        raise UserError(f"{file.path}: {_why(error, file.form, numbers)}") from error
 
 
 def _stamp_type(kind: pa.DataType) -> pa.DataType:

@@ -20,7 +20,7 @@ from modalities.data.documents import Document, read_documents, read_files
 from modalities.data.listing import IN_PLACE, Contents, printable, say
 from modalities.data.stdlib_text import stdlib_documents
 from modalities.data.vocabulary import open_vocabulary
-from nepa_core.basics import Batch, UnreadableSample, UserError, some
+from nepa_core.basics import Batch, UnreadableSample, UserError, number_of, some
 from nepa_core.tokens import Spans
 
 SourceName = Literal["stdlib", "file"]
@@ -193,8 +193,9 @@ def _cut(
         say(f"{where}: left out, for they have less than {what} symbols: {few}")
     if other:
         kinds = ", ".join(f"{printable(each)!r}" for each, _ in other.most_common(6))
+        count, of = number_of(other.total(), "character"), number_of(len(other), "kind")
         say(
-            f"{where}: {other.total():,} characters of {len(other):,} kinds have no symbol and are read as one more: "
+            f"{where}: {count} of {of} without a symbol, read as one more: "
             f"{kinds}{' and others' if len(other) > 6 else ''}"
         )
     if not rows:
@@ -202,8 +203,8 @@ def _cut(
             f"{where}: no document has {least} tokens of {patch} symbols; make data.window or data.patch smaller"
         )
     first, tokens_of, document = torch.tensor(rows).unbind(1)
-    number_of = {name: place for place, name in enumerate(classes or ())}
-    labels = None if classes is None else torch.tensor([number_of[documents[at].label] for at in document.tolist()])
+    column = {name: place for place, name in enumerate(classes or ())}
+    labels = None if classes is None else torch.tensor([column[documents[at].label] for at in document.tolist()])
     names = [each.name for each in documents]
     return TextWindows(
         form, np.concatenate(parts), (first, tokens_of, document), torch.tensor(starts), names, labels, broken or {}

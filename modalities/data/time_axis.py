@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from modalities.data.csv_files import NULLS
 from modalities.data.growing import Array, Growing, is_whole, rises, steps, usual_step
 from nepa_core.basics import UserError
 
@@ -28,6 +29,8 @@ _ISO, _ISO_ZONED = "ISO 8601", "ISO 8601 with a zone"
 _GERMAN = ("%d.%m.%Y %H:%M:%S", "%d.%m.%Y %H:%M", "%d.%m.%Y")
 _FORMATS = (_ISO, _ISO_ZONED, *_GERMAN, "%Y/%m/%d %H:%M:%S", "%Y/%m/%d %H:%M", "%Y/%m/%d")
 """Time stamps in text that can be read in one way alone: a slash behind a day may be a month's."""
+_ODD_FORMS = (*_FORMATS[2:], *_FORMATS[:2])  # ISO last: of what is none, every cell is tried by itself
+_NUMBERS, _NUMBER = "numbers", r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 INDEX = re.compile(r"|unnamed: ?\d+(\.\d+)?|(unnamed: ?\d+)?(_level_\d+)?|__index_level_\d+__", re.IGNORECASE)
 """Names of the column that pandas writes for its index."""
@@ -75,17 +78,31 @@ class Stamps(NamedTuple):
         return clock if not days else shown if not rest else f"{shown}, {clock}"
 
 
+class NoStamp(NamedTuple):
+    """The place in a block of a cell that is no time stamp; `missing`: there is none in it."""
+
+    place: int
+    missing: bool
+
+
 class StampReader:
-    """Time stamps of a column without missing ones, block by block: numbers, dates, times, or text that tells them."""
+    """Time stamps of a column, block by block: numbers, dates, times, or text that tells them."""
 
     def __init__(self) -> None:
         self._read = Growing()
         self._form: str | None = None
         self._dated = self._zoned = False
 
-    def add(self, block: pa.Array) -> int | None:
-        """Read one more block; None, or the place in it of the first cell that is no time stamp."""
+    def add(self, block: pa.Array) -> NoStamp | None:
+        """Read one more block; None, or the first cell of it that is something else, or else is missing."""
         block = block.dictionary_decode() if pa.types.is_dictionary(block.type) else block
+        empty = _is_empty(block)
+        if (odd := self._add(block.filter(pc.invert(empty)))) is not None:
+            return NoStamp(int(np.flatnonzero(~empty.to_numpy(zero_copy_only=False))[odd]), missing=False)
+        missing = empty.index(pa.scalar(True)).as_py()
+        return None if missing < 0 else NoStamp(missing, missing=True)
+
+    def _add(self, block: pa.Array) -> int | None:
         kind = block.type
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             return self._add_text(pc.utf8_trim_whitespace(block))
@@ -106,13 +123,14 @@ class StampReader:
         self._read.add(pc.cast(times, pa.int64()).to_numpy(zero_copy_only=False))
 
     def _add_text(self, texts: pa.Array) -> int | None:
-        if self._form is None:
+        begun = self._form is not None
+        if self._form is None and len(texts):
             self._form = next((form for form in _FORMATS if not _parsed(texts[:1], form).null_count), None)
         if self._form is None:
-            return 0
+            return _odd_one(texts) if len(texts) else None
         times = _parsed(texts, self._form)
         if times.null_count:
-            return int(times.is_null().index(pa.scalar(True)).as_py())
+            return _first(times.is_null()) if begun else _odd_one(texts)
         self._zoned = self._form == _ISO_ZONED
         self._add_times(times)
         return None
@@ -136,6 +154,39 @@ def _parsed(texts: pa.Array, form: str) -> pa.Array:
             return pa.nulls(1, kind)
         half = len(texts) // 2
         return pa.concat_arrays([_parsed(texts[:half], form), _parsed(texts[half:], form)])
+
+
+def _first(mask: pa.Array) -> int:
+    return int(mask.index(pa.scalar(True)).as_py())
+
+
+def _is_empty(block: pa.Array) -> pa.Array:
+    """Which cells hold nothing, or text that stands for nothing."""
+    if not (pa.types.is_string(block.type) or pa.types.is_large_string(block.type)):
+        return block.is_null(nan_is_null=True)
+    nothing = pa.array(NULLS, block.type)
+    return pc.fill_null(pc.is_in(pc.utf8_trim_whitespace(block), nothing), True)
+
+
+def _odd_one(texts: pa.Array) -> int:
+    """Of cells that are not all time stamps of one form, the one to blame.
+
+    The first that is neither a number nor a time stamp; where all are, the first of another form than most have.
+    """
+    rows: dict[str, list[int]] = {form: [] for form in (_NUMBERS, *_ODD_FORMS)}
+    for start in range(0, len(texts), _MANY):  # for a long column of words the first ones do
+        part = texts[start : start + _MANY]
+        left = np.arange(len(part))
+        for form, found in rows.items():
+            here = part.take(pa.array(left))
+            fits = pc.match_substring_regex(here, _NUMBER) if form == _NUMBERS else _parsed(here, form).is_valid()
+            mask = fits.to_numpy(zero_copy_only=False)
+            found += (start + left[mask]).tolist()
+            left = left[~mask]
+        if len(left):
+            return start + int(left[0])
+    most = max(rows, key=lambda form: len(rows[form]))
+    return min((found[0] for form, found in rows.items() if form != most and found), default=0)
 
 
 def compact_dates(values: Array) -> Array | None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -380,8 +380,7 @@ def read_video(path: str, form: ClipForm, share: float) -> Tensor:
     """A clip of a video file, uint8 [T, C, h, w].
 
     Raises:
-        ValueError: it holds no video, or no frame of it can be decoded.
-        av.FFmpegError: it is none of `FORMATS`, or damaged at its beginning.
+        ValueError: as `opened`, or no frame of it can be decoded.
     """
     with opened(path) as (container, stream):
         frame = 1 / nominal_rate(stream)
@@ -456,23 +455,32 @@ def _pixels(frame: VideoFrame, channels: Channels) -> Tensor:
     return rgb.rot90(round(frame.rotation / 90), (1, 2)).contiguous()
 
 
+def _container(file: BinaryIO) -> InputContainer:
+    """Raises ValueError where FFmpeg can't tell what is in it; its own words have a number and the path again."""
+    import av  # an extra
+    from av.error import FFmpegError
+
+    try:
+        return av.open(file, "r", container_options={"format_whitelist": FORMATS})
+    except FFmpegError as error:
+        raise ValueError(f"damaged or no video ({error.strerror}); replace or remove it") from error
+
+
 @contextmanager
 def opened(path: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """A video file and its first stream of pictures, covers of songs left aside.
 
     Raises:
-        ValueError: it is no regular file, empty, or holds no video.
-        av.FFmpegError: it is none of `FORMATS`, or damaged.
+        ValueError: it is no regular file, empty, none of `FORMATS`, or damaged at its beginning, or holds no video.
     """
-    import av  # an extra
     from av.stream import Disposition
 
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
         raise ValueError("no regular file")
     if not facts.st_size:
-        raise ValueError("it is empty, 0 bytes")
-    with open(path, "rb") as file, av.open(file, "r", container_options={"format_whitelist": FORMATS}) as container:
+        raise ValueError("it is empty, 0 bytes; replace or remove it")
+    with open(path, "rb") as file, _container(file) as container:
         streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
         if not streams:
             raise ValueError("holds no video" + (", but sound" if container.streams.audio else ""))

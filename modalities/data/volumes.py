@@ -133,16 +133,21 @@ def sound(volume: Tensor, channels: int) -> Tensor:
             value alone.
     """
     if volume.ndim not in (3, 4):
-        raise ValueError(f"has {volume.ndim} axes, {list(volume.shape)}, and a volume 3, or 4 with channels")
+        raise ValueError(
+            f"has {volume.ndim} axes, {list(volume.shape)}, and a volume 3, or 4 with channels; stack its slices into "
+            "one, or read pictures by a recipe for images"
+        )
     volume = volume[None] if volume.ndim == 3 else volume
     if len(volume) != channels:
-        raise ValueError(f"has {len(volume)} channels where data.channels={channels}")
+        raise ValueError(
+            f"has {len(volume)} channels where data.channels={channels}; set that to {len(volume)}, if all have"
+        )
     if not volume.numel():
         raise ValueError(f"holds no voxel: {list(volume.shape)}")
     if not volume.isfinite().all():
         raise ValueError("holds NaN or infinity; fill such voxels")
     if volume.amin() == volume.amax():
-        raise ValueError("holds one value alone")
+        raise ValueError("holds one value alone, which says nothing; remove it")
     return volume
 
 

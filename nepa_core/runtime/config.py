@@ -66,13 +66,18 @@ def import_path(thing: type) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """ "; did you mean X?" for a mistyped word; where none is near the known words, or the nearest three of many."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]}?"
+    if close := closest(word, known):
+        return close
     if len(known) > _FEW:
         some = difflib.get_close_matches(word, known, n=3, cutoff=0.0)
         return f"; there are {len(known)}, such as {', '.join(some)}"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """ "; did you mean X?", or nothing where none is near; for a message that lists the known words anyway."""
+    close = difflib.get_close_matches(word, [*known], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 _FEW = 20  # words that are listed whole

@@ -328,8 +328,9 @@ def _refuse_many(unreadable: set[str], samples: int, share: float, of: str = "")
     if len(unreadable) > share * samples:
         what = f"1 unreadable {of}sample" if len(unreadable) == 1 else f"{len(unreadable)} unreadable {of}samples"
         raise UserError(
-            f"{what} of {samples}: more than train.max_unreadable={share} of them; the first is {min(unreadable)}; "
-            "fix or remove them, or allow a larger share"
+            f"at least {what} of {samples}: more than train.max_unreadable={share} of them, and no more were read; one "
+            f"is {min(unreadable)}; fix or remove them, or allow a larger share (train.max_unreadable=1 reads on and "
+            "names all)"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nepa_core.basics import FROZEN, UserError
-from nepa_core.contract import CHECKS, check_modality, looked_at
+from nepa_core.contract import CHECKS, UNREADABLE, check_modality, looked_at
 from nepa_core.modality import Modality
 from recipes.training.workload import read_trained
 
@@ -55,8 +55,13 @@ def render(data: Modality) -> str:
     """What was read of an adapter that passes every check, and what holds."""
     checks = {check.__name__.removeprefix("check_"): (check.__doc__ or "").splitlines()[0] for check in CHECKS}
     width = max(map(len, checks))
-    lines = [f"{type(data).__name__} passes all {len(checks)} checks.", ""]
-    lines += [f"{what:<9}  {found}" for what, found in looked_at(data).items()]
+    looked = looked_at(data)
+    but = " Samples that can't be read were left out, see below." if UNREADABLE in looked else ""
+    lines = [f"{type(data).__name__} passes all {len(checks)} checks.{but}", ""]
+    column = max(map(len, looked))
+    lines += [f"{what:<{column}}  {found}" for what, found in looked.items()]
+    if but:
+        lines.append(f"{'':<{column}}  Training leaves such samples out and names them, up to train.max_unreadable.")
     lines += ["", *(f"{check:<{width}}  {holds}" for check, holds in checks.items())]
     return "\n".join([*lines, "", UNSEEN])
 

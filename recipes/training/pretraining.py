@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ from recipes.training.judging import (
     verdict_of,
 )
 from recipes.training.online_probe import online_probe, probe_figure
-from recipes.training.starting import build_model, build_pretrainer, check_samples, try_batch
+from recipes.training.starting import build_model, build_pretrainer, check_held_out, check_samples, try_batch
 from recipes.training.train import opened, train
 
 
@@ -57,8 +57,7 @@ def pretrain(
     if (finished := opened(config, run, ranks, PretrainSummary, midway=midway)) is not None:
         return finished
     check_samples(config, ranks.size)
-    if len(cast(Sized, config.data.plain().samples_of("test"))) < 2:
-        raise UserError("the held-out split has fewer than two samples, and each is told from others: hold out more")
+    check_held_out(config.data)
     model = build_pretrainer(config).to(ranks.device)
     origin = weights_of_init(config, model, run, say=show and ranks.is_main)
     try_batch(config, model)

@@ -69,9 +69,10 @@ def channels_of(data: Modality) -> int:
     Raises:
         UserError: none can be.
     """
-    found = next(readable(data.stored("train")), None)
+    torn: list[str] = []
+    found = next(readable(data.stored("train"), torn=torn), None)
     if found is None:
-        raise UserError("no training image can be read; look at data.root=")
+        raise UserError(f"no training image can be read; the first: {torn[0] if torn else 'there is none'}")
     return len(found[1]["image"])
 
 

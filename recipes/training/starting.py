@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+from typing import cast
+
 import torch
 
 from nepa_core.basics import Batch, UserError
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA, evaluating
 from nepa_core.pretrainer import OF_TOKENS, Pretrainer, objective_loss
 from nepa_core.runtime.data import fold_seed, plain_batches
@@ -108,7 +112,26 @@ def first_samples(config: PretrainConfig, count: int, device: torch.device) -> B
     except UserError as error:
         if not torn:
             raise
-        raise UserError(f"none of the first {most} training samples can be read: {min(torn)}") from error
+        total = len(cast(Sized, dataset))
+        tried = f"first {most:,}" if most < total else f"{total:,}"
+        raise UserError(f"none of the {tried} training samples can be read; one of them: {min(torn)}") from error
+
+
+def check_held_out(data: Modality) -> None:
+    """Whether two samples are held out, for each is told from others.
+
+    Raises:
+        UserError: fewer are; the line names what says how many, as far as the adapter has such keys.
+    """
+    count = len(cast(Sized, data.plain().samples_of("test")))
+    if count > 1:
+        return
+    share, root = getattr(data, "held_out", None), getattr(data, "root", None)
+    fixes = [f"raise data.held_out={share}"] if isinstance(share, float) else []
+    fixes.append("put more samples into the held-out split" + (f" of data.root={root}" if root else ""))
+    raise UserError(
+        f"the held-out split has fewer than two samples ({count}), and each is told from others: {' or '.join(fixes)}"
+    )
 
 
 def build_model(config: PretrainConfig, *, predicts: bool = False) -> NEPA:

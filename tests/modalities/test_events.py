@@ -91,11 +91,11 @@ def test_what_is_odd_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[st
     data = adapter(path, divide="time", held_out=0.02)
     tokens = read(data)
     said = capsys.readouterr().err
-    assert "2 events are of kinds that training has not, and are read as none: new (2)" in said
+    assert "2 events of kinds that training has not, read as none: new (2)" in said
     assert (tokens.values[..., :3].sum(-1) == 0).any()
     adapter(path, events=9).dataset("train")
     adapter(path, events=9).dataset("test")
-    assert "left out, for they have a single event: 1 entities (lone)" in capsys.readouterr().err
+    assert "left out, with a single event: 1 entity (lone)" in capsys.readouterr().err
 
 
 def test_one_entity_is_divided_by_time_alone(tmp_path: Path) -> None:

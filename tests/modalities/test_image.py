@@ -110,7 +110,7 @@ def test_plain_leaves_augmentation_out() -> None:
         ({"size": (3, 12)}, ["data.patch", r"divides: \(4, 12\)"]),
         ({"source": "folder"}, ["data.root=DIR"]),
         ({"channels": 1}, ["data.mean has 3 numbers for data.channels=1"]),
-        ({"std": (0.1,)}, ["data.std has 1 numbers for data.channels=3"]),
+        ({"std": (0.1,)}, ["data.std has 1 number for data.channels=3"]),
         ({"std": (0.1, 0.0, 0.1)}, ["std.1", "greater than 0"]),
         ({"patch": (0, 1)}, ["patch.0", "greater than 0"]),
     ],

@@ -71,10 +71,7 @@ def test_the_longest_symbol_is_read_and_the_rest_counted(tmp_path: Path, capsys:
     write(tmp_path, {"words.txt": "the\nthen\n \n\\n\nt"})
     data = adapter(root, vocabulary=str(tmp_path / "words.txt"), patch=1, window=5)
     assert data.dataset("train")[0]["symbols"].tolist() == [0, 2, 1, 3, 5]
-    assert (
-        "training split: 2 characters of 1 kinds have no symbol and are read as one more: 'x'"
-        in capsys.readouterr().err
-    )
+    assert "training split: 2 characters of 1 kind without a symbol, read as one more: 'x'" in capsys.readouterr().err
     assert data.token_dim() == 6
 
 

@@ -192,9 +192,13 @@ def test_a_file_holds_the_parts_and_code_of_others_is_refused(tmp_path: Path, mo
         ('mixed data.weights={"fast":1}', "data.weights.slow is missing"),
         ('mixed data.weights={"fast":1,"slow":-1}', "data.weights.slow=-1: a share is a number above 0"),
         ('paired data.weights={"fast":1,"slow":1}', "data.weights is of data.mode=mixed"),
+        ("paired data.first=x", "data.first=x: there is no such part; known: drawn, fast, slow"),
         ("paired data.first=fsat", "data.first=fsat: there is no such part; did you mean fast?"),
         ("paired data.pair_by=index", "pair_by=index needs as many samples of every part"),
-        ("paired data.parts.slow.labelled=false", "part slow has none"),
+        (
+            "paired data.parts.slow.labelled=false",
+            "part slow has none: give it class folders or a column label, or set data.pair_by=index",
+        ),
         ("paired data.parts.slow.samples=0", "part slow: its"),
         ("mixed data.parts.slw.samples=3", "unknown key data.parts.slw.samples; did you mean slow?"),
         (

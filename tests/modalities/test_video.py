@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def test_augmentation_is_the_same_for_all_frames_and_left_out_of_probes(tmp_path
         ({"patch": (2, 8, 32)}, "32 does not divide 16 of data.size; the nearest that it divides: 32"),
         ({"source": "folder"}, "data.source=folder needs data.root=DIR"),
         ({"source": "folder", "root": "x", "label": "direction"}, "data.label=direction is for data.source=digits"),
-        ({"channels": 3}, "data.mean has 1 numbers for data.channels=3"),
+        ({"channels": 3}, "data.mean has 1 number for data.channels=3"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], said: str) -> None:
@@ -97,8 +98,42 @@ def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], said: str
 
 def test_a_mistaken_root_is_one_line(fails: Any) -> None:
     assert "looked for train/<class>/*" in fails("pretrain", "recipes.video:folder", "data.root=.")
-    with pytest.raises(UserError, match="looked for train"):
+    gone = "data.root=nowhere: there is no such folder; give the one that holds videos, or a CSV file that names them"
+    with pytest.raises(UserError, match=gone):
         adapter(source="folder", root="nowhere").dataset("train")
+
+
+def broken(folder: Path, *, all_of_them: bool) -> Path:
+    """Of 8 training videos 4 are files: two are broken, or all, and no other video is left."""
+    write_movies(folder, 4)
+    files = sorted(path for path in (folder / "train").rglob("*.*") if path.suffix in (".mp4", ".avi"))
+    files[0].write_bytes(b"")
+    for file in files[1:] if all_of_them else files[1:2]:
+        file.write_bytes(b"torn" * 100)
+    for frames in (folder / "train").glob("*/*/") if all_of_them else ():
+        shutil.rmtree(frames)
+    return folder
+
+
+def test_a_check_counts_and_names_what_it_could_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = broken(tmp_path, all_of_them=False)
+    assert main(["check", "recipes.video:folder", f"data.root={root}"]) == 0
+    said = capsys.readouterr().out
+    assert "checks. Samples that can't be read were left out, see below." in said
+    assert "8 samples, 6 read: video uint8" in said
+    assert "2 of the 8 tried of train can't be read: " in said
+    assert "it is empty, 0 bytes" in said
+    assert "damaged or no video (Invalid data found when processing input); replace or remove it" in said
+
+
+def test_where_no_video_can_be_read_the_first_is_named_once_and_plainly(tmp_path: Path, fails: Any) -> None:
+    root = broken(tmp_path, all_of_them=True)
+    line = fails("check", "recipes.video:folder", f"data.root={root}")
+    assert "not one sample of the 4 of dataset('train') can be read; the first: " in line
+    assert "it is empty, 0 bytes; replace or remove it" in line
+    line = fails("pretrain", "recipes.video:folder", f"data.root={root}", "out=run")
+    assert "none of the 4 training samples can be read; one of them: " in line
+    assert "Errno" not in line
 
 
 # ---- several clips of a video

@@ -148,7 +148,7 @@ class Sorted(Signals):
         (Pairs(), "is a tuple: return a dictionary"),
         (Numbers(), r"sample\['label'\].* is a int: make it a tensor"),
         (Ragged(), "can't be stacked into a batch.*padding where they differ"),
-        (Unreadable(), "not one sample .* can be read"),
+        (Unreadable(), r"not one sample of the \d+ of dataset\('train'\) can be read; the first: "),
         (Sorted(), r"__getitems__\(indices\) differs from its samples"),
         (Jittered(), r"override plain\(\)"),
     ],

@@ -319,7 +319,7 @@ def test_a_manifest_may_have_several_labels_a_clip(tmp_path: Path) -> None:
         (_csv("path,label,split\na.wav\n"), {}, "m.csv, row 2"),
         (_csv("path,label,labels,split\na.wav,x,x,train\n"), {}, "has the columns label and labels; rename one"),
         (_csv("path,labels,split\na.wav,x;y,train\nb.wav,z;x,val\n"), {}, "held-out classes z; add some"),
-        (_csv("path,labels,split\na.wav,x,train\nb.wav,x,val\n"), {}, "training samples have 1 classes; two"),
+        (_csv("path,labels,split\na.wav,x,train\nb.wav,x,val\n"), {}, "training samples have 1 class; two"),
         (_csv("path,label,split\na.wav,x,train\n"), {}, "no audio file .* in the held-out split"),
     ],
 )
@@ -440,12 +440,16 @@ def test_a_clip_in_both_splits_of_a_manifest_is_refused(tmp_path: Path, other: s
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "latin-1"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_manifests_of_any_encoding_and_separator(tmp_path: Path, encoding: str, separator: str) -> None:
+def test_manifests_of_any_encoding_and_separator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], encoding: str, separator: str
+) -> None:
     rows = ["Split,,File,Class", "Train,0,ä\\1.wav,hü", "VAL,1,b.wav,hü"]
     write(tmp_path / "ä" / "1.wav", tone(0.1))
     (tmp_path / "m.csv").write_bytes("\r\n".join(rows).replace(",", separator).encode(encoding))
     train = open_source("folder", "train", root=str(tmp_path / "m.csv"))
     assert train.classes == ("hü",)
+    said = "m.csv: no UTF-8; its text is read as Windows-1252"
+    assert (said in capsys.readouterr().err) == (encoding == "latin-1")
     assert len(train.read(0, 8000, 8000)) == 800
 
 
@@ -526,7 +530,7 @@ def test_a_clip_with_two_labels_and_a_folder_without_clips_are_said(
     (tmp_path / "tree" / "c" / "1.aiff").write_bytes(b"FORM")
     assert open_source("folder", "train", root=str(tmp_path / "tree")).classes == ("a", "b")
     said = capsys.readouterr().err
-    assert "passed over 1 files or folders: 1 with the suffix .aiff" in said
+    assert "passed over 1 file or folder: 1 with the suffix .aiff" in said
     assert "no audio file (.wav, .flac, .ogg, .mp3) in the folders c, so they are no classes" in said
     file = tmp_path / "tree" / "m.csv"
     file.write_text(
@@ -535,7 +539,7 @@ def test_a_clip_with_two_labels_and_a_folder_without_clips_are_said(
     open_source("folder", "train", root=str(file))
     said = capsys.readouterr().err
     assert (
-        f"1 rows give a clip another label than a row above: {tmp_path}/tree/a/1.wav in row 2, a, and row 4, b" in said
+        f"1 row gives a clip another label than a row above: {tmp_path}/tree/a/1.wav in row 2, a, and row 4, b" in said
     )
 
 

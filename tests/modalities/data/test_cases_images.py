@@ -72,7 +72,7 @@ def test_clutter_is_no_sample_no_class_and_is_said(
     two(tmp_path, **{f"train/{clutter}": PNG})
     assert rows(tmp_path) == [0, 0, 0, 1, 1, 1]
     said = capsys.readouterr().err
-    assert said.startswith(f"{tmp_path}/train: passed over 1 files or folders: 1 ")
+    assert said.startswith(f"{tmp_path}/train: passed over 1 file or folder: 1 ")
     assert said.count("\n") == 1
     assert rows(tmp_path, "test") == [0, 0, 0, 1, 1, 1]
     assert capsys.readouterr().err == ""  # nothing to say of that one

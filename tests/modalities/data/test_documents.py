@@ -82,7 +82,7 @@ def test_text_in_another_encoding_is_read(tmp_path: Path) -> None:
         ("x.fasta", ">a\nAC", "one document"),
         ("x.csv", "txet,label\na,b\n", "no column is called text"),
         ("x.csv", "text,label,split\na,b,dev\n", "row 2: the split 'dev' is none of"),
-        ("x.csv", "text,label\na,b\nc,\nd,b\n", "1 rows have no label"),
+        ("x.csv", "text,label\na,b\nc,\nd,b\n", "1 row has no label"),
         ("x.csv", "text,split\na,train\nc,train\n", "no text in the held-out split"),
         ("x.csv", "text,label,split\na,x,train\nc,y,test\n", "classes of held-out ones: y"),
         ("x.jsonl", '{"text": "a"}\n[1]\n', "line 2: no JSON object"),
@@ -111,3 +111,19 @@ def test_an_empty_folder_and_a_symbol_that_stands_twice(tmp_path: Path) -> None:
         open_vocabulary("aba", None)
     with pytest.raises(UserError, match="no such file"):
         open_vocabulary(None, str(tmp_path / "words.txt"))
+
+
+def test_files_that_are_no_utf8_are_counted_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_bytes("ein Café, größer".encode("utf-8" if number == 3 else "latin-1"))
+    found = read_documents(str(tmp_path))
+    assert {each.text for split in found.values() for each in split} == {"ein Café, größer"}
+    said = capsys.readouterr().err
+    assert said.count("Windows-1252") == 1
+    assert "0.txt, the first of 3 such files: no UTF-8; its text is read as Windows-1252" in said
+
+
+def test_a_long_text_is_one_encoding_as_a_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.txt").write_bytes(b"plain line\n" * 10_000 + "Café".encode("latin-1"))
+    assert read_documents(str(tmp_path / "x.txt"))["test"][0].text.endswith("Café")
+    assert "x.txt: no UTF-8" in capsys.readouterr().err

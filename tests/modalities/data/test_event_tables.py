@@ -1,5 +1,6 @@
 """Tables of events: what is read, sorted, counted and refused."""
 
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def check_good(found: EventTable) -> None:
 
 def test_rows_are_sorted_by_entity_and_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_good(read_events(put(tmp_path / "x.csv", GOOD), Named()))
-    assert "1 events stand behind later ones of their entity; they are sorted by time" in capsys.readouterr().err
+    assert "1 event stands behind later ones of the same entity; all are sorted by time" in capsys.readouterr().err
 
 
 def test_parquet_gives_the_same(tmp_path: Path) -> None:
@@ -59,8 +60,8 @@ def test_numbers_are_times_and_one_entity_is_all(tmp_path: Path, capsys: pytest.
     assert found.kind.tolist() == ["7", "7", "8"]
     np.testing.assert_equal(found.numbers[:, 0], [np.nan, np.nan, 1.0])
     said = capsys.readouterr().err
-    assert "1 infinite numbers in column 'x' are read as missing" in said
-    assert "1 events have the time of the one before" in said
+    assert "1 infinite number in column 'x', read as missing" in said
+    assert "1 event has the time of the one before" in said
 
 
 @pytest.mark.parametrize(
@@ -82,3 +83,68 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, text: str, named: Named, word
     with pytest.raises(UserError, match=words) as error:
         read_events(put(tmp_path / "x.csv", text), named)
     assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------- what is said
+
+
+def latin(path: Path, rows: int = 3, kind: str = "café") -> str:
+    """Rows beyond the head of the file too, so that it begins as UTF-8."""
+    lines = [f"a,{row},{'see' if row < rows - 1 else kind}" for row in range(rows)]
+    path.write_bytes("\n".join(["user,when,event", *lines, ""]).encode("cp1252"))
+    return str(path)
+
+
+@pytest.mark.parametrize("rows", [3, 20_000])
+@pytest.mark.parametrize(
+    ("kind", "how"), [("café", "Windows-1252"), ("b\x81", "Latin-1")], ids=["Windows-1252", "Latin-1"]
+)
+def test_what_is_no_utf8_is_read_as_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int, kind: str, how: str
+) -> None:
+    path = tmp_path / "x.csv"
+    latin(path, rows)
+    path.write_bytes(path.read_bytes().replace("café".encode("cp1252"), ("é" + kind).encode("latin-1")))
+    assert read_events(str(path), Named()).kind[-1] == "é" + kind
+    assert f"x.csv: no UTF-8; its text is read as {how}" in capsys.readouterr().err
+
+
+def test_a_damaged_letter_does_not_turn_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes("user,when,event\na,1,größer\na,2,caf".encode() + b"\xe9\n")
+    assert read_events(str(path), Named()).kind.tolist() == ["größer", "caf\ufffd"]
+    assert "x.csv: bytes in it are no letters in its encoding, and are read as U+FFFD" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [1000, 100_000])
+@pytest.mark.parametrize("time", [str, lambda row: f"2024-01-01 {row // 3600:02}:{row // 60 % 60:02}:{row % 60:02}"])
+def test_the_cell_that_is_no_time_is_named(tmp_path: Path, rows: int, time: Callable[[int], str]) -> None:
+    times = ["nan" if row in (3, 5, 7) else time(row % 80_000) for row in range(rows)]
+    times[rows - 100] = "yesterday"
+    path = put(tmp_path / "x.csv", "when,what\n" + "".join(f"{each},a\n" for each in times))
+    with pytest.raises(UserError, match=f"row {rows - 98} of column 'when' is 'yesterday', neither a number nor"):
+        read_events(path, Named(kind="what"))
+    times[rows - 100] = "2"
+    if time is str:
+        path = put(tmp_path / "y.csv", "when,what\n" + "".join(f"{each},a\n" for each in times))
+        with pytest.raises(UserError, match="row 5 has no time in column 'when'; fill it in"):
+            read_events(path, Named(kind="what"))
+
+
+def test_one_number_among_time_stamps_is_named(tmp_path: Path) -> None:
+    path = put(tmp_path / "x.csv", "when,what\n5,a\n2024-01-01,a\n2024-01-02,b\n2024-01-03,b\n")
+    with pytest.raises(UserError, match="row 2 of column 'when' is '5', neither"):
+        read_events(path, Named(kind="what"))
+
+
+def test_empty_names_are_counted_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = read_events(put(tmp_path / "x.csv", "user,when,event\na,1,see\na,2,\n,3,see\n,4,\n"), Named())
+    assert found.kind.tolist() == ["see", "", "see", ""]
+    said = capsys.readouterr().err
+    assert "x.csv: 2 empty cells in column 'event', read as one more name, which is empty" in said
+    assert "x.csv: 2 empty cells in column 'user'" in said
+
+
+def test_a_column_that_is_not_there_lists_the_others_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no column 'what' \(data.kind\); it has user, when, amount$"):
+        read_events(put(tmp_path / "x.csv", "user,when,amount\na,1,2\n"), Named(kind="what"))

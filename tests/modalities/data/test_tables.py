@@ -403,6 +403,11 @@ def test_decimal_commas_far_below_whole_numbers_are_found(tmp_path: Path) -> Non
         (b"1.0 2.0\n3.0 4.0\n5.0 6.0\n", "its cells are separated by spaces; write commas"),
         (b"a  b\n3.0  4.0\n5.0  6.0\n", "its cells are separated by spaces; write commas"),
         (b"a,b\n1,2\n3,4,5\n", "row 3: Expected 2 columns, got 3; give every row as many cells as the first"),
+        (
+            lines("date,y", *(f"{i}.5,1" for i in range(60_000)), "yesterday,1").encode(),
+            "row 60002 of column 'date' is 'yesterday', which is no number",
+        ),
+        (lines("date,y", "1,1", "nan,1", "2,1", "yesterday,1").encode(), "'yesterday' in row 5, neither a number nor"),
         (lines("date,y", *(f"{t},1" for t in HOURS), "Total,60").encode(), "'Total' in row 62, neither a number nor"),
     ],
 )

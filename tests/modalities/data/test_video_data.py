@@ -113,7 +113,7 @@ def test_what_is_no_video_is_one_line_that_names_the_file(tmp_path: Path) -> Non
         said.append(str(error.value))
         assert str(error.value).startswith(f"{tmp_path / name}: ")
         assert "\n" not in str(error.value)
-    assert "it is empty, 0 bytes" in said[0]
+    assert "it is empty, 0 bytes; replace or remove it" in said[0]
     assert "holds no video, but sound" in said[3]
     assert "holds no frame" in said[6]
 

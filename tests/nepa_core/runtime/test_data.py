@@ -134,7 +134,7 @@ def test_an_unreadable_sample_is_replaced_by_its_neighbour_and_counted_once() ->
 
 def test_more_unreadable_samples_than_allowed_stop_the_run_with_the_key_and_a_file() -> None:
     data = Waves(samples=16, unreadable=(4, 5))
-    with pytest.raises(UserError, match=r"2 unreadable samples .*train.max_unreadable=0.1 .*sample 4: torn"):
+    with pytest.raises(UserError, match=r"^at least 2 unreadable samples .*train.max_unreadable=0.1 .*sample 4: torn"):
         list(batches(data, max_unreadable=0.1))
     assert len(list(batches(data, max_unreadable=0.125))) == 6, "two of sixteen are an eighth"
 

@@ -84,7 +84,7 @@ def test_a_first_batch_is_tried_without_a_trace(tiny_recipe: PretrainConfig) -> 
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    with pytest.raises(UserError, match="none of the first 1024 training samples can be read: sample 0: torn"):
+    with pytest.raises(UserError, match="none of the 48 training samples can be read; one of them: sample 0: torn"):
         try_batch(override(config, {"data.unreadable": tuple(range(48))}), model)
 
 
