@@ -22,7 +22,6 @@ from nepa_core.basics import FROZEN
 from nepa_core.kernels.attention import Allowed, Backend, attend, attention_mask, has_varlen_kernel
 from nepa_core.kernels.fused import AffineNormRotate, NormRotate, ScaledLinear
 from nepa_core.kernels.packing import Packing, pack_rows
-from nepa_core.kernels.xformers import refuse_off_cuda
 from nepa_core.rope import RotaryPair, RotaryTable, norm_rotations, of_next, rotary_matrices, rotary_table, rotate
 
 Rope = RotaryTable | RotaryPair | Tensor | None
@@ -305,6 +304,8 @@ class Predictor(nn.Module):
             UserError: the back-end does not run where the network is.
         """
         if self.config.attention == "xformers":
+            from nepa_core.kernels.xformers import refuse_off_cuda  # here, as it imports the compiler
+
             refuse_off_cuda(next(self.parameters()).device)
         self.fused = False
         for block in self.blocks:
