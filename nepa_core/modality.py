@@ -469,8 +469,19 @@ def first_sample(data: Modality) -> Batch:
     Raises:
         UserError: there is none.
     """
+    return first_readable(data.dataset("train"), f"{type(data).__name__}: no training sample")
+
+
+def first_readable(samples: Dataset[Batch], none: str) -> Batch:
+    """The first sample that can be read.
+
+    Args:
+        none: what a message says there is not, such as "no training image".
+
+    Raises:
+        UserError: there is none; it has the cause of the first.
+    """
     torn: list[str] = []
-    for _, sample in readable(data.dataset("train"), torn=torn):
+    for _, sample in readable(samples, torn=torn):
         return sample
-    why = f"; the first: {torn[0]}" if torn else ", for there is none; look at what dataset('train') gives"
-    raise UserError(f"{type(data).__name__}: no training sample can be read{why}")
+    raise UserError(f"{none} can be read; the first: {torn[0] if torn else 'there is none'}")

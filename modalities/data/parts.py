@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
-from nepa_core.modality import Modality, readable
+from nepa_core.modality import Modality, first_readable, readable
 from nepa_core.runtime.config import from_saved, import_path, nearest
 from nepa_core.runtime.data import rows_of, spread_out
 from nepa_core.tokens import Spans
@@ -221,13 +221,8 @@ class Mixed(_Parts):
     @functools.cache  # noqa: B019  (as long-lived as the data set)
     def _like(self, part: str) -> Batch:
         """The first sample of a part that can be read: what the others are shaped like."""
-        torn: list[str] = []
         with naming(part):
-            found = next((sample for _, sample in readable(self.sets[part], torn=torn)), None)
-            if found is None:
-                raise UserError(
-                    f"not one of its samples can be read; the first: {torn[0] if torn else 'there is none'}"
-                )
+            found = first_readable(self.sets[part], "not one of its samples")
         return named(part, {key: x if isinstance(x, bytes) else torch.as_tensor(x) for key, x in found.items()})
 
     def _spans(self) -> Spans:

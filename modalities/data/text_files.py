@@ -86,16 +86,16 @@ class EightBit:
 def decoded(content: bytes) -> tuple[str, str | None]:
     """A whole text without its byte-order mark, and what `how_read` says of it."""
     encoding = encoding_of(content[:_HEAD])
+    try:
+        return content.decode("utf-8" if encoding in EIGHT_BIT else encoding).removeprefix("\ufeff"), None
+    except UnicodeDecodeError:
+        pass
     if encoding in EIGHT_BIT:
         found = EightBit()
         found.add(content)
         found.end()
         encoding = found.encoding
-    try:
-        text, damaged = content.decode(encoding), False
-    except UnicodeDecodeError:
-        text, damaged = content.decode(encoding, "replace"), True
-    return text.removeprefix("\ufeff"), how_read(encoding, damaged=damaged)
+    return content.decode(encoding, "replace").removeprefix("\ufeff"), how_read(encoding, damaged=True)
 
 
 def how_read(encoding: str, *, damaged: bool) -> str | None:

@@ -69,8 +69,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close := closest(word, known):
         return close
     if len(known) > _FEW:
-        some = difflib.get_close_matches(word, known, n=3, cutoff=0.0)
-        return f"; there are {len(known)}, such as {', '.join(some)}"
+        return f"; there are {len(known)}, such as {some(difflib.get_close_matches(word, known, n=3, cutoff=0.0))}"
     return f"; known: {', '.join(known)}" if known else ""
 
 

@@ -247,10 +247,10 @@ def read_labels(data: Modality, batch: Batch) -> tuple[Tensor, bool]:
     if "label" in batch:
         return batch["label"], False
     if (target := data.token_targets(batch)) is None:
-        parts = ", or read a part that has one: " + " or ".join(f"part={name}" for name in data.part_names())
+        parts = " or ".join(f"part={name}" for name in data.part_names())
         raise UserError(
             f"{type(data).__name__} gives no label to probe for; add the key 'label' to its samples"
-            + (parts if data.part_names() else "")
+            + (f", or read a part that has one: {parts}" if parts else "")
         )
     return target.long(), True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -74,6 +74,19 @@ FREE = ("data.", "train.workers", "train.max_unreadable")
 """Keys of a run or recipe that a probe may change: they say where the samples lie and how they are loaded."""
 _SMALL = 2**24
 """Rows of fewer numbers are fitted side by side on the CPU, each on one thread: threads within one don't pay."""
+
+
+def check_free(task: str, changes: Iterable[str], free: tuple[str, ...]) -> None:
+    """Whether a task that reads a finished run is given keys that begin like these alone.
+
+    Raises:
+        UserError: it is not.
+    """
+    if refused := [key for key in changes if not key.startswith(free)]:
+        raise UserError(
+            f"nepa {task} reads a finished run, and {refused[0]} is not one of its options: leave it out, or see "
+            f"nepa {task} --help"
+        )
 
 
 class ProbeOptions(BaseModel):

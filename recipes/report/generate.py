@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from nepa_core.tokens import Sketch
+from nepa_core.verdict.intervals import Interval
+from recipes.report.card import margin
 from recipes.report.page import Answer, Figure, Heading, Part, Report, Sound, Table, Words
 from recipes.report.plots import Panel, panel_plot
 from recipes.report.summaries import GenerateRow, GenerateSummary, ToldApart
@@ -137,10 +139,9 @@ def _readings(summary: GenerateSummary, noun: str) -> list[str]:
 
 def _margin(measure: str, row: GenerateRow) -> str:
     """In the unit of the table: points of a share, or of what a number is off by."""
-    mean, half = row["margin"], row["ci95"]
-    if measure != "right":
-        return _pm([mean, half], "+.3f")
-    return f"{100 * mean:+.1f} ± {'unknown' if half is None else f'{100 * half:.1f}'} points"
+    if measure == "right":
+        return f"{margin(Interval(row['margin'], row['ci95']))} points"
+    return _pm([row["margin"], row["ci95"]], "+.3f")
 
 
 def _signals(summary: GenerateSummary, noun: str) -> list[str]:

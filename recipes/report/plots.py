@@ -207,7 +207,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> AxesImage | None:
     elif not panel.sketch.curves:
         grey = canvas if canvas.ndim == 2 or panel.heat is None else canvas.mean(-1)
         shown, drawn_at = grey.shape[1], axes.get_window_extent().width
-        smaller = whole | {"interpolation": "antialiased"}  # else strokes of letters are left out
+        smaller = whole | {"interpolation": "antialiased"}  # "nearest" leaves out strokes of letters
         axes.imshow(grey.numpy(), cmap="gray", vmin=0, vmax=1, **(smaller if shown > drawn_at else whole))
     if panel.heat is not None:
         values = laid(panel.heat)

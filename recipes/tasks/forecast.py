@@ -35,26 +35,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from nepa_core.basics import UserError
 from nepa_core.runtime.distributed import World, world
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
 from recipes.generation.sampled_forecasts import sample_forecasts, summarised
 from recipes.readout.forecasting import ForecastOptions as Options
 from recipes.readout.forecasting import check_runs, forecast, over_seeds
-from recipes.readout.probing import FREE
+from recipes.readout.probing import FREE, check_free
 from recipes.report.forecast import render
 from recipes.report.sampled_forecasts import report
 from recipes.training.pretraining import load_pretrained
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    refused = [key for key in changes if not key.startswith(FREE)]
-    if refused:
-        raise UserError(
-            f"nepa forecast reads a finished run, and {refused[0]} is not one of its options: leave it out, or see "
-            f"nepa forecast --help"
-        )
+    check_free("forecast", changes, FREE)
     targets = [target, *options.also]
     check_runs(targets)
     with world() as ranks, ExitStack() as stack:

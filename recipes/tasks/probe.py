@@ -49,7 +49,7 @@ from nepa_core.basics import UserError
 from nepa_core.runtime.distributed import world
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run, is_run, refuse_holder
-from recipes.readout.probing import FREE, probe, render, subject
+from recipes.readout.probing import FREE, check_free, probe, render, subject
 from recipes.readout.probing import ProbeOptions as Options
 from recipes.report.provenance import provenance
 from recipes.resolve import default_out
@@ -57,12 +57,7 @@ from recipes.training.train import say_leaks
 
 
 def main(target: str, options: Options, changes: dict[str, Any]) -> None:
-    refused = [key for key in changes if not key.startswith(FREE)]
-    if refused:
-        raise UserError(
-            f"nepa probe reads a finished run, and {refused[0]} is not one of its options: leave it out, or see "
-            f"nepa probe --help"
-        )
+    check_free("probe", changes, FREE)
     if options.init is None and not is_run(target):
         refuse_holder(target)
         raise UserError(

@@ -138,7 +138,7 @@ def pass_flops(config: Trained, ranks: World, samples: int, model: nn.Module | N
     Args:
         model: of `network(config)`, where there is one already; it gets gradients.
     """
-    model, step = (model or network(config)).to(ranks.device), step_function(config)
+    model, step = (network(config) if model is None else model).to(ranks.device), step_function(config)
     batch = one_batch(config, ranks, samples)
     with FlopCounterMode(display=False) as counter:
         step(model, batch).loss.backward()

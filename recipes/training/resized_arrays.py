@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from modalities.data.image_arrays import Shape, array_head, write_beside
 from modalities.data.image_augment import CentreCrop
 from nepa_core.basics import UnreadableSample, UserError
-from nepa_core.modality import Modality, readable
+from nepa_core.modality import Modality, first_readable
 from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 
 
@@ -69,11 +69,7 @@ def channels_of(data: Modality) -> int:
     Raises:
         UserError: none can be.
     """
-    torn: list[str] = []
-    found = next(readable(data.stored("train"), torn=torn), None)
-    if found is None:
-        raise UserError(f"no training image can be read; the first: {torn[0] if torn else 'there is none'}")
-    return len(found[1]["image"])
+    return len(first_readable(data.stored("train"), "no training image")["image"])
 
 
 def write_rows(data: Modality, side: int, drafts: Path, part: Part) -> None:
