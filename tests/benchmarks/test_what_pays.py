@@ -74,10 +74,9 @@ def test_a_block_is_replaced_between_its_marks_alone() -> None:
 def test_a_task_is_measured_and_tested_against_both_rivals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(what_pays, "SEEDS", (0, 1, 2))
     few = {"learning_rates": (1e-3,), "finetune_steps": (3,), "finetune_causal": (False,)}
-    monkeypatch.setattr(what_pays, "CARE", few)
     monkeypatch.setattr(engine, "share", lambda jobs, workers: engine.work_through(jobs))
     monkeypatch.setattr(measures, "PROBE", measures.PROBE.model_copy(update={"train_samples": 48, "test_samples": 48}))
-    task = Task("waves", "waves", "tests.tiny:recipe", {"train.length.steps": 6}, (2,))
+    task = Task("waves", "waves", "tests.tiny:recipe", {"train.length.steps": 6}, (2,), few)
     found = what_pays.run(task, tmp_path, tmp_path, workers=1)
     assert found["seeds"] == [0, 1, 2]
     for key in task.measures:
