@@ -46,7 +46,8 @@ class Task(NamedTuple):
 
     Attributes:
         name: of its folder. title: in tables. recipe: that it starts from. changes: of the recipe; {data} in them
-            stands for the folder of all data. labels: training labels a class, None for all. care: how it is fine-tuned.
+            stands for the folder of all data. labels: training labels a class, None for all.
+        care: how it is fine-tuned.
     """
 
     name: str
