@@ -15,11 +15,13 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
+
+from benchmarks.parser import Parser
 
 SETS = (
     "ArrowHead",
@@ -97,6 +99,7 @@ def nearest(distances: np.ndarray, train: Split, test: Split) -> list[float]:
 
 
 def euclidean(train: Split, test: Split) -> list[float]:
+    """Of series filled to one length."""
     known, asked = (each.reshape(len(each), -1) for each in both_filled(train, test))
     squared = np.stack([((known - each) ** 2).sum(1) for each in asked])
     return nearest(squared, train, test)
@@ -129,9 +132,11 @@ def measure(data: Path, file: Path, minutes: float) -> None:
     """Every baseline on every set, as far as that is not done; none is begun once `minutes` are over.
 
     Raises:
-        OSError, ValueError: see `read`.
+        OSError: see `read`. ValueError: that, or what is kept is of other versions.
     """
-    kept = read_kept(file)
+    kept, now = read_kept(file), versions()
+    if kept["sets"] and kept["versions"] != now:
+        raise ValueError(f"{file} has figures of {_told(kept['versions'])}, and these are {_told(now)}; name another")
     begun = time.monotonic()
     for baseline, function in BASELINES.items():
         for name in SETS:
@@ -143,7 +148,7 @@ def measure(data: Path, file: Path, minutes: float) -> None:
             splits, start = read(data / name), time.process_time()
             kept["sets"].setdefault(name, {})[baseline] = function(*splits)
             kept["seconds"].setdefault(name, {})[baseline] = round(time.process_time() - start, 1)
-            file.write_text(json.dumps(kept | {"versions": versions()}, indent=1) + "\n")
+            _replace(file, json.dumps(kept | {"versions": now}, indent=1) + "\n")
             print(f"{name}, {baseline}: done", flush=True)
 
 
@@ -172,8 +177,19 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
+def _told(found: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def _replace(file: Path, text: str) -> None:
+    """The file as it was, or whole as it is to be, whenever this is stopped; nothing here imports torch."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    part.replace(file)
+
+
 def main(words: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m benchmarks.classic_series",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -182,6 +198,8 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the accuracies")
     parser.add_argument("--minutes", type=float, default=60, help="after which no baseline is begun; default 60")
     asked: Any = parser.parse_args(words)
+    if asked.minutes <= 0:
+        parser.error(f"--minutes={asked.minutes:g} is no time to begin one in; a number above 0 is wanted")
     if not asked.data.is_dir():
         parser.error(f"--data={asked.data} is no folder; name the one that holds a folder for each set")
     if not asked.out.parent.is_dir():
@@ -191,7 +209,9 @@ def main(words: Sequence[str]) -> None:
     except ImportError as error:
         parser.error(f"{error}; run this by the Python of an environment that has aeon 1.6.0")
     except (OSError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the same command goes on from there\n")
 
 
 if __name__ == "__main__":

@@ -3,34 +3,63 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from benchmarks.parser import Parser
 from nepa_core.basics import UserError
+from nepa_core.runtime.checkpoint import write_whole
 from recipes.report.provenance import provenance
 from recipes.report.summaries import MadeWith
 
 
-def parser_of(name: str, doc: str | None) -> argparse.ArgumentParser:
+def parser_of(name: str, doc: str | None) -> Parser:
     """`python -m benchmarks.NAME run|table` with --data, --out and --workers."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    out = Path("build") / name.replace("_", "-")
     parser.add_argument("what", choices=("run", "table"))
     parser.add_argument("--data", type=Path, help="of run: folder of all data")
-    parser.add_argument("--out", type=Path, default=out, help=f"default {out}")
-    parser.add_argument("--workers", type=int, help="processes at once; default one a core, or one a GPU")
+    parser.add_argument("--out", type=Path, help=f"of run: folder of all runs; default {_out(name)}")
+    parser.add_argument("--workers", type=at_least_one, help="of run: processes at once; default one a core or GPU")
     return parser
 
 
-def some_of(parser: argparse.ArgumentParser, option: str, words: str, known: Sequence[str]) -> list[str]:
-    """The names between the commas; one that is not known ends the program."""
-    names = words.split(",")
+def asked_of(name: str, parser: Parser, words: Sequence[str], *, table: Sequence[str] = ()) -> argparse.Namespace:
+    """The options, with the default of --out; one that does nothing ends the program.
+
+    Args:
+        table: options of `table`; all others are of `run`.
+    """
+    asked = parser.parse_args(words)
+    for option, value in vars(asked).items():
+        other = "run" if option not in table else "table"
+        if value is not None and option != "what" and asked.what != other:
+            parser.error(f"--{option} is for {other}, and does nothing for {asked.what}; leave it out")
+    asked.out = asked.out or _out(name)
+    return asked
+
+
+def _out(name: str) -> Path:
+    return Path("build") / name.replace("_", "-")
+
+
+def at_least_one(word: str) -> int:
+    """The whole number of a word, for argparse."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError("a whole number from 1 is wanted")
+    return int(word)
+
+
+def some_of(parser: argparse.ArgumentParser, option: str, words: str | None, known: Sequence[str]) -> list[str]:
+    """The names between the commas, by default all; one that is not known ends the program."""
+    names = list(known) if words is None else words.split(",")
     if unknown := [name for name in names if name not in known]:
         parser.error(f"--{option}={unknown[0]}: there is no such {option[:-1]}; name some of {', '.join(known)}")
     return names
@@ -81,5 +110,10 @@ def read_kept(file: Path) -> dict[str, Any]:
 
 
 def keep(file: Path, more: dict[str, Any]) -> None:
-    """Write what was found beside what was kept."""
-    file.write_text(json.dumps(read_kept(file) | more, indent=1) + "\n")
+    """Write what was found beside what was kept; one process at a time."""
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)  # the file itself is another one once it is written
+        write_whole(file, json.dumps(read_kept(file) | more, indent=1) + "\n")
+    finally:
+        os.close(folder)

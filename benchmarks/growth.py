@@ -1,6 +1,6 @@
 """Does it grow? docs/results/growth.md: `python -m benchmarks.growth run|table [--data DIR] [--out DIR]`.
 
-run    Every point of `POINTS` that is not finished, the cheapest first: the paper's cosine, the frozen setting and
+run    Every point that is not finished, the cheapest first: the paper's cosine, the frozen setting and
        random weights of the same width. OUT/TASK has all runs; the same command goes on where it was stopped, and
        points share what they have in common. What a point found is kept in docs/results/growth.json.
 table  Makes the tables and the fitted laws of docs/results/growth.md anew from this file alone.
@@ -27,7 +27,7 @@ from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
 from recipes.comparison import objectives
 from recipes.comparison.downstream import HORIZON, Care
-from recipes.comparison.engine import Job, Measure, Variant, default_workers, pair, read_recipe, share
+from recipes.comparison.engine import Job, Measure, Variant, default_workers, pair, read_recipe, share, try_variant
 from recipes.comparison.objectives import REFERENCE
 from recipes.configs import PretrainConfig
 from recipes.objective_names import named
@@ -202,6 +202,9 @@ def jobs_of(task: Task, point: Point, data: Path, out: Path) -> dict[str, list[J
 def run(task: Task, point: Point, data: Path, out: Path, workers: int | None) -> Kept:
     """Measure a point, as far as that is not done."""
     jobs = jobs_of(task, point, data, out)
+    for name in OBJECTIVES:  # so that nothing is written where one does not fit the data
+        if not all(job.done for job in jobs[name]):
+            try_variant(Variant(name, named(name, config_of(task, point, data))))
     share([job for each in jobs.values() for job in each], workers=workers or default_workers())
     rows = {name: [only(job.values(), task.measures) for job in each] for name, each in jobs.items()}
     return {"seeds": list(SEEDS), "rows": rows, "made_with": declared.made_with()}
@@ -303,9 +306,10 @@ class Law(NamedTuple):
 def law(sizes: Mapping[str, int], gains: Gains) -> Law:
     """The law of some gains.
 
-    The residuals of all points and seeds have points * seeds - 2 degrees of freedom: what bends the curve, and what
-    random weights have in common at a seed, widens the interval. To their variance that of b over the test samples is
-    added, with Satterthwaite's degrees of freedom; of both intervals the wider one counts.
+    Of two intervals the wider one counts: by the residuals of all points and seeds, with points * seeds - 2 degrees of
+    freedom, and by those of the means of the points, with points - 2. What both seeds of a point share, such as a bend
+    of the curve, would count twice in the first. To its variance that of b over the test samples is added, with
+    Satterthwaite's degrees of freedom; of both intervals the wider one counts.
 
     Args:
         sizes: name of a gain -> its x.
@@ -315,10 +319,14 @@ def law(sizes: Mapping[str, int], gains: Gains) -> Law:
     weights = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
     b = float((weights @ y).mean())
     a = float(y.mean() - b * x.mean())
-    residuals = y - a - b * x[:, None]
-    df = y.size - 2
-    error = math.sqrt((residuals**2).sum() / df * (weights**2).sum() / y.shape[1])
-    points = Contrast(b, error, df)
+    line, spread = a + b * x, (weights**2).sum()
+
+    def slope(y: np.ndarray) -> Contrast:
+        """b by the residuals of y, [points, values of each]."""
+        df = y.size - 2
+        return Contrast(b, math.sqrt(((y - line[:, None]) ** 2).sum() / df * spread / y.shape[1]), df)
+
+    points = max(slope(y), slope(y.mean(1, keepdims=True)), key=lambda each: each.half_width(LEVEL))
     both = with_samples(points, gains, dict(zip(sizes, weights.tolist(), strict=True)))
     widest = points if both is None else max(points, both, key=lambda each: each.half_width(LEVEL))
     return Law(a, b, half_width(points, both), widest.df, points.p, points.p if both is None else both.p, len(x))
@@ -457,8 +465,8 @@ def read_kept() -> dict[str, Kept]:
 
 def main(words: Sequence[str]) -> None:
     parser = declared.parser_of("growth", __doc__)
-    parser.add_argument("--points", default=",".join(POINTS), help=f"some of {', '.join(POINTS)}; default all")
-    asked = parser.parse_args(words)
+    parser.add_argument("--points", help=f"of run: some of {', '.join(POINTS)}; default all")
+    asked = declared.asked_of("growth", parser, words)
     if asked.what == "table":
         PAGE.write_text(filled(PAGE.read_text(), read_kept()))
         return

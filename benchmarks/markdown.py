@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -66,10 +65,17 @@ def table_lines(lines: Sequence[Sequence[str]]) -> list[str]:
 
 
 def marked_anew(page: str, found: Mapping[str, str]) -> str:
-    """The page with each block, by its name, between its marks."""
+    """The page with each block, by its name, between its marks.
+
+    Raises:
+        ValueError: a block has no marks there, or more than one pair.
+    """
     for name, block in found.items():
-        marked = re.compile(f"(<!-- {name} -->\n).*?(<!-- end of {name} -->)", re.DOTALL)
-        page = marked.sub(lambda found, block=block: f"{found[1]}\n{block}\n\n{found[2]}", page)  # type: ignore[misc]
+        start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        if (page.count(start), page.count(end)) != (1, 1) or page.index(start) > page.index(end):
+            raise ValueError(f"the page needs {start.strip()} once, alone on its line, and {end} once after it")
+        before, _, rest = page.partition(start)
+        page = f"{before}{start}\n{block}\n\n{end}{rest.partition(end)[2]}"
     return page
 
 

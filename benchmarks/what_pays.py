@@ -1,6 +1,6 @@
 """The confirmation of docs/results/what-pays.md: `python -m benchmarks.what_pays run|table [--data DIR] [--out DIR]`.
 
-run    Every task of `TASKS` that is not finished, by the functions of `nepa objectives`: the paper's cosine, the frozen
+run    Every task that is not finished, by the functions of `nepa objectives`: the paper's cosine, the frozen
        setting and random weights. OUT/TASK has all runs; the same command goes on where it was stopped. What a task
        found is kept in docs/results/what-pays.json.
 table  Makes the table of docs/results/what-pays.md and that of the README anew from this file alone.
@@ -26,7 +26,8 @@ from recipes.statistics.significance import LEVEL, Correction, Spread, differenc
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "results" / "what-pays.json"
-PAGES = (ROOT / "docs" / "results" / "what-pays.md", ROOT / "README.md")
+PAGES = {"what-pays": ROOT / "docs" / "results" / "what-pays.md", "what-pays-short": ROOT / "README.md"}
+"""Name of a block -> the page that holds it."""
 
 FROZEN = "cosine_head"
 """Leads the development tasks by the rule that was declared before; frozen on 29 November 2026."""
@@ -259,9 +260,9 @@ def blocks(kept: Mapping[str, Found]) -> dict[str, str]:
     }
 
 
-def filled(page: str, kept: Mapping[str, Found]) -> str:
-    """The page with every block between its marks made anew."""
-    return marked_anew(page, blocks(kept))
+def filled(page: str, name: str, kept: Mapping[str, Found]) -> str:
+    """The page with the block of that name between its marks made anew."""
+    return marked_anew(page, {name: blocks(kept)[name]})
 
 
 def read_kept() -> dict[str, Found]:
@@ -272,11 +273,11 @@ def read_kept() -> dict[str, Found]:
 def main(words: Sequence[str]) -> None:
     known = {task.name: task for task in TASKS}
     parser = declared.parser_of("what_pays", __doc__)
-    parser.add_argument("--tasks", default=",".join(known), help="some of them; default all")
-    asked = parser.parse_args(words)
+    parser.add_argument("--tasks", help=f"of run: some of {', '.join(known)}; default all")
+    asked = declared.asked_of("what_pays", parser, words)
     if asked.what == "table":
-        for page in PAGES:
-            page.write_text(filled(page.read_text(), read_kept()))
+        for name, page in PAGES.items():
+            page.write_text(filled(page.read_text(), name, read_kept()))
         return
     names = declared.some_of(parser, "tasks", asked.tasks, list(known))
     data = declared.folder_of(parser, asked.data)

@@ -122,7 +122,8 @@ class Audio(Ordered, Modality):
                 f"{f'{below} and ' if below else ''}{below + self.patch[0]}"
             )
         if self.patch is None and self.patch_order != "time":
-            raise ValueError(f"data.patch_order={self.patch_order} is for patches; set data.patch=[16,16]")
+            side = next(side for side in (16, 8, 4, 2, 1) if self.bands % side == 0)
+            raise ValueError(f"data.patch_order={self.patch_order} is for patches; set data.patch=[{side},{side}]")
         form = self.front_end
         if min(form.hop, form.window) < 2:
             raise ValueError(f"data.window_ms and data.hop_ms must be two samples of {self.sample_rate} Hz or more")

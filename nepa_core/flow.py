@@ -84,14 +84,13 @@ class FlowHead(nn.Module):
 
     def measure(self, tokens: Tokens) -> Self:
         """Take mean and standard deviation of each of the P numbers from these tokens, padding left out."""
-        real = tokens.values[tokens.real].double()
-        self.mean.copy_(real.mean(0))
-        self.std.copy_(real.std(0, correction=0))
+        for buffer, found in zip((self.mean, self.std), moments(tokens), strict=True):
+            buffer.copy_(found)
         return self
 
     def standardised(self, values: Tensor) -> Tensor:
-        """Raw tokens [..., P] by `mean` and `std`; numbers that never vary become 0."""
-        return (values.float() - self.mean) / torch.where(self.std > 0, self.std, torch.inf)
+        """Raw tokens [..., P] by `mean` and `std`."""
+        return in_deviations(values, self.mean, self.std)
 
     def restored(self, values: Tensor) -> Tensor:
         """The way back: numbers that never vary become their mean."""
@@ -167,6 +166,17 @@ class FlowHead(nn.Module):
         for block in self.blocks:
             hidden = block(hidden, given)
         return cast(Tensor, self.leave(hidden) + x * (2 * time - 1) / (time.square() + (1 - time).square()))
+
+
+def moments(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [P] float64 of each of the P numbers of these tokens, padding left out."""
+    real = tokens.values[tokens.real].double()
+    return real.mean(0), real.std(0, correction=0)
+
+
+def in_deviations(values: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Raw tokens [..., P] less their mean, over their deviation, float32; numbers that never vary become 0."""
+    return (values.float() - mean) / torch.where(std > 0, std, torch.inf)
 
 
 class _Block(nn.Module):

@@ -204,6 +204,9 @@ def prediction_head(kind: HeadKind, dim: int) -> nn.Sequential | None:
     return head
 
 
+_BELOW_BLOCKS = {"embed", "bos", "mask_token", "positions", "next_position", "parts"}
+
+
 def layers_above(name: str, depth: int, *, head_counts: bool) -> int:
     """How many layers lie above a parameter of a network of `depth` blocks, for layer-wise decay.
 
@@ -216,11 +219,12 @@ def layers_above(name: str, depth: int, *, head_counts: bool) -> int:
             NEPA scripts (last block 0, BOS `depth`).
     """
     parts = name.split(".")
-    if "blocks" in parts:
-        return depth - 1 - int(parts[parts.index("blocks") + 1]) + head_counts
-    return (
-        depth + head_counts if {"embed", "bos", "mask_token", "positions", "next_position", "parts"} & set(parts) else 0
-    )
+    for place, part in enumerate(parts):  # the first that says where, for an embedder may have blocks of its own
+        if part in _BELOW_BLOCKS:
+            return depth + head_counts
+        if part == "blocks":
+            return depth - 1 - int(parts[place + 1]) + head_counts
+    return 0
 
 
 def at_head_rate(name: str) -> bool:

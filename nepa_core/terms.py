@@ -213,7 +213,7 @@ TERMS = {
         mse, "mean_d (g(p) - g(z))^2", "p and z behind the projector g", "LeNEPA, which adds SIGReg to it",
         space="projected", head="projector"),
     "raw_token": Term(
-        cosine, "-cos(W p, y)", "a linear map W of p, and y, the raw content of the next token",
+        cosine, "-cos(W p, y)", "a linear map W of p, and y, the raw content (standardised) of the next token",
         "NAPE (arXiv 2608.19863), ablation of the target", space="raw", head="raw"),
     "horizons": Term(
         cosine, "mean_k -cos(W_k p[t], z[t + k])", "a linear map W_k of p and the z that lies k = 1 ... K places ahead",

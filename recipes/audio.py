@@ -12,11 +12,13 @@ What the paper does not say is chosen once for all. LayerScale from 1e-5 and RoP
 so are clipping at norm 1 and the numbering of the layer decay in its released scripts (`recipes.vision`). There is no
 BOS, for the loss of the paper begins with the second token. The epsilon of its logarithm and the scale of its power are
 unclear: the mean and standard deviation of its table are taken to be those of the natural logarithm of mel power, of
-which 1e-6 is silence here (`data.mean=null data.std=null` measures them on your data instead). The table of
-SpecAugment's widths is garbled, they lie between (24, 16) and (96, 24): here they follow the length of a clip. Roll and
-noise have no size there: here a clip begins anywhere, and noise has up to a twentieth of the data's deviation. Mixup
-and CutMix have one probability in every task, that a batch is mixed: by the one or the other, with equal chance. Clips
-are padded to the longest of a batch, and padding is masked.
+which 1e-6 is silence here (`data.mean=null data.std=null` measures them on your data instead). Of a normal distribution
+with its mean and deviation, 10 % of AudioSet, 15 % of Speech Commands and half of IEMOCAP would lie under that, so its
+epsilon was smaller, and quiet parts stand higher here. The table of SpecAugment's widths is garbled, they lie between
+(24, 16) and (96, 24): here they follow the length of a clip. Roll and noise have no size there: here a clip begins
+anywhere, and noise has up to a twentieth of the data's deviation. Mixup and CutMix have one probability in every task,
+that a batch is mixed: by the one or the other, with equal chance. Clips are padded to the longest of a batch, and
+padding is masked.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def nape_small() -> PretrainConfig:
     """AudioSet-2M, NAPE-S: 25 epochs of predicting the next patch, with a head on the prediction side alone.
 
     `torchrun --nproc-per-node 8 -m recipes pretrain recipes.audio:nape_small data.root=DIR`; on one GPU
-    `nepa pretrain recipes.audio:nape_small data.root=DIR` (gradients accumulate to the same batch of 256).
+    `nepa pretrain recipes.audio:nape_small data.root=DIR` (the same batch of 256, at once).
 
     Time, derived: 7 hours of one H100, 67 GFLOP a clip of 10 s. Published after fine-tuning: ESC-50 92.9 %,
     AudioSet-20K mAP 36.2 (those two alone, in its ablation of input masking). Unclear: the paper counts 19 M
@@ -115,8 +117,8 @@ def nape_large() -> PretrainConfig:
 def nape_small_audioset() -> FinetuneConfig:
     """AudioSet-2M, NAPE-S: 20 epochs on labels, rare classes drawn as often as common ones.
 
-    `nepa finetune recipes.audio:nape_small_audioset data.root=DIR init=runs/nape_small`, as with torchrun on several
-    GPUs.
+    `nepa finetune recipes.audio:nape_small_audioset data.root=DIR init=runs/nape_small`; on several GPUs `torchrun
+    --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 5 hours of one H100, and as much for the control. Published: no figure of this size. The paper's
     table has no column for S, which takes that of B. Unclear: how many draws an epoch of balanced sampling has; here as
@@ -128,8 +130,8 @@ def nape_small_audioset() -> FinetuneConfig:
 def nape_base_audioset() -> FinetuneConfig:
     """AudioSet-2M, NAPE-B: 20 epochs on labels, rare classes drawn as often as common ones.
 
-    `nepa finetune recipes.audio:nape_base_audioset data.root=DIR init=runs/nape_base`, as with torchrun on several
-    GPUs.
+    `nepa finetune recipes.audio:nape_base_audioset data.root=DIR init=runs/nape_base`; on several GPUs `torchrun
+    --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 22 hours of one H100, and as much for the control. Published: mAP 49.6. Unclear: how many draws an
     epoch of balanced sampling has; here as many as there are clips.
@@ -140,8 +142,8 @@ def nape_base_audioset() -> FinetuneConfig:
 def nape_large_audioset() -> FinetuneConfig:
     """AudioSet-2M, NAPE-L: 15 epochs on labels, rare classes drawn as often as common ones.
 
-    `nepa finetune recipes.audio:nape_large_audioset data.root=DIR init=runs/nape_large`, as with torchrun on several
-    GPUs.
+    `nepa finetune recipes.audio:nape_large_audioset data.root=DIR init=runs/nape_large`; on several GPUs `torchrun
+    --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 57 hours of one H100, and as much for the control. Published: mAP 50.2. Unclear: how many draws an
     epoch of balanced sampling has; here as many as there are clips.
@@ -152,8 +154,8 @@ def nape_large_audioset() -> FinetuneConfig:
 def nape_small_audioset20k() -> FinetuneConfig:
     """AudioSet-20K, the balanced part, NAPE-S: 30 epochs on labels.
 
-    `nepa finetune recipes.audio:nape_small_audioset20k data.root=DIR init=runs/nape_small`, as with torchrun on several
-    GPUs.
+    `nepa finetune recipes.audio:nape_small_audioset20k data.root=DIR init=runs/nape_small`; on several GPUs `torchrun
+    --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 5 minutes of one H100, and as much for the control. Published: mAP 36.2. The paper's table has no
     column for S, which takes that of B. Unclear: the widths of SpecAugment.
@@ -164,8 +166,8 @@ def nape_small_audioset20k() -> FinetuneConfig:
 def nape_base_audioset20k() -> FinetuneConfig:
     """AudioSet-20K, the balanced part, NAPE-B: 30 epochs on labels.
 
-    `nepa finetune recipes.audio:nape_base_audioset20k data.root=DIR init=runs/nape_base`, as with torchrun on several
-    GPUs.
+    `nepa finetune recipes.audio:nape_base_audioset20k data.root=DIR init=runs/nape_base`; on several GPUs `torchrun
+    --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 21 minutes of one H100, and as much for the control. Published: mAP 39.1. Unclear: the widths of
     SpecAugment.
@@ -176,8 +178,8 @@ def nape_base_audioset20k() -> FinetuneConfig:
 def nape_large_audioset20k() -> FinetuneConfig:
     """AudioSet-20K, the balanced part, NAPE-L: 20 epochs on labels.
 
-    `nepa finetune recipes.audio:nape_large_audioset20k data.root=DIR init=runs/nape_large`, as with torchrun on several
-    GPUs.
+    `nepa finetune recipes.audio:nape_large_audioset20k data.root=DIR init=runs/nape_large`; on several GPUs `torchrun
+    --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 50 minutes of one H100, and as much for the control. Published: mAP 40.5. Unclear: the widths of
     SpecAugment.
@@ -188,8 +190,8 @@ def nape_large_audioset20k() -> FinetuneConfig:
 def nape_small_esc50() -> FinetuneConfig:
     """ESC-50, NAPE-S: 100 epochs on labels, five folds.
 
-    `nepa finetune recipes.audio:nape_small_esc50 data.root=DIR init=runs/nape_small folds=all`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_small_esc50 data.root=DIR init=runs/nape_small folds=all`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 3 minutes of one H100 for all folds, and as much for the control. Published: 92.9 %. The paper's
     table has no column for S, which takes that of B. Unclear: the widths of SpecAugment, and whether the last epoch is
@@ -201,8 +203,8 @@ def nape_small_esc50() -> FinetuneConfig:
 def nape_base_esc50() -> FinetuneConfig:
     """ESC-50, NAPE-B: 100 epochs on labels, five folds.
 
-    `nepa finetune recipes.audio:nape_base_esc50 data.root=DIR init=runs/nape_base folds=all`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_base_esc50 data.root=DIR init=runs/nape_base folds=all`; on several GPUs `torchrun
+    --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 13 minutes of one H100 for all folds, and as much for the control. Published: 94.2 %. Unclear: the
     widths of SpecAugment, and whether the last epoch is reported or the best; here it is the last.
@@ -213,8 +215,8 @@ def nape_base_esc50() -> FinetuneConfig:
 def nape_large_esc50() -> FinetuneConfig:
     """ESC-50, NAPE-L: 100 epochs on labels, five folds.
 
-    `nepa finetune recipes.audio:nape_large_esc50 data.root=DIR init=runs/nape_large folds=all`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_large_esc50 data.root=DIR init=runs/nape_large folds=all`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 45 minutes of one H100 for all folds, and as much for the control. Published: 96.0 %. Unclear: the
     widths of SpecAugment, and whether the last epoch is reported or the best; here it is the last.
@@ -225,8 +227,8 @@ def nape_large_esc50() -> FinetuneConfig:
 def nape_small_speech_commands_v1() -> FinetuneConfig:
     """Speech Commands v1, NAPE-S: 12 classes (ten words, unknown, silence), 50 epochs, each class by itself.
 
-    `nepa finetune recipes.audio:nape_small_speech_commands_v1 data.root=DIR init=runs/nape_small`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_small_speech_commands_v1 data.root=DIR init=runs/nape_small`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 2 minutes of one H100, and as much for the control. Published: no figure of this size. The paper's
     table has no column for S, which takes that of B. Unclear: which clips of unknown words and of silence it has; here
@@ -239,8 +241,8 @@ def nape_small_speech_commands_v1() -> FinetuneConfig:
 def nape_base_speech_commands_v1() -> FinetuneConfig:
     """Speech Commands v1, NAPE-B: 12 classes (ten words, unknown, silence), 50 epochs, each class by itself.
 
-    `nepa finetune recipes.audio:nape_base_speech_commands_v1 data.root=DIR init=runs/nape_base`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_base_speech_commands_v1 data.root=DIR init=runs/nape_base`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 9 minutes of one H100, and as much for the control. Published: 97.9 %. Unclear: which clips of
     unknown words and of silence it has; here those of `modalities.data.audio_sets`, of which silence to train is drawn
@@ -252,8 +254,8 @@ def nape_base_speech_commands_v1() -> FinetuneConfig:
 def nape_large_speech_commands_v1() -> FinetuneConfig:
     """Speech Commands v1, NAPE-L: 12 classes (ten words, unknown, silence), 50 epochs, each class by itself.
 
-    `nepa finetune recipes.audio:nape_large_speech_commands_v1 data.root=DIR init=runs/nape_large`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_large_speech_commands_v1 data.root=DIR init=runs/nape_large`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 32 minutes of one H100, and as much for the control. Published: 97.9 %. Unclear: which clips of
     unknown words and of silence it has; here those of `modalities.data.audio_sets`, of which silence to train is drawn
@@ -265,8 +267,8 @@ def nape_large_speech_commands_v1() -> FinetuneConfig:
 def nape_small_speech_commands_v2() -> FinetuneConfig:
     """Speech Commands v2, NAPE-S: 35 words, 50 epochs, each class by itself.
 
-    `nepa finetune recipes.audio:nape_small_speech_commands_v2 data.root=DIR init=runs/nape_small`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_small_speech_commands_v2 data.root=DIR init=runs/nape_small`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 4 minutes of one H100, and as much for the control. Published: no figure of this size. The paper's
     table has no column for S, which takes that of B. Unclear: whether noise is added; here it is, as in v1.
@@ -277,8 +279,8 @@ def nape_small_speech_commands_v2() -> FinetuneConfig:
 def nape_base_speech_commands_v2() -> FinetuneConfig:
     """Speech Commands v2, NAPE-B: 35 words, 50 epochs, each class by itself.
 
-    `nepa finetune recipes.audio:nape_base_speech_commands_v2 data.root=DIR init=runs/nape_base`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_base_speech_commands_v2 data.root=DIR init=runs/nape_base`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 15 minutes of one H100, and as much for the control. Published: 98.8 %. Unclear: whether noise is
     added; here it is, as in v1.
@@ -289,8 +291,8 @@ def nape_base_speech_commands_v2() -> FinetuneConfig:
 def nape_large_speech_commands_v2() -> FinetuneConfig:
     """Speech Commands v2, NAPE-L: 35 words, 50 epochs, each class by itself.
 
-    `nepa finetune recipes.audio:nape_large_speech_commands_v2 data.root=DIR init=runs/nape_large`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_large_speech_commands_v2 data.root=DIR init=runs/nape_large`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 53 minutes of one H100, and as much for the control. Published: 98.8 %. Unclear: whether noise is
     added; here it is, as in v1.
@@ -301,13 +303,13 @@ def nape_large_speech_commands_v2() -> FinetuneConfig:
 def nape_small_iemocap() -> FinetuneConfig:
     """IEMOCAP, NAPE-S: four emotions, 50 epochs, five sessions.
 
-    `nepa finetune recipes.audio:nape_small_iemocap data.root=DIR init=runs/nape_small folds=all`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_small_iemocap data.root=DIR init=runs/nape_small folds=all`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 9 minutes of one H100 for all folds, and as much for the control. Published: no figure of this size.
     The paper's table has no column for S, which takes that of B. Unclear: how long a clip may be; here 10 s, and longer
-    turns are cut. Its mean is so low that much of it would lie under the 1e-6 that counts as silence here: the
-    logarithm there has a smaller epsilon.
+    turns are cut. Unclear, too: whether excited turns count as happy, as is usual; here they do. Its mean is so low
+    that much of it would lie under the 1e-6 that counts as silence here: the logarithm there has a smaller epsilon.
     """
     return _iemocap("small")
 
@@ -315,12 +317,13 @@ def nape_small_iemocap() -> FinetuneConfig:
 def nape_base_iemocap() -> FinetuneConfig:
     """IEMOCAP, NAPE-B: four emotions, 50 epochs, five sessions.
 
-    `nepa finetune recipes.audio:nape_base_iemocap data.root=DIR init=runs/nape_base folds=all`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_base_iemocap data.root=DIR init=runs/nape_base folds=all`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 35 minutes of one H100 for all folds, and as much for the control. Published: 64.9 %. Unclear: how
-    long a clip may be; here 10 s, and longer turns are cut. Its mean is so low that much of it would lie under the 1e-6
-    that counts as silence here: the logarithm there has a smaller epsilon.
+    long a clip may be; here 10 s, and longer turns are cut. Unclear, too: whether excited turns count as happy, as is
+    usual; here they do. Its mean is so low that much of it would lie under the 1e-6 that counts as silence here: the
+    logarithm there has a smaller epsilon.
     """
     return _iemocap("base")
 
@@ -328,12 +331,13 @@ def nape_base_iemocap() -> FinetuneConfig:
 def nape_large_iemocap() -> FinetuneConfig:
     """IEMOCAP, NAPE-L: four emotions, 50 epochs, five sessions.
 
-    `nepa finetune recipes.audio:nape_large_iemocap data.root=DIR init=runs/nape_large folds=all`, as with torchrun on
-    several GPUs.
+    `nepa finetune recipes.audio:nape_large_iemocap data.root=DIR init=runs/nape_large folds=all`; on several GPUs
+    `torchrun --nproc-per-node 8 -m recipes` in place of `nepa`.
 
     Time, derived: 2 hours of one H100 for all folds, and as much for the control. Published: 68.0 %. Unclear: how long
-    a clip may be; here 10 s, and longer turns are cut. Its mean is so low that much of it would lie under the 1e-6 that
-    counts as silence here: the logarithm there has a smaller epsilon.
+    a clip may be; here 10 s, and longer turns are cut. Unclear, too: whether excited turns count as happy, as is usual;
+    here they do. Its mean is so low that much of it would lie under the 1e-6 that counts as silence here: the logarithm
+    there has a smaller epsilon.
     """
     return _iemocap("large")
 

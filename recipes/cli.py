@@ -84,6 +84,10 @@ A run that names code (an adapter, an order, a hook) and was not made here by yo
 """
 
 
+WRITE_NOTHING = {"check", "completion", "plan", "recipes", "runs"}
+"""Tasks of which nothing stays."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 2 for something the user can fix, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -95,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        return _fail("stopped; finished parts are kept, and the same command goes on from there", 130)
+        kept = "finished parts are kept, and the same command goes on from there"
+        return _fail("stopped" if words[:1] and words[0] in WRITE_NOTHING else f"stopped; {kept}", 130)
     except Exception as error:
         from nepa_core.basics import UserError
         from nepa_core.runtime.fit import Interrupted
@@ -269,10 +274,12 @@ def at_home(key: str, value: Any) -> Any:
 
     Raises:
         RuntimeError: it is that of a user who does not exist.
-        UserError: out= is no text, and safetensors would not find again what it writes there.
+        UserError: out= is no text, and safetensors would not find again what it writes there; or nothing is named.
     """
     from nepa_core.basics import UserError
 
+    if value == "" and key in ("out", "init", "data.root"):
+        raise UserError(f"{key}= is empty: name a {'run or folder' if key == 'init' else 'folder'}, or leave it out")
     if key == "out" and isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise UserError(f"out={value} is not UTF-8, and checkpoints can't be read there: give another name")
     if key == "out" and isinstance(value, str) and "\0" in value:

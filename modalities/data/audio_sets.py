@@ -188,6 +188,8 @@ def _table(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, 
     table = csv.reader((f"{line}\n" for line in read_lines(file)), strict=True)
     try:
         head = [name.strip() for name in next(table, [])]
+        if not head:
+            raise UserError(f"{file}: is empty")
         if missing := [name for name in columns if name not in head]:
             raise UserError(f"{file}: the first line names no column {missing[0]}")
         for row in table:
@@ -209,12 +211,15 @@ def _numbered(file: Path, rows: Iterable[tuple[int, str, str]]) -> tuple[str, ..
     """
     names: dict[int, str] = {}
     for line, number, name in rows:
-        if not number.isdecimal() or names.setdefault(int(number), name) != name:
+        if not number.isdecimal():
+            raise UserError(f"{file}, row {line}: a class is numbered {printable(number)!r}; 0, 1, ... are wanted")
+        if (known := names.setdefault(int(number), name)) != name:
             raise UserError(
-                f"{file}, row {line}: class {printable(number)} is no number of one name, {printable(name)}"
+                f"{file}, row {line}: class {number} is called {printable(name)!r}, and {printable(known)!r} above"
             )
-    if sorted(names) != list(range(len(names))):
-        raise UserError(f"{file}: classes are not numbered from 0 on without gaps")
+    gap = next((number for number in range(len(names)) if number not in names), None)
+    if gap is not None:
+        raise UserError(f"{file}: no class has the number {gap}, and one has {max(names)}; number them 0, 1, ...")
     return tuple(printable(names[number]) for number in sorted(names))
 
 
@@ -370,8 +375,10 @@ def _spoken(root: str) -> list[tuple[str, str, str]]:
     else:
         part = dict.fromkeys(paths, "training")
         for each, file in lists.items():
-            named = [line.strip() for line in read_lines(file) if line.strip()]
+            named = [line.strip().replace("\\", "/") for line in read_lines(file) if line.strip()]
             _say_gone(file, len(named), [name for name in named if name not in paths])
+            if both := [name for name in named if part.get(name) == "validation"]:
+                say(f"{file}: {len(both):,} clips are in validation_list.txt, too, and are held out, such as {both[0]}")
             part |= {name: each for name in named if name in paths}
     return [(path, name.split("/")[0], part[name]) for name, path in paths.items()]
 

@@ -167,7 +167,8 @@ def data_folder(root: str, holds: str = "the data") -> Path:
     path = os.path.expanduser(root)
     if not os.path.isdir(path):
         shown = printable(root if len(root) <= 80 else root[:77] + "...")
-        raise UserError(f"data.root={shown}: there is no such folder; give the one that holds {holds}")
+        what = "that is a file" if os.path.isfile(path) else "there is no such folder"
+        raise UserError(f"data.root={shown}: {what}; give the folder that holds {holds}")
     return Path(path)
 
 
@@ -376,10 +377,11 @@ class Shared:
         if not self.count:
             return None
         test, train = self.names[0]
+        such = f"such as {test}, which is listed in both" if test == train else f"such as {test} and {train}"
         return (
             f"leak: {'' if self.complete else 'at least '}{self.count:,} of {self.held_out:,} held-out samples are "
-            f"training samples, too, byte for byte, such as {test} and {train}; scores on them say nothing: remove "
-            "them from one of the splits"
+            f"training samples, too, byte for byte, {such}; scores on them say nothing: remove them from one of the "
+            "splits"
         )
 
 

@@ -19,8 +19,9 @@ NEEDS = "train.sampling=balanced is for samples with classes; leave it out"
 def balanced_weights(dataset: Dataset[Batch]) -> Tensor:
     """The weight of every sample, [S] float64: 1 over the samples of its class, or the sum of that over its classes.
 
-    As PSLA has it (Gong et al. 2021), and those after it on AudioSet. A sample without a class, or that can't be read,
-    is not drawn. Labels are those of `every_label` (see `Modality.dataset`), or every sample is read for its own.
+    As PSLA has it (Gong et al. 2021), and those after it on AudioSet. A sample without a class is not drawn. Labels are
+    those of `every_label` (see `Modality.dataset`); else every sample is read for its own, and one that can't be read
+    is not drawn either.
 
     Raises:
         UserError: samples have no classes of their own, or are of several kinds.
@@ -44,11 +45,16 @@ def balanced_weights(dataset: Dataset[Batch]) -> Tensor:
     return weights
 
 
+def known_labels(dataset: Dataset[Batch]) -> Tensor | None:
+    """The labels [S] or [S, C] of all samples, where they are known without reading one (`every_label`); else None."""
+    known: Tensor | None = dataset.every_label() if hasattr(dataset, "every_label") else None
+    return known
+
+
 def _labels(dataset: Dataset[Batch]) -> Tensor | None:
     """[S] or [S, C] of all samples, negative or without any class where one can't be read; None: there are none."""
     if hasattr(dataset, "every_label"):
-        known: Tensor | None = dataset.every_label()
-        return known
+        return known_labels(dataset)
     found: dict[int, Any] = {}
     for index in range(len(cast(Sized, dataset))):
         with suppress(UnreadableSample):

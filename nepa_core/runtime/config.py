@@ -259,8 +259,8 @@ def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
     key = prefix + _typed(place)
     message = first["msg"].removeprefix("Value error, ")
     if not place:  # a validator over the whole config names its keys itself, a Duration can't
-        if prefix.startswith("data."):  # where an adapter is part of another
-            message = re.sub(r"\bdata\.(?=\w)", prefix, message)
+        if prefix.startswith("data."):  # where an adapter is part of another; a group of one names its own keys
+            message = re.sub(rf"\bdata\.(?!{re.escape(prefix[5:-1])}\b)(?=\w)", prefix, message)
         return message if kind is not Duration else f"{prefix.removesuffix('.')}: {message}"
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(str(place[-1]), kind.model_fields)}"

@@ -351,7 +351,8 @@ def find(name: str, key: str = "") -> Path:
         return Path(name)
     if Path(name).is_file():
         raise UserError(f"{asked} is a file: give the folder that holds {CONFIG} and {RAW}{_pickle_fix([Path(name)])}")
-    if name.count("/") != 1 or name[0] in "./~":
+    owner, _, rest = name.partition("/")
+    if name.count("/") != 1 or name[0] in "./~" or not rest or Path(owner).is_dir():
         raise UserError(f"{asked}: there is no such folder, and a name on the hub is of the form OWNER/NAME")
     import huggingface_hub  # half a second to import
 

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, first_sample
+from nepa_core.runtime.balance import known_labels
 from nepa_core.runtime.data import plain_batches
 from nepa_core.tokens import Tokens
 from recipes.networks.average_precision import average_precision, ranked
@@ -30,7 +31,7 @@ from recipes.networks.average_precision import average_precision, ranked
 NONE = -100
 """The class of what has none, as `F.cross_entropy` has it."""
 
-_STATISTICS = 10_000  # most training labels that the scale of a regression is measured on
+_STATISTICS = 10_000  # most training samples that are read for what a goal needs of their labels
 
 Kind = Literal["class", "classes", "numbers", "token classes"]
 
@@ -181,7 +182,7 @@ class Classification:
         """Logits [V, C] of the mean probability of views: logits [S, C] of these, group [S] int64 from 0 to V - 1."""
         if self.binary:
             return _binary_means(outputs, group)
-        return _means(outputs.softmax(-1), group).clamp(min=1e-12).log()
+        return _means(outputs.double().softmax(-1), group).clamp(min=1e-300).log().float()
 
     def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
         """What each sample adds to the accuracy, [B, 2] float64: how many are right, and of how many classes."""
@@ -264,7 +265,11 @@ class Regression:
         return torch.cat((((outputs - truth) / std).square(), (truth - mean) / std), dim=1)
 
     def credits(self, parts: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the `parts` [S, 2 K] of all samples: what each adds to R2, [S] float64 (the mean is R2), and ones [S]."""
+        """Of the `parts` [S, 2 K] of all samples: what each adds to R2, [S] float64 (the mean is R2), and ones [S].
+
+        The variance of the numbers counts as known, though it is of these samples, too: between figures of near 1 and
+        near 0, an interval is up to a third too narrow.
+        """
         squared, numbers = parts.chunk(2, dim=1)
         variance = numbers.var(0, correction=0)
         each = torch.where(variance > 1e-12 * numbers.square().mean(0), 1 - squared / variance, 0.0)
@@ -356,7 +361,11 @@ class MultiLabel:
         classes = ranked(truth)
         if not classes.any():
             raise UserError("no class is of some held-out samples and not of others, so nothing can be ranked")
-        scores, right, count = outputs[:, classes].sigmoid(), truth[:, classes].int(), int(classes.sum())
+        chosen = classes.nonzero()[:, 0]
+        chosen = (
+            chosen.repeat(2) if len(chosen) == 1 else chosen
+        )  # torchmetrics takes two or more; the mean is the same
+        scores, right, count = _places(outputs[:, chosen]), truth[:, chosen].int(), len(chosen)
         precision = multilabel_average_precision(scores, right, count, average="macro")
         area = multilabel_auroc(scores, right, count, average="macro")
         loss, _ = self.loss(outputs, truth, smoothing=0.0)
@@ -367,8 +376,8 @@ class MultiLabel:
         return _binary_means(outputs, group)
 
     def parts(self, outputs: Tensor, truth: Tensor) -> Tensor:
-        """What `credits` ranks, [B, 2 C] float64: probabilities and truth."""
-        return torch.cat((outputs.sigmoid(), truth), dim=1).double()
+        """What `credits` ranks, [B, 2 C] float64: logits and truth."""
+        return torch.cat((outputs, truth), dim=1).double()
 
     def credits(self, parts: Tensor) -> tuple[Tensor, Tensor]:
         """Of the `parts` [S, 2 C] of all samples: what each adds to mAP, [S] float64, and ones [S]."""
@@ -381,8 +390,20 @@ class MultiLabel:
         return {"map": precision, "auroc": area, "held_out_loss": loss}
 
 
+def _places(logits: Tensor) -> Tensor:
+    """Where each stands among those of its column [S, C], float64 from 0 to below 1; equal ones at one place.
+
+    For torchmetrics, which takes a sigmoid of logits, and that of float32 is 1 from 17 on.
+    """
+    places = [column.unique(return_inverse=True)[1] for column in logits.unbind(1)]
+    return torch.stack(places, dim=1).double() / len(logits)
+
+
 def _binary_means(outputs: Tensor, group: Tensor) -> Tensor:
-    return _means(outputs.sigmoid(), group).clamp(1e-7, 1 - 1e-7).logit()
+    """Logits of the mean sigmoid; that of either sign, for 1 - p is 0 where p is nearly 1."""
+    outputs = outputs.double()
+    for_it, against = (_means(each.sigmoid(), group) for each in (outputs, -outputs))
+    return (for_it.log() - against.log()).float()
 
 
 def _means(rows: Tensor, group: Tensor) -> Tensor:
@@ -473,14 +494,14 @@ def kind_of(sample: Mapping[str, Any]) -> Kind | None:
 
 
 def label_statistics(samples: Dataset[Batch], adapter: str, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [K] float32 of the labels of training samples; of more than `limit`, drawn ones.
+    """Mean and standard deviation [K] float32 of the labels of training samples; `limit` as in `_labels`.
 
     The deviation of a number that is always the same is 1.
 
     Raises:
         UserError: a label is NaN or infinite.
     """
-    labels = _labels(samples, limit)
+    labels = _labels(samples, limit).double()
     if not labels.isfinite().all():
         raise UserError(f"{adapter} has a 'label' that is NaN or infinite; leave such samples out")
     mean, std = labels.mean(0), labels.std(0, correction=0)
@@ -488,7 +509,7 @@ def label_statistics(samples: Dataset[Batch], adapter: str, *, limit: int | None
 
 
 def class_shares(samples: Dataset[Batch], adapter: str, names: tuple[str, ...], *, limit: int | None = None) -> Tensor:
-    """The share [C] float32 of training samples that has each class; of more than `limit`, of drawn ones.
+    """The share [C] float32 of training samples that has each class; `limit` as in `_labels`.
 
     A class that none of n has counts as one of 2 n + 2, as one that all have is missing in so many.
 
@@ -504,7 +525,10 @@ def class_shares(samples: Dataset[Batch], adapter: str, names: tuple[str, ...], 
 
 
 def _labels(samples: Dataset[Batch], limit: int | None) -> Tensor:
-    """The labels [S, K] float64 of training samples; of more than `limit`, of drawn ones."""
-    seed = None if limit is None else 0
-    batches = plain_batches(samples, batch=256, device=torch.device("cpu"), limit=limit, seed=seed, of="training")
-    return torch.cat([batch["label"].double().reshape(len(batch["label"]), -1) for batch in batches])
+    """The labels [S, K] of training samples: of all where they are known unread, else of `limit` drawn ones."""
+    known = known_labels(samples)
+    if known is None:
+        seed = None if limit is None else 0
+        batches = plain_batches(samples, batch=256, device=torch.device("cpu"), limit=limit, seed=seed, of="training")
+        known = torch.cat([batch["label"] for batch in batches])
+    return known.reshape(len(known), -1)

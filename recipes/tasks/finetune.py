@@ -30,6 +30,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
+from modalities.data.listing import say
 from nepa_core.basics import FROZEN, UserError
 from nepa_core.runtime.config import listed
 from nepa_core.runtime.distributed import world
@@ -43,7 +44,7 @@ from recipes.report import folds as report_of_folds
 from recipes.report.finetune import report, verdict
 from recipes.report.provenance import rendered
 from recipes.resolve import default_out, is_of
-from recipes.training.finetuning import beside_config, beside_control, finetune, read_config
+from recipes.training.finetuning import beside_config, beside_control, finetune, read_config, untaught
 from recipes.training.folds import chosen_folds, finetune_folds
 
 
@@ -78,6 +79,8 @@ def main(target: str, options: Options, changes: dict[str, Any]) -> None:
         return
     others = [beside_config(config, name, pretrained=options.pretrained) for name in options.beside]
     with world() as ranks, at_work(run, ranks, trains=True):
+        if ranks.is_main and not before and (line := untaught(config.data)) is not None:
+            say(line)
         summary = finetune(config, run, ranks, setting="" if own else SHORT)
         if ranks.is_main:
             print(rendered(lambda: report(run, summary), run, before=before), flush=True)  # the control takes as long

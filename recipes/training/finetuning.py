@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from nepa_core.basics import Batch, UserError
+from nepa_core.basics import Batch, UserError, some
 from nepa_core.ema import Ema, applied
+from nepa_core.modality import Modality
 from nepa_core.model import NEPA, draw_coord_scale, evaluating
 from nepa_core.pooling import canonical_tokens
 from nepa_core.predictor import Predictor
+from nepa_core.runtime.balance import known_labels
 from nepa_core.runtime.config import load_config, override
 from nepa_core.runtime.data import fold_seed, plain_batches, replace_broken
 from nepa_core.runtime.distributed import World
@@ -45,7 +47,7 @@ from recipes.report.summaries import FinetuneSummary, HeldOutFigures
 from recipes.resolve import read_target
 from recipes.statistics.held_out import NUMBER, Numbered, clusters_of, is_chained, views_of
 from recipes.statistics.worth import RANDOM, Metric, Score, Worth, judge, worth_in
-from recipes.training.mixing import make_mix
+from recipes.training.mixing import check_pairs, make_mix
 from recipes.training.train import cost, opened, train
 
 Head = MeanHead | LastHead | MultiLabelHead | RegressionHead | DenseHead
@@ -128,6 +130,7 @@ def finetune(
         raise UserError("freeze_embedder=true would keep a random embedder: name weights by init=, or set it to false")
     if (finished := opened(config, run, ranks, FinetuneSummary)) is not None:
         return finished
+    check_pairs(config, ranks.size)
     goal = taught_by(find_goal(config.data), config.loss)
     model: Classifier | TimmClassifier
     if isinstance(config, FinetuneConfig):
@@ -302,6 +305,25 @@ def _again(run: Run) -> str:
     return f"give `nepa finetune {shlex.quote(str(run.path))}` once more"
 
 
+def trained_classes(data: Modality) -> tuple[str, ...]:
+    """Names of the classes of some training sample, where labels are known unread; else all that the data name."""
+    names = data.classes() or ()
+    labels = known_labels(data.plain().samples_of("train"))
+    if labels is None or labels.is_floating_point():
+        return names
+    there = labels.any(0) if labels.dtype == torch.bool else torch.isin(torch.arange(len(names)), labels)
+    return tuple(name for name, has in zip(names, there.tolist(), strict=True) if has)
+
+
+def untaught(data: Modality) -> str | None:
+    """A line on classes that no training sample has; None where all have one."""
+    names, taught = data.classes() or (), set(trained_classes(data))
+    missing = [name for name in names if name not in taught]
+    if not missing:
+        return None
+    return f"no training sample has {some(missing)}: {len(missing)} of {len(names)} classes can't be learned"
+
+
 def build_classifier(config: FinetuneConfig, goal: Goal) -> tuple[Classifier, list[str]]:
     """The network with the weights of `init` (or the seed's) under a head that gives zeros; and its new weights.
 
@@ -426,7 +448,7 @@ def of_views(goal: Goal, every: Tensor, views: Tensor | None) -> tuple[Tensor, T
     truth = every[first, 1 : -goal.outputs].float()
     if isinstance(goal, Classification):
         truth = truth[:, 0].long()
-    return numbers[first], truth, goal.averaged(outputs, group)
+    return numbers[first], truth, outputs[first] if views is None else goal.averaged(outputs, group)
 
 
 @torch.no_grad()

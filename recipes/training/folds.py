@@ -9,7 +9,7 @@ from typing import cast
 from nepa_core.basics import UserError, some
 from nepa_core.modality import Modality
 from nepa_core.runtime.distributed import World
-from nepa_core.runtime.fit import plan
+from nepa_core.runtime.fit import Interrupted, plan
 from nepa_core.runtime.locks import at_work
 from nepa_core.runtime.run import Run
 from recipes.configs import FinetuneConfig
@@ -18,7 +18,8 @@ from recipes.report.folds import FOLD, folder_of, report
 from recipes.report.provenance import provenance
 from recipes.report.summaries import FinetuneSummary, FoldSpread, FoldsSummary
 from recipes.statistics.worth import worth_in
-from recipes.training.finetuning import beside_config, beside_control, finetune
+from recipes.training.finetuning import beside_config, beside_control, finetune, trained_classes
+from recipes.training.mixing import check_pairs
 from recipes.training.train import opened
 
 ALL = "all"
@@ -37,7 +38,7 @@ def chosen_folds(data: Modality, asked: Sequence[str]) -> tuple[str, ...]:
             f"fold1, fold2, ...; {type(data).__name__} finds none there"
         )
     if unknown := [fold for fold in asked if fold not in (*known, ALL)]:
-        raise UserError(f"folds={unknown[0]}: the folds of the data are {some(list(known))}")
+        raise UserError(f"folds={unknown[0]}: the folds of the data are {some(list(known))}; folds=all is every one")
     chosen = known if ALL in asked else tuple(fold for fold in known if fold in asked)
     if len(chosen) < 2:
         raise UserError(f"folds={chosen[0]} is one fold alone: hold it out by data.fold={chosen[0]} instead")
@@ -84,9 +85,12 @@ def finetune_folds(
         others = [beside_config(own, name, pretrained=pretrained) for name in beside]
         with at_work(folder, ranks, trains=True):
             said = " ".join(filter(None, (setting, f"fold {fold} held out")))
-            summary = finetune(own, folder, ranks, setting=said, show=show)
-            if others or (control and config.init is not None):
-                summary = beside_control(own, folder, ranks, summary, control=control, others=others, show=show)
+            try:
+                summary = finetune(own, folder, ranks, setting=said, show=show)
+                if others or (control and config.init is not None):
+                    summary = beside_control(own, folder, ranks, summary, control=control, others=others, show=show)
+            except Interrupted as stop:
+                raise Interrupted(f"fold {fold} held out: {stop}", stop.status) from stop
         found[fold] = summary
     if not ranks.is_main:
         return {}
@@ -121,12 +125,13 @@ def _checked(
             if summary is None:
                 samples = len(cast(Sized, own.data.samples_of("train")))
                 plan(own.train, own.optim, samples=samples, ranks=ranks.size)
+                check_pairs(own, ranks.size)
         except UserError as error:
             raise UserError(f"fold {fold} held out: {error}") from error
         if summary is not None:
             finished[fold] = summary
     left = [fold for fold in folds if fold not in finished]
-    classes = {fold: held[fold].data.classes() or () for fold in left}
+    classes = {fold: trained_classes(held[fold].data) for fold in left}
     for name in dict.fromkeys(name for names in classes.values() for name in names):
         if alone := [fold for fold in left if name not in classes[fold]]:
             raise UserError(

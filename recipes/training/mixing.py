@@ -10,11 +10,25 @@ from torch import Tensor
 
 from nepa_core.basics import Batch, UserError
 from nepa_core.modality import Modality, first_sample
-from recipes.configs import MixConfig
+from nepa_core.runtime.fit import samples_at_once
+from recipes.configs import BesideConfig, FinetuneConfig, MixConfig
 from recipes.networks.goals import Classification, Goal, MultiLabel
 
 Mix = Callable[[Batch], tuple[Batch, Tensor]]
 """A batch of an even number of samples -> the mixed one, and what is to be said of it, float32 [B, C]."""
+
+
+def check_pairs(config: FinetuneConfig | BesideConfig, ranks: int) -> None:
+    """Refuse what `make_mix` can't pair, before a network is built.
+
+    Raises:
+        UserError: batches are mixed, and an odd number of samples is in one.
+    """
+    if config.mix is not None and (count := samples_at_once(config.train, ranks=ranks)) % 2:
+        raise UserError(
+            f"mix pairs the samples of a batch, and {count} at once are an odd number: set train.micro_batch or "
+            "train.batch to an even one, or mix=null"
+        )
 
 
 def make_mix(config: MixConfig, data: Modality, goal: Goal, smoothing: float) -> Mix:
@@ -24,7 +38,7 @@ def make_mix(config: MixConfig, data: Modality, goal: Goal, smoothing: float) ->
     mixed by `Modality.mixed`.
 
     Raises:
-        UserError: samples can't be mixed, or have not one class or several each; or, from the function, a batch is odd.
+        UserError: samples can't be mixed, or have not one class or several each.
     """
     if goal.per_token or not isinstance(goal, Classification | MultiLabel):
         raise UserError(
@@ -34,8 +48,6 @@ def make_mix(config: MixConfig, data: Modality, goal: Goal, smoothing: float) ->
         raise UserError(f"mix is for images and spectrograms, and {type(data).__name__} has no mixed(); set mix=null")
 
     def mix(batch: Batch) -> tuple[Batch, Tensor]:
-        if len(batch["label"]) % 2:
-            raise UserError("mix pairs the samples of a batch: make train.micro_batch (or the share of a process) even")
         if "image" in batch:
             return mixed_images(config, batch, goal, smoothing)
         soft = goal.soft(batch["label"], smoothing)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from benchmarks.declared import made_with, measured_and_kept, parser_of, read_kept, some_of
+from benchmarks.declared import asked_of, keep, made_with, measured_and_kept, parser_of, read_kept, some_of
 from nepa_core.basics import UserError
 
 
@@ -14,7 +15,7 @@ from nepa_core.basics import UserError
     ("error", "status", "line"),
     [
         (KeyboardInterrupt(), 130, "second: stopped; the same command goes on from there"),
-        (UserError("data.root=x is not there"), 2, "python -m benchmarks.x: error: second: data.root=x is not there"),
+        (UserError("data.root=x is not there"), 2, "python -m benchmarks.x: second: data.root=x is not there"),
     ],
 )
 def test_what_was_found_before_a_stop_or_an_error_is_kept(
@@ -37,6 +38,33 @@ def test_a_name_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         some_of(parser_of("x", None), "tasks", "a,c", ["a", "b"])
     assert "--tasks=c: there is no such task; name some of a, b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "--workers=0"], "argument --workers: a whole number from 1 is wanted"),
+        (["run", "--workers=-1"], "argument --workers: a whole number from 1 is wanted"),
+        (["table", "--out=x"], "--out is for run, and does nothing for table; leave it out"),
+        (["run", "--classic=x"], "--classic is for table, and does nothing for run; leave it out"),
+    ],
+)
+def test_an_option_that_can_do_nothing_is_refused_in_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = parser_of("x", None)
+    parser.add_argument("--classic")
+    with pytest.raises(SystemExit) as ended:
+        asked_of("x", parser, words, table=("classic",))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"python -m benchmarks.x: {said}\n"
+
+
+def test_processes_that_keep_at_once_lose_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "kept.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: keep(file, {str(name): name}), range(40)))
+    assert read_kept(file) == {str(name): name for name in range(40)}
 
 
 @pytest.mark.parametrize(

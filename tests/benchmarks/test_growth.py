@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,19 +87,39 @@ def test_every_task_has_its_base_on_every_axis_and_eight_points() -> None:
     assert POINTS["cifar10-samples-1000"] == Point("cifar10", 1000, 128, 1000)
 
 
-def test_the_law_is_the_regression_line_over_all_points_and_seeds() -> None:
+SIZES = {"a": 250, "b": 1000, "c": 4000, "d": 16_000}
+
+
+def lines(values: Mapping[str, Sequence[float]]) -> tuple[Any, Any]:
+    """scipy's line through all points and seeds, and that through the means of the points."""
+    x = np.log2(list(SIZES.values()))
+    y = np.array(list(values.values()))
+    return stats.linregress(np.repeat(x, y.shape[1]), y.ravel()), stats.linregress(x, y.mean(1))
+
+
+@pytest.mark.parametrize(("bend", "df"), [(0.0, 6), (0.05, 2)], ids=["a line", "a bend that seeds share"])
+def test_the_law_is_the_regression_line_of_the_wider_interval(bend: float, df: int) -> None:
     draw = np.random.default_rng(0)
-    sizes = {"a": 250, "b": 1000, "c": 4000, "d": 16_000}
-    values = {name: 0.02 * np.log2(size) - 0.1 + draw.normal(0, 0.003, 2) for name, size in sizes.items()}
-    found = law(sizes, gains(values))
-    x = np.log2([size for size in sizes.values() for _ in range(2)])
-    line = stats.linregress(x, np.concatenate(list(values.values())))
+    values = {
+        name: 0.02 * np.log2(size) - 0.1 + bend * (name in "bc") + draw.normal(0, 0.003) * np.array([1, -1])
+        for name, size in SIZES.items()
+    }
+    found = law(SIZES, gains(values))
+    line = lines(values)[0 if df == 6 else 1]
     assert found.b == pytest.approx(line.slope)
     assert found.b == pytest.approx(0.02, abs=found.half)
     assert found.a == pytest.approx(line.intercept)
-    assert found.half == pytest.approx(stats.t.ppf(0.975, 6) * line.stderr)
+    assert found.half == pytest.approx(stats.t.ppf(0.975, df) * line.stderr)
     assert found.p == found.p_both == pytest.approx(line.pvalue)
-    assert (found.df, found.points) == (6, 4)
+    assert (found.df, found.points) == (df, 4)
+
+
+def test_what_both_seeds_of_a_point_share_is_not_counted_twice() -> None:
+    draw, missed = np.random.default_rng(0), 0
+    for _ in range(300):
+        values = {name: 0.04 * draw.normal() + 0.01 * draw.normal(size=2) for name in SIZES}
+        missed += law(SIZES, gains(values)).p < 0.05
+    assert 4 <= missed <= 28, "15 are expected; the residuals of all points and seeds alone find some 85"
 
 
 def test_test_samples_widen_the_law_unless_all_points_share_what_they_add() -> None:

@@ -218,6 +218,11 @@ def test_baselines_stop_when_time_is_over_and_go_on(tmp_path: Path, monkeypatch:
     classic_series.measure(tmp_path, file, minutes=20)
     assert asked == list(classic_series.SETS)
     assert classic_series.read_kept(file)["sets"] == {name: {"euclidean": [0.5]} for name in asked}
+    kept = file.read_bytes()
+    monkeypatch.setattr(classic_series, "versions", lambda: {"aeon": "2.0"})
+    with pytest.raises(ValueError, match=r"has figures of aeon 1\.6\.0, and these are aeon 2\.0; name another"):
+        classic_series.measure(tmp_path, file, minutes=20)
+    assert file.read_bytes() == kept
 
 
 # ------------------------------------------------------------------------------------------------- a whole run

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import nepa_core
 from nepa_core import NEPA, ObjectiveConfig, Pretrainer, Tokens, UserError
+from nepa_core.flow import in_deviations
 from nepa_core.model import HeadKind, layers_above, prediction_head
 from nepa_core.predictor import Trace
 from nepa_core.pretrainer import Heads, objective_loss
@@ -165,10 +166,12 @@ def test_its_matrices_decay_its_vectors_do_not_and_it_is_above_all_layers() -> N
 @pytest.mark.parametrize("bos", [True, False], ids=["bos", "no bos"])
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "masked"])
 def test_raw_tokens_are_predicted_as_the_formula_says(mask: Tensor | None, bos: bool) -> None:
-    """Against float64, a pair at a time; padding is any large number."""
+    """Against float64, a pair at a time; padding is any large number, and real ones lie far from 0, each its way."""
     torch.manual_seed(0)
     config = ObjectiveConfig.model_validate(PAPER_OBJECTIVE.model_dump() | {"terms": {"raw_token": 1.5}})
-    values = torch.randn(3, 6, 4)
+    values = torch.tensor([9.0, -2.0, 0.0, 30.0]) + torch.randn(3, 6, 4) * torch.tensor([1.0, 0.1, 5.0, 2.0])
+    real = values.double().flatten(0, 1) if mask is None else values[mask].double()
+    mean, std = real.mean(0), real.std(0, correction=0)
     values = values if mask is None else torch.where(mask[..., None], values, 1e30)
     tokens = Tokens(values, torch.zeros(6, 1), mask)
     heads = Heads(config, 5, tokens)
@@ -178,16 +181,16 @@ def test_raw_tokens_are_predicted_as_the_formula_says(mask: Tensor | None, bos: 
     seen = mask if mask is None or not bos else torch.cat((torch.ones(3, 1, dtype=torch.bool), mask), dim=1)
     bare = nepa_core.Prediction(z, p, seen)
     loss = objective_loss(config, bare._replace(heads=heads(bare, [], tokens)))
-    weight, bias = (x.detach().double().requires_grad_() for x in (heads.raw.weight, heads.raw.bias))
+    weight, bias = (x.detach().double().requires_grad_() for x in (heads.raw.linear.weight, heads.raw.linear.bias))
     p64, losses = p.detach().double().requires_grad_(), []
     for b in range(3):
         for t in range(places - 1):
             if seen is None or (seen[b, t] and seen[b, t + 1]):
-                made, y = weight @ p64[b, t] + bias, values[b, t + 1 - bos].double()
+                made, y = weight @ p64[b, t] + bias, (values[b, t + 1 - bos].double() - mean) / std
                 losses.append(-(made @ y) / (made @ made).sqrt() / (y @ y).sqrt())
     expected = 1.5 * torch.stack(losses).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    found = torch.autograd.grad(loss, [p, heads.raw.weight, heads.raw.bias])
+    found = torch.autograd.grad(loss, [p, heads.raw.linear.weight, heads.raw.linear.bias])
     wanted = torch.autograd.grad(expected, [p64, weight, bias])
     for ours, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-6)
@@ -201,7 +204,10 @@ def test_raw_tokens_alone_are_judged_among_raw_tokens(terms: dict[str, float], r
     assert (found.embeddings.shape[-1] == config.data.size) == raw
     assert (found.encoded is not None) == raw
     if raw:
-        assert torch.equal(found.embeddings[:, 1:][found.real[:, 1:]], found.values[found.real[:, 1:]])
+        assert isinstance(model, Pretrainer)
+        assert model.heads.raw is not None
+        wanted = in_deviations(found.values, model.heads.raw.mean, model.heads.raw.std)
+        torch.testing.assert_close(found.embeddings[:, 1:][found.real[:, 1:]], wanted[found.real[:, 1:]])
     fitted_on = joined(list(gather_targets(model, config.data, held_out(config, CPU, 8).batches)))
     assert torch.equal(fitted_on.embeddings, found.embeddings)
 

@@ -143,7 +143,13 @@ def test_esc50_holds_one_fold_out_and_names_classes_by_their_numbers(
     [
         ("2-201-A-0.wav,2,0,kind_2,False,2,A", "2-201-A-0.wav,2", r"row 7: is torn, with 2 cells where 7 belong"),
         ("2-201-A-0.wav,2,0,kind_2", '"2-201-A-0.wav,2,0,kind_2', "is torn"),
-        ("2-201-A-0.wav,2,0,kind_2", "2-201-A-0.wav,2,0,other", "row 7: class 0 is no number of one name, other"),
+        ("2-201-A-0.wav,2,0,kind_2", "2-201-A-0.wav,2,0,other", "row 7: class 0 is called 'other', and 'kind_2' above"),
+        (
+            "2-201-A-0.wav,2,0,kind_2",
+            "2-201-A-0.wav,2,-1,kind_2",
+            "row 7: a class is numbered '-1'; 0, 1, ... are wanted",
+        ),
+        (",0,kind_2", ",2,kind_2", "no class has the number 0, and one has 2; number them 0, 1, ..."),
         ("filename,fold", "filename,part", "the first line names no column fold"),
     ],
 )
@@ -162,6 +168,18 @@ def test_clips_of_a_table_that_are_not_there_are_said(tmp_path: Path, capsys: py
 
 
 # ---- Speech Commands
+
+
+def test_a_clip_of_both_lists_is_held_out_and_said_and_windows_may_have_written_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_commands(tmp_path)
+    both, testing = (tmp_path / f"{name}_list.txt" for name in ("validation", "testing"))
+    twice = both.read_text().split()[0]
+    testing.write_text(testing.read_text().rstrip().replace("/", "\\") + f"\n{twice}\n")
+    before = len(testing.read_text().split())
+    assert len(recordings("speech_commands", "test", tmp_path)) == before
+    assert f"1 clips are in validation_list.txt, too, and are held out, such as {twice}" in capsys.readouterr().err
 
 
 def test_speech_commands_keeps_its_lists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -287,6 +287,8 @@ def test_layer_decay_follows_the_number_of_layers_above() -> None:
     }
     assert {height for name, height in heights.items() if ".blocks.0." in name} == {2}
     assert {height for name, height in heights.items() if ".blocks.1." in name} == {1}
+    for name in ("embed.blocks.0.weight", "backbone.embed.blocks.14.bias", "embed.blocks.conv.weight"):
+        assert layers_above(name, 2, head_counts=True) == 3, "an embedder may have blocks of its own"
 
     def rates(decay: LayerDecay, step: int, warmup: int) -> dict[int, float]:
         optim = OPTIM.model_copy(update={"layer_decay": decay, "schedule": "linear"})

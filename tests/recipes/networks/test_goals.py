@@ -35,6 +35,7 @@ from recipes.training.finetuning import (
     load_classifier,
     make_step,
     measure,
+    of_views,
 )
 from recipes.training.pretraining import pretrain
 from recipes.training.starting import build_model
@@ -208,6 +209,38 @@ def test_the_figures_of_several_classes_are_those_of_other_libraries() -> None:
     assert weights.tolist() == [1] * 60
     with pytest.raises(UserError, match="nothing can be ranked"):
         goal.sums(outputs, truth.float()[:, [3, 4, 3, 4, 3]])
+
+
+def test_logits_beyond_the_reach_of_a_float32_sigmoid_are_still_ranked_and_paid_for() -> None:
+    """Of one clip a sample, and of views, whose mean probability is nearly 1 or nearly 0."""
+    goal = goals.MultiLabel(("a",), torch.full((1,), 0.5))
+    logits, truth = torch.tensor([[40.0], [30.0], [20.0], [-50.0]]), torch.tensor([[1.0], [0.0], [1.0], [0.0]])
+    every = torch.cat((torch.arange(4.0)[:, None], truth, logits), dim=1).double()
+    views = torch.arange(4)
+    for numbers, right, outputs in (of_views(goal, every, None), of_views(goal, every, views)):
+        assert numbers.tolist() == [0, 1, 2, 3]
+        figures = goal.figures(goal.sums(outputs, right))
+        assert figures["map"] == pytest.approx((1 + 2 / 3) / 2)
+        assert figures["auroc"] == pytest.approx(0.75)
+        assert figures["held_out_loss"] == pytest.approx(30 / 4, rel=1e-6)
+        assert float(goal.credits(goal.parts(outputs, right))[0].mean()) == pytest.approx(figures["map"])
+
+
+def test_labels_that_are_known_are_counted_without_reading_a_sample() -> None:
+    class Known(Dataset[Batch]):
+        labels = torch.rand(30_000, 3, generator=torch.Generator().manual_seed(0)) < 0.2
+
+        def __len__(self) -> int:
+            return len(self.labels)
+
+        def __getitem__(self, index: int) -> Batch:
+            raise AssertionError("a sample is read for its label")
+
+        def every_label(self) -> torch.Tensor:
+            return self.labels
+
+    shares = goals.class_shares(Known(), "Own", ("a", "b", "c"), limit=10)
+    torch.testing.assert_close(shares, ((Known.labels.sum(0) + 0.5) / 30_001).float())
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_a_stop_at_the_end_of_a_fold_begins_no_other(
     with monkeypatch.context() as patch:
         patch.setattr(finetuning, "raw_and_averaged", stopped)
         assert main(["finetune", NAME, "folds=1,2", "out=run"]) == 128 + how
-    assert "nepa: stopped after the last of 2 steps" in capsys.readouterr().err
+    assert "nepa: fold 1 held out: stopped after the last of 2 steps" in capsys.readouterr().err
     assert [path.name for path in Path("run").glob("[!.]*")] == ["fold-1"]
     assert main(["finetune", NAME, "folds=1,2", "out=run"]) == 0
     assert main(["finetune", NAME, "folds=1,2", "out=whole"]) == 0
@@ -212,6 +212,20 @@ def test_a_class_that_a_later_fold_lacks_is_found_before_any_fold_trains(capsys:
         said = capsys.readouterr().err
         assert "nepa: fold 5 held out: data.root=clips.csv: both splits need the same classes; only one has odd" in said
         assert not Path("run").exists()
+
+
+def test_a_class_of_one_fold_alone_is_found_where_the_table_of_the_set_names_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = Path("esc50").rename("odd50") / "meta" / "esc50.csv"  # what is read of a root is kept
+    head, *rows = [line.split(",") for line in table.read_text().splitlines()]
+    column, fold, target = (head.index(name) for name in ("category", "fold", "target"))
+    rows[[row[fold] for row in rows].index("3")][column] = "odd"
+    rows[[row[column] for row in rows].index("odd")][target] = "2"
+    table.write_text("\n".join(",".join(row) for row in [head, *rows]) + "\n")
+    assert main(["finetune", NAME, "data.root=odd50", "folds=all", "out=run"]) == 2
+    assert "no training sample has the class odd where fold 3 is held out" in capsys.readouterr().err
+    assert not Path("run").exists()
 
 
 class Own(Audio):

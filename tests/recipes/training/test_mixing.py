@@ -28,7 +28,7 @@ from recipes.networks.goals import Classification, MultiLabel, Regression, numbe
 from recipes.presets import short
 from recipes.report.summaries import FinetuneSummary
 from recipes.training.finetuning import finetune, make_step
-from recipes.training.mixing import draw, make_mix
+from recipes.training.mixing import check_pairs, draw, make_mix
 from tests import tiny
 from tests.sounds import write_classes
 from tests.summaries import check_summary
@@ -179,9 +179,23 @@ def test_binary_cross_entropy_is_for_classes_of_samples() -> None:
     assert "loss" not in short(tiny.recipe()).model_dump(), "the usual loss is no key, so that stored digests stay"
 
 
-def test_an_odd_batch_cannot_be_mixed() -> None:
-    with pytest.raises(UserError, match=r"mix pairs the samples of a batch: make train\.micro_batch"):
-        make_mix(MixConfig(mixup=0.8, cutmix=0), tuning().data, numbered(4), 0.1)({"label": torch.zeros(3)})
+@pytest.mark.parametrize(
+    ("changes", "ranks", "said"),
+    [
+        ({"train.batch": 6}, 1, None),
+        ({"train.batch": 9}, 1, 9),
+        ({"train.batch": 6}, 2, 3),
+        ({"train.batch": 6, "train.micro_batch": 3}, 1, 3),
+        ({"train.batch": 9, "mix": None}, 1, None),
+    ],
+)
+def test_an_odd_batch_cannot_be_mixed(changes: dict[str, Any], ranks: int, said: int | None) -> None:
+    config = override(tuning(), changes)
+    if said is None:
+        check_pairs(config, ranks)
+        return
+    with pytest.raises(UserError, match=rf"mix pairs the samples of a batch, and {said} at once are an odd number"):
+        check_pairs(config, ranks)
 
 
 # ---- through the commands
@@ -220,4 +234,4 @@ def test_clips_in_folders_are_fine_tuned_with_all_of_it_and_evaluated(
     assert main(["evaluate", str(run)]) == 0
     capsys.readouterr()
     assert main([*words, "train.batch=3", f"out={tmp_path / 'odd'}"]) == 2
-    assert "mix pairs the samples of a batch" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("nepa: mix pairs the samples of a batch"), "before anything else is said"
