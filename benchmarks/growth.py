@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import declared
 from benchmarks.markdown import marked_anew, table_lines
-from benchmarks.what_pays import FROZEN, title
+from benchmarks.what_pays import FROZEN, signed, standing, title
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
@@ -34,7 +34,7 @@ from recipes.objective_names import named
 from recipes.report.objectives import RANDOM
 from recipes.report.summaries import RunMeasures, finetuned
 from recipes.report.tables import Rows, credits_of, groups
-from recipes.statistics.significance import LEVEL, Contrast, Correction, Credits, contrasts, holm, over_samples_too
+from recipes.statistics.significance import LEVEL, Contrast, Credits, contrasts, over_samples_too
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "docs" / "results" / "growth.json"
@@ -233,6 +233,7 @@ class Gains(NamedTuple):
 
 
 def gain_name(point: Point, objective: str) -> str:
+    """ "fsdd-base, cosine"."""
     return f"{name_of(point)}, {objective}"
 
 
@@ -380,13 +381,11 @@ def real(found: Mapping[Cell, Law]) -> set[Cell]:
 
     The probe is one family, fine-tuning the other.
     """
-    standing: set[Cell] = set()
+    stands: set[Cell] = set()
     for probe in (True, False):
-        correction = Correction(tests=sum(cell.probe == probe for cell in cells()))
-        family = {cell: each for cell, each in found.items() if cell.probe == probe}
-        both = [holm([getattr(each, p) for each in family.values()], correction) for p in ("p", "p_both")]
-        standing |= {cell for cell, *each in zip(family, *both, strict=True) if max(each) < LEVEL}
-    return standing
+        ps = {cell: (each.p, each.p_both) for cell, each in found.items() if cell.probe == probe}
+        stands |= standing(ps, sum(cell.probe == probe for cell in cells()))
+    return stands
 
 
 # ------------------------------------------------------------------------------------------------- the page
@@ -426,11 +425,6 @@ def laws_table(kept: Mapping[str, Kept]) -> list[str]:
         shown = signed(each.b, each.half)
         lines.append([*row, f"**{shown}**" if cell in stands else shown, f"{each.df:.1f}", said])
     return table_lines(lines)
-
-
-def signed(value: float, half: float) -> str:
-    """ "+2.1 ± 0.9": points."""
-    return f"{100 * value:+.1f} ± {100 * half:.1f}"
 
 
 def reading(fitted: Law, *, stands: bool) -> str:

@@ -28,6 +28,7 @@ from benchmarks.what_pays import (
     Test,
     config_of,
     counted,
+    ps_of,
     standing,
     tested,
     written,
@@ -216,7 +217,7 @@ def lines(kept: Kept) -> list[str]:
     """What stands between the marks of the page."""
     found = kept.get("found", {})
     tests = {(name, rival): each["tests"][rival] for name, each in found.items() for rival in RIVALS}
-    stands = standing(tests, len(RIVALS) * (len(SETS) + 1))
+    stands = standing(ps_of(tests), len(RIVALS) * (len(SETS) + 1))
     said = [
         counted(f"{TOGETHER} against {rival}", {key: test for key, test in tests.items() if key[1] == rival}, stands)
         for rival in RIVALS

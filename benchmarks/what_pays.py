@@ -170,22 +170,38 @@ def real(kept: Mapping[str, Found]) -> set[Cell]:
         for key in task.measures
         for rival in RIVALS
     }
-    return standing(tests, len(RIVALS) * sum(len(task.measures) for task in TASKS))
+    return standing(ps_of(tests), len(RIVALS) * sum(len(task.measures) for task in TASKS))
 
 
 Name = TypeVar("Name", bound=Hashable)
 
 
-def standing(tests: Mapping[Name, Test], declared: int) -> set[Name]:
-    """Those of a family whose p are both below the level, corrected by Holm for so many tests."""
+def ps_of(tests: Mapping[Name, Test]) -> dict[Name, tuple[float, float]]:
+    """For `standing`."""
+    return {name: (test["p"], test["p_both"]) for name, test in tests.items()}
+
+
+def standing(ps: Mapping[Name, tuple[float, float]], declared: int) -> set[Name]:
+    """Those of a family whose p are both below the level, corrected by Holm for so many tests.
+
+    Args:
+        ps: name of a test -> p over seeds, and over seeds and test samples together.
+    """
+    if not ps:
+        return set()
     family = Correction(tests=declared)
-    both = (holm([test[key] for test in tests.values()], family) for key in ("p", "p_both"))
-    return {name for name, *each in zip(tests, *both, strict=True) if max(each) < LEVEL}
+    both = (holm(each, family) for each in zip(*ps.values(), strict=True))
+    return {name for name, *each in zip(ps, *both, strict=True) if max(each) < LEVEL}
+
+
+def signed(value: float, half: float) -> str:
+    """ "+2.1 ± 0.9": points, of shares of 1."""
+    return f"{100 * value:+.1f} ± {100 * half:.1f}"
 
 
 def written(test: Test, *, stands: bool) -> str:
     """ "**+2.1 ± 0.9**": points."""
-    text = f"{100 * test['mean']:+.1f} ± {100 * test['half']:.1f}"
+    text = signed(test["mean"], test["half"])
     return f"**{text}**" if stands else text
 
 
