@@ -1,7 +1,8 @@
 """What each held-out sample added to a score, packed into one short string of a JSON file.
 
 A credit is one number a sample; the mean of a row's credits is its score. Of an accuracy it is 1 where the answer is
-right and else 0 (one bit each); of an R2 it is 1 minus the sample's squared error over the data's variance (float16).
+right and else 0 (one bit each); of an R2 it is 1 minus the sample's squared error over the data's variance, and of mAP
+what `recipes.networks.average_precision` says (float16 both).
 Two rows that were read on the same samples can be compared sample by sample, over seeds too, from their credits.
 """
 
