@@ -202,6 +202,18 @@ def test_without_lists_the_hash_of_the_speaker_divides(tmp_path: Path, capsys: p
     assert [round(shares[part] / 200) for part in ("validation", "testing", "training")] == [1, 1, 8]
 
 
+@pytest.mark.parametrize(
+    ("part", "published"),
+    [
+        ("testing", "bed/0c40e715 bed/0ea0e2f4 bird/42beb5eb down/022cd682 off/096456f9 stop/0c40e715 zero/37dca74f"),
+        ("validation", "bed/fde2dee7 bird/099d52ad cat/66cff190 down/364c0853 go/0ab3b47d on/1657c9fa zero/7c1d8533"),
+    ],
+)
+def test_the_hash_gives_the_splits_that_the_set_was_published_with(part: str, published: str) -> None:
+    """Lines of its testing_list.txt and validation_list.txt."""
+    assert {hashed_split(f"{name}_nohash_{take}.wav") for name in published.split() for take in (0, 4)} == {part}
+
+
 def _by_the_rule(path: str) -> str:
     """`which_set` of the set's README, in whole numbers."""
     speaker = Path(path).name.split("_nohash_")[0]
