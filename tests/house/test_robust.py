@@ -75,6 +75,10 @@ ELSEWHERE = {
     ("finetune", TINY, "init=~nosuchuser/x"): "init=~nosuchuser/x: there is no such user; give the path without ~",
     ("pretrain", TINY, "out=~nosuchuser/x"): "out=~nosuchuser/x: there is no such user; give the path without ~",
     ("pretrain", TINY, "out=caf\udce9"): "out=caf\\xdce9 is not UTF-8, and checkpoints can't be read there",
+    ("pretrain", DIGITS, "data.root="): "data.root= is empty: name a folder, or leave it out",
+    ("pretrain", TINY, "out="): "out= is empty: name a folder, or leave it out",
+    ("finetune", TINY, "init="): "init= is empty: name a run or folder, or leave it out",
+    ("finetune", "recipes.audio:demo", "data.augment.roll=0"): "all of data.augment is 0; set data.augment=null for no",
     ("import", "0", "out=\0"): "out=\\x00: no name of a folder holds a null byte",
     ("pretrain", TINY, "out=/proc/none/x"): "/proc/none/x can't be written: No folder can be made there; name",
     ("ablate", TINY, "out=/proc/none"): "/proc/none can't be written: No folder can be made there",
@@ -88,6 +92,22 @@ def test_an_odd_option_of_any_task_is_one_line(fails: Callable[..., str], words:
     assert said in line
     assert len(line) < 600
     assert list(Path().iterdir()) == []
+
+
+def test_a_run_that_is_not_there_is_not_asked_of_the_hub_where_its_folder_is(fails: Callable[..., str]) -> None:
+    Path("runs").mkdir()
+    assert fails("finetune", TINY, "init=runs/none").startswith("init=runs/none: there is no such folder")
+
+
+def test_a_stopped_check_claims_to_keep_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipes.tasks.check.main", stopped)
+    assert main(["check", TINY]) == 130
+    assert capsys.readouterr().err == "nepa: stopped\n"
 
 
 def test_data_whose_tokens_do_not_fit_the_weights_are_named(fails: Callable[..., str], run: Path) -> None:

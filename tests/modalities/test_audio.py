@@ -162,7 +162,8 @@ def test_two_token_kinds_read_whole_batches_as_they_read_samples() -> None:
     [
         ({"patch": (5, 4)}, r"data.patch=\(5, 4\) does not divide data.bands=16; .*: 15 and 20"),
         ({"patch": (32, 4)}, r"nearest that it divides: 32"),
-        ({"patch_order": "hilbert"}, "data.patch_order=hilbert is for patches"),
+        ({"patch_order": "hilbert"}, r"data.patch_order=hilbert is for patches; set data.patch=\[16,16\]"),
+        ({"patch_order": "hilbert", "bands": 40}, r"is for patches; set data.patch=\[8,8\]"),
         ({"source": "folder"}, "data.root=DIR"),
         ({"held_out_speaker": "ann"}, "data.held_out_speaker is for data.source=folder"),
         ({"seconds": 0.03}, "data.seconds=0.03 is less than two tokens of 0.02 s"),

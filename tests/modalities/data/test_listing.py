@@ -159,6 +159,10 @@ def test_the_same_content_in_both_splits_is_counted() -> None:
     line = shared.line()
     assert line is not None
     assert line.startswith("leak: 3 of 5 held-out samples")
+    assert "such as test0 and train2;" in line
+    twice = shared_content(contents([b"a"], "clip"), contents([b"a"], "clip")).line()
+    assert twice is not None
+    assert "such as clip0, which is listed in both;" in twice
     assert shared_content(contents(train, "train"), contents([b"z"], "test")).line() is None
     assert shared_content(contents([], "train"), contents([], "test")).count == 0
 

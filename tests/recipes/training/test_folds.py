@@ -226,6 +226,8 @@ def test_a_class_of_one_fold_alone_is_found_where_the_table_of_the_set_names_all
     assert main(["finetune", NAME, "data.root=odd50", "folds=all", "out=run"]) == 2
     assert "no training sample has the class odd where fold 3 is held out" in capsys.readouterr().err
     assert not Path("run").exists()
+    assert main(["finetune", NAME, "data.root=odd50", "data.fold=3", "out=run"]) == 0
+    assert "no training sample has odd: 1 of 3 classes can't be learned" in capsys.readouterr().err
 
 
 class Own(Audio):
