@@ -241,7 +241,10 @@ def short_table(kept: Mapping[str, Found]) -> list[str]:
             written(found["tests"][key][RANDOM], stands=(task.name, key, RANDOM) in stands) for key in task.measures
         ]
         raw = 100 * (found["spreads"]["probe"][FROZEN]["mean"] - found["raw_tokens"])
-        lines.append([task.title, gain[0], f"{raw:+.1f}", "; ".join(gain[1:])])
+        tuned = gain[1:]
+        if len(tuned) > 1:
+            tuned = [f"{each} ({labels} a class)" for each, labels in zip(tuned, task.labels, strict=True)]
+        lines.append([task.title, gain[0], f"{raw:+.1f}", "; ".join(tuned)])
     return table_lines(lines)
 
 

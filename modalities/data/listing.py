@@ -167,8 +167,8 @@ def data_folder(root: str, holds: str = "the data") -> Path:
     path = os.path.expanduser(root)
     if not os.path.isdir(path):
         shown = printable(root if len(root) <= 80 else root[:77] + "...")
-        what = "that is a file" if os.path.isfile(path) else "there is no such folder"
-        raise UserError(f"data.root={shown}: {what}; give the folder that holds {holds}")
+        what = "is a file and no folder" if os.path.isfile(path) else "there is no such folder"
+        raise UserError(f"data.root={shown}: {what}; give the one that holds {holds}")
     return Path(path)
 
 

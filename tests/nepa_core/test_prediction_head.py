@@ -193,7 +193,7 @@ def test_raw_tokens_are_predicted_as_the_formula_says(mask: Tensor | None, bos: 
     found = torch.autograd.grad(loss, [p, heads.raw.linear.weight, heads.raw.linear.bias])
     wanted = torch.autograd.grad(expected, [p64, weight, bias])
     for ours, theirs in zip(found, wanted, strict=True):
-        torch.testing.assert_close(ours, theirs.float(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=2e-5)  # the mean is taken off in float32
 
 
 @pytest.mark.parametrize(("terms", "raw"), [({"raw_token": 1.0}, True), ({"raw_token": 1.0, "cosine": 1.0}, False)])
