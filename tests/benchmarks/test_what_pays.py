@@ -20,6 +20,7 @@ from benchmarks.what_pays import (
     read_kept,
     real,
     short_table,
+    signed,
 )
 from recipes.comparison import engine, measures
 from recipes.comparison.objectives import REFERENCE
@@ -60,6 +61,11 @@ def test_tables_name_what_is_not_finished_and_set_bold_what_stands() -> None:
     assert sum("**-2.0 ± 1.0**" in line for line in lines) == 2
     (line,) = short_table({"GunPoint": made(0.5, 0.5)})[2:]
     assert line == "| GunPoint | +5.0 ± 1.0 | +5.0 | +5.0 ± 1.0 |"
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus() -> None:
+    assert signed(-0.0002, 0.01) == "+0.0 ± 1.0"
+    assert signed(-0.0123, 0.01) == "-1.2 ± 1.0"
 
 
 def test_a_block_is_replaced_between_its_marks_alone() -> None:
