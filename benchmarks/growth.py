@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import declared
 from benchmarks.markdown import marked_anew, table_lines
-from benchmarks.what_pays import FROZEN, signed, standing, title
+from benchmarks.what_pays import FROZEN, ONE_SETTING, signed, standing, title
 from nepa_core.model import NEPA
 from nepa_core.runtime.config import override
 from nepa_core.runtime.run import Run
@@ -178,9 +178,7 @@ def config_of(task: Task, point: Point, data: Path) -> PretrainConfig:
 
 def care_of(task: Task) -> Care:
     """How everything is fine-tuned: one setting, as in the development rounds of what-pays.md."""
-    return Care(
-        labels=(task.labels,), learning_rates=(1e-3,), finetune_steps=(300,), finetune_causal=(False,), horizon=HORIZON
-    )
+    return Care(labels=(task.labels,), horizon=HORIZON, **ONE_SETTING)
 
 
 def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> RunMeasures:
@@ -188,13 +186,17 @@ def measure(config: PretrainConfig, model: NEPA, run: Run, care: Care) -> RunMea
     return objectives.measure(override(config, {"data.limit": None}), model, run, care)
 
 
+def variants_of(task: Task, point: Point, data: Path) -> list[Variant]:
+    """The objectives at a point."""
+    config = config_of(task, point, data)
+    return [Variant(name, named(name, config)) for name in OBJECTIVES]
+
+
 def jobs_of(task: Task, point: Point, data: Path, out: Path) -> dict[str, list[Job]]:
     """Variant or random weights -> a job a seed. The random weights of a width are one job, whatever its points."""
-    config, care, folder = config_of(task, point, data), care_of(task), out / task.name
+    care, folder = care_of(task), out / task.name
     how = Measure("growth", measure, care)
-    jobs = {
-        name: [pair(Variant(name, named(name, config)), seed, how, folder) for seed in SEEDS] for name in OBJECTIVES
-    }
+    jobs = {each.name: [pair(each, seed, how, folder) for seed in SEEDS] for each in variants_of(task, point, data)}
     start = config_of(task, task.base._replace(width=point.width), data)
     return {**jobs, RANDOM: [objectives.control(start, seed, care, folder) for seed in SEEDS]}
 
@@ -202,9 +204,9 @@ def jobs_of(task: Task, point: Point, data: Path, out: Path) -> dict[str, list[J
 def run(task: Task, point: Point, data: Path, out: Path, workers: int | None) -> Kept:
     """Measure a point, as far as that is not done."""
     jobs = jobs_of(task, point, data, out)
-    for name in OBJECTIVES:  # so that nothing is written where one does not fit the data
-        if not all(job.done for job in jobs[name]):
-            try_variant(Variant(name, named(name, config_of(task, point, data))))
+    for variant in variants_of(task, point, data):  # so that nothing is written where one does not fit the data
+        if not all(job.done for job in jobs[variant.name]):
+            try_variant(variant)
     share([job for each in jobs.values() for job in each], workers=workers or default_workers())
     rows = {name: [only(job.values(), task.measures) for job in each] for name, each in jobs.items()}
     return {"seeds": list(SEEDS), "rows": rows, "made_with": declared.made_with()}

@@ -259,8 +259,10 @@ def explain(error: ValidationError, prefix: str, kind: type[BaseModel]) -> str:
     key = prefix + _typed(place)
     message = first["msg"].removeprefix("Value error, ")
     if not place:  # a validator over the whole config names its keys itself, a Duration can't
-        if prefix.startswith("data."):  # where an adapter is part of another; a group of one names its own keys
-            message = re.sub(rf"\bdata\.(?!{re.escape(prefix[5:-1])}\b)(?=\w)", prefix, message)
+        if prefix.startswith("data.") and prefix != "data.":  # of an adapter within another, or of a group of one
+            holder = prefix[: prefix.rindex(".", 0, -1) + 1]
+            own = kind.model_fields
+            message = re.sub(r"\bdata\.(?=(\w+))", lambda key: prefix if key[1] in own else holder, message)
         return message if kind is not Duration else f"{prefix.removesuffix('.')}: {message}"
     if first["type"] == "extra_forbidden":
         return f"unknown key {key}{nearest(str(place[-1]), kind.model_fields)}"

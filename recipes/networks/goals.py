@@ -362,9 +362,8 @@ class MultiLabel:
         if not classes.any():
             raise UserError("no class is of some held-out samples and not of others, so nothing can be ranked")
         chosen = classes.nonzero()[:, 0]
-        chosen = (
-            chosen.repeat(2) if len(chosen) == 1 else chosen
-        )  # torchmetrics takes two or more; the mean is the same
+        if len(chosen) == 1:
+            chosen = chosen.repeat(2)  # torchmetrics takes two or more; the mean is the same
         scores, right, count = _places(outputs[:, chosen]), truth[:, chosen].int(), len(chosen)
         precision = multilabel_average_precision(scores, right, count, average="macro")
         area = multilabel_auroc(scores, right, count, average="macro")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 from pydantic import BaseModel
 
+from modalities.data.spectrogram_augment import SpectrogramAugment
 from nepa_core.basics import UserError
 from nepa_core.runtime.config import (
     differences,
@@ -17,6 +19,7 @@ from nepa_core.runtime.config import (
     override,
     parse_assignments,
     save_config,
+    validated,
 )
 from nepa_core.runtime.optim import Duration, LayerDecay
 from recipes.configs import PretrainConfig
@@ -276,3 +279,9 @@ def test_saving_a_config_leaves_the_earlier_one_where_the_disk_fails(
         save_config(tiny.random(), file)
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("place", ["data.augment", "data.parts.sound.augment"])
+def test_a_group_of_an_adapter_is_named_where_it_lies(place: str) -> None:
+    with pytest.raises(UserError, match=f"^all of {re.escape(place)} is 0; set {re.escape(place)}=null"):
+        validated(SpectrogramAugment, {}, f"{place}.")
