@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
@@ -307,164 +307,306 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM, on every rank where it came to one; a checkpoint was written. After the last
             step, too: what follows in the same command is not begun.
     """
-    samples = len(cast(Sized, dataset))
-    steps = plan(config, optim, samples=samples, ranks=world.size)
-    settings = Settings(optim, config)
-    trained = held(model, ema, world, config.strategy)
-    optimizer = make_optimizer(trained, optim, height, head)
-    tally = _Tally(world.device)
-    found = fingerprint_of(dataset)
-    weights = balanced_weights(dataset) if config.sampling == "balanced" else None
-    watch = watch or Stopwatch()
-    names: dict[Tensor, str] = {value: name for name, value in trained.named_parameters()}
-    parameters = [value for _, value in trained.named_parameters() if value.requires_grad]
-
-    def measure(done: int) -> None:
-        if evaluate is None:
-            return
-        with meter.busy("held-out data"), trained.whole():
-            figures = evaluate()
-        if world.is_main:
-            run.log({"step": done, **figures})
-            for name, figure in figures.items():
-                if name == "warning":
-                    meter.say(f"step {done}: {figure}")
-                elif name.startswith("probe_"):
-                    meter.say(f"step {done}: {name.replace('_', ' ')} {figure:.3f}")
-
-    def save(done: int, seconds: float, tokens: int) -> None:
-        batches.settle()
-        unreadable = world.union(batches.unreadable)
-        groups = {"optimizer": optimizer_tensors(optimizer, names), "tally": tally.sums}
-        groups |= _heads_apart("model", trained.state())
-        if trained.ema is not None:
-            groups |= _heads_apart("ema", trained.ema.averages)
-        tensors = {group: _copies(each, trained, kept=world.is_main) for group, each in groups.items()}
-        if not world.is_main:
-            return
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()  # the copies are there
-        state = {
-            "metrics_bytes": run.metrics_size(),
-            "seconds": seconds,
-            "tokens": tokens,
-            "tally_steps": tally.steps,
-            "unreadable": unreadable,
-            "data": found,
-            "cycle": list(cycle),
-            "settings": settings.stored(),
-            "changes": list(sitting.changes),
-            "origin": sitting.origin or origin,
-        }
-        stays = steady if optim.schedule == "wsd" else None
-        checkpoint = Checkpoint(done, tensors, state)
-        writer.write(partial(save_checkpoint, run.checkpoints, checkpoint, keep=config.keep, stays=stays))
-
+    steps = plan(config, optim, samples=len(cast(Sized, dataset)), ranks=world.size)
+    training = _Training(
+        model=model,
+        ema=ema,
+        dataset=dataset,
+        config=config,
+        optim=optim,
+        plan=steps,
+        run=run,
+        world=world,
+        height=height,
+        head=head,
+        origin=origin,
+        watch=watch or Stopwatch(),
+    )
     with (
         Meter(steps.total, enabled=show and world.is_main) as meter,
         _stop_requests() as stop,
         BackgroundWriter(lambda path: run.tell("checkpoint", str(path))) as writer,
     ):
-        sitting = restore(
-            run,
-            world,
-            model=model,
-            optimizer=optimizer,
-            names=names,
-            part=trained.part,
-            ema=ema,
-            tally=tally,
-            data=None if changed_data else found,
-            settings=settings,
-            plan=steps,
-            say=meter.say,
-        )
+        training.restore(changed_data=changed_data, say=meter.say)
         world.barrier()  # all have read what is written from here on
         if world.is_main:
             begin()
-            if 0 < sitting.step < steps.total:
-                run.set_aside(sitting.step)
-            run.truncate_metrics(sitting.metrics_bytes)
-        start, cycle = sitting.step, sitting.cycle
-        steady = cycle.steady(optim)
-        tokens = torch.tensor(sitting.tokens, device=world.device)  # stays there: reading it would wait for the device
-        if start == 0 and untrained:
-            measure(0)
-        meter.resume(start)
-        batches = _batches(dataset, config, world, weights, accumulate=steps.accumulate, start=start, stop=steps.total)
-        batches.unreadable.update(sitting.unreadable)
-        stream = iter(batches)
-        model.train()
-        shared = trained.begin().train()
-        began = time.perf_counter()
-        watch.lap("start")
-        for step in range(start, steps.total):
-            run_step = step_function if step_at is None else step_at(step / steps.total)
-            sums = _accumulate(trained, shared, run_step, batches, stream, step, steps.accumulate, config, world, watch)
-            trained.collect()
-            lr = set_rates(
-                optimizer,
-                optim,
-                peak=steps.peak_lr,
-                step=step - cycle.start,
-                total=cycle.total - cycle.start,
-                warmup=cycle.warmup,
-            )
-            loss, weight, seen = world.sum(sums)
-            tokens += seen.long()
-            share = weight / world.size
-            norm, skipped = update(optimizer, parameters, weight=share, clip=optim.clip, norm_of=trained.norm)
-            watch.lap("optimizer")
-            if trained.ema is not None:
-                trained.ema.update()
-                watch.lap("ema")
-            tally.add(loss=loss, weight=weight, grad_norm=norm, skipped=skipped)
-            done = step + 1
+            training.trim_run()
+        if training.done == 0 and untrained:
+            _measure(evaluate, training, meter)
+        meter.resume(training.done)
+        training.begin()
+        while training.done < steps.total:
+            training.step(step_function if step_at is None else step_at(training.done / steps.total))
+            done, last = training.done, training.done == steps.total
             meter.advance(done)
-            last = done == steps.total
             if done % config.log == 0 or last:
-                batches.settle()
-                line = _metrics_line(tally, done=done, lr=lr, epoch=done / steps.per_epoch)
-                if world.is_main:
-                    run.log(line)
-                    elapsed = time.perf_counter() - began
-                    run.log_timing({"step": done, "seconds": sitting.seconds + elapsed, "tokens": int(tokens)})
-                    meter.note(f"loss {line['loss']:.4f}")
-                if line["skipped_steps"]:
-                    meter.say(
-                        f"step {done}: {line['skipped_steps']:.0f} steps skipped, their gradients were not finite"
-                    )
+                _log(training, meter)
             if done % config.evaluate == 0 or last:
-                measure(done)
+                _measure(evaluate, training, meter)
             stopping = stop.wanted if world.size == 1 else done % config.log == 0 and world.any(stop.wanted)
-            watch.lap("rest")
-            if done % config.checkpoint == 0 or done == steady or last or stopping:
-                save(done, sitting.seconds + time.perf_counter() - began, int(tokens))
-                watch.lap("checkpoint")
+            training.watch.lap("rest")
+            if done % config.checkpoint == 0 or done == training.steady or last or stopping:
+                training.save(writer)
+                training.watch.lap("checkpoint")
             writer.look()
             if stopping and not last:
                 writer.wait()
                 raise Interrupted(
                     f"stopped after step {done} of {steps.total}; the same command goes on from there", stop.status
                 )
-        trained.end()
+        training.end()
         writer.wait()
-    seconds = time.perf_counter() - began
+    result = training.result()
     if world.any(stop.wanted):  # since the last step; read here, where a signal is no longer taken for later
         raise Interrupted(
             f"stopped after the last of {steps.total} steps, which are kept; the same command goes on from there",
             stop.status,
         )
-    working = sum(watch.seconds.values()) - watch.seconds.get("start", 0.0)
-    return FitResult(
-        steps.total,
-        sitting.seconds + seconds,
-        int(tokens),
-        watch.seconds.get("data", 0.0) / max(working, 1e-9),
-        world.union(batches.unreadable),
-        sitting.changes,
-        sitting.origin or origin,
-    )
+    return result
+
+
+class _Training:
+    """What the steps of a run change: network, average, optimiser, tally, and how far they are.
+
+    Attributes:
+        done: steps, over all sittings. steady: the step whose checkpoint stays, see `going_on.Cycle.steady`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        ema: Ema | None,
+        dataset: Dataset[Batch],
+        config: TrainConfig,
+        optim: OptimConfig,
+        plan: Plan,
+        run: Run,
+        world: World,
+        height: Callable[[str], int],
+        head: Callable[[str], bool],
+        origin: Mapping[str, Any] | None,
+        watch: Stopwatch,
+    ) -> None:
+        self.run, self.world, self.watch, self.done = run, world, watch, 0
+        self._model, self._ema, self._dataset = model, ema, dataset
+        self._config, self._optim, self._plan, self._origin = config, optim, plan, origin
+        self._settings = Settings(optim, config)
+        self._trained = held(model, ema, world, config.strategy)
+        self._optimizer = make_optimizer(self._trained, optim, height, head)
+        self._tally = _Tally(world.device)
+        self._data = fingerprint_of(dataset)
+        self._weights = balanced_weights(dataset) if config.sampling == "balanced" else None
+        self._names: dict[Tensor, str] = {value: name for name, value in self._trained.named_parameters()}
+        self._parameters = [value for _, value in self._trained.named_parameters() if value.requires_grad]
+        self._sitting = Sitting(Cycle(0, plan.warmup, plan.total))
+        self._tokens = torch.tensor(0, device=world.device)  # stays there: reading it would wait for the device
+        self._began = time.perf_counter()
+
+    def restore(self, *, changed_data: bool, say: Callable[[str], None]) -> None:
+        """Go back to where the run was left, see `restore`."""
+        self._sitting = restore(
+            self.run,
+            self.world,
+            model=self._model,
+            optimizer=self._optimizer,
+            names=self._names,
+            part=self._trained.part,
+            ema=self._ema,
+            tally=self._tally,
+            data=None if changed_data else self._data,
+            settings=self._settings,
+            plan=self._plan,
+            say=say,
+        )
+        self.done = self._sitting.step
+        self._tokens += self._sitting.tokens
+
+    def trim_run(self) -> None:
+        """Set the files of the run's folder back to where it goes on."""
+        if 0 < self.done < self._plan.total:
+            self.run.set_aside(self.done)
+        self.run.truncate_metrics(self._sitting.metrics_bytes)
+
+    def begin(self) -> None:
+        """Open the data and hand the network to the processes; time counts from here on."""
+        self._batches = _batches(
+            self._dataset,
+            self._config,
+            self.world,
+            self._weights,
+            accumulate=self._plan.accumulate,
+            start=self.done,
+            stop=self._plan.total,
+        )
+        self._batches.unreadable.update(self._sitting.unreadable)
+        self._stream = iter(self._batches)
+        self._model.train()
+        self._shared = self._trained.begin().train()
+        self._began = time.perf_counter()
+        self.watch.lap("start")
+
+    def step(self, step_function: StepFunction) -> None:
+        """One optimiser step: gradients of all micro-batches, AdamW, the average, the tally."""
+        sums = self._accumulate(step_function)
+        self._trained.collect()
+        self._rate = self._set_rates()
+        loss, weight, seen = self.world.sum(sums)
+        self._tokens += seen.long()
+        norm, skipped = update(
+            self._optimizer,
+            self._parameters,
+            weight=weight / self.world.size,
+            clip=self._optim.clip,
+            norm_of=self._trained.norm,
+        )
+        self.watch.lap("optimizer")
+        if self._trained.ema is not None:
+            self._trained.ema.update()
+            self.watch.lap("ema")
+        self._tally.add(loss=loss, weight=weight, grad_norm=norm, skipped=skipped)
+        self.done += 1
+
+    def _set_rates(self) -> float:
+        cycle = self._sitting.cycle
+        return set_rates(
+            self._optimizer,
+            self._optim,
+            peak=self._plan.peak_lr,
+            step=self.done - cycle.start,
+            total=cycle.total - cycle.start,
+            warmup=cycle.warmup,
+        )
+
+    def _accumulate(self, step_function: StepFunction) -> Tensor:
+        """Forward and backward over the micro-batches of a step; gradients are left as sums over all that was weighed.
+
+        Returns:
+            [3] float32, sums on this rank: of loss times weight, of the weights, and of the tokens.
+        """
+        world, parts = self.world, self._plan.accumulate
+        sums = torch.zeros(3, device=world.device)
+        dtype = autocast_dtype(self._config.precision, world.device)
+        for part in range(parts):
+            batch = next(self._stream)
+            self.watch.lap("data")
+            seed_step(fold_seed(self._config.seed, "step", self.done, part, world.rank), world.device)
+            with self._trained.micro_batch(first=part == 0, last=part == parts - 1):
+                # Autocast is entered anew each time: around the whole loop it would keep stale casts of the weights.
+                with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
+                    out = step_function(self._shared, batch)
+                self.watch.lap("forward")
+                if out.broken is not None:
+                    self._batches.suspect(out.broken)
+                weighted = out.loss * out.weight
+                weighted.backward()
+            sums[0] += weighted.detach()
+            sums[1] += out.weight
+            sums[2] += out.tokens
+            self.watch.lap("backward")
+        return sums
+
+    def line(self) -> dict[str, float]:
+        """The figures since the last line of metrics.
+
+        Raises:
+            Diverged: no step since then had a finite gradient.
+        """
+        self._batches.settle()
+        return _metrics_line(self._tally, done=self.done, lr=self._rate, epoch=self.done / self._plan.per_epoch)
+
+    def timing(self) -> dict[str, Any]:
+        """Steps done, seconds and tokens over all sittings; waits for the device."""
+        return {"step": self.done, "seconds": self.seconds(), "tokens": int(self._tokens)}
+
+    def seconds(self) -> float:
+        """Spent on steps, over all sittings."""
+        return self._sitting.seconds + time.perf_counter() - self._began
+
+    @property
+    def steady(self) -> int | None:
+        return self._sitting.cycle.steady(self._optim)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within the block model and average hold their values, see `Whole.whole`."""
+        return self._trained.whole()
+
+    def save(self, writer: BackgroundWriter) -> None:
+        """Copy all that `restore` needs, and have it written while training goes on; called on every rank."""
+        figures = {name: figure for name, figure in self.timing().items() if name != "step"}
+        self._batches.settle()
+        unreadable = self.world.union(self._batches.unreadable)
+        tensors = self._tensors()
+        if not self.world.is_main:
+            return
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()  # the copies are there
+        state = {
+            "metrics_bytes": self.run.metrics_size(),
+            **figures,
+            "tally_steps": self._tally.steps,
+            "unreadable": unreadable,
+            "data": self._data,
+            "cycle": list(self._sitting.cycle),
+            "settings": self._settings.stored(),
+            "changes": list(self._sitting.changes),
+            "origin": self._sitting.origin or self._origin,
+        }
+        stays = self.steady if self._optim.schedule == "wsd" else None
+        checkpoint = Checkpoint(self.done, tensors, state)
+        writer.write(partial(save_checkpoint, self.run.checkpoints, checkpoint, keep=self._config.keep, stays=stays))
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        groups = {"optimizer": optimizer_tensors(self._optimizer, self._names), "tally": self._tally.sums}
+        groups |= _heads_apart("model", self._trained.state())
+        if self._trained.ema is not None:
+            groups |= _heads_apart("ema", self._trained.ema.averages)
+        return {group: _copies(each, self._trained, kept=self.world.is_main) for group, each in groups.items()}
+
+    def end(self) -> None:
+        """Model and average hold their values from here on; called on every rank."""
+        self._trained.end()
+
+    def result(self) -> FitResult:
+        spent = self.watch.seconds
+        working = sum(spent.values()) - spent.get("start", 0.0)
+        return FitResult(
+            steps=self._plan.total,
+            seconds=self.seconds(),
+            tokens=int(self._tokens),
+            data_wait_share=spent.get("data", 0.0) / max(working, 1e-9),
+            unreadable=self.world.union(self._batches.unreadable),
+            changes=self._sitting.changes,
+            origin=self._sitting.origin or self._origin,
+        )
+
+
+def _measure(evaluate: Callable[[], Mapping[str, Any]] | None, training: _Training, meter: Meter) -> None:
+    """Log the held-out figures, and show those that a reader waits for."""
+    if evaluate is None:
+        return
+    with meter.busy("held-out data"), training.whole():
+        figures = evaluate()
+    if not training.world.is_main:
+        return
+    training.run.log({"step": training.done, **figures})
+    for name, figure in figures.items():
+        if name == "warning":
+            meter.say(f"step {training.done}: {figure}")
+        elif name.startswith("probe_"):
+            meter.say(f"step {training.done}: {name.replace('_', ' ')} {figure:.3f}")
+
+
+def _log(training: _Training, meter: Meter) -> None:
+    """Log the figures since the last line, and how long all has taken."""
+    line = training.line()
+    if training.world.is_main:
+        training.run.log(line)
+        training.run.log_timing(training.timing())
+        meter.note(f"loss {line['loss']:.4f}")
+    if line["skipped_steps"]:
+        meter.say(f"step {training.done}: {line['skipped_steps']:.0f} steps skipped, their gradients were not finite")
 
 
 def fingerprint_of(dataset: Dataset[Batch]) -> str:
@@ -630,45 +772,6 @@ def _batches(
     return TrainingBatches(
         dataset, sampler, workers=config.workers, max_unreadable=config.max_unreadable, device=world.device
     )
-
-
-def _accumulate(
-    trained: Whole,
-    model: nn.Module,
-    step_function: StepFunction,
-    batches: TrainingBatches,
-    stream: Iterator[Batch],
-    step: int,
-    parts: int,
-    config: TrainConfig,
-    world: World,
-    watch: Stopwatch,
-) -> Tensor:
-    """Forward and backward over the micro-batches of a step; gradients are left as sums over all that was weighed.
-
-    Returns:
-        [3] float32, sums on this rank: of loss times weight, of the weights, and of the tokens.
-    """
-    sums = torch.zeros(3, device=world.device)
-    dtype = autocast_dtype(config.precision, world.device)
-    for part in range(parts):
-        batch = next(stream)
-        watch.lap("data")
-        seed_step(fold_seed(config.seed, "step", step, part, world.rank), world.device)
-        with trained.micro_batch(first=part == 0, last=part == parts - 1):
-            # Autocast is entered anew each time: around the whole loop it would keep stale casts of the weights.
-            with torch.autocast(world.device.type, dtype, enabled=dtype is not None):
-                out = step_function(model, batch)
-            watch.lap("forward")
-            if out.broken is not None:
-                batches.suspect(out.broken)
-            weighted = out.loss * out.weight
-            weighted.backward()
-        sums[0] += weighted.detach()
-        sums[1] += out.weight
-        sums[2] += out.tokens
-        watch.lap("backward")
-    return sums
 
 
 def update(
