@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -164,41 +165,19 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
     if options.fid is not None and (kind := net.data.decode(held_out.parts[0]).kind) != "picture":
         raise UserError(f"fid= compares pictures, and samples of {type(net.data).__name__} are {kind}: leave it out")
     untrained = build_model(config, predicts=True).to(next(net.model.parameters()).device).eval()
-    decoders = kept_decoders(
-        folder,
-        {OWN: net.model, RANDOM: untrained},
-        train.parts,
-        DecoderConfig(steps=options.decoder_steps, seed=options.seed, flow=FlowConfig(width=options.width)),
-        {
-            "adapter": import_path(type(net.data)),
-            "data": net.data.model_dump(mode="json"),
-            "samples": [fingerprint_of(net.data.samples_of("train")), len(train.numbers)],
-        },
-        causal=net.causal,
-        show=show,
-        told=net.data.placed(held_out.parts[0]) is None,
-    )
+    decoders = _decoders(net, untrained, held_out, train, options, folder, show=show)
+    decoded, rivals, notes = _rivals(net, untrained, decoders, held_out, train, options)
     flow = decoders[OWN].flow
 
     def standardise(values: Tensor) -> Tensor:
         return flow.standardised(values.to(flow.mean.device)).cpu()
 
-    decoded, rivals, notes = _rivals(net, untrained, decoders, held_out, train, options)
     scores = {}
     for name, rival in rivals.items():
         if show:
             say_progress(f"judging {name}")
         scores[name] = score(rival, held_out, options.draws, standardise, bos=bos)
-    longest = max(held_out.longest, train.longest)
-    found = levels(signals(train.parts, longest))
-    drawn, completed = (
-        list(one_draw(decoded, held_out, found, longest, all_of=all_of, bos=bos)) for all_of in (True, False)
-    )
-    as_vectors = [
-        signals((replace(part, values=standardise(part.values)) for part in parts), longest)
-        for parts in (held_out.parts, train.parts, drawn, completed)
-    ]
-    true, training, new, whole = as_vectors
+    made = _make(decoded, held_out, train, standardise, bos=bos)
     summary: GenerateSummary = {
         "keep": options.keep,
         "region": None if options.region is None else list(options.region),
@@ -218,19 +197,16 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
         "next_token": table(scores, "following", held_out),
         "mean_error": table(scores, "error", held_out),
         "own_error": own_error(decoded, held_out, bos=bos),
-        "quantised": 0 if found is None else int((found.counts > 0).sum()),
-        "numbers": true.shape[1],
-        "from_nothing": told_apart(true, new, held_out, options.seed) | copied(new, training, true),
-        "completed": told_apart(true, whole, held_out, options.seed),
-        "training": told_apart(true, training, None, options.seed),
+        **_told_apart(made, held_out, options.seed),
         "notes": notes,
     }
     if options.fid is not None:
         of = (
-            torch.cat([net.data.decode(part).data for part in parts]) for parts in (held_out.parts, drawn, train.parts)
+            torch.cat([net.data.decode(part).data for part in parts])
+            for parts in (held_out.parts, made.drawn, train.parts)
         )
-        real, made, trained_on = of
-        summary["fid"] = frechet(real, made, trained_on, options.fid)._asdict()
+        real, new, trained_on = of
+        summary["fid"] = frechet(real, new, trained_on, options.fid)._asdict()
     if (psnr := signal_to_noise(net.data, decoded, held_out)) is not None:
         summary["psnr"] = psnr
     if found_readings := readings(net.data, rivals | {ALWAYS: Always(flow.mean.cpu())}, held_out, bos=bos):
@@ -239,8 +215,81 @@ def generate(net: Network, config: PretrainConfig, options: GenerateOptions, fol
     if isinstance(best := rivals.get(BEST), Known):
         summary["law"] = law_recovered(decoded, best, held_out, options.draws)
     summary["seconds"] = round(time.monotonic() - start, 1)
-    closest = nearest(whole, training, true).to
-    return Generated(summary, held_out, train, decoded, found, completed, drawn, scores[OWN], closest)
+    closest = nearest(made.completed_signals, made.training, made.true).to
+    return Generated(summary, held_out, train, decoded, made.levels, made.completed, made.drawn, scores[OWN], closest)
+
+
+def _decoders(
+    net: Network,
+    untrained: NEPA,
+    held_out: Samples,
+    train: Samples,
+    options: GenerateOptions,
+    folder: Path,
+    *,
+    show: bool,
+) -> dict[str, Decoders]:
+    """Those of the network and of random weights, from `folder` where they were fitted before."""
+    return kept_decoders(
+        folder,
+        {OWN: net.model, RANDOM: untrained},
+        train.parts,
+        DecoderConfig(steps=options.decoder_steps, seed=options.seed, flow=FlowConfig(width=options.width)),
+        {
+            "adapter": import_path(type(net.data)),
+            "data": net.data.model_dump(mode="json"),
+            "samples": [fingerprint_of(net.data.samples_of("train")), len(train.numbers)],
+        },
+        causal=net.causal,
+        show=show,
+        told=net.data.placed(held_out.parts[0]) is None,
+    )
+
+
+class _Made(NamedTuple):
+    """What the network made, beside what is real.
+
+    Attributes:
+        levels: of the data, or None. drawn, completed: see `Generated`.
+        true, training, drawn_signals, completed_signals: [S, numbers] each, samples as standardised vectors.
+    """
+
+    levels: Levels | None
+    drawn: list[Tokens]
+    completed: list[Tokens]
+    true: Tensor
+    training: Tensor
+    drawn_signals: Tensor
+    completed_signals: Tensor
+
+
+def _make(
+    decoded: Decoded, held_out: Samples, train: Samples, standardise: Callable[[Tensor], Tensor], *, bos: bool
+) -> _Made:
+    """Draw every held-out sample once from its first token or from nothing, and complete it once."""
+    longest = max(held_out.longest, train.longest)
+    found = levels(signals(train.parts, longest))
+    drawn, completed = (
+        list(one_draw(decoded, held_out, found, longest, all_of=all_of, bos=bos)) for all_of in (True, False)
+    )
+    as_vectors = (
+        signals((replace(part, values=standardise(part.values)) for part in parts), longest)
+        for parts in (held_out.parts, train.parts, drawn, completed)
+    )
+    return _Made(found, drawn, completed, *as_vectors)
+
+
+def _told_apart(made: _Made, held_out: Samples, seed: int) -> GenerateSummary:
+    """How well a classifier tells what was made from what is real, and what of it is copied."""
+    counts = None if made.levels is None else made.levels.counts
+    return {
+        "quantised": 0 if counts is None else int((counts > 0).sum()),
+        "numbers": made.true.shape[1],
+        "from_nothing": told_apart(made.true, made.drawn_signals, held_out, seed)
+        | copied(made.drawn_signals, made.training, made.true),
+        "completed": told_apart(made.true, made.completed_signals, held_out, seed),
+        "training": told_apart(made.true, made.training, None, seed),
+    }
 
 
 def _rivals(

@@ -26,7 +26,7 @@ from nepa_core.runtime.weights import load_backbone, read_weights
 from nepa_core.verdict.diagnostics import effective_rank
 from recipes.configs import FinetuneConfig, PretrainConfig, SegmentConfig
 from recipes.networks.average_precision import ranked
-from recipes.networks.backbones import check_beside
+from recipes.networks.backbones import Backbone, check_beside
 from recipes.options import once
 from recipes.presets import small
 from recipes.readout import classifiers
@@ -190,11 +190,10 @@ def probe(
     ranks = ranks or World(0, 1, device)
     causal = config.objective.causal if options.causal is None else options.causal
     per_sample = tokens_per_sample(config.data.plain())
-    if not per_sample:
-        check_count(len(cast(Sized, config.data.plain().samples_of("train"))))
     if per_sample:
         rows, notes = token_rows(options, depth=config.model.depth, per_sample=per_sample)
     else:
+        check_count(len(cast(Sized, config.data.plain().samples_of("train"))))
         rows, notes = chosen_rows(options, depth=config.model.depth, bos=config.model.bos, causal=causal)
     untrained = build_model(config).to(device).eval()
     readers = [
@@ -215,20 +214,51 @@ def probe(
             return {}
         splits = [Split.of(*pair, device) for pair in zip(train.features, test.features, strict=True)]
         check_readers(splits[0], options)
-        found = layers, random_init, raw, *rivals = [score_rows(split, options.classifiers) for split in splits]
+        found = [score_rows(split, options.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
-    held_out = config.data.plain().samples_of("test")
-    clusters, chained = clusters_of(held_out, numbers), is_chained(held_out)
-    several = len(options.classifiers) > 1
-    worth = verdict(
+    summary = scored(
         found,
         splits[0],
-        clusters,
-        chained=chained,
-        several=several,
+        held_out=config.data.plain().samples_of("test"),
+        numbers=numbers,
+        backbones=backbones,
+        several=len(options.classifiers) > 1,
         per_token=per_sample > 0,
-        beside=[each.name for each in backbones],
     )
+    own = not tuned and causal and config.objective.causal
+    return summary | {
+        "paper": paper_rows(summary["layers"]) if own else {},
+        "causal": causal,
+        "seed": config.train.seed,
+        "unreadable_samples": train.unreadable,
+        "unreadable_messages": train.messages,
+        "unreadable_held_out": test.unreadable,
+        "unreadable_held_out_messages": test.messages,
+        "notes": [*notes, *[EQUAL] * bool(backbones)],
+    }
+
+
+def scored(
+    found: Sequence[Sequence[ProbeRow]],
+    split: Split,
+    *,
+    held_out: Any,
+    numbers: Tensor,
+    backbones: Sequence[Backbone],
+    several: bool,
+    per_token: bool,
+) -> ProbeSummary:
+    """The part of a summary that tells what the scores are worth.
+
+    Args:
+        found: rows of the network, of random weights, of the raw tokens and of `backbones`, as `score_rows` gives them.
+        split: of the network. held_out: the samples that it is scored on; numbers: [S] int64, which of them.
+        several, per_token: see `verdict`.
+    """
+    clusters, chained = clusters_of(held_out, numbers), is_chained(held_out)
+    names = [each.name for each in backbones]
+    worth = verdict(found, split, clusters, chained=chained, several=several, per_token=per_token, beside=names)
+    layers, random_init, raw, *rivals = found
     plain, plain_random, plain_raw, *plain_rivals = (list(map(without_credits, rows)) for rows in found)
     summary: ProbeSummary = {
         "layers": plain,
@@ -242,33 +272,24 @@ def probe(
             "raw_tokens": raw[0]["credits"],
             "clusters": pack_clusters(clusters, chained=chained),
         },
-        "paper": {} if tuned or not (causal and config.objective.causal) else paper_rows(plain),
-        "causal": causal,
-        "train_samples": len(splits[0].labels),
-        "test_samples": len(splits[0].test_labels),
-        "seed": config.train.seed,
-        "unreadable_samples": train.unreadable,
-        "unreadable_messages": train.messages,
-        "unreadable_held_out": test.unreadable,
-        "unreadable_held_out_messages": test.messages,
-        "notes": notes,
+        "train_samples": len(split.labels),
+        "test_samples": len(split.test_labels),
     }
     if len(raw) > 1:
         summary["raw_tokens_attentive"] = plain_raw[1]
     if backbones:
-        notes.append(EQUAL)
         summary["beside"] = [
             {
                 "name": each.name,
                 "about": each.about,
                 "layers": rows,
                 "best": best_row(rows),
-                "credits": best_row(scored)["credits"],
+                "credits": best_row(scored_rows)["credits"],
             }
-            for each, rows, scored in zip(backbones, plain_rivals, rivals, strict=True)
+            for each, rows, scored_rows in zip(backbones, plain_rivals, rivals, strict=True)
         ]
-    if per_sample:
-        summary["majority"] = float(majority_credits(splits[0]).mean())
+    if per_token:
+        summary["majority"] = float(majority_credits(split).mean())
     return summary
 
 
