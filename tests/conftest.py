@@ -12,9 +12,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from recipes.cli import main
 from recipes.configs import PretrainConfig
@@ -35,6 +38,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if wants and not torch.cuda.is_available():
         for item in wants:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+_savefig = Figure.savefig
+
+
+def _blank(figure: Figure, stream: BinaryIO, **_: object) -> None:
+    """A picture of the figure's size, and nothing in it."""
+    Image.new("1", figure.canvas.get_width_height()).save(stream, format="png")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Drawing takes three quarters of the time of a tiny run, so a quick test has blank pictures unless it asks."""
+    drawn = any(item.get_closest_marker(name) for name in ("pictures", "slow", "distributed", "browser"))
+    Figure.savefig = _savefig if drawn else _blank  # type: ignore[method-assign, assignment]
 
 
 ON_BOTH = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -307,14 +307,14 @@ def fit(
         Interrupted: Ctrl-C or SIGTERM, on every rank where it came to one; a checkpoint was written. After the last
             step, too: what follows in the same command is not begun.
     """
-    steps = plan(config, optim, samples=len(cast(Sized, dataset)), ranks=world.size)
+    planned = plan(config, optim, samples=len(cast(Sized, dataset)), ranks=world.size)
     training = _Training(
         model=model,
         ema=ema,
         dataset=dataset,
         config=config,
         optim=optim,
-        plan=steps,
+        plan=planned,
         run=run,
         world=world,
         height=height,
@@ -323,7 +323,7 @@ def fit(
         watch=watch or Stopwatch(),
     )
     with (
-        Meter(steps.total, enabled=show and world.is_main) as meter,
+        Meter(planned.total, enabled=show and world.is_main) as meter,
         _stop_requests() as stop,
         BackgroundWriter(lambda path: run.tell("checkpoint", str(path))) as writer,
     ):
@@ -336,9 +336,9 @@ def fit(
             _measure(evaluate, training, meter)
         meter.resume(training.done)
         training.begin()
-        while training.done < steps.total:
-            training.step(step_function if step_at is None else step_at(training.done / steps.total))
-            done, last = training.done, training.done == steps.total
+        while training.done < planned.total:
+            training.step(step_function if step_at is None else step_at(training.done / planned.total))
+            done, last = training.done, training.done == planned.total
             meter.advance(done)
             if done % config.log == 0 or last:
                 _log(training, meter)
@@ -353,14 +353,14 @@ def fit(
             if stopping and not last:
                 writer.wait()
                 raise Interrupted(
-                    f"stopped after step {done} of {steps.total}; the same command goes on from there", stop.status
+                    f"stopped after step {done} of {planned.total}; the same command goes on from there", stop.status
                 )
         training.end()
         writer.wait()
     result = training.result()
     if world.any(stop.wanted):  # since the last step; read here, where a signal is no longer taken for later
         raise Interrupted(
-            f"stopped after the last of {steps.total} steps, which are kept; the same command goes on from there",
+            f"stopped after the last of {planned.total} steps, which are kept; the same command goes on from there",
             stop.status,
         )
     return result

@@ -216,7 +216,7 @@ def probe(
         check_readers(splits[0], options)
         found = [score_rows(split, options.classifiers) for split in splits]
         numbers = torch.from_numpy(np.array(test.features[0]["sample"]))
-    summary = scored(
+    summary = _worth_of(
         found,
         splits[0],
         held_out=config.data.plain().samples_of("test"),
@@ -238,7 +238,7 @@ def probe(
     }
 
 
-def scored(
+def _worth_of(
     found: Sequence[Sequence[ProbeRow]],
     split: Split,
     *,
@@ -284,9 +284,9 @@ def scored(
                 "about": each.about,
                 "layers": rows,
                 "best": best_row(rows),
-                "credits": best_row(scored_rows)["credits"],
+                "credits": best_row(scored)["credits"],
             }
-            for each, rows, scored_rows in zip(backbones, plain_rivals, rivals, strict=True)
+            for each, rows, scored in zip(backbones, plain_rivals, rivals, strict=True)
         ]
     if per_token:
         summary["majority"] = float(majority_credits(split).mean())

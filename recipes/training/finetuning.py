@@ -248,12 +248,12 @@ def beside_control(
     return summary
 
 
-def compared(own: Credits, rivals: Mapping[str, Credits], config: FinetuneConfig) -> Worth:
+def compared(own: HeldOutCredits, rivals: Mapping[str, HeldOutCredits], config: FinetuneConfig) -> Worth:
     """The verdict on a run beside its control and others, of the credits of all on the same samples."""
     held_out = config.data.plain().samples_of("test")
     clusters = clusters_of(held_out, own.numbers).repeat_interleave(own.weights)
 
-    def score(name: str, credits: Credits) -> Score:
+    def score(name: str, credits: HeldOutCredits) -> Score:
         each = credits.shares.repeat_interleave(credits.weights)
         return Score(name, "", float(each.mean()), each if bool(each.isfinite().all()) else None)
 
@@ -267,7 +267,7 @@ def compared(own: Credits, rivals: Mapping[str, Credits], config: FinetuneConfig
     )
 
 
-class Credits(NamedTuple):
+class HeldOutCredits(NamedTuple):
     """What each held-out sample adds to the goal's headline figure, in the order of the split.
 
     Attributes:
@@ -283,7 +283,7 @@ class Credits(NamedTuple):
     per_token: bool
 
 
-def held_out_credits(config: FinetuneConfig | BesideConfig, run: Run, ranks: World) -> Credits:
+def held_out_credits(config: FinetuneConfig | BesideConfig, run: Run, ranks: World) -> HeldOutCredits:
     """The credits of a finished run, of its averaged weights where there are any, the same on every rank."""
     model: Classifier | TimmClassifier
     if isinstance(config, FinetuneConfig):
@@ -298,7 +298,7 @@ def held_out_credits(config: FinetuneConfig | BesideConfig, run: Run, ranks: Wor
     measure(config, model, ranks, parts=parts)
     every = torch.cat(ranks.in_order(parts))
     shares, weights = model.goal.credits(every[:, 1:])
-    return Credits(shares, weights, every[:, 0].long(), model.goal.headline, model.goal.per_token)
+    return HeldOutCredits(shares, weights, every[:, 0].long(), model.goal.headline, model.goal.per_token)
 
 
 def _again(run: Run) -> str:

@@ -180,6 +180,7 @@ def test_every_built_in_recipe_is_listed_with_a_line_and_can_be_read(nepa: Nepa)
 # -------------------------------------------------------------------------------------------- a whole run
 
 
+@pytest.mark.pictures
 def test_a_run_folder_holds_what_the_readme_says_and_is_not_computed_twice(nepa: Nepa) -> None:
     said = nepa("pretrain", TINY, "train.length.steps=2")
     assert (said.status, said.err) == (0, "")

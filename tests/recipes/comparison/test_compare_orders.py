@@ -46,6 +46,8 @@ from tests.recipes.readout.test_forecast import recipe as series_recipe
 from tests.summaries import check_summary
 from tests.tiny import CPU, Waves
 
+pytestmark = pytest.mark.pictures
+
 PARTS = ("answer", "accuracy", "paths", "prediction", "attention", "tests", "commands")
 PICTURES = (
     *("accuracy", "finetuned_2", "paths", "maps", "seen", "position", "heads_distance", "heads_entropy", "distance"),

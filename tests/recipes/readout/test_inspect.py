@@ -51,6 +51,8 @@ from tests.modalities.test_timeseries import walk, write_csv
 from tests.tiny import CPU, Waves
 from tests.tiny_scenes import scene, write_scenes
 
+pytestmark = pytest.mark.pictures
+
 RAGGED = torch.tensor([[True] * 5, [True, True, True, False, False]])
 
 

@@ -16,6 +16,8 @@ from recipes.report.provenance import unreadable
 from recipes.training.advice import advice
 from recipes.training.pretraining import pretrain
 
+pytestmark = pytest.mark.pictures
+
 
 def verdict(**changes: Any) -> Verdict:
     """Of 30 % identified, 20 points above every baseline, on 500 samples."""

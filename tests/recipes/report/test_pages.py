@@ -19,6 +19,8 @@ from recipes.comparison import measures, orders
 from tests.conftest import BROWSER
 from tests.tiny_scenes import write_scenes
 
+pytestmark = pytest.mark.pictures
+
 RUNS = "document.body.dataset.pwned=1"
 CLASSES = (f'<img src=x onerror="{RUNS}">', f'"><svg onload={RUNS}>', "$\\frac{x$ & <b>", f"'><script>{RUNS}<script>")
 FILE = f"<script>{RUNS}<script>"

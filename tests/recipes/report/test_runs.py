@@ -17,6 +17,8 @@ from recipes.cli import main
 from recipes.training import pretraining
 from tests import tiny
 
+pytestmark = pytest.mark.pictures
+
 TINY = "tests.tiny:recipe"
 
 

@@ -97,6 +97,7 @@ def figures(run: Path) -> GenerateSummary:
     return found
 
 
+@pytest.mark.pictures
 def test_card_figures_and_page_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generate(run) == 0
     said = capsys.readouterr().out

@@ -49,6 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder)
 
 
+@pytest.mark.pictures
 def test_pretrain_leaves_a_whole_run_folder(finished: Run) -> None:
     summary = finished.summary()
     assert summary is not None
