@@ -9,22 +9,30 @@ from __future__ import annotations
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 PACKAGES = ("nepa_core", "modalities", "recipes")
 Arrows = dict[str, set[str]]
 
 
-def imports(path: Path) -> set[str]:
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All of a file's syntax tree, the module first; read once."""
+    return tuple(ast.walk(ast.parse(path.read_text(), str(path))))
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
     """Dotted names that a file imports; `from a import b` counts as a and a.b."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
             names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+    return frozenset(names)
 
 
 def rooms(package: Path) -> list[str]:
@@ -48,7 +56,7 @@ def file_arrows(root: Path) -> Arrows:
     """File -> the files of all packages that it imports, by their dotted names."""
     paths = [path for package in PACKAGES for path in (root / package).rglob("*.py")]
     names = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
-    return {name: imports(path) & names.keys() - {name} for name, path in names.items()}
+    return {name: set(imports(path)) & names.keys() - {name} for name, path in names.items()}
 
 
 def floors(graph: Arrows) -> int:

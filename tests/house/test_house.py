@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import nepa_core
-from tests.structure import PACKAGES, arrows, circles, file_arrows, floors, imports
+from tests.structure import PACKAGES, arrows, circles, file_arrows, floors, imports, nodes
 
 ROOT = Path(nepa_core.__file__).parents[1]
 CHOOSE = {"vision", "audio", "timeseries", "video", "volumes", "text", "events", "together", "presets", "configs"}
@@ -19,8 +19,10 @@ def _sources(pattern: str) -> list[Path]:
     return found
 
 
-def _parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(), str(path))
+def _top(path: Path) -> ast.Module:
+    module = nodes(path)[0]
+    assert isinstance(module, ast.Module)
+    return module
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_no_task_asks_which_adapter_it_has() -> None:
     adapters = {
         node.name
         for path in files
-        for node in _parsed(path).body
+        for node in nodes(path)
         if isinstance(node, ast.ClassDef) and "Modality" in map(ast.unparse, node.bases)
     }
     assert {"Images", "TimeSeries"} < adapters
@@ -68,8 +70,8 @@ def test_no_task_asks_which_adapter_it_has() -> None:
         if path.parent == ROOT / "recipes" and path.stem in CHOOSE:
             continue
         wrong += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(imports(path) & modules)]
-        for node in ast.walk(_parsed(path)):
-            asks = isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass", "cast")
+        for node in nodes(path):
+            asks = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass", "cast")
             named = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)} if asks else set()
             named |= {node.value} if isinstance(node, ast.Constant) and isinstance(node.value, str) else set()
             wrong += [f"{path.relative_to(ROOT)}:{node.lineno} names {name}" for name in sorted(named & adapters)]
@@ -93,7 +95,7 @@ def test_inheritance_within_the_house_is_one_deep() -> None:
     bases: dict[str, set[str]] = {}
     for package in PACKAGES:
         for path in _sources(f"{package}/**/*.py"):
-            for node in ast.walk(_parsed(path)):
+            for node in nodes(path):
                 if isinstance(node, ast.ClassDef):
                     bases[node.name] = {ast.unparse(base).split("[")[0].split(".")[-1] for base in node.bases}
     deep = [name for name, above in bases.items() if any(bases[base] & bases.keys() for base in above & bases.keys())]
@@ -105,7 +107,7 @@ def test_every_public_function_and_class_of_the_core_says_what_it_is() -> None:
     silent = [
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
         for path in _sources("nepa_core/**/*.py")
-        for node in _parsed(path).body
+        for node in _top(path).body
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         and not node.name.startswith("_")
         and not ast.get_docstring(node)

@@ -118,11 +118,12 @@ def test_a_series_is_not_held_twice_while_it_is_read(tmp_path: Path) -> None:
         ("epoch", lambda row: str(1_400_000_000 + 60 * row)),
         ("t", lambda row: f"{row / 2:.1f}"),
         ("date", lambda row: str(np.datetime64("2015-01-01T00:00") + row).replace("T", " ")),
-        (
+        pytest.param(
             "date",
             lambda row: datetime.fromordinal(735_000 + row // 1440).strftime(
                 f"%d.%m.%Y {row // 60 % 24:02}:{row % 60:02}"
             ),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["index", "epoch", "clock", "ISO", "German"],

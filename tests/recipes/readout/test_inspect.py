@@ -456,7 +456,7 @@ def images() -> PretrainConfig:
     return recipe.model_copy(update=update)
 
 
-@pytest.mark.parametrize("name", ["recipe", "backwards", "images", "tuned"])
+@pytest.mark.parametrize("name", ["recipe", pytest.param("backwards", marks=pytest.mark.slow), "images", "tuned"])
 def test_inspect_writes_pictures_and_one_page(runs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = {path: path.read_bytes() for path in (runs / name / "report").rglob("*")}
     assert main(["inspect", str(runs / name), "samples=2"]) == 0
@@ -477,7 +477,7 @@ def test_inspect_writes_pictures_and_one_page(runs: Path, name: str, capsys: pyt
     assert {path: path.read_bytes() for path in report} == report
 
 
-@pytest.mark.parametrize("name", ["backwards", "images"])
+@pytest.mark.parametrize("name", [pytest.param("backwards", marks=pytest.mark.slow), "images"])
 def test_failure_cases_stand_on_the_page(runs: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["inspect", str(runs / name), "samples=1"]
     assert main([*words, "worst=2"]) == 0
