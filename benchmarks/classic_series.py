@@ -198,7 +198,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the accuracies")
     parser.add_argument("--minutes", type=float, default=60, help="after which no baseline is begun; default 60")
     asked: Any = parser.parse_args(words)
-    if asked.minutes <= 0:
+    if not asked.minutes > 0:  # NaN too
         parser.error(f"--minutes={asked.minutes:g} is no time to begin one in; a number above 0 is wanted")
     if not asked.data.is_dir():
         parser.error(f"--data={asked.data} is no folder; name the one that holds a folder for each set")

@@ -31,11 +31,13 @@ def parser_of(name: str, doc: str | None) -> Parser:
     return parser
 
 
-def asked_of(name: str, parser: Parser, words: Sequence[str], *, table: Sequence[str] = ()) -> argparse.Namespace:
-    """The options, with the default of --out; one that does nothing ends the program.
+def asked_of(
+    name: str, parser: Parser, words: Sequence[str], *, kept: Path, table: Sequence[str] = ()
+) -> argparse.Namespace:
+    """The options, with the default of --out; one that does nothing ends the program, and so does a damaged file.
 
     Args:
-        table: options of `table`; all others are of `run`.
+        kept: the file of `keep`. table: options of `table`; all others are of `run`.
     """
     asked = parser.parse_args(words)
     for option, value in vars(asked).items():
@@ -43,6 +45,10 @@ def asked_of(name: str, parser: Parser, words: Sequence[str], *, table: Sequence
         if value is not None and option != "what" and asked.what != other:
             parser.error(f"--{option} is for {other}, and does nothing for {asked.what}; leave it out")
     asked.out = asked.out or _out(name)
+    try:
+        read_kept(kept)
+    except UserError as error:
+        parser.error(str(error))
     return asked
 
 
@@ -104,8 +110,17 @@ def made_with() -> MadeWith:
 
 
 def read_kept(file: Path) -> dict[str, Any]:
-    """What was measured so far."""
-    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    """What was measured so far.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        if not isinstance(kept, dict):
+            raise ValueError("it is no dictionary")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} can't be read ({error}): give it back as it was, as by git checkout") from error
     return kept
 
 

@@ -462,7 +462,7 @@ def read_kept() -> dict[str, Kept]:
 def main(words: Sequence[str]) -> None:
     parser = declared.parser_of("growth", __doc__)
     parser.add_argument("--points", help=f"of run: some of {', '.join(POINTS)}; default all")
-    asked = declared.asked_of("growth", parser, words)
+    asked = declared.asked_of("growth", parser, words, kept=KEPT)
     if asked.what == "table":
         PAGE.write_text(filled(PAGE.read_text(), read_kept()))
         return

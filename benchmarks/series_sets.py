@@ -281,7 +281,7 @@ def keep(more: Kept) -> None:
 def main(words: Sequence[str]) -> None:
     parser = declared.parser_of("series_sets", __doc__)
     parser.add_argument("--classic", type=Path, help="of table: the file that benchmarks.classic_series wrote")
-    asked = declared.asked_of("series_sets", parser, words, table=("classic",))
+    asked = declared.asked_of("series_sets", parser, words, kept=KEPT, table=("classic",))
     if asked.what == "run":
         data = declared.folder_of(parser, asked.data)
         try:

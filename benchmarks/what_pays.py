@@ -293,7 +293,7 @@ def main(words: Sequence[str]) -> None:
     known = {task.name: task for task in TASKS}
     parser = declared.parser_of("what_pays", __doc__)
     parser.add_argument("--tasks", help=f"of run: some of {', '.join(known)}; default all")
-    asked = declared.asked_of("what_pays", parser, words)
+    asked = declared.asked_of("what_pays", parser, words, kept=KEPT)
     if asked.what == "table":
         for name, page in PAGES.items():
             page.write_text(filled(page.read_text(), name, read_kept()))

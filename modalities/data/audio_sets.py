@@ -169,7 +169,24 @@ def _there(where: str, clips: list[_Clip]) -> list[_Clip]:
             if clips
             else f"{where}: names no clip"
         )
-    return [clip for clip, size in zip(clips, sizes, strict=True) if size >= 0]
+    return _once(where, [clip for clip, size in zip(clips, sizes, strict=True) if size >= 0])
+
+
+def _once(where: str, clips: list[_Clip]) -> list[_Clip]:
+    """Each clip once; how many are named again is said.
+
+    Raises:
+        UserError: it is named again with another class or fold.
+    """
+    found: dict[str, _Clip] = {}
+    for clip in clips:
+        first = found.setdefault(clip.path, clip)
+        if first != clip:
+            what = "class" if first.label != clip.label else "fold"
+            raise UserError(f"{where}: names {printable(clip.path)} twice, with another {what} each; leave one out")
+    if again := len(clips) - len(found):
+        say(f"{where}: {again:,} of {len(clips):,} clips are named again, and are taken once")
+    return list(found.values())
 
 
 def _say_gone(where: str | Path, count: int, gone: Sequence[str]) -> None:
@@ -234,6 +251,10 @@ class _Segment(NamedTuple):
     end: str
     classes: list[int]
 
+    @property
+    def name(self) -> str:
+        return f"{self.video}_{self.start}"
+
     def names(self) -> Iterator[str]:
         """What its file may be called, without the suffix; the first that is there is taken."""
         yield from (self.video, f"Y{self.video}")
@@ -253,18 +274,26 @@ def _audioset(root: str, split: str, subset: Subset) -> Found:
     files = _sounds_by_name(root)
     paths: list[str] = []
     rows, columns = array("q"), array("q")  # where a clip has a class: four million in all
-    for part in AUDIOSET_PARTS[subset] if split == "train" else (AUDIOSET_EVAL,):
-        file, count, gone = folder / f"{part}.csv", 0, list[str]()
-        for segment in _segments(file, number):
+    lists = {part: folder / f"{part}.csv" for part in AUDIOSET_PARTS[subset] if split == "train"}
+    taken: dict[str, str] = {}  # file -> the list that has it
+    if lists:
+        taken = {path: AUDIOSET_EVAL for _, path in _files_of(folder / f"{AUDIOSET_EVAL}.csv", number, files) if path}
+    for part, file in (lists or {AUDIOSET_EVAL: folder / f"{AUDIOSET_EVAL}.csv"}).items():
+        count, gone, again = 0, list[str](), list[str]()
+        for segment, path in _files_of(file, number, files):
             count += 1
-            path = next((files[name] for name in segment.names() if name in files), None)
             if path is None:
-                gone.append(f"{segment.video}_{segment.start}")
-                continue
-            rows.extend([len(paths)] * len(segment.classes))
-            columns.extend(segment.classes)
-            paths.append(path)
+                gone.append(segment.name)
+            elif path in taken:
+                again.append(f"{segment.name}, whose file {printable(path)} is in {taken[path]}.csv")
+            else:
+                taken[path] = part
+                rows.extend([len(paths)] * len(segment.classes))
+                columns.extend(segment.classes)
+                paths.append(path)
         _say_gone(file, count, gone)
+        if again:
+            say(f"{file}: {len(again):,} of {count:,} clips have a file that is taken, and are left out: {again[0]}")
     if not paths:
         raise UserError(
             f"data.root={root}: no clip of {'the training' if split == 'train' else 'the held-out'} split is there; "
@@ -273,6 +302,12 @@ def _audioset(root: str, split: str, subset: Subset) -> Found:
     labels = torch.zeros(len(paths), len(names), dtype=torch.bool)
     labels[torch.frombuffer(rows, dtype=torch.int64), torch.frombuffer(columns, dtype=torch.int64)] = True
     return Found(paths, labels, names)
+
+
+def _files_of(file: Path, number: Mapping[str, int], files: Mapping[str, str]) -> Iterator[tuple[_Segment, str | None]]:
+    """The segments of a list, and the file of each, or None."""
+    for segment in _segments(file, number):
+        yield segment, next((files[name] for name in segment.names() if name in files), None)
 
 
 def _audioset_classes(file: Path) -> tuple[tuple[str, ...], dict[str, int]]:
@@ -332,6 +367,8 @@ def _esc50(root: str) -> _Folded:
     for line, row in rows:
         if not row["fold"].isdecimal():
             raise UserError(f"{file}, row {line}: the fold is {row['fold']!r}, and a whole number is wanted")
+        if "/" in row["filename"] or not row["filename"].lower().endswith(SUFFIXES):
+            raise UserError(f"{file}, row {line}: {printable(row['filename'])!r} is no name of a sound file in audio/")
     classes = _numbered(file, ((line, row["target"], row["category"]) for line, row in rows))
     clips = [_Clip(str(folder / "audio" / row["filename"]), int(row["target"]), row["fold"]) for _, row in rows]
     return _Folded(_there(str(file), clips), classes)

@@ -179,10 +179,14 @@ def spread_out(order: Tensor, strata: Tensor) -> Tensor:
 
 
 class _Batches(Dataset[Batch | bytes]):
-    """Loads whole draws. Unreadable samples are named; the next readable neighbour replaces them, or nothing."""
+    """Loads whole draws. Unreadable samples are named; the next readable neighbour replaces them, or nothing.
 
-    def __init__(self, dataset: Dataset[Batch], *, replace: bool) -> None:
-        self.dataset, self.replace = dataset, replace
+    Args:
+        weights: [S], see `drawn_order`: a sample of weight 0 replaces none.
+    """
+
+    def __init__(self, dataset: Dataset[Batch], *, replace: bool, weights: Tensor | None = None) -> None:
+        self.dataset, self.replace, self.weights = dataset, replace, weights
 
     def __getitem__(self, draw: Draw) -> Batch | bytes:
         seed_step(draw.seed, torch.device("cpu"))
@@ -219,6 +223,8 @@ class _Batches(Dataset[Batch | bytes]):
         count = len(cast(Sized, self.dataset))
         for offset in range(count if self.replace else 1):
             place = (index + offset) % count
+            if offset and self.weights is not None and not self.weights[place]:
+                continue
             try:
                 return place, self.dataset[place]
             except UnreadableSample as error:
@@ -289,7 +295,8 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         send = Courier(self._device)
-        for batch in _loaded(_Batches(self._dataset, replace=True), self._sampler, self._workers, self._device):
+        batches = _Batches(self._dataset, replace=True, weights=self._sampler.weights)
+        for batch in _loaded(batches, self._sampler, self._workers, self._device):
             batch.pop(_LOST, None)
             self._note(_raise_error(batch).pop(_SKIPPED, []))
             self._drawn = batch.pop(_DRAWN)

@@ -332,7 +332,7 @@ def fit(
         if world.is_main:
             begin()
             training.trim_run()
-        if training.done == 0 and untrained:
+        if (training.done == 0 and untrained) or not training.measured:
             _measure(evaluate, training, meter)
         meter.resume(training.done)
         training.begin()
@@ -343,7 +343,8 @@ def fit(
             if done % config.log == 0 or last:
                 _log(training, meter)
             if done % config.evaluate == 0 or last:
-                _measure(evaluate, training, meter)
+                with training.kept_if_refused(writer, meter):
+                    _measure(evaluate, training, meter)
             stopping = stop.wanted if world.size == 1 else done % config.log == 0 and world.any(stop.wanted)
             training.watch.lap("rest")
             if done % config.checkpoint == 0 or done == training.steady or last or stopping:
@@ -371,6 +372,7 @@ class _Training:
 
     Attributes:
         done: steps, over all sittings. steady: the step whose checkpoint stays, see `going_on.Cycle.steady`.
+        measured: held-out figures of what was restored are written, as far as they are due.
     """
 
     def __init__(
@@ -528,12 +530,35 @@ class _Training:
     def steady(self) -> int | None:
         return self._sitting.cycle.steady(self._optim)
 
+    @property
+    def measured(self) -> bool:
+        return self._sitting.measured
+
+    @contextmanager
+    def kept_if_refused(self, writer: BackgroundWriter, meter: Meter) -> Iterator[None]:
+        """Around a measurement: where held-out data can't be read, the steps so far are not lost with it.
+
+        Of one process alone: of several, the others may wait for this one elsewhere than in `save`.
+        """
+        try:
+            yield
+        except UserError:
+            if self.world.size == 1:
+                self.save(writer, measured=False)
+                writer.wait()
+                meter.say(f"the {self.done} steps so far are kept; the same command goes on from there")
+            raise
+
     def whole(self) -> AbstractContextManager[None]:
         """Within the block model and average hold their values, see `Whole.whole`."""
         return self._trained.whole()
 
-    def save(self, writer: BackgroundWriter) -> None:
-        """Copy all that `restore` needs, and have it written while training goes on; called on every rank."""
+    def save(self, writer: BackgroundWriter, *, measured: bool = True) -> None:
+        """Copy all that `restore` needs, and have it written while training goes on; called on every rank.
+
+        Args:
+            measured: False where held-out figures are due and not written; they are then measured first of all.
+        """
         figures = {name: figure for name, figure in self.timing().items() if name != "step"}
         self._batches.settle()
         unreadable = self.world.union(self._batches.unreadable)
@@ -552,6 +577,7 @@ class _Training:
             "settings": self._settings.stored(),
             "changes": list(self._sitting.changes),
             "origin": self._sitting.origin or self._origin,
+            "measured": measured,
         }
         stays = self.steady if self._optim.schedule == "wsd" else None
         checkpoint = Checkpoint(self.done, tensors, state)
@@ -620,6 +646,7 @@ class Sitting(NamedTuple):
 
     Attributes:
         cycle, changes: see `going_on.TakenUp`. metrics_bytes: of metrics.jsonl then. origin: see `fit`.
+        measured: see `_Training`.
     """
 
     cycle: Cycle
@@ -630,6 +657,7 @@ class Sitting(NamedTuple):
     changes: Sequence[Change] = ()
     metrics_bytes: int = 0
     origin: Mapping[str, Any] | None = None
+    measured: bool = True
 
 
 def restore(
@@ -692,6 +720,7 @@ def restore(
             found.changes,
             state["metrics_bytes"],
             state.get("origin"),
+            state.get("measured", True),
         )
         model.load_state_dict(_with_heads("model", checkpoint))
         restore_optimizer(optimizer, names, tensors["optimizer"], part)

@@ -27,7 +27,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -44,7 +44,7 @@ from nepa_core.runtime import trust
 from nepa_core.runtime.checkpoint import disk_errors, read_json, write_whole
 from nepa_core.runtime.config import import_path
 from nepa_core.runtime.distributed import world
-from nepa_core.runtime.fit import Interrupted
+from nepa_core.runtime.fit import Interrupted, plan
 from nepa_core.runtime.leases import LostLock
 from nepa_core.runtime.locks import locked, nothing_left, take_back
 from nepa_core.runtime.meter import say_progress
@@ -269,12 +269,14 @@ def run_summaries(variants: Sequence[Variant], seeds: Sequence[int], out: Path) 
 
 
 def try_variant(variant: Variant) -> None:
-    """`recipes.training.starting.try_batch`, for its first batch may be hours away.
+    """`recipes.training.starting.try_batch` and the plan of the run, for its first batch may be hours away.
 
     Raises:
         UserError: the variant does not fit the samples.
     """
     try:
+        samples = len(cast(Sized, variant.config.data.samples_of("train")))
+        plan(variant.config.train, variant.config.optim, samples=samples, ranks=1)
         try_batch(variant.config, build_pretrainer(variant.config))
     except UserError as error:
         raise UserError(f"{variant.name}: {error}") from error

@@ -69,7 +69,7 @@ def _parts(run: Run, summary: FinetuneSummary) -> Iterator[Part]:
     curves = {"raw weights": key, "averaged weights": AVERAGED[key]}
     losses = {"held out": "held_out_loss", "held out, averaged weights": "held_out_loss_ema"}
     title = next(figure.title for figure in goal.shown if figure.key == key)
-    loss = "binary cross-entropy" if summary.get("loss") == "bce" else goal.loss_name
+    loss = "binary cross-entropy" if summary.get("criterion") == "bce" else goal.loss_name
     first, *rest = verdict(summary, run)
     yield Answer(first)
     yield Words(rest)

@@ -26,7 +26,7 @@ HOW = (
 
 def folder_of(run: Run, fold: str) -> Run:
     """The run of a fold, RUN/fold-NAME."""
-    return Run(run.path / f"{FOLD}{re.sub(r'[^a-zA-Z0-9_.-]+', '_', fold)}")
+    return Run(run.path / (FOLD + re.sub(r"[^\w.-]+", "_", fold)))
 
 
 class Column(NamedTuple):

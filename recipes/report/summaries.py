@@ -144,7 +144,7 @@ class FinetuneSummary(GoalFigures, Cost, Unreadable, total=False):
     causal: bool
     worth: dict[str, Any]  # recipes.statistics.worth.Worth: beside the control and others, where there are any
     backbone: str  # of a run that stands beside another: its network
-    loss: str  # where it is not the usual one of these labels: "bce"
+    criterion: str  # the loss, where it is not the usual one of these labels: "bce"
     made_with: MadeWith
 
 

@@ -29,6 +29,7 @@ from nepa_core.runtime.run import Run, is_imported, is_run, task_of
 from nepa_core.runtime.weights import Weights, current_weights, load_backbone, newest, read_weights, start_from
 from nepa_core.tokens import Tokens
 from recipes.configs import BesideConfig, FinetuneConfig, PretrainConfig
+from recipes.networks.average_precision import ranked
 from recipes.networks.backbones import TIMM, TimmClassifier, pixels_of, shown_name, timm_model
 from recipes.networks.goals import (
     AVERAGED,
@@ -131,6 +132,7 @@ def finetune(
     if (finished := opened(config, run, ranks, FinetuneSummary)) is not None:
         return finished
     check_pairs(config, ranks.size)
+    check_ranked(config.data)
     goal = taught_by(find_goal(config.data), config.loss)
     model: Classifier | TimmClassifier
     if isinstance(config, FinetuneConfig):
@@ -177,7 +179,7 @@ def finetune(
     if isinstance(config, BesideConfig):
         summary["backbone"] = config.backbone
     if config.loss != "cross_entropy":
-        summary["loss"] = config.loss
+        summary["criterion"] = config.loss
     report(run, summary).write(run.report)
     run.write_summary(summary)  # last: its presence says that the run is finished
     return summary
@@ -313,6 +315,20 @@ def trained_classes(data: Modality) -> tuple[str, ...]:
         return names
     there = labels.any(0) if labels.dtype == torch.bool else torch.isin(torch.arange(len(names)), labels)
     return tuple(name for name, has in zip(names, there.tolist(), strict=True) if has)
+
+
+def check_ranked(data: Modality) -> None:
+    """Whether held-out samples of several classes can be judged, where labels are known unread.
+
+    Raises:
+        UserError: all have the same classes, so that mAP and AUROC are of nothing.
+    """
+    truth = known_labels(data.plain().samples_of("test"))
+    if truth is not None and truth.dtype == torch.bool and not ranked(truth).any():
+        raise UserError(
+            "no class is of some held-out samples and not of others, so nothing can be ranked: hold out samples that "
+            "differ in their classes"
+        )
 
 
 def untaught(data: Modality) -> str | None:

@@ -18,7 +18,7 @@ from recipes.report.folds import FOLD, folder_of, report
 from recipes.report.provenance import provenance
 from recipes.report.summaries import FinetuneSummary, FoldSpread, FoldsSummary
 from recipes.statistics.worth import worth_in
-from recipes.training.finetuning import beside_config, beside_control, finetune, trained_classes
+from recipes.training.finetuning import beside_config, beside_control, check_ranked, finetune, trained_classes
 from recipes.training.mixing import check_pairs
 from recipes.training.train import opened
 
@@ -126,6 +126,7 @@ def _checked(
                 samples = len(cast(Sized, own.data.samples_of("train")))
                 plan(own.train, own.optim, samples=samples, ranks=ranks.size)
                 check_pairs(own, ranks.size)
+                check_ranked(own.data)
         except UserError as error:
             raise UserError(f"fold {fold} held out: {error}") from error
         if summary is not None:

@@ -55,9 +55,23 @@ def test_an_option_that_can_do_nothing_is_refused_in_one_line(
     parser = parser_of("x", None)
     parser.add_argument("--classic")
     with pytest.raises(SystemExit) as ended:
-        asked_of("x", parser, words, table=("classic",))
+        asked_of("x", parser, words, kept=Path("nowhere.json"), table=("classic",))
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"python -m benchmarks.x: {said}\n"
+
+
+@pytest.mark.parametrize("text", ['{"digits": [1, 2', "[]"])
+def test_a_damaged_file_of_figures_is_named_before_anything_is_measured(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = tmp_path / "kept.json"
+    kept.write_text(text)
+    for what in ("run", "table"):
+        with pytest.raises(SystemExit) as ended:
+            asked_of("x", parser_of("x", None), [what], kept=kept)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.startswith(f"python -m benchmarks.x: {kept} can't be read (")
+    assert kept.read_text() == text
 
 
 def test_processes_that_keep_at_once_lose_nothing(tmp_path: Path) -> None:

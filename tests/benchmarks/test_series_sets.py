@@ -179,6 +179,14 @@ def test_run_needs_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert str(tmp_path / "ArrowHead") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("minutes", ["0", "nan"])
+def test_no_time_for_baselines_is_refused(minutes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        classic_series.main(["--data", str(tmp_path), "--out", str(tmp_path / "x.json"), "--minutes", minutes])
+    assert stopped.value.code == 2
+    assert f"--minutes={minutes} is no time to begin one in" in capsys.readouterr().err
+
+
 # -------------------------------------------------------------------------------------------- the baselines
 
 

@@ -80,6 +80,23 @@ def test_segments_without_a_clip_are_counted_and_said(tmp_path: Path, capsys: py
         open_source("audioset", "train", root=f"{tmp_path}/.")
 
 
+def test_a_file_is_of_one_segment_and_held_out_ones_train_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second segment of a video would read the file that is named by the video alone."""
+    write_audioset(tmp_path)
+    held, trains = tmp_path / "eval_segments.csv", tmp_path / "balanced_train_segments.csv"
+    before = held.read_text()
+    row = next(line for line in before.splitlines() if line.startswith("-eva_000001"))
+    held.write_text(before + '-eva_000000, 60.000, 70.000, "/m/002"\n' + row + "\n")
+    trains.write_text(trains.read_text() + row + "\n")
+    assert len(recordings("audioset", "test", tmp_path)) == 8
+    said = capsys.readouterr().err
+    assert "eval_segments.csv: 2 of 10 clips have a file that is taken, and are left out: -eva_000000_60.000, " in said
+    assert "-eva_000001" not in {name[1:] for name in names(recordings("audioset", "train", tmp_path))}
+    assert "balanced_train_segments.csv: 1 of 5 clips have a file that is taken" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -158,6 +175,26 @@ def test_a_damaged_table_is_named(tmp_path: Path, old: str, new: str, expected: 
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(UserError, match=expected):
         open_source("esc50", "test", root=str(tmp_path))
+
+
+def test_a_clip_that_a_table_names_twice_is_taken_once_or_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in "abc":
+        write_esc50(tmp_path / folder)
+    tables = [tmp_path / folder / "meta" / "esc50.csv" for folder in "abc"]
+    head, first, *rest = tables[0].read_text().splitlines()
+    name, fold, *others = first.split(",")
+    tables[0].write_text("\n".join([head, first, *rest, first]) + "\n")
+    assert len(recordings("esc50", "test", tmp_path / "a", fold="1")) == 4
+    assert "esc50.csv: 1 of 21 clips are named again, and are taken once" in capsys.readouterr().err
+    tables[1].write_text("\n".join([head, first, *rest, ",".join([name, "2", *others])]) + "\n")
+    with pytest.raises(UserError, match=f"names .*{name} twice, with another fold each; leave one out"):
+        open_source("esc50", "test", root=str(tmp_path / "b"))
+    for wrong in ("", "..", "../meta/esc50.csv"):
+        tables[2].write_text("\n".join([head, first, *rest, ",".join([wrong, fold, *others])]) + "\n")
+        with pytest.raises(UserError, match=r"row 22: '.*' is no name of a sound file in audio/"):
+            open_source("esc50", "test", root=str(tmp_path / "c"))
 
 
 def test_clips_of_a_table_that_are_not_there_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from nepa_core.basics import Batch, UnreadableSample, UserError
 from nepa_core.runtime.balance import balanced_weights
-from nepa_core.runtime.data import DrawSampler, drawn_order
+from nepa_core.runtime.data import DrawSampler, TrainingBatches, drawn_order
 from nepa_core.samples import Some
 
 CLASSES = torch.tensor([0] * 90 + [1] * 9 + [2])
@@ -53,6 +53,24 @@ def test_a_sample_weighs_1_over_its_class_and_the_sum_of_that_over_several(kind:
 def test_what_cannot_be_read_is_not_drawn() -> None:
     assert balanced_weights(Labelled(torch.tensor([1, 0, 1, 1]), broken=2)).tolist() == [0.5, 1, 0, 0.5]
     assert balanced_weights(Labelled(SEVERAL, broken=9))[9] == 0
+
+
+def test_a_sample_of_no_weight_replaces_none() -> None:
+    labels = torch.tensor([0, 1, -1, -1, 0])
+
+    class Numbered(Told):
+        def __getitem__(self, index: int) -> Batch:
+            if index == 1:
+                raise UnreadableSample("sample 1")
+            return {"values": torch.full((3, 1), float(index))}
+
+    data = Numbered(labels)
+    weights = balanced_weights(data)
+    sampler = DrawSampler(5, batch=5, accumulate=1, rank=0, ranks=1, seed=0, start=0, stop=20, weights=weights)
+    batches = TrainingBatches(data, sampler, workers=0, max_unreadable=1.0, device=torch.device("cpu"))
+    read = torch.cat([batch["values"][:, 0, 0] for batch in batches]).int()
+    assert set(read.tolist()) == {0, 4}
+    assert batches.unreadable == {"sample 1"}
 
 
 class Kinds(Labelled):

@@ -578,6 +578,37 @@ def cut_at(call: int, step: StepFunction) -> StepFunction:
     return cutting
 
 
+@pytest.mark.parametrize(("calls", "refused"), [(1, 5), (2, 10), (3, 12)])
+def test_steps_before_held_out_data_that_can_not_be_read_are_kept(
+    tmp_path: Path,
+    uninterrupted: dict[str, bytes],
+    calls: int,
+    refused: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And measured first of all, once they can: with the data mended the run is the uninterrupted one."""
+    measured: list[int] = []
+
+    def refusing(*given: Any) -> Any:
+        measured.append(1)
+        if len(measured) > calls:
+            raise UserError("at least 1 unreadable held-out sample")
+        return health(*given)
+
+    health = tiny.held_out_health
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny, "held_out_health", refusing)
+        for _ in range(2):  # the second time at once
+            with pytest.raises(UserError, match="unreadable held-out"):
+                training(tiny.random(), tmp_path)
+            assert max((tmp_path / "checkpoints").iterdir()).name == f"step_{refused:08d}"
+    assert len(measured) == calls + 2
+    assert capsys.readouterr().err.count(f"the {refused} steps so far are kept") == 1
+    training(tiny.random(), tmp_path)
+    assert stored(tmp_path) == uninterrupted
+
+
 def test_lines_written_after_the_last_checkpoint_are_computed_again(
     tmp_path: Path, uninterrupted: dict[str, bytes]
 ) -> None:

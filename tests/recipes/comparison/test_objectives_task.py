@@ -412,6 +412,7 @@ def test_options_are_read_as_a_shell_leaves_them() -> None:
         (["objectives=mse", "objective.terms.barlow=1"], "name recipe among them"),
         (["objectives=mse,cosine", "objective.stop_gradient=false"], "objective.stop_gradient is overridden"),
         (["objectives=cosine,recipe"], "recipe is the same setting as cosine"),
+        (["objectives=cosine", "train.batch=4096"], "cosine: train.batch=4096 is more than the 48 training samples"),
     ],
 )
 def test_what_can_not_be_compared_is_refused_in_one_line(

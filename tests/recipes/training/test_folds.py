@@ -230,6 +230,26 @@ def test_a_class_of_one_fold_alone_is_found_where_the_table_of_the_set_names_all
     assert "no training sample has odd: 1 of 3 classes can't be learned" in capsys.readouterr().err
 
 
+def test_names_of_folds_are_in_any_script_and_one_without_anything_to_rank_is_found_at_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clips = sorted(Path("esc50/audio").iterdir())
+
+    def asked(file: str, **labels: list[str]) -> list[str]:  # another file each time: what is read of one is kept
+        rows = [
+            f"{clip},{list(labels)[k % 2]},{labels[list(labels)[k % 2]][k // 2 % 3]}" for k, clip in enumerate(clips)
+        ]
+        Path(file).write_text("\n".join(["path,fold,labels", *rows]) + "\n")
+        return ["finetune", NAME, "data.source=folder", f"data.root={file}", "folds=all", "out=run"]
+
+    assert main(asked("alike.csv", ä=["0", "1", "0;1"], б=["0;1", "0;1", "0;1"])) == 2
+    said = capsys.readouterr().err
+    assert "nepa: fold б held out: no class is of some held-out samples and not of others" in said
+    assert not Path("run").exists()
+    assert main(asked("clips.csv", ä=["0", "1", "0;1"], б=["0;1", "1", "0"])) == 0
+    assert {path.name for path in Path("run").glob("fold-*")} == {"fold-ä", "fold-б"}
+
+
 class Own(Audio):
     """An adapter that counts its classes in what it trains on."""
 

@@ -229,7 +229,9 @@ def test_clips_in_folders_are_fine_tuned_with_all_of_it_and_evaluated(
     words = ["finetune", "recipes.audio:fsdd", *data, *small, *mix]
     assert main([*words, "train.batch=4", f"out={run}"]) == 0
     summary = check_summary(run / "summary.json", FinetuneSummary)
-    assert summary["loss"] == "bce"
+    assert summary["criterion"] == "bce"
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "damaged" not in capsys.readouterr().out
     assert "Binary cross-entropy over training" in (run / "report" / "index.html").read_text()
     assert main(["evaluate", str(run)]) == 0
     capsys.readouterr()
