@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
@@ -343,8 +343,7 @@ def fit(
             if done % config.log == 0 or last:
                 _log(training, meter)
             if done % config.evaluate == 0 or last:
-                with training.kept_if_refused(writer, meter):
-                    _measure(evaluate, training, meter)
+                _measure(evaluate, training, meter, training.kept_if_refused(writer, meter))
             stopping = stop.wanted if world.size == 1 else done % config.log == 0 and world.any(stop.wanted)
             training.watch.lap("rest")
             if done % config.checkpoint == 0 or done == training.steady or last or stopping:
@@ -542,10 +541,13 @@ class _Training:
         """
         try:
             yield
-        except UserError:
+        except UserError as error:
             if self.world.size == 1:
-                self.save(writer, measured=False)
-                writer.wait()
+                try:
+                    self.save(writer, measured=False)
+                    writer.wait()
+                except UserError:
+                    raise error from None  # the first one is to be mended first
                 meter.say(f"the {self.done} steps so far are kept; the same command goes on from there")
             raise
 
@@ -608,11 +610,20 @@ class _Training:
         )
 
 
-def _measure(evaluate: Callable[[], Mapping[str, Any]] | None, training: _Training, meter: Meter) -> None:
-    """Log the held-out figures, and show those that a reader waits for."""
+def _measure(
+    evaluate: Callable[[], Mapping[str, Any]] | None,
+    training: _Training,
+    meter: Meter,
+    around: AbstractContextManager[None] | None = None,
+) -> None:
+    """Log the held-out figures, and show those that a reader waits for.
+
+    Args:
+        around: entered while held-out data is read.
+    """
     if evaluate is None:
         return
-    with meter.busy("held-out data"), training.whole():
+    with around or nullcontext(), meter.busy("held-out data"), training.whole():
         figures = evaluate()
     if not training.world.is_main:
         return
