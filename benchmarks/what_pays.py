@@ -196,7 +196,7 @@ def standing(ps: Mapping[Name, tuple[float, float]], declared: int) -> set[Name]
 
 def signed(value: float, half: float) -> str:
     """ "+2.1 ± 0.9": points, of shares of 1."""
-    return f"{round(100 * value, 1) + 0.0:+.1f} ± {100 * half:.1f}"  # no -0.0
+    return f"{100 * value:+z.1f} ± {100 * half:.1f}"
 
 
 def written(test: Test, *, stands: bool) -> str:

@@ -274,12 +274,11 @@ def _audioset(root: str, split: str, subset: Subset) -> Found:
     files = _sounds_by_name(root)
     paths: list[str] = []
     rows, columns = array("q"), array("q")  # where a clip has a class: four million in all
-    lists = {part: folder / f"{part}.csv" for part in AUDIOSET_PARTS[subset] if split == "train"}
     taken: dict[str, str] = {}  # file -> the list that has it
-    if lists:
+    if split == "train":
         taken = {path: AUDIOSET_EVAL for _, path in _files_of(folder / f"{AUDIOSET_EVAL}.csv", number, files) if path}
-    for part, file in (lists or {AUDIOSET_EVAL: folder / f"{AUDIOSET_EVAL}.csv"}).items():
-        count, gone, again = 0, list[str](), list[str]()
+    for part in AUDIOSET_PARTS[subset] if split == "train" else (AUDIOSET_EVAL,):
+        file, count, gone, again = folder / f"{part}.csv", 0, list[str](), list[str]()
         for segment, path in _files_of(file, number, files):
             count += 1
             if path is None:

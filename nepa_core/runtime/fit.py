@@ -14,7 +14,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Annotated, Any, Literal, NamedTuple, Self, cast
 
@@ -422,6 +422,7 @@ class _Training:
             say=say,
         )
         self.done = self._sitting.step
+        self.steady = self._sitting.cycle.steady(self._optim)
         self._tokens += self._sitting.tokens
 
     def trim_run(self) -> None:
@@ -526,10 +527,6 @@ class _Training:
         return self._sitting.seconds + time.perf_counter() - self._began
 
     @property
-    def steady(self) -> int | None:
-        return self._sitting.cycle.steady(self._optim)
-
-    @property
     def measured(self) -> bool:
         return self._sitting.measured
 
@@ -541,14 +538,12 @@ class _Training:
         """
         try:
             yield
-        except UserError as error:
+        except UserError:
             if self.world.size == 1:
-                try:
+                with suppress(UserError):  # of a full disk: what ended the run is said
                     self.save(writer, measured=False)
                     writer.wait()
-                except UserError:
-                    raise error from None  # the first one is to be mended first
-                meter.say(f"the {self.done} steps so far are kept; the same command goes on from there")
+                    meter.say(f"the {self.done} steps so far are kept; the same command goes on from there")
             raise
 
     def whole(self) -> AbstractContextManager[None]:
@@ -561,7 +556,7 @@ class _Training:
         Args:
             measured: False where held-out figures are due and not written; they are then measured first of all.
         """
-        figures = {name: figure for name, figure in self.timing().items() if name != "step"}
+        seconds, tokens = self.seconds(), int(self._tokens)
         self._batches.settle()
         unreadable = self.world.union(self._batches.unreadable)
         tensors = self._tensors()
@@ -571,7 +566,8 @@ class _Training:
             torch.cuda.synchronize()  # the copies are there
         state = {
             "metrics_bytes": self.run.metrics_size(),
-            **figures,
+            "seconds": seconds,
+            "tokens": tokens,
             "tally_steps": self._tally.steps,
             "unreadable": unreadable,
             "data": self._data,

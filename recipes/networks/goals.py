@@ -358,10 +358,7 @@ class MultiLabel:
             multilabel_average_precision,
         )
 
-        classes = ranked(truth)
-        if not classes.any():
-            raise UserError("no class is of some held-out samples and not of others, so nothing can be ranked")
-        chosen = classes.nonzero()[:, 0]
+        chosen = rankable(truth)
         if len(chosen) == 1:
             chosen = chosen.repeat(2)  # torchmetrics takes two or more; the mean is the same
         scores, right, count = _places(outputs[:, chosen]), truth[:, chosen].int(), len(chosen)
@@ -505,6 +502,21 @@ def label_statistics(samples: Dataset[Batch], adapter: str, *, limit: int | None
         raise UserError(f"{adapter} has a 'label' that is NaN or infinite; leave such samples out")
     mean, std = labels.mean(0), labels.std(0, correction=0)
     return mean.float(), torch.where(std > 1e-9 * mean.abs(), std, 1.0).float()
+
+
+def rankable(truth: Tensor) -> Tensor:
+    """The places [K] int64 of the classes that some held-out samples have and some have not; truth [S, C] bool.
+
+    Raises:
+        UserError: there is none.
+    """
+    chosen = ranked(truth).nonzero()[:, 0]
+    if not len(chosen):
+        raise UserError(
+            "no class is of some held-out samples and not of others, so nothing can be ranked: hold out samples that "
+            "differ in their classes"
+        )
+    return chosen
 
 
 def class_shares(samples: Dataset[Batch], adapter: str, names: tuple[str, ...], *, limit: int | None = None) -> Tensor:

@@ -225,9 +225,9 @@ def probe(
         several=len(options.classifiers) > 1,
         per_token=per_sample > 0,
     )
-    own = not tuned and causal and config.objective.causal
+    as_published = not tuned and causal and config.objective.causal
     return summary | {
-        "paper": paper_rows(summary["layers"]) if own else {},
+        "paper": paper_rows(summary["layers"]) if as_published else {},
         "causal": causal,
         "seed": config.train.seed,
         "unreadable_samples": train.unreadable,

@@ -29,7 +29,6 @@ from nepa_core.runtime.run import Run, is_imported, is_run, task_of
 from nepa_core.runtime.weights import Weights, current_weights, load_backbone, newest, read_weights, start_from
 from nepa_core.tokens import Tokens
 from recipes.configs import BesideConfig, FinetuneConfig, PretrainConfig
-from recipes.networks.average_precision import ranked
 from recipes.networks.backbones import TIMM, TimmClassifier, pixels_of, shown_name, timm_model
 from recipes.networks.goals import (
     AVERAGED,
@@ -39,6 +38,7 @@ from recipes.networks.goals import (
     Regression,
     find_goal,
     numbered,
+    rankable,
     taught_by,
 )
 from recipes.networks.heads import DenseHead, LastHead, MeanHead, MultiLabelHead, RegressionHead
@@ -324,11 +324,8 @@ def check_ranked(data: Modality) -> None:
         UserError: all have the same classes, so that mAP and AUROC are of nothing.
     """
     truth = known_labels(data.plain().samples_of("test"))
-    if truth is not None and truth.dtype == torch.bool and not ranked(truth).any():
-        raise UserError(
-            "no class is of some held-out samples and not of others, so nothing can be ranked: hold out samples that "
-            "differ in their classes"
-        )
+    if truth is not None and truth.dtype == torch.bool:
+        rankable(truth)
 
 
 def untaught(data: Modality) -> str | None:
