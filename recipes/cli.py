@@ -182,10 +182,9 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if not rest or ("=" in rest[0] and not os.path.exists(rest[0])):
         return _fail(f"nepa {name} needs a {TASKS[name].takes} after it; see nepa {name} --help", 2)
-    from nepa_core.runtime.meter import keep_quiet
+    from nepa_core.runtime.meter import kept_quiet
 
-    keep_quiet(quiet)
-    with _target(rest) as (target, given):
+    with kept_quiet(quiet), _target(rest) as (target, given):
         options, changes = _split(task.Options, given)
         if asks_help:
             print(_task_help(name, task, target, changes))

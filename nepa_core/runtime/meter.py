@@ -15,10 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 _quiet = False
 
 
-def keep_quiet(quiet: bool) -> None:
-    """Show no progress from here on, whoever asks for it, or show it again."""
+@contextmanager
+def kept_quiet(quiet: bool) -> Iterator[None]:
+    """Within the block no progress is shown, whoever asks for it, or it is shown."""
     global _quiet
-    _quiet = quiet
+    before, _quiet = _quiet, quiet
+    try:
+        yield
+    finally:
+        _quiet = before
 
 
 def say_progress(text: str) -> None:

@@ -17,7 +17,7 @@ import nepa_core
 from nepa_core.basics import UserError
 from nepa_core.predictor import PredictorConfig
 from nepa_core.runtime.fit import Interrupted
-from nepa_core.runtime.meter import Meter
+from nepa_core.runtime.meter import Meter, say_progress
 from recipes import pretrain
 from recipes.cli import main
 from recipes.training import pretraining
@@ -123,6 +123,8 @@ def test_quiet_shows_the_result_alone(
         assert ("features of the train split" in said.err) == bool(said.err) == shown
     assert main(["-q", "probe", "nowhere"]) == 2
     assert capsys.readouterr().err.startswith("nepa: nowhere is not a run folder")
+    say_progress("heard")
+    assert capsys.readouterr().err == "heard\n", "-q is of one command, and not of what follows in Python"
 
 
 # ---------------------------------------------------------------------------------------------- on the core alone
