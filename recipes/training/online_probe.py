@@ -1,7 +1,7 @@
 """A small probe while pre-training (`train.probe=true`), so that one sees early whether it pays.
 
 A ridge reads the labels of a fixed draw of training samples from the mean of the last layer's tokens, and is scored on
-a fixed draw of held-out ones. It is quick and coarse, to 8 points either way: `nepa probe` is the answer, with more
+a fixed draw of held-out ones. It is quick and coarse, to 9 points either way: `nepa probe` is the answer, with more
 samples, every layer and what the raw tokens give.
 """
 
@@ -23,7 +23,7 @@ from recipes.networks.average_precision import average_precision
 from recipes.statistics.ridge import r2, ridge, right_class
 from recipes.training.judging import eval_batch
 
-SAMPLES = 160
+SAMPLES = 128
 """Of each split, at most. They are kept in memory. More would take more than 2 % of the time that digits train."""
 
 

@@ -117,7 +117,7 @@ def test_numbers_and_samples_without_a_class(tmp_path: Path) -> None:
 
 def test_without_labels_it_is_refused_before_training(fails: Callable[..., str]) -> None:
     line = fails("pretrain", "tests.tiny:recipe", "train.probe=true", "data.labelled=false")
-    assert line.startswith('train.probe=true reads the key "label" of samples, and 0 of 160 train samples of Waves')
+    assert line.startswith('train.probe=true reads the key "label" of samples, and 0 of 128 train samples of Waves')
     assert not list(Path().iterdir())
     assert "train.probe=true is of pre-training" in fails("finetune", "tests.tiny:recipe", "train.probe=true")
 
