@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ os.environ["XDG_CONFIG_HOME"] = _settings = tempfile.mkdtemp(prefix="nepa-tests-
 atexit.register(shutil.rmtree, _settings, ignore_errors=True)
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 torch.set_num_threads(1)  # several processes share few cores; and sums then come out the same everywhere
 
 

@@ -577,6 +577,7 @@ def test_the_known_law_is_that_of_what_is_drawn() -> None:
     assert (lagged.abs() < 5 / (14 * len(white)) ** 0.5).all()
 
 
+@pytest.mark.slow  # that of what is drawn stands for it
 def test_the_known_law_is_that_of_simulated_futures() -> None:
     data = override(demo(), {"data.patch": 2}).data
     series = _series(data)

@@ -36,8 +36,8 @@ def trained() -> FlowHead:
         torch.manual_seed(0)
         head = FlowHead(SMALL, SIZE, WIDTH, 1)
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 500)
-    for _ in range(500):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, 300)
+    for _ in range(300):
         optimizer.zero_grad()
         head.loss(*law(256, draw), draw).backward()
         optimizer.step()

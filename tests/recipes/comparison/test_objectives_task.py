@@ -36,8 +36,6 @@ from tests.recipes.readout.test_forecast import recipe as series_recipe
 from tests.summaries import check_summary
 from tests.tiny import CPU, Waves
 
-pytestmark = pytest.mark.pictures
-
 PICTURES = ("accuracy", "labels", "layers", "rank")
 PARTS = ("answer", "accuracy", "layers", "prediction", "tests", "settings", "commands")
 MIXTURE = ['objective.terms={"mse":1,"barlow":0.25}', "objective.stop_gradient=false", "objective.redundancy=0.1"]

@@ -70,29 +70,38 @@ def test_a_pass_is_extrapolated_to_any_batch() -> None:
     assert again.peak(64) < seen.peak(64)
 
 
-def test_what_is_not_worked_out_changes_no_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def counted_scenes(folder: Path) -> Trained:
+    tiny_scenes.write_scenes(folder)
+    return tiny_scenes.recipe().model_copy(update={"data": tiny_scenes.scenes(folder)})
+
+
+COUNTED: dict[str, Callable[[Path], Trained]] = {
+    "plain": lambda _: tiny.recipe(),
+    "ragged": lambda _: tiny.ragged(),
+    "packed": lambda _: override(tiny.ragged(), {"model.pack": True}),
+    "eager": lambda _: override(tiny.recipe(), {"model.attention": "eager", "model.qk_norm": "affine"}),
+    "scenes": counted_scenes,
+}
+OFTEN = ("packed", "eager", "scenes")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.slow) for name in COUNTED]
+)
+def test_what_is_not_worked_out_changes_no_figure(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Matrix products and attention are stood in for by zeros: bytes, events and operations stay."""
-    tiny_scenes.write_scenes(tmp_path)
-    segmented = tiny_scenes.recipe()
-    configs: list[Trained] = [
-        tiny.recipe(),
-        tiny.ragged(),
-        override(tiny.ragged(), {"model.pack": True}),
-        override(tiny.recipe(), {"model.attention": "eager", "model.qk_norm": "affine"}),
-        segmented.model_copy(update={"data": tiny_scenes.scenes(tmp_path)}),
-    ]
-    for config in configs:
-        quick, whole = [], []
-        for found, costly in ((quick, planning._COSTLY), (whole, set())):
-            with monkeypatch.context() as patch:
-                patch.setattr(planning, "_COSTLY", costly)
-                model = network(config)
-                with planning.Uncomputed():
-                    found.append(pass_flops(config, planning._HERE, 2, model))
-                for recompute in (False, True):
-                    seen = count_pass(config, model, recompute=recompute, precision="bfloat16")
-                    found.append([seen.forward, seen.constant.tolist(), seen.slope.tolist()])
-        assert quick == whole
+    config = COUNTED[name](tmp_path)
+    quick, whole = [], []
+    for found, costly in ((quick, planning._COSTLY), (whole, set())):
+        with monkeypatch.context() as patch:
+            patch.setattr(planning, "_COSTLY", costly)
+            model = network(config)
+            with planning.Uncomputed():
+                found.append(pass_flops(config, planning._HERE, 2, model))
+            for recompute in (False, True):
+                seen = count_pass(config, model, recompute=recompute, precision="bfloat16")
+                found.append([seen.forward, seen.constant.tolist(), seen.slope.tolist()])
+    assert quick == whole
 
 
 def test_a_second_count_of_one_network_is_that_of_a_new_one() -> None:

@@ -240,7 +240,7 @@ def test_recomputed_blocks_give_the_same_gradients_at_every_level(root: Path) ->
 
 
 def test_squares_of_three_colours_are_learned(root: Path, tmp_path: Path) -> None:
-    config = recipe(root, train__length__steps=50, train__evaluate=50, train__batch=8, optim__lr=0.01)
+    config = recipe(root, train__length__steps=25, train__evaluate=25, train__batch=8, optim__lr=0.02)
     summary = segment(config, Run(tmp_path / "run"), ALONE, show=False)
     assert summary["mIoU"] > 0.6
     assert summary["mIoU_ema"] > 0.6
