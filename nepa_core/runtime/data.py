@@ -181,6 +181,8 @@ def spread_out(order: Tensor, strata: Tensor) -> Tensor:
 class _Batches(Dataset[Batch | bytes]):
     """Loads whole draws. Unreadable samples are named; the next readable neighbour replaces them, or nothing.
 
+    What is random in a draw comes of its seed alone; the random numbers of who asks go on as if nothing had been read.
+
     Args:
         weights: [S], see `drawn_order`: a sample of weight 0 replaces none.
     """
@@ -189,9 +191,10 @@ class _Batches(Dataset[Batch | bytes]):
         self.dataset, self.replace, self.weights = dataset, replace, weights
 
     def __getitem__(self, draw: Draw) -> Batch | bytes:
-        seed_step(draw.seed, torch.device("cpu"))
         try:
-            batch = self._load(draw.indices)
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(draw.seed)
+                batch = self._load(draw.indices)
         except UserError as error:  # crosses the worker boundary as data, to stay one line
             return {_ERROR: UserError(str(error))}
         except (OSError, MemoryError, OverflowError, RecursionError) as error:  # so do those that the command explains

@@ -119,6 +119,15 @@ def test_loading_does_not_depend_on_what_was_drawn_between_batches() -> None:
         assert same(batch, expected)
 
 
+def test_loading_leaves_the_random_numbers_of_who_asks() -> None:
+    data = Waves(jitter=1.0)
+    for loaded in (batches(data), plain_batches(data.dataset("train"), batch=3, device=CPU)):
+        torch.manual_seed(99)
+        drawn = torch.stack([torch.rand(()) for _ in loaded])
+        torch.manual_seed(99)
+        assert torch.equal(drawn, torch.stack([torch.rand(()) for _ in drawn]))
+
+
 # ------------------------------------------------------------------------------------------------ unreadable
 
 
