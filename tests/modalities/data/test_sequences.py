@@ -79,7 +79,10 @@ def written(root: Path, layout: str, **options: Any) -> Features:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("axes", "label"), [(3, "class"), (None, "number"), (1, "none")])
+@pytest.mark.parametrize(
+    ("axes", "label"),
+    [(3, "class"), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((None, "number"), (1, "none")))],
+)
 def test_every_layout_is_sound_and_holds_the_same(tmp_path: Path, layout: str, axes: int | None, label: str) -> None:
     features = written(tmp_path / layout, layout, axes=axes, label=label)
     check_modality(features)
