@@ -20,10 +20,11 @@ td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-n
 td:first-child { white-space: nowrap } td.long { white-space: normal } pre { white-space: pre-wrap }
 h1, h2, h3, p, footer { overflow-wrap: anywhere }
 .wide { overflow-x: auto } .small { font-size: .8em } .small td, .small th { padding: .25rem .4rem }
+.full { font-size: .7em } .full td, .full th { padding: .25rem } .full td + td { white-space: normal }
 figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } footer { color: #777; font-size: .8rem }
 """
 
-_WIDE, _LONG = 5, 32  # columns, letters: from here on a table is small, and a cell has several lines
+_WIDE, _FULL, _LONG = 5, 7, 32  # columns, columns, letters: beyond, a table is small, smaller; a cell has several lines
 
 
 class Answer(NamedTuple):
@@ -164,7 +165,7 @@ def _table(table: Table) -> str:
     shown += "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     wide = len(head) > _WIDE or any(len(cell) > _LONG for row in rows for cell in row)
     anchor = f' id="{escape(table.anchor)}"' if table.anchor else ""
-    small = ' class="small"' if wide else ""
+    small = ' class="small full"' if len(head) > _FULL else ' class="small"' if wide else ""
     return f'<div class="wide"{anchor}><table{small}>{shown}</table></div>'
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html.parser
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from PIL import Image
 from recipes.cli import main
 from recipes.comparison import engine as compare
 from recipes.comparison import measures, orders
+from recipes.report import objectives as objectives_page
+from recipes.report import orders as orders_page
+from recipes.report.page import Answer, Figure, Report, Table
+from recipes.report.plots import line_plot
 from tests.conftest import BROWSER
 from tests.tiny_scenes import write_scenes
 
@@ -154,3 +158,21 @@ def test_a_browser_runs_no_script_in_a_page(pages: list[Path], tmp_path: Path) -
     assert "data-pwned" in body(trap), "the test would see it"
     for page in pages:
         assert "data-pwned" not in body(page), page
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("report", ["objectives", "orders"])
+def test_a_table_with_the_intervals_of_three_seeds_is_not_cut(
+    report: str, tmp_path: Path, browse: Callable[[Path], str]
+) -> None:
+    made: Any = {"objectives": objectives_page, "orders": orders_page}[report]
+    names = ("infonce_sample_head", "infonce_position_head", "random_per_sample")
+    rows = {name: [{each.key: -seed / 9 for each in made.PREDICTION} for seed in range(3)] for name in names}
+    verdicts = ["learned, but no more than linear"] * 3
+    margin = {"values": [], "mean": -0.12, "std": 0.1, "ci95": 0.1, "both": 0.1}
+    found = {name: {"verdicts": verdicts} for name in names}
+    summary = {"margins": dict.fromkeys(names, margin), "objectives": found}
+    picture = Figure("a.png", "A picture.", line_plot({"a": ([0, 1], [0, 1])}, x="x", y="y"))
+    parts = [Answer("An answer."), picture, Table(made.prediction_table(rows, summary))]
+    Report("Title", "", {}, lambda: parts).write(tmp_path / "page")
+    assert "-0.111 ± 0.276" in browse(tmp_path / "page" / "index.html")
