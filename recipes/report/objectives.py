@@ -336,7 +336,7 @@ def prediction_table(ranked: Runs, summary: ObjectivesSummary) -> list[list[str]
         [name, _words(summary["objectives"][name]["verdicts"]), *cells, margin_cell(summary["margins"][name])]
         for name, *cells in lines
     ]
-    return [[corner, "verdict", *head, "over linear"], *rows]
+    return [[corner, "verdict", *head, "points over linear"], *rows]
 
 
 def setting_table(summary: ObjectivesSummary) -> list[list[str]]:

@@ -146,7 +146,7 @@ def _parts(rows: Runs, summary: OrdersSummary, pictures: Sequence[Figure]) -> It
 def prediction_table(ranked: Runs, summary: OrdersSummary) -> list[list[str]]:
     """Losses, lifts and identification, with its margin over the linear baseline."""
     head, *lines = spread_table(ranked, PREDICTION)
-    return [[*head, "over linear"], *([*line, margin_cell(summary["margins"][line[0]])] for line in lines)]
+    return [[*head, "points over linear"], *([*line, margin_cell(summary["margins"][line[0]])] for line in lines)]
 
 
 def accuracy_figure(ranked: Runs, summary: OrdersSummary) -> Figure:

@@ -116,7 +116,7 @@ def margin_note(margins: Mapping[str, Spread | None]) -> str:
         over = "seeds and held-out samples together"
     else:
         over = "seeds alone"
-    return f"Over linear: points of identification beyond the linear baseline, with the 95 % interval over {over}."
+    return f"Points over linear: of identification, beyond the linear baseline, with the 95 % interval over {over}."
 
 
 def drawn(seeds: int, found: Sequence[Spread] = ()) -> str:
