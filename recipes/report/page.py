@@ -20,7 +20,7 @@ td + td, th + th { text-align: right } td + td { font-variant-numeric: tabular-n
 td:first-child { white-space: nowrap } td.long { white-space: normal } pre { white-space: pre-wrap }
 h1, h2, h3, p, footer { overflow-wrap: anywhere }
 .wide { overflow-x: auto } .small { font-size: .8em } .small td, .small th { padding: .25rem .4rem }
-.full { font-size: .7em } .full td, .full th { padding: .25rem } .full td + td { white-space: normal }
+.full { font-size: .7em } .full td, .full th { padding: .25rem }
 figure { margin: 2rem 0 } img { max-width: 100% } figcaption { color: #555 } footer { color: #777; font-size: .8rem }
 """
 

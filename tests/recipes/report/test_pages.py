@@ -167,7 +167,7 @@ def test_a_table_with_the_intervals_of_three_seeds_is_not_cut(
 ) -> None:
     made: Any = {"objectives": objectives_page, "orders": orders_page}[report]
     names = ("infonce_sample_head", "infonce_position_head", "random_per_sample")
-    rows = {name: [{each.key: -seed / 9 for each in made.PREDICTION} for seed in range(3)] for name in names}
+    rows = {name: [{each.key: seed / 9 for each in made.PREDICTION} for seed in range(3)] for name in names}
     verdicts = ["learned, but no more than linear"] * 3
     margin = {"values": [], "mean": -0.12, "std": 0.1, "ci95": 0.1, "both": 0.1}
     found = {name: {"verdicts": verdicts} for name in names}
@@ -175,4 +175,4 @@ def test_a_table_with_the_intervals_of_three_seeds_is_not_cut(
     picture = Figure("a.png", "A picture.", line_plot({"a": ([0, 1], [0, 1])}, x="x", y="y"))
     parts = [Answer("An answer."), picture, Table(made.prediction_table(rows, summary))]
     Report("Title", "", {}, lambda: parts).write(tmp_path / "page")
-    assert "-0.111 ± 0.276" in browse(tmp_path / "page" / "index.html")
+    assert "0.111 ± 0.276" in browse(tmp_path / "page" / "index.html")
