@@ -193,7 +193,7 @@ class _Batches(Dataset[Batch | bytes]):
     def __getitem__(self, draw: Draw) -> Batch | bytes:
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(draw.seed)
+                seed_step(draw.seed, torch.device("cpu"))
                 batch = self._load(draw.indices)
         except UserError as error:  # crosses the worker boundary as data, to stay one line
             return {_ERROR: UserError(str(error))}
